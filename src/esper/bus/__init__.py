@@ -1,0 +1,1 @@
+"""How events travel from who makes them to who reads them."""

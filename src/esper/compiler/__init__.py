@@ -1,0 +1,1 @@
+"""From a blueprint to a kernel: operations, validation, lowering, bytes, catalog."""

@@ -1,0 +1,1 @@
+"""What crosses a wall: blueprints, artifacts and their bytes, lifecycle, events, ports, errors."""

@@ -1,0 +1,91 @@
+"""Every error that Esper raises on purpose.
+
+The class decides the policy: whether an operation is retried, whether a breaker counts it,
+whether an artifact is quarantined. Nobody reads message text to find out.
+
+    EsperError
+    ├── BlueprintError                  a blueprint breaks a rule; permanent
+    ├── GrowthError                     a growth run cannot be set up or continued
+    └── KasminaException                everything of the execution engine
+        ├── KernelCompilationError      a valid blueprint could not be lowered
+        ├── KernelLoadError             a kernel could not be brought to a seed
+        │   ├── KernelNotFoundError     the source answered: no such kernel; permanent
+        │   ├── KernelCorruptError      the bytes are not what their name says; permanent, alarming
+        │   ├── KernelRefusedError      the kernel failed a check of the probe; permanent
+        │   └── KernelSourceUnavailable the source did not answer; transient
+        ├── KernelExecutionError        a kernel keeps failing where it may not be isolated
+        ├── SeedLifecycleError          a transition that the table does not allow
+        ├── CacheError                  the cache was used against its rules
+        ├── AsyncExecutionError         asynchronous execution failed
+        └── GradientSyncError           gradients of a side stream failed
+"""
+
+from __future__ import annotations
+
+
+class EsperError(Exception):
+    """Base of everything that Esper raises on purpose."""
+
+
+class BlueprintError(EsperError):
+    """A blueprint breaks a rule. The message names the node and says what to change."""
+
+
+class GrowthError(EsperError):
+    """A growth run cannot be set up or continued as asked."""
+
+
+class KasminaException(EsperError):  # noqa: N818 - the specification's name
+    """Base of the execution engine's errors."""
+
+
+class KernelCompilationError(KasminaException):
+    """A blueprint that is valid could not be made into a kernel."""
+
+
+class KernelLoadError(KasminaException):
+    """A kernel could not be brought to a seed. The seed keeps what it had."""
+
+
+class KernelNotFoundError(KernelLoadError):
+    """The source answered that it has no such kernel. Permanent: retrying changes nothing."""
+
+
+class KernelCorruptError(KernelLoadError):
+    """Bytes are not what their name or format promises. Permanent, and worth an alarm."""
+
+
+class KernelRefusedError(KernelLoadError):
+    """A kernel failed a check before activation. Permanent for this kernel at this site.
+
+    Attributes:
+        check: Short name of the check that failed, for example ``"identity"`` or ``"shape"``.
+    """
+
+    def __init__(self, message: str, *, check: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's name
+    """The source did not answer, or there is none. Transient: a later try may succeed."""
+
+
+class KernelExecutionError(KasminaException):
+    """A kernel keeps failing where it may not be isolated (an unfolded fossil)."""
+
+
+class SeedLifecycleError(KasminaException):
+    """A transition that the lifecycle table does not allow. The state is unchanged."""
+
+
+class CacheError(KasminaException):
+    """The kernel cache was used against its rules."""
+
+
+class AsyncExecutionError(KasminaException):
+    """Execution on a side stream failed."""
+
+
+class GradientSyncError(KasminaException):
+    """Gradients of a side stream could not be waited for."""

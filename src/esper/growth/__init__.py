@@ -1,0 +1,1 @@
+"""When, where and what to grow, and on what evidence."""

@@ -1,0 +1,1 @@
+"""What a person reads afterwards: the event log and the report page."""

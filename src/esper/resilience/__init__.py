@@ -1,0 +1,1 @@
+"""Time and failure, once for everybody who needs them."""

@@ -1,0 +1,42 @@
+"""Clocks: the real one, and one that a test moves by hand."""
+
+from __future__ import annotations
+
+import time
+
+
+class MonotonicClock:
+    """Seconds of the machine's monotonic clock."""
+
+    def now(self) -> float:
+        """Return seconds since an arbitrary start; never falls."""
+        return time.perf_counter()
+
+
+class ManualClock:
+    """A clock that stands still until it is told to advance.
+
+    Args:
+        start_s: First reading, in seconds.
+    """
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now_s = start_s
+
+    def now(self) -> float:
+        """Return the current reading in seconds."""
+        return self._now_s
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock forward.
+
+        Args:
+            seconds: How far; at least 0.
+
+        Raises:
+            ValueError: ``seconds`` is negative.
+        """
+        if seconds < 0:
+            msg = f"a monotonic clock cannot go back: got {seconds} s, expected at least 0"
+            raise ValueError(msg)
+        self._now_s += seconds

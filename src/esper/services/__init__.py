@@ -1,0 +1,1 @@
+"""The composition root: settings, wiring, and the jobs that the commands run."""

@@ -1,0 +1,1 @@
+"""Host model <-> host model with seeds."""
