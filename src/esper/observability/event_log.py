@@ -1,0 +1,156 @@
+"""The event log: a line of JSON per event, and the structure that such a log describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from esper.contracts.events import (
+    AlphaChanged,
+    Event,
+    Fossilized,
+    RolledBack,
+    StageChanged,
+    event_from_json,
+    event_to_json,
+)
+from esper.contracts.lifecycle import GraftStage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from types import TracebackType
+
+IN_THE_MODEL = frozenset({GraftStage.BLENDING, GraftStage.HOLDING, GraftStage.FOSSILIZED})
+"""Stages in which a kernel is part of the model; an audition leaves no trace in it."""
+
+
+class EventLog:
+    """An event sink that appends to a file, one line per event, flushed at once.
+
+    A sink may not raise: an event that cannot be written is counted in ``dropped``, and ``error``
+    keeps the latest reason.
+
+    Args:
+        path: File to write. Its folder is made; what the file held is replaced.
+
+    Raises:
+        OSError: The file cannot be opened.
+
+    Attributes:
+        dropped: Events that could not be written.
+        error: Why the latest of them could not; None while none was dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self.dropped = 0
+        self.error: str | None = None
+
+    def publish(self, event: Event) -> None:
+        """Write one event; count it where that fails."""
+        try:
+            self._file.write(event_to_json(event) + "\n")
+            self._file.flush()
+        except (OSError, ValueError, TypeError) as error:
+            self.dropped += 1
+            self.error = f"{event.kind} at update {event.update}: {error}"
+
+    def close(self) -> None:
+        """Close the file; events that come later are counted as dropped."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events of a log, in order.
+
+    A last line without a line end was cut off while it was written, and is left out.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is no event, or is of a newer format; the message has its number.
+    """
+    events = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            events.append(event_from_json(line))
+        except ValueError as error:
+            msg = f"{path}, line {number}: {error}"
+            raise ValueError(msg) from error
+    return events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedSeed:
+    """A seed that is part of the model, as the log describes it.
+
+    Attributes:
+        seed_idx: Slot in its layer.
+        graft: Number of the graft that filled it.
+        blueprint: Human name of the kernel's blueprint.
+        artifact_id: The sha256 of the kernel's bytes.
+        stage: Stage of the graft.
+        alpha: Its alpha, in [0, 1]; None if the log has none.
+        folded: Whether its weights are in the host's own.
+    """
+
+    seed_idx: int
+    graft: int
+    blueprint: str
+    artifact_id: str
+    stage: GraftStage
+    alpha: float | None = None
+    folded: bool = False
+
+
+def replay_structure(events: Iterable[Event]) -> dict[str, list[ReplayedSeed]]:
+    """Return the structure that a log leads to: the seeds in the model, by site, by slot.
+
+    What was only auditioned or has been removed is not in it, nor is a site without seeds.
+    """
+    sites: dict[int, str] = {}
+    seeds: dict[int, ReplayedSeed] = {}
+    alphas: dict[int, float] = {}
+    for event in events:
+        match event:
+            case StageChanged():
+                sites[event.graft] = event.site
+                seeds[event.graft] = _seed_of(event, seeds.get(event.graft))
+            case AlphaChanged():
+                alphas[event.graft] = event.alpha
+            case Fossilized(graft=graft) if graft in seeds:
+                seeds[graft] = replace(seeds[graft], folded=event.folded)
+            case RolledBack(graft=graft) if graft in seeds:
+                seeds[graft] = replace(seeds[graft], stage=GraftStage.CULLED)
+            case _:
+                pass
+    structure: dict[str, list[ReplayedSeed]] = {}
+    for graft, seed in sorted(seeds.items(), key=lambda item: (item[1].seed_idx, item[0])):
+        if seed.stage in IN_THE_MODEL:
+            row = replace(seed, alpha=alphas.get(graft))
+            structure.setdefault(sites[graft], []).append(row)
+    return structure
+
+
+def _seed_of(event: StageChanged, before: ReplayedSeed | None) -> ReplayedSeed:
+    return ReplayedSeed(
+        seed_idx=event.seed_idx,
+        graft=event.graft,
+        blueprint=event.blueprint,
+        artifact_id=event.artifact_id,
+        stage=GraftStage(event.after),
+        folded=before.folded if before else False,
+    )
