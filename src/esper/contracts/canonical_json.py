@@ -1,0 +1,104 @@
+"""One JSON text per value: a strict reader and an encoder with a single spelling.
+
+Canonical text is UTF-8 without white space, with keys sorted by code point, integers within 64
+bits, and floats as their shortest form that reads back the same. ``encode(parse(text)) == text``
+exactly when ``text`` is canonical. Reading refuses duplicate keys, NaN and infinities, nesting
+deeper than 16, anything after the value, and text over a size limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+MAX_DEPTH: Final = 16
+MAX_BYTES: Final = 1 << 20
+_MAX_INT: Final = (1 << 63) - 1
+
+
+def encode(value: Any) -> bytes:
+    """Return the one canonical text of a value.
+
+    Args:
+        value: None, bool, int, finite float, str, or a list, tuple or str-keyed mapping of these.
+
+    Raises:
+        ValueError: A part of the value has no canonical text; the message says which.
+    """
+    plain = _plain(value, depth=0)
+    text = json.dumps(
+        plain, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+    )
+    return text.encode()
+
+
+def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Read a JSON text, canonical or not, and refuse whatever two readers could see differently.
+
+    Args:
+        data: UTF-8 text.
+        max_bytes: Longest text that is read, in bytes.
+
+    Raises:
+        ValueError: The text is not strict JSON; the message says what is wrong.
+    """
+    if len(data) > max_bytes:
+        msg = f"a JSON text may have {max_bytes} bytes, found {len(data)}"
+        raise ValueError(msg)
+    try:
+        value = json.loads(
+            str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except RecursionError:
+        msg = f"a JSON text may nest {MAX_DEPTH} deep, found far more"
+        raise ValueError(msg) from None
+    return _plain(value, depth=0)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        msg = f"each key may stand once in an object, found twice: {', '.join(map(repr, twice))}"
+        raise ValueError(msg)
+    return found
+
+
+def _no_constant(word: str) -> None:
+    msg = f"expected a finite number, found {word}"
+    raise ValueError(msg)
+
+
+def _plain(value: Any, *, depth: int) -> Any:
+    """Check a value and turn its tuples and mappings into lists and dicts."""
+    if depth > MAX_DEPTH:
+        msg = f"a JSON value may nest {MAX_DEPTH} deep, found more"
+        raise ValueError(msg)
+    if isinstance(value, Mapping):
+        if not all(type(key) is str for key in value):
+            msg = f"keys are strings, found {[key for key in value if type(key) is not str]}"
+            raise ValueError(msg)
+        return {_text(key): _plain(item, depth=depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth=depth + 1) for item in value]
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is str:
+        return _text(value)
+    if type(value) is int and -_MAX_INT - 1 <= value <= _MAX_INT:
+        return value
+    if type(value) is float and abs(value) < float("inf"):
+        return value
+    msg = f"expected null, a boolean, a string, a 64-bit integer or a finite float, found {value!r}"
+    raise ValueError(msg)
+
+
+def _text(value: str) -> str:
+    value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+    return value
