@@ -1,0 +1,261 @@
+"""What growth may cost: parameters, FLOPs and latency of the model, and work of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from esper.contracts.ports import Clock
+
+Category = Literal["training", "evaluation", "shadow", "ranking", "twins"]
+
+FORWARD: Final = 1
+FORWARD_BACKWARD: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a model costs, or what a graft adds to it.
+
+    Attributes:
+        parameters: Number of parameters.
+        flops: FLOPs of a forward of one sample; None where not counted.
+        latency_s: Seconds of a forward; None where not measured.
+    """
+
+    parameters: int
+    flops: float | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Limits on what growth adds, as shares of the host; None lifts one.
+
+    A host under ``small_host`` parameters has no relative limit: there the smallest useful
+    kernel can be larger than the host, and each graft may have ``small_graft`` parameters.
+
+    Attributes:
+        parameters: Of one graft.
+        total_parameters: Of all admitted grafts together.
+        flops: Of all admitted grafts together, in a forward.
+        latency: Of all admitted grafts together, in a forward, measured.
+        grafts: How many may be admitted.
+        small_host: Parameters under which a host is small.
+        small_graft: Parameters of one graft in a small host.
+
+    Raises:
+        ValueError: A limit is negative or not a number.
+    """
+
+    parameters: float | None = 0.10
+    total_parameters: float | None = 0.25
+    flops: float | None = 0.25
+    latency: float | None = 0.10
+    grafts: int | None = 4
+    small_host: int = 100_000
+    small_graft: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Refuse limits that limit nothing."""
+        for name in ("parameters", "total_parameters", "flops", "latency", "grafts"):
+            limit = getattr(self, name)
+            if limit is not None and not limit >= 0:
+                msg = f"Budget({name}=...) is at least 0, or None for no limit; got {limit!r}"
+                raise ValueError(msg)
+
+    def check(
+        self, *, host: Cost, candidate: Cost, admitted: Cost | None = None, grafts: int = 0
+    ) -> str | None:
+        """Say why a candidate does not fit, or None where it does.
+
+        Figures that are None are not compared: parameters and FLOPs are known before an audition,
+        latency after it, so a candidate is checked once more when it has been measured.
+
+        Args:
+            host: The model before any graft.
+            candidate: What the candidate adds.
+            admitted: What the admitted grafts add, together.
+            grafts: How many were admitted.
+        """
+        if self.grafts is not None and grafts >= self.grafts:
+            return f"{grafts} grafts were admitted, the budget has {self.grafts}"
+        if host.parameters < self.small_host:
+            if candidate.parameters <= self.small_graft:
+                return None
+            return (
+                f"{candidate.parameters:,} parameters, at most {self.small_graft:,} in a host "
+                f"of fewer than {self.small_host:,}"
+            )
+        held = admitted if admitted is not None else Cost(parameters=0, flops=0.0, latency_s=0.0)
+        limits = (
+            ("parameters", self.parameters, candidate.parameters, 0, host.parameters),
+            (
+                "parameters in all",
+                self.total_parameters,
+                candidate.parameters,
+                held.parameters,
+                host.parameters,
+            ),
+            ("FLOPs in all", self.flops, candidate.flops, held.flops, host.flops),
+            ("latency in all", self.latency, candidate.latency_s, held.latency_s, host.latency_s),
+        )
+        return next((reason for limit in limits if (reason := _exceeds(*limit))), None)
+
+
+class WorkMeter:
+    """Counts the work of a run: a forward is 1, a forward with backward 3, per sample."""
+
+    def __init__(self) -> None:
+        self._work: dict[str, int] = dict.fromkeys(get_args(Category), 0)
+
+    def add(self, category: Category, samples: int, cost: int = FORWARD_BACKWARD) -> None:
+        """Count work.
+
+        Args:
+            category: What it was done for.
+            samples: Number of samples, at least 0.
+            cost: ``FORWARD`` or ``FORWARD_BACKWARD``.
+
+        Raises:
+            ValueError: The category is unknown or ``samples`` negative.
+        """
+        if category not in self._work:
+            msg = f"work is counted as one of {', '.join(self._work)}, got {category!r}"
+            raise ValueError(msg)
+        if samples < 0:
+            msg = f"samples is at least 0, got {samples}"
+            raise ValueError(msg)
+        self._work[category] += samples * cost
+
+    def work(self, category: Category) -> int:
+        """Return the work counted in one category."""
+        return self._work[category]
+
+    @property
+    def total(self) -> int:
+        """Return all work counted."""
+        return sum(self._work.values())
+
+    @property
+    def overhead(self) -> int:
+        """Return all work counted that was not training."""
+        return self.total - self._work["training"]
+
+    def share(self) -> float:
+        """Return the overhead's share of all work counted, in [0, 1]; 0 before any."""
+        return self.overhead / self.total if self.total else 0.0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts by category."""
+        return dict(self._work)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over counts; a category that is missing is 0."""
+        self._work = {category: int(state.get(category, 0)) for category in self._work}
+
+
+def overhead_allowance(*, horizon: int, samples_per_update: int, overhead: float) -> int:
+    """Return how much work beside training a run may do, fixed before it starts.
+
+    With ``T`` the work of training, ``O = T overhead / (1 - overhead)``, so that ``O`` is the
+    share ``overhead`` of ``T + O``.
+
+    Args:
+        horizon: Length of the run in updates, at least 0.
+        samples_per_update: Samples in a training batch, at least 0.
+        overhead: Share of the run's counted work, in [0, 1).
+
+    Raises:
+        ValueError: ``overhead`` is outside its range.
+    """
+    if not 0.0 <= overhead < 1.0:
+        msg = f"overhead is a share of the run's work in [0, 1), got {overhead}"
+        raise ValueError(msg)
+    training = FORWARD_BACKWARD * horizon * samples_per_update
+    return math.floor(training * overhead / (1.0 - overhead))
+
+
+def forward_flops(model: nn.Module, *example: Any) -> int:
+    """Count the FLOPs of one forward (a multiply-add is two), in evaluation mode.
+
+    The model is left as it was: modes, buffers and the random state.
+
+    Args:
+        model: Any module.
+        example: Its inputs. Divide the result by their number of samples for one sample.
+    """
+    with _looking_only(model), FlopCounterMode(display=False) as counter:
+        model(*example)
+    return int(counter.get_total_flops())
+
+
+def forward_latency_s(
+    model: nn.Module, *example: Any, clock: Clock, repeats: int = 15, warmup: int = 3
+) -> float:
+    """Measure the median time of a forward in seconds, in evaluation mode.
+
+    Args:
+        model: Any module; it is left as it was.
+        example: Its inputs.
+        clock: Clock to read.
+        repeats: Forwards that are timed, at least 1.
+        warmup: Forwards before them, at least 0.
+    """
+    with _looking_only(model):
+        for _ in range(warmup):
+            model(*example)
+        return median(_time_once(model, example, clock) for _ in range(repeats))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a module, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _exceeds(
+    what: str, limit: float | None, added: float | None, held: float | None, host: float | None
+) -> str | None:
+    """Say where ``held + added`` is over the share ``limit`` of the host's figure."""
+    if limit is None or added is None or host is None:
+        return None
+    total = (held or 0.0) + added
+    if total <= limit * host:
+        return None
+    share = total / host if host > 0 else math.inf
+    return f"{what}: {share:+.1%} of the host, the budget has {limit:+.1%}"
+
+
+def _time_once(model: Callable[..., Any], example: tuple[Any, ...], clock: Clock) -> float:
+    _synchronize()
+    start = clock.now()
+    model(*example)
+    _synchronize()
+    return clock.now() - start
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def _looking_only(model: nn.Module) -> Iterator[None]:
+    """Evaluate without a gradient and without a trace in modes or random state."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,259 @@
+"""When to grow: diminishing returns of a run, and the signs that more capacity is not the cure.
+
+All rules compare losses with losses of the same run, so none depends on their scale. Losses are
+smoothed by the median of three successive evaluations, which a single bad one cannot move.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final, Literal
+
+Verdict = Literal[
+    "diminishing",
+    "deadline",
+    "overfitting",
+    "too_early",
+    "too_late",
+    "improving",
+    "scheduled",
+    "waiting",
+]
+
+_STATE_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether to grow now, and why.
+
+    Attributes:
+        grow: Whether to grow now.
+        verdict: The rule that decided. ``"scheduled"`` and ``"waiting"`` come from policies that
+            look at no loss.
+        reason: One sentence for the log.
+    """
+
+    grow: bool
+    verdict: Verdict
+    reason: str
+
+
+class Detector:
+    """Decides from the losses of a run whether it is time to grow.
+
+    The first rule that applies decides:
+
+    1. *too late*: in the last 20 % of a run of known length.
+    2. *too early*: in the first 10 % of the run or 500 updates, whichever is less.
+    3. *overfitting*: the smoothed gate loss is above its lowest value, reached at least three
+       evaluations ago, by more than 2 % of all that it had fallen and by more than three times
+       the typical (median) change between two of the last evaluations; and the training loss
+       has fallen since (or is unknown).
+    4. *diminishing*: over the last ``window`` evaluations the smoothed gate loss fell by less
+       than ``fraction`` of what it has fallen since the start. A plateau is its extreme.
+    5. *deadline*: ``deadline`` of the horizon has passed since the start or the last change.
+
+    Args:
+        window: Evaluations looked back on; at least 2.
+        fraction: Share of the fall since the start, in (0, 1).
+        deadline: Share of the horizon, in (0, 1].
+        rise_fraction: Share of the fall since the start that a real rise exceeds, in (0, 1).
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    EARLY_FRACTION: Final = 0.10
+    EARLY_UPDATES: Final = 500
+    LATE_FRACTION: Final = 0.80
+    NOISE_FACTOR: Final = 3.0
+    MIN_SINCE_BEST: Final = 3
+
+    def __init__(
+        self,
+        window: int = 5,
+        fraction: float = 0.15,
+        *,
+        deadline: float = 0.40,
+        rise_fraction: float = 0.02,
+    ) -> None:
+        if window < 2:
+            msg = f"window is a number of evaluations, at least 2, got {window}"
+            raise ValueError(msg)
+        for name, share in (("fraction", fraction), ("rise_fraction", rise_fraction)):
+            if not 0.0 < share < 1.0:
+                msg = f"{name} is a share in (0, 1), got {share}"
+                raise ValueError(msg)
+        if not 0.0 < deadline <= 1.0:
+            msg = f"deadline is a share of the horizon in (0, 1], got {deadline}"
+            raise ValueError(msg)
+        self.window = window
+        self.fraction = fraction
+        self.deadline = deadline
+        self.rise_fraction = rise_fraction
+        self._updates: list[int] = []
+        self._gate: list[float] = []
+        self._train: list[float | None] = []
+
+    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> bool:
+        """Take one evaluation.
+
+        Args:
+            update: Number of updates done.
+            train_loss: Mean training loss since the last evaluation; None where unknown.
+            gate_loss: Loss on the gate split.
+
+        Returns:
+            False where the gate loss is not finite: such an evaluation tells nothing about
+            returns and is left out.
+        """
+        if not math.isfinite(gate_loss):
+            return False
+        known = train_loss is not None and math.isfinite(train_loss)
+        self._updates.append(update)
+        self._gate.append(float(gate_loss))
+        self._train.append(train_loss if known else None)
+        return True
+
+    def decide(
+        self, update: int, horizon: int | None, last_change_update: int | None = None
+    ) -> Decision:
+        """Apply the rules.
+
+        Args:
+            update: Number of updates done.
+            horizon: Length of the run in updates; None where unknown.
+            last_change_update: When the last graft ended, by a verdict or a removal; None where
+                there was none.
+        """
+        outside = out_of_time(update, horizon) or self._too_early(update, horizon)
+        if outside:
+            return outside
+        enough = len(self._gate) > self.window
+        if enough:
+            decision = self._overfitting() or self._diminishing()
+            if decision:
+                return decision
+        return self._deadline(update, horizon, last_change_update) or self._not_yet(enough=enough)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was observed, as JSON-able values of its own."""
+        return {
+            "format_version": _STATE_VERSION,
+            "updates": list(self._updates),
+            "gate": list(self._gate),
+            "train": list(self._train),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another detector observed; the settings stay this one's.
+
+        Raises:
+            ValueError: The state is of another format.
+        """
+        if state.get("format_version") != _STATE_VERSION:
+            msg = (
+                f"detector state of format {state.get('format_version')!r}, "
+                f"this Esper reads {_STATE_VERSION}"
+            )
+            raise ValueError(msg)
+        self._updates = list(state["updates"])
+        self._gate = list(state["gate"])
+        self._train = list(state["train"])
+
+    def _too_early(self, update: int, horizon: int | None) -> Decision | None:
+        start = self.EARLY_UPDATES
+        if horizon is not None:
+            start = min(start, math.ceil(self.EARLY_FRACTION * horizon))
+        if update >= start:
+            return None
+        return Decision(
+            grow=False,
+            verdict="too_early",
+            reason=f"update {update}: nothing grows before update {start}",
+        )
+
+    def _overfitting(self) -> Decision | None:
+        gate = _smoothed(self._gate)
+        best = min(range(len(gate)), key=gate.__getitem__)
+        rise = gate[-1] - gate[best]
+        if len(gate) - 1 - best < self.MIN_SINCE_BEST or not self._is_real(rise, gate[best]):
+            return None
+        known = [loss for loss in self._train[best:] if loss is not None]
+        if len(known) > 1 and _smoothed(known)[-1] >= known[0]:
+            return None
+        since = f"since update {self._updates[best]}"
+        training = "the training loss fell" if len(known) > 1 else "the training loss is unknown"
+        return Decision(
+            grow=False,
+            verdict="overfitting",
+            reason=f"the gate loss rose by {rise:.3g} {since} while {training}: "
+            "more capacity is the wrong medicine",
+        )
+
+    def _is_real(self, rise: float, best: float) -> bool:
+        """Tell a rise of the gate loss from its noise."""
+        recent = self._gate[-2 * self.window - 1 :]
+        noise = median(abs(b - a) for a, b in itertools.pairwise(recent))
+        fallen = max(self._gate[0] - best, 0.0)
+        return rise > self.NOISE_FACTOR * noise and rise > self.rise_fraction * fallen
+
+    def _diminishing(self) -> Decision | None:
+        gate = _smoothed(self._gate)
+        recently = gate[-1 - self.window] - gate[-1]
+        in_all = max(gate[0] - gate[-1], 0.0)
+        if recently > 0.0 and recently >= self.fraction * in_all:
+            return None
+        return Decision(
+            grow=True,
+            verdict="diminishing",
+            reason=f"the gate loss fell by {recently:.3g} over the last {self.window} "
+            f"evaluations, by {in_all:.3g} since the start",
+        )
+
+    def _deadline(
+        self, update: int, horizon: int | None, last_change_update: int | None
+    ) -> Decision | None:
+        if horizon is None or update - (last_change_update or 0) < self.deadline * horizon:
+            return None
+        since = "the start" if last_change_update is None else f"update {last_change_update}"
+        return Decision(
+            grow=True,
+            verdict="deadline",
+            reason=f"{self.deadline:.0%} of the run passed since {since}: the gates decide",
+        )
+
+    def _not_yet(self, *, enough: bool) -> Decision:
+        if enough:
+            return Decision(grow=False, verdict="improving", reason="the gate loss still falls")
+        return Decision(
+            grow=False,
+            verdict="too_early",
+            reason=f"{len(self._gate)} evaluations, {self.window + 1} needed",
+        )
+
+
+def out_of_time(update: int, horizon: int | None) -> Decision | None:
+    """Decline in the last 20 % of a run of known length; None otherwise.
+
+    Args:
+        update: Number of updates done.
+        horizon: Length of the run in updates; None where unknown.
+    """
+    if horizon is None or update < Detector.LATE_FRACTION * horizon:
+        return None
+    return Decision(
+        grow=False,
+        verdict="too_late",
+        reason=f"update {update} of {horizon}: nothing grows in the last "
+        f"{1 - Detector.LATE_FRACTION:.0%} of a run",
+    )
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Return the median of each loss and the two before it; the first stays as it is."""
+    return [losses[0], *(median(losses[max(0, i - 2) : i + 1]) for i in range(1, len(losses)))]
