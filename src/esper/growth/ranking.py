@@ -1,0 +1,421 @@
+"""Where and what to grow: candidates ordered by the gain that their readout could reach.
+
+Tensors are float64 on the CPU. Shape suffixes: R rows (positions of samples, drawn at random),
+F features of the kernel's zeroed layer, P features of the host layer (its input patches and a
+one), O output features, K splits (disjoint sets of samples).
+
+A kernel that ends in a zeroed affine layer with weight ``W`` adds ``delta = W f``. To first
+order the loss falls by ``-tr(W G^T)`` with ``G = sum(g f^T)``, and along the whitened gradient
+step ``W = -G C^-1`` by
+
+    gain = tr(G1 C^-1 G2^T),
+
+with ``C`` the ridge-regularised second moment of ``f`` and ``G1``, ``G2`` from disjoint samples,
+so that the noise of ``g`` does not add to it. Before, what the host layer's own features explain
+of ``g`` is projected out: the host can learn that by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from esper.growth.recording import SiteObservation, finite_steps
+
+NUM_SPLITS: Final = 8
+MAX_ROWS: Final = 8192
+MAX_FEATURES: Final = 512
+RIDGE: Final = 1e-3
+
+Rows = tuple[Tensor, ...]
+Block = tuple[Tensor, slice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A kernel that could be grafted at a site.
+
+    Attributes:
+        site: Name of the layer.
+        blueprint: Name of the blueprint.
+        kernel: A kernel with its initial weights; it is copied, never trained or changed.
+        zeroed: Name in the kernel of the tensor that makes its output exactly zero, or None:
+            such a kernel gets no score.
+        position: ``"parallel"`` (reads the host's input) or ``"serial"`` (its output).
+        parameters: Number of parameters.
+        flops: FLOPs of a forward of one sample; None where not counted.
+    """
+
+    site: str
+    blueprint: str
+    kernel: nn.Module
+    zeroed: str | None
+    position: str = "parallel"
+    parameters: int = 0
+    flops: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankedCandidate:
+    """A candidate with its score.
+
+    Attributes:
+        candidate: The candidate.
+        gain: Predicted gain, in the ranking's own unit; None where it has no score.
+        stderr: Standard error of the gain; None where it has none.
+        reason: Why there is no score; empty where there is one.
+    """
+
+    candidate: Candidate
+    gain: float | None
+    stderr: float | None
+    reason: str = ""
+
+    @property
+    def site(self) -> str:
+        """Name of the layer."""
+        return self.candidate.site
+
+    @property
+    def blueprint(self) -> str:
+        """Name of the blueprint."""
+        return self.candidate.blueprint
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return self.candidate.parameters
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of a forward of one sample; None where not counted."""
+        return self.candidate.flops
+
+
+class Ranking(Protocol):
+    """Orders candidates. One method: what a candidate may cost is the budget's question."""
+
+    def rank(
+        self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
+    ) -> list[RankedCandidate]:
+        """Return every candidate once, best first, those without a score last."""
+        ...
+
+
+class FirstOrderGain:
+    """Ranks by the first-order gain of the readout, whitened; the default.
+
+    Args:
+        ridge: Ridge on second moments, as a share of their mean eigenvalue; above 0.
+        random_seed: Starts the generator that draws rows, and the kernels' random numbers.
+    """
+
+    def __init__(self, *, ridge: float = RIDGE, random_seed: int = 0) -> None:
+        self._ridge = ridge
+        self._random_seed = random_seed
+
+    def rank(
+        self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
+    ) -> list[RankedCandidate]:
+        """Score every candidate on the observations of its site."""
+        residuals: dict[str, _Site | str] = {}
+        ranked = []
+        for candidate in candidates:
+            site = residuals.get(candidate.site)
+            if site is None:
+                seen = observations.get(candidate.site)
+                site = _observe(seen, ridge=self._ridge, random_seed=self._random_seed)
+                residuals[candidate.site] = site
+            ranked.append(self._score(site, candidate))
+        return in_order(ranked)
+
+    def _score(self, site: _Site | str, candidate: Candidate) -> RankedCandidate:
+        if isinstance(site, str):
+            return _without_score(candidate, site)
+        found = _readout_features(site, candidate, self._random_seed)
+        if isinstance(found, str):
+            return _without_score(candidate, found)
+        moments = [
+            _whitened_moments(f_RF, site.residuals[:, outputs], site.splits, ridge=self._ridge)
+            for f_RF, outputs in found
+        ]
+        gain, stderr = pairwise_gain(torch.cat(moments, dim=1))
+        return RankedCandidate(candidate=candidate, gain=gain, stderr=stderr)
+
+
+class GradientNorm:
+    """Ranks by the norm of the readout's gradient per parameter; for comparison.
+
+    Args:
+        random_seed: Starts the generator that draws rows, and the kernels' random numbers.
+    """
+
+    def __init__(self, *, random_seed: int = 0) -> None:
+        self._random_seed = random_seed
+
+    def rank(
+        self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
+    ) -> list[RankedCandidate]:
+        """Score every candidate on the observations of its site."""
+        return in_order(
+            [self._score(observations.get(candidate.site), candidate) for candidate in candidates]
+        )
+
+    def _score(self, seen: SiteObservation | None, candidate: Candidate) -> RankedCandidate:
+        site = _observe(seen, ridge=None, random_seed=self._random_seed)
+        if isinstance(site, str):
+            return _without_score(candidate, site)
+        found = _readout_features(site, candidate, self._random_seed)
+        if isinstance(found, str):
+            return _without_score(candidate, found)
+        squares = [
+            (site.residuals[:, outputs].T @ f_RF).square().sum() / len(f_RF) ** 2
+            for f_RF, outputs in found
+        ]
+        norm = math.sqrt(float(torch.stack(squares).sum()))
+        return RankedCandidate(
+            candidate=candidate, gain=norm / max(1, candidate.parameters), stderr=None
+        )
+
+
+class RandomChoice:
+    """Ranks in a random order; the control that every ranking has to beat.
+
+    Args:
+        random_seed: Starts the generator.
+    """
+
+    def __init__(self, random_seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(random_seed)
+
+    def rank(
+        self,
+        observations: Mapping[str, SiteObservation],  # noqa: ARG002 - the protocol's signature
+        candidates: Iterable[Candidate],
+    ) -> list[RankedCandidate]:
+        """Give every candidate a random score in [0, 1)."""
+        listed = list(candidates)
+        scores = torch.rand(len(listed), generator=self._generator, dtype=torch.float64).tolist()
+        return in_order(
+            [
+                RankedCandidate(candidate=candidate, gain=score, stderr=None)
+                for candidate, score in zip(listed, scores, strict=True)
+            ]
+        )
+
+
+def rank_candidates(
+    observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
+) -> list[RankedCandidate]:
+    """Rank by the default method with its default settings."""
+    return FirstOrderGain().rank(observations, candidates)
+
+
+def in_order(ranked: Iterable[RankedCandidate]) -> list[RankedCandidate]:
+    """Sort best first; without a score last; equal scores by site and blueprint."""
+
+    def key(entry: RankedCandidate) -> tuple[float, str, str]:
+        return (math.inf if entry.gain is None else -entry.gain, entry.site, entry.blueprint)
+
+    return sorted(ranked, key=key)
+
+
+def pairwise_gain(moments_KD: Tensor) -> tuple[float, float]:
+    """Return the mean inner product of distinct rows, and its jackknife standard error.
+
+    Args:
+        moments_KD: float64, shape (splits, dimensions), at least three splits.
+    """
+    num_splits = len(moments_KD)
+    products_KK = moments_KD @ moments_KD.T
+    products_KK.fill_diagonal_(0.0)
+    per_split_K = 2.0 * products_KK.sum(dim=1)
+    total = float(products_KK.sum())
+    gain = total / (num_splits * (num_splits - 1))
+    without_K = (total - per_split_K) / ((num_splits - 1) * (num_splits - 2))
+    spread = float((without_K - without_K.mean()).square().sum())
+    return gain, math.sqrt(spread * (num_splits - 1) / num_splits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Site:
+    """The rows of a site that kernels are judged on.
+
+    ``rows`` indexes sample and position; ``splits``, shape (R,), says which split a row's sample
+    belongs to; ``residuals`` has shape (R, O).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    rows: Rows
+    splits: Tensor
+    residuals: Tensor
+
+
+def _observe(seen: SiteObservation | None, *, ridge: float | None, random_seed: int) -> _Site | str:
+    """Gather a site's rows, or say why there are none. Without a ridge nothing is projected."""
+    steps = list(finite_steps(seen)) if seen is not None else []
+    if seen is None or not steps:
+        return "nothing was recorded at the site"
+    if any(
+        a.shape[1:] != b.shape[1:]
+        for s, t in itertools.pairwise(steps)
+        for a, b in zip(s, t, strict=True)
+    ):
+        return "the site's shapes change from step to step"
+    inputs, outputs, gradients = (torch.cat(values) for values in zip(*steps, strict=True))
+    if len(gradients) < 2 * NUM_SPLITS:
+        return f"too little was recorded: {len(gradients)} samples, {2 * NUM_SPLITS} needed"
+    rows = _draw_rows(seen.layer, gradients, random_seed)
+    residual_RO = _rows_of(seen.layer, gradients, rows)
+    if ridge is not None and _can_learn(seen.layer):
+        for p_RP, outputs_of_block in _features(seen.layer, inputs, rows, random_seed):
+            ones_R1 = torch.ones(len(p_RP), 1, dtype=torch.float64)
+            block_RO = residual_RO[:, outputs_of_block]
+            residual_RO[:, outputs_of_block] = _residual(
+                torch.cat([p_RP, ones_R1], dim=1), block_RO, ridge=ridge
+            )
+    split_R = rows[0] * NUM_SPLITS // len(gradients)
+    return _Site(inputs=inputs, outputs=outputs, rows=rows, splits=split_R, residuals=residual_RO)
+
+
+def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> list[Block] | str:
+    """Run a kernel up to its zeroed layer and return that layer's features, row by row."""
+    if candidate.zeroed is None:
+        return "its output is not zeroed by one affine layer"
+    source = site.inputs if candidate.position == "parallel" else site.outputs
+    kernel = copy.deepcopy(candidate.kernel).to(source.device)
+    readout = kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
+    if not isinstance(readout, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f"its zeroed layer is a {type(readout).__name__}, not affine"
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = readout.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with handle, torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(random_seed)
+        kernel(source.to(readout.weight.dtype))
+    if [output.shape for _, output in seen] != [site.outputs.shape]:
+        return "its zeroed layer does not give the site's output position by position"
+    return list(_features(readout, seen[0][0], site.rows, random_seed))
+
+
+def _whitened_moments(f_RF: Tensor, g_RO: Tensor, split_R: Tensor, *, ridge: float) -> Tensor:
+    """Return per split the cross moment of features and gradient, whitened and flattened.
+
+    The inner product of two rows of the result is ``tr(G1 C^-1 G2^T)``.
+    """
+    factor_FF = torch.linalg.cholesky(_second_moment(f_RF, ridge=ridge))
+    moments = []
+    for split in range(NUM_SPLITS):
+        chosen_R = split_R == split
+        cross_FO = f_RF[chosen_R].T @ g_RO[chosen_R] / max(1, int(chosen_R.sum()))
+        moments.append(torch.linalg.solve_triangular(factor_FF, cross_FO, upper=False).flatten())
+    return torch.stack(moments)
+
+
+def _residual(p_RP: Tensor, g_RO: Tensor, *, ridge: float) -> Tensor:
+    """Return what ridge regression on ``p`` leaves of ``g``."""
+    second_PP = _second_moment(p_RP, ridge=ridge)
+    weights_PO = torch.cholesky_solve(p_RP.T @ g_RO / len(p_RP), torch.linalg.cholesky(second_PP))
+    return g_RO - p_RP @ weights_PO
+
+
+def _second_moment(f_RF: Tensor, *, ridge: float) -> Tensor:
+    """Return the second moment, its diagonal raised by a share of its mean (1 if all is 0)."""
+    second_FF = f_RF.T @ f_RF / len(f_RF)
+    mean = float(second_FF.diagonal().mean())
+    second_FF.diagonal().add_(ridge * mean if mean > 0.0 else 1.0)
+    return second_FF
+
+
+def _can_learn(layer: nn.Module) -> bool:
+    """Whether the host layer can take up by itself what its features explain."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _draw_rows(layer: nn.Module, gradients: Tensor, random_seed: int) -> Rows:
+    """Draw positions of samples: all of them where they are few."""
+    axes = [i for i in range(gradients.ndim) if i != _feature_axis(layer, gradients)]
+    sizes = [gradients.shape[i] for i in axes]
+    total = math.prod(sizes)
+    generator = torch.Generator().manual_seed(random_seed)
+    flat = torch.randperm(total, generator=generator)[:MAX_ROWS].sort().values
+    return torch.unravel_index(flat, sizes)
+
+
+def _rows_of(layer: nn.Module, values: Tensor, rows: Rows) -> Tensor:
+    """Return the feature vectors at the rows, float64 on the CPU."""
+    last = values.movedim(_feature_axis(layer, values), -1)
+    return last[tuple(index.to(values.device) for index in rows)].to("cpu", torch.float64)
+
+
+def _feature_axis(layer: nn.Module, values: Tensor) -> int:
+    """Channels come second in what a convolution gives, features last everywhere else."""
+    convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return 1 if convolution else values.ndim - 1
+
+
+def _features(layer: nn.Module, inputs: Tensor, rows: Rows, random_seed: int) -> Iterator[Block]:
+    """Yield what an affine layer multiplies with its weight, with the outputs that it is for.
+
+    Wider features are cut to ``MAX_FEATURES`` drawn at random. A layer that is not affine has
+    none that is known.
+    """
+    if isinstance(layer, nn.Linear):
+        yield _at_most(_rows_of(layer, inputs, rows), random_seed), slice(0, layer.out_features)
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        windows = _windows(layer, inputs)
+        index = tuple(i.to(inputs.device) for i in rows)
+        width_in = layer.in_channels // layer.groups
+        width_out = layer.out_channels // layer.groups
+        for group in range(layer.groups):
+            part = windows[:, group * width_in : (group + 1) * width_in].movedim(1, len(rows))
+            p_RP = part[index].flatten(1).to("cpu", torch.float64)
+            outputs = slice(group * width_out, (group + 1) * width_out)
+            yield _at_most(p_RP, random_seed), outputs
+
+
+def _at_most(p_RP: Tensor, random_seed: int) -> Tensor:
+    if p_RP.shape[1] <= MAX_FEATURES:
+        return p_RP
+    generator = torch.Generator().manual_seed(random_seed)
+    return p_RP[:, torch.randperm(p_RP.shape[1], generator=generator)[:MAX_FEATURES]]
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    """Return a view (N, C, *positions, *kernel) of what a convolution sees at each position."""
+    padded = _padded(layer, inputs)
+    settings = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(settings, start=2):
+        padded = padded.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return padded
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    """Pad the input as the convolution does."""
+    amounts: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        amounts += _padding(layer, axis)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return nn.functional.pad(inputs, amounts, mode=mode) if any(amounts) else inputs
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, axis: int) -> Sequence[int]:
+    """Return the padding before and after along one spatial axis."""
+    if layer.padding == "valid":
+        return 0, 0
+    if isinstance(layer.padding, str):
+        total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        return total // 2, total - total // 2
+    return layer.padding[axis], layer.padding[axis]
+
+
+def _without_score(candidate: Candidate, reason: str) -> RankedCandidate:
+    return RankedCandidate(candidate=candidate, gain=None, stderr=None, reason=reason)

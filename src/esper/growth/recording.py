@@ -1,0 +1,156 @@
+"""Recording what reaches a site in ordinary training steps, without a trace in the run.
+
+A forward hook clones a few samples of a site's input and output, a tensor hook the gradient of
+the loss at that output. Neither returns anything, and samples are drawn from a generator of the
+recorder's own, so that the run stays bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+MAX_SAMPLES: Final = 512
+MAX_ELEMENTS: Final = 1 << 24
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SiteObservation:
+    """What was recorded at one site. The batch is axis 0 of every tensor.
+
+    Attributes:
+        site: Name of the layer.
+        layer: The layer itself, as it is now.
+        inputs: Per recorded step, samples of the layer's input, on its device.
+        outputs: The same samples of its output.
+        gradients: The same samples of the gradient of the loss at the output, times the number
+            of samples in the step's batch: of each sample's own loss, where the loss is a mean.
+    """
+
+    site: str
+    layer: nn.Module
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples recorded so far."""
+        return sum(len(gradient) for gradient in self.gradients)
+
+
+class Recorder:
+    """Records samples at several sites at once, until it is closed or has enough.
+
+    Use as a context manager, or call :meth:`close`.
+
+    Args:
+        layers: The sites by name.
+        samples_per_step: Samples kept of each batch, at least 1.
+        max_samples: Samples kept in all, per site; a site that has them is left alone.
+        max_elements: Elements kept in all, per site: bounds the memory whatever the shapes.
+        random_seed: Starts the generator that draws the samples.
+
+    Raises:
+        ValueError: ``samples_per_step`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        samples_per_step: int = 32,
+        max_samples: int = MAX_SAMPLES,
+        max_elements: int = MAX_ELEMENTS,
+        random_seed: int = 0,
+    ) -> None:
+        if samples_per_step < 1:
+            msg = f"samples_per_step is at least 1, got {samples_per_step}"
+            raise ValueError(msg)
+        self.observations = {
+            name: SiteObservation(site=name, layer=layer) for name, layer in layers.items()
+        }
+        self._samples_per_step = samples_per_step
+        self._max_samples = max_samples
+        self._max_elements = max_elements
+        self._generator = torch.Generator().manual_seed(random_seed)
+        self._handles = [
+            layer.register_forward_hook(self._hook(self.observations[name]))
+            for name, layer in layers.items()
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def done(self) -> bool:
+        """Whether every site has all the samples that it may keep."""
+        return all(self._room(o) < 1 for o in self.observations.values())
+
+    def close(self) -> None:
+        """Remove every hook; the observations stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, observation: SiteObservation) -> Any:
+        def after_forward(_layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.is_grad_enabled() and _can_be_recorded(args, output):
+                self._record(observation, args[0], output)
+
+        return after_forward
+
+    def _record(self, observation: SiteObservation, x: Tensor, h: Tensor) -> None:
+        """Keep samples of input and output now, and of the gradient when it comes."""
+        num_kept = min(self._samples_per_step, self._room(observation), len(h))
+        num_kept = min(num_kept, self._affordable(x, h))
+        if num_kept < 1:
+            return
+        drawn = torch.randperm(len(h), generator=self._generator)[:num_kept]
+        index = drawn.sort().values.to(h.device)
+        kept_x, kept_h = (value.detach().index_select(0, index) for value in (x, h))
+
+        def after_backward(gradient: Tensor) -> None:
+            if self._handles and self._room(observation) >= num_kept:
+                observation.inputs.append(kept_x)
+                observation.outputs.append(kept_h)
+                scaled = gradient.detach().index_select(0, index) * len(gradient)
+                observation.gradients.append(scaled)
+
+        h.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
+
+    def _room(self, observation: SiteObservation) -> int:
+        return self._max_samples - observation.num_samples
+
+    def _affordable(self, x: Tensor, h: Tensor) -> int:
+        """Return how many samples of this shape a step may keep, for the budget of elements."""
+        per_sample = (x.numel() + 2 * h.numel()) // len(h)
+        num_steps = max(1, self._max_samples // self._samples_per_step)
+        return self._max_elements // max(1, per_sample * num_steps)
+
+
+def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
+    """Tell a training forward of one tensor per sample from everything else."""
+    from esper.execution.shadow import in_shadow_pass
+
+    return (
+        bool(args)
+        and all(isinstance(value, Tensor) for value in (args[0], output))
+        and output.requires_grad
+        and min(args[0].ndim, output.ndim) > 1
+        and len(args[0]) == len(output) > 0
+        and not in_shadow_pass()
+    )
+
+
+def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield input, output and gradient of each recorded step in which all are finite."""
+    steps = zip(observation.inputs, observation.outputs, observation.gradients, strict=True)
+    return (step for step in steps if all(bool(value.isfinite().all()) for value in step))
