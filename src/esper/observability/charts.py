@@ -1,0 +1,292 @@
+"""Charts as inline SVG: lines with marks on them, and lanes of stages.
+
+Colours are classes that the page's style sheet fills in, once for light and once for dark. No
+line is told from another by colour alone: each has its own dashes and its label at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from esper.observability.markup import Markup, element, join
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+WIDTH: Final = 860.0
+HEIGHT: Final = 340.0
+LEFT: Final = 64.0
+RIGHT: Final = 130.0
+TOP: Final = 14.0
+BOTTOM: Final = 46.0
+LABEL_GAP: Final = 16.0
+LANE_HEIGHT: Final = 18.0
+
+MARK_SHAPES: Final = {
+    "admitted": "M0,-6 L5.5,4 L-5.5,4 Z",
+    "fossilized": "M0,-6.5 L6.5,0 L0,6.5 L-6.5,0 Z",
+    "culled": "M-4.5,-4.5 L4.5,4.5 M4.5,-4.5 L-4.5,4.5",
+}
+"""Outline of each mark around its point: a triangle, a diamond, a cross."""
+
+STAGE_HEIGHTS: Final = {"germinated": 4.0, "audition": 4.0, "blending": 8.0, "holding": 12.0}
+"""Height of a stage's bar in its lane, so that stages differ in shape and not only in colour."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        style: Name of its style class, for example ``"grown"``.
+        points: (x, y), x rising.
+        label: Written at its end; empty for a faint line behind the others.
+        steps: Whether a value holds until the next point, instead of moving there in a line.
+    """
+
+    style: str
+    points: tuple[tuple[float, float], ...]
+    label: str = ""
+    steps: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A symbol at a point. ``kind`` is a key of :data:`MARK_SHAPES`; ``text`` is its tooltip."""
+
+    kind: str
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Lines over one horizontal axis.
+
+    Attributes:
+        name: Unique on the page, for the ids of its title and description.
+        title: What it shows, for people who cannot see it.
+        description: What can be read off it, for people who cannot see it.
+        x_label: Name of the horizontal axis.
+        y_label: Name and unit of the vertical axis.
+        series: Lines, drawn in order.
+        marks: Symbols, drawn over the lines.
+        y_range: Lowest and highest value shown; None takes them from the lines.
+    """
+
+    name: str
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    marks: tuple[Mark, ...] = ()
+    y_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """The map from a value to a coordinate, ``start`` at ``low`` and ``end`` at ``high``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Return the coordinate of ``value``."""
+        span = self.high - self.low
+        share = (value - self.low) / span if span else 0.5
+        return self.start + share * (self.end - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A stage of a graft: ``stage`` from update ``start`` to ``end``; ``text`` is its tooltip."""
+
+    stage: str
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """One graft's life: its bars, and how it ended (``""`` if it has not)."""
+
+    label: str
+    bars: tuple[Bar, ...]
+    verdict: str = ""
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about ``count`` round numbers within [low, high], rising.
+
+    They are multiples of 1, 2 or 5 times a power of ten.
+    """
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def draw_lines(chart: Chart) -> Markup:
+    """Return a chart as an SVG element, or a sentence if there is nothing to draw."""
+    points = [point for series in chart.series for point in series.points]
+    if not points:
+        return element("p", f"{chart.title}: nothing was recorded.", class_="empty")
+    x_scale = _x_scale([x for x, _ in points])
+    low, high = chart.y_range or _padded([y for _, y in points])
+    y_scale = Scale(low=low, high=high, start=HEIGHT - BOTTOM, end=TOP)
+    clip = f"{chart.name}-area"
+    lines = [_line(series, x_scale, y_scale) for series in chart.series if series.points]
+    marks = [_mark(mark, x_scale, y_scale) for mark in chart.marks if low <= mark.y <= high]
+    return _svg(
+        chart.name,
+        chart.title,
+        chart.description,
+        HEIGHT,
+        _clip(clip),
+        *_y_axis(y_scale, chart.y_label),
+        *_x_axis(x_scale, chart.x_label, HEIGHT - BOTTOM),
+        element("g", *lines, clip_path=f"url(#{clip})"),
+        element("g", *marks),
+        *_end_labels(chart.series, x_scale, y_scale),
+    )
+
+
+def draw_lanes(
+    name: str, title: str, description: str, lanes: Sequence[Lane], last_update: float
+) -> Markup:
+    """Return lives of grafts as lanes over the updates, or a sentence if there are none."""
+    if not lanes:
+        return element("p", f"{title}: no graft was tried.", class_="empty")
+    bottom = TOP + LANE_HEIGHT * len(lanes)
+    x_scale = _x_scale([0.0, last_update])
+    rows = [
+        _lane(lane, x_scale, TOP + LANE_HEIGHT * (row + 0.5), last_update)
+        for row, lane in enumerate(lanes)
+    ]
+    axis = _x_axis(x_scale, "updates", bottom)
+    return _svg(name, title, description, bottom + BOTTOM, *axis, *rows)
+
+
+def _svg(name: str, title: str, description: str, height: float, *children: Markup) -> Markup:
+    return element(
+        "svg",
+        element("title", title, id=f"{name}-title"),
+        element("desc", description, id=f"{name}-desc"),
+        *children,
+        view_box=f"0 0 {WIDTH:g} {height:g}",
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+    )
+
+
+def _x_scale(values: Iterable[float]) -> Scale:
+    values = list(values)
+    return Scale(low=min(values), high=max(values), start=LEFT, end=WIDTH - RIGHT)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
+    return low - room, high + room
+
+
+def _clip(name: str) -> Markup:
+    area = element(
+        "rect",
+        x=LEFT,
+        y=TOP - 2,
+        width=WIDTH - LEFT - RIGHT + 2,
+        height=HEIGHT - TOP - BOTTOM + 4,
+    )
+    return element("clipPath", area, id=name)
+
+
+def _y_axis(scale: Scale, label: str) -> list[Markup]:
+    parts = []
+    for value in ticks(scale.low, scale.high):
+        y = scale(value)
+        grid = element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
+        text = element("text", f"{value:,g}", class_="tick end", x=LEFT - 8, y=y + 4)
+        parts += [grid, text]
+    middle = (scale.start + scale.end) / 2
+    turned = f"translate(14 {middle:g}) rotate(-90)"
+    return [*parts, element("text", label, class_="axis middle", transform=turned)]
+
+
+def _x_axis(scale: Scale, label: str, bottom: float) -> list[Markup]:
+    parts = [element("line", class_="base", x1=scale.start, x2=scale.end, y1=bottom, y2=bottom)]
+    for value in ticks(scale.low, scale.high, 6):
+        x = scale(value)
+        parts.append(element("line", class_="base", x1=x, x2=x, y1=bottom, y2=bottom + 5))
+        parts.append(element("text", f"{value:,g}", class_="tick middle", x=x, y=bottom + 19))
+    middle = (scale.start + scale.end) / 2
+    return [*parts, element("text", label, class_="axis middle", x=middle, y=bottom + 38)]
+
+
+def _line(series: Series, x_scale: Scale, y_scale: Scale) -> Markup:
+    path, before = [], None
+    for x, y in series.points:
+        if series.steps and before is not None:
+            path.append(f"{x_scale(x):.1f},{y_scale(before):.1f}")
+        path.append(f"{x_scale(x):.1f},{y_scale(y):.1f}")
+        before = y
+    weight = "line" if series.label else "line faint"
+    return element("polyline", class_=f"{weight} {series.style}", points=" ".join(path))
+
+
+def _mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> Markup:
+    place = f"translate({x_scale(mark.x):.1f} {y_scale(mark.y):.1f})"
+    tip = element("title", mark.text)
+    shape = MARK_SHAPES[mark.kind]
+    return element("path", tip, class_=f"mark {mark.kind}", d=shape, transform=place)
+
+
+def _end_labels(series: Sequence[Series], x_scale: Scale, y_scale: Scale) -> list[Markup]:
+    """Return the labels at the ends of the lines, moved apart where they would overlap."""
+    named = [line for line in series if line.label and line.points]
+    named.sort(key=lambda line: y_scale(line.points[-1][1]))
+    labels, y = [], -math.inf
+    for line in named:
+        y = max(y_scale(line.points[-1][1]), y + LABEL_GAP)
+        x = x_scale(line.points[-1][0]) + 8
+        labels.append(element("text", line.label, class_=f"name {line.style}", x=x, y=y + 4))
+    return labels
+
+
+def _lane(lane: Lane, scale: Scale, y: float, last_update: float) -> Markup:
+    bars = [_bar(bar, scale, y) for bar in lane.bars]
+    end = lane.bars[-1].end if lane.bars else 0.0
+    life = []
+    if lane.verdict == "fossilized":
+        x1, x2 = scale(end), scale(last_update)
+        life.append(element("line", class_="fossil-life", x1=x1, x2=x2, y1=y, y2=y))
+    if lane.verdict:
+        level = Scale(low=0.0, high=1.0, start=y, end=y)
+        mark = Mark(kind=lane.verdict, x=end, y=0.0, text=f"{lane.verdict} at update {end:,g}")
+        life.append(_mark(mark, scale, level))
+    label = element("text", lane.label, class_="tick", x=WIDTH - RIGHT + 10, y=y + 4)
+    return join(*bars, *life, label)
+
+
+def _bar(bar: Bar, scale: Scale, y: float) -> Markup:
+    height = STAGE_HEIGHTS[bar.stage]
+    return element(
+        "rect",
+        element("title", bar.text),
+        class_=f"stage {bar.stage}",
+        x=scale(bar.start),
+        y=y - height / 2,
+        width=max(scale(bar.end) - scale(bar.start), 0.5),
+        height=height,
+    )

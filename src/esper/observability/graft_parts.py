@@ -1,0 +1,187 @@
+"""The parts of a page that show grafts: their table, timeline, lanes, alphas and marks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from esper.contracts.lifecycle import GraftStage
+from esper.observability.charts import Bar, Lane, Mark, Series
+from esper.observability.page_frame import Column, table
+from esper.observability.wording import NOT_MEASURED, number_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from esper.contracts.report import GraftRecord, RunReport, TimelineEntry
+    from esper.observability.markup import Markup
+
+STAGE_CAPTION: Final = (
+    "Each row is one graft: thin grey while it is in audition (outside the model), orange while "
+    "it blends in, tall blue while it is held and judged; a diamond and a green line once it is "
+    "permanent, a cross where it was removed."
+)
+GRAFT_COLUMNS: Final = (
+    Column(head="graft"),
+    Column(head="kernel"),
+    Column(head="site"),
+    Column(head="parameters", kind="number"),
+    Column(head="contribution (loss saved, against the twin)", kind="number"),
+    Column(head="against the host alone", kind="number"),
+    Column(head="dependence (on minus off)", kind="number"),
+    Column(head="verdict"),
+    Column(head="reason", kind="text"),
+)
+
+
+def graft_table(named: Iterable[tuple[str, GraftRecord]]) -> Markup:
+    """Return a table with one row per graft; each comes with the name to show for it."""
+    rows = [_graft_row(name, graft) for name, graft in named]
+    caption = (
+        "Contribution is what a graft brought over a twin trained without it, in loss on the gate "
+        f"split; dependence is only what switching it off costs. {NOT_MEASURED} is not measured."
+    )
+    return table(caption, GRAFT_COLUMNS, rows, "No graft was tried.")
+
+
+def timeline_table(named: Iterable[tuple[str, TimelineEntry]]) -> Markup:
+    """Return a table with one row per change of stage."""
+    columns = (
+        Column(head="graft"),
+        Column(head="update", kind="number"),
+        Column(head="kernel"),
+        Column(head="site"),
+        Column(head="stage"),
+        Column(head="reason", kind="text"),
+    )
+    rows = [
+        (name, f"{e.update:,}", e.blueprint, e.site, _stage_text(e), e.reason) for name, e in named
+    ]
+    return table("Every change of stage, in order.", columns, rows, "Nothing changed its stage.")
+
+
+def lanes_of(report: RunReport, prefix: str = "") -> list[Lane]:
+    """Return the life of every graft of a run as a lane.
+
+    Args:
+        report: The run.
+        prefix: Set before a graft's number in the lane's label.
+    """
+    return [_lane(report, graft, prefix) for graft in report.grafts]
+
+
+def alpha_series(report: RunReport, label: str = "") -> list[Series]:
+    """Return every graft's alpha over the updates, as lines with ends.
+
+    Between two recorded points alpha moves in a line; a removed graft falls to 0.
+
+    Args:
+        report: The run.
+        label: Written at the end of the line of a permanent graft, with ``{graft}`` for its
+            number; empty for faint lines.
+    """
+    series = []
+    for graft in report.grafts:
+        points = [(float(p.update), p.alpha) for p in report.alphas if p.graft == graft.graft]
+        if not points:
+            continue
+        if graft.stage is GraftStage.CULLED and graft.decided_at is not None:
+            last = points[-1][1]
+            end = float(graft.decided_at)
+            points = [p for p in points if p[0] <= end] + [(end, last), (end, 0.0)]
+        else:
+            points.append((float(report.updates), points[-1][1]))
+        style = "random" if graft.stage is GraftStage.CULLED else "grown"
+        shown = label.format(graft=graft.graft)
+        series.append(Series(style=style, points=tuple(points), label=shown))
+    return series
+
+
+def marks_of(
+    grafts: Sequence[GraftRecord], height: Callable[[float], float], prefix: str = ""
+) -> list[Mark]:
+    """Return the marks of a run's lifecycle on a curve.
+
+    Args:
+        grafts: The run's grafts.
+        height: The curve: from an update to its value.
+        prefix: Set before each mark's tooltip.
+    """
+    marks = []
+    for graft in grafts:
+        what = f"{prefix}graft {graft.graft}, {graft.blueprint} at {graft.site}"
+        if graft.admitted_at is not None:
+            marks.append(_mark("admitted", graft.admitted_at, height, what))
+        if graft.decided_at is not None and graft.stage in (
+            GraftStage.FOSSILIZED,
+            GraftStage.CULLED,
+        ):
+            marks.append(_mark(graft.stage.value, graft.decided_at, height, what))
+    return marks
+
+
+def curve(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """Return the function that moves in straight lines between ``points``, x rising."""
+
+    def value(x: float) -> float:
+        before, after = points[0], points[-1]
+        for point in points:
+            if point[0] <= x:
+                before = point
+            if point[0] >= x:
+                after = point
+                break
+        span = after[0] - before[0]
+        if span <= 0:
+            return before[1]
+        return before[1] + (x - before[0]) / span * (after[1] - before[1])
+
+    return value
+
+
+def _graft_row(name: str, graft: GraftRecord) -> tuple[str, ...]:
+    contribution = number_text(graft.contribution, "+.4f")
+    if graft.contribution_stderr is not None:
+        contribution = f"{contribution} \u00b1 {graft.contribution_stderr:.4f}"
+    reason = graft.reason
+    if graft.updates_lost:
+        reason = f"{reason}; its removal cost {graft.updates_lost:,} updates"
+    return (
+        name,
+        graft.blueprint,
+        f"{graft.site} (seed {graft.seed_idx})",
+        f"{graft.parameters:,}",
+        contribution,
+        number_text(graft.host_only_contribution, "+.4f"),
+        number_text(graft.dependence, "+.4f"),
+        f"{graft.verdict}{', folded' if graft.folded else ''}",
+        reason,
+    )
+
+
+def _stage_text(entry: TimelineEntry) -> str:
+    return entry.after.value if entry.before is None else f"{entry.before.value} to {entry.after}"
+
+
+def _lane(report: RunReport, graft: GraftRecord, prefix: str) -> Lane:
+    entries = [entry for entry in report.timeline if entry.graft == graft.graft]
+    ends = [entry.update for entry in entries[1:]] + [report.updates]
+    bars = tuple(
+        Bar(
+            stage=entry.after.value,
+            start=entry.update,
+            end=end,
+            text=f"{entry.after.value}, updates {entry.update:,} to {end:,}",
+        )
+        for entry, end in zip(entries, ends, strict=False)
+        if entry.after not in (GraftStage.FOSSILIZED, GraftStage.CULLED)
+    )
+    final = graft.stage in (GraftStage.FOSSILIZED, GraftStage.CULLED)
+    return Lane(
+        label=f"{prefix}{graft.graft}. {graft.blueprint} at {graft.site}",
+        bars=bars,
+        verdict=graft.stage.value if final else "",
+    )
+
+
+def _mark(kind: str, update: int, height: Callable[[float], float], what: str) -> Mark:
+    return Mark(kind=kind, x=update, y=height(update), text=f"{what}: {kind} at update {update:,}")

@@ -1,0 +1,185 @@
+"""The frame of a report page: the document, its style sheet, its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from esper.observability.markup import Markup, element
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+STYLE: Final = Markup("""
+:root { color-scheme: light dark;
+  --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d5dae0; --panel: #f5f7f9;
+  --host: #57606a; --grown: #0067a8; --random: #b34d00; --scratch: #00795a; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #14171b; --ink: #e7eaee; --soft: #a3adb8; --rule: #3a424c; --panel: #1d2228;
+  --host: #a9b3bd; --grown: #62b6f0; --random: #f0a04b; --scratch: #3ecfa4; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.05rem; font-weight: 600; color: var(--soft); margin: 0 0 .5rem; }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.75rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+.lead { font-size: 1.35rem; line-height: 1.4; margin: 0 0 1rem; }
+.stopped { border-left: 4px solid var(--random); padding-left: .75rem; }
+.caption, .empty, figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1rem 0; }
+.wide { overflow-x: auto; }
+.wide:focus-visible { outline: 2px solid var(--grown); outline-offset: 2px; }
+svg { display: block; width: 100%; min-width: 38rem; height: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .75rem 0; }
+caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0;
+  border-bottom: 1px solid var(--rule); }
+thead th { font-weight: 600; border-bottom: 2px solid var(--rule); vertical-align: bottom; }
+tbody th { font-weight: 600; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.text { min-width: 14rem; overflow-wrap: anywhere; }
+details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem;
+  margin: 1.25rem 0; padding: 0; }
+.facts div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
+.facts dt { color: var(--soft); font-size: .85rem; }
+.facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.small { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1rem; }
+svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  fill: var(--ink); }
+svg .tick, svg .axis { fill: var(--soft); } svg .end { text-anchor: end; }
+svg .middle { text-anchor: middle; } svg .name { font-weight: 600; }
+.grid { stroke: var(--rule); stroke-width: 1; } .base { stroke: var(--soft); stroke-width: 1; }
+.line { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
+.faint { stroke-width: 1; opacity: .35; }
+.line.host { stroke: var(--host); stroke-dasharray: 2 4; }
+.line.grown { stroke: var(--grown); }
+.line.random { stroke: var(--random); stroke-dasharray: 9 4; }
+.line.scratch { stroke: var(--scratch); stroke-dasharray: 9 3 2 3; }
+text.host { fill: var(--host); } text.grown { fill: var(--grown); }
+text.random { fill: var(--random); } text.scratch { fill: var(--scratch); }
+.mark { stroke: var(--paper); stroke-width: 1; }
+.mark.admitted { fill: var(--grown); } .mark.fossilized { fill: var(--scratch); }
+.mark.culled { fill: none; stroke: var(--random); stroke-width: 2.5; }
+.stage.germinated, .stage.audition { fill: var(--host); } .stage.blending { fill: var(--random); }
+.stage.holding { fill: var(--grown); }
+.fossil-life { stroke: var(--scratch); stroke-width: 2; }
+@media print { main { max-width: none; padding: 0; } details > * { display: block; } }
+""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        head: What its cells are, with the unit.
+        kind: ``"number"`` (set to the right), ``"text"`` (may be long) or ``""``.
+    """
+
+    head: str
+    kind: str = ""
+
+
+def document(title: str, lead: str, *parts: Markup) -> str:
+    """Return a whole page that needs no network and no scripts.
+
+    Args:
+        title: Of the page, and its only heading of the first order.
+        lead: The first sentence that a reader meets.
+        parts: What follows, in order.
+    """
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", STYLE),
+    )
+    main = element("main", element("h1", title), element("p", lead, class_="lead"), *parts)
+    page = element("html", head, element("body", main), lang="en")
+    return f"<!DOCTYPE html>\n{page}\n"
+
+
+def section(title: str, *parts: str) -> Markup:
+    """Return a heading of the second order with what belongs to it."""
+    return element("section", element("h2", title), *parts)
+
+
+def paragraph(text: str, style: str | None = None) -> Markup:
+    """Return one paragraph of plain text."""
+    return element("p", text, class_=style)
+
+
+def figure(drawing: Markup, caption: str) -> Markup:
+    """Return a drawing with its caption; it scrolls sideways where the screen is narrow."""
+    return element("figure", _scrolling(drawing, caption), element("figcaption", caption))
+
+
+def table(
+    caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]], empty: str
+) -> Markup:
+    """Return a table whose first column names the row, or the sentence ``empty``.
+
+    Args:
+        caption: What the table shows.
+        columns: Heads and kinds, one per cell of a row.
+        rows: Cells as text, in the order of the columns.
+        empty: Said instead where there is no row.
+    """
+    body = [element("tr", *_cells(columns, row)) for row in rows]
+    if not body:
+        return paragraph(empty, "empty")
+    heads = [element("th", c.head, scope="col", class_=c.kind or None) for c in columns]
+    whole = element(
+        "table",
+        element("caption", caption),
+        element("thead", element("tr", *heads)),
+        element("tbody", *body),
+    )
+    return _scrolling(whole, caption)
+
+
+def facts(pairs: Mapping[str, str]) -> Markup:
+    """Return a few figures with their names, side by side."""
+    groups = [
+        element("div", element("dt", name), element("dd", value)) for name, value in pairs.items()
+    ]
+    return element("dl", *groups, class_="facts")
+
+
+def folded(summary: str, *parts: Markup) -> Markup:
+    """Return parts that are shown when the reader opens them."""
+    return element("details", element("summary", summary), *parts)
+
+
+def settings_table(caption: str, values: Mapping[str, object]) -> Markup:
+    """Return names and values as a table, sorted by name."""
+    rows = [(name, str(values[name])) for name in sorted(values)]
+    columns = [Column(head="name"), Column(head="value", kind="text")]
+    return table(caption, columns, rows, "Nothing was recorded.")
+
+
+def notes(texts: Sequence[str]) -> Markup:
+    """Return the notes as a list under a heading, or nothing."""
+    if not texts:
+        return Markup("")
+    return section("Notes", element("ul", *(element("li", text) for text in texts)))
+
+
+def _scrolling(inner: Markup, label: str) -> Markup:
+    return element("div", inner, class_="wide", role="region", aria_label=label, tabindex="0")
+
+
+def _cells(columns: Sequence[Column], row: Sequence[str]) -> list[Markup]:
+    cells = []
+    for index, (column, text) in enumerate(zip(columns, row, strict=True)):
+        kind = column.kind or None
+        if index == 0:
+            cells.append(element("th", text, scope="row", class_=kind))
+        else:
+            cells.append(element("td", text, class_=kind))
+    return cells
