@@ -1,0 +1,361 @@
+"""The catalog: which kernels are tried at which layer, and the controls that they are held against.
+
+Every kernel of the catalog reads the host's input (parallel), adds, and gives exactly the shape of
+the host's output. Each ends in one zeroed affine layer, ``"out"``, so that it is the identity at
+birth and only its own last layer is zero. Two widths each: about a quarter of the layer, and twice
+that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Final
+
+from esper.contracts.blueprint import (
+    INPUT,
+    OUTPUT,
+    BlueprintEdge,
+    BlueprintIR,
+    BlueprintNode,
+    TensorSpec,
+)
+from esper.contracts.site import SiteSpec
+
+LINEAR: Final = frozenset({"linear"})
+CONVOLUTIONS: Final = frozenset({"conv1d", "conv2d", "conv3d"})
+_FREE_SIZES: Final = {"conv1d": ("L",), "conv2d": ("H", "W"), "conv3d": ("D", "H", "W")}
+_LEAST_WIDTH: Final = {"linear": 16, "conv1d": 8, "conv2d": 8, "conv3d": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A family of kernels.
+
+    Attributes:
+        name: Begins the id of each of its blueprints.
+        kinds: Kinds of layers that it fits.
+        adds_capacity: Whether its kernels compute what a trainable host layer alone cannot.
+        build: Makes a blueprint for a site and a width, or None where the family does not fit.
+        zeroed: Name of the tensor that is zero at birth.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    adds_capacity: bool
+    build: Callable[[SiteSpec, int], BlueprintIR | None]
+    zeroed: str = "out.weight"
+
+    def blueprints_for(self, site: SiteSpec) -> list[BlueprintIR]:
+        """Return its blueprints for a site: none, one or two, the smaller first."""
+        if site.kind not in self.kinds:
+            return []
+        built = [self.build(site, width) for width in widths_for(site)]
+        return list(dict.fromkeys(blueprint for blueprint in built if blueprint is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """The families of kernels that a controller may choose from.
+
+    Attributes:
+        entries: In the order in which they are offered.
+    """
+
+    entries: tuple[CatalogEntry, ...]
+
+    def blueprints_for(self, site: SiteSpec, *, capacity_only: bool = True) -> list[BlueprintIR]:
+        """Return the candidates for a site.
+
+        Args:
+            site: The layer.
+            capacity_only: Leave out kernels that add no capacity where the host can learn the
+                same by itself, that is where it is trainable.
+        """
+        blueprints = [b for entry in self.entries for b in entry.blueprints_for(site)]
+        if capacity_only and site.host_is_trainable:
+            return [blueprint for blueprint in blueprints if blueprint.adds_capacity]
+        return blueprints
+
+
+def default_catalog() -> Catalog:
+    """Return the catalog that the controller uses unless it is given another."""
+    return Catalog(
+        entries=(
+            CatalogEntry(name="mlp", kinds=LINEAR, adds_capacity=True, build=_mlp),
+            CatalogEntry(name="gated-mlp", kinds=LINEAR, adds_capacity=True, build=_gated_mlp),
+            CatalogEntry(name="low-rank", kinds=LINEAR, adds_capacity=False, build=_low_rank),
+            CatalogEntry(
+                name="bottleneck", kinds=CONVOLUTIONS, adds_capacity=True, build=_bottleneck
+            ),
+            CatalogEntry(
+                name="conv-block", kinds=CONVOLUTIONS, adds_capacity=True, build=_conv_block
+            ),
+            CatalogEntry(
+                name="separable", kinds=CONVOLUTIONS, adds_capacity=True, build=_separable
+            ),
+            CatalogEntry(
+                name="pointwise", kinds=CONVOLUTIONS, adds_capacity=False, build=_pointwise
+            ),
+        )
+    )
+
+
+def widths_for(site: SiteSpec) -> tuple[int, int]:
+    """Return the two hidden widths that are offered at a site, in features or channels."""
+    width = max(_LEAST_WIDTH[site.kind], max(site.in_features, site.out_features) // 4)
+    return width, 2 * width
+
+
+def _mlp(site: SiteSpec, width: int) -> BlueprintIR:
+    hidden = _linear(site.in_features, width)
+    return _chain(
+        site,
+        f"mlp-{_size(site)}-w{width}",
+        [("hidden", *hidden), ("act", *_act("gelu")), ("out", *_readout(site, width))],
+    )
+
+
+def _gated_mlp(site: SiteSpec, width: int) -> BlueprintIR:
+    nodes = [
+        BlueprintNode("value", *_linear(site.in_features, width)),
+        BlueprintNode("gate", *_linear(site.in_features, width)),
+        BlueprintNode("act", *_act("silu")),
+        BlueprintNode("product", "mul"),
+        BlueprintNode("out", *_readout(site, width)),
+    ]
+    edges = [
+        BlueprintEdge(INPUT, "value"),
+        BlueprintEdge(INPUT, "gate"),
+        BlueprintEdge("gate", "act"),
+        BlueprintEdge("value", "product", 0),
+        BlueprintEdge("act", "product", 1),
+        BlueprintEdge("product", "out"),
+        BlueprintEdge("out", OUTPUT),
+    ]
+    return _blueprint(site, f"gated-mlp-{_size(site)}-w{width}", nodes, edges)
+
+
+def _low_rank(site: SiteSpec, width: int) -> BlueprintIR | None:
+    if width >= min(site.in_features, site.out_features):
+        return None
+    hidden = _linear(site.in_features, width, bias=False)
+    steps = [("hidden", *hidden), ("out", *_readout(site, width))]
+    return replace(_chain(site, f"low-rank-{_size(site)}-r{width}", steps), adds_capacity=False)
+
+
+def _bottleneck(site: SiteSpec, width: int) -> BlueprintIR:
+    return _chain(
+        site,
+        f"bottleneck-{_size(site)}-w{width}",
+        [
+            ("squeeze", *_conv_1x1(site, site.in_features, width)),
+            ("act1", *_act("relu")),
+            ("spatial", *_conv_like_host(site, width, width)),
+            ("act2", *_act("relu")),
+            ("out", *_readout(site, width)),
+        ],
+    )
+
+
+def _conv_block(site: SiteSpec, width: int) -> BlueprintIR:
+    return _chain(
+        site,
+        f"conv-block-{_size(site)}-w{width}",
+        [
+            ("spatial", *_conv_like_host(site, site.in_features, width)),
+            ("act", *_act("relu")),
+            ("out", *_readout(site, width)),
+        ],
+    )
+
+
+def _separable(site: SiteSpec, width: int) -> BlueprintIR:
+    channels = site.in_features * -(-width // site.in_features)
+    depthwise = _conv_like_host(site, site.in_features, channels, groups=site.in_features)
+    return _chain(
+        site,
+        f"separable-{_size(site)}-w{channels}",
+        [("depthwise", *depthwise), ("act", *_act("relu")), ("out", *_readout(site, channels))],
+    )
+
+
+def _pointwise(site: SiteSpec, _width: int) -> BlueprintIR | None:
+    """A 1x1 convolution with the host's stride; only where it meets the host's window centres."""
+    centred = all(
+        2 * padding == dilation * (kernel - 1)
+        for kernel, padding, dilation in zip(
+            site.kernel_size, site.padding, site.dilation, strict=True
+        )
+    )
+    if not centred:
+        return None
+    op_type, attributes = _conv_1x1(site, site.in_features, site.out_features)
+    settings = {**attributes, "stride": site.stride, "init": "zeros"}
+    chain = _chain(site, f"pointwise-{_size(site)}", [("out", op_type, settings)])
+    return replace(chain, adds_capacity=False)
+
+
+def noop(site: SiteSpec) -> BlueprintIR:
+    """Control: the host's output times 0. Serial; nothing to train; contributes exactly nothing."""
+    steps = [("off", "scale", {"factor": 0.0})]
+    return _serial(site, f"noop-{_size(site)}", steps)
+
+
+def noise(site: SiteSpec, *, std: float = 0.1) -> BlueprintIR:
+    """Control: Gaussian noise of the host's output's shape. Serial; nothing to train.
+
+    Args:
+        site: The layer.
+        std: Standard deviation, above 0.
+    """
+    steps = [("off", "scale", {"factor": 0.0}), ("noise", "noise", {"std": std})]
+    return _serial(site, f"noise-{_size(site)}", steps, draws_random=True)
+
+
+def capacity_free(site: SiteSpec) -> BlueprintIR:
+    """Control: the host layer's own class and settings, zeroed; trains, and can add nothing."""
+    return _own_shape(site, "capacity-free")
+
+
+def own_shape_zeroed(site: SiteSpec) -> BlueprintIR:
+    """The same-treatment null of a twin: an affine layer of the host's own shape, zeroed."""
+    return _own_shape(site, "own-shape")
+
+
+def random_features(site: SiteSpec) -> BlueprintIR:
+    """Control: random features with a random readout, every tensor frozen; enters at alpha 0."""
+    width = widths_for(site)[0]
+    build = _mlp if site.kind == "linear" else _conv_block
+    trained = build(site, width)
+    nodes = tuple(_frozen(node) for node in trained.nodes)
+    return replace(trained, id=f"random-features-{_size(site)}-w{width}", nodes=nodes)
+
+
+def _frozen(node: BlueprintNode) -> BlueprintNode:
+    if node.op_type == "activation":
+        return node
+    settings = {**node.attributes, "init": "default", "trainable": False}
+    return BlueprintNode(node.id, node.op_type, settings)
+
+
+def _own_shape(site: SiteSpec, name: str) -> BlueprintIR:
+    if site.kind == "linear":
+        op_type, attributes = _linear(site.in_features, site.out_features, bias=site.bias)
+    else:
+        op_type, attributes = _conv_like_host(
+            site, site.in_features, site.out_features, groups=site.groups, bias=site.bias
+        )
+    chain = _chain(
+        site, f"{name}-{_size(site)}", [("out", op_type, {**attributes, "init": "zeros"})]
+    )
+    return replace(chain, adds_capacity=False)
+
+
+def _linear(
+    in_features: int, out_features: int, *, bias: bool = True
+) -> tuple[str, dict[str, Any]]:
+    sizes = {"in_features": in_features, "out_features": out_features}
+    return "linear", {**sizes, "bias": bias}
+
+
+def _act(name: str) -> tuple[str, dict[str, Any]]:
+    return "activation", {"type": name}
+
+
+def _conv_1x1(site: SiteSpec, channels_in: int, channels_out: int) -> tuple[str, dict[str, Any]]:
+    sizes = {"in_channels": channels_in, "out_channels": channels_out, "kernel_size": 1}
+    return site.kind, sizes
+
+
+def _conv_like_host(
+    site: SiteSpec, channels_in: int, channels_out: int, *, groups: int = 1, bias: bool = True
+) -> tuple[str, dict[str, Any]]:
+    """A convolution with the host's window, so that its output has the host's spatial size."""
+    return site.kind, {
+        "in_channels": channels_in,
+        "out_channels": channels_out,
+        "kernel_size": site.kernel_size,
+        "stride": site.stride,
+        "padding": site.padding,
+        "dilation": site.dilation,
+        "padding_mode": site.padding_mode,
+        "groups": groups,
+        "bias": bias,
+    }
+
+
+def _readout(site: SiteSpec, width: int) -> tuple[str, dict[str, Any]]:
+    """The zeroed last layer: from ``width`` to the host's outputs."""
+    if site.kind == "linear":
+        op_type, attributes = _linear(width, site.out_features)
+    else:
+        op_type, attributes = _conv_1x1(site, width, site.out_features)
+    return op_type, {**attributes, "init": "zeros"}
+
+
+def _size(site: SiteSpec) -> str:
+    """Say a layer's size in a name: ``16x10``, ``4x4-k3``, ``4x8-k3-s2``."""
+    parts = [f"{site.in_features}x{site.out_features}"]
+    for letter, values in (("k", site.kernel_size), ("s", site.stride)):
+        if set(values) - {1}:
+            parts.append(letter + "x".join(map(str, dict.fromkeys(values))))
+    return "-".join(parts)
+
+
+def _chain(
+    site: SiteSpec, name: str, steps: Iterable[tuple[str, str, dict[str, Any]]]
+) -> BlueprintIR:
+    nodes = [BlueprintNode(*step) for step in steps]
+    return _blueprint(site, name, nodes, _edges_along(nodes))
+
+
+def _edges_along(nodes: list[BlueprintNode]) -> list[BlueprintEdge]:
+    ids = [INPUT, *(node.id for node in nodes), OUTPUT]
+    return [BlueprintEdge(a, b) for a, b in pairwise(ids)]
+
+
+def _blueprint(
+    site: SiteSpec, name: str, nodes: list[BlueprintNode], edges: list[BlueprintEdge]
+) -> BlueprintIR:
+    return BlueprintIR(
+        id=name,
+        nodes=tuple(nodes),
+        edges=tuple(edges),
+        input_spec=_spec(site, site.in_features),
+        output_spec=_spec(site, site.out_features, prefix="" if _keeps_size(site) else "O"),
+    )
+
+
+def _serial(
+    site: SiteSpec,
+    name: str,
+    steps: Iterable[tuple[str, str, dict[str, Any]]],
+    *,
+    draws_random: bool = False,
+) -> BlueprintIR:
+    nodes = [BlueprintNode(*step) for step in steps]
+    return BlueprintIR(
+        id=name,
+        nodes=tuple(nodes),
+        edges=tuple(_edges_along(nodes)),
+        input_spec=_spec(site, site.out_features),
+        output_spec=_spec(site, site.out_features),
+        position="serial",
+        draws_random=draws_random,
+        adds_capacity=False,
+    )
+
+
+def _spec(site: SiteSpec, features: int, *, prefix: str = "") -> TensorSpec:
+    if site.kind == "linear":
+        return TensorSpec(("*", features), site.dtype)
+    free = tuple(prefix + name for name in _FREE_SIZES[site.kind])
+    return TensorSpec((features, *free), site.dtype)
+
+
+def _keeps_size(site: SiteSpec) -> bool:
+    """Whether the host's output has the spatial size of its input."""
+    axes = zip(site.kernel_size, site.stride, site.padding, site.dilation, strict=True)
+    return all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in axes)

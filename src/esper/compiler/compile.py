@@ -1,0 +1,60 @@
+"""Compilation: from a blueprint to an artifact that a registry can keep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from esper.compiler.codec import decode_artifact, encode_kernel
+from esper.compiler.lowering import load_tensors_, lower
+from esper.contracts.artifact import CompiledKernelArtifact, CompileRecord
+
+if TYPE_CHECKING:
+    from esper.contracts.blueprint import BlueprintIR
+    from esper.contracts.ports import Clock
+
+
+def compile_blueprint(
+    blueprint: BlueprintIR,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    lineage: tuple[str, ...] = (),
+    clock: Clock | None = None,
+) -> CompiledKernelArtifact:
+    """Compile a blueprint. The same blueprint and tensors give the same bytes and the same id.
+
+    Args:
+        blueprint: What to compile.
+        tensors: Weights by their names in an artifact (``lowering.kernel_tensors``), all of
+            them; the blueprint's initial ones if None.
+        lineage: Artifact ids that this one descends from, nearest first.
+        clock: What measures the compilation time; the monotonic clock if None.
+
+    Raises:
+        BlueprintError: The blueprint breaks a rule, or ``tensors`` are not its.
+        KernelCorruptError: A tensor is not finite or of another dtype than the blueprint's.
+    """
+    now = clock.now if clock is not None else time.perf_counter
+    start_s = now()
+    kernel = lower(blueprint)
+    if tensors is not None:
+        load_tensors_(kernel, tensors)
+    data = encode_kernel(kernel, lineage=lineage)
+    decoded = decode_artifact(data)
+    record = CompileRecord(
+        size_bytes=len(data),
+        compilation_time_ms=(now() - start_s) * 1000,
+        toolchain=f"torch {torch.__version__}",
+    )
+    return CompiledKernelArtifact(
+        artifact_id=decoded.artifact_id,
+        blueprint_id=decoded.blueprint_id,
+        blueprint=blueprint,
+        kernel_binary=data,
+        metadata=decoded.metadata,
+        record=record,
+    )

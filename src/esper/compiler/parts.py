@@ -1,0 +1,186 @@
+"""The few modules that kernels need and torch.nn does not have.
+
+Each is traceable by torch.fx down to plain functions, so that a kernel can be written out as
+plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Add(nn.Module):
+    """The sum of two or more tensors, broadcast."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return ``inputs[0] + inputs[1] + ...``, added in this order."""
+        total = inputs[0]
+        for term in inputs[1:]:
+            total = total + term
+        return total
+
+
+@final
+class Sub(nn.Module):
+    """The difference of two tensors, broadcast."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``left - right``."""
+        return left - right
+
+
+@final
+class Mul(nn.Module):
+    """The product of two or more tensors element by element, broadcast."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return ``inputs[0] * inputs[1] * ...``, multiplied in this order."""
+        product = inputs[0]
+        for factor in inputs[1:]:
+            product = product * factor
+        return product
+
+
+@final
+class Concat(nn.Module):
+    """Tensors one after the other along an axis.
+
+    Args:
+        dim: The axis; never the batch.
+    """
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the inputs joined along ``dim``."""
+        return torch.cat(inputs, dim=self.dim)
+
+
+@final
+class MatMul(nn.Module):
+    """The matrix product of the last two axes."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``left @ right``."""
+        return left @ right
+
+
+@final
+class Scale(nn.Module):
+    """A constant factor.
+
+    Args:
+        factor: Finite; 0 makes a kernel that contributes exactly nothing.
+    """
+
+    def __init__(self, *, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``factor * x``."""
+        return x * self.factor
+
+
+@final
+class Noise(nn.Module):
+    """Gaussian noise, drawn anew in every forward, in training and in evaluation.
+
+    Args:
+        std: Standard deviation, above 0.
+    """
+
+    def __init__(self, *, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + std * n`` with n from the standard normal distribution."""
+        return x + torch.randn_like(x) * self.std
+
+
+@final
+class Reshape(nn.Module):
+    """Another shape for the same elements of each sample.
+
+    Args:
+        shape: Sizes behind the batch axis; one may be -1 and is what is left.
+    """
+
+    def __init__(self, *, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with the shape (batch, *shape)."""
+        return x.reshape(x.shape[0], *self.shape)
+
+
+@final
+class Permute(nn.Module):
+    """Another order of the axes behind the batch.
+
+    Args:
+        dims: For each axis behind the batch, the axis (from 1) that comes there.
+    """
+
+    def __init__(self, *, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with its axes reordered."""
+        return x.permute(0, *self.dims)
+
+
+@final
+class Attention(nn.Module):
+    """Multi-head attention of (batch, length, features) tensors, weights not returned.
+
+    Args:
+        embed_dim: Features of query, key, value and output.
+        num_heads: Heads; divides ``embed_dim``.
+        dropout: Probability that an attention weight is dropped in training.
+        bias: Whether the projections have biases.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            embed_dim, num_heads, dropout, bias, batch_first=True, device=device, dtype=dtype
+        )
+
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """Attend from query to key and value; to the query itself where there is only one input.
+
+        Args:
+            query: Shape (batch, length, embed_dim).
+            key: Shape (batch, other length, embed_dim).
+            value: Shape of the key.
+        """
+        key = query if key is None else key
+        value = query if value is None else value
+        attended: Tensor = self.attention(query, key, value, need_weights=False)[0]
+        return attended
