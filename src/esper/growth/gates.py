@@ -15,7 +15,7 @@ for at least, the two quantiles differ by less than 0.03 at every level above 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Final, Literal
@@ -235,18 +235,18 @@ def _as_float64(value: Any, name: str) -> Losses:
     """Bring a figure of the owner's to a float64 array of its own."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
-    numeric = isinstance(value, (bool, int, float, np.generic, np.ndarray, Sequence))
-    if not numeric or isinstance(value, (str, bytes)):
+    try:
+        array = np.array(value)
+    except ValueError as error:  # lists of several lengths
+        msg = f"{name} returned a {type(value).__name__} that is no array of numbers: {error}"
+        raise TypeError(msg) from error
+    if array.dtype.kind not in "biuf":
         msg = (
             f"{name} returned {type(value).__name__}; expected a number, one loss per sample, "
             "a dict whose first entry is one of these, or a pair (losses, metrics)"
         )
         raise TypeError(msg)
-    try:
-        return np.array(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        msg = f"{name} returned a {type(value).__name__} that is no array of numbers: {error}"
-        raise TypeError(msg) from error
+    return array.astype(np.float64)
 
 
 def _check_settings(*, level: float, tau: float, min_effect: float, min_samples: int) -> None:

@@ -1,0 +1,219 @@
+"""Gates: what passes, what does not, and what is refused for want of evidence."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper.growth.gates import not_worse, parse_evaluation, read_gate, test_level
+
+
+def losses(size=400, seed=0):
+    return np.random.default_rng(seed).gamma(2.0, 0.5, size)
+
+
+def noise(size=400, seed=1):
+    return np.random.default_rng(seed).normal(0.0, 0.1, size)
+
+
+def test_levels_of_all_grafts_sum_to_five_percent():
+    """However many grafts germinate, the levels spent stay below 5 % and approach it."""
+    spent = sum(test_level(k) for k in range(1, 10_001))
+    assert 0.0499 < spent < 0.05
+
+
+def test_first_graft_is_numbered_one():
+    """A graft numbered 0 is a caller's mistake, not a division by zero."""
+    with pytest.raises(ValueError, match="counted from 1"):
+        test_level(0)
+
+
+def test_clear_gain_passes():
+    """A fall of the loss far above its noise passes, with the numbers of the paired test."""
+    reference = losses()
+    candidate = reference - 0.05 + noise()
+    verdict = read_gate(reference, candidate, level=0.025)
+    differences = reference - candidate
+    stderr = differences.std(ddof=1) / math.sqrt(400)
+    assert verdict.passed
+    assert verdict.effect == pytest.approx(differences.mean(), rel=1e-12)
+    assert verdict.stderr == pytest.approx(stderr, rel=1e-12)
+    assert verdict.z == pytest.approx(differences.mean() / stderr, rel=1e-12)
+
+
+def test_gate_is_one_sided():
+    """A graft that makes the loss rise does not pass, however significant that is."""
+    reference = losses()
+    assert not read_gate(reference, reference + 0.05 + noise(), level=0.025).passed
+
+
+@pytest.mark.parametrize(("offset", "passes"), [(-0.02, False), (0.02, True)])
+def test_threshold_is_the_normal_quantile(offset, passes):
+    """A z just above the quantile of 1 - level passes, one just below does not."""
+    wiggle = noise()
+    wiggle = (wiggle - wiggle.mean()) / wiggle.std(ddof=1)
+    effect = (NormalDist().inv_cdf(1 - 0.01) + offset) / math.sqrt(400)
+    verdict = read_gate(wiggle + effect, np.zeros(400), level=0.01)
+    assert verdict.passed is passes
+
+
+def test_tau_enters_the_standard_error():
+    """With tau the error is sqrt(s^2/n + tau^2), and what passed without it may not."""
+    reference = losses()
+    candidate = reference - 0.03 + noise()
+    without = read_gate(reference, candidate, level=0.025)
+    with_tau = read_gate(reference, candidate, level=0.025, tau=0.02)
+    assert without.passed
+    assert not with_tau.passed
+    assert with_tau.stderr == pytest.approx(math.hypot(without.stderr, 0.02), rel=1e-12)
+
+
+def test_tau_that_was_not_measured_does_not_pass():
+    """An infinite tau stands for one that was not measured: no evidence, no pass."""
+    reference = losses()
+    verdict = read_gate(reference, reference - 1.0 + noise(), level=0.025, tau=math.inf)
+    assert not verdict.passed
+    assert verdict.tau is None
+    assert "not measured" in verdict.reason
+
+
+def test_effect_below_the_minimum_does_not_pass():
+    """A gain beyond luck but too small to matter does not pass, and the reason says so."""
+    reference = losses()
+    candidate = reference - 0.01 + 0.01 * noise()
+    assert read_gate(reference, candidate, level=0.025).passed
+    verdict = read_gate(reference, candidate, level=0.025, min_effect=0.02)
+    assert not verdict.passed
+    assert "too small" in verdict.reason
+
+
+def test_too_few_samples_have_too_little_power():
+    """Under 200 samples nothing passes, and the reason counts them."""
+    verdict = read_gate(losses(120), losses(120) - 1.0 + noise(120), level=0.025)
+    assert not verdict.passed
+    assert verdict.reason == "too little power: 120 samples, at least 200 needed"
+    assert verdict.effect is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_loss_that_is_not_finite_does_not_pass(bad, side):
+    """One loss that is not finite, on either side, and there is no verdict on numbers."""
+    pair = {"reference": losses() + 1.0, "candidate": losses() + 0.1 * noise()}
+    pair[side][7] = bad
+    verdict = read_gate(pair["reference"], pair["candidate"], level=0.025)
+    assert not verdict.passed
+    assert verdict.effect is None
+    assert "1 of 400" in verdict.reason
+
+
+def test_graft_that_changes_nothing_does_not_pass():
+    """A no-op has differences of exactly 0, no spread to divide by, and no pass."""
+    verdict = read_gate(losses(), losses(), level=0.025)
+    assert not verdict.passed
+    assert verdict.effect == 0.0
+    assert verdict.z is None
+
+
+def test_same_gain_on_every_sample_does_not_pass():
+    """Differences without any spread are no measurement of a model's losses."""
+    verdict = read_gate(np.full(400, 2.0), np.full(400, 1.0), level=0.025)
+    assert not verdict.passed
+    assert "no spread" in verdict.reason
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.floats(0.001, 0.4))
+def test_numbers_of_a_verdict_can_be_logged(values, level):
+    """Whatever the losses, no number of a verdict is infinite or NaN."""
+    verdict = read_gate(values, [0.0] * len(values), level=level, min_samples=2)
+    numbers = (verdict.effect, verdict.stderr, verdict.tau, verdict.z)
+    assert all(number is None or math.isfinite(number) for number in numbers)
+
+
+def test_unpaired_losses_are_refused():
+    """Losses of different samples cannot be compared, and the shapes are named."""
+    with pytest.raises(ValueError, match=r"\(400,\) and \(300,\)"):
+        read_gate(losses(400), losses(300), level=0.025)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"level": 0.0}, {"level": 0.5}, {"tau": -1.0}, {"min_effect": -1.0}]
+)
+def test_settings_outside_their_range_are_refused(setting):
+    """A level, tau or minimum that means nothing is a caller's mistake."""
+    with pytest.raises(ValueError, match="got"):
+        read_gate(losses(), losses(), **{"level": 0.025, **setting})
+
+
+def test_not_worse_compares_the_means():
+    """Any fall of the mean passes, any rise does not, whatever the noise."""
+    reference = losses()
+    wiggle = noise() - noise().mean()
+    assert not_worse(reference, reference + wiggle - 1e-4, level=0.025).passed
+    assert not not_worse(reference, reference + wiggle + 1e-4, level=0.025).passed
+
+
+def test_not_worse_needs_the_samples_too():
+    """The comparison with a snapshot is no way around a gate split that is too small."""
+    assert not not_worse(losses(50), losses(50) - 1.0, level=0.025).passed
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        torch.tensor([1.0, 3.0], requires_grad=True),
+        np.array([1.0, 3.0], dtype=np.float32),
+        [1.0, 3.0],
+        {"loss": torch.tensor([1.0, 3.0], dtype=torch.bfloat16), "accuracy": 0.5},
+        (torch.tensor([1.0, 3.0]), {"accuracy": torch.tensor([0.0, 1.0])}),
+    ],
+)
+def test_per_sample_losses_are_read_in_every_form(result):
+    """A tensor, an array, a list, a dict or a pair: the losses are the same float64 values."""
+    evaluation = parse_evaluation(result)
+    assert evaluation.per_sample.dtype == np.float64
+    assert evaluation.per_sample.tolist() == [1.0, 3.0]
+    assert evaluation.loss == 2.0
+    assert evaluation.metrics in ({}, {"accuracy": 0.5})
+
+
+def test_losses_read_are_a_copy():
+    """What was read does not change when the owner reuses the buffer."""
+    buffer = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    evaluation = parse_evaluation(buffer)
+    buffer.zero_()
+    assert evaluation.per_sample.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("result", [0.5, torch.tensor(0.5), np.float32(0.5), {"a": 0.5}])
+def test_scalar_has_no_per_sample_losses(result):
+    """A scalar is a loss, and no sample of anything."""
+    evaluation = parse_evaluation(result)
+    assert evaluation.loss == 0.5
+    assert evaluation.per_sample is None
+
+
+def test_goal_max_is_negated():
+    """Where higher is better the deciding figure is negated, the metrics are not."""
+    evaluation = parse_evaluation((torch.tensor([True, False]), {"accuracy": 0.5}), goal="max")
+    assert evaluation.loss == -0.5
+    assert evaluation.per_sample.tolist() == [-1.0, 0.0]
+    assert evaluation.metrics == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("result", [None, "0.5", {1, 2}, object(), [None], [[1.0], [1.0, 2.0]]])
+def test_result_of_another_type_is_refused(result):
+    """What is no number and no array is a TypeError that names what is expected."""
+    with pytest.raises(TypeError, match="evaluate returned"):
+        parse_evaluation(result)
+
+
+@pytest.mark.parametrize("result", [torch.zeros(5, 10), torch.zeros(0), [], {}])
+def test_result_of_another_shape_is_refused(result):
+    """Losses per class or per token, or none at all, are refused with the cure."""
+    with pytest.raises(ValueError, match="evaluate returned"):
+        parse_evaluation(result)
