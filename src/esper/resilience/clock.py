@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
+
+
+def wall_time_s() -> float:
+    """Return seconds since 1970, for what must be dated or must outlive the process.
+
+    It may jump either way: nothing may be lost or broken by it, and no duration is taken from it.
+    """
+    return dt.datetime.now(tz=dt.UTC).timestamp()
 
 
 class MonotonicClock:

@@ -1,0 +1,47 @@
+"""One door to every registry: an address says which."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from esper.registry.directory import DirectoryRegistry
+from esper.registry.memory import MemoryRegistry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from esper.contracts.ports import Registry
+
+
+def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it is called
+    """Open a registry.
+
+    Args:
+        url: ``"memory:"`` for one that ends with the process, every call its own; or a directory
+            as a path or as ``file:///...``, made where it is missing.
+
+    Raises:
+        KernelSourceUnavailable: The directory cannot be made, read or written.
+        ValueError: The address is of another kind, or the directory of a newer Esper.
+    """
+    address = str(url)
+    if address == "memory:":
+        return MemoryRegistry()
+    if address.startswith("file:"):
+        return DirectoryRegistry(_path_of(address))
+    if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
+        msg = f"{address!r} is no registry: expected memory:, a directory, or file:///path"
+        raise ValueError(msg)
+    return DirectoryRegistry(address)
+
+
+def _path_of(address: str) -> str:
+    parts = urlsplit(address)
+    path = url2pathname(parts.path)
+    if parts.netloc not in ("", "localhost") or not path.startswith("/"):
+        msg = f"{address!r} names no directory of this machine: expected file:///absolute/path"
+        raise ValueError(msg)
+    return path
