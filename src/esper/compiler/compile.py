@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esper.compiler.codec import decode_artifact, encode_kernel
 from esper.compiler.lowering import load_tensors_, lower
+from esper.compiler.tracing import trace_symbolically
 from esper.contracts.artifact import CompiledKernelArtifact, CompileRecord
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def compile_blueprint(
 ) -> CompiledKernelArtifact:
     """Compile a blueprint. The same blueprint and tensors give the same bytes and the same id.
 
+    A graph that this process has not compiled before is traced over symbolic sizes first.
+
     Args:
         blueprint: What to compile.
         tensors: Weights by their names in an artifact (``lowering.kernel_tensors``), all of
@@ -36,11 +39,13 @@ def compile_blueprint(
 
     Raises:
         BlueprintError: The blueprint breaks a rule, or ``tensors`` are not its.
+        KernelCompilationError: The kernel does not trace over symbolic sizes.
         KernelCorruptError: A tensor is not finite or of another dtype than the blueprint's.
     """
     now = clock.now if clock is not None else time.perf_counter
     start_s = now()
     kernel = lower(blueprint)
+    trace_symbolically(kernel, blueprint.input_spec)
     if tensors is not None:
         load_tensors_(kernel, tensors)
     data = encode_kernel(kernel, lineage=lineage)

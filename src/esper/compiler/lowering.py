@@ -126,11 +126,11 @@ def instantiate(
         KernelCorruptError: Its bytes are malformed or do not fit its blueprint.
     """
     made = checked_plan(artifact.blueprint)
-    parsed = artifact_format.parse(artifact.kernel_binary)
-    check_tensors(made, parsed.tensors)
+    stored = artifact_format.stored_tensors(artifact.kernel_binary)
+    check_tensors(made, stored)
     with torch.inference_mode(mode=False):
         kernel = _meta_kernel(made)
-        load_tensors_(kernel, {name: tensor_of(t) for name, t in parsed.tensors.items()})
+        _assign_(kernel, {name: tensor_of(tensor) for name, tensor in stored.items()})
         return kernel.to(device=device, dtype=dtype)
 
 
@@ -146,11 +146,8 @@ def kernel_tensors(kernel: LoweredKernel) -> dict[str, Tensor]:
     A name is the node's id, a dot, and the tensor's name in the node's module with dots turned
     into underscores, for example ``"out.weight"``.
     """
-    return {
-        f"{node}.{name.replace('.', '_')}": tensor
-        for node, module in zip(_node_ids(kernel), kernel.steps, strict=True)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-    }
+    own = kernel.state_dict(keep_vars=True)
+    return {name: own[key] for name, key in _state_keys(kernel.blueprint).items()}
 
 
 def load_tensors_(kernel: LoweredKernel, tensors: Mapping[str, Tensor]) -> None:
@@ -167,10 +164,7 @@ def load_tensors_(kernel: LoweredKernel, tensors: Mapping[str, Tensor]) -> None:
             f"give exactly these"
         )
         raise BlueprintError(msg)
-    for node, module in zip(_node_ids(kernel), kernel.steps, strict=True):
-        names = {name: f"{node}.{name.replace('.', '_')}" for name in module.state_dict()}
-        own = {name: tensors[full].detach() for name, full in names.items()}
-        module.load_state_dict(own, assign=True)
+    _assign_(kernel, tensors)
 
 
 def check_tensors(made: Plan, stored: Mapping[str, TensorBytes]) -> None:
@@ -199,8 +193,21 @@ def _expected_tensors(blueprint: BlueprintIR) -> dict[str, tuple[str, tuple[int,
     return {name: (names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
-def _node_ids(kernel: LoweredKernel) -> list[str]:
-    return [step.id for step in plan(kernel.blueprint).steps]
+@lru_cache(maxsize=256)
+def _state_keys(blueprint: BlueprintIR) -> dict[str, str]:
+    """Return the key in the kernel's state_dict for each name in an artifact."""
+    made = plan(blueprint)
+    return {
+        f"{step.id}.{name.replace('.', '_')}": f"steps.{i}.{name}"
+        for i, (step, module) in enumerate(zip(made.steps, _meta_modules(made), strict=True))
+        for name in module.state_dict()
+    }
+
+
+def _assign_(kernel: LoweredKernel, tensors: Mapping[str, Tensor]) -> None:
+    keys = _state_keys(kernel.blueprint)
+    own = {keys[name]: tensor.detach() for name, tensor in tensors.items()}
+    kernel.load_state_dict(own, assign=True)
 
 
 def _meta_kernel(made: Plan) -> LoweredKernel:

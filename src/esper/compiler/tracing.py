@@ -8,20 +8,22 @@ values: a branch on a value fails, and a branch on a size turns its symbol into 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from esper.compiler.graph import plan
 from esper.compiler.lowering import LoweredKernel
 from esper.contracts.blueprint import TensorSpec
 from esper.contracts.errors import KernelCompilationError
 
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
 _MAX_REMEMBERED: Final = 1024
+_SIZE_HINT: Final = 5003  # above every window that a blueprint may have; nothing is allocated
 _traced: Final[OrderedDict[str, None]] = OrderedDict()
 
 
@@ -55,13 +57,15 @@ def _key_of(kernel: nn.Module) -> str | None:
 
 
 def _trace(kernel: nn.Module, input_spec: TensorSpec) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # sympy comes with it: late
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     fake = FakeTensorMode(shape_env=ShapeEnv())
     own = dict([*kernel.named_parameters(), *kernel.named_buffers()])
     state: dict[str, Tensor] = {
-        name: fake.from_tensor(tensor.detach()) for name, tensor in own.items()
+        name: fake.from_tensor(tensor.detach().to("meta")) for name, tensor in own.items()
     }
-    x = _symbolic_input(fake, input_spec, next(iter(own.values()), torch.empty(0)).device)
-
+    x = _symbolic_input(fake, input_spec)
     try:
         with fake, torch.no_grad():
             functional_call(kernel, state, (x,))
@@ -71,8 +75,10 @@ def _trace(kernel: nn.Module, input_spec: TensorSpec) -> None:
     _check_still_symbolic(kernel, input_spec, tuple(x.shape))
 
 
-def _symbolic_input(fake: FakeTensorMode, spec: TensorSpec, device: torch.device) -> Tensor:
-    sizes = {name: 64 + 3 * i for i, name in enumerate(spec.free_sizes)}
+def _symbolic_input(fake: FakeTensorMode, spec: TensorSpec) -> Tensor:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = {name: _SIZE_HINT + 3 * i for i, name in enumerate(spec.free_sizes)}
     shape = spec.resolve((6, 10), sizes)
     fixed = [size for size in spec.shape if size not in ("*", "N")]
     leading = [DimDynamic.DYNAMIC] * (len(shape) - len(fixed))
@@ -80,7 +86,7 @@ def _symbolic_input(fake: FakeTensorMode, spec: TensorSpec, device: torch.device
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         dynamic_sizes=leading + named
     )
-    real = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
+    real = torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
     return fake.from_tensor(real, symbolic_context=context)
 
 

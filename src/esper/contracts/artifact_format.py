@@ -15,6 +15,7 @@ the only file with its content: ``encode(parse(data)) == data``. Bytes only; no 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -121,6 +122,21 @@ def parse(data: bytes) -> ParsedArtifact:
         msg = "the artifact's header is not canonical; only bytes written by Esper are accepted"
         raise KernelCorruptError(msg)
     return ParsedArtifact(header=header, tensors=tensors)
+
+
+def stored_tensors(data: bytes) -> dict[str, TensorBytes]:
+    """Return the tensors of bytes that :func:`parse` has accepted before, without its checks.
+
+    Raises:
+        KernelCorruptError: The bytes are so malformed that there are no tensors to return.
+    """
+    text, body = _split(data)
+    try:
+        raw = json.loads(bytes(text))
+    except ValueError as error:
+        msg = f"the header of the artifact is not JSON: {error}"
+        raise KernelCorruptError(msg) from error
+    return _read_tensors({key: raw[key] for key in raw if key != _METADATA}, body)
 
 
 def _split(data: bytes) -> tuple[memoryview, memoryview]:
