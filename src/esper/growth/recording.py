@@ -14,6 +14,8 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from esper.execution.shadow import in_shadow_pass
+
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
 
@@ -75,8 +77,8 @@ class Recorder:
             name: SiteObservation(site=name, layer=layer) for name, layer in layers.items()
         }
         self._samples_per_step = samples_per_step
-        self._max_samples = max_samples
         self._max_elements = max_elements
+        self._capacity = dict.fromkeys(layers, max_samples)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
             layer.register_forward_hook(self._hook(self.observations[name]))
@@ -109,8 +111,10 @@ class Recorder:
 
     def _record(self, observation: SiteObservation, x: Tensor, h: Tensor) -> None:
         """Keep samples of input and output now, and of the gradient when it comes."""
+        per_sample = (x.numel() + 2 * h.numel()) // len(h)
+        affordable = self._max_elements // max(1, per_sample)
+        self._capacity[observation.site] = min(self._capacity[observation.site], affordable)
         num_kept = min(self._samples_per_step, self._room(observation), len(h))
-        num_kept = min(num_kept, self._affordable(x, h))
         if num_kept < 1:
             return
         drawn = torch.randperm(len(h), generator=self._generator)[:num_kept]
@@ -127,19 +131,11 @@ class Recorder:
         h.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
 
     def _room(self, observation: SiteObservation) -> int:
-        return self._max_samples - observation.num_samples
-
-    def _affordable(self, x: Tensor, h: Tensor) -> int:
-        """Return how many samples of this shape a step may keep, for the budget of elements."""
-        per_sample = (x.numel() + 2 * h.numel()) // len(h)
-        num_steps = max(1, self._max_samples // self._samples_per_step)
-        return self._max_elements // max(1, per_sample * num_steps)
+        return self._capacity[observation.site] - observation.num_samples
 
 
 def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
     """Tell a training forward of one tensor per sample from everything else."""
-    from esper.execution.shadow import in_shadow_pass
-
     return (
         bool(args)
         and all(isinstance(value, Tensor) for value in (args[0], output))
