@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from esper.execution.kasmina_layer import KasminaLayer
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
@@ -169,9 +172,11 @@ def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in layer.named_parameters() if name.startswith("_seeds.")]
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers with seeds; a layer keeps all that is Esper's in this one entry."""
-    return (module for module in model.modules() if "_kasmina" in module.__dict__)
+def _layers(model: nn.Module) -> Iterator[KasminaLayer]:
+    """Yield the layers with seeds, a layer before those inside it."""
+    from esper.execution.kasmina_layer import KasminaLayer
+
+    return (module for module in model.modules() if isinstance(module, KasminaLayer))
 
 
 class _Link:
@@ -185,7 +190,7 @@ class _Link:
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Read the step flags of the model's layers before each step."""
         for layer in _layers(model):
-            cast("Any", layer).enable_step_guard()
+            layer.enable_step_guard()
         self._model = weakref.ref(model)
         if not self._hooked:
             optimizer.register_step_pre_hook(self._before_step)
