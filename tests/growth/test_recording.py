@@ -1,5 +1,8 @@
 """Recording at a site: what is kept is right, bounded, and leaves no trace in the run."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -136,3 +139,16 @@ def test_step_that_is_not_finite_is_left_out():
     seen = recorder.observations["head"]
     assert len(seen.gradients) == 2
     assert len(list(finite_steps(seen))) == 1
+
+
+def test_copies_and_files_of_the_model_are_not_recorded():
+    """A model that is copied or saved while it is recorded is one that nobody records."""
+    model = network()
+    with Recorder(sites(model)) as recorder:
+        stored = io.BytesIO()
+        torch.save(model, stored)
+        stored.seek(0)
+        for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+            x, y = batch(0)
+            nn.functional.cross_entropy(other(x), y).backward()
+    assert all(o.num_samples == 0 for o in recorder.observations.values())

@@ -14,8 +14,6 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from esper.execution.shadow import in_shadow_pass
-
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
 
@@ -56,6 +54,8 @@ class Recorder:
         max_samples: Samples kept in all, per site; a site that has them is left alone.
         max_elements: Elements kept in all, per site: bounds the memory whatever the shapes.
         random_seed: Starts the generator that draws the samples.
+        records_shadow_passes: Whether forwards of shadow passes are recorded too; their
+            gradients are not those of the run.
 
     Raises:
         ValueError: ``samples_per_step`` is less than 1.
@@ -69,6 +69,7 @@ class Recorder:
         max_samples: int = MAX_SAMPLES,
         max_elements: int = MAX_ELEMENTS,
         random_seed: int = 0,
+        records_shadow_passes: bool = False,
     ) -> None:
         if samples_per_step < 1:
             msg = f"samples_per_step is at least 1, got {samples_per_step}"
@@ -78,10 +79,11 @@ class Recorder:
         }
         self._samples_per_step = samples_per_step
         self._max_elements = max_elements
+        self._records_shadow_passes = records_shadow_passes
         self._capacity = dict.fromkeys(layers, max_samples)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
-            layer.register_forward_hook(self._hook(self.observations[name]))
+            layer.register_forward_hook(_AfterForward(self, self.observations[name]))
             for name, layer in layers.items()
         ]
 
@@ -102,15 +104,14 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, observation: SiteObservation) -> Any:
-        def after_forward(_layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if torch.is_grad_enabled() and _can_be_recorded(args, output):
-                self._record(observation, args[0], output)
+    def record(self, observation: SiteObservation, x: Tensor, h: Tensor) -> None:
+        """Keep samples of input and output now, and of the gradient when it comes.
 
-        return after_forward
-
-    def _record(self, observation: SiteObservation, x: Tensor, h: Tensor) -> None:
-        """Keep samples of input and output now, and of the gradient when it comes."""
+        Args:
+            observation: One of the recorder's own.
+            x: The layer's input, samples along axis 0.
+            h: Its output, of the same samples, part of a graph.
+        """
         per_sample = (x.numel() + 2 * h.numel()) // len(h)
         affordable = self._max_elements // max(1, per_sample)
         self._capacity[observation.site] = min(self._capacity[observation.site], affordable)
@@ -134,6 +135,29 @@ class Recorder:
         return self._capacity[observation.site] - observation.num_samples
 
 
+class _AfterForward:
+    """The hook of one site. A copy of the model, or a file of it, gets one that does nothing."""
+
+    def __init__(self, recorder: Recorder, observation: SiteObservation) -> None:
+        self._recorder = recorder
+        self._observation = observation
+
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled() and _can_be_recorded(args, output):
+            self._recorder.record(self._observation, args[0], output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _nothing
+
+
+def _nothing(_layer: nn.Module, _args: Any, _output: Any) -> None:
+    """Stand for a hook in a copy."""
+
+
 def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
     """Tell a training forward of one tensor per sample from everything else."""
     return (
@@ -142,7 +166,6 @@ def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
         and output.requires_grad
         and min(args[0].ndim, output.ndim) > 1
         and len(args[0]) == len(output) > 0
-        and not in_shadow_pass()
     )
 
 
