@@ -30,10 +30,6 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from esper.compiler.graph import plan
-from esper.compiler.lowering import LoweredKernel, lower
-from esper.contracts.blueprint import BlueprintIR
-from esper.growth.budget import count_parameters, forward_flops
 from esper.growth.recording import SiteObservation, finite_steps
 
 NUM_SPLITS: Final = 8
@@ -51,23 +47,23 @@ class Candidate:
 
     Attributes:
         site: Name of the layer.
-        blueprint: What the kernel is lowered from.
+        blueprint: Name of the blueprint.
         kernel: The kernel with its initial weights; it is copied, never trained or changed.
-        readout: Name in the kernel of the affine layer that is zero at birth, for example
-            ``"steps.2"``; None where there is none, and then the kernel gets no score.
+        zeroed: Name in the kernel of the weight of the affine layer that is zero at birth, for
+            example ``"steps.2.weight"``; None where there is none, or where the kernel replaces:
+            it gets no score.
+        position: ``"parallel"`` (reads the host's input) or ``"serial"`` (its output).
+        parameters: Number of parameters.
         flops: FLOPs of a forward of one sample; None where not counted.
     """
 
     site: str
-    blueprint: BlueprintIR
-    kernel: LoweredKernel
-    readout: str | None
+    blueprint: str
+    kernel: nn.Module
+    zeroed: str | None
+    position: str
+    parameters: int
     flops: float | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return count_parameters(self.kernel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,8 +88,8 @@ class RankedCandidate:
         return self.candidate.site
 
     @property
-    def blueprint(self) -> BlueprintIR:
-        """What the kernel is lowered from."""
+    def blueprint(self) -> str:
+        """Name of the blueprint."""
         return self.candidate.blueprint
 
     @property
@@ -105,35 +101,6 @@ class RankedCandidate:
     def flops(self) -> float | None:
         """FLOPs of a forward of one sample; None where not counted."""
         return self.candidate.flops
-
-
-def candidate_for(site: str, blueprint: BlueprintIR, *, example: Tensor | None = None) -> Candidate:
-    """Build a candidate from a blueprint.
-
-    Args:
-        site: Name of the layer.
-        blueprint: The kernel's blueprint.
-        example: One sample or more of what the kernel reads, to count its FLOPs on; None leaves
-            them out.
-
-    Raises:
-        BlueprintError: The blueprint breaks a rule.
-    """
-    kernel = lower(blueprint)
-    made = plan(blueprint)
-    index = next((i for i, step in enumerate(made.steps) if step is made.zeroed_step), None)
-    scored = index is not None and blueprint.mode == "add"
-    flops = None
-    if example is not None:
-        like = next(kernel.parameters(), example)
-        flops = forward_flops(kernel, example.to(like)) / max(1, len(example))
-    return Candidate(
-        site=site,
-        blueprint=blueprint,
-        kernel=kernel,
-        readout=f"steps.{index}" if scored else None,
-        flops=flops,
-    )
 
 
 class Ranking(Protocol):
@@ -236,7 +203,7 @@ def in_order(ranked: Iterable[RankedCandidate]) -> list[RankedCandidate]:
     """Sort best first; without a score last; equal scores by site and blueprint's name."""
 
     def key(entry: RankedCandidate) -> tuple[float, str, str]:
-        return (math.inf if entry.gain is None else -entry.gain, entry.site, entry.blueprint.id)
+        return (math.inf if entry.gain is None else -entry.gain, entry.site, entry.blueprint)
 
     return sorted(ranked, key=key)
 
@@ -361,11 +328,11 @@ def _matched(readout: list[Block], host: list[Block]) -> Iterator[tuple[Tensor, 
 
 def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> list[Block] | str:
     """Run a kernel up to its zeroed layer and return that layer's features, row by row."""
-    if candidate.readout is None:
+    if candidate.zeroed is None:
         return "its output is not zeroed by one affine layer"
-    source = site.inputs if candidate.blueprint.position == "parallel" else site.outputs
+    source = site.inputs if candidate.position == "parallel" else site.outputs
     kernel = copy.deepcopy(candidate.kernel).to(source.device)
-    readout = kernel.get_submodule(candidate.readout)
+    readout = kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
     if not isinstance(readout, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f"its zeroed layer is a {type(readout).__name__}, not affine"
     seen: list[tuple[Tensor, Tensor]] = []

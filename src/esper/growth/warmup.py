@@ -74,8 +74,6 @@ class UpdateFactor:
         params: Parameters that are in it and begin their first steps now.
         warmup_updates: Length of the warm-up, at least 0.
         lr_new: Share of the peak rate in [0, 1]; 0 leaves the host's rate.
-        peak_rates: Highest rate of the run so far, per param group; read off the groups where
-            None (:func:`peak_rate`).
 
     Raises:
         ValueError: A setting is outside its range, or a parameter is in no group.
@@ -88,7 +86,6 @@ class UpdateFactor:
         *,
         warmup_updates: int = 100,
         lr_new: float = 0.3,
-        peak_rates: Sequence[float] | None = None,
     ) -> None:
         if warmup_updates < 0:
             msg = f"warmup_updates is at least 0, got {warmup_updates}"
@@ -99,7 +96,6 @@ class UpdateFactor:
         self.warmup_updates = warmup_updates
         self.lr_new = lr_new
         self._optimizer = optimizer
-        self._peak_rates = peak_rates
         self._entries: dict[int, _Entry] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.add(params)
@@ -109,11 +105,13 @@ class UpdateFactor:
         """Whether any parameter is on its first steps, and hooks are therefore on."""
         return bool(self._entries)
 
-    def add(self, params: Iterable[torch.Tensor]) -> None:
+    def add(self, params: Iterable[torch.Tensor], *, peak: float | None = None) -> None:
         """Begin the first steps of parameters that are in the optimizer.
 
         Args:
             params: The parameters; one that is on its first steps begins anew.
+            peak: Highest rate of the run so far; read off the group where None
+                (:func:`peak_rate`).
 
         Raises:
             ValueError: A parameter is in no group of the optimizer.
@@ -124,7 +122,7 @@ class UpdateFactor:
             if id(p) not in where:
                 msg = "a parameter is in no group of the optimizer; append it first"
                 raise ValueError(msg)
-            self._entries[id(p)] = self._begin(p, where[id(p)])
+            self._entries[id(p)] = self._begin(p, where[id(p)], peak)
         self._drop_finished()
         if self._entries and not self._handles:
             self._handles = [
@@ -171,9 +169,9 @@ class UpdateFactor:
                 entry.num_updates = int(saved["num_updates"])
                 entry.ceiling, entry.start_rate = saved["ceiling"], saved["start_rate"]
 
-    def _begin(self, param: torch.Tensor, index: int) -> _Entry:
+    def _begin(self, param: torch.Tensor, index: int, peak: float | None) -> _Entry:
         group = self._optimizer.param_groups[index]
-        highest = self._peak_rates[index] if self._peak_rates else peak_rate(group)
+        highest = peak_rate(group) if peak is None else peak
         rate = float(group["lr"])
         spent = 0.0 < rate < SPENT_FRACTION * highest
         ceiling = self.lr_new * highest if spent else 0.0
