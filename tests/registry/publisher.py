@@ -1,0 +1,59 @@
+"""A process that publishes, withdraws and collects until it is killed.
+
+Usage: publisher.py ROOT FIRST_NUMBER [row-first]
+
+It says what it is about to do and what was answered, a line each: ``try N``, ``put N``,
+``deleting N``, ``deleted N``. With ``row-first`` it stores in a wrong order, as a control.
+"""
+
+import json
+import os
+import sys
+
+from kernel_artifacts import artifact
+
+from esper.contracts import artifact_format
+from esper.registry.directory import DirectoryRegistry
+
+SIZE = 4_000
+
+
+def row_first(registry, data, admitted):
+    """Publish the row, then write under the final name, as a careless program would."""
+    registry._index.rows(
+        "INSERT OR IGNORE INTO artifacts (digest, size_bytes, metadata, record) VALUES (?,?,?,?)",
+        admitted.digest,
+        len(data),
+        json.dumps(admitted.metadata.to_document()),
+        admitted.record,
+    )
+    with (registry._blobs / admitted.digest).open("wb", buffering=0) as file:
+        for start in range(0, len(data), 64):
+            file.write(data[start : start + 64])
+
+
+def say(word, number):
+    os.write(1, f"{word} {number}\n".encode())
+
+
+def main():
+    root, first = sys.argv[1], int(sys.argv[2])
+    if sys.argv[3:] == ["row-first"]:
+        DirectoryRegistry._store = row_first
+    registry = DirectoryRegistry(root)
+    number = first
+    while True:
+        data = artifact(number, size=SIZE)
+        say("try", number)
+        registry.put(data)
+        say("put", number)
+        if number % 3 == 2 and number > first:
+            say("deleting", number - 1)
+            registry.delete(artifact_format.digest_of(artifact(number - 1, size=SIZE)))
+            say("deleted", number - 1)
+            registry.collect(grace_s=0.0)
+        number += 1
+
+
+if __name__ == "__main__":
+    main()

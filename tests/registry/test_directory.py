@@ -1,0 +1,173 @@
+"""What a directory registry does with damage, with leftovers and with company."""
+
+import os
+import sqlite3
+
+import pytest
+from kernel_artifacts import artifact
+
+from esper.contracts import artifact_format
+from esper.contracts.errors import KernelCorruptError, KernelNotFoundError
+from esper.registry.directory import DirectoryRegistry
+
+DATA = artifact(1, size=100)
+DIGEST = artifact_format.digest_of(DATA)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = DirectoryRegistry(tmp_path / "store")
+    made.put(DATA)
+    yield made
+    made.close()
+
+
+def blob(store):
+    return store.root / "blobs" / DIGEST
+
+
+def quarantined(store):
+    return {path.name: path.read_bytes() for path in (store.root / "quarantine").iterdir()}
+
+
+DAMAGES = {
+    "bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "shorter": lambda data: data[:-1],
+    "longer": lambda data: data + b"\x00",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_bytes_are_put_aside_and_never_served(store, damage):
+    """Damage is found when it is read; the bytes are kept where nobody is served from."""
+    damaged = damage(DATA)
+    blob(store).write_bytes(damaged)
+
+    for _ in range(2):
+        with pytest.raises(KernelCorruptError, match="put the artifact again"):
+            store.get(DIGEST)
+
+    assert not store.exists(DIGEST)
+    assert store.verify().missing == (DIGEST,)
+    assert quarantined(store) == {f"{DIGEST}.0": damaged}
+
+
+def test_opening_finds_damage(store):
+    """Bytes that are wrong are put aside before anyone can ask for them."""
+    blob(store).write_bytes(b"damaged")
+
+    again = DirectoryRegistry(store.root)
+
+    assert quarantined(store) == {f"{DIGEST}.0": b"damaged"}
+    again.close()
+
+
+def test_verify_reports_what_it_put_aside(store):
+    """A look names the digest whose bytes were wrong, once."""
+    blob(store).write_bytes(b"damaged")
+
+    assert store.verify().quarantined == (DIGEST,)
+    assert store.verify().quarantined == ()
+
+
+def test_putting_again_repairs(store):
+    """The right bytes take the place of damaged ones, and tags and record stay."""
+    store.tag("mlp", "latest", DIGEST)
+    blob(store).write_bytes(b"damaged")
+
+    store.put(DATA)
+
+    assert store.get(store.resolve("mlp:latest")) == DATA
+    assert quarantined(store) == {f"{DIGEST}.0": b"damaged"}
+
+
+def test_nothing_in_quarantine_is_written_over(store):
+    """Damage that comes back is kept beside the earlier one."""
+    for damage in (b"first", b"second"):
+        blob(store).write_bytes(damage)
+        store.put(DATA)
+
+    assert quarantined(store) == {f"{DIGEST}.0": b"first", f"{DIGEST}.1": b"second"}
+
+
+def test_a_file_that_went_missing_is_corruption_not_absence(store):
+    """What was published and cannot be served is an alarm, never a plain not found."""
+    blob(store).unlink()
+
+    with pytest.raises(KernelCorruptError):
+        store.get(DIGEST)
+    assert not store.exists(DIGEST)
+
+
+def test_opening_removes_what_an_interrupted_put_left(store):
+    """Parts of a put that ended are removed, and nothing else is."""
+    part = store.root / "blobs" / f".{DIGEST}.0.part"
+    part.write_bytes(b"half")
+    foreign = store.root / "blobs" / "notes.txt"
+    foreign.write_text("mine")
+    store.close()
+
+    again = DirectoryRegistry(store.root)
+
+    assert not part.exists()
+    assert foreign.exists()
+    assert again.get(DIGEST) == DATA
+    again.close()
+
+
+def test_parts_stay_while_somebody_else_may_be_writing_them(store):
+    """A second opener takes nothing from a first that is still there."""
+    part = store.root / "blobs" / f".{DIGEST}.0.part"
+    part.write_bytes(b"half")
+
+    DirectoryRegistry(store.root).close()
+
+    assert part.exists()
+
+
+def test_two_openers_see_the_same(store):
+    """What one publishes, withdraws and collects, the other sees at once."""
+    other = DirectoryRegistry(store.root)
+    added = other.put(artifact(2))
+    assert store.get(added) == artifact(2)
+
+    store.delete(added)
+    store.collect(grace_s=0.0)
+    other.collect(grace_s=0.0)
+
+    with pytest.raises(KernelNotFoundError):
+        other.get(added)
+    assert not (store.root / "blobs" / added).exists()
+    other.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_may_go_on_using_a_registry(store):
+    """A child opens its own connection and leaves the parent's alone."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if store.put(artifact(2)) and store.get(DIGEST) == DATA else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.get(artifact_format.digest_of(artifact(2))) == artifact(2)
+    assert store.put(artifact(3)) == artifact_format.digest_of(artifact(3))
+
+
+def test_a_store_of_a_newer_format_is_refused(store):
+    """An index that this version does not know is left alone, with a clear word."""
+    store.close()
+    with sqlite3.connect(store.root / "index.sqlite") as index:
+        index.execute("PRAGMA user_version = 2")
+    index.close()
+
+    with pytest.raises(ValueError, match="newer Esper"):
+        DirectoryRegistry(store.root)
+
+
+def test_the_index_waits_for_the_disk(store):
+    """SQLite keeps a write-ahead log and waits for it at every commit."""
+    assert store._index.rows("PRAGMA journal_mode") == [("wal",)]
+    assert store._index.rows("PRAGMA synchronous") == [(2,)]
