@@ -15,11 +15,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from esper.compiler import parts
+from esper.compiler import parts, shape_rules
+from esper.compiler.shape_rules import Settings, Shape, ShapeRule
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK
-
-Settings = Mapping[str, Any]
-Shape = tuple[int, ...]
 
 REQUIRED: Final = object()
 """Default of an attribute that has none."""
@@ -71,6 +69,7 @@ class Operation:
         work: Multiply-adds of a forward, from settings, input shapes and output shape.
         rank: Exact rank of the inputs, batch included, where torch would read another rank
             differently; None for any.
+        shape: Output shape in Python integers; None where the meta device is asked.
     """
 
     build: Callable[..., nn.Module]
@@ -83,6 +82,7 @@ class Operation:
     draws_random: Callable[[Settings], bool] = _never
     work: Callable[[Settings, tuple[Shape, ...], Shape], int] = _one_input
     rank: Callable[[Settings], int] | None = None
+    shape: ShapeRule | None = None
 
 
 def _integer(low: int, high: int, default: Any = REQUIRED) -> Attribute:
@@ -144,6 +144,7 @@ _EXTENT: Final = (1, 64)
 
 def _linear() -> Operation:
     return Operation(
+        shape=shape_rules.linear,
         build=nn.Linear,
         attributes={
             "in_features": _SIZE,
@@ -163,6 +164,7 @@ def _conv(build: type[nn.Module], axes: int) -> Operation:
         return int(s["in_channels"] // s["groups"] * math.prod(s["kernel_size"]))
 
     return Operation(
+        shape=shape_rules.convolution,
         build=build,
         attributes={
             "in_channels": _SIZE,
@@ -198,6 +200,7 @@ ACTIVATIONS: Final[Mapping[str, Callable[[], nn.Module]]] = {
 
 def _activation() -> Operation:
     return Operation(
+        shape=shape_rules.unchanged,
         build=lambda *, type: ACTIVATIONS[type](),  # noqa: A006 - the attribute's name
         attributes={"type": _choice(*ACTIVATIONS)},
     )
@@ -205,6 +208,7 @@ def _activation() -> Operation:
 
 def _layer_norm() -> Operation:
     return Operation(
+        shape=shape_rules.trailing_norm,
         build=nn.LayerNorm,
         attributes={
             "normalized_shape": _integers(1, MAX_DIMENSION),
@@ -222,6 +226,7 @@ def _layer_norm() -> Operation:
 
 def _rms_norm() -> Operation:
     return Operation(
+        shape=shape_rules.trailing_norm,
         build=nn.RMSNorm,
         attributes={
             "normalized_shape": _integers(1, MAX_DIMENSION),
@@ -236,6 +241,7 @@ def _rms_norm() -> Operation:
 
 def _group_norm() -> Operation:
     return Operation(
+        shape=shape_rules.group_norm,
         build=nn.GroupNorm,
         attributes={
             "num_groups": _SIZE,
@@ -256,6 +262,7 @@ _AXES: Final = _integer(1, 3, 2)
 def _batch_norm() -> Operation:
     classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     return Operation(
+        shape=shape_rules.batch_norm,
         build=lambda *, dims, **settings: classes[dims](**settings),
         attributes={
             "num_features": _SIZE,
@@ -278,6 +285,7 @@ def _multihead_attention() -> Operation:
         return math.prod(output) * (4 * int(s["embed_dim"]) + 2 * inputs[-1][1])
 
     return Operation(
+        shape=shape_rules.attention,
         build=parts.Attention,
         attributes={
             "embed_dim": _SIZE,
@@ -298,6 +306,8 @@ def _multihead_attention() -> Operation:
 def _pool(kind: str) -> Operation:
     """Pooling over ``dims`` axes; a stride of 0 means the kernel's size, as torch's None."""
     classes = {dims: getattr(nn, f"{kind}Pool{dims}d") for dims in (1, 2, 3)}
+    if kind == "Max":
+        classes[1] = parts.MaxPool1d
 
     def build(*, dims: int, stride: int, **settings: Any) -> nn.Module:
         module: nn.Module = classes[dims](**settings, stride=stride or None)
@@ -351,6 +361,7 @@ _INNER_AXIS: Final = Attribute(
 
 def _dropout() -> Operation:
     return Operation(
+        shape=shape_rules.unchanged,
         build=nn.Dropout,
         attributes={"p": _number(*_PROBABILITY, 0.5)},
         draws_random=lambda s: s["p"] > 0,
@@ -365,6 +376,7 @@ def _flatten() -> Operation:
 
 def _noise() -> Operation:
     return Operation(
+        shape=shape_rules.unchanged,
         build=parts.Noise,
         attributes={"std": _number(1e-12, 1e6)},
         draws_random=lambda _: True,
@@ -395,13 +407,24 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "permute": Operation(
         build=parts.Permute, attributes={"dims": _integers(1, MAX_RANK - 1)}, affine=True
     ),
-    "identity": Operation(build=nn.Identity, affine=True),
+    "identity": Operation(build=nn.Identity, affine=True, shape=shape_rules.unchanged),
     "scale": Operation(
-        build=parts.Scale, attributes={"factor": _number(-1e6, 1e6, 1.0)}, affine=True
+        build=parts.Scale,
+        attributes={"factor": _number(-1e6, 1e6, 1.0)},
+        affine=True,
+        shape=shape_rules.unchanged,
     ),
-    "add": Operation(build=parts.Add, num_inputs=_MANY, exchangeable=True, affine=True),
-    "sub": Operation(build=parts.Sub, num_inputs=(2, 2), affine=True),
-    "mul": Operation(build=parts.Mul, num_inputs=_MANY, exchangeable=True),
+    "add": Operation(
+        build=parts.Add,
+        num_inputs=_MANY,
+        exchangeable=True,
+        affine=True,
+        shape=shape_rules.broadcast,
+    ),
+    "sub": Operation(build=parts.Sub, num_inputs=(2, 2), affine=True, shape=shape_rules.broadcast),
+    "mul": Operation(
+        build=parts.Mul, num_inputs=_MANY, exchangeable=True, shape=shape_rules.broadcast
+    ),
     "concat": Operation(
         build=parts.Concat, attributes={"dim": _INNER_AXIS}, num_inputs=_MANY, affine=True
     ),

@@ -6,7 +6,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -140,6 +140,27 @@ class Permute(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x with its axes reordered."""
         return x.permute(0, *self.dims)
+
+
+@final
+class MaxPool1d(nn.Module):
+    """Max pooling along one axis that stays one graph for every length.
+
+    torch.nn.MaxPool1d without indices narrows a symbolic length to a number; with them it does
+    not.
+
+    Args:
+        **settings: Those of torch.nn.MaxPool1d.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool1d(**settings, return_indices=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maximum of each window of x, shape (batch, channels, length)."""
+        largest: Tensor = self.pool(x)[0]
+        return largest
 
 
 @final

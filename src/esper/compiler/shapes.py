@@ -1,20 +1,22 @@
-"""Shape inference on the meta device: no memory, whatever the blueprint says.
+"""Shape inference without memory, whatever the blueprint says.
 
-Free sizes are replaced by probe sizes, twice and differently, so that a blueprint that works for
-one size only is found out. The limits on activations and work are Python integers.
+Shapes come from the rules of the table, or from the meta device where there is none. Free sizes
+are replaced by probe sizes, twice and differently, so that a blueprint that works for one size
+only is found out. The limits on activations and work are Python integers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
-from torch import Tensor, nn
 
 from esper.compiler.graph import Plan, Step
+from esper.compiler.operations import Operation, build_module
+from esper.compiler.shape_rules import Settings, Shape
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK, OUTPUT, BlueprintIR, TensorSpec
 from esper.contracts.errors import BlueprintError
 
@@ -37,7 +39,7 @@ class Probe:
     first: int
     step: int
 
-    def shape_of(self, spec: TensorSpec) -> tuple[int, ...]:
+    def shape_of(self, spec: TensorSpec) -> Shape:
         """Return the full shape of a tensor of this spec under these sizes."""
         return spec.resolve(self.leading, self.sizes_of(spec))
 
@@ -55,20 +57,39 @@ def probes(plan: Plan) -> tuple[Probe, Probe]:
     )
 
 
-def check_shapes(plan: Plan, modules: Sequence[nn.Module]) -> None:
-    """Run a plan on the meta device and compare what comes out with the output spec.
-
-    Args:
-        plan: The plan.
-        modules: Its modules, on the meta device.
+def check_shapes(plan: Plan) -> None:
+    """Follow the shapes through a plan and compare what comes out with the output spec.
 
     Raises:
         BlueprintError: A step does not take its input, a limit is exceeded, or the output is not
             what the output spec says. The message names the node and says what to change.
     """
     for probe in probes(plan):
-        out = _run(plan, modules, probe.shape_of(plan.blueprint.input_spec))
+        out = infer(plan, probe.shape_of(plan.blueprint.input_spec))
         _check_output(plan.blueprint, probe, out)
+
+
+def infer(plan: Plan, shape: Shape) -> Shape:
+    """Return the shape that a plan gives for an input of a shape.
+
+    Raises:
+        BlueprintError: A step does not take its input, or a limit is exceeded.
+    """
+    _check_limits("the input", shape)
+    shapes = [shape]
+    work = 0
+    for step in plan.steps:
+        inputs = tuple(shapes[i] for i in step.inputs)
+        shapes.append(_shape_after(step, inputs))
+        _check_limits(str(step), shapes[-1])
+        work += step.operation.work(step.settings, inputs, shapes[-1])
+    if work > MAX_WORK:
+        msg = (
+            f"blueprint {plan.blueprint.id!r} takes {work} multiply-adds for an input of shape "
+            f"{shape}; at most {MAX_WORK}: make it narrower"
+        )
+        raise BlueprintError(msg)
+    return shapes[-1]
 
 
 def _receptive_field(plan: Plan) -> int:
@@ -87,51 +108,34 @@ def _largest(step: Step, setting: str) -> int:
     return int(max(value)) if isinstance(value, tuple) else int(value)
 
 
-def _run(plan: Plan, modules: Sequence[nn.Module], shape: tuple[int, ...]) -> Tensor:
-    dtype = getattr(torch, plan.blueprint.input_spec.dtype)
-    _check_limits("the input", shape)
-    values = [torch.empty(shape, dtype=dtype, device="meta")]
-    work = 0
-    for step, module in zip(plan.steps, modules, strict=True):
-        inputs = [values[i] for i in step.inputs]
-        out = _apply(step, module, inputs)
-        _check_limits(str(step), tuple(out.shape))
-        work += step.operation.work(
-            step.settings, tuple(tuple(x.shape) for x in inputs), tuple(out.shape)
-        )
-        values.append(out)
-    if work > MAX_WORK:
-        msg = (
-            f"blueprint {plan.blueprint.id!r} takes {work} multiply-adds for an input of shape "
-            f"{shape}; at most {MAX_WORK}: make it narrower"
-        )
-        raise BlueprintError(msg)
-    return values[-1]
-
-
-def _apply(step: Step, module: nn.Module, inputs: list[Tensor]) -> Tensor:
-    shapes = [tuple(x.shape) for x in inputs]
-    rank = step.operation.rank
-    wanted = rank(step.settings) if rank else None
-    if wanted is not None and any(len(shape) != wanted for shape in shapes):
+def _shape_after(step: Step, inputs: tuple[Shape, ...]) -> Shape:
+    operation = step.operation
+    wanted = operation.rank(step.settings) if operation.rank else None
+    if wanted is not None and any(len(shape) != wanted for shape in inputs):
         msg = (
             f"{step} takes tensors with {wanted} axes, the batch among them; found the shapes "
-            f"{shapes}: reshape what comes in, or change input_spec"
+            f"{list(inputs)}: reshape what comes in, or change input_spec"
         )
         raise BlueprintError(msg)
+    rule = operation.shape or partial(_ask_meta, operation)
     try:
-        out: Tensor = module(*inputs)
+        return rule(step.settings, inputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         msg = (
-            f"{step} does not take inputs of shape {shapes}: {reason}; change its attributes, "
-            f"the nodes before it, or input_spec"
+            f"{step} does not take inputs of shape {list(inputs)}: {reason}; change its "
+            f"attributes, the nodes before it, or input_spec"
         )
         raise BlueprintError(msg) from error
-    return out
 
 
-def _check_limits(where: str, shape: tuple[int, ...]) -> None:
+def _ask_meta(operation: Operation, settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+    module = build_module(operation, settings)
+    with torch.no_grad():
+        return tuple(module(*(torch.empty(shape, device="meta") for shape in inputs)).shape)
+
+
+def _check_limits(where: str, shape: Shape) -> None:
     if len(shape) > MAX_RANK or not all(1 <= size <= MAX_DIMENSION for size in shape):
         msg = (
             f"{where} has the shape {shape}; at most {MAX_RANK} axes of 1 to {MAX_DIMENSION} are "
@@ -146,12 +150,11 @@ def _check_limits(where: str, shape: tuple[int, ...]) -> None:
         raise BlueprintError(msg)
 
 
-def _check_output(blueprint: BlueprintIR, probe: Probe, out: Tensor) -> None:
+def _check_output(blueprint: BlueprintIR, probe: Probe, found: Shape) -> None:
     """Compare with the output spec, in which names that the input has not may be any size."""
     sizes = probe.sizes_of(blueprint.input_spec)
     spec = blueprint.output_spec
     expected = spec.resolve(probe.leading, {name: sizes.get(name, 0) for name in spec.free_sizes})
-    found = tuple(out.shape)
     if len(found) != len(expected) or any(
         e not in (0, f) for e, f in zip(expected, found, strict=True)
     ):
