@@ -116,12 +116,16 @@ class KernelCache:
             KernelCorruptError: What it gave is not the artifact of that id.
             ValueError: ``artifact_id`` is not a digest.
         """
-        with self._lock:
-            found = self._entries.get(artifact_id)
-            if found is not None:
-                self._entries.move_to_end(artifact_id)
+        lock = self._lock
+        lock.acquire()  # half the price of a with statement, which is most of a hit's
+        try:
+            entries = self._entries
+            if artifact_id in entries:
+                entries.move_to_end(artifact_id)
                 self._num_hits += 1
-                return found
+                return entries[artifact_id]
+        finally:
+            lock.release()
         while True:
             flight, mine = self._board(artifact_id)
             if mine:
