@@ -128,13 +128,14 @@ class KasminaStateLayout:
 
         A fossil that was folded into the host's weights holds none and is not among them.
         """
-        return torch.tensor([self._contributes(i) for i in range(self.num_seeds)])
+        return torch.tensor([self.contributes(i) for i in range(self.num_seeds)])
 
     def has_active_seeds(self) -> bool:
         """Return whether a seed contributes: ACTIVE, or FOSSILIZED without a fold."""
-        return any(self._contributes(i) for i in range(self.num_seeds))
+        return any(self.contributes(i) for i in range(self.num_seeds))
 
-    def _contributes(self, seed_idx: int) -> bool:
+    def contributes(self, seed_idx: int) -> bool:
+        """Return whether a seed is ACTIVE, or FOSSILIZED and holds a kernel."""
         state = self._lifecycle_states[seed_idx]
         return state == _ACTIVE or (
             state == SeedLifecycleState.FOSSILIZED and seed_idx in self._kernel_ids
@@ -314,10 +315,11 @@ class KasminaStateLayout:
                 longest, most = max(longest, counts[seed_idx]), max(most, len(recent))
         self._calls[seed_idx], self._recent[seed_idx] = calls, recent
         if longest >= FAULTS_IN_A_ROW or most >= FAULTS_IN_WINDOW:
-            self._isolate(seed_idx)
+            self.isolate(seed_idx)
         return longest
 
-    def _isolate(self, seed_idx: int) -> None:
+    def isolate(self, seed_idx: int) -> None:
+        """Let the host alone answer for a seed; an ACTIVE one enters ERROR_RECOVERY."""
         self._fallback_active[seed_idx] = True
         if self._lifecycle_states[seed_idx] == _ACTIVE:
             self.transition_seed_state(seed_idx, SeedLifecycleState.ERROR_RECOVERY)

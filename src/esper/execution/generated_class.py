@@ -1,0 +1,247 @@
+"""Classes made for a host class: how a host object becomes a layer, and gets its class back.
+
+For a host class and a family (KasminaLayer or a subclass of it) there are three classes, made
+once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
+counter, for telemetry; *active*, whose forward follows the plan. A transition changes
+``__class__`` of the host object.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper.execution.blending import blend
+from esper.execution.layer_record import RECORD, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KINDS: Final = ("dormant", "counting", "active")
+
+_classes: dict[tuple[type, type, str], type] = {}
+_derived: dict[tuple[type, type], type] = {}
+_lock = threading.RLock()
+
+
+def generated_class(family: type, host_class: type, kind: str) -> type:
+    """Return the class of a family's layers over ``host_class``; one object for equal arguments.
+
+    Args:
+        family: ``KasminaLayer`` or a subclass of it.
+        host_class: Class of the host object, which the result derives from.
+        kind: ``"dormant"``, ``"counting"`` or ``"active"``.
+    """
+    key = (family, host_class, kind)
+    with _lock:
+        if key not in _classes:
+            _classes[key] = _make(family, host_class, kind)
+        return _classes[key]
+
+
+def _make(family: type, host_class: type, kind: str) -> type:
+    body: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"{host_class.__qualname__} with seeds; {kind}.",
+        "_esper_key": (family, host_class, kind),
+        "forward": _FORWARDS[kind](host_class),
+    }
+    if issubclass(host_class, nn.Sequential):
+        body.update(_hiding_seeds(host_class))
+    return type(f"Kasmina{host_class.__name__}", (family, host_class), body)
+
+
+def _native(host_class: type) -> Callable[..., Any]:
+    return cast("Callable[..., Any]", host_class.forward)  # type: ignore[attr-defined]
+
+
+def _counting(host_class: type) -> Callable[..., Any]:
+    host_forward = _native(host_class)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._kasmina.forward_count += 1  # type: ignore[operator, union-attr]
+        return host_forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _active(host_class: type) -> Callable[..., Any]:
+    host_forward = _native(host_class)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        h = host_forward(self, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return blend(self._kasmina, x, blendable(h))  # type: ignore[arg-type]
+
+    return forward
+
+
+_FORWARDS: Final = {"dormant": _native, "counting": _counting, "active": _active}
+
+
+def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, Any]:
+    """Return methods that keep a container's slots out of its items."""
+
+    def items(self: nn.Sequential) -> OrderedDict[str, nn.Module]:
+        own = ((k, m) for k, m in self._modules.items() if k != "_seeds" and m is not None)
+        return OrderedDict(own)
+
+    def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807
+        return iter(items(self).values())
+
+    def __len__(self: nn.Sequential) -> int:  # noqa: N807
+        return len(items(self))
+
+    def __getitem__(self: nn.Sequential, index: Any) -> Any:  # noqa: N807
+        return host_class(items(self))[index]
+
+    return {f.__name__: f for f in (__iter__, __len__, __getitem__)}
+
+
+def generated_base(cls: type) -> type | None:
+    """Return the generated class that ``cls`` is or derives from, or None."""
+    return next((base for base in cls.__mro__ if "_esper_key" in base.__dict__), None)
+
+
+def host_class_of(layer: nn.Module) -> type:
+    """Return the class that a layer had before it was wrapped."""
+    return cast("type", type(layer)._esper_key[1])  # type: ignore[attr-defined] # noqa: SLF001
+
+
+def refusal(module: object, family: type) -> str | None:
+    """Return why a module cannot become a layer of ``family``, or None if it can."""
+    if not isinstance(module, nn.Module):
+        return f"it is a {type(module).__name__}, not a torch.nn.Module"
+    if generated_base(type(module)) is not None or RECORD in module.__dict__:
+        return "it is wrapped already"
+    if isinstance(module, torch.jit.ScriptModule):  # noqa: TID251 - only to refuse it
+        return "it is a ScriptModule, whose class cannot change"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "it is lazy and has no parameters yet; run a forward first"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own in its __dict__, which a class cannot replace"
+    clash = _names_of(family) & _names_held(module)
+    if clash:
+        return f"it defines names that a layer needs: {', '.join(sorted(clash))}"
+    return None
+
+
+def _names_of(family: type) -> set[str]:
+    ours = family.__mro__[: family.__mro__.index(nn.Module)]
+    names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
+    return (names | {RECORD, "_seeds"}) - vars(nn.Module).keys()
+
+
+def _names_held(module: nn.Module) -> set[str]:
+    mro = type(module).__mro__
+    defined = {name for cls in mro[: mro.index(nn.Module)] for name in vars(cls)}
+    tables = ("_parameters", "_buffers", "_modules")
+    held = {name for table in tables for name in vars(module)[table]}
+    return defined | held | vars(module).keys()
+
+
+def become(layer: nn.Module, kind: str) -> None:
+    """Change a layer's class to another of its three; a class derived from ours follows."""
+    family, host_class, current = type(layer)._esper_key  # type: ignore[attr-defined] # noqa: SLF001
+    if kind != current:
+        _change_class(layer, generated_class(family, host_class, kind))
+
+
+def take(module: nn.Module, family: type) -> None:
+    """Change a host object's class to the dormant class of ``family``."""
+    _set_class(module, generated_class(family, type(module), "dormant"))
+
+
+def give_back(layer: nn.Module) -> None:
+    """Change a layer's class to what it was and drop its record."""
+    _change_class(layer, host_class_of(layer))
+    layer.__dict__.pop(RECORD, None)
+
+
+def _change_class(layer: nn.Module, target: type) -> None:
+    _set_class(layer, _rebased(type(layer), target))
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)
+
+
+def _rebased(cls: type, target: type) -> type:
+    """Return ``cls`` with our generated class in its bases exchanged for ``target``.
+
+    Parametrizations and FSDP2 derive a class from the one they find; theirs must survive.
+    """
+    if "_esper_key" in cls.__dict__:
+        return target
+    if generated_base(cls) is None:
+        return cls
+    with _lock:
+        if (cls, target) not in _derived:
+            bases = tuple(_rebased(base, target) for base in cls.__bases__)
+            skip = ("__dict__", "__weakref__")
+            body = {k: v for k, v in cls.__dict__.items() if k not in skip}
+            _derived[cls, target] = made = type(cls)(cls.__name__, bases, body)
+            _derived[made, cast("type", generated_base(cls))] = cls
+        return _derived[cls, target]
+
+
+def replan(layer: nn.Module) -> None:
+    """Make the plan from the seeds' states and alphas, and choose the layer's class by it."""
+    record = record_of(layer)
+    seeds = {
+        i: seed
+        for i, seed in record.seeds.items()
+        if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
+    } | record.shadows
+    record.plan = tuple(seeds[i] for i in sorted(seeds))
+    idle = "counting" if record.telemetry_enabled else "dormant"
+    become(layer, "active" if record.plan else idle)
+
+
+def rebuild(family: type, host_class: type, kind: str) -> nn.Module:
+    """Return an empty object of a generated class, for copy and pickle."""
+    layer: nn.Module = object.__new__(generated_class(family, host_class, kind))
+    return layer
+
+
+def reduce_layer(reduced: tuple[Any, ...], cls: type) -> tuple[Any, ...]:
+    """Return the reduction of a layer from that of its host, which names a class made here.
+
+    Args:
+        reduced: What ``object.__reduce_ex__`` or the host's own gave.
+        cls: Class of the layer.
+    """
+    key = cls.__dict__.get("_esper_key")
+    if key is None or getattr(reduced[0], "__name__", "") != "__newobj__":
+        return reduced
+    return (rebuild, key, *reduced[2:])
+
+
+def host_view(layer: nn.Module) -> nn.Module:
+    """Return an object of the host's class over the layer's own ``__dict__``."""
+    view: nn.Module = object.__new__(host_class_of(layer))
+    object.__setattr__(view, "__dict__", layer.__dict__)
+    return view
+
+
+def host_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the host's own forward, without the layer's hooks and seeds."""
+    return _native(host_class_of(layer))(layer, *args, **kwargs)
+
+
+def blendable(output: Any) -> Tensor:
+    """Return a host's output if a graft can be added to it.
+
+    Raises:
+        TypeError: It is not a floating tensor.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output
+    found = output.dtype if isinstance(output, Tensor) else type(output).__name__
+    msg = f"a site gives one floating tensor; this one gives {found}"
+    raise TypeError(msg)

@@ -1,0 +1,427 @@
+"""The layer: a host object with seeds, of which each may hold a kernel."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from esper.contracts.errors import KernelLoadError, KernelSourceUnavailable, SeedLifecycleError
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution import folding, grafting, maintenance, occupancy, shadow
+from esper.execution.generated_class import (
+    generated_base,
+    host_view,
+    reduce_layer,
+    refusal,
+    replan,
+    take,
+)
+from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
+from esper.execution.kernel_cache import KernelCache, shared_cache
+from esper.execution.layer_record import RECORD, LayerRecord
+from esper.execution.seed_slot import SEEDS
+from esper.execution.state_layout import KasminaStateLayout
+from esper.execution.statistics import layer_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from esper.contracts.artifact import CompiledKernelArtifact
+    from esper.contracts.ports import KernelSource
+    from esper.execution.folding import FoldCertificate
+
+
+class KasminaLayer(nn.Module):
+    """A layer with seeds; by default over a linear host.
+
+    It is the host object itself: calling this class builds a host, or takes ``original_layer``,
+    and changes that object's class to one made from this class and the host's. So parameters,
+    names, hooks and ``isinstance`` are the host's. While no seed contributes, its forward is the
+    host class's function.
+
+    Args:
+        input_size: Input features of a fresh host; ignored where ``original_layer`` is given.
+        output_size: Output features of a fresh host; ignored where ``original_layer`` is given.
+        num_seeds: Number of seeds, at least 1.
+        cache_size_mb: Budget in MiB of a kernel cache of the layer's own; used only where
+            ``source`` is given.
+        telemetry_enabled: Whether calls are counted and kernels are timed.
+        original_layer: The host; taken as it is, not copied.
+        source: Where :meth:`load_kernel` fetches from.
+
+    Raises:
+        ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
+    """
+
+    _kasmina: LayerRecord
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a host object whose class is one made from ``cls``."""
+        if generated_base(cls) is not None:  # copying and FSDP2 make an empty object
+            return object.__new__(cls)
+        return cls._construct(*args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the object is complete when ``__new__`` returns it."""
+
+    @classmethod
+    def _construct(
+        cls,
+        input_size: int,
+        output_size: int,
+        num_seeds: int = 4,
+        cache_size_mb: int = 128,
+        telemetry_enabled: bool = True,
+        original_layer: nn.Module | None = None,
+        source: KernelSource | None = None,
+    ) -> nn.Module:
+        host = nn.Linear(input_size, output_size) if original_layer is None else original_layer
+        return cls.adopt_as(
+            host,
+            name="",
+            num_seeds=num_seeds,
+            telemetry_enabled=telemetry_enabled,
+            source=source,
+            cache_size_mb=cache_size_mb,
+        )
+
+    @classmethod
+    def adopt_as(
+        cls,
+        module: nn.Module,
+        *,
+        name: str,
+        num_seeds: int = 4,
+        telemetry_enabled: bool = False,
+        source: KernelSource | None = None,
+        cache_size_mb: int | None = None,
+    ) -> KasminaLayer:
+        """Make ``module`` a layer of this class and return it; see ``host_class.adopt``.
+
+        Raises:
+            ValueError: ``num_seeds`` is less than 1, or the module cannot be a site.
+        """
+        reason = refusal(module, cls)
+        if reason is not None:
+            msg = f"{type(module).__name__} cannot be a site: {reason}"
+            raise ValueError(msg)
+        record = LayerRecord(
+            name=name,
+            num_seeds=num_seeds,
+            device=reference_tensor(module).device,
+            telemetry_enabled=telemetry_enabled,
+            source=source,
+            cache_size_mb=cache_size_mb,
+        )
+        module.__dict__[RECORD] = record
+        take(module, cls)
+        replan(module)
+        return cast("KasminaLayer", module)
+
+    # ---- the specification's attributes
+
+    @property
+    def name(self) -> str:
+        """Name of the layer in its model, for people."""
+        return self._kasmina.name
+
+    @property
+    def input_size(self) -> int:
+        """Input features of the host, for convolutions its channels; 0 where it does not say."""
+        return int(getattr(self, "in_features", getattr(self, "in_channels", 0)))
+
+    @property
+    def output_size(self) -> int:
+        """Output features or channels of the host; 0 where it does not say."""
+        return int(getattr(self, "out_features", getattr(self, "out_channels", 0)))
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of seeds."""
+        return self._kasmina.layout.num_seeds
+
+    @property
+    def default_layer(self) -> nn.Module:
+        """The host: an object of its class over this object's own state."""
+        return host_view(self)
+
+    @property
+    def state_layout(self) -> KasminaStateLayout:
+        """State of the seeds."""
+        return self._kasmina.layout
+
+    @property
+    def telemetry_enabled(self) -> bool:
+        """Whether calls are counted and kernels are timed; may be set."""
+        return self._kasmina.telemetry_enabled
+
+    @telemetry_enabled.setter
+    def telemetry_enabled(self, enabled: bool) -> None:
+        self._kasmina.telemetry_enabled = enabled
+        replan(self)
+
+    @property
+    def forward_count(self) -> int:
+        """Calls since birth, counted while telemetry is on and outside of torch.compile."""
+        return self._kasmina.forward_count
+
+    @property
+    def kernel_execution_count(self) -> int:
+        """Kernel calls since birth, counted as :attr:`forward_count` is."""
+        return self._kasmina.kernel_execution_count
+
+    @property
+    def kernel_cache(self) -> KernelCache:
+        """Where artifacts are kept: the process's cache of the layer's source.
+
+        Raises:
+            KernelSourceUnavailable: The layer has no source.
+        """
+        record = self._kasmina
+        if record.source is None:
+            msg = (
+                f"layer {record.name!r} has no kernel source: pass source= to esper.wrap or to "
+                "the constructor, or graft the kernel itself"
+            )
+            raise KernelSourceUnavailable(msg)
+        if record.cache is None:
+            record.cache = _cache(record.source, record.cache_size_mb)
+        return cast("KernelCache", record.cache)
+
+    # ---- kernels in seeds
+
+    def graft(
+        self,
+        seed_idx: int,
+        kernel: Kernel,
+        alpha: float | None = None,
+        mode: str | None = None,
+        position: str | None = None,
+        guard: str = "always",
+        example: Tensor | None = None,
+    ) -> None:
+        """Put a kernel into a seed. A kernel that is there works until this one is ready.
+
+        Args:
+            seed_idx: The seed, in [0, num_seeds): DORMANT, LOADING (reserved), ACTIVE (the kernel
+                is exchanged) or ERROR_RECOVERY.
+            kernel: A module (taken, not copied), a blueprint, an artifact or a prepared kernel.
+            alpha: In [0, 1]; None means 1 where the layer's output at alpha 1 equals the host's,
+                else 0, so that nothing changes at birth.
+            mode: ``"add"``, ``"replace"``, or None for what the kernel carries.
+            position: ``"parallel"``, ``"serial"``, or None for what the kernel carries.
+            guard: ``"always"``, ``"step"`` (needs :meth:`enable_step_guard`) or ``"off"``.
+            example: An input of the layer for the probe. None: a kernel that has been in shadow
+                at this layer and whose alpha is given was seen to work; otherwise the seed waits
+                in LOADING, and the layer's next forward is observed.
+
+        Raises:
+            KernelRefusedError: The probe refused the kernel; nothing was inserted.
+            SeedLifecycleError: The seed is a fossil.
+            ValueError: An argument is out of range, contradicts the kernel, or the replacing
+                alphas of the layer would sum to more than 1.
+            TypeError: ``kernel`` is no kernel.
+        """
+        grafting.graft(
+            self,
+            seed_idx,
+            kernel,
+            alpha=alpha,
+            mode=mode,
+            position=position,
+            guard=guard,
+            example=example,
+        )
+
+    async def load_kernel(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
+        """Fetch an artifact, verify it, and graft it; training goes on meanwhile.
+
+        A kernel that the seed holds works on until the new one is ready, and a failure changes
+        nothing.
+
+        Args:
+            seed_idx: The seed, in [0, num_seeds).
+            artifact_id: sha256 of the artifact.
+            options: As for :meth:`graft`.
+
+        Returns:
+            False where the source answered that it has no such artifact, else True.
+
+        Raises:
+            KernelSourceUnavailable: There is no source, or it did not answer.
+            KernelCorruptError: The bytes are not what their id promises.
+            KernelRefusedError: The probe refused the kernel.
+            SeedLifecycleError: The seed is a fossil.
+            ValueError: An argument is out of range.
+        """
+        cache = self.kernel_cache
+        with self._loading(seed_idx):
+            artifact = await cache.load_kernel(artifact_id)
+            return self._graft_loaded(seed_idx, artifact, options)
+
+    def load_kernel_sync(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
+        """Do what :meth:`load_kernel` does, and wait for it."""
+        cache = self.kernel_cache
+        with self._loading(seed_idx):
+            artifact = cache.load_kernel_sync(artifact_id)
+            return self._graft_loaded(seed_idx, artifact, options)
+
+    @contextmanager
+    def _loading(self, seed_idx: int) -> Iterator[None]:
+        """Keep a dormant seed in LOADING; give it back unless the graft was made or waits."""
+        is_ours = self.state_layout.state(seed_idx) == SeedLifecycleState.DORMANT
+        if is_ours:
+            self.reserve(seed_idx)
+        try:
+            yield
+        finally:
+            if is_ours and seed_idx not in self._kasmina.waiting:
+                grafting.cancel(self, seed_idx)
+
+    def _graft_loaded(
+        self, seed_idx: int, artifact: CompiledKernelArtifact | None, options: dict[str, Any]
+    ) -> bool:
+        if artifact is not None:
+            self.graft(seed_idx, artifact, **options)
+        return artifact is not None
+
+    def unload_kernel(self, seed_idx: int) -> bool:
+        """Make a seed dormant and drop its kernel; the host's weights are not touched.
+
+        Returns:
+            False where the seed was dormant already.
+
+        Raises:
+            SeedLifecycleError: The seed is a fossil.
+            ValueError: ``seed_idx`` is not in [0, num_seeds).
+        """
+        return grafting.unload(self, seed_idx)
+
+    def set_alpha(self, seed_idx: int, alpha: float) -> None:
+        """Set how much an ACTIVE seed contributes.
+
+        Args:
+            seed_idx: The seed, in [0, num_seeds).
+            alpha: In [0, 1], kept in float32; at 0 the kernel is not run.
+
+        Raises:
+            SeedLifecycleError: The seed is not ACTIVE; a fossil's alpha is frozen.
+            ValueError: An argument is out of range, or the replacing alphas of the layer would
+                sum to more than 1.
+        """
+        grafting.set_alpha(self, seed_idx, alpha)
+
+    def set_guard(self, seed_idx: int, guard: str) -> None:
+        """Set where the faults of a contributing seed are stopped.
+
+        Raises:
+            SeedLifecycleError: The seed does not contribute.
+            ValueError: ``guard`` is unknown, or ``"step"`` without :meth:`enable_step_guard`.
+        """
+        grafting.set_guard(self, seed_idx, guard)
+
+    def enable_step_guard(self) -> None:
+        """Allow ``guard="step"``: an optimizer's pre-hook promises to read the flags."""
+        self._kasmina.has_step_guard = True
+
+    def reserve(self, seed_idx: int) -> None:
+        """Move a DORMANT seed to LOADING, so that nobody else takes it.
+
+        Raises:
+            SeedLifecycleError: The seed is neither DORMANT nor in ERROR_RECOVERY.
+        """
+        grafting.reserve(self, seed_idx)
+
+    def cancel(self, seed_idx: int) -> None:
+        """Move a LOADING seed back to DORMANT.
+
+        Raises:
+            SeedLifecycleError: The seed is not LOADING.
+        """
+        if not grafting.cancel(self, seed_idx):
+            state = self.state_layout.state(seed_idx)
+            msg = f"seed {seed_idx} of layer {self.name!r} is {state.name}, expected LOADING"
+            raise SeedLifecycleError(msg)
+
+    def fossilize(self, seed_idx: int) -> FoldCertificate:
+        """Make an ACTIVE seed permanent; fold it into the host's weights where that is exact.
+
+        Returns:
+            Whether it was folded, the measured relative difference, and the reason if not.
+
+        Raises:
+            SeedLifecycleError: The seed is not ACTIVE.
+        """
+        return folding.fossilize(self, seed_idx)
+
+    def shadow(
+        self, seed_idx: int, kernel: Kernel, alpha: float = 1.0
+    ) -> AbstractContextManager[None]:
+        """Let a kernel contribute while it is no part of the model.
+
+        Args:
+            seed_idx: The seed; a kernel that stands there makes room meanwhile.
+            kernel: As for :meth:`graft`; hand over a prepared kernel to train it.
+            alpha: In (0, 1].
+
+        Raises:
+            ValueError: An argument is out of range, or the seed is in shadow already.
+        """
+        return shadow.shadow(self, seed_idx, prepare_kernel(self, kernel), alpha)
+
+    # ---- what there is
+
+    def seed_kernel(self, seed_idx: int) -> nn.Module | None:
+        """Return the kernel that a seed holds (ACTIVE, isolated, or an unfolded fossil)."""
+        self.state_layout.check_index(seed_idx)
+        seed = self._kasmina.seeds.get(seed_idx)
+        return None if seed is None else seed.slot.kernel
+
+    def alpha(self, seed_idx: int) -> float:
+        """Return a seed's alpha, in [0, 1]; 0 for one without a kernel."""
+        return self.state_layout.alpha(seed_idx)
+
+    def structure(self) -> list[dict[str, Any]]:
+        """Return the seeds that are not dormant as JSON values, for :meth:`build`."""
+        return occupancy.structure(self)
+
+    def build(self, structure: Sequence[dict[str, Any]]) -> None:
+        """Make the seeds those of a structure; see ``occupancy.build``."""
+        occupancy.build(self, structure)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return the layer's statistics, as the specification lists them.
+
+        Reads the device's counters first, as ``esper.maintain`` does.
+        """
+        maintenance.maintain(self)
+        return layer_statistics(self)
+
+    # ---- copying, saving, loading
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return a reduction that makes the class anew from the host's, which can be imported."""
+        return reduce_layer(cast("tuple[Any, ...]", super().__reduce_ex__(protocol)), type(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, and put hooks where the original has them."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # torch has none
+        occupancy.settle(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Build the seeds that the dict has, then load as the host does."""
+        error_messages: list[str] = args[-1]
+        try:
+            occupancy.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
+        except (KernelLoadError, ValueError) as error:
+            error_messages.append(str(error))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _cache(source: KernelSource, cache_size_mb: int | None) -> KernelCache:
+    if cache_size_mb is None:
+        return shared_cache(source)
+    return KernelCache(max_cache_size_mb=cache_size_mb, source=source)

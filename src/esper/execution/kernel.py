@@ -1,0 +1,142 @@
+"""From what a caller hands over to a kernel that is ready to be probed at a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from esper.compiler.lowering import LoweredKernel, instantiate, lower
+from esper.contracts.artifact import CompiledKernelArtifact
+from esper.contracts.blueprint import MODES, POSITIONS, BlueprintIR
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedKernel:
+    """A kernel with its own parameters, on its layer's device, and how it joins the layer.
+
+    Attributes:
+        module: The kernel; grafting takes this object, not a copy.
+        mode: ``"add"`` (delta = k) or ``"replace"`` (delta = k - h).
+        position: ``"parallel"`` (reads the layer's input) or ``"serial"`` (the host's output).
+        blueprint: What it was lowered from; None for a module written by hand.
+        artifact_id: sha256 of the artifact that its weights come from; None without one.
+        draws_random: Whether its forward may draw random numbers.
+        adds_capacity: Whether it computes what the host layer alone cannot.
+    """
+
+    module: nn.Module
+    mode: str = "add"
+    position: str = "parallel"
+    blueprint: BlueprintIR | None = None
+    artifact_id: str | None = None
+    draws_random: bool = False
+    adds_capacity: bool = True
+
+    @property
+    def kernel_id(self) -> str:
+        """Id for the layout and for people: the artifact's, the blueprint's or the class's."""
+        if self.artifact_id is not None:
+            return self.artifact_id
+        return type(self.module).__qualname__ if self.blueprint is None else self.blueprint.id
+
+
+Kernel = nn.Module | BlueprintIR | CompiledKernelArtifact | PreparedKernel
+
+
+def prepare_kernel(
+    layer: nn.Module, kernel: Kernel, *, mode: str | None = None, position: str | None = None
+) -> PreparedKernel:
+    """Build a kernel for a layer. Nothing is inserted and nothing is probed yet.
+
+    Args:
+        layer: Where it will be grafted; a kernel from a blueprint takes its device and dtype.
+        kernel: A module (moved to the layer's device, its dtype kept), a blueprint, an artifact,
+            or what this function returned before.
+        mode: ``"add"``, ``"replace"``, or None for what the kernel carries; a module adds.
+        position: ``"parallel"``, ``"serial"``, or None for what the kernel carries; a module is
+            parallel.
+
+    Raises:
+        TypeError: ``kernel`` is something else.
+        ValueError: ``mode`` or ``position`` is unknown, or contradicts what the kernel carries.
+        BlueprintError: The blueprint breaks a rule.
+        KernelCorruptError: The artifact's tensors are not those of its blueprint.
+    """
+    _check_choice("mode", mode, MODES)
+    _check_choice("position", position, POSITIONS)
+    if isinstance(kernel, PreparedKernel):
+        _check_agrees(kernel.mode, mode, kernel.position, position)
+        return kernel
+    if isinstance(kernel, nn.Module) and not isinstance(kernel, LoweredKernel):
+        module = kernel.to(reference_tensor(layer).device)
+        return PreparedKernel(
+            module=module, mode=mode or "add", position=position or "parallel", draws_random=True
+        )
+    return _from_blueprint(layer, kernel, mode, position)
+
+
+def _from_blueprint(
+    layer: nn.Module,
+    kernel: LoweredKernel | BlueprintIR | CompiledKernelArtifact,
+    mode: str | None,
+    position: str | None,
+) -> PreparedKernel:
+    blueprint = kernel if isinstance(kernel, BlueprintIR) else getattr(kernel, "blueprint", None)
+    if not isinstance(blueprint, BlueprintIR):
+        msg = (
+            "a kernel is a torch.nn.Module, a BlueprintIR or a CompiledKernelArtifact, "
+            f"got {type(kernel).__name__}"
+        )
+        raise TypeError(msg)
+    _check_agrees(blueprint.mode, mode, blueprint.position, position)
+    like = reference_tensor(layer)
+    return PreparedKernel(
+        module=_build(kernel, like),
+        mode=blueprint.mode,
+        position=blueprint.position,
+        blueprint=blueprint,
+        artifact_id=getattr(kernel, "artifact_id", None),
+        draws_random=blueprint.draws_random,
+        adds_capacity=blueprint.adds_capacity,
+    )
+
+
+def _build(
+    kernel: LoweredKernel | BlueprintIR | CompiledKernelArtifact, like: Tensor
+) -> LoweredKernel:
+    if isinstance(kernel, CompiledKernelArtifact):
+        return instantiate(kernel, device=like.device, dtype=like.dtype)
+    module = lower(kernel) if isinstance(kernel, BlueprintIR) else kernel
+    return module.to(device=like.device, dtype=like.dtype)
+
+
+def reference_tensor(layer: nn.Module) -> Tensor:
+    """Return a tensor whose device and dtype are the layer's: its first floating parameter.
+
+    A layer without one is on the CPU in float32, as far as anyone can tell.
+    """
+    for tensor in layer.parameters():
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)
+
+
+def _check_choice(what: str, value: Any, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        msg = f"{what} must be None or one of {', '.join(map(repr, known))}, got {value!r}"
+        raise ValueError(msg)
+
+
+def _check_agrees(has_mode: str, mode: str | None, has_position: str, position: str | None) -> None:
+    if mode not in (None, has_mode) or position not in (None, has_position):
+        msg = (
+            f"the kernel carries mode={has_mode!r} and position={has_position!r}; it cannot be "
+            f"grafted with mode={mode!r} and position={position!r}"
+        )
+        raise ValueError(msg)

@@ -1,0 +1,98 @@
+"""A layer's record: everything of ours in the host object's ``__dict__``, under one name."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Final
+
+from esper.execution.state_layout import KasminaStateLayout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from esper.contracts.ports import KernelSource
+    from esper.execution.seed_slot import Seed
+
+RECORD: Final = "_kasmina"
+"""The one entry of the host object's ``__dict__``."""
+
+_SHARED: Final = ("source", "cache")
+"""Belong to the process, not to the layer: copies share them, pickles drop them."""
+
+
+class LayerRecord:
+    """State of one layer.
+
+    Args:
+        name: Name of the layer in its model, for people.
+        num_seeds: Number of seeds, at least 1.
+        device: The host's device.
+        telemetry_enabled: Whether calls are counted and kernels are timed.
+        source: Where ``load_kernel`` fetches from, or None.
+        cache_size_mb: Budget of a cache of the layer's own, in MiB; None for the process's.
+
+    Attributes:
+        layout: State of the seeds, the authority.
+        seeds: Records of the seeds that hold a kernel or wait for one's probe, by index.
+        shadows: Seeds in audition, by index.
+        plan: Seeds with alpha > 0, in slot order; made at transitions.
+        waiting: Grafts that wait for an example, by seed index.
+        refusals: Why a graft that had waited was refused, by seed index.
+        forward_count: Calls, counted where telemetry is on.
+        kernel_execution_count: Kernel calls, counted where telemetry is on.
+        num_faults: Faulty kernel calls since birth, as far as they were read.
+        has_step_guard: Whether an optimizer's pre-hook reads step flags.
+        cache: The kernel cache, made when first asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        num_seeds: int,
+        device: torch.device,
+        telemetry_enabled: bool,
+        source: KernelSource | None,
+        cache_size_mb: int | None = None,
+    ) -> None:
+        self.name = name
+        self.layout = KasminaStateLayout(num_seeds, device)
+        self.telemetry_enabled = telemetry_enabled
+        self.source = source
+        self.cache_size_mb = cache_size_mb
+        self.cache: Any = None
+        self.seeds: dict[int, Seed] = {}
+        self.shadows: dict[int, Seed] = {}
+        self.plan: tuple[Seed, ...] = ()
+        self.waiting: dict[int, Any] = {}
+        self.refusals: dict[int, str] = {}
+        self.forward_count = 0
+        self.kernel_execution_count = 0
+        self.num_faults = 0
+        self.has_step_guard = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
+        copied = LayerRecord.__new__(LayerRecord)
+        memo[id(self)] = copied
+        for key, value in self.__dict__.items():
+            copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
+        copied.shadows = {}
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle keeps; where kernels come from is the process's business."""
+        return {**self.__dict__, **dict.fromkeys(_SHARED), "shadows": {}, "waiting": {}}
+
+
+def record_of(layer: nn.Module) -> LayerRecord:
+    """Return a wrapped layer's record.
+
+    Raises:
+        TypeError: The module is not wrapped.
+    """
+    record = layer.__dict__.get(RECORD)
+    if not isinstance(record, LayerRecord):
+        msg = f"{type(layer).__name__} is not wrapped: call esper.wrap on the model first"
+        raise TypeError(msg)
+    return record

@@ -1,0 +1,253 @@
+"""Between steps: read what devices have counted, move seeds, and try isolated ones again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.errors import KernelExecutionError, KernelRefusedError
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.guard import read_calls
+from esper.execution.layer_record import RECORD, LayerRecord, record_of
+from esper.execution.occupancy import insert, withdraw
+from esper.execution.probe import probe
+from esper.execution.state_layout import FAULTS_IN_A_ROW
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from esper.execution.seed_slot import Seed
+
+FIRST_RETRY_READINGS: Final = 10
+"""An isolated seed is probed after so many readings; each further time after twice as many."""
+
+MAX_RETRIES: Final = 3
+"""After so many failed probes the seed becomes dormant."""
+
+_S: Final = SeedLifecycleState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedFault:
+    """Faults of one seed since the last reading.
+
+    Attributes:
+        layer: Name of the layer.
+        seed_idx: Index of the seed.
+        faults: How many calls were faulty.
+        state: Where the seed is now.
+        reason: What the last fault was.
+    """
+
+    layer: str
+    seed_idx: int
+    faults: int
+    state: SeedLifecycleState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedTransition:
+    """A seed was moved.
+
+    Attributes:
+        layer: Name of the layer.
+        seed_idx: Index of the seed.
+        before: Where it was.
+        after: Where it is.
+        reason: Why.
+    """
+
+    layer: str
+    seed_idx: int
+    before: SeedLifecycleState
+    after: SeedLifecycleState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaintenanceReport:
+    """What :func:`maintain` found and did.
+
+    Attributes:
+        faults: Seeds that were at fault, in the model's order.
+        transitions: Seeds that were moved, in the model's order.
+    """
+
+    faults: tuple[SeedFault, ...] = ()
+    transitions: tuple[SeedTransition, ...] = ()
+
+
+def maintain(model: nn.Module) -> MaintenanceReport:
+    """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
+
+    Costs nothing where every seed is dormant, and one transfer for each contributing seed.
+
+    Args:
+        model: A model with wrapped layers, or one such layer.
+
+    Raises:
+        KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
+            be isolated. Every layer has been looked at.
+    """
+    faults: list[SeedFault] = []
+    transitions: list[SeedTransition] = []
+    failing: list[SeedFault] = []
+    for layer in _layers(model):
+        for seed_idx, seed in sorted(record_of(layer).seeds.items()):
+            _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
+    if failing:
+        worst = failing[0]
+        msg = (
+            f"fossil {worst.seed_idx} of layer {worst.layer!r} failed {FAULTS_IN_A_ROW} times in "
+            f"a row and cannot be isolated: {worst.reason}; restore a snapshot from before it"
+        )
+        raise KernelExecutionError(msg)
+    return MaintenanceReport(faults=tuple(faults), transitions=tuple(transitions))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if RECORD in module.__dict__]
+
+
+def _maintain_seed(
+    layer: nn.Module,
+    seed_idx: int,
+    seed: Seed,
+    faults: list[SeedFault],
+    transitions: list[SeedTransition],
+    failing: list[SeedFault],
+) -> None:
+    record = record_of(layer)
+    before = record.layout.state(seed_idx)
+    if before == _S.ERROR_RECOVERY:
+        _try_again(layer, seed_idx, seed)
+    else:
+        outcomes = read_calls(seed)
+        longest = record.layout.record_calls(seed_idx, outcomes)
+        if any(outcomes):
+            fault = _isolate_if_moved(layer, seed_idx, seed, sum(outcomes))
+            faults.append(fault)
+            if before == _S.FOSSILIZED and longest >= FAULTS_IN_A_ROW:
+                failing.append(fault)
+    after = record.layout.state(seed_idx)
+    if after != before:
+        transitions.append(_transition(record, seed_idx, before, seed.last_error))
+
+
+def _transition(
+    record: LayerRecord, seed_idx: int, before: SeedLifecycleState, reason: str
+) -> SeedTransition:
+    after = record.layout.state(seed_idx)
+    return SeedTransition(
+        layer=record.name, seed_idx=seed_idx, before=before, after=after, reason=reason
+    )
+
+
+def _isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) -> SeedFault:
+    """Take the slot out where the layout has isolated the seed; return the fault."""
+    record = record_of(layer)
+    record.num_faults += faults
+    state = record.layout.state(seed_idx)
+    if state == _S.ERROR_RECOVERY:
+        seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
+        withdraw(layer, seed_idx, keep_record=True)
+    return SeedFault(
+        layer=record.name, seed_idx=seed_idx, faults=faults, state=state, reason=seed.last_error
+    )
+
+
+def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
+    """Count down to the next probe of an isolated seed; run it, and act on it, when due."""
+    seed.readings_to_wait -= 1
+    if seed.readings_to_wait > 0:
+        return
+    record = record_of(layer)
+    seed.num_retries += 1
+    try:
+        if seed.example is None:
+            _give_up(layer, seed_idx, seed, "no example to probe it with")
+            return
+        probe(layer, seed.kernel, seed.example)
+    except KernelRefusedError as error:
+        seed.last_error = str(error)
+        seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
+        if seed.num_retries >= MAX_RETRIES:
+            _give_up(layer, seed_idx, seed, f"{MAX_RETRIES} probes failed, the last: {error}")
+        return
+    if seed.num_retries > MAX_RETRIES:
+        _give_up(layer, seed_idx, seed, f"isolated again after {MAX_RETRIES} retries")
+        return
+    seed.last_error = "the probe passed"
+    seed.forget_calls()
+    record.layout.transition_seed_state(seed_idx, _S.ACTIVE)
+    insert(layer, seed, record.layout.alpha(seed_idx))
+
+
+def _give_up(layer: nn.Module, seed_idx: int, seed: Seed, reason: str) -> None:
+    seed.last_error = reason
+    record_of(layer).layout.transition_seed_state(seed_idx, _S.DORMANT)
+    withdraw(layer, seed_idx)
+
+
+def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
+    """Read the flags of all seeds under ``guard="step"``, and isolate the faulty at once.
+
+    To be called where gradients are complete and the optimizer has not stepped. A seed is at
+    fault where its output was not finite and its host's was, or where its parameters' gradients
+    are not finite and those of its host are. One transfer from the device for all seeds together.
+
+    Args:
+        layers: Wrapped layers.
+
+    Returns:
+        The faulty seeds; the caller drops the step's gradients if there is one.
+    """
+    watched = [
+        (layer, seed_idx, seed)
+        for layer in layers
+        for seed_idx, seed in record_of(layer).seeds.items()
+        if seed.guard == "step" and record_of(layer).layout.contributes(seed_idx)
+    ]
+    if not watched:
+        return []
+    flags = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched]).tolist()
+    faults = []
+    for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
+        outcomes_known = bool(seed.errors)
+        if output_bad or gradient_bad:
+            what = "output" if output_bad else "gradients"
+            seed.last_error = f"its {what} were not finite where its host's were"
+            faults.append(_isolate_now(layer, seed_idx, seed))
+        elif not outcomes_known:
+            seed.rows.clear()
+    return faults
+
+
+def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
+    """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
+    rows = torch.cat((seed.ring, torch.stack(tuple(seed.rows)))) if seed.rows else seed.ring
+    output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
+    gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
+    if not seed.is_serial:
+        host = (p for name, p in layer.named_parameters() if not name.startswith("_seeds."))
+        gradient_bad = gradient_bad & ~_any_not_finite(host, like=output_bad)
+    return torch.stack((output_bad, gradient_bad))
+
+
+def _any_not_finite(parameters: Iterable[Any], *, like: Tensor) -> Tensor:
+    sums = [p.grad.sum(dtype=torch.float32) for p in parameters if p.grad is not None]
+    return ~torch.isfinite(torch.stack(sums)).all() if sums else torch.zeros_like(like)
+
+
+def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:
+    layout = record_of(layer).layout
+    seed.forget_calls()
+    if layout.state(seed_idx) == _S.ACTIVE:
+        layout.isolate(seed_idx)
+    else:
+        layout.record_calls(seed_idx, [True])
+    return _isolate_if_moved(layer, seed_idx, seed, 1)

@@ -1,0 +1,213 @@
+"""The probe: what a kernel must show on a copy before it is let into a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.errors import KernelRefusedError
+from esper.execution.generated_class import blendable, host_forward, host_view
+from esper.execution.layer_record import record_of
+from esper.execution.shadow import shadow_pass
+
+if TYPE_CHECKING:
+    from esper.execution.kernel import PreparedKernel
+
+_REMEMBERED: Final = 4096
+_UPDATE: Final = 1e-2
+_passed: OrderedDict[tuple[Any, ...], ProbeResult] = OrderedDict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """What the probe of an accepted kernel found.
+
+    Attributes:
+        is_identity: Whether the layer's output at alpha 1 equals the host's, bit for bit.
+        is_trainable: Whether the kernel has a parameter that requires a gradient.
+        remembered: Whether the result is that of an earlier probe of equal weights at this site.
+    """
+
+    is_identity: bool
+    is_trainable: bool
+    remembered: bool = False
+
+
+def probe(
+    layer: nn.Module, kernel: PreparedKernel, example: Tensor, *, is_pristine: bool = False
+) -> ProbeResult:
+    """Try a kernel on a copy. Neither the layer nor the kernel nor a random state changes.
+
+    Args:
+        layer: The layer where the kernel is to go.
+        kernel: The kernel.
+        example: An input of the layer, on its device.
+        is_pristine: Whether the kernel's weights are still those of its artifact or blueprint;
+            only then may the result of an earlier probe answer.
+
+    Returns:
+        What was found.
+
+    Raises:
+        KernelRefusedError: A check failed; ``check`` is ``"raises"``, ``"type"``, ``"shape"``,
+            ``"dtype"``, ``"device"``, ``"view"``, ``"in_place"``, ``"finite"``, ``"random"``,
+            ``"grad_mode"`` or ``"gradient"``.
+        TypeError: The layer is no site: its output is not one floating tensor.
+    """
+    key = _memory_key(layer, kernel, example) if is_pristine else None
+    if key is not None and key in _passed:
+        _passed.move_to_end(key)
+        return _passed[key]
+    result = _Probe(layer, kernel, example).run()
+    if key is not None:
+        _passed[key] = ProbeResult(
+            is_identity=result.is_identity, is_trainable=result.is_trainable, remembered=True
+        )
+        if len(_passed) > _REMEMBERED:
+            _passed.popitem(last=False)
+    return result
+
+
+def _memory_key(
+    layer: nn.Module, kernel: PreparedKernel, example: Tensor
+) -> tuple[Any, ...] | None:
+    digest = kernel.artifact_id or (kernel.blueprint and kernel.blueprint.digest)
+    if digest is None:
+        return None
+    like = [(tuple(p.shape), p.dtype, p.device) for p in host_view(layer).parameters()]
+    shape = (example.shape[1:], example.dtype, example.device)
+    return digest, record_of(layer).name, type(layer), tuple(like), shape, layer.training
+
+
+class _Probe:
+    """One probe: a copy of the kernel, a fixed input, and the host's output for it."""
+
+    def __init__(self, layer: nn.Module, kernel: PreparedKernel, example: Tensor) -> None:
+        self._layer, self._kernel = layer, kernel
+        self._example = example.detach().clone()
+        self._where = f"kernel {kernel.kernel_id} at layer {record_of(layer).name!r}"
+
+    def run(self) -> ProbeResult:
+        """Do all checks, the cheapest first."""
+        with shadow_pass(self._layer), torch.inference_mode(mode=False), torch.enable_grad():
+            module = copy.deepcopy(self._kernel.module).train(self._layer.training)
+            h, given = self._host_output()
+            k = self._output(module, given)
+            self._check_output(k, h)
+            is_identity = self._is_identity(h, k)
+            self._check_gradients(module, given, k)
+        return ProbeResult(is_identity=is_identity, is_trainable=bool(_trainable(module)))
+
+    def _host_output(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            h = blendable(host_forward(self._layer, self._example.clone()))
+        given = (h if self._kernel.position == "serial" else self._example).clone()
+        return h, given.requires_grad_(given.is_floating_point())
+
+    def _output(self, module: nn.Module, given: Tensor) -> Tensor:
+        """Run the kernel and check what it does to what it is given."""
+        self._entered = entered = given.clone()  # no leaf, so that writing to it is possible
+        version, state = entered._version, _random_states(given)  # noqa: SLF001 - torch's counter
+        try:
+            k: Any = module(entered)
+        except Exception as error:
+            msg = f"{self._where} raised {type(error).__name__}: {error}"
+            raise KernelRefusedError(msg, check="raises") from error
+        if not torch.is_grad_enabled():
+            torch.set_grad_enabled(True)
+            self._refuse("grad_mode", "gradients on, as it found them", "gradients off")
+        if entered._version != version:  # noqa: SLF001
+            self._refuse("in_place", "an input that is only read", "an input that was modified")
+        if not self._kernel.draws_random and not torch.equal(state, _random_states(given)):
+            self._refuse("random", "no random numbers drawn", "a random state that moved")
+        if not isinstance(k, Tensor):
+            self._refuse("type", "a tensor", type(k).__name__)
+        return k
+
+    def _check_output(self, k: Tensor, h: Tensor) -> None:
+        if k.shape != h.shape:
+            self._refuse("shape", tuple(h.shape), tuple(k.shape))
+        if k.device != h.device:
+            self._refuse("device", h.device, k.device)
+        if k.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+            self._refuse("dtype", h.dtype, k.dtype)
+        if k.untyped_storage().data_ptr() == self._entered.untyped_storage().data_ptr():
+            self._refuse("view", "an output of its own", "its input, or a view of it")
+        if not _all_finite(k) and _all_finite(h):
+            self._refuse("finite", "a finite output", "NaN or infinity")
+
+    def _is_identity(self, h: Tensor, k: Tensor) -> bool:
+        return torch.equal(k if self._kernel.mode == "replace" else h + k, h)
+
+    def _check_gradients(self, module: nn.Module, given: Tensor, k: Tensor) -> None:
+        """Check that gradients are finite and reach every layer, the inner after one update."""
+        parameters = _trainable(module)
+        if not k.requires_grad:
+            if parameters:
+                self._refuse("gradient", "a gradient for its parameters", "none at all")
+            return
+        inputs = [*parameters, given] if given.requires_grad else parameters
+        first = self._gradients(k, inputs)
+        if not parameters:
+            return
+        if not any(_reaches(g) for g in first[: len(parameters)]):
+            self._refuse("gradient", "a gradient for its last layer", "zeros everywhere")
+        with torch.no_grad():
+            for parameter, g in zip(parameters, first, strict=False):
+                if g is not None:
+                    parameter.sub_(_UPDATE * g / (1.0 + g.norm()))
+        second = self._gradients(self._output(module, given.detach().clone()), parameters)
+        reached = {
+            id(p)
+            for p, g, g0 in zip(parameters, second, first, strict=False)
+            if _reaches(g) or _reaches(g0)
+        }
+        self._check_each_layer(module, reached)
+
+    def _check_each_layer(self, module: nn.Module, reached: set[int]) -> None:
+        for name, part in module.named_modules():
+            own = [p for p in part.parameters(recurse=False) if p.requires_grad]
+            if own and not any(id(p) in reached for p in own):
+                self._refuse(
+                    "gradient",
+                    "a gradient for every layer after one update",
+                    f"none for {name or type(module).__name__!r}",
+                )
+
+    def _gradients(self, k: Tensor, inputs: list[Any]) -> list[Tensor | None]:
+        gradients: list[Tensor | None]
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(k.shape, generator=generator).to(k.device, k.dtype)
+        gradients = list(torch.autograd.grad(k, inputs, direction, allow_unused=True))
+        if not all(g is None or _all_finite(g) for g in gradients):
+            self._refuse("finite", "finite gradients", "NaN or infinity")
+        return gradients
+
+    def _refuse(self, check: str, expected: Any, found: Any) -> NoReturn:
+        msg = f"{self._where} failed the {check} check: expected {expected}, found {found}"
+        raise KernelRefusedError(msg, check=check)
+
+
+def _random_states(tensor: Tensor) -> Tensor:
+    """Return the states of the generators that a computation on this tensor may draw from."""
+    states = [torch.get_rng_state()]
+    if tensor.device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(tensor.device).get_rng_state(tensor.device))
+    return torch.cat(states)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _reaches(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

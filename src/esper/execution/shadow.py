@@ -1,0 +1,124 @@
+"""Shadow passes: running a kernel in a model that does not have it, without leaving a trace."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esper.execution.generated_class import replan
+from esper.execution.layer_record import record_of
+from esper.execution.occupancy import make_seed
+from esper.execution.seed_slot import no_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from esper.execution.kernel import PreparedKernel
+
+_in_shadow_pass: ContextVar[bool] = ContextVar("in_shadow_pass", default=False)
+
+
+_examples: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+"""Kernels that have run in shadow, with an input of each layer by its name."""
+
+
+def seen_example(layer: nn.Module, kernel: PreparedKernel) -> Tensor | None:
+    """Return an input with which a kernel has run in shadow at a layer of this name, or None."""
+    return _examples.get(kernel.module, {}).get(record_of(layer).name)
+
+
+def in_shadow_pass() -> bool:
+    """Return whether a shadow pass is running here; forward hooks may ask."""
+    return _in_shadow_pass.get()
+
+
+@contextmanager
+def shadow_pass(model: nn.Module) -> Iterator[None]:
+    """Run forwards that leave the model, the random state and the run as they were.
+
+    Forwards inside write to clones of the buffers; the buffers themselves come back untouched,
+    also where the forward raises. The random states of torch, numpy and Python are put back.
+    Parameters are not protected: take gradients with ``torch.autograd.grad``.
+
+    Args:
+        model: The model whose buffers are set aside: unwrapped, not compiled.
+    """
+    token = _in_shadow_pass.set(True)
+    buffers = _set_aside_buffers(model)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=_device_indices(model), device_type=_device_type(model)):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer  # noqa: SLF001 - past hooks and properties
+        _in_shadow_pass.reset(token)
+
+
+def _set_aside_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Put clones in the place of all buffers; a shared buffer stays shared."""
+    clones: dict[int, Tensor] = {}
+    kept: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():  # noqa: SLF001 - past hooks and properties
+            if buffer is not None:
+                kept.append((module, name, buffer))
+                if id(buffer) not in clones:
+                    clones[id(buffer)] = buffer.detach().clone()
+    for module, name, buffer in kept:
+        module._buffers[name] = clones[id(buffer)]  # noqa: SLF001
+    return kept
+
+
+def _accelerated(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")})
+
+
+def _device_indices(model: nn.Module) -> list[int]:
+    return sorted(device.index or 0 for device in _accelerated(model))
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((device.type for device in _accelerated(model)), "cuda")
+
+
+@contextmanager
+def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> Iterator[None]:
+    """Let a kernel contribute at ``alpha`` while it is no part of the model.
+
+    It is neither fenced nor guarded: its errors are the caller's to see. A kernel that stands in
+    the same seed makes room meanwhile. Several layers may be in shadow at once.
+
+    Raises:
+        ValueError: ``seed_idx`` or ``alpha`` is out of range, or the seed is in shadow already.
+    """
+    record = record_of(layer)
+    record.layout.check_index(seed_idx)
+    if not 0.0 < alpha <= 1.0:
+        msg = f"alpha of a shadow seed must be in (0, 1], got {alpha}"
+        raise ValueError(msg)
+    if seed_idx in record.shadows:
+        msg = f"seed {seed_idx} of layer {record.name!r} is in shadow already"
+        raise ValueError(msg)
+    seed = make_seed(layer, seed_idx, kernel, guard="off", is_shadow=True)
+    seed.slot.set_alpha(alpha)
+    record.shadows[seed_idx] = seed
+    handle = layer.register_forward_hook(no_hook)  # turns fused paths off that bypass the layer
+    replan(layer)
+    try:
+        yield
+        if seed.example is not None:
+            _examples.setdefault(kernel.module, {})[record.name] = seed.example
+    finally:
+        handle.remove()
+        del record.shadows[seed_idx]
+        replan(layer)
