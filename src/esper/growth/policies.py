@@ -26,7 +26,14 @@ class Choice:
 
 
 class Policy(Protocol):
-    """Says when to grow. Three questions, no more: the ranking says where, the gates whether."""
+    """Says when to grow. Three questions, no more: the ranking says where, the gates whether.
+
+    Attributes:
+        reads_losses: Whether it decides by the losses; then it is asked after an evaluation only,
+            otherwise after every update.
+    """
+
+    reads_losses: bool
 
     def observe(self, update: int, train_loss: float | None, gate_loss: float) -> object:
         """Take one evaluation."""
@@ -61,6 +68,8 @@ class DiminishingReturns:
     Args:
         detector: Holds the rules; the default one where None.
     """
+
+    reads_losses: bool = True
 
     def __init__(self, detector: Detector | None = None) -> None:
         self.detector = Detector() if detector is None else detector
@@ -99,6 +108,8 @@ class EveryN:
     Raises:
         ValueError: ``updates`` is less than 1.
     """
+
+    reads_losses: bool = False
 
     def __init__(self, updates: int) -> None:
         if updates < 1:
@@ -152,6 +163,8 @@ class ByHand:
     Raises:
         ValueError: An entry is none of these, or its update is negative.
     """
+
+    reads_losses: bool = False
 
     def __init__(
         self,

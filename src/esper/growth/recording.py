@@ -14,6 +14,8 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from esper.execution.shadow import in_shadow_pass
+
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
 
@@ -79,7 +81,7 @@ class Recorder:
         }
         self._samples_per_step = samples_per_step
         self._max_elements = max_elements
-        self._records_shadow_passes = records_shadow_passes
+        self.records_shadow_passes = records_shadow_passes
         self._capacity = dict.fromkeys(layers, max_samples)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
@@ -143,7 +145,8 @@ class _AfterForward:
         self._observation = observation
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled() and _can_be_recorded(args, output):
+        wanted = self._recorder.records_shadow_passes or not in_shadow_pass()
+        if wanted and torch.is_grad_enabled() and _can_be_recorded(args, output):
             self._recorder.record(self._observation, args[0], output)
 
     def __reduce__(self) -> tuple[Any, ...]:
