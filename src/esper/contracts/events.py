@@ -107,13 +107,16 @@ class AlphaChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fossilized(Event):
-    """A graft was made permanent; ``folded`` says whether into the host's own weights."""
+    """A graft was made permanent; ``folded`` says whether into the host's own weights.
+
+    ``rel_diff`` is the measured difference of the layer's output; None where nothing was folded.
+    """
 
     kind: ClassVar[str] = "fossilized"
     graft: int
     site: str
     folded: bool
-    rel_diff: float
+    rel_diff: float | None
     reason: str
 
 

@@ -1,0 +1,115 @@
+"""Reading the owner's held-out measure without leaving a trace in the run."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from esper.contracts.errors import GrowthError
+from esper.growth.gates import Evaluation, parse_evaluation
+from esper.growth.snapshot import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+
+class Evaluator:
+    """The owner's ``evaluate``, run under ``no_grad`` in evaluation mode, random state kept.
+
+    The first call evaluates twice: per-sample losses that do not repeat in order would make every
+    paired test meaningless.
+
+    Args:
+        evaluate: Takes the model; returns a scalar, per-sample losses, a dict whose first key
+            decides, or ``(losses, metrics)``.
+        goal: ``"min"`` where lower is better, ``"max"`` where higher is.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[nn.Module], Any], *, goal: Literal["min", "max"] = "min"
+    ) -> None:
+        self._evaluate = evaluate
+        self._goal = goal
+        self._repeats = False
+        self.samples_seen = 0
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        """Measure the model as it stands.
+
+        Raises:
+            GrowthError: The per-sample losses changed between two readings of one model.
+        """
+        if not self._repeats:
+            self._check_order(model)
+        return self._read(model)
+
+    def _read(self, model: nn.Module) -> Evaluation:
+        with measuring(model), _counting(model) as counted:
+            result = parse_evaluation(self._evaluate(model), goal=self._goal)
+        self.samples_seen += counted[0]
+        return result
+
+    def _check_order(self, model: nn.Module) -> None:
+        one, other = self._read(model).per_sample, self._read(model).per_sample
+        same = (one is None and other is None) or (
+            one is not None
+            and other is not None
+            and one.shape == other.shape
+            and np.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
+        )
+        if not same:
+            msg = (
+                "evaluate(model) gave other per-sample losses when called twice on the same model: "
+                "your loader shuffles, or drops samples at random. Expected the same samples in "
+                "the same order every time; use shuffle=False for the held-out data"
+            )
+            raise GrowthError(msg)
+        self._repeats = True
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode under ``no_grad``; put modes and random state back."""
+    modes = [(module, module.training) for module in model.modules()]
+    state = random_state(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        set_random_state(state)
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[list[int]]:
+    """Count the samples that pass the model's forward, for the accounting of work."""
+    counted = [0]
+
+    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counted[0] += num_samples((*args, *kwargs.values()))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counted
+    finally:
+        handle.remove()
+
+
+def num_samples(batch: Any) -> int:
+    """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
+    if isinstance(batch, torch.Tensor):
+        return int(batch.shape[0]) if batch.ndim else 1
+    if isinstance(batch, dict):
+        batch = tuple(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for item in batch:
+            if isinstance(item, (torch.Tensor, dict, tuple, list)):
+                return num_samples(item)
+    return 1

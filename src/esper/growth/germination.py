@@ -1,0 +1,281 @@
+"""From recorded steps to kernels that are ready for their auditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from esper.compiler.catalog import own_shape_zeroed
+from esper.compiler.compile import compile_blueprint
+from esper.compiler.lowering import checked_plan, lower
+from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report import GraftRecord
+from esper.execution.kernel import prepare_kernel
+from esper.execution.probe import probe
+from esper.execution.site import describe_site
+from esper.growth.audition import Audition
+from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
+from esper.growth.continuity import host_group, host_parameters
+from esper.growth.ranking import Candidate
+from esper.growth.warmup import rate_for_new
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.kernel import PreparedKernel
+    from esper.growth.policies import Choice
+    from esper.growth.ranking import RankedCandidate
+    from esper.growth.recording import SiteObservation
+    from esper.growth.run import GrowthRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Contender:
+    """A candidate in its audition.
+
+    Attributes:
+        graft: Number of the graft.
+        site: Name of the layer.
+        blueprint: The kernel's blueprint.
+        audition: Its audition.
+        null: The audition of the same-treatment null beside it; None under
+            ``verify="snapshot"``.
+        cost: What the kernel costs.
+    """
+
+    graft: int
+    site: str
+    blueprint: BlueprintIR
+    audition: Audition
+    null: Audition | None
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranked:
+    """Candidates best first, their blueprints by site and name, and what was refused before."""
+
+    order: list[RankedCandidate]
+    blueprints: dict[tuple[str, str], BlueprintIR]
+    refused: list[dict[str, str]]
+
+
+def free_seed(run: GrowthRun, site: str) -> int | None:
+    """Return the first seed of a site that is dormant and under no embargo, or None."""
+    dormant = run.layers[site].state_layout.get_dormant_seeds().nonzero().flatten().tolist()
+    return next((i for i in dormant if not run.is_embargoed(site, i)), None)
+
+
+def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
+    """Return the layers in which a graft may germinate now."""
+    return {name: layer for name, layer in run.layers.items() if free_seed(run, name) is not None}
+
+
+def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
+    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing."""
+    candidates: list[Candidate] = []
+    refused: list[dict[str, str]] = []
+    blueprints: dict[tuple[str, str], BlueprintIR] = {}
+    for name, seen in observations.items():
+        if not seen.inputs:
+            reason = "nothing was recorded: the layer was not called in a training step"
+            refused.append({"site": name, "blueprint": "", "reason": reason})
+            continue
+        for blueprint in _offered(run, name):
+            example = seen.inputs[0] if blueprint.position == "parallel" else seen.outputs[0]
+            candidate = _candidate(run, name, blueprint, example)
+            cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
+            over = _over_budget(run, cost)
+            if over is None:
+                candidates.append(candidate)
+                blueprints[name, blueprint.id] = blueprint
+                run.meter.add("ranking", seen.num_samples, FORWARD)
+            else:
+                refused.append({"site": name, "blueprint": blueprint.id, "reason": over})
+    order = run.ranking.rank(observations, candidates)
+    return Ranked(order=order, blueprints=blueprints, refused=refused)
+
+
+def germinate_best(
+    run: GrowthRun, ranked: Ranked, observations: Mapping[str, SiteObservation], limit: int
+) -> list[Contender]:
+    """Germinate the best candidates from distinct sites that pass the probe."""
+    contenders: list[Contender] = []
+    for entry in ranked.order:
+        taken = {contender.site for contender in contenders}
+        if len(contenders) == limit or entry.gain is None:
+            break
+        if entry.site in taken or entry.gain <= 0:
+            continue
+        reason = f"ranked first at its site, predicted gain {entry.gain:.3g}"
+        seen = observations[entry.site]
+        blueprint = ranked.blueprints[entry.site, entry.blueprint]
+        contender = germinate(run, entry.site, blueprint, seen, reason)
+        if contender is not None:
+            contenders.append(contender)
+    return contenders
+
+
+def germinate_choice(
+    run: GrowthRun, choice: Choice, observations: Mapping[str, SiteObservation]
+) -> Contender | None:
+    """Germinate what the owner named: without the ranking, with the budget and the probe.
+
+    Raises:
+        GrowthError: The site or the blueprint is not known, or the site has no dormant seed.
+    """
+    layer = run.layers.get(choice.site)
+    if layer is None:
+        msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(run.layers)}"
+        raise GrowthError(msg)
+    if free_seed(run, choice.site) is None:
+        msg = f"{choice.site!r} has no seed that is free; wrap with a larger num_seeds"
+        raise GrowthError(msg)
+    if not observations[choice.site].inputs:
+        run.journal.note(f"{choice.site} was not called in a training step: nothing germinated")
+        return None
+    blueprint = _named(run, layer, choice)
+    cost = Cost(parameters=count_parameters(lower(blueprint)))
+    reason = _over_budget(run, cost)
+    if reason is not None:
+        run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
+        return None
+    return germinate(run, choice.site, blueprint, observations[choice.site], "named by hand")
+
+
+def germinate(
+    run: GrowthRun, site: str, blueprint: BlueprintIR, seen: SiteObservation, reason: str
+) -> Contender | None:
+    """Compile, store, fetch, verify, build and probe a kernel, and reserve its seed.
+
+    Returns:
+        None where something refused it; the reason is in the log, and nothing was changed.
+    """
+    layer = run.layers[site]
+    seed_idx = free_seed(run, site)
+    assert seed_idx is not None, f"{site} was offered without a dormant seed"
+    try:
+        kernel = _fetched(run, layer, blueprint, seen)
+    except (KasminaException, BlueprintError) as error:
+        run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
+        return None
+    layer.reserve(seed_idx)
+    run.num_grafts += 1
+    cost = Cost(
+        parameters=count_parameters(kernel.module), flops=_flops(kernel.module, seen, kernel)
+    )
+    record = GraftRecord(
+        graft=run.num_grafts,
+        site=site,
+        seed_idx=seed_idx,
+        blueprint=blueprint.id,
+        artifact_id=kernel.artifact_id or "",
+        stage=GraftStage.GERMINATED,
+        verdict="in progress",
+        reason=reason,
+        parameters=cost.parameters,
+        germinated_at=run.updates,
+    )
+    run.journal.germinated(record, reason)
+    return Contender(
+        graft=run.num_grafts,
+        site=site,
+        blueprint=blueprint,
+        audition=_audition(run, layer, seed_idx, kernel),
+        null=_null_audition(run, layer, seed_idx),
+        cost=cost,
+    )
+
+
+def _over_budget(run: GrowthRun, cost: Cost) -> str | None:
+    return run.budget.check(
+        host=run.host_cost,
+        candidate=cost,
+        admitted=run.admitted_cost,
+        grafts=len(run.admitted),
+    )
+
+
+def _fetched(
+    run: GrowthRun, layer: KasminaLayer, blueprint: BlueprintIR, seen: SiteObservation
+) -> PreparedKernel:
+    artifact = compile_blueprint(blueprint, clock=run.clock)
+    record = None if artifact.record is None else artifact.record.to_document()
+    digest = run.registry.put(artifact.kernel_binary, digest=artifact.artifact_id, record=record)
+    loaded = run.cache.load_kernel_sync(digest)
+    assert loaded is not None, "the registry has just acknowledged this artifact"
+    kernel = prepare_kernel(layer, loaded)
+    probe(layer, kernel, seen.inputs[0], is_pristine=True)
+    return kernel
+
+
+def _audition(
+    run: GrowthRun, layer: KasminaLayer, seed_idx: int, kernel: PreparedKernel
+) -> Audition:
+    group = host_group(run.optimizer, host_parameters(layer))
+    rate = rate_for_new(group, lr_new=run.settings.lr_new, peak=run.peak_of(layer))
+    random_seed = run.settings.random_seed * 1_000_003 + run.updates
+    return Audition.begin(
+        layer, seed_idx, kernel, run.optimizer, rate=rate, random_seed=random_seed
+    )
+
+
+def _null_audition(run: GrowthRun, layer: KasminaLayer, seed_idx: int) -> Audition | None:
+    """Set up the same-treatment null: a zeroed affine layer of the site's own shape."""
+    if run.settings.verify != "fork":
+        return None
+    null = prepare_kernel(layer, own_shape_zeroed(describe_site(layer)))
+    return _audition(run, layer, seed_idx, null)
+
+
+def _offered(run: GrowthRun, site: str) -> list[BlueprintIR]:
+    try:
+        spec = describe_site(run.layers[site])
+    except TypeError:
+        return []  # a module that the owner selected and the catalog has nothing for
+    offered = run.catalog.blueprints_for(spec)
+    return [_seeded(run, b) for b in offered if not run.is_embargoed(site, b.id)]
+
+
+def _named(run: GrowthRun, layer: KasminaLayer, choice: Choice) -> BlueprintIR:
+    if isinstance(choice.blueprint, BlueprintIR):
+        return choice.blueprint
+    offered = run.catalog.blueprints_for(describe_site(layer), capacity_only=False)
+    for blueprint in offered:
+        if blueprint.id == choice.blueprint:
+            return _seeded(run, blueprint)
+    msg = (
+        f"the catalog has no {choice.blueprint!r} for {choice.site!r}; it has "
+        f"{', '.join(b.id for b in offered)}"
+    )
+    raise GrowthError(msg)
+
+
+def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:
+    """Let the initial weights follow the run's random seed."""
+    return replace(blueprint, init_seed=run.settings.random_seed)
+
+
+def _candidate(run: GrowthRun, site: str, blueprint: BlueprintIR, example: Tensor) -> Candidate:
+    kernel = prepare_kernel(run.layers[site], blueprint).module
+    made = checked_plan(blueprint)
+    zeroed = [i for i, step in enumerate(made.steps) if step is made.zeroed_step]
+    return Candidate(
+        site=site,
+        blueprint=blueprint.id,
+        kernel=kernel,
+        zeroed=f"steps.{zeroed[0]}.weight" if zeroed and blueprint.mode == "add" else None,
+        position=blueprint.position,
+        parameters=count_parameters(kernel),
+        flops=forward_flops(kernel, example) / len(example),
+    )
+
+
+def _flops(module: nn.Module, seen: SiteObservation, kernel: PreparedKernel) -> float:
+    example = seen.inputs[0] if kernel.position == "parallel" else seen.outputs[0]
+    return forward_flops(module, example) / len(example)

@@ -1,0 +1,241 @@
+"""What the stages of a graft share: the model in training and everything that looks after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from esper.contracts.errors import GrowthError
+from esper.growth.budget import FORWARD, FORWARD_BACKWARD, Cost, WorkMeter, overhead_allowance
+from esper.growth.continuity import host_group, host_parameters
+from esper.growth.evaluation import num_samples
+from esper.growth.warmup import peak_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from esper.compiler.catalog import Catalog
+    from esper.contracts.ports import Clock, Registry
+    from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.kernel_cache import KernelCache
+    from esper.growth.budget import Budget, Category
+    from esper.growth.evaluation import Evaluator
+    from esper.growth.gates import Evaluation
+    from esper.growth.journal import Journal
+    from esper.growth.policies import Policy
+    from esper.growth.ranking import Ranking
+    from esper.growth.warmup import UpdateFactor
+
+LOSS_WINDOW = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The numbers of a growth run; each is an argument of the Grower.
+
+    Attributes:
+        horizon: Length of the run in updates; None where unknown.
+        goal: ``"min"`` or ``"max"`` of what ``evaluate`` returns.
+        evaluate_every: Updates between two evaluations; None for the default.
+        overhead: Share of the run's counted work that growing may take, in [0, 1).
+        audition_updates: Shadow passes of an audition.
+        ramp_updates: Updates over which alpha rises from 0 to 1.
+        hold_updates: Updates at alpha 1 before the verdict.
+        warmup_updates: Updates over which the factor on new parameters rises to 1.
+        lr_new: Share of the peak rate that new parameters start at where the rate is spent.
+        record_updates: Updates that are recorded for a ranking.
+        candidates: Auditions side by side, at most.
+        min_effect: Smallest fall of the gate loss at admission, as a share of it.
+        embargo: Germinations that a slot and a blueprint sit out after a refusal.
+        verify: ``"snapshot"`` or ``"fork"``.
+        random_seed: Starts every generator of the controller's own.
+    """
+
+    horizon: int | None = None
+    goal: Literal["min", "max"] = "min"
+    evaluate_every: int | None = None
+    overhead: float = 0.10
+    audition_updates: int = 100
+    ramp_updates: int = 100
+    hold_updates: int = 100
+    warmup_updates: int = 100
+    lr_new: float = 0.3
+    record_updates: int = 16
+    candidates: int = 3
+    min_effect: float = 0.001
+    embargo: int = 3
+    verify: Literal["snapshot", "fork"] = "snapshot"
+    random_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        least = {
+            "audition_updates": 1,
+            "ramp_updates": 1,
+            "hold_updates": 0,
+            "warmup_updates": 0,
+            "record_updates": 1,
+            "candidates": 1,
+            "embargo": 0,
+        }
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                msg = f"{name} is a count, at least {bound}; got {getattr(self, name)}"
+                raise ValueError(msg)
+        for name in ("horizon", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                msg = f"{name} is a number of updates, at least 1, or None; got {value}"
+                raise ValueError(msg)
+        if self.verify not in ("snapshot", "fork"):
+            msg = f'verify is "snapshot" or "fork", got {self.verify!r}'
+            raise ValueError(msg)
+        if self.min_effect < 0:
+            msg = f"min_effect is a share of the gate loss, at least 0; got {self.min_effect}"
+            raise ValueError(msg)
+
+    @property
+    def graft_updates(self) -> int:
+        """Updates from a decision to grow until the verdict."""
+        joint = self.ramp_updates + self.hold_updates
+        return self.record_updates + self.audition_updates + joint
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values by name."""
+        return asdict(self)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class GrowthRun:
+    """One model in training, and what its controller knows of it.
+
+    Attributes:
+        model: The wrapped model, outside DDP and ``torch.compile``.
+        layers: Its layers with seeds, by name.
+        optimizer: Its optimizer.
+        factor: Warm-up of parameters that appear.
+        compute_loss: ``(model, batch)`` to a scalar loss; None where the owner gave none.
+        evaluator: Reads the gate split; None where the owner gave no measure.
+        twin_update: One update of a twin, ``(model, optimizer, batches)``.
+        updates: Optimizer updates done.
+        rates: Learning rate of each group at the last update.
+        peaks: Highest learning rate of each group so far.
+        rounds: Germinations so far; the k-th is tested at the k-th level.
+        num_grafts: Grafts (candidates that germinated) so far.
+        admitted: What each admitted graft costs; nothing once it was removed.
+        embargoes: (site, slot) and (site, blueprint) to the last round that they sit out.
+        last_change: Update of the last verdict on an admitted graft.
+        last_gate: The last evaluation of the model as it is.
+        losses: Recent training losses, on their device.
+    """
+
+    model: nn.Module
+    layers: dict[str, KasminaLayer]
+    optimizer: Optimizer
+    factor: UpdateFactor
+    settings: Settings
+    budget: Budget
+    policy: Policy
+    ranking: Ranking
+    catalog: Catalog
+    registry: Registry
+    cache: KernelCache
+    clock: Clock
+    journal: Journal
+    compute_loss: Callable[[nn.Module, Any], Tensor] | None
+    evaluator: Evaluator | None
+    twin_update: Callable[[nn.Module, Optimizer, list[Any]], None]
+    host_cost: Cost
+    meter: WorkMeter = field(default_factory=WorkMeter)
+    updates: int = 0
+    rates: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    rounds: int = 0
+    num_grafts: int = 0
+    admitted: dict[int, Cost] = field(default_factory=dict)
+    embargoes: dict[tuple[str, int | str], int] = field(default_factory=dict)
+    last_change: int | None = None
+    last_gate: Evaluation | None = None
+    evaluated_at: int = -1
+    samples_per_update: int = 0
+    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
+
+    @property
+    def admitted_cost(self) -> Cost:
+        """What the admitted grafts add together."""
+        flops = [c.flops for c in self.admitted.values() if c.flops is not None]
+        latency = [c.latency_s for c in self.admitted.values() if c.latency_s is not None]
+        return Cost(
+            parameters=sum(c.parameters for c in self.admitted.values()),
+            flops=sum(flops),
+            latency_s=sum(latency),
+        )
+
+    def is_embargoed(self, site: str, what: int | str) -> bool:
+        """Say whether a slot (a number) or a blueprint (its id) of a site sits out for now."""
+        return self.embargoes.get((site, what), 0) > self.rounds
+
+    def embargo(self, site: str, seed_idx: int, blueprint: str) -> None:
+        """Let a slot and a blueprint sit out the next germinations."""
+        until = self.rounds + self.settings.embargo
+        self.embargoes[site, seed_idx] = self.embargoes[site, blueprint] = until
+
+    def note_rates(self) -> None:
+        """Keep the learning rates of the update that is about to happen."""
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        before = self.peaks or [peak_rate(group) for group in self.optimizer.param_groups]
+        self.peaks[:] = [max(pair) for pair in zip(self.rates, before, strict=True)]
+
+    def peak_of(self, layer: KasminaLayer) -> float:
+        """Return the highest rate that the layer's group has had."""
+        group = host_group(self.optimizer, host_parameters(layer))
+        index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
+        return self.peaks[index] if self.peaks else peak_rate(group)
+
+    def measure(self) -> Evaluation:
+        """Read the gate split for the model as it is."""
+        return self.measured(lambda evaluator: evaluator(self.model))
+
+    def measured(
+        self, read: Callable[[Evaluator], Evaluation], category: Category = "evaluation"
+    ) -> Evaluation:
+        """Read the gate split in the way that ``read`` says, and count the work.
+
+        Raises:
+            GrowthError: The owner gave no ``evaluate``.
+        """
+        if self.evaluator is None:
+            msg = "there is no evaluate=, so nothing can be measured; give one to the Grower"
+            raise GrowthError(msg)
+        before = self.evaluator.samples_seen
+        result = read(self.evaluator)
+        self.meter.add(category, self.evaluator.samples_seen - before, FORWARD)
+        return result
+
+    def count_pass(self, category: Category, batches: list[Any]) -> None:
+        """Count one forward and backward over the batches."""
+        self.meter.add(category, sum(num_samples(b) for b in batches), FORWARD_BACKWARD)
+
+    def allowance_left(self) -> float:
+        """Return how much work growing may still take.
+
+        It follows from the horizon where there is one, and from the updates done where not; no
+        clock is read, so that a run can be replayed.
+        """
+        horizon = self.settings.horizon or max(self.updates, 1)
+        allowed = overhead_allowance(
+            horizon=horizon,
+            samples_per_update=self.samples_per_update,
+            overhead=self.settings.overhead,
+        )
+        return allowed - self.meter.overhead
+
+    def train_loss(self) -> float | None:
+        """Mean of the recent training losses; None before the first."""
+        return float(torch.stack(tuple(self.losses)).mean()) if self.losses else None

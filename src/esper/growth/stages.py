@@ -1,0 +1,233 @@
+"""The stages of a graft before its admission, each advanced once per update of the run.
+
+    Recording -> Auditioning -> Joining
+
+``advance`` returns the stage that follows, or None where there is nothing more to do; ``close``
+takes away everything that the stage put anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from esper.contracts.lifecycle import GraftStage
+from esper.execution.shadow import shadow_pass
+from esper.growth.budget import FORWARD_BACKWARD, Cost
+from esper.growth.gates import GateVerdict, read_gate, test_level
+from esper.growth.germination import (
+    Contender,
+    germinate_best,
+    germinate_choice,
+    open_sites,
+    rank,
+)
+from esper.growth.joining import Joining
+from esper.growth.recording import Recorder
+
+if TYPE_CHECKING:
+    from esper.growth.gates import Evaluation
+    from esper.growth.policies import Choice
+    from esper.growth.run import GrowthRun
+
+NUM_TWINS = 3
+
+
+class Stage(Protocol):
+    """What is under way between a decision to grow and its verdict."""
+
+    @property
+    def stages(self) -> tuple[tuple[str, int, str], ...]:
+        """Site, seed and stage of each graft that is under way."""
+        ...
+
+    def advance(self, batches: list[Any]) -> Stage | None:
+        """Follow one update, given the batches that it was made of."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """Take away everything that is not decided yet."""
+        ...
+
+
+class Recording:
+    """Records ordinary training steps at the open sites, then ranks and germinates.
+
+    Args:
+        run: The run.
+        choice: What the owner named; None lets the ranking choose.
+        advise_only: Rank and record the ranking, but germinate nothing.
+    """
+
+    def __init__(
+        self, run: GrowthRun, choice: Choice | None = None, *, advise_only: bool = False
+    ) -> None:
+        self._run = run
+        self._choice = choice
+        self._advise_only = advise_only
+        layers = open_sites(run)
+        if choice is not None and choice.site in layers:
+            layers = {choice.site: layers[choice.site]}
+        self._recorder = Recorder(
+            layers, random_seed=run.settings.random_seed + run.rounds, samples_per_step=32
+        )
+        self._updates_left = run.settings.record_updates if choice is None else 1
+
+    @property
+    def stages(self) -> tuple[tuple[str, int, str], ...]:
+        """Nothing has germinated yet."""
+        return ()
+
+    def advance(self, batches: list[Any]) -> Stage | None:  # noqa: ARG002 - the protocol's signature
+        """Count one recorded update; after the last, rank and germinate."""
+        self._updates_left -= 1
+        if self._updates_left > 0 and not self._recorder.done:
+            return self
+        self._recorder.close()
+        observations = self._recorder.observations
+        if self._choice is not None:
+            self._run.policy.germinated(self._run.updates)
+            contender = germinate_choice(self._run, self._choice, observations)
+            return None if contender is None else Auditioning(self._run, [contender])
+        ranked = rank(self._run, observations)
+        self._run.journal.ranked(ranked.order, ranked.refused)
+        self._run.policy.germinated(self._run.updates)
+        if self._advise_only:
+            return None
+        limit = self._num_affordable()
+        contenders = germinate_best(self._run, ranked, observations, limit)
+        if not contenders:
+            self._run.last_change = self._run.updates
+            self._run.journal.note("no candidate with a predicted gain passed budget and probe")
+            return None
+        return Auditioning(self._run, contenders)
+
+    def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
+        """Remove the hooks."""
+        self._recorder.close()
+
+    def _num_affordable(self) -> int:
+        """How many auditions side by side the overhead allows; one in any case."""
+        run = self._run
+        forked = run.settings.verify == "fork"
+        one_pass = FORWARD_BACKWARD * max(run.samples_per_update, 1)
+        joint = run.settings.ramp_updates + run.settings.hold_updates
+        left = run.allowance_left() - (NUM_TWINS * joint * one_pass if forked else 0)
+        one = run.settings.audition_updates * one_pass * (2 if forked else 1)
+        return max(1, min(run.settings.candidates, int(left // one)))
+
+
+class Auditioning:
+    """Trains the contenders by shadow passes, sends the best one to the gate, admits or culls.
+
+    Args:
+        run: The run.
+        contenders: Auditioned side by side; from distinct sites.
+    """
+
+    def __init__(self, run: GrowthRun, contenders: list[Contender]) -> None:
+        self._run = run
+        self._contenders = contenders
+        self._auditions = [c.audition for c in contenders]
+        self._auditions += [c.null for c in contenders if c.null is not None]
+        run.rounds += 1
+        trained = any(c.audition.optimizer is not None for c in contenders)
+        self._passes_left = run.settings.audition_updates if trained else 0
+        for contender in contenders:
+            run.journal.moved(contender.graft, GraftStage.AUDITION, "compiled, fetched, probed")
+
+    @property
+    def stages(self) -> tuple[tuple[str, int, str], ...]:
+        """Every contender is in its audition."""
+        stage = GraftStage.AUDITION.value
+        return tuple((c.site, c.audition.seed_idx, stage) for c in self._contenders)
+
+    def advance(self, batches: list[Any]) -> Stage | None:
+        """Do one shadow pass per contender; after the last, read the admission gate."""
+        if self._passes_left > 0:
+            self._passes_left -= 1
+            compute_loss = self._run.compute_loss
+            assert compute_loss is not None, "nothing germinates without compute_loss"
+            for audition in self._auditions:
+                if audition.optimizer is not None:
+                    audition.shadow_update(self._run.model, batches[-1], compute_loss)
+                    self._run.count_pass("shadow", batches[-1:])
+        return self if self._passes_left > 0 else self._judge(batches)
+
+    def close(self, reason: str) -> None:
+        """Cull every contender; the run is as if it had never grafted."""
+        for contender in self._contenders:
+            self._cull(contender, reason, "culled in audition")
+
+    def _judge(self, batches: list[Any]) -> Stage | None:
+        best = min(self._contenders, key=lambda c: c.audition.recent_loss())
+        for other in self._contenders:
+            if other is not best:
+                reason = f"{best.blueprint.id} at {best.site} learned better"
+                self._cull(other, reason, "culled in audition")
+        before = self._run.measure()
+        verdict = self._admission(best, before)
+        self._run.journal.gate(best.graft, "admission", verdict)
+        refusal = None if verdict.passed else verdict.reason
+        refusal = refusal or self._over_latency(best, batches)
+        if refusal is not None:
+            self._run.embargo(best.site, best.audition.seed_idx, best.blueprint.id)
+            self._cull(best, refusal, "culled at admission")
+            return None
+        return Joining(self._run, best, before, verdict.reason)
+
+    def _admission(self, best: Contender, before: Evaluation) -> GateVerdict:
+        """Compare the host as it is, seed on, with seed off; one look."""
+        run = self._run
+        after = run.measured(lambda evaluator: best.audition.evaluate(run.model, evaluator))
+        level = test_level(run.rounds)
+        if before.per_sample is None or after.per_sample is None:
+            return GateVerdict(
+                passed=False,
+                effect=None,
+                stderr=None,
+                tau=0.0,
+                z=None,
+                level=level,
+                samples=0,
+                reason="evaluate gives no per-sample losses, so luck cannot be told from gain",
+            )
+        min_effect = run.settings.min_effect * abs(before.loss)
+        return read_gate(before.per_sample, after.per_sample, level=level, min_effect=min_effect)
+
+    def _over_latency(self, best: Contender, batches: list[Any]) -> str | None:
+        """Measure what the kernel adds to a forward, where the budget asks for it."""
+        run = self._run
+        if run.budget.latency is None or run.host_cost.parameters < run.budget.small_host:
+            return None
+        host_s = _forward_s(run, batches[-1])
+        with best.audition.layer.shadow(best.audition.seed_idx, best.audition.kernel):
+            grown_s = _forward_s(run, batches[-1])
+        added_s = max(0.0, grown_s - host_s)
+        run.journal.note(
+            f"graft {best.graft} adds {added_s * 1e6:.0f} us to a forward of {host_s * 1e6:.0f} us"
+        )
+        return run.budget.check(
+            host=Cost(parameters=run.host_cost.parameters, latency_s=host_s),
+            candidate=Cost(parameters=best.cost.parameters, latency_s=added_s),
+            admitted=run.admitted_cost,
+            grafts=len(run.admitted),
+        )
+
+    def _cull(self, contender: Contender, reason: str, verdict: str) -> None:
+        contender.audition.layer.cancel(contender.audition.seed_idx)
+        self._run.journal.moved(contender.graft, GraftStage.CULLED, reason, verdict=verdict)
+
+
+def _forward_s(run: GrowthRun, batch: Any, repeats: int = 9) -> float:
+    """Return the median time of a forward on the batch, in seconds, without a trace."""
+    import torch
+
+    compute_loss = run.compute_loss
+    assert compute_loss is not None
+    times = []
+    with shadow_pass(run.model), torch.no_grad():
+        for _ in range(repeats):
+            start = run.clock.now()
+            compute_loss(run.model, batch)
+            times.append(run.clock.now() - start)
+    return sorted(times)[repeats // 2]

@@ -1,0 +1,161 @@
+"""Twins: copies of the run at a graft's admission, trained in lockstep on the same batches."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from esper.contracts.errors import GrowthError
+from esper.growth.snapshot import random_state, set_random_state
+from esper.growth.warmup import UpdateFactor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from esper.growth.audition import Joined
+
+PERTURBATION = 1e-3
+"""Relative size of the perturbation whose effect on the gate loss is tau."""
+
+
+class Twin:
+    """A copy of a model and its optimizer that takes the live run's batches and rates.
+
+    It has a random state of its own, which starts as the run's, and no hook of the run's
+    optimizer.
+
+    Args:
+        model: The live model, without a DDP or compile wrapper; copied.
+        optimizer: Its optimizer; copied, with its moments.
+        factor: Its warm-up of parameters that appeared; copied as far as it is.
+        update: Does one update, ``(model, optimizer, batches)``.
+
+    Raises:
+        GrowthError: The optimizer holds a parameter that is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        factor: UpdateFactor,
+        update: Callable[[nn.Module, Optimizer, list[Any]], None],
+    ) -> None:
+        memo: dict[int, Any] = {}
+        self.model = copy.deepcopy(model, memo)
+        self.optimizer = _copied_optimizer(optimizer, memo)
+        self.factor = _copied_factor(factor, self.optimizer, model, memo)
+        self.joined: Joined | None = None
+        self._update = update
+        self._random_state = random_state(model)
+
+    def update(self, batches: list[Any], rates: list[float]) -> None:
+        """Do the update that the live run has just done: same batches, same rates."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        outer = random_state(self.model)
+        set_random_state(self._random_state)
+        try:
+            self._update(self.model, self.optimizer, batches)
+        finally:
+            self._random_state = random_state(self.model)
+            set_random_state(outer)
+
+    def perturb(self, random_seed: int) -> None:
+        """Multiply every trainable weight by ``1 + 1e-3 * N(0, 1)``."""
+        generator = torch.Generator().manual_seed(random_seed)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+                    p.mul_((1 + PERTURBATION * noise).to(p))
+
+
+def lockstep_update(
+    compute_loss: Callable[[nn.Module, Any], Tensor],
+) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
+    """Return the update a twin does where the owner gave none: loss, backward, step.
+
+    Several micro-batches of one update are averaged.
+    """
+
+    def update(model: nn.Module, optimizer: Optimizer, batches: list[Any]) -> None:
+        optimizer.zero_grad()
+        for batch in batches:
+            (compute_loss(model, batch) / len(batches)).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        optimizer.step()
+
+    return update
+
+
+def owner_update(
+    update: Callable[[nn.Module, Optimizer, Any], None],
+) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
+    """Adapt the owner's ``update(model, optimizer, batch)``.
+
+    The returned function raises GrowthError where an update took several micro-batches: only the
+    owner knows how to weigh them.
+    """
+
+    def call(model: nn.Module, optimizer: Optimizer, batches: list[Any]) -> None:
+        if len(batches) != 1:
+            msg = (
+                f"update= takes one batch, but {len(batches)} micro-batches were given to "
+                "grower.step for one optimizer update; pass them to step as one batch (a list), "
+                "or leave update= out"
+            )
+            raise GrowthError(msg)
+        update(model, optimizer, batches[0])
+
+    return call
+
+
+def tau_of(one: float | None, other: float | None) -> float:
+    """Return tau from the gate losses of two twins that differ by the perturbation only.
+
+    Returns:
+        The absolute difference; infinite where either was not measured, so that no gate passes.
+    """
+    if one is None or other is None:
+        return math.inf
+    return abs(one - other)
+
+
+def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    groups = []
+    for group in optimizer.param_groups:
+        missing = [p for p in group["params"] if id(p) not in memo]
+        if missing:
+            msg = (
+                f"the optimizer holds {len(missing)} parameters that the model does not have (the "
+                f"first has the shape {tuple(missing[0].shape)}); a twin cannot be made of them. "
+                'Use verify="snapshot", or give the Grower the module that owns them all'
+            )
+            raise GrowthError(msg)
+        groups.append({**group, "params": [memo[id(p)] for p in group["params"]]})
+    twin = cast("Any", type(optimizer))(groups)
+    for p, state in optimizer.state.items():
+        twin.state[memo[id(p)]] = {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()
+        }
+    return cast("Optimizer", twin)
+
+
+def _copied_factor(
+    factor: UpdateFactor,
+    optimizer: Optimizer,
+    model: nn.Module,
+    memo: dict[int, Any],
+) -> UpdateFactor:
+    parameters = list(model.parameters())
+    twin = UpdateFactor(
+        optimizer, warmup_updates=factor.warmup_updates, lr_new=factor.lr_new
+    )
+    twin.load_state_dict(factor.state_dict(parameters), [memo[id(p)] for p in parameters])
+    return twin
