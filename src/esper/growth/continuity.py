@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-if TYPE_CHECKING:
-    from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.maintenance import read_step_flags
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
@@ -174,8 +174,6 @@ def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _layers(model: nn.Module) -> Iterator[KasminaLayer]:
     """Yield the layers with seeds, a layer before those inside it."""
-    from esper.execution.kasmina_layer import KasminaLayer
-
     return (module for module in model.modules() if isinstance(module, KasminaLayer))
 
 
@@ -219,8 +217,6 @@ class _Link:
         return run_then_read
 
     def _read(self, optimizer: Optimizer) -> None:
-        from esper.execution.maintenance import read_step_flags
-
         model = self._model()
         if model is None or not read_step_flags(_layers(model)):
             return
