@@ -9,6 +9,7 @@ from kernel_artifacts import artifact
 from esper.contracts import artifact_format
 from esper.contracts.errors import KernelCorruptError, KernelNotFoundError
 from esper.registry.directory import DirectoryRegistry
+from esper.registry.disk import Disk
 
 DATA = artifact(1, size=100)
 DIGEST = artifact_format.digest_of(DATA)
@@ -154,6 +155,52 @@ def test_a_forked_process_may_go_on_using_a_registry(store):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert store.get(artifact_format.digest_of(artifact(2))) == artifact(2)
     assert store.put(artifact(3)) == artifact_format.digest_of(artifact(3))
+
+
+class Interrupted(Disk):
+    """A disk on which something happens just after a blob was read, or just before."""
+
+    def __init__(self, *, before=None, after=None):
+        self.before, self.after = before, after
+
+    def read(self, path, limit_bytes):
+        before, self.before = self.before, None
+        if before is not None:
+            before()
+        data = super().read(path, limit_bytes)
+        after, self.after = self.after, None
+        if after is not None:
+            after()
+        return data
+
+
+def test_what_is_withdrawn_while_it_is_read_is_not_found(store):
+    """A read that loses against a withdrawal and its collection is no alarm."""
+    disk = Interrupted()
+    reader = DirectoryRegistry(store.root, disk=disk)
+
+    def withdraw():
+        store.delete(DIGEST)
+        store.collect(grace_s=0.0)
+        store.collect(grace_s=0.0)
+
+    disk.before = withdraw
+    with pytest.raises(KernelNotFoundError):
+        reader.get(DIGEST)
+    reader.close()
+
+
+def test_what_is_repaired_while_it_is_read_is_not_put_aside(store):
+    """Damage is looked at again before it is moved, so that a repair is never thrown out."""
+    disk = Interrupted()
+    reader = DirectoryRegistry(store.root, disk=disk)
+    blob(store).write_bytes(b"damaged")
+
+    disk.after = lambda: store.put(DATA)
+
+    assert reader.get(DIGEST) == DATA
+    assert store.get(DIGEST) == DATA
+    reader.close()
 
 
 def test_a_store_of_a_newer_format_is_refused(store):
