@@ -222,6 +222,12 @@ class Grower:
         """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
         return self._stage.host_twin if isinstance(self._stage, Joining) else None
 
+    @property
+    def last_metrics(self) -> dict[str, float]:
+        """What ``evaluate`` returned beside the losses at the last evaluation, by name."""
+        evaluations = self._run.journal.evaluations
+        return dict(evaluations[-1].metrics) if evaluations else {}
+
     def step(self, loss: Tensor | None = None, batch: Any = None) -> None:
         """Take note of one training step; call it after the optimizer's.
 

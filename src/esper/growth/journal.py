@@ -153,7 +153,9 @@ class Journal:
         self.alphas.append(AlphaPoint(update=self._updates(), graft=graft, alpha=alpha))
         self._publish(AlphaChanged, graft=graft, alpha=alpha)
 
-    def fossilized(self, graft: int, site: str, *, folded: bool, rel_diff: float | None, why: str) -> None:
+    def fossilized(
+        self, graft: int, site: str, *, folded: bool, rel_diff: float | None, why: str
+    ) -> None:
         """Record the certificate of a graft that was made permanent."""
         self._publish(
             Fossilized, graft=graft, site=site, folded=folded, rel_diff=rel_diff, reason=why

@@ -154,8 +154,6 @@ def _copied_factor(
     memo: dict[int, Any],
 ) -> UpdateFactor:
     parameters = list(model.parameters())
-    twin = UpdateFactor(
-        optimizer, warmup_updates=factor.warmup_updates, lr_new=factor.lr_new
-    )
+    twin = UpdateFactor(optimizer, warmup_updates=factor.warmup_updates, lr_new=factor.lr_new)
     twin.load_state_dict(factor.state_dict(parameters), [memo[id(p)] for p in parameters])
     return twin

@@ -1,0 +1,260 @@
+"""A whole training run as a value, and the loop that trains and grows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from esper.contracts.errors import GrowthError
+from esper.contracts.progress import Progress, ProgressRow
+from esper.growth.evaluation import measuring
+from esper.growth.grower import Grower
+from esper.growth.policies import EveryN
+from esper.wrapping.wrap import wrap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from esper.contracts.report import RunReport
+    from esper.growth.grower import Suggestion
+
+SUGGEST_SHARE = 0.2
+"""Share of a job that is trained before its suggestions are ranked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GrowthJob:
+    """A training run that ``esper grow`` and ``esper suggest`` can take over.
+
+    Attributes:
+        model: The model, not wrapped; it is wrapped in place.
+        optimizer: ``SGD``, ``Adam`` or ``AdamW`` over its parameters.
+        train: Batches to train on; iterated once an epoch.
+        gate: Held-out batches for the gates, in the same order every time; at least 200 samples.
+        test: Batches that growth never sees, read once at the end; None without a test split.
+        loss: ``(model, batch)`` to per-sample losses, shape (samples,); their mean is trained.
+        epochs: Passes over ``train``, at least 1.
+        metrics: ``(model, batch)`` to further per-sample figures by name, for example
+            ``{"accuracy": correct_N.float()}``; None for none.
+        scheduler: Learning-rate scheduler of ``optimizer``; None for a constant rate.
+        schedule: Whether ``scheduler`` steps after each ``"epoch"`` or each ``"update"``.
+        select: What to wrap, as for :func:`esper.wrap`; None for the default.
+        num_seeds: Seeds of each wrapped layer, at least 1.
+        grower: Further arguments of the Grower by name.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: ``epochs`` is less than 1, or a loader is known to be empty.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    train: Iterable[Any]
+    gate: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    epochs: int
+    test: Iterable[Any] | None = None
+    metrics: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
+    scheduler: LRScheduler | None = None
+    schedule: Literal["epoch", "update"] = "epoch"
+    select: Any = None
+    num_seeds: int = 4
+    grower: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a job that cannot run, before anything is trained."""
+        expected = {
+            "model": (nn.Module, "a torch.nn.Module"),
+            "optimizer": (torch.optim.Optimizer, "a torch.optim.Optimizer"),
+            "train": (Iterable, "an iterable of batches"),
+            "gate": (Iterable, "an iterable of batches"),
+            "epochs": (int, "a number of epochs"),
+        }
+        for name, (kind, words) in expected.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                msg = f"GrowthJob({name}=...) is {words}, got {type(value).__name__}"
+                raise TypeError(msg)
+        if self.epochs < 1:
+            msg = f"GrowthJob(epochs=...) is at least 1, got {self.epochs}"
+            raise ValueError(msg)
+        if self.schedule not in ("epoch", "update"):
+            msg = f'GrowthJob(schedule=...) is "epoch" or "update", got {self.schedule!r}'
+            raise ValueError(msg)
+        for name in ("train", "gate", "test"):
+            loader = getattr(self, name)
+            if isinstance(loader, Sized) and len(loader) == 0:
+                raise ValueError(_empty(name))
+
+    @property
+    def horizon(self) -> int | None:
+        """Updates of the whole run; None where ``train`` does not know its length."""
+        return self.epochs * len(self.train) if isinstance(self.train, Sized) else None
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+        return self.loss(model, batch).mean()
+
+    def evaluate(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return per-sample losses and metrics on the gate split."""
+        return self._read(model, self.gate, "gate")
+
+    def test_metrics(self, model: nn.Module) -> dict[str, float]:
+        """Read the test split; empty without one. To be called once, after the run."""
+        if self.test is None:
+            return {}
+        with measuring(model):
+            losses, metrics = self._read(model, self.test, "test")
+        means = {name: float(values.double().mean()) for name, values in metrics.items()}
+        return {"loss": float(losses.double().mean()), **means}
+
+    def _read(
+        self, model: nn.Module, loader: Iterable[Any], name: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: list[Tensor] = []
+        metrics: dict[str, list[Tensor]] = {}
+        for batch in loader:
+            losses.append(self.loss(model, batch).detach())
+            found = {} if self.metrics is None else self.metrics(model, batch)
+            for key, values in found.items():
+                metrics.setdefault(key, []).append(values.detach())
+        if not losses:
+            raise GrowthError(_empty(name))
+        if losses[0].ndim != 1:
+            msg = (
+                f"GrowthJob(loss=...) returns one loss per sample, shape (samples,); got shape "
+                f'{tuple(losses[0].shape)}. With torch losses, pass reduction="none"'
+            )
+            raise GrowthError(msg)
+        return torch.cat(losses), {key: torch.cat(values) for key, values in metrics.items()}
+
+
+def grow(
+    job: GrowthJob,
+    *,
+    run_dir: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunReport:
+    """Train a job and grow its model.
+
+    The model stays wrapped, for :func:`esper.unwrap` or :func:`esper.export`. ``KeyboardInterrupt``
+    ends the run early: what has no verdict is removed, and the report says that it was stopped.
+
+    Args:
+        job: The job; its model is wrapped and trained in place.
+        run_dir: Where ``events.jsonl`` is written; None writes no file.
+        on_progress: Told after every update.
+
+    Returns:
+        The report, with the test split read once where there is one.
+
+    Raises:
+        GrowthError: A loader gave no batch.
+        ValueError: The model has no layer that can be wrapped.
+    """
+    wrap(job.model, select=job.select, num_seeds=job.num_seeds)
+    job.model.train()
+    grower = _grower(job, run_dir=run_dir)
+    interrupted = False
+    with grower:
+        try:
+            for epoch in range(job.epochs):
+                _train_epoch(job, grower, epoch, on_progress)
+        except KeyboardInterrupt:
+            interrupted = True
+            grower.close("the run was stopped")
+    report = replace(grower.report(), interrupted=interrupted)
+    return replace(report, test_metrics=job.test_metrics(job.model))
+
+
+def suggest(
+    job: GrowthJob, *, on_progress: Callable[[Progress], None] | None = None
+) -> list[Suggestion]:
+    """Train a job for a fifth of its epochs, at least one, and rank what could be grown.
+
+    Nothing is grafted; the model stays wrapped, every seed dormant.
+
+    Args:
+        job: The job; its model is wrapped and trained in place.
+        on_progress: Told after every update.
+
+    Raises:
+        GrowthError: A loader gave no batch.
+        ValueError: The model has no layer that can be wrapped.
+    """
+    wrap(job.model, select=job.select, num_seeds=job.num_seeds)
+    job.model.train()
+    with _grower(job, policy=EveryN(updates=2**62)) as grower:
+        for epoch in range(max(1, round(SUGGEST_SHARE * job.epochs))):
+            _train_epoch(job, grower, epoch, on_progress)
+        return grower.suggest()
+
+
+def _grower(job: GrowthJob, **more: Any) -> Grower:
+    settings: dict[str, Any] = {
+        "compute_loss": job.compute_loss,
+        "evaluate": job.evaluate,
+        "horizon": job.horizon,
+    }
+    return Grower(job.model, job.optimizer, **{**settings, **job.grower, **more})
+
+
+def _train_epoch(
+    job: GrowthJob,
+    grower: Grower,
+    epoch: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    num_batches = 0
+    for batch in job.train:
+        num_batches += 1
+        loss = job.compute_loss(job.model, batch)
+        job.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        job.optimizer.step()
+        if job.scheduler is not None and job.schedule == "update":
+            job.scheduler.step()
+        grower.step(loss, batch=batch)
+        if on_progress is not None:
+            on_progress(_progress(job, grower, epoch, num_batches))
+    if num_batches == 0:
+        raise GrowthError(_empty("train"))
+    if job.scheduler is not None and job.schedule == "epoch":
+        job.scheduler.step()
+    grower.end_epoch()
+
+
+def _progress(job: GrowthJob, grower: Grower, epoch: int, batch: int) -> Progress:
+    total = job.horizon
+    done = grower.updates if total is not None else epoch
+    row = ProgressRow(
+        name="run",
+        update=grower.updates,
+        accuracy=_accuracy(grower),
+        parameters=sum(p.numel() for p in job.model.parameters()),
+        stages=tuple(f"{site}.{seed} {stage}" for site, seed, stage in grower.stages),
+    )
+    doing = f"epoch {epoch + 1} of {job.epochs}, batch {batch}"
+    return Progress(done=done, total=total or job.epochs, doing=doing, rows=(row,))
+
+
+def _accuracy(grower: Grower) -> float | None:
+    """Return the last accuracy in percent, where the owner measures one as a share."""
+    share = grower.last_metrics.get("accuracy")
+    return None if share is None else 100 * share
+
+
+def _empty(name: str) -> str:
+    return (
+        f"the {name} loader gave no batch; expected an iterable of batches that can be iterated "
+        "again in every epoch (a generator cannot: give a list or a DataLoader)"
+    )
