@@ -1,3 +1,148 @@
-"""Grow a PyTorch model in place while it trains, on evidence, and get a plain module back."""
+"""Grow a PyTorch model in place while it trains, on evidence, and get a plain module back.
+
+Importing this package imports no torch: each public name is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from esper.compiler.catalog import Catalog, default_catalog
+    from esper.compiler.compile import compile_blueprint
+    from esper.contracts.artifact import CompiledKernelArtifact
+    from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
+    from esper.contracts.errors import (
+        AsyncExecutionError,
+        BlueprintError,
+        CacheError,
+        EsperError,
+        GradientSyncError,
+        GrowthError,
+        KasminaException,
+        KernelCompilationError,
+        KernelCorruptError,
+        KernelExecutionError,
+        KernelLoadError,
+        KernelNotFoundError,
+        KernelRefusedError,
+        KernelSourceUnavailable,
+        SeedLifecycleError,
+    )
+    from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
+    from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.maintenance import maintain
+    from esper.execution.shadow import in_shadow_pass
+    from esper.growth.budget import Budget
+    from esper.growth.continuity import sync_optimizer
+    from esper.growth.grower import Grower
+    from esper.growth.job import GrowthJob
+    from esper.wrapping.export import export
+    from esper.wrapping.restore import RestoreResult, restore
+    from esper.wrapping.select import SkippedModule
+    from esper.wrapping.unwrap import unwrap
+    from esper.wrapping.wrap import layers, skipped, wrap
 
 __version__ = "0.1.0"
+
+_HOME: Final = {
+    "AsyncExecutionError": "esper.contracts.errors",
+    "BlueprintEdge": "esper.contracts.blueprint",
+    "BlueprintError": "esper.contracts.errors",
+    "BlueprintIR": "esper.contracts.blueprint",
+    "BlueprintNode": "esper.contracts.blueprint",
+    "Budget": "esper.growth.budget",
+    "CacheError": "esper.contracts.errors",
+    "Catalog": "esper.compiler.catalog",
+    "CompiledKernelArtifact": "esper.contracts.artifact",
+    "EsperError": "esper.contracts.errors",
+    "GradientSyncError": "esper.contracts.errors",
+    "GraftStage": "esper.contracts.lifecycle",
+    "Grower": "esper.growth.grower",
+    "GrowthError": "esper.contracts.errors",
+    "GrowthJob": "esper.growth.job",
+    "KasminaException": "esper.contracts.errors",
+    "KasminaLayer": "esper.execution.kasmina_layer",
+    "KernelCompilationError": "esper.contracts.errors",
+    "KernelCorruptError": "esper.contracts.errors",
+    "KernelExecutionError": "esper.contracts.errors",
+    "KernelLoadError": "esper.contracts.errors",
+    "KernelNotFoundError": "esper.contracts.errors",
+    "KernelRefusedError": "esper.contracts.errors",
+    "KernelSourceUnavailable": "esper.contracts.errors",
+    "RestoreResult": "esper.wrapping.restore",
+    "SeedLifecycleError": "esper.contracts.errors",
+    "SeedLifecycleState": "esper.contracts.lifecycle",
+    "SkippedModule": "esper.wrapping.select",
+    "TensorSpec": "esper.contracts.blueprint",
+    "compile_blueprint": "esper.compiler.compile",
+    "default_catalog": "esper.compiler.catalog",
+    "export": "esper.wrapping.export",
+    "in_shadow_pass": "esper.execution.shadow",
+    "layers": "esper.wrapping.wrap",
+    "maintain": "esper.execution.maintenance",
+    "restore": "esper.wrapping.restore",
+    "skipped": "esper.wrapping.wrap",
+    "sync_optimizer": "esper.growth.continuity",
+    "unwrap": "esper.wrapping.unwrap",
+    "wrap": "esper.wrapping.wrap",
+}
+"""Each public name and the module that it lives in."""
+
+__all__ = [
+    "AsyncExecutionError",
+    "BlueprintEdge",
+    "BlueprintError",
+    "BlueprintIR",
+    "BlueprintNode",
+    "Budget",
+    "CacheError",
+    "Catalog",
+    "CompiledKernelArtifact",
+    "EsperError",
+    "GradientSyncError",
+    "GraftStage",
+    "Grower",
+    "GrowthError",
+    "GrowthJob",
+    "KasminaException",
+    "KasminaLayer",
+    "KernelCompilationError",
+    "KernelCorruptError",
+    "KernelExecutionError",
+    "KernelLoadError",
+    "KernelNotFoundError",
+    "KernelRefusedError",
+    "KernelSourceUnavailable",
+    "RestoreResult",
+    "SeedLifecycleError",
+    "SeedLifecycleState",
+    "SkippedModule",
+    "TensorSpec",
+    "__version__",
+    "compile_blueprint",
+    "default_catalog",
+    "export",
+    "in_shadow_pass",
+    "layers",
+    "maintain",
+    "restore",
+    "skipped",
+    "sync_optimizer",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that a public name lives in, and remember the name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'esper' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,249 @@
+"""Write a kernel, or a host with its kernels, with the parts of torch alone.
+
+The results share every parameter and buffer with what they were made from.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import keyword
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+
+from esper.compiler.graph import plan
+from esper.compiler.lowering import LoweredKernel
+
+REFERENCES: Final = ("call_module", "get_attr")
+"""Operations of a graph that name a child or a tensor of its module."""
+
+_SEED: Final = re.compile(r"seed_\d+")
+
+FUSED_PATHS: Final[dict[type[nn.Module], tuple[str, object]]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+"""Modules that read their children's weights in evaluation and bypass their forwards, with the
+attribute and its value that turn this off, in copies and reloaded models too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainSeed:
+    """One contribution to a site's output.
+
+    Attributes:
+        name: Name of the submodule, for example ``"seed_0"``.
+        kernel: A module without a class of Esper.
+        alpha: Blending coefficient, in (0, 1].
+        replaces: True for ``delta = k - h``, False for ``delta = k``.
+        is_serial: True where the kernel reads the host's output, False where its input.
+    """
+
+    name: str
+    kernel: nn.Module
+    alpha: float
+    replaces: bool
+    is_serial: bool
+
+
+def is_grafted(module: nn.Module) -> bool:
+    """Say whether a module is what ``graft_graph`` makes, copied and reloaded ones included."""
+    names = (name for name, _ in module.named_children())
+    return isinstance(module, fx.GraphModule) and any(map(_SEED.fullmatch, names))
+
+
+def fused_paths(model: nn.Module) -> Iterator[tuple[str, str, object]]:
+    """Yield (name, attribute, value) for what has to be set so that no graft is bypassed."""
+    for name, module in model.named_modules():
+        for kind, (attribute, value) in FUSED_PATHS.items():
+            if isinstance(module, kind) and any(is_grafted(part) for part in module.modules()):
+                yield name, attribute, value
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Say whether a module, or anything inside it, is of a class of Esper."""
+    return any(type(part).__module__.partition(".")[0] == "esper" for part in module.modules())
+
+
+def trace(
+    kernel: nn.Module, *, is_leaf: Callable[[nn.Module], bool], class_name: str
+) -> fx.GraphModule:
+    """Return a kernel as a graph over the modules that ``is_leaf`` accepts.
+
+    Args:
+        kernel: A module whose forward takes one tensor.
+        is_leaf: Says which submodules stay as they are.
+        class_name: Name for the class of the result.
+
+    Returns:
+        A graph module that shares the kernel's tensors and has its modes.
+
+    Raises:
+        TypeError, ValueError: The forward branches on its data and cannot be written as a graph
+            (``torch.fx.proxy.TraceError`` is a ValueError).
+    """
+    traced = _Tracer(is_leaf).trace(kernel)
+    names = _readable_names(kernel, traced)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in traced.nodes:
+        copies[node] = _copy_node(graph, node, copies, names)
+    parts = {name: operator.attrgetter(target)(kernel) for target, name in names.items()}
+    return _graph_module(parts, graph, class_name, training=kernel.training)
+
+
+def plain_kernel(kernel: nn.Module) -> nn.Module:
+    """Return a kernel without classes of Esper: itself where it has none, else as a graph."""
+    if not is_ours(kernel):
+        return kernel
+    return trace(kernel, is_leaf=lambda part: not is_ours(part), class_name=class_name_of(kernel))
+
+
+def graft_graph(
+    host: nn.Module, seeds: Sequence[PlainSeed], *, signature: inspect.Signature
+) -> fx.GraphModule:
+    """Write a site as a graph: ``y = w h + sum alpha_i k_i``, ``w = 1 - sum of replacing alphas``.
+
+    The host is left out where nothing reads it: ``w`` is 0 and no kernel is serial.
+
+    Args:
+        host: The host layer.
+        signature: That of the host's forward, without ``self``; it becomes the graph's.
+        seeds: What contributes, in the order of the slots; at least one.
+
+    Returns:
+        A graph module with the children ``host`` and one for each seed.
+
+    Raises:
+        ValueError: The signature takes ``*args`` or ``**kwargs``.
+    """
+    graph = fx.Graph()
+    args, kwargs = _placeholders(graph, signature)
+    x = args[0] if args else next(iter(kwargs.values()))
+    weight = _host_weight(seeds)
+    parts: dict[str, nn.Module] = {}
+    h: fx.Node | None = None
+    if weight != 0.0 or any(seed.is_serial for seed in seeds):
+        parts["host"] = host
+        h = graph.create_node("call_module", "host", tuple(args), kwargs, name="h")
+    y = _scaled(graph, h, weight) if h is not None and weight != 0.0 else None
+    for seed in seeds:
+        parts[seed.name] = seed.kernel
+        reads = (h if seed.is_serial else x,)
+        k_name = seed.name.replace("seed", "k")
+        k = graph.create_node("call_module", seed.name, reads, name=k_name)
+        term = _scaled(graph, k, seed.alpha)
+        y = term if y is None else graph.call_function(operator.add, (y, term))
+    graph.output(y)
+    return _graph_module(parts, graph, "Grafted", training=host.training)
+
+
+def class_name_of(module: nn.Module) -> str:
+    """Return a name for a kernel's class: its blueprint's id in camel case, if it has one."""
+    if isinstance(module, fx.GraphModule):
+        return str(module.meta.get("class_name", "Kernel"))
+    if not isinstance(module, LoweredKernel):
+        return type(module).__name__
+    words = re.findall(r"[A-Za-z0-9]+", module.blueprint.id)
+    name = "".join(word[:1].upper() + word[1:] for word in words)
+    return name if name.isidentifier() else f"Kernel{name}"
+
+
+def _graph_module(
+    parts: dict[str, nn.Module], graph: fx.Graph, class_name: str, *, training: bool
+) -> fx.GraphModule:
+    made = fx.GraphModule(parts, graph, class_name=class_name)
+    made.meta["class_name"] = class_name  # a deepcopy forgets the name of the class
+    made.training = training
+    return made
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        del module_qualified_name
+        return self._is_leaf(m)
+
+
+def _host_weight(seeds: Sequence[PlainSeed]) -> float:
+    """Return ``w``, rounded to float32 at each step, as the layer's forward does."""
+    replaced = torch.zeros(())
+    for seed in seeds:
+        if seed.replaces:
+            replaced = replaced + torch.tensor(seed.alpha)
+    return float(1.0 - replaced)
+
+
+def _scaled(graph: fx.Graph, node: fx.Node, factor: float) -> fx.Node:
+    return node if factor == 1.0 else graph.call_function(operator.mul, (factor, node))
+
+
+def _placeholders(
+    graph: fx.Graph, signature: inspect.Signature
+) -> tuple[list[Any], dict[str, Any]]:
+    """Give the graph the parameters of the host's forward; return how to pass them on."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(
+                f"a forward takes {parameter}, which a torch.fx graph "
+                f"cannot pass on; name its arguments"
+            )
+        default = (
+            {} if parameter.default is parameter.empty else {"default_value": parameter.default}
+        )
+        node = graph.placeholder(parameter.name, **default)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = node
+        else:
+            args.append(node)
+    return args, kwargs
+
+
+def _copy_node(
+    graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], names: dict[str, str]
+) -> fx.Node:
+    if node.op not in REFERENCES:
+        copy = graph.node_copy(node, copies.__getitem__)
+        copy.type = None  # an annotation kept as text cannot be pickled
+        return copy
+    args = fx.map_arg(node.args, copies.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
+    name = names[str(node.target)]
+    return graph.create_node(node.op, name, args, kwargs, name=name)
+
+
+def _readable_names(kernel: nn.Module, traced: fx.Graph) -> dict[str, str]:
+    """Return a flat name for each module or tensor that a graph refers to.
+
+    The steps of a kernel from a blueprint are named for its nodes.
+    """
+    ids: list[str] = []
+    if isinstance(kernel, LoweredKernel):
+        ids = [step.id for step in plan(kernel.blueprint).steps]
+    names: dict[str, str] = {}
+    for target in dict.fromkeys(str(n.target) for n in traced.nodes if n.op in REFERENCES):
+        parts = target.split(".")
+        if ids and parts[0] == "steps":
+            parts = [ids[int(parts[1])], *parts[2:]]
+        names[target] = _free_name("_".join(parts), names.values())
+    return names
+
+
+def _free_name(wish: str, taken: Collection[str]) -> str:
+    """Return an attribute name like ``wish`` that no module and nobody in ``taken`` has."""
+    stem = re.sub(r"\W", "_", wish)
+    stem = stem if stem.isidentifier() and not keyword.iskeyword(stem) else f"part_{stem}"
+    candidates = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
+    bare = nn.Module()
+    return next(name for name in candidates if name not in taken and not hasattr(bare, name))

@@ -1,0 +1,109 @@
+"""Put seeds into the layers of a model, and list what was taken and what was left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from esper.execution.host_class import adopt, release
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.wrapping.select import Select, SkippedModule, choose, host_modules
+
+if TYPE_CHECKING:
+    from esper.contracts.ports import KernelSource
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(
+    model: Model,
+    *,
+    select: Select | None = None,
+    num_seeds: int = 4,
+    telemetry_enabled: bool = False,
+    source: KernelSource | None = None,
+) -> Model:
+    """Put dormant seeds into the layers of a model, in place. Succeeds or changes nothing.
+
+    The layers stay the objects that they are, under the same names, with the same parameters and
+    hooks; only ``type(layer)`` becomes a subclass of what it was. While no seed contributes, the
+    model computes what it computed before, bit for bit.
+
+    Args:
+        model: The model; it may itself be a layer.
+        select: Names, globs, types or a predicate ``(name, module) -> bool``; see
+            ``esper.wrapping.select.choose``. By default every linear layer and convolution that
+            is not tied, quantised or owned by another wrapper.
+        num_seeds: Seeds in each layer, at least 1.
+        telemetry_enabled: Whether the layers time their seeds.
+        source: Where ``layer.load_kernel`` fetches from.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``select`` is of a wrong type.
+        ValueError: There is nothing to wrap; ``select`` matches nothing; a layer that was asked
+            for is wrapped already or cannot be; ``num_seeds`` is out of range.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
+    selection = choose(model, select)
+    _refuse_wrapped(selection.taken)
+    if not selection.taken:
+        raise ValueError(_nothing_to_wrap(model, selection.skipped))
+    adopted: list[KasminaLayer] = []
+    try:
+        for name, module in selection.taken.items():
+            adopted.append(
+                adopt(
+                    module,
+                    name=name,
+                    num_seeds=num_seeds,
+                    telemetry_enabled=telemetry_enabled,
+                    source=source,
+                )
+            )
+    except BaseException:
+        for layer in adopted:
+            release(layer)
+        raise
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, KasminaLayer]:
+    """Return the wrapped layers of a model by qualified name, in the model's order.
+
+    A layer that is there under two names has the first. Empty if nothing is wrapped.
+    """
+    return {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+
+
+def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:
+    """Return the modules with tensors of their own that are not wrapped, and why.
+
+    It is worked out from the model as it is, so it holds for copies and reloaded models. For a
+    model that is not wrapped it says what ``wrap`` would leave.
+    """
+    if not layers(model):
+        return choose(model).skipped
+    return choose(model, lambda _, module: isinstance(module, KasminaLayer)).skipped
+
+
+def _refuse_wrapped(taken: dict[str, nn.Module]) -> None:
+    wrapped = [name for name, module in taken.items() if isinstance(module, KasminaLayer)]
+    if wrapped:
+        raise ValueError(
+            f"{', '.join(map(repr, wrapped[:5]))}{' and more' if wrapped[5:] else ''} "
+            f"{'are' if wrapped[1:] else 'is'} wrapped already: esper.layers(model) lists the "
+            f"layers, esper.restore(model) unwraps them, and select= can name others"
+        )
+
+
+def _nothing_to_wrap(model: nn.Module, left: tuple[SkippedModule, ...]) -> str:
+    reasons = [f"{entry.name!r} ({entry.type}): {entry.reason}" for entry in left[:5]]
+    return (
+        f"{type(model).__name__} has no layer to wrap: "
+        f"{'; '.join(reasons) or 'it holds no parameters'}; select= takes any module by name"
+    )
