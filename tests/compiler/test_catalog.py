@@ -1,0 +1,241 @@
+"""Every kernel of the catalog fits its host, is nothing at birth, and can learn."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from esper.compiler import catalog
+from esper.compiler.compile import compile_blueprint
+from esper.compiler.graph import plan
+from esper.compiler.lowering import kernel_tensors, lower
+from esper.contracts.site import SiteSpec
+
+DEFAULT = catalog.default_catalog()
+CONTROLS = (
+    catalog.noop,
+    catalog.noise,
+    catalog.capacity_free,
+    catalog.random_features,
+    catalog.own_shape_zeroed,
+)
+LINEARS = [
+    SiteSpec(kind="linear", in_features=i, out_features=o, bias=bias)
+    for i, o, bias in [(16, 10, True), (1, 1, True), (128, 64, False), (3, 200, True)]
+]
+
+
+def _conv(axes, kernel, stride, padding, dilation, **more):
+    return SiteSpec(
+        kind=f"conv{axes}d",
+        in_features=4,
+        out_features=6,
+        kernel_size=(kernel,) * axes,
+        stride=(stride,) * axes,
+        padding=(padding,) * axes,
+        dilation=(dilation,) * axes,
+        **more,
+    )
+
+
+GRID_2D = [
+    _conv(2, kernel, stride, padding, dilation)
+    for kernel, stride, padding, dilation in product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2))
+]
+OTHERS = [
+    _conv(1, 3, 1, 1, 1),
+    _conv(1, 4, 2, 1, 1),
+    _conv(3, 3, 2, 1, 1),
+    _conv(3, 3, 1, 1, 1, groups=2, bias=False),
+    _conv(2, 3, 1, 1, 1, groups=2),
+    *[_conv(2, 3, 2, 2, 1, padding_mode=mode) for mode in ("reflect", "replicate", "circular")],
+    SiteSpec(
+        kind="conv2d",
+        in_features=1,
+        out_features=4,
+        kernel_size=(3, 5),
+        stride=(1, 2),
+        padding=(1, 0),
+        dilation=(2, 1),
+    ),
+]
+
+
+def _name(site):
+    return "-".join(str(getattr(site, f.name)) for f in fields(site)).replace(" ", "")
+
+
+SMALL = [LINEARS[0], _conv(2, 3, 1, 1, 1), _conv(1, 3, 2, 1, 1)]
+
+
+def _host(site):
+    if site.kind == "linear":
+        return nn.Linear(site.in_features, site.out_features, bias=site.bias)
+    cls = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[site.kind]
+    return cls(
+        site.in_features,
+        site.out_features,
+        site.kernel_size,
+        site.stride,
+        site.padding,
+        site.dilation,
+        site.groups,
+        site.bias,
+        site.padding_mode,
+    )
+
+
+def _example(site, odd=0):
+    shape = (2, site.in_features)
+    if site.kind != "linear":
+        shape += tuple(11 + odd + axis for axis in range(len(site.kernel_size)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _all(site):
+    return DEFAULT.blueprints_for(site, capacity_only=False)
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_every_kernel_gives_the_shape_of_its_host(site):
+    """For each entry and control, and for inputs of two sizes."""
+    host = _host(site)
+    assert _all(site)
+    for odd in (0, 1):
+        x = _example(site, odd)
+        h = host(x)
+        for blueprint in [*_all(site), *(control(site) for control in CONTROLS)]:
+            read = h if blueprint.position == "serial" else x
+            assert lower(blueprint)(read).shape == h.shape, blueprint.id
+
+
+@pytest.mark.slow
+def test_every_kernel_gives_the_shape_of_its_host_over_a_grid():
+    """Kernel size, stride, padding and dilation in all combinations, as one test."""
+    for site in GRID_2D:
+        test_every_kernel_gives_the_shape_of_its_host(site)
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_catalog_kernels_are_exactly_zero_at_birth_by_one_layer(site):
+    """The output is exactly zero, by the tensors of the last layer alone."""
+    for blueprint in _all(site):
+        kernel = lower(blueprint)
+        assert not kernel(_example(site)).any()
+        zero = {name for name, tensor in kernel_tensors(kernel).items() if not tensor.any()}
+        assert zero == {"out.weight", "out.bias"} & kernel_tensors(kernel).keys()
+        assert (blueprint.mode, blueprint.position) == ("add", "parallel")
+
+
+@pytest.mark.parametrize("site", SMALL, ids=_name)
+def test_catalog_kernels_learn(site):
+    """The last layer gets a gradient at birth and every other layer after one update."""
+    for blueprint in _all(site):
+        kernel, x = lower(blueprint), _example(site)
+        target = torch.randn(_host(site)(x).shape, generator=torch.Generator().manual_seed(1))
+        for names in ({"out.weight"}, kernel_tensors(kernel).keys()):
+            (kernel(x) - target).square().mean().backward()
+            tensors = kernel_tensors(kernel)
+            assert all(tensors[name].grad.abs().sum() > 0 for name in names), blueprint.id
+            with torch.no_grad():
+                for parameter in kernel.parameters():
+                    parameter.sub_(0.5 * parameter.grad)
+                    parameter.grad = None
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_capacity_is_claimed_exactly_where_the_kernel_is_not_affine(site):
+    """A kernel that is affine in the host's input adds nothing to a trainable affine host."""
+    for blueprint in _all(site):
+        assert plan(blueprint).is_affine != blueprint.adds_capacity
+
+
+def test_kernels_without_capacity_are_offered_to_frozen_hosts_only():
+    """A trainable host is offered capacity; a frozen one everything."""
+    for site in SMALL:
+        frozen = replace(site, host_is_trainable=False)
+        assert all(b.adds_capacity for b in DEFAULT.blueprints_for(site))
+        assert not all(
+            b.adds_capacity
+            for b in DEFAULT.blueprints_for(replace(frozen, in_features=64, out_features=64))
+        )
+
+
+def test_each_family_offers_at_most_two_sizes_with_names_of_their_own():
+    """Ids are unique within a site; a small site's kernels have 50 to 3,000 parameters."""
+    for site in SMALL:
+        ids = [blueprint.id for blueprint in DEFAULT.blueprints_for(site)]
+        assert len(set(ids)) == len(ids)
+        for entry in DEFAULT.entries:
+            assert len(entry.blueprints_for(site)) <= 2
+        for blueprint in DEFAULT.blueprints_for(site):
+            assert 50 <= plan(blueprint).parameter_count <= 3000
+
+
+@pytest.mark.slow
+def test_artifacts_name_the_zeroed_tensor_of_their_entry():
+    """What the catalog says and what the metadata say is the same tensor."""
+    for site in SMALL:
+        for entry in DEFAULT.entries:
+            for blueprint in entry.blueprints_for(site):
+                assert compile_blueprint(blueprint).metadata.zeroed == entry.zeroed
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_the_noop_contributes_exactly_nothing_and_trains_nothing(site):
+    """Zero for any finite input, without parameters."""
+    kernel = lower(catalog.noop(site))
+    assert not kernel(_host(site)(_example(site))).any()
+    assert list(kernel.parameters()) == []
+
+
+@pytest.mark.parametrize("site", SMALL, ids=_name)
+def test_the_noise_is_noise_and_ignores_its_input(site):
+    """Two forwards differ, the spread is as asked, and the blueprint declares it."""
+    blueprint = catalog.noise(site, std=0.5)
+    kernel = lower(blueprint).eval()
+    h = torch.full((400, *_host(site)(_example(site)).shape[1:]), 7.0)
+    torch.manual_seed(0)
+    first, second = kernel(h), kernel(h)
+    assert not torch.equal(first, second)
+    assert abs(first.mean()) < 0.05
+    assert abs(first.std() - 0.5) < 0.05
+    assert blueprint.draws_random
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_own_shape_kernels_are_the_hosts_own_layer(site):
+    """With the host's weights in it, the kernel computes what the host does."""
+    host, x = _host(site), _example(site)
+    for control in (catalog.capacity_free, catalog.own_shape_zeroed):
+        kernel = lower(control(site))
+        assert not any(p.any() for p in kernel.parameters())
+        assert all(p.requires_grad for p in kernel.parameters())
+        assert not control(site).adds_capacity
+        kernel.steps[0].load_state_dict(host.state_dict())
+        assert torch.equal(kernel(x), host(x))
+
+
+@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+def test_random_features_are_random_and_frozen_to_the_last_tensor(site):
+    """The readout too is random and frozen, so that training can bring nothing."""
+    kernel = lower(catalog.random_features(site))
+    assert kernel(_example(site)).any()
+    assert all(p.any() and not p.requires_grad for p in kernel.parameters())
+
+
+def test_the_dtype_of_the_site_is_the_dtype_of_its_kernels():
+    """A bfloat16 host gets bfloat16 kernels."""
+    site = replace(SMALL[0], dtype="bfloat16")
+    for blueprint in DEFAULT.blueprints_for(site):
+        assert {p.dtype for p in lower(blueprint).parameters()} == {torch.bfloat16}
+
+
+def test_an_unknown_kind_of_layer_is_offered_nothing():
+    """The catalog says nothing about layers that it does not know."""
+    site = SiteSpec(kind="embedding", in_features=4, out_features=4)
+    assert DEFAULT.blueprints_for(site) == []

@@ -1,0 +1,219 @@
+"""Artifacts: exact both ways, and nothing that was tampered with becomes a kernel."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from esper.compiler.codec import decode_artifact, encode_kernel
+from esper.compiler.compile import compile_blueprint
+from esper.compiler.lowering import instantiate, kernel_tensors, lower
+from esper.contracts import artifact_format
+from esper.contracts.artifact import KernelMetadata
+from esper.contracts.artifact_format import TensorBytes
+from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
+from esper.contracts.errors import BlueprintError, KernelCorruptError
+
+GOLDEN = Path(__file__).parent / "golden" / "kernel-format-1.safetensors"
+
+
+def _blueprint(**changes):
+    nodes = (
+        BlueprintNode("hidden", "linear", {"in_features": 4, "out_features": 8}),
+        BlueprintNode("norm", "batch_norm", {"num_features": 8, "dims": 1}),
+        BlueprintNode("act", "activation", {"type": "gelu"}),
+        BlueprintNode("out", "linear", {"in_features": 8, "out_features": 3, "init": "zeros"}),
+    )
+    ids = ["input", "hidden", "norm", "act", "out", "output"]
+    fields = {
+        "id": "coded",
+        "nodes": nodes,
+        "edges": tuple(BlueprintEdge(a, b) for a, b in itertools.pairwise(ids)),
+        "input_spec": TensorSpec((4,)),
+        "output_spec": TensorSpec((3,)),
+    }
+    return BlueprintIR(**{**fields, **changes})
+
+
+ARTIFACT = compile_blueprint(_blueprint(), lineage=("0" * 64,))
+PARSED = artifact_format.parse(ARTIFACT.kernel_binary)
+
+
+class _ManualClock:
+    def __init__(self):
+        self._now_s = 0.0
+
+    def now(self):
+        self._now_s += 0.25
+        return self._now_s
+
+
+def test_decoding_and_encoding_are_exact_in_both_directions():
+    """decode(encode(x)) is x, and encode(decode(b)) is b."""
+    decoded = decode_artifact(ARTIFACT.kernel_binary, artifact_id=ARTIFACT.artifact_id)
+    assert decoded == ARTIFACT
+    assert decoded.metadata == ARTIFACT.metadata
+    assert decoded.blueprint == ARTIFACT.blueprint
+    kernel = instantiate(decoded)
+    assert encode_kernel(kernel, lineage=decoded.metadata.lineage) == ARTIFACT.kernel_binary
+
+
+def test_the_same_blueprint_compiles_to_the_same_id_and_others_do_not():
+    """The id is the content: equal for equal content, whatever the clock says."""
+    again = compile_blueprint(_blueprint(), lineage=("0" * 64,), clock=_ManualClock())
+    assert again.artifact_id == ARTIFACT.artifact_id
+    ids = {
+        ARTIFACT.artifact_id,
+        compile_blueprint(_blueprint()).artifact_id,
+        compile_blueprint(_blueprint(init_seed=1)).artifact_id,
+        compile_blueprint(_blueprint(id="renamed")).artifact_id,
+    }
+    assert len(ids) == 4
+
+
+def test_the_record_is_beside_the_bytes():
+    """Size, time and toolchain are measured and are not in the bytes."""
+    record = compile_blueprint(_blueprint(), clock=_ManualClock()).record
+    assert record.compilation_time_ms == 250.0
+    assert record.size_bytes == len(compile_blueprint(_blueprint()).kernel_binary)
+    assert record.toolchain == f"torch {torch.__version__}"
+    assert torch.__version__.encode() not in ARTIFACT.kernel_binary
+
+
+def test_metadata_says_what_the_kernel_is():
+    """The parameter count, the zeroed tensor and the lineage are those of the kernel."""
+    metadata = ARTIFACT.metadata
+    assert metadata.parameter_count == sum(p.numel() for p in lower(_blueprint()).parameters())
+    assert metadata.zeroed == "out.weight"
+    assert metadata.blueprint_digest == _blueprint().digest
+    assert metadata.lineage == ("0" * 64,)
+    assert KernelMetadata.from_document(metadata.to_document()) == metadata
+
+
+def test_a_trained_readout_is_no_longer_zeroed():
+    """Metadata follow the weights: once the last layer has moved, nothing is zeroed."""
+    tensors = dict(kernel_tensors(lower(_blueprint())))
+    tensors["out.bias"] = torch.ones(3)
+    trained = compile_blueprint(_blueprint(), tensors=tensors)
+    assert trained.metadata.zeroed is None
+    assert torch.equal(kernel_tensors(instantiate(trained))["out.bias"], torch.ones(3))
+
+
+def test_weights_that_are_not_the_blueprints_are_refused():
+    """Compiling with other tensors raises BlueprintError, with NaN KernelCorruptError."""
+    tensors = dict(kernel_tensors(lower(_blueprint())))
+    with pytest.raises(BlueprintError, match="tensors"):
+        compile_blueprint(_blueprint(), tensors={"out.weight": torch.zeros(3, 8)})
+    with pytest.raises(KernelCorruptError, match=r"out\.bias.*NaN"):
+        compile_blueprint(_blueprint(), tensors={**tensors, "out.bias": torch.zeros(3) / 0})
+
+
+def test_the_safetensors_library_reads_an_artifact():
+    """Names and values are what the library sees."""
+    loaded = safetensors.torch.load(ARTIFACT.kernel_binary)
+    expected = kernel_tensors(instantiate(ARTIFACT))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_an_artifact_survives_copying(duplicate):
+    """Copies are equal and decode to the same."""
+    assert duplicate(ARTIFACT) == ARTIFACT
+    assert duplicate(ARTIFACT).metadata == ARTIFACT.metadata
+
+
+def _rewritten(*, header=None, blueprint=None, metadata=None, tensors=None):
+    """The artifact with some of its content replaced, and its bytes canonical again."""
+    new = dict(PARSED.header)
+    new["blueprint"] = {**new["blueprint"], **(blueprint or {})}
+    new["metadata"] = {**new["metadata"], **(metadata or {})}
+    return artifact_format.encode({**new, **(header or {})}, {**PARSED.tensors, **(tensors or {})})
+
+
+def _floats(*values):
+    return torch.tensor(values, dtype=torch.float32).numpy().tobytes()
+
+
+TAMPERED = {
+    "kind": _rewritten(header={"kind": "other"}),
+    "extra field": _rewritten(header={"code": "import os"}),
+    "no blueprint": _rewritten(header={"blueprint": 7}),
+    "newer blueprint": _rewritten(blueprint={"format_version": 2}),
+    "nodes in another order": _rewritten(
+        blueprint={"nodes": PARSED.header["blueprint"]["nodes"][::-1]}
+    ),
+    "unknown operation": _rewritten(
+        blueprint={"nodes": [{"id": "hidden", "op_type": "exec", "attributes": {}}]}
+    ),
+    "other blueprint, valid": _rewritten(blueprint={"init_seed": 3}),
+    "parameter count": _rewritten(metadata={"parameter_count": 1}),
+    "zeroed": _rewritten(metadata={"zeroed": None}),
+    "adds capacity": _rewritten(metadata={"adds_capacity": False}),
+    "metadata field missing": _rewritten(header={"metadata": {}}),
+    "metadata of another type": _rewritten(metadata={"parameter_count": True}),
+    "lineage of another type": _rewritten(metadata={"lineage": [1]}),
+    "NaN": _rewritten(
+        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3,), data=_floats(0, float("nan"), 0))}
+    ),
+    "infinity": _rewritten(
+        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3,), data=_floats(0, float("inf"), 0))}
+    ),
+    "shape": _rewritten(
+        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3, 1), data=_floats(0, 0, 0))}
+    ),
+    "dtype": _rewritten(tensors={"out.bias": TensorBytes(dtype="F16", shape=(3,), data=b"\0" * 6)}),
+    "extra tensor": _rewritten(
+        tensors={"x": TensorBytes(dtype="F32", shape=(1,), data=_floats(0))}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_well_formed_file_with_wrong_content_is_refused(name):
+    """Content that contradicts itself or breaks a rule is corrupt, even with its own digest."""
+    data = TAMPERED[name]
+    with pytest.raises(KernelCorruptError):
+        decode_artifact(data, artifact_id=artifact_format.digest_of(data))
+
+
+def test_rewriting_without_a_change_gives_the_artifact():
+    """The control of the test above."""
+    assert _rewritten() == ARTIFACT.kernel_binary
+
+
+def test_a_missing_tensor_is_refused():
+    """An artifact with a tensor left out is corrupt, and the message names it."""
+    fewer = {name: tensor for name, tensor in PARSED.tensors.items() if name != "out.bias"}
+    with pytest.raises(KernelCorruptError, match=r"out\.bias"):
+        decode_artifact(artifact_format.encode(PARSED.header, fewer))
+
+
+def test_single_bit_flips_of_an_artifact_are_all_refused():
+    """4,096 flips anywhere in the file, each refused by the id."""
+    data, rng = ARTIFACT.kernel_binary, random.Random(0)
+    decode_artifact(data, artifact_id=ARTIFACT.artifact_id)
+    for bit in rng.sample(range(8 * len(data)), 4096):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(KernelCorruptError):
+            decode_artifact(bytes(flipped), artifact_id=ARTIFACT.artifact_id)
+
+
+def test_artifacts_of_format_1_stay_readable():
+    """A file written by the first release decodes, encodes to itself, and computes the same."""
+    data = GOLDEN.read_bytes()
+    artifact = decode_artifact(
+        data, artifact_id="837638d1eedfa8a834599494e7fe910daa399d076473d1fae1954576eceb1279"
+    )
+    kernel = instantiate(artifact)
+    assert encode_kernel(kernel, lineage=artifact.metadata.lineage) == data
+    out = kernel.eval()(torch.tensor([[1.0, -2.0, 0.5, 3.0]]))
+    torch.testing.assert_close(out, torch.tensor([[-2.12912, 1.59147, -2.128277]]))
