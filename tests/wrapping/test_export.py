@@ -1,7 +1,6 @@
 """A grown model as readable code and one file of weights."""
 
 import ast
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from wrapping_grown import blueprint, grown_mlp
+from wrapping_grown import blueprint, grown_mlp, load_grafts
 from wrapping_models import Bottleneck, Mlp, Stack
 
 import esper
@@ -30,13 +29,6 @@ difference = (model(x) - expected).abs().max() / expected.abs().max()
 assert difference <= 1e-6, difference
 assert not any(name.partition(".")[0] == "esper" for name in sys.modules)
 """
-
-
-def load_grafts(folder):
-    specification = importlib.util.spec_from_file_location("grafts", folder / "grafts.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def rebuild(folder, host):

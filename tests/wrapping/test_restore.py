@@ -1,10 +1,12 @@
 """Dropping what was grafted."""
 
+import pytest
 import torch
 from torch import nn
 from wrapping_models import Bottleneck, Mlp
 
 import esper
+from esper import SeedLifecycleError
 
 
 def test_restore_gives_the_original_model_back():
@@ -54,6 +56,29 @@ def test_a_fold_stays_and_the_result_says_so():
     assert result.folded == ("fc1",)
     assert result.dropped == ()
     assert torch.equal(model(x), grown)
+
+
+def test_a_graft_that_waits_for_an_example_goes_with_its_hook():
+    """A seed that has not seen an input yet leaves no hook behind."""
+    model = esper.wrap(Mlp())
+    model.fc1.graft(0, Bottleneck(6, 8))
+
+    esper.restore(model)
+
+    assert type(model.fc1) is nn.Linear
+    assert not model.fc1._forward_pre_hooks
+    assert not model.fc1._forward_hooks
+
+
+def test_a_model_in_a_shadow_pass_is_refused():
+    """Inside a shadow pass nothing is restored; after it everything is."""
+    model = esper.wrap(Mlp())
+    with model.fc2.shadow(0, Bottleneck(8, 3)):
+        with pytest.raises(SeedLifecycleError, match="'fc2' is in a shadow pass"):
+            esper.restore(model)
+        assert len(esper.layers(model)) == 2
+
+    assert esper.restore(model).restored == ("fc1", "fc2")
 
 
 def test_a_bare_model_is_left_alone():

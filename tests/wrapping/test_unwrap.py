@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import prune
 from wrapping_grown import grown_mlp
 from wrapping_models import Block, Bottleneck, Mlp, Stack, cnn
 
@@ -254,6 +255,31 @@ def test_a_forward_that_no_graph_can_pass_on_is_refused_and_nothing_changes():
     assert len(esper.layers(model)) == 3
     assert torch.equal(model(x), expected)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_in_a_shadow_pass_is_refused():
+    """Inside a shadow pass nothing is unwrapped."""
+    model = esper.wrap(Mlp())
+    with model.fc2.shadow(0, Bottleneck(8, 3)):
+        with pytest.raises(esper.SeedLifecycleError, match="'fc2' is in a shadow pass"):
+            esper.unwrap(model)
+        assert len(esper.layers(model)) == 2
+
+
+def test_a_pruned_host_stays_pruned():
+    """The hook with which torch prunes works on the host and stays there."""
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    prune.l1_unstructured(model.fc1, "weight", amount=0.5)
+    esper.wrap(model)
+    model.fc1.graft(0, Bottleneck(6, 8), alpha=1.0, example=torch.randn(2, 6))
+    x = torch.randn(3, 6)
+    expected = model(x)
+
+    plain = esper.unwrap(model)
+
+    assert torch.equal(plain(x), expected)
+    assert prune.is_pruned(plain.fc1.host)
 
 
 def test_unwrapping_a_plain_model_does_nothing():

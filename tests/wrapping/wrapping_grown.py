@@ -1,5 +1,6 @@
-"""Wrapped models that have grown something."""
+"""Wrapped models that have grown something, and what was exported of them."""
 
+import importlib.util
 import itertools
 
 import torch
@@ -38,3 +39,11 @@ def grown_mlp():
     model.fc2.graft(0, Bottleneck(8, 3), alpha=1.0, example=torch.randn(4, 8))
     model.fc2.graft(3, Bottleneck(8, 3), alpha=0.25, mode="replace", example=torch.randn(4, 8))
     return model
+
+
+def load_grafts(folder):
+    """Import the generated module of an export."""
+    specification = importlib.util.spec_from_file_location("grafts", folder / "grafts.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

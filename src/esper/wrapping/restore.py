@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import nn
 
+from esper.contracts.errors import SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.grafting import cancel
 from esper.execution.host_class import release
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.layer_record import record_of
 from esper.wrapping.wrap import layers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from esper.execution.kasmina_layer import KasminaLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,14 +51,36 @@ def restore(model: Model) -> RestoreResult[Model]:
 
     Returns:
         The model, and the names of the layers that it happened to.
+
+    Raises:
+        SeedLifecycleError: A layer is in a shadow pass; nothing has changed.
     """
     sites = layers(model)
+    refuse_shadows(sites)
     folded = tuple(name for name, layer in sites.items() if _is_folded(layer))
     dropped = tuple(name for name, layer in sites.items() if _holds_kernel(layer))
     for layer in sites.values():
-        layer.build([])
-        release(layer)
+        make_bare(layer)
     return RestoreResult(model=model, restored=tuple(sites), dropped=dropped, folded=folded)
+
+
+def refuse_shadows(sites: Mapping[str, KasminaLayer]) -> None:
+    """Check that no layer is in a shadow pass.
+
+    Raises:
+        SeedLifecycleError: One is.
+    """
+    for name, layer in sites.items():
+        if record_of(layer).shadows:
+            raise SeedLifecycleError(f"{name!r} is in a shadow pass; leave its `with` block first")
+
+
+def make_bare(layer: KasminaLayer) -> None:
+    """Drop whatever stands or waits in a layer's seeds and give it its own class back."""
+    for seed_idx in list(record_of(layer).waiting):
+        cancel(layer, seed_idx)
+    layer.build([])
+    release(layer)
 
 
 def _holds_kernel(layer: KasminaLayer) -> bool:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 from torch import fx, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.host_class import release
 from esper.execution.layer_record import record_of
 from esper.wrapping.plain import PlainSeed, fused_paths, graft_graph, plain_kernel
+from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ def unwrap(model: Model) -> Model:
 
     Raises:
         ValueError: A kernel, or the signature of a site, cannot be written as a graph.
+        SeedLifecycleError: A layer is in a shadow pass.
     """
     sites = layers(model)
+    refuse_shadows(sites)
     for layer in sites.values():
         _as_graph(layer)  # whatever cannot be written raises here, before anything is changed
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -58,8 +60,7 @@ def unwrap(model: Model) -> Model:
     for layer in sites.values():
         _fold(layer)
         graph = _as_graph(layer)
-        layer.build([])
-        release(layer)
+        make_bare(layer)
         if graph is not None:
             _move_call_hooks(layer, graph)
             _hang_instead(modules, layer, graph)

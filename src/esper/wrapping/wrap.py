@@ -8,6 +8,7 @@ from torch import nn
 
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.layer_record import RECORD
 from esper.wrapping.select import Select, SkippedModule, choose, host_modules
 
 if TYPE_CHECKING:
@@ -53,21 +54,17 @@ def wrap(
     _refuse_wrapped(selection.taken)
     if not selection.taken:
         raise ValueError(_nothing_to_wrap(model, selection.skipped))
-    adopted: list[KasminaLayer] = []
     try:
         for name, module in selection.taken.items():
-            adopted.append(
-                adopt(
-                    module,
-                    name=name,
-                    num_seeds=num_seeds,
-                    telemetry_enabled=telemetry_enabled,
-                    source=source,
-                )
+            adopt(
+                module,
+                name=name,
+                num_seeds=num_seeds,
+                telemetry_enabled=telemetry_enabled,
+                source=source,
             )
     except BaseException:
-        for layer in adopted:
-            release(layer)
+        _put_back(selection.taken)
         raise
     return model
 
@@ -89,6 +86,14 @@ def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:
     if not layers(model):
         return choose(model).skipped
     return choose(model, lambda _, module: isinstance(module, KasminaLayer)).skipped
+
+
+def _put_back(taken: dict[str, nn.Module]) -> None:
+    """Undo the adoption of modules, also of the one in which it failed half way."""
+    for module in taken.values():
+        if isinstance(module, KasminaLayer):
+            release(module)
+        module.__dict__.pop(RECORD, None)
 
 
 def _refuse_wrapped(taken: dict[str, nn.Module]) -> None:

@@ -1,0 +1,74 @@
+"""Every kernel of the catalog, and every control, on its way out: unwrapped and exported."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from wrapping_grown import load_grafts
+
+import esper
+from esper.compiler import catalog
+from esper.execution.site import describe_site
+
+HOSTS = {
+    "linear": (lambda: nn.Linear(6, 8), (3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, bias=False), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 4, 3, padding=1), (2, 4, 5, 6, 5)),
+}
+CONTROLS = (
+    catalog.noop,
+    catalog.capacity_free,
+    catalog.own_shape_zeroed,
+    catalog.random_features,
+)
+
+
+def blueprints(host):
+    """Return all that the catalog has for a host, capacity or not."""
+    site = describe_site(host)
+    offered = catalog.default_catalog().blueprints_for(site, capacity_only=False)
+    return [*offered, *(control(site) for control in CONTROLS)]
+
+
+def grown(make, shape, index):
+    """Return a model with a kernel of the catalog whose tensors are all random."""
+    torch.manual_seed(index)
+    model = nn.Sequential(make())
+    blueprint = blueprints(model[0])[index]
+    esper.wrap(model).eval()
+    model[0].graft(0, blueprint, alpha=0.5, example=torch.randn(shape))
+    with torch.no_grad():
+        for parameter in model[0].seed_kernel(0).parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+CASES = [
+    pytest.param(name, index, id=f"{name}-{blueprint.id}")
+    for name, (make, _) in HOSTS.items()
+    for index, blueprint in enumerate(blueprints(make()))
+]
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_a_catalog_kernel_predicts_the_same_unwrapped_and_exported(name, index, tmp_path):
+    """Unwrapped and rebuilt models are equal to the wrapped one, to 1e-6 where it was folded."""
+    make, shape = HOSTS[name]
+    model = grown(make, shape, index)
+    x = torch.randn(shape)
+    expected = model(x)
+
+    esper.export(model, tmp_path)
+    plain = esper.unwrap(copy.deepcopy(model))
+    rebuilt = load_grafts(tmp_path).build(nn.Sequential(make())).eval()
+    rebuilt.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+    assert torch.equal(rebuilt(x), plain(x))
+    if type(plain[0]) is type(make()):
+        difference = (plain(x) - expected).abs().max() / expected.abs().max()
+        assert difference.item() <= 1e-6
+    else:
+        assert torch.equal(plain(x), expected)
