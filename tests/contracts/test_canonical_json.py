@@ -77,3 +77,11 @@ def test_what_has_no_canonical_text_is_refused(value):
     """Encoding something that JSON cannot hold exactly raises ValueError."""
     with pytest.raises(ValueError, match=r"."):
         canonical_json.encode(value)
+
+
+def test_more_values_than_the_limit_are_refused():
+    """A list of 32,767 numbers is 32,768 values and is read; one more is refused."""
+    text = b"[" + b",".join([b"0"] * 32_767) + b"]"
+    assert len(canonical_json.parse(text)) == 32_767
+    with pytest.raises(ValueError, match="32768 values"):
+        canonical_json.parse(b"[0," + text[1:])

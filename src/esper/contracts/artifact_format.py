@@ -27,7 +27,7 @@ from esper.contracts.blueprint import MAX_RANK
 from esper.contracts.errors import KernelCorruptError
 
 ARTIFACT_FORMAT_VERSION: Final = 1
-MAX_HEADER_BYTES: Final = 4 << 20
+MAX_HEADER_BYTES: Final = 1 << 20
 DTYPE_SIZES: Final = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 """Size in bytes of one element of each dtype that may occur."""
 

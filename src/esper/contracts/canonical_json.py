@@ -3,7 +3,7 @@
 Canonical text is UTF-8 without white space, with keys sorted by code point, integers within 64
 bits, and floats as their shortest form that reads back the same. ``encode(parse(text)) == text``
 exactly when ``text`` is canonical. Reading refuses duplicate keys, NaN and infinities, nesting
-deeper than 16, anything after the value, and text over a size limit.
+deeper than 16, more than 32,768 values, anything after the value, and text over a size limit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 
 MAX_DEPTH: Final = 16
 MAX_BYTES: Final = 1 << 20
+MAX_VALUES: Final = 1 << 15
 _MAX_INT: Final = (1 << 63) - 1
 
 
@@ -26,7 +27,7 @@ def encode(value: Any) -> bytes:
     Raises:
         ValueError: A part of the value has no canonical text; the message says which.
     """
-    plain = _plain(value, depth=0)
+    plain = _plain(value, depth=0, left=[MAX_VALUES])
     text = json.dumps(
         plain, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
     )
@@ -53,7 +54,7 @@ def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> Any:
     except RecursionError:
         msg = f"a JSON text may nest {MAX_DEPTH} deep, found far more"
         raise ValueError(msg) from None
-    return _plain(value, depth=0)
+    return _plain(value, depth=0, left=[MAX_VALUES])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,8 +72,18 @@ def _no_constant(word: str) -> None:
     raise ValueError(msg)
 
 
-def _plain(value: Any, *, depth: int) -> Any:
-    """Check a value and turn its tuples and mappings into lists and dicts."""
+def _plain(value: Any, *, depth: int, left: list[int]) -> Any:
+    """Check a value and turn its tuples and mappings into lists and dicts.
+
+    Args:
+        value: To be checked.
+        depth: How many lists and mappings it stands in.
+        left: One number, counted down: how many values may still follow.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        msg = f"a JSON text may have {MAX_VALUES} values, found more"
+        raise ValueError(msg)
     if depth > MAX_DEPTH:
         msg = f"a JSON value may nest {MAX_DEPTH} deep, found more"
         raise ValueError(msg)
@@ -80,9 +91,9 @@ def _plain(value: Any, *, depth: int) -> Any:
         if not all(type(key) is str for key in value):
             msg = f"keys are strings, found {[key for key in value if type(key) is not str]}"
             raise ValueError(msg)
-        return {_text(key): _plain(item, depth=depth + 1) for key, item in value.items()}
+        return {_text(key): _plain(item, depth=depth + 1, left=left) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, depth=depth + 1) for item in value]
+        return [_plain(item, depth=depth + 1, left=left) for item in value]
     return _scalar(value)
 
 
