@@ -58,6 +58,32 @@ def test_a_grown_model_predicts_the_same_without_esper():
     assert [name for name, _ in plain.fc2.named_children()] == ["host", "seed_0", "seed_3"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_alphas_are_rounded_as_the_layer_rounds_them(dtype):
+    """Adding and replacing seeds at crooked alphas give the same bits in every dtype."""
+    torch.manual_seed(0)
+    model = esper.wrap(Mlp().to(dtype)).eval()
+    x = torch.randn(4, 6, dtype=dtype)
+    for seed_idx, (alpha, mode) in enumerate([(0.3, "add"), (0.7, "replace"), (0.2, "replace")]):
+        kernel = Bottleneck(6, 8).to(dtype)
+        model.fc1.graft(seed_idx, kernel, alpha=alpha, mode=mode, example=x)
+    expected = model(x)
+
+    assert torch.equal(esper.unwrap(model)(x), expected)
+
+
+def test_an_unwrapped_model_can_be_wrapped_again():
+    """What was grown is plain by then, and its layers are sites like any other."""
+    plain = esper.unwrap(grown_mlp())
+    x = torch.randn(2, 6)
+    expected = plain(x)
+
+    esper.wrap(plain)
+
+    assert {"fc1.host", "fc1.seed_1.down"} <= set(esper.layers(plain))
+    assert torch.equal(plain(x), expected)
+
+
 def test_kernels_are_named_for_their_nodes():
     """The state of a kernel from a blueprint has the names of the blueprint's nodes."""
     plain = esper.unwrap(grown_mlp())

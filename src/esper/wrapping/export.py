@@ -128,13 +128,21 @@ def _source(model: nn.Module) -> str:
     if fused:
         fused = f"    # The fused path of evaluation would bypass the grafts.\n{fused}"
     return _TEMPLATE.format(
-        model=type(model).__name__,
+        model=_host_class_name(model),
         weights=WEIGHTS_FILE,
         imports="\n".join(writer.imports),
         classes="".join(f"\n\n{source}" for source in writer.classes),
         table=f"{{\n{table}}}" if table else "{}",
         fused=fused,
     )
+
+
+def _host_class_name(model: nn.Module) -> str:
+    """Return the name of the class that ``build`` takes; "Host" where a root's host is gone."""
+    if not is_grafted(model):
+        return type(model).__name__
+    host = dict(model.named_children()).get("host")
+    return "Host" if host is None else type(host).__name__
 
 
 def _host_name(model: nn.Module, name: str) -> str:

@@ -106,7 +106,11 @@ def plain_kernel(kernel: nn.Module) -> nn.Module:
 
 
 def graft_graph(
-    host: nn.Module, seeds: Sequence[PlainSeed], *, signature: inspect.Signature
+    host: nn.Module,
+    seeds: Sequence[PlainSeed],
+    *,
+    signature: inspect.Signature,
+    dtype: torch.dtype,
 ) -> fx.GraphModule:
     """Write a site as a graph: ``y = w h + sum alpha_i k_i``, ``w = 1 - sum of replacing alphas``.
 
@@ -115,6 +119,8 @@ def graft_graph(
     Args:
         host: The host layer.
         signature: That of the host's forward, without ``self``; it becomes the graph's.
+        dtype: Floating dtype of the host's output, which ``w`` and the alphas are rounded to, as
+            torch does with the layer's float32 tensors.
         seeds: What contributes, in the order of the slots; at least one.
 
     Returns:
@@ -126,7 +132,7 @@ def graft_graph(
     graph = fx.Graph()
     args, kwargs = _placeholders(graph, signature)
     x = args[0] if args else next(iter(kwargs.values()))
-    weight = _host_weight(seeds)
+    weight = _rounded(_host_weight(seeds), dtype)
     parts: dict[str, nn.Module] = {}
     h: fx.Node | None = None
     if weight != 0.0 or any(seed.is_serial for seed in seeds):
@@ -138,7 +144,7 @@ def graft_graph(
         reads = (h if seed.is_serial else x,)
         k_name = seed.name.replace("seed", "k")
         k = graph.create_node("call_module", seed.name, reads, name=k_name)
-        term = _scaled(graph, k, seed.alpha)
+        term = _scaled(graph, k, _rounded(seed.alpha, dtype))
         y = term if y is None else graph.call_function(operator.add, (y, term))
     graph.output(y)
     return _graph_module(parts, graph, "Grafted", training=host.training)
@@ -181,6 +187,10 @@ def _host_weight(seeds: Sequence[PlainSeed]) -> float:
         if seed.replaces:
             replaced = replaced + torch.tensor(seed.alpha)
     return float(1.0 - replaced)
+
+
+def _rounded(factor: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(factor).to(dtype))
 
 
 def _scaled(graph: fx.Graph, node: fx.Node, factor: float) -> fx.Node:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 from torch import fx, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.kernel import reference_tensor
 from esper.execution.layer_record import record_of
 from esper.wrapping.plain import PlainSeed, fused_paths, graft_graph, plain_kernel
 from esper.wrapping.restore import make_bare, refuse_shadows
@@ -83,7 +84,8 @@ def _as_graph(layer: KasminaLayer) -> fx.GraphModule | None:
     if not seeds:
         return None
     signature = inspect.signature(layer.default_layer.forward)
-    return graft_graph(layer, seeds, signature=signature)
+    dtype = reference_tensor(layer).dtype
+    return graft_graph(layer, seeds, signature=signature, dtype=dtype)
 
 
 def _plain_seeds(layer: KasminaLayer) -> list[PlainSeed]:
