@@ -54,9 +54,10 @@ def _admit(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Ten
     term = alpha * k
     if seed.guard == "off":
         return term, alpha
-    ok = observe(seed, h, k, term, alpha)
+    row = observe(seed, h, k, term, alpha)
     if seed.guard == "step":
         return term, alpha
     if k.requires_grad and not torch.compiler.is_compiling():
-        k.register_hook(OutputGate(seed))  # type: ignore[no-untyped-call] # torch has none
+        k.register_hook(OutputGate(seed, row))  # type: ignore[no-untyped-call] # torch has none
+    ok = row[1] == 0
     return torch.where(ok, term, -0.0), torch.where(ok, alpha, 0.0)

@@ -67,7 +67,7 @@ def _note(seed: Seed, error: Exception) -> None:
 
 
 def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
-    """Return whether ``h + alpha * delta`` is finite, and remember it with what came in.
+    """Look whether ``h`` and ``h + alpha * delta`` are finite, and remember it.
 
     Args:
         seed: The seed.
@@ -77,7 +77,7 @@ def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Te
         alpha: 0-dim float32.
 
     Returns:
-        0-dim bool on the device of ``h``.
+        ``[2]`` on the device of ``h``: for each of the two, 0 where it is finite and else NaN.
     """
     h, k, term = h.detach(), k.detach(), term.detach()
     grafted = h + alpha * (k - h) if seed.replaces else h + term
@@ -88,7 +88,7 @@ def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Te
         seed.ring = torch.cat((seed.ring[1:], row.to(seed.ring.dtype).unsqueeze(0)))
     else:
         seed.rows.append(row)
-    return row[1] == 0
+    return row
 
 
 class _GradientGate(torch.autograd.Function):
@@ -133,14 +133,19 @@ class _ParameterGate:
 
 
 class OutputGate:
-    """Hook of a kernel's output: remembers whether what came in was finite."""
+    """Hook of a kernel's output: remembers whether what came in, both ways, was finite.
 
-    def __init__(self, seed: Seed) -> None:
-        self._seed = seed
+    Args:
+        seed: The seed.
+        row: What :func:`observe` gave for the forward; a backward after a bad one counts nothing.
+    """
+
+    def __init__(self, seed: Seed, row: Tensor) -> None:
+        self._seed, self._row = seed, row
 
     def __call__(self, gradient: Tensor) -> None:
         """Remember the sum of the gradient; it passes unchanged."""
-        self._seed.incoming = gradient.sum(dtype=torch.float32)
+        self._seed.incoming = gradient.sum(dtype=torch.float32) + self._row.sum()
 
 
 def gate_parameters(seed: Seed) -> None:

@@ -1,0 +1,337 @@
+"""What every wrapped layer promises, on every kind of host."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from execution_hosts import zero_last_
+from torch import nn
+
+from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.host_class import adopt, release
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.layer_record import RECORD
+
+
+def bare_and_wrapped(kind, **options):
+    """Return a host, and a wrapped copy of it."""
+    host = kind.make_host()
+    return host, adopt(copy.deepcopy(host), name="site", **options)
+
+
+def gradients(module, x):
+    """Return the output, and gradients of its squared sum to host parameters and input."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    host = [p for n, p in module.named_parameters() if not n.startswith("_seeds.")]
+    return y, torch.autograd.grad(y.square().sum(), [*host, x])
+
+
+def assert_same(left, right):
+    """Compare two results of `gradients` bit for bit."""
+    assert torch.equal(left[0], right[0])
+    assert all(torch.equal(a, b) for a, b in zip(left[1], right[1], strict=True))
+
+
+def test_a_dormant_layer_runs_the_host_class_function(kind):
+    """The forward of a dormant layer is the host class's own function object."""
+    host, layer = bare_and_wrapped(kind)
+    assert type(layer).forward is type(host).forward
+
+
+def test_wrapping_keeps_the_object(kind):
+    """The layer is the host object, an instance of both classes."""
+    host = kind.make_host()
+    layer = adopt(host, name="site")
+    assert layer is host
+    assert isinstance(layer, KasminaLayer)
+
+
+def test_dormant_outputs_and_gradients_are_the_hosts(kind):
+    """A dormant layer's outputs and gradients are the bare host's, bit for bit."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    assert_same(gradients(layer, x), gradients(host, x))
+
+
+def test_telemetry_counts_and_changes_nothing(kind):
+    """With telemetry the calls are counted and the numbers are the host's."""
+    host, layer = bare_and_wrapped(kind, telemetry_enabled=True)
+    x = kind.make_input()
+    assert_same(gradients(layer, x), gradients(host, x))
+    assert layer.forward_count == 1
+
+
+def test_keys_of_a_dormant_layer_are_the_hosts(kind):
+    """Wrapping adds no key to the state dict and no parameter."""
+    host, layer = bare_and_wrapped(kind)
+    assert list(layer.state_dict()) == list(host.state_dict())
+    assert [n for n, _ in layer.named_modules()] == [n for n, _ in host.named_modules()]
+
+
+def test_release_gives_the_class_back(kind):
+    """A released layer has the host's class and nothing of ours."""
+    host, layer = bare_and_wrapped(kind)
+    released = release(layer)
+    assert type(released) is type(host)
+    assert RECORD not in released.__dict__
+
+
+def test_a_layer_in_use_is_not_released(kind):
+    """Releasing a layer with a kernel is refused, and it goes on working."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    before = layer(x)
+    with pytest.raises(SeedLifecycleError, match="seeds \\[0\\] are in use"):
+        release(layer)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("guard", ["always", "step", "off"])
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_an_adding_seed_follows_the_formula(kind, guard, alpha):
+    """With one adding seed the output is h + alpha k, and gradients follow, bit for bit."""
+    host, layer = bare_and_wrapped(kind)
+    kernel, x = kind.make_kernel(), kind.make_input()
+    layer.enable_step_guard()
+    layer.graft(0, copy.deepcopy(kernel), alpha=alpha, guard=guard, example=x)
+
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.host = host
+            self._seeds = kernel
+
+        def forward(self, x):
+            return self.host(x) + torch.tensor(alpha) * self._seeds(x)
+
+    assert_same(gradients(layer, x), gradients(ByHand(), x))
+
+
+@pytest.mark.parametrize("guard", ["always", "off"])
+def test_a_replacing_seed_at_alpha_one_is_the_kernel(kind, guard):
+    """A replacing seed alone at alpha 1 gives exactly the kernel's output."""
+    _, layer = bare_and_wrapped(kind)
+    kernel, x = kind.make_kernel(), kind.make_input()
+    layer.graft(0, kernel, alpha=1.0, mode="replace", guard=guard, example=x)
+    assert torch.equal(layer(x), kernel(x))
+
+
+def test_several_seeds_add_up_in_slot_order(kind):
+    """Serial, parallel, adding and replacing seeds together give w h + sum of alpha k."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    one, two, three = kind.make_kernel(), kind.make_serial(), kind.make_kernel()
+    layer.graft(2, three, alpha=0.5, example=x)
+    layer.graft(1, two, alpha=0.25, position="serial", example=x)
+    layer.graft(0, one, alpha=0.125, mode="replace", example=x)
+    h = host(x)
+    weight = 1.0 - torch.tensor(0.125)
+    terms = (0.125 * one(x), 0.25 * two(h), 0.5 * three(x))
+    assert torch.equal(layer(x), weight * h + terms[0] + terms[1] + terms[2])
+
+
+def test_a_graft_is_the_identity_at_birth(kind):
+    """Without an alpha nothing changes: a zeroed kernel enters at 1, another one at 0."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, zero_last_(kind.make_kernel()), example=x)
+    layer.graft(1, kind.make_kernel(), example=x)
+    assert (layer.alpha(0), layer.alpha(1)) == (1.0, 0.0)
+    assert torch.equal(layer(x), host(x))
+
+
+def test_unloading_leaves_the_host_as_it_was(kind):
+    """After unloading, outputs, class and keys are those of a layer that was never grafted."""
+    host, layer = bare_and_wrapped(kind)
+    x, dormant = kind.make_input(), type(layer)
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    assert layer.unload_kernel(0) is True
+    assert type(layer) is dormant
+    assert list(layer.state_dict()) == list(host.state_dict())
+    fresh = copy.deepcopy(layer)
+    fresh.load_state_dict(host.state_dict())
+    assert_same(gradients(fresh, x), gradients(copy.deepcopy(host), x))
+
+
+def test_unloading_a_dormant_seed_says_so(kind):
+    """Unloading where nothing is returns False."""
+    _, layer = bare_and_wrapped(kind)
+    assert layer.unload_kernel(0) is False
+
+
+def test_alpha_zero_takes_the_seed_out_of_the_plan(kind):
+    """At alpha 0 the forward is the host class's again, whatever the kernel holds."""
+    host, layer = bare_and_wrapped(kind)
+    kernel, x = kind.make_kernel(), kind.make_input()
+    layer.graft(0, kernel, alpha=0.5, guard="off", example=x)
+    with torch.no_grad():
+        next(kernel.parameters()).fill_(torch.nan)
+    layer.set_alpha(0, 0.0)
+    assert type(layer).forward is type(host).forward
+    assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent_and_guarded(kind, duplicate):
+    """A copy computes the same, shares nothing, and zeroes bad kernel gradients like its origin."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    twin = duplicate(layer)
+    assert type(twin) is type(layer)
+    assert torch.equal(duplicate(layer)(x), copy.deepcopy(layer)(x))
+    assert all(p._backward_hooks for p in twin.seed_kernel(0).parameters())
+    twin.unload_kernel(0)
+    assert layer.alpha(0) == 0.5
+
+
+def test_state_survives_torch_save(kind):
+    """A state dict with a hand-made kernel loads into a layer that holds such a kernel."""
+    _, layer = bare_and_wrapped(kind)
+    other = copy.deepcopy(layer)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    other.graft(0, kind.make_kernel(), alpha=0.25, example=x)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    other.eval()
+    assert other.alpha(0) == 0.5
+    assert torch.equal(other(x), layer.eval()(x))
+
+
+def test_mode_device_and_dtype_follow_the_host(kind):
+    """A kernel follows train, eval and double; alpha stays float32."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.eval()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    assert not layer.seed_kernel(0).training
+    layer.double()
+    assert layer(x.double()).dtype == torch.float64
+    assert layer.state_dict()["_seeds.0.alpha"].dtype == torch.float32
+
+
+def test_half_precision_runs_in_half(kind):
+    """In bfloat16 the output is bfloat16: alpha does not promote it."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    layer.bfloat16()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_autocast_casts_the_kernel_as_it_does_the_host(kind):
+    """Under autocast a seed contributes and no fault is counted."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grafted = layer(x)
+        layer.set_alpha(0, 0.0)
+        assert not torch.equal(grafted, layer(x))
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
+def test_without_example_the_next_forward_is_observed(kind):
+    """A graft without an example waits in LOADING and is there after the next forward."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.eval(), host.eval()
+    layer.graft(0, kind.make_kernel(), alpha=0.5)
+    assert layer.state_layout.state(0) == SeedLifecycleState.LOADING
+    assert layer.get_stats()["seed_stats"]["waiting"] == [0]
+    assert torch.equal(layer(x), host(x))
+    assert layer.state_layout.state(0) == SeedLifecycleState.ACTIVE
+    assert not torch.equal(layer(x), host(x))
+    assert not layer._forward_pre_hooks
+
+
+def test_a_refusal_while_waiting_does_not_break_the_forward(kind):
+    """A kernel that is refused at the observed forward leaves the seed dormant, and says why."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, nn.Flatten(0))
+    assert torch.equal(layer(x), host(x))
+    assert layer.state_layout.state(0) == SeedLifecycleState.DORMANT
+    assert "shape" in layer.get_stats()["seed_stats"]["refused"][0]
+
+
+def test_a_swap_keeps_the_working_kernel_until_the_new_one_passes(kind):
+    """A refused exchange leaves the kernel that was there; an accepted one takes its place."""
+    _, layer = bare_and_wrapped(kind)
+    kernel, x = kind.make_kernel(), kind.make_input()
+    layer.graft(0, kernel, alpha=0.5, example=x)
+    with pytest.raises(KernelRefusedError):
+        layer.graft(0, nn.Flatten(0), alpha=0.5, example=x)
+    assert layer.seed_kernel(0) is kernel
+    better = kind.make_kernel()
+    layer.graft(0, better, alpha=0.5, example=x)
+    assert layer.seed_kernel(0) is better
+
+
+def test_functional_call_replaces_kernel_parameters(kind):
+    """functional_call reaches the parameters of a kernel by name."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    layer.eval()
+    zeros = {n: torch.zeros_like(p) for n, p in layer.named_parameters() if n.startswith("_seeds.")}
+    changed = torch.func.functional_call(layer, zeros, (x,))
+    assert torch.equal(changed, layer.default_layer(x))
+
+
+def test_hooks_of_the_host_still_run(kind):
+    """A forward hook that was there before wrapping sees the grafted output."""
+    host = kind.make_host()
+    seen = []
+    host.register_forward_hook(lambda module, args, output: seen.append(output))
+    layer = adopt(host, name="site")
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    seen.clear()
+    y = layer(x)
+    assert len(seen) == 1
+    assert seen[0] is y
+
+
+def test_the_host_is_a_view_of_the_layer(kind):
+    """default_layer is of the host's class, shares its parameters and has no seeds in it."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    view = layer.eval().default_layer
+    assert type(view) is type(host)
+    assert torch.equal(view(x), host.eval()(x))
+
+
+@pytest.mark.parametrize("seed_idx", [-1, 4])
+def test_an_index_out_of_range_is_refused(kind, seed_idx):
+    """Neither -1 nor num_seeds names a seed."""
+    _, layer = bare_and_wrapped(kind)
+    with pytest.raises(ValueError, match="not in \\[0, 4\\)"):
+        layer.graft(seed_idx, kind.make_kernel(), example=kind.make_input())
+
+
+def test_replacing_alphas_sum_to_one_at_most(kind):
+    """An alpha that would let replacing seeds weigh more than 1 is refused, and changes nothing."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.75, mode="replace", example=x)
+    layer.graft(1, kind.make_kernel(), alpha=0.25, mode="replace", example=x)
+    with pytest.raises(ValueError, match="at most 1"):
+        layer.set_alpha(1, 0.5)
+    assert layer.alpha(1) == 0.25
+
+
+def test_a_step_guard_needs_a_reader(kind):
+    """guard='step' without an optimizer that reads the flags is refused."""
+    _, layer = bare_and_wrapped(kind)
+    with pytest.raises(ValueError, match="sync_optimizer"):
+        layer.graft(0, kind.make_kernel(), guard="step", example=kind.make_input())
