@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Final
 from esper.observability.markup import Markup, element, join
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-WIDTH: Final = 860.0
-HEIGHT: Final = 340.0
-LEFT: Final = 64.0
-RIGHT: Final = 130.0
-TOP: Final = 14.0
-BOTTOM: Final = 46.0
 LABEL_GAP: Final = 16.0
 LANE_HEIGHT: Final = 18.0
 
@@ -33,6 +27,41 @@ MARK_SHAPES: Final = {
 
 STAGE_HEIGHTS: Final = {"germinated": 4.0, "audition": 4.0, "blending": 8.0, "holding": 12.0}
 """Height of a stage's bar in its lane, so that stages differ in shape and not only in colour."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The size of a drawing and of the margins around its area, in SVG units.
+
+    Attributes:
+        width: Of the whole drawing.
+        height: Of the whole drawing.
+        left: Margin for the vertical axis.
+        right: Margin for the labels at the ends of the lines.
+        top: Margin above.
+        bottom: Margin for the horizontal axis.
+    """
+
+    width: float
+    height: float
+    left: float = 64.0
+    right: float = 126.0
+    top: float = 14.0
+    bottom: float = 48.0
+
+    @property
+    def area_right(self) -> float:
+        """Coordinate of the right edge of the area."""
+        return self.width - self.right
+
+    @property
+    def area_bottom(self) -> float:
+        """Coordinate of the lower edge of the area."""
+        return self.height - self.bottom
+
+
+LARGE: Final = Frame(width=880.0, height=350.0)
+SMALL: Final = Frame(width=440.0, height=230.0, left=52.0, right=120.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +103,9 @@ class Chart:
         y_label: Name and unit of the vertical axis.
         series: Lines, drawn in order.
         marks: Symbols, drawn over the lines.
+        x_range: First and last value of the horizontal axis.
         y_range: Lowest and highest value shown; None takes them from the lines.
+        frame: Its size.
     """
 
     name: str
@@ -84,7 +115,9 @@ class Chart:
     y_label: str
     series: tuple[Series, ...]
     marks: tuple[Mark, ...] = ()
+    x_range: tuple[float, float]
     y_range: tuple[float, float] | None = None
+    frame: Frame = LARGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +172,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def draw_lines(chart: Chart) -> Markup:
     """Return a chart as an SVG element, or a sentence if there is nothing to draw."""
-    points = [point for series in chart.series for point in series.points]
-    if not points:
+    heights = [y for series in chart.series for _, y in series.points]
+    if not heights:
         return element("p", f"{chart.title}: nothing was recorded.", class_="empty")
-    x_scale = _x_scale([x for x, _ in points])
-    low, high = chart.y_range or _padded([y for _, y in points])
-    y_scale = Scale(low=low, high=high, start=HEIGHT - BOTTOM, end=TOP)
+    frame = chart.frame
+    x_scale = _x_scale(frame, *chart.x_range)
+    low, high = chart.y_range or _padded(heights)
+    y_scale = Scale(low=low, high=high, start=frame.area_bottom, end=frame.top)
     clip = f"{chart.name}-area"
     lines = [_line(series, x_scale, y_scale) for series in chart.series if series.points]
     marks = [_mark(mark, x_scale, y_scale) for mark in chart.marks if low <= mark.y <= high]
@@ -152,10 +186,10 @@ def draw_lines(chart: Chart) -> Markup:
         chart.name,
         chart.title,
         chart.description,
-        HEIGHT,
-        _clip(clip),
-        *_y_axis(y_scale, chart.y_label),
-        *_x_axis(x_scale, chart.x_label, HEIGHT - BOTTOM),
+        frame,
+        _clip(clip, frame),
+        *_y_axis(y_scale, chart.y_label, frame),
+        *_x_axis(x_scale, chart.x_label, frame.area_bottom),
         element("g", *lines, clip_path=f"url(#{clip})"),
         element("g", *marks),
         *_end_labels(chart.series, x_scale, y_scale),
@@ -168,31 +202,30 @@ def draw_lanes(
     """Return lives of grafts as lanes over the updates, or a sentence if there are none."""
     if not lanes:
         return element("p", f"{title}: no graft was tried.", class_="empty")
-    bottom = TOP + LANE_HEIGHT * len(lanes)
-    x_scale = _x_scale([0.0, last_update])
+    frame = Frame(width=880.0, height=LANE_HEIGHT * len(lanes) + 62.0, left=16.0, right=230.0)
+    x_scale = _x_scale(frame, 0.0, last_update)
     rows = [
-        _lane(lane, x_scale, TOP + LANE_HEIGHT * (row + 0.5), last_update)
+        _lane(lane, x_scale, frame.top + LANE_HEIGHT * (row + 0.5), last_update)
         for row, lane in enumerate(lanes)
     ]
-    axis = _x_axis(x_scale, "updates", bottom)
-    return _svg(name, title, description, bottom + BOTTOM, *axis, *rows)
+    axis = _x_axis(x_scale, "updates", frame.area_bottom)
+    return _svg(name, title, description, frame, *axis, *rows)
 
 
-def _svg(name: str, title: str, description: str, height: float, *children: Markup) -> Markup:
+def _svg(name: str, title: str, description: str, frame: Frame, *children: Markup) -> Markup:
     return element(
         "svg",
         element("title", title, id=f"{name}-title"),
         element("desc", description, id=f"{name}-desc"),
         *children,
-        view_box=f"0 0 {WIDTH:g} {height:g}",
+        view_box=f"0 0 {frame.width:g} {frame.height:g}",
         role="img",
         aria_labelledby=f"{name}-title {name}-desc",
     )
 
 
-def _x_scale(values: Iterable[float]) -> Scale:
-    values = list(values)
-    return Scale(low=min(values), high=max(values), start=LEFT, end=WIDTH - RIGHT)
+def _x_scale(frame: Frame, low: float, high: float) -> Scale:
+    return Scale(low=low, high=high, start=frame.left, end=frame.area_right)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -201,23 +234,23 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _clip(name: str) -> Markup:
+def _clip(name: str, frame: Frame) -> Markup:
     area = element(
         "rect",
-        x=LEFT,
-        y=TOP - 2,
-        width=WIDTH - LEFT - RIGHT + 2,
-        height=HEIGHT - TOP - BOTTOM + 4,
+        x=frame.left,
+        y=frame.top - 2,
+        width=frame.area_right - frame.left + 2,
+        height=frame.area_bottom - frame.top + 4,
     )
     return element("clipPath", area, id=name)
 
 
-def _y_axis(scale: Scale, label: str) -> list[Markup]:
+def _y_axis(scale: Scale, label: str, frame: Frame) -> list[Markup]:
     parts = []
     for value in ticks(scale.low, scale.high):
         y = scale(value)
-        grid = element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
-        text = element("text", f"{value:,g}", class_="tick end", x=LEFT - 8, y=y + 4)
+        grid = element("line", class_="grid", x1=frame.left, x2=frame.area_right, y1=y, y2=y)
+        text = element("text", f"{value:,g}", class_="tick end", x=frame.left - 8, y=y + 4)
         parts += [grid, text]
     middle = (scale.start + scale.end) / 2
     turned = f"translate(14 {middle:g}) rotate(-90)"
@@ -226,7 +259,7 @@ def _y_axis(scale: Scale, label: str) -> list[Markup]:
 
 def _x_axis(scale: Scale, label: str, bottom: float) -> list[Markup]:
     parts = [element("line", class_="base", x1=scale.start, x2=scale.end, y1=bottom, y2=bottom)]
-    for value in ticks(scale.low, scale.high, 6):
+    for value in ticks(scale.low, scale.high, max(2, round((scale.end - scale.start) / 110))):
         x = scale(value)
         parts.append(element("line", class_="base", x1=x, x2=x, y1=bottom, y2=bottom + 5))
         parts.append(element("text", f"{value:,g}", class_="tick middle", x=x, y=bottom + 19))
@@ -275,7 +308,7 @@ def _lane(lane: Lane, scale: Scale, y: float, last_update: float) -> Markup:
         level = Scale(low=0.0, high=1.0, start=y, end=y)
         mark = Mark(kind=lane.verdict, x=end, y=0.0, text=f"{lane.verdict} at update {end:,g}")
         life.append(_mark(mark, scale, level))
-    label = element("text", lane.label, class_="tick", x=WIDTH - RIGHT + 10, y=y + 4)
+    label = element("text", lane.label, class_="tick", x=scale.end + 12, y=y + 4)
     return join(*bars, *life, label)
 
 

@@ -22,12 +22,11 @@ STAGE_CAPTION: Final = (
 )
 GRAFT_COLUMNS: Final = (
     Column(head="graft"),
-    Column(head="kernel"),
-    Column(head="site"),
-    Column(head="parameters", kind="number"),
-    Column(head="contribution (loss saved, against the twin)", kind="number"),
-    Column(head="against the host alone", kind="number"),
-    Column(head="dependence (on minus off)", kind="number"),
+    Column(head="kernel at site"),
+    Column(head="para\u00admeters", kind="number"),
+    Column(head="contri\u00adbution", kind="number"),
+    Column(head="over the host alone", kind="number"),
+    Column(head="depen\u00addence", kind="number"),
     Column(head="verdict"),
     Column(head="reason", kind="text"),
 )
@@ -37,8 +36,10 @@ def graft_table(named: Iterable[tuple[str, GraftRecord]]) -> Markup:
     """Return a table with one row per graft; each comes with the name to show for it."""
     rows = [_graft_row(name, graft) for name, graft in named]
     caption = (
-        "Contribution is what a graft brought over a twin trained without it, in loss on the gate "
-        f"split; dependence is only what switching it off costs. {NOT_MEASURED} is not measured."
+        "In loss saved on the gate split. Contribution: against a twin trained without the graft, "
+        "with its standard error; over the host alone: against a twin that carries nothing; "
+        "dependence: only what switching the graft off costs. "
+        f"{NOT_MEASURED} is not measured."
     )
     return table(caption, GRAFT_COLUMNS, rows, "No graft was tried.")
 
@@ -147,8 +148,7 @@ def _graft_row(name: str, graft: GraftRecord) -> tuple[str, ...]:
         reason = f"{reason}; its removal cost {graft.updates_lost:,} updates"
     return (
         name,
-        graft.blueprint,
-        f"{graft.site} (seed {graft.seed_idx})",
+        f"{graft.blueprint} at {graft.site}",
         f"{graft.parameters:,}",
         contribution,
         number_text(graft.host_only_contribution, "+.4f"),

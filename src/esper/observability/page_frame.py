@@ -34,19 +34,22 @@ figure { margin: 1rem 0; }
 svg { display: block; width: 100%; min-width: 38rem; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .75rem 0; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0;
+th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
   border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; border-bottom: 2px solid var(--rule); vertical-align: bottom; }
 tbody th { font-weight: 600; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { min-width: 14rem; overflow-wrap: anywhere; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+td.text { min-width: 13rem; overflow-wrap: anywhere; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; padding: 0; }
 .facts div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
 .facts dt { color: var(--soft); font-size: .85rem; }
 .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.small { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1rem; }
+.small { display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.small svg { min-width: 0; } .small figure { margin: .5rem 0; }
 svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   fill: var(--ink); }
 svg .tick, svg .axis { fill: var(--soft); } svg .end { text-anchor: end; }

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from esper.contracts.report import ARMS, OPTIMISTIC
-from esper.observability.charts import Chart, Series, draw_lanes, draw_lines
+from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
     alpha_series,
@@ -79,7 +79,7 @@ def run_page(report: RunReport) -> str:
         _stopped(report.interrupted, f"{report.updates:,} updates were done"),
         _run_facts(report),
         section("Loss", _loss_figure(report)),
-        section("The lifecycle", figure(life, STAGE_CAPTION), _alpha_chart(alphas)),
+        section("The lifecycle", figure(life, STAGE_CAPTION), _alpha_chart(alphas, report.updates)),
         section("Grafts", graft_table(named)),
         section("Timeline", timeline_table(changes)),
         section("Work", _work_table(report)),
@@ -230,6 +230,7 @@ def _accuracy_figure(report: DemoReport) -> Markup:
         y_label="accuracy on the gate split, %",
         series=_arm_series(report, "accuracy"),
         marks=tuple(marks),
+        x_range=(0.0, report.updates),
         y_range=y_range,
     )
     cut = f" The axis starts at {y_range[0]:.0f} %." if y_range else ""
@@ -271,7 +272,9 @@ def _seed_figure(report: DemoReport, random_seed: int) -> Markup:
         y_label="accuracy, %",
         series=tuple(series),
         marks=tuple(marks),
+        x_range=(0.0, report.updates),
         y_range=_late_range(report),
+        frame=SMALL,
     )
     return figure(draw_lines(chart), f"Random seed {random_seed}")
 
@@ -299,10 +302,10 @@ def _alpha_figure(report: DemoReport) -> Markup:
     series = [
         line for run in report.runs_of("grown") if run.report for line in alpha_series(run.report)
     ]
-    return _alpha_chart(tuple(series))
+    return _alpha_chart(tuple(series), report.updates)
 
 
-def _alpha_chart(series: tuple[Series, ...]) -> Markup:
+def _alpha_chart(series: tuple[Series, ...], last_update: int) -> Markup:
     kept = sum(line.style == "grown" for line in series)
     chart = Chart(
         name="alphas",
@@ -311,6 +314,7 @@ def _alpha_chart(series: tuple[Series, ...]) -> Markup:
         x_label="updates",
         y_label="alpha",
         series=series,
+        x_range=(0.0, last_update),
         y_range=(-0.04, 1.04),
     )
     caption = (
@@ -331,6 +335,7 @@ def _parameter_figure(report: DemoReport) -> Markup:
         x_label="updates",
         y_label="parameters",
         series=_arm_series(report, "parameters", steps=True),
+        x_range=(0.0, report.updates),
     )
     caption = (
         "Bold: mean over random seeds. A fold puts a kernel into the host's own weights, so that "
@@ -412,6 +417,7 @@ def _loss_figure(report: RunReport) -> Markup:
             Series(style="host", points=train, label="training loss"),
             Series(style="grown", points=gate, label="gate loss"),
         ),
+        x_range=(0.0, report.updates),
         marks=tuple(marks_of(report.grafts, curve(gate))) if gate else (),
     )
     hint = f" There is no test split, so every figure was {OPTIMISTIC}."
