@@ -41,9 +41,9 @@ def test_every_public_name_is_there(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    """A misspelt name is refused as Python refuses it."""
-    with pytest.raises(AttributeError, match="no attribute 'wrapp'"):
-        _ = esper.wrapp
+    """A name that is not there is refused as Python refuses it."""
+    with pytest.raises(AttributeError, match="no attribute 'graft'"):
+        _ = esper.graft
 
 
 def test_type_checkers_see_what_python_sees():
