@@ -1,0 +1,198 @@
+"""The ``esper`` command and its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from esper.contracts.errors import EsperError
+from esper.services.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from esper.contracts.report import RunReport
+
+EXIT_PROBLEM: Final = 1
+EXIT_ERROR: Final = 2
+EXIT_STOPPED: Final = 130
+PIPE_WIDTH: Final = 140
+"""Columns of a table where there is no terminal to ask."""
+
+app = typer.Typer(
+    name="esper",
+    help="Grow a PyTorch model in place while it trains, on evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="A function that returns an esper.GrowthJob, for example train:job.",
+    ),
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where the run's files are written.")
+]
+
+
+def main() -> None:
+    """Run the command that the process's arguments name, and exit."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def esper(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002
+) -> None:
+    """Grow a PyTorch model in place while it trains, on evidence.
+
+    Runs are written under ESPER_RUN_DIR (by default `runs`); with ESPER_TRACEBACK=1 an error is
+    shown with the place it comes from.
+    """
+    if version:
+        from esper import __version__
+
+        typer.echo(f"esper {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    random_seeds: Annotated[
+        str, typer.Option(help="First random seed and the one after the last.")
+    ] = "0:10",
+    run_dir: RunDir = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+) -> None:
+    """Grow a digit classifier, beside its controls, and report what growth did and did not do."""
+    with _one_line_errors() as settings:
+        from esper.cli.progress import ProgressDisplay
+        from esper.cli.tables import print_demo
+        from esper.resilience.clock import MonotonicClock
+        from esper.services.demo import run_demo
+
+        seeds = parse_random_seeds(random_seeds)
+        folder = run_dir or settings.run_dir / "demo"
+        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
+            report = run_demo(
+                random_seeds=seeds, run_dir=folder, processes=processes, on_progress=display
+            )
+        print_demo(_console(), report)
+        _point_to(folder)
+        _exit_if_stopped(interrupted=report.interrupted)
+
+
+@app.command()
+def grow(target: Target, run_dir: RunDir = None) -> None:
+    """Train your own job and grow its model where the evidence allows it."""
+    with _one_line_errors() as settings:
+        from esper.cli.progress import ProgressDisplay
+        from esper.resilience.clock import MonotonicClock
+        from esper.services.run_job import run_job
+
+        folder = run_dir or settings.run_dir / "grow"
+        _see_working_folder()
+        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
+            report: RunReport = run_job(target, run_dir=folder, on_progress=display)
+        typer.echo(str(report))
+        _point_to(folder)
+        _exit_if_stopped(interrupted=report.interrupted)
+
+
+@app.command()
+def suggest(target: Target) -> None:
+    """Train your own job for a while, change nothing, and say what growing would bring."""
+    with _one_line_errors():
+        from esper.cli.progress import ProgressDisplay
+        from esper.cli.tables import print_suggestions
+        from esper.resilience.clock import MonotonicClock
+        from esper.services.run_job import suggest_for
+
+        _see_working_folder()
+        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
+            suggestions = suggest_for(target, on_progress=display)
+        print_suggestions(_console(), suggestions)
+
+
+@app.command()
+def doctor(run_dir: RunDir = None) -> None:
+    """Look at the environment, and exit with 1 where something is wrong."""
+    with _one_line_errors() as settings:
+        from esper.cli.doctor import examine
+        from esper.cli.tables import print_checks
+
+        checks = examine(run_dir or settings.run_dir)
+        print_checks(_console(), checks)
+        if any(check.cure for check in checks):
+            raise typer.Exit(EXIT_PROBLEM)
+
+
+def parse_random_seeds(text: str) -> tuple[int, ...]:
+    """Return the random seeds that ``"100:110"`` stands for: 100 to 109.
+
+    Raises:
+        EsperError: The text is no such range, or the range is empty.
+    """
+    first, _, end = text.partition(":")
+    if first.isdecimal() and end.isdecimal() and int(first) < int(end):
+        return tuple(range(int(first), int(end)))
+    msg = f"--random-seeds is FIRST:END with FIRST below END, for example 100:110; got {text!r}"
+    raise EsperError(msg)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[Settings]:
+    """Yield the settings; turn errors that a user can mend into one line and an exit status."""
+    settings = Settings()
+    try:
+        settings = read_settings()
+        yield settings
+    except (EsperError, ValueError, OSError) as error:
+        if settings.traceback:
+            raise
+        typer.echo(f"esper: {error}", err=True)
+        raise typer.Exit(EXIT_ERROR) from error
+    except ModuleNotFoundError as error:
+        if settings.traceback or error.name != "sklearn":
+            raise
+        typer.echo("esper: the demo needs its extra: pip install 'esper-morph[demo]'", err=True)
+        raise typer.Exit(EXIT_ERROR) from error
+    except KeyboardInterrupt as error:
+        typer.echo("esper: stopped", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Return a console that prints names as they are, wide where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def _see_working_folder() -> None:
+    """Let targets be imported from the working folder, as ``python -m`` does."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _point_to(folder: Path) -> None:
+    typer.echo(f"Written to {folder}: report.html, report.json, events.jsonl")
+
+
+def _exit_if_stopped(*, interrupted: bool) -> None:
+    if interrupted:
+        raise typer.Exit(EXIT_STOPPED)

@@ -1,0 +1,136 @@
+"""The progress of a long command: a line and a table, or plain lines without a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+    from esper.contracts.ports import Clock
+    from esper.contracts.progress import Progress, ProgressRow
+
+REFRESHES_PER_SECOND: Final = 4
+LINE_EVERY: Final = 0.05
+"""Share of the work after which a plain line is written again."""
+
+
+class ProgressDisplay:
+    """Shows progress on a console for as long as it is entered. Call it with each progress.
+
+    Args:
+        console: Where to write; what it knows of its terminal decides the form.
+        clock: Measures the time that has passed.
+    """
+
+    def __init__(self, console: Console, clock: Clock) -> None:
+        self._console = console
+        self._clock = clock
+        self._start_s = clock.now()
+        self._told = 0.0
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        self._start_s = self._clock.now()
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Show how far the command is."""
+        line = progress_line(progress, self._clock.now() - self._start_s)
+        if self._live is not None:
+            self._live.update(_picture(progress, line))
+        elif self._is_worth_a_line(progress):
+            rows = "; ".join(_row_text(row) for row in progress.rows)
+            self._console.print(f"{line}: {rows}" if rows else line, soft_wrap=True)
+
+    def _is_worth_a_line(self, progress: Progress) -> bool:
+        share = _share(progress)
+        if share < self._told:
+            return False
+        self._told = share + LINE_EVERY
+        return True
+
+
+def progress_line(progress: Progress, elapsed_s: float) -> str:
+    """Return percent done, time left and what is being done, in one line.
+
+    Args:
+        progress: How far the command is.
+        elapsed_s: Seconds since it began.
+    """
+    share = _share(progress)
+    left = (
+        f"{duration_text(elapsed_s / share * (1 - share))} left" if share else "time left unknown"
+    )
+    return f"{share:4.0%}, {left}, {progress.doing}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as ``m:ss``, or ``h:mm:ss`` from an hour on, rounded up."""
+    whole = -int(-seconds // 1)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{whole % 60:02}"
+    return f"{minutes}:{whole % 60:02}"
+
+
+def _share(progress: Progress) -> float:
+    return min(progress.done / progress.total, 1.0) if progress.total > 0 else 0.0
+
+
+def _picture(progress: Progress, line: str) -> Group:
+    bar = ProgressBar(total=1.0, completed=_share(progress), width=40)
+    parts: list[Text | ProgressBar | Table] = [Text(line), bar]
+    if progress.rows:
+        parts.append(_rows_table(progress.rows))
+    return Group(*parts)
+
+
+def _rows_table(rows: tuple[ProgressRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run")
+    for head in ("update", "accuracy", "parameters"):
+        table.add_column(head, justify="right")
+    table.add_column("seeds")
+    for row in rows:
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f} %"
+        parameters = "" if row.parameters is None else f"{row.parameters:,}"
+        cells = (row.name, f"{row.update:,}", accuracy, parameters, _stages_text(row))
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _row_text(row: ProgressRow) -> str:
+    parts = [f"{row.name} at update {row.update:,}"]
+    if row.accuracy is not None:
+        parts.append(f"{row.accuracy:.1f} %")
+    if row.parameters is not None:
+        parts.append(f"{row.parameters:,} parameters")
+    return ", ".join([*parts, _stages_text(row)])
+
+
+def _stages_text(row: ProgressRow) -> str:
+    return ", ".join(row.stages) or "dormant"

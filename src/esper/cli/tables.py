@@ -1,0 +1,145 @@
+"""What the commands print at their end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from esper.contracts.report import ARMS
+from esper.observability.wording import (
+    ARM_NAMES,
+    CONTROL_NAMES,
+    flops_text,
+    interval_text,
+    not_beaten,
+    number_text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+    from esper.cli.doctor import Check
+    from esper.contracts.report import DemoReport
+    from esper.growth.grower import Suggestion
+
+    Rows = tuple[Sequence[str], list[Sequence[str]]]
+
+
+def print_demo(console: Console, report: DemoReport) -> None:
+    """Print the arms, the differences, every graft, the timeline and the controls."""
+    console.print(not_beaten(report))
+    _print(console, "Arms", *_arm_rows(report))
+    for name in ("host", "random", "scratch"):
+        interval = interval_text(getattr(report, f"grown_minus_{name}"), sign=True)
+        console.print(f"grown minus {ARM_NAMES[name]}: {interval} points")
+    _print(console, "Grafts of the grown arm", *_graft_rows(report))
+    _print(console, "Timeline of the grown arm", *_timeline_rows(report))
+    _print(console, "Controls, none of which should be permanent", *_control_rows(report))
+    for note in report.notes:
+        console.print(f"Note: {note}")
+
+
+def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> None:
+    """Print the ranked table, best first."""
+    heads = ("site", "kernel", ">gain", ">std. error", ">parameters", ">FLOPs", ">us", "remark")
+    rows = [
+        (
+            row.site,
+            row.blueprint,
+            number_text(row.gain, ".3g"),
+            number_text(row.stderr, ".2g"),
+            f"{row.parameters:,}",
+            flops_text(row.flops),
+            f"{row.latency_us:,.0f}",
+            row.reason,
+        )
+        for row in suggestions
+    ]
+    _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
+
+
+def print_checks(console: Console, checks: Sequence[Check]) -> None:
+    """Print what a doctor found, and under each problem its cure."""
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        mark = "problem" if check.cure else "ok"
+        console.print(f"{mark:8}{check.name:{width}}  {check.found}", soft_wrap=True)
+        if check.cure:
+            console.print(f"{'':8}{'':{width}}  cure: {check.cure}", soft_wrap=True)
+
+
+def _print(
+    console: Console, title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print a table; a head that begins with ``>`` is of a column of numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in heads:
+        number = head.startswith(">")
+        table.add_column(head.removeprefix(">"), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print()
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"{title}: none")
+
+
+def _arm_rows(report: DemoReport) -> Rows:
+    heads = ("arm", ">test accuracy, % (95 %)", ">parameters", ">training", ">us", ">dip, points")
+    rows: list[Sequence[str]] = []
+    for name in ARMS:
+        arm = report.arms[name]
+        cells = (
+            ARM_NAMES[name],
+            interval_text(arm.accuracy_interval),
+            number_text(arm.parameters, ",.0f"),
+            flops_text(arm.train_flops),
+            number_text(arm.latency_us, ",.0f"),
+            number_text(arm.worst_dip_points, ".2f"),
+        )
+        rows.append(cells)
+    return heads, rows
+
+
+def _graft_rows(report: DemoReport) -> Rows:
+    heads = ("seed", "graft", "kernel", "site", ">depend.", ">contrib.", "verdict", "reason")
+    rows: list[Sequence[str]] = [
+        (
+            str(random_seed),
+            str(graft.graft),
+            graft.blueprint,
+            graft.site,
+            number_text(graft.dependence, "+.4f"),
+            number_text(graft.contribution, "+.4f"),
+            graft.verdict,
+            graft.reason,
+        )
+        for random_seed, graft in report.grafts("grown")
+    ]
+    return heads, rows
+
+
+def _timeline_rows(report: DemoReport) -> Rows:
+    """Return one row per graft: every stage that it reached, with the update."""
+    rows: list[Sequence[str]] = []
+    for run in report.runs_of("grown"):
+        for graft in run.report.grafts if run.report else ():
+            entries = run.report.timeline if run.report else ()
+            own = [e for e in entries if e.graft == graft.graft]
+            life = ", ".join(f"{entry.after} {entry.update:,}" for entry in own)
+            rows.append((str(run.random_seed), str(graft.graft), life))
+    return ("seed", "graft", "stage and update"), rows
+
+
+def _control_rows(report: DemoReport) -> Rows:
+    heads = ("control", ">tried", ">admitted", ">permanent", ">naive gate keeps")
+    rows: list[Sequence[str]] = []
+    for row in report.controls.rows:
+        counts = (row.tried, row.admitted, row.fossilized, row.naive_accepted)
+        rows.append((CONTROL_NAMES.get(row.kind, row.kind), *(str(count) for count in counts)))
+    return heads, rows
