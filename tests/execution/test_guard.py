@@ -1,6 +1,7 @@
 """A bad kernel costs its own contribution: the host trains on as if it had no seed, bit for bit."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -41,15 +42,15 @@ OPTIMIZERS = {
 }
 
 
-def plain(model, optimizer, loss_of):
-    loss = loss_of()
+def plain(model, optimizer, make_loss):
+    loss = make_loss()
     loss.backward()
     optimizer.step()
     return loss
 
 
-def clipped(model, optimizer, loss_of):
-    loss = loss_of()
+def clipped(model, optimizer, make_loss):
+    loss = make_loss()
     loss.backward()
     # The bound is not met: summing norms in another order would change the last bit of a factor.
     nn.utils.clip_grad_norm_(model.parameters(), 1e3, error_if_nonfinite=True)
@@ -57,9 +58,9 @@ def clipped(model, optimizer, loss_of):
     return loss
 
 
-def scaled(model, optimizer, loss_of):
+def scaled(model, optimizer, make_loss):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss = loss_of()
+    loss = make_loss()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -67,9 +68,9 @@ def scaled(model, optimizer, loss_of):
     return loss
 
 
-def closed(model, optimizer, loss_of):
+def closed(model, optimizer, make_loss):
     def closure():
-        loss = loss_of()
+        loss = make_loss()
         loss.backward()
         return loss
 
@@ -107,10 +108,14 @@ def train(net, shape, make_optimizer, training, update):
         x = torch.randn(6, *shape, generator=generator)
         target = torch.randint(3, (6,), generator=generator)
         optimizer.zero_grad()
-        loss = update(net, optimizer, lambda: nn.functional.cross_entropy(net(x), target))
+        loss = update(net, optimizer, functools.partial(loss_of, net, x, target))
         trace += [loss.detach(), *(p.grad.clone() for n, p in host_parameters(net))]
     state = (t for n, t in net.state_dict().items() if "_seeds." not in n)
     return trace + [t.clone() for t in state]
+
+
+def loss_of(net, x, target):
+    return nn.functional.cross_entropy(net(x), target)
 
 
 def host_parameters(net):

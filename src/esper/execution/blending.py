@@ -6,7 +6,8 @@ output h (serial). The plan is made when a seed changes; the forward follows it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     from esper.execution.layer_record import LayerRecord
     from esper.execution.seed_slot import Seed
+
+
+TIMED_EVERY: Final = 64
+"""With telemetry on, the kernels of one call in so many are timed."""
 
 
 def blend(record: LayerRecord, x: Tensor, h: Tensor) -> Tensor:
@@ -33,8 +38,9 @@ def blend(record: LayerRecord, x: Tensor, h: Tensor) -> Tensor:
     """
     terms: list[Tensor] = []
     replaced: Tensor | None = None
+    is_timed = record.telemetry_enabled and not torch.compiler.is_compiling() and _count(record)
     for seed in record.plan:
-        k = run_kernel(seed, x, h)
+        k = _run_timed(record, seed, x, h) if is_timed else run_kernel(seed, x, h)
         if k is None:
             continue
         alpha = seed.slot._buffers["alpha"]  # noqa: SLF001 - getattr costs a microsecond
@@ -47,6 +53,24 @@ def blend(record: LayerRecord, x: Tensor, h: Tensor) -> Tensor:
     for term in terms:
         y = y + term
     return y
+
+
+def _count(record: LayerRecord) -> bool:
+    """Count a call; return whether its kernels are to be timed."""
+    record.forward_count += 1
+    record.kernel_execution_count += len(record.plan)
+    return record.forward_count % TIMED_EVERY == 1
+
+
+def _run_timed(record: LayerRecord, seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
+    """Run a kernel and record how long it took on this thread, and how healthy it has been."""
+    start_s = time.perf_counter()
+    k = run_kernel(seed, x, h)
+    latency_us = int((time.perf_counter() - start_s) * 1e6)
+    if not seed.is_shadow:
+        health = 1.0 - record.layout.fault_rate(seed.seed_idx)
+        record.layout.update_telemetry(seed.seed_idx, latency_us, health)
+    return k
 
 
 def _admit(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -318,6 +318,12 @@ class KasminaStateLayout:
             self.isolate(seed_idx)
         return longest
 
+    def fault_rate(self, seed_idx: int) -> float:
+        """Return the share of faults in the last recorded calls (at most 200), in [0, 1]."""
+        calls = self._calls.get(seed_idx, 0)
+        recent = [c for c in self._recent.get(seed_idx, []) if c > calls - WINDOW_CALLS]
+        return len(recent) / min(calls, WINDOW_CALLS) if calls else 0.0
+
     def isolate(self, seed_idx: int) -> None:
         """Let the host alone answer for a seed; an ACTIVE one enters ERROR_RECOVERY."""
         self._fallback_active[seed_idx] = True
