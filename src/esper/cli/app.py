@@ -73,6 +73,7 @@ def demo(
     ] = "0:10",
     run_dir: RunDir = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of 20 updates.")] = 60,
 ) -> None:
     """Grow a digit classifier, beside its controls, and report what growth did and did not do."""
     with _one_line_errors() as settings:
@@ -85,7 +86,11 @@ def demo(
         folder = run_dir or settings.run_dir / "demo"
         with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
             report = run_demo(
-                random_seeds=seeds, run_dir=folder, processes=processes, on_progress=display
+                random_seeds=seeds,
+                run_dir=folder,
+                processes=processes,
+                on_progress=display,
+                epochs=epochs,
             )
         print_demo(_console(), report)
         _point_to(folder)

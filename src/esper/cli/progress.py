@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from esper.contracts.progress import Progress, ProgressRow
 
 REFRESHES_PER_SECOND: Final = 4
-LINE_EVERY: Final = 0.05
-"""Share of the work after which a plain line is written again."""
+PLAIN_LINES: Final = 20
+"""Parts of the work, each of which gets one plain line."""
 
 
 class ProgressDisplay:
@@ -35,7 +35,7 @@ class ProgressDisplay:
         self._console = console
         self._clock = clock
         self._start_s = clock.now()
-        self._told = 0.0
+        self._told = -1
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -67,10 +67,10 @@ class ProgressDisplay:
             self._console.print(f"{line}: {rows}" if rows else line, soft_wrap=True)
 
     def _is_worth_a_line(self, progress: Progress) -> bool:
-        share = _share(progress)
-        if share < self._told:
+        part = int(_share(progress) * PLAIN_LINES + 1e-9)
+        if part <= self._told:
             return False
-        self._told = share + LINE_EVERY
+        self._told = part
         return True
 
 

@@ -23,8 +23,6 @@ def load_job(target: str) -> GrowthJob:
         GrowthError: The target is malformed, names nothing that can be called, or the function
             refuses or returns something other than a ``GrowthJob``.
     """
-    from esper.growth.job import GrowthJob
-
     module_name, _, name = target.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         msg = (
@@ -39,6 +37,8 @@ def load_job(target: str) -> GrowthJob:
             f"{type(function).__name__}, which cannot be called"
         )
         raise GrowthError(msg)
+    from esper.growth.job import GrowthJob
+
     try:
         job = function()
     except (TypeError, ValueError) as error:

@@ -1,0 +1,126 @@
+"""What the commands print at their end."""
+
+import io
+
+from rich.console import Console
+
+from esper.cli.tables import print_demo, print_suggestions
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report import (
+    ArmReport,
+    ArmRun,
+    ControlRow,
+    ControlsReport,
+    DemoReport,
+    GraftRecord,
+    RunReport,
+    TimelineEntry,
+)
+from esper.growth.grower import Suggestion
+
+
+def a_demo():
+    graft = GraftRecord(
+        graft=1,
+        site="3",
+        seed_idx=0,
+        blueprint="mlp [8]",
+        artifact_id="",
+        stage=GraftStage.FOSSILIZED,
+        verdict="fossilized",
+        reason="better than its twin",
+        parameters=40,
+        germinated_at=200,
+        contribution=0.0412,
+        dependence=0.213,
+    )
+    entry = TimelineEntry(
+        update=200,
+        graft=1,
+        site="3",
+        blueprint="mlp [8]",
+        before=None,
+        after=GraftStage.AUDITION,
+        reason="",
+    )
+    report = RunReport(
+        settings={},
+        updates=400,
+        parameters_before=358,
+        parameters_after=398,
+        grafts=(graft,),
+        timeline=(entry,),
+    )
+    arms = {
+        name: ArmReport(
+            accuracy=(mean, mean + 1.0),
+            parameters_by_seed=(398, 398),
+            train_flops=6.3e9,
+            latency_us=70.0,
+            seconds=1.0,
+        )
+        for name, mean in {"host": 90.0, "grown": 94.0, "random": 92.0, "scratch": 95.0}.items()
+    }
+    looks = {"updates": (0,), "accuracy": (10.0,), "parameters": (358,)}
+    control = ControlRow(kind="noise", tried=20, admitted=1, fossilized=0, naive_accepted=7)
+    return DemoReport(
+        random_seeds=(5, 6),
+        updates=400,
+        arms=arms,
+        controls=ControlsReport(rows=(control,)),
+        runs=(ArmRun(arm="grown", random_seed=5, report=report, **looks),),
+        notes=("a note",),
+    )
+
+
+def printed(call, value):
+    console = Console(file=io.StringIO(), width=160, markup=False, highlight=False)
+    call(console, value)
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_demo_ends_with_its_tables():
+    """First what was not beaten, then arms, differences, grafts, their lives and the controls."""
+    lines = printed(print_demo, a_demo())
+    assert lines[0].startswith("Growth did not beat a network of the grown shape")
+    for line in (
+        "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP 70 \u2013",
+        "grown minus host only: +4.00 (+4.00 to +4.00) points",
+        "5 1 mlp [8] 3 +0.2130 +0.0412 fossilized better than its twin",
+        "5 1 audition 200",
+        "noise 20 1 0 7",
+        "Note: a note",
+    ):
+        assert line in lines
+
+
+def test_suggestions_are_printed_in_their_order():
+    """Each row has what the kernel would bring and cost, or why there is no score."""
+    rows = [
+        Suggestion(
+            site="head",
+            blueprint="mlp-8",
+            gain=0.0123,
+            stderr=0.004,
+            parameters=1234,
+            flops=2400.0,
+            latency_us=12.3,
+            reason="",
+        ),
+        Suggestion(
+            site="head",
+            blueprint="noise",
+            gain=None,
+            stderr=None,
+            parameters=0,
+            flops=None,
+            latency_us=3.0,
+            reason="nothing to train",
+        ),
+    ]
+    lines = printed(print_suggestions, rows)
+    assert lines[-2:] == [
+        "head mlp-8 0.0123 0.004 1,234 2.4 kFLOP 12",
+        "head noise \u2013 \u2013 0 \u2013 3 nothing to train",
+    ]
+    assert "none" in printed(print_suggestions, [])[-1]

@@ -1,0 +1,137 @@
+"""Charts as SVG."""
+
+import itertools
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from esper.observability.charts import (
+    LARGE,
+    Bar,
+    Chart,
+    Lane,
+    Mark,
+    Series,
+    draw_lanes,
+    draw_lines,
+    ticks,
+)
+
+
+def a_chart(*series, **other):
+    values = {
+        "name": "c",
+        "title": "A title",
+        "description": "What it says.",
+        "x_label": "updates",
+        "y_label": "accuracy, %",
+        "x_range": (0.0, 100.0),
+    }
+    return Chart(series=series, **(values | other))
+
+
+def by_class(drawing, style):
+    return [
+        node for node in ET.fromstring(drawing).iter() if style in node.get("class", "").split()
+    ]
+
+
+def coordinates(line):
+    return [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1200, [0, 500, 1000]),
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (0.0, 0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (87.3, 91.2, [88, 89, 90, 91]),
+        (3, 3, [3]),
+    ],
+)
+def test_ticks_are_round_and_inside(low, high, expected):
+    """Ticks are multiples of 1, 2 or 5 times a power of ten, within the range."""
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_line_goes_where_its_values_say():
+    """The first point is at the left edge, the last at the right, and higher values are higher."""
+    line = Series(style="grown", points=((0.0, 10.0), (100.0, 20.0)), label="grown")
+    (drawn,) = by_class(draw_lines(a_chart(line, y_range=(10.0, 20.0))), "line")
+    assert coordinates(drawn) == [
+        (LARGE.left, LARGE.area_bottom),
+        (LARGE.area_right, LARGE.top),
+    ]
+
+
+def test_steps_hold_their_value():
+    """A line of steps moves across first and then up."""
+    line = Series(style="grown", points=((0.0, 0.0), (100.0, 1.0)), label="grown", steps=True)
+    (drawn,) = by_class(draw_lines(a_chart(line)), "line")
+    start, corner, end = coordinates(drawn)
+    assert (corner[0], corner[1]) == (end[0], start[1])
+
+
+def test_only_lines_with_a_label_are_bold():
+    """A line without a label is faint, and has no name at its end."""
+    bold = Series(style="grown", points=((0.0, 0.0), (1.0, 1.0)), label="grown")
+    faint = Series(style="host", points=((0.0, 0.0), (1.0, 1.0)))
+    drawing = draw_lines(a_chart(bold, faint))
+    assert len(by_class(drawing, "faint")) == 1
+    assert [node.text for node in by_class(drawing, "name")] == ["grown"]
+
+
+def test_labels_do_not_overlap():
+    """Lines that end at one point have labels a line's height apart."""
+    lines = [
+        Series(style=name, points=((0.0, 0.0), (100.0, 5.0)), label=name)
+        for name in ("host", "grown", "random")
+    ]
+    heights = [float(node.get("y")) for node in by_class(draw_lines(a_chart(*lines)), "name")]
+    assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
+
+
+def test_marks_outside_the_range_are_left_out():
+    """A mark that the axis does not reach is not drawn over the margin."""
+    line = Series(style="grown", points=((0.0, 0.0), (100.0, 100.0)), label="grown")
+    marks = tuple(
+        Mark(kind="culled", x=x, y=x, text=f"removed at {x:g}") for x in (10.0, 60.0, 90.0)
+    )
+    drawing = draw_lines(a_chart(line, marks=marks, y_range=(50.0, 100.0)))
+    tips = [node[0].text for node in by_class(drawing, "mark")]
+    assert tips == ["removed at 60", "removed at 90"]
+
+
+def test_a_drawing_has_a_title_and_a_description():
+    """What a drawing says is there in words, and the drawing names them as its label."""
+    line = Series(style="grown", points=((0.0, 0.0), (1.0, 1.0)), label="grown")
+    root = ET.fromstring(draw_lines(a_chart(line)))
+    words = {node.get("id"): node.text for node in root if node.tag in {"title", "desc"}}
+    assert [words[name] for name in root.get("aria-labelledby").split()] == [
+        "A title",
+        "What it says.",
+    ]
+    assert root.get("role") == "img"
+
+
+def test_nothing_to_draw_is_a_sentence():
+    """Without a point or a graft there is a sentence instead of an empty frame."""
+    assert draw_lines(a_chart()).startswith("<p")
+    assert draw_lanes("l", "Lives", "None.", [], 100.0).startswith("<p")
+
+
+def test_a_lane_shows_stages_by_shape_and_how_it_ended():
+    """Bars grow with the stage, and only a fossil lives on to the end of the run."""
+    bars = (
+        Bar(stage="audition", start=10, end=20, text="a"),
+        Bar(stage="blending", start=20, end=30, text="b"),
+        Bar(stage="holding", start=30, end=40, text="h"),
+    )
+    kept = draw_lanes("l", "t", "d", [Lane(label="1", bars=bars, verdict="fossilized")], 100.0)
+    removed = draw_lanes("l", "t", "d", [Lane(label="1", bars=bars, verdict="culled")], 100.0)
+    heights = [float(node.get("height")) for node in by_class(kept, "stage")]
+    assert heights == sorted(set(heights))
+    assert len(by_class(kept, "fossil-life")) == 1
+    assert by_class(removed, "fossil-life") == []
+    assert len(by_class(removed, "culled")) == 1

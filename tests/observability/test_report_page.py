@@ -1,0 +1,181 @@
+"""The pages of the demo and of a single run."""
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report import ControlsReport
+from esper.observability.report_page import demo_page, run_page
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
+VOID = {"meta", "br", "hr"}
+
+
+class Reader(HTMLParser):
+    """Reads a page: its elements, its texts by element, and whether it is well nested."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data.strip()))
+
+    def of(self, tag):
+        return [text for inside, text in self.texts if inside == tag]
+
+
+@pytest.fixture(params=["demo", "run"])
+def page(request, make_demo, make_run):
+    """Both pages, one after the other."""
+    return demo_page(make_demo()) if request.param == "demo" else run_page(make_run())
+
+
+def test_the_page_is_well_formed(page):
+    """Every element is closed in its order, and every id is there once."""
+    reader = Reader(page)
+    ids = [value for _, name, value in reader.attributes if name == "id"]
+    assert reader.open == []
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_needs_no_network_and_no_script(page):
+    """No script, no link, no image, no address, and nothing in the style sheet that loads."""
+    reader = Reader(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
+    assert not {name for _, name, _ in reader.attributes} & {"src", "href", "srcset"}
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", page.removeprefix("<!DOCTYPE html>"))
+
+
+def test_the_page_has_a_dark_form(page):
+    """Every colour of the light form has a dark one, and colours are named nowhere else."""
+    style = page[page.index("<style>") : page.index("</style>")]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    names = set(re.findall(r"(--\w+):", light))
+    assert names
+    assert names == set(re.findall(r"(--\w+):", dark))
+    assert "#" not in re.sub(r"--\w+: #\w{6};", "", style)
+
+
+def test_drawings_have_words(page):
+    """Every drawing has a title and a description that are not empty."""
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert drawings
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        assert root.find("title").text
+        assert root.find("desc").text
+
+
+def test_the_first_sentence_is_what_growth_did_not_beat(demo_report):
+    """The first paragraph names the arm that was not beaten, with its interval."""
+    first = Reader(demo_page(demo_report)).of("p")[0]
+    assert first.startswith("Growth did not beat a network of the grown shape trained from scratch")
+    interval = demo_report.grown_minus_scratch
+    assert f"{interval.low:+.2f} to {interval.high:+.2f}" in first
+
+
+def test_a_run_opens_with_what_it_was_not_compared_with(make_run):
+    """A single run cannot say that it beat a larger network, and says so first."""
+    first = Reader(run_page(make_run())).of("p")[0]
+    assert "not shown to beat a twin without it in 1 of 2 tries" in first
+    assert "compared neither with a larger network trained from scratch" in first
+
+
+def test_the_demo_page_has_every_part(demo_report):
+    """All arms, the controls with the naive gate, and one row per graft are there."""
+    reader = Reader(demo_page(demo_report))
+    rows = reader.of("th")
+    assert {"host only", "grown", "random choice", "from scratch"} <= set(rows)
+    assert {"no-op", "noise", "frozen random features"} <= set(rows)
+    assert "a naive on/off gate would keep" in rows
+    for seed, graft in demo_report.grafts("grown"):
+        assert f"{seed} \u00b7 {graft.graft}" in rows
+    assert len(re.findall("<svg", demo_page(demo_report))) == 4 + len(demo_report.random_seeds)
+
+
+def test_the_lifecycle_is_marked_on_the_curves(demo_report):
+    """On the accuracy chart there are two admissions, one fossil and one cull per random seed."""
+    page = demo_page(demo_report)
+    (chart,) = [
+        d for d in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if "accuracy-title" in d
+    ]
+    counts = {
+        kind: chart.count(f'class="mark {kind}"') for kind in ("admitted", "fossilized", "culled")
+    }
+    assert counts == {"admitted": 20, "fossilized": 10, "culled": 10}
+
+
+def test_all_text_is_escaped(make_run, make_demo):
+    """Names, reasons, notes and settings that look like elements stay text, on both pages."""
+    report = make_run()
+    hostile = tuple(
+        replace(g, site=HOSTILE, blueprint=HOSTILE, verdict=HOSTILE, reason=HOSTILE)
+        for g in report.grafts
+    )
+    report = replace(
+        report,
+        grafts=hostile,
+        settings={HOSTILE: HOSTILE},
+        notes=(HOSTILE,),
+        work={HOSTILE: 1.0},
+        test_metrics={HOSTILE: 0.1},
+        timeline=tuple(replace(e, site=HOSTILE, reason=HOSTILE) for e in report.timeline),
+    )
+    demo = make_demo((0,), notes=(HOSTILE,), environment={HOSTILE: HOSTILE})
+    demo = replace(demo, runs=tuple(replace(r, report=report) for r in demo.runs))
+    for page in (run_page(report), demo_page(demo)):
+        assert not {"script", "img"} & set(Reader(page).tags)
+        assert HOSTILE in "".join(text for _, text in Reader(page).texts)
+
+
+def test_a_demo_stopped_before_its_first_seed_has_a_page(make_demo):
+    """Without a completed random seed the page is readable and says what happened."""
+    page = demo_page(make_demo((), runs=(), controls=ControlsReport(), interrupted=True))
+    texts = Reader(page).of("p")
+    assert texts[0] == ("Growth did not beat anything here, since no random seed was completed.")
+    assert any(text.startswith("The run was stopped before its end") for text in texts)
+
+
+def test_a_run_that_never_grew_has_a_page(make_run):
+    """Without grafts and evaluations every part is a sentence instead of a table."""
+    page = run_page(
+        make_run(grafts=(), timeline=(), alphas=(), evaluations=(), work={}, settings={}, notes=())
+    )
+    texts = Reader(page).of("p")
+    assert "No graft was tried." in texts
+    assert "Loss over the updates: nothing was recorded." in texts
+
+
+def test_a_run_without_a_test_split_says_optimistic(make_run):
+    """The page heads its figures as optimistic exactly where there is no test split."""
+    assert "used for growing: optimistic" in run_page(make_run())
+    assert "optimistic" not in run_page(make_run(test_metrics={"accuracy": 0.93}))
+
+
+def test_a_graft_that_is_under_way_is_no_verdict(make_run):
+    """A graft without a verdict has neither diamond nor cross."""
+    report = make_run()
+    first = replace(
+        report.grafts[0], stage=GraftStage.HOLDING, verdict="undecided", decided_at=None
+    )
+    page = run_page(replace(report, grafts=(first,)))
+    assert 'class="mark fossilized"' not in page
+    assert 'class="mark culled"' not in page
+    assert 'class="mark admitted"' in page

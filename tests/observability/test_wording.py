@@ -1,0 +1,71 @@
+"""Sentences and figures of reports."""
+
+from dataclasses import replace
+
+import pytest
+
+from esper.contracts.intervals import Interval
+from esper.observability.wording import flops_text, interval_text, not_beaten, not_beaten_in_run
+
+
+def test_all_that_was_not_beaten_is_named(make_demo):
+    """Arms whose interval reaches 0 are named, and arms that were beaten are not."""
+    bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.9}
+    sentence = not_beaten(make_demo(bends=bends))
+    assert "the host trained on" in sentence
+    assert " or a network of the grown shape" in sentence
+    assert "random" not in sentence
+
+
+def test_worse_is_called_worse(make_demo):
+    """An interval wholly below 0 is said to be worse."""
+    bends = {"host": 0.0, "grown": 4.0, "random": 2.0, "scratch": 9.0}
+    assert "(worse: -5.15 points" in not_beaten(make_demo(bends=bends))
+
+
+def test_beating_everything_is_said_with_its_limits(make_demo):
+    """Where every arm was beaten, the sentence says that there was no other comparison."""
+    bends = {"host": 0.0, "grown": 9.0, "random": 2.0, "scratch": 3.0}
+    sentence = not_beaten(make_demo(bends=bends))
+    assert sentence.startswith("There is nothing in this demo that growth did not beat")
+    assert "compared with no more than" in sentence
+
+
+def test_one_random_seed_shows_nothing(make_demo):
+    """With a single random seed no arm counts as beaten, however large the difference."""
+    sentence = not_beaten(make_demo((0,)))
+    assert sentence.startswith("Growth did not beat the host")
+    assert sentence.count("in one run, which shows nothing") == 3
+
+
+def test_a_run_without_a_measured_contribution_won_nothing(make_run):
+    """A permanent graft whose contribution was not measured does not count as a win."""
+    kept = make_run().grafts[0]
+    unmeasured = replace(kept, contribution=None)
+    assert not_beaten_in_run(make_run(grafts=(kept,))).startswith("Growth beat a twin without it")
+    assert "not shown to beat a twin without it in 1 of 1 tries" in not_beaten_in_run(
+        make_run(grafts=(unmeasured,))
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (Interval(mean=2.0, low=-1.0, high=5.0), "+2.00 (-1.00 to +5.00)"),
+        (Interval(mean=2.0, low=None, high=None), "+2.00 (one run, no interval)"),
+        (Interval(mean=None, low=None, high=None), "\u2013"),
+    ],
+    ids=["known", "one run", "nothing"],
+)
+def test_intervals_are_written_with_what_is_known(interval, expected):
+    """What is not known is not made up."""
+    assert interval_text(interval, sign=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("flops", "expected"),
+    [(None, "\u2013"), (12.0, "12 FLOP"), (1234.0, "1.23 kFLOP"), (6.3e9, "6.3 GFLOP")],
+)
+def test_flops_have_a_prefix(flops, expected):
+    """FLOPs are written with three digits and a decimal prefix."""
+    assert flops_text(flops) == expected
