@@ -30,9 +30,10 @@ def run_job(
         GrowthError: The target is wrong, or a loader gave no batch.
         ValueError: The model has no layer that can be wrapped.
     """
+    job = load_job(target)
     from esper.growth.job import grow
 
-    report = grow(load_job(target), run_dir=run_dir, on_progress=on_progress)
+    report = grow(job, run_dir=run_dir, on_progress=on_progress)
     write_report(report, run_dir)
     return report
 
@@ -50,6 +51,7 @@ def suggest_for(
         GrowthError: The target is wrong, or a loader gave no batch.
         ValueError: The model has no layer that can be wrapped.
     """
+    job = load_job(target)
     from esper.growth.job import suggest
 
-    return suggest(load_job(target), on_progress=on_progress)
+    return suggest(job, on_progress=on_progress)
