@@ -26,7 +26,7 @@ from esper.contracts.site import SiteSpec
 LINEAR: Final = frozenset({"linear"})
 CONVOLUTIONS: Final = frozenset({"conv1d", "conv2d", "conv3d"})
 _FREE_SIZES: Final = {"conv1d": ("L",), "conv2d": ("H", "W"), "conv3d": ("D", "H", "W")}
-_LEAST_WIDTH: Final = {"linear": 16, "conv1d": 8, "conv2d": 8, "conv3d": 8}
+_LEAST_WIDTH: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ def default_catalog() -> Catalog:
 
 def widths_for(site: SiteSpec) -> tuple[int, int]:
     """Return the two hidden widths that are offered at a site, in features or channels."""
-    width = max(_LEAST_WIDTH[site.kind], max(site.in_features, site.out_features) // 4)
+    width = max(_LEAST_WIDTH, max(site.in_features, site.out_features) // 4)
     return width, 2 * width
 
 
@@ -171,7 +171,9 @@ def _conv_block(site: SiteSpec, width: int) -> BlueprintIR:
     )
 
 
-def _separable(site: SiteSpec, width: int) -> BlueprintIR:
+def _separable(site: SiteSpec, width: int) -> BlueprintIR | None:
+    if site.in_features == 1:
+        return None  # the convolution block again: there is nothing to separate
     channels = site.in_features * -(-width // site.in_features)
     depthwise = _conv_like_host(site, site.in_features, channels, groups=site.in_features)
     return _chain(

@@ -24,7 +24,7 @@ from esper.growth.warmup import rate_for_new
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.execution.kernel import PreparedKernel
@@ -87,8 +87,7 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             refused.append({"site": name, "blueprint": "", "reason": reason})
             continue
         for blueprint in _offered(run, name):
-            example = seen.inputs[0] if blueprint.position == "parallel" else seen.outputs[0]
-            candidate = _candidate(run, name, blueprint, example)
+            candidate = make_candidate(run.layers[name], name, blueprint, seen)
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
             over = _over_budget(run, cost)
             if over is None:
@@ -99,6 +98,31 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
                 refused.append({"site": name, "blueprint": blueprint.id, "reason": over})
     order = run.ranking.rank(observations, candidates)
     return Ranked(order=order, blueprints=blueprints, refused=refused)
+
+
+def make_candidate(
+    layer: KasminaLayer, site: str, blueprint: BlueprintIR, seen: SiteObservation
+) -> Candidate:
+    """Build what a ranking scores: a kernel at a site with what it costs.
+
+    Args:
+        layer: The layer.
+        site: Its name.
+        blueprint: The kernel's blueprint.
+        seen: What was recorded there, at least one step.
+    """
+    kernel = prepare_kernel(layer, blueprint)
+    made = checked_plan(blueprint)
+    zeroed = [i for i, step in enumerate(made.steps) if step is made.zeroed_step]
+    return Candidate(
+        site=site,
+        blueprint=blueprint.id,
+        kernel=kernel.module,
+        zeroed=f"steps.{zeroed[0]}.weight" if zeroed and blueprint.mode == "add" else None,
+        position=blueprint.position,
+        parameters=count_parameters(kernel.module),
+        flops=_flops(kernel.module, seen, kernel),
+    )
 
 
 def germinate_best(
@@ -259,21 +283,6 @@ def _named(run: GrowthRun, layer: KasminaLayer, choice: Choice) -> BlueprintIR:
 def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:
     """Let the initial weights follow the run's random seed."""
     return replace(blueprint, init_seed=run.settings.random_seed)
-
-
-def _candidate(run: GrowthRun, site: str, blueprint: BlueprintIR, example: Tensor) -> Candidate:
-    kernel = prepare_kernel(run.layers[site], blueprint).module
-    made = checked_plan(blueprint)
-    zeroed = [i for i, step in enumerate(made.steps) if step is made.zeroed_step]
-    return Candidate(
-        site=site,
-        blueprint=blueprint.id,
-        kernel=kernel,
-        zeroed=f"steps.{zeroed[0]}.weight" if zeroed and blueprint.mode == "add" else None,
-        position=blueprint.position,
-        parameters=count_parameters(kernel),
-        flops=forward_flops(kernel, example) / len(example),
-    )
 
 
 def _flops(module: nn.Module, seen: SiteObservation, kernel: PreparedKernel) -> float:

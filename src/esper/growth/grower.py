@@ -94,7 +94,7 @@ class Grower:
         record_updates: Updates that are recorded for a ranking.
         candidates: Auditions side by side, at most.
         min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Germinations that a slot and a blueprint sit out after a refusal.
+        embargo: Auditions that a slot and a blueprint sit out after a refusal.
         verify: ``"snapshot"``: a graft stays if the gate split is not worse than at its
             admission. ``"fork"``: if it also beats a twin that got the same treatment with a
             kernel that adds nothing; costs three more models in training while it lasts.

@@ -146,7 +146,7 @@ class Joining:
             self._remove(verdict.reason, without)
 
     def _verdict(self, with_seed: Evaluation) -> GateVerdict:
-        level = test_level(self._run.rounds)
+        level = test_level(self._contender.graft)
         if self._fork is None:
             return _compared(self._before, with_seed, level=level)
         run = self._run
@@ -155,7 +155,7 @@ class Joining:
             for twin in self._fork.twins
         )
         tau = tau_of(host.loss, perturbed.loss)
-        verdict = _beats(null, with_seed, level=level, tau=tau)
+        verdict = judge(null, with_seed, level=level, tau=tau)
         run.journal.amend(
             self._contender.graft,
             contribution=verdict.effect,
@@ -202,7 +202,7 @@ class Joining:
         run, contender = self._run, self._contender
         if without is None:
             without = self._measure_without()
-        kept = _compared(self._before, without, level=test_level(run.rounds))
+        kept = _compared(self._before, without, level=test_level(contender.graft))
         part(self._joined, run.optimizer, run.factor)
         updates_lost = 0
         if not kept.passed:
@@ -236,48 +236,46 @@ def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
     return Fork(null=null, null_joined=joined, host=host, perturbed=perturbed)
 
 
-def _beats(
-    reference: Evaluation, candidate: Evaluation, *, level: float, tau: float
+def judge(
+    reference: Evaluation,
+    candidate: Evaluation,
+    *,
+    level: float,
+    tau: float = 0.0,
+    min_effect: float = 0.0,
 ) -> GateVerdict:
-    unmeasured = _unmeasured(reference, candidate, level=level)
-    if unmeasured is not None:
-        return unmeasured
-    assert reference.per_sample is not None
-    assert candidate.per_sample is not None
-    if not math.isfinite(tau):
-        return _refusal("the perturbed twin's loss is not finite", level, candidate)
-    return read_gate(reference.per_sample, candidate.per_sample, level=level, tau=tau)
+    """Read a gate on two evaluations; without per-sample losses it does not pass.
+
+    Args:
+        reference: The gate split without the graft.
+        candidate: The gate split with it.
+        level: One-sided level, in (0, 0.5).
+        tau: Spread between models that ought to be equal, in units of the loss.
+        min_effect: Smallest fall of the loss that counts, in units of the loss.
+    """
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(level)
+    return read_gate(
+        reference.per_sample, candidate.per_sample, level=level, tau=tau, min_effect=min_effect
+    )
 
 
 def _compared(reference: Evaluation, candidate: Evaluation, *, level: float) -> GateVerdict:
-    unmeasured = _unmeasured(reference, candidate, level=level)
-    if unmeasured is not None:
-        return unmeasured
-    assert reference.per_sample is not None
-    assert candidate.per_sample is not None
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(level)
     return not_worse(reference.per_sample, candidate.per_sample, level=level)
 
 
-def _unmeasured(
-    reference: Evaluation, candidate: Evaluation, *, level: float
-) -> GateVerdict | None:
-    if reference.per_sample is None or candidate.per_sample is None:
-        reason = "evaluate gives no per-sample losses, so luck cannot be told from gain"
-        return _refusal(reason, level, candidate)
-    return None
-
-
-def _refusal(reason: str, level: float, candidate: Evaluation) -> GateVerdict:
-    samples = 0 if candidate.per_sample is None else len(candidate.per_sample)
+def _unmeasured(level: float) -> GateVerdict:
     return GateVerdict(
         passed=False,
         effect=None,
         stderr=None,
-        tau=0.0,
+        tau=None,
         z=None,
         level=level,
-        samples=samples,
-        reason=reason,
+        samples=0,
+        reason="evaluate gives no per-sample losses, so luck cannot be told from gain",
     )
 
 

@@ -52,7 +52,7 @@ class Settings:
         record_updates: Updates that are recorded for a ranking.
         candidates: Auditions side by side, at most.
         min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Germinations that a slot and a blueprint sit out after a refusal.
+        embargo: Auditions that a slot and a blueprint sit out after a refusal.
         verify: ``"snapshot"`` or ``"fork"``.
         random_seed: Starts every generator of the controller's own.
     """
@@ -126,8 +126,8 @@ class GrowthRun:
         updates: Optimizer updates done.
         rates: Learning rate of each group at the last update.
         peaks: Highest learning rate of each group so far.
-        rounds: Germinations so far; the k-th is tested at the k-th level.
-        num_grafts: Grafts (candidates that germinated) so far.
+        rounds: Auditions so far, several contenders side by side being one.
+        num_grafts: Grafts that germinated so far; the k-th is tested at the k-th level.
         admitted: What each admitted graft costs; nothing once it was removed.
         embargoes: (site, slot) and (site, blueprint) to the last round that they sit out.
         last_change: Update of the last verdict on an admitted graft.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from esper.contracts.lifecycle import GraftStage
 from esper.execution.shadow import shadow_pass
 from esper.growth.budget import FORWARD_BACKWARD, Cost
-from esper.growth.gates import GateVerdict, read_gate, test_level
+from esper.growth.gates import test_level
 from esper.growth.germination import (
     Contender,
     germinate_best,
@@ -21,11 +21,11 @@ from esper.growth.germination import (
     open_sites,
     rank,
 )
-from esper.growth.joining import Joining
+from esper.growth.joining import Joining, judge
 from esper.growth.recording import Recorder
 
 if TYPE_CHECKING:
-    from esper.growth.gates import Evaluation
+    from esper.growth.gates import Evaluation, GateVerdict
     from esper.growth.policies import Choice
     from esper.growth.run import GrowthRun
 
@@ -117,7 +117,10 @@ class Recording:
 
 
 class Auditioning:
-    """Trains the contenders by shadow passes, sends the best one to the gate, admits or culls.
+    """Trains the contenders by shadow passes and reads the gate of each, once.
+
+    Of those that pass the one with the largest effect joins. The k-th graft that germinated in a
+    run is tested at the k-th level, so that a look at each of several contenders is paid for.
 
     Args:
         run: The run.
@@ -159,40 +162,36 @@ class Auditioning:
             self._cull(contender, reason, "culled in audition")
 
     def _judge(self, batches: list[Any]) -> Stage | None:
-        best = min(self._contenders, key=lambda c: c.audition.recent_loss())
-        for other in self._contenders:
-            if other is not best:
-                reason = f"{best.blueprint.id} at {best.site} learned better"
-                self._cull(other, reason, "culled in audition")
+        """Read the admission gate of every contender, each once; the best that passes joins."""
         before = self._run.measure()
-        verdict = self._admission(best, before)
-        self._run.journal.gate(best.graft, "admission", verdict)
-        refusal = None if verdict.passed else verdict.reason
-        refusal = refusal or self._over_latency(best, batches)
-        if refusal is not None:
-            self._run.embargo(best.site, best.audition.seed_idx, best.blueprint.id)
-            self._cull(best, refusal, "culled at admission")
+        passed: list[tuple[float, Contender, str]] = []
+        for contender in self._contenders:
+            verdict = self._admission(contender, before)
+            self._run.journal.gate(contender.graft, "admission", verdict)
+            refusal = None if verdict.passed else verdict.reason
+            refusal = refusal or self._over_latency(contender, batches)
+            if refusal is None and verdict.effect is not None:
+                passed.append((verdict.effect, contender, verdict.reason))
+                continue
+            audition = contender.audition
+            self._run.embargo(contender.site, audition.seed_idx, contender.blueprint.id)
+            self._cull(contender, refusal or verdict.reason, "culled at admission")
+        if not passed:
             return None
-        return Joining(self._run, best, before, verdict.reason)
+        _, best, reason = max(passed, key=lambda entry: entry[0])
+        for _, other, _ in passed:
+            if other is not best:
+                better = f"{best.blueprint.id} at {best.site} helped more"
+                self._cull(other, better, "culled in audition")
+        return Joining(self._run, best, before, reason)
 
-    def _admission(self, best: Contender, before: Evaluation) -> GateVerdict:
+    def _admission(self, contender: Contender, before: Evaluation) -> GateVerdict:
         """Compare the host as it is, seed on, with seed off; one look."""
         run = self._run
-        after = run.measured(lambda evaluator: best.audition.evaluate(run.model, evaluator))
-        level = test_level(run.rounds)
-        if before.per_sample is None or after.per_sample is None:
-            return GateVerdict(
-                passed=False,
-                effect=None,
-                stderr=None,
-                tau=0.0,
-                z=None,
-                level=level,
-                samples=0,
-                reason="evaluate gives no per-sample losses, so luck cannot be told from gain",
-            )
+        after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))
+        level = test_level(contender.graft)
         min_effect = run.settings.min_effect * abs(before.loss)
-        return read_gate(before.per_sample, after.per_sample, level=level, min_effect=min_effect)
+        return judge(before, after, level=level, min_effect=min_effect)
 
     def _over_latency(self, best: Contender, batches: list[Any]) -> str | None:
         """Measure what the kernel adds to a forward, where the budget asks for it."""

@@ -91,6 +91,6 @@ def batches(split: Split, random_seed: int, epoch: int) -> Iterator[tuple[Tensor
     """Yield one epoch of shuffled batches; the order depends on the two numbers only."""
     generator = torch.Generator().manual_seed(random_seed * 100_003 + epoch)
     order = torch.randperm(len(split.y_N), generator=generator)
-    for part in order.split(BATCH_SIZE):
+    for part in torch.split(order, BATCH_SIZE):
         if len(part) == BATCH_SIZE:
             yield split.x_N1HW[part], split.y_N[part]

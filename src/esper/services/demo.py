@@ -1,0 +1,496 @@
+"""The demo: every arm and every control at several random seeds, in a few processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from esper.contracts.progress import Progress, ProgressRow
+from esper.contracts.report import ARMS, ArmReport, ControlRow, ControlsReport, DemoReport
+from esper.observability.report_page import demo_page
+from esper.services.arms import (
+    OVERHEAD,
+    ArmResult,
+    Stopped,
+    grown_arm,
+    host_arm,
+    optimizer_for,
+    scratch_arm,
+    train_on,
+)
+from esper.services.controls import (
+    FORK_UPDATE,
+    fork_host,
+    ranking_pairs,
+    run_controls,
+    spearman,
+)
+from esper.services.digits import (
+    LEARNING_RATE,
+    UPDATES_PER_EPOCH,
+    Digits,
+    batches,
+    demo_host,
+    load_digits,
+)
+from esper.wrapping.export import export
+from esper.wrapping.wrap import wrap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+EPOCHS: Final = 60
+DEFAULT_RANDOM_SEEDS: Final = tuple(range(10))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedResult:
+    """Everything that one random seed showed.
+
+    Attributes:
+        random_seed: The random seed.
+        arms: Its arms by name.
+        controls: Its control grafts.
+        spearman: Rank correlation of predicted and measured gains; None where it is undefined.
+        dormant_identical: Whether the wrapped dormant host computed the bare one's very bits.
+        export_max_rel_diff: Difference of the export read in a fresh process; None unless this
+            random seed exported.
+    """
+
+    random_seed: int
+    arms: dict[str, ArmResult]
+    controls: tuple[ControlRow, ...]
+    spearman: float | None
+    dormant_identical: bool
+    export_max_rel_diff: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What a process needs for one random seed; crosses to it by pickling.
+
+    Attributes:
+        random_seed: The random seed.
+        epochs: Epochs of every arm.
+        run_dir: Where the grown arm's log and export go.
+        exports: Whether this random seed exports its grown model.
+        messages: Queue of ``(random_seed, share done, row)``.
+        stop: Event that asks to stop.
+    """
+
+    random_seed: int
+    epochs: int
+    run_dir: Path
+    exports: bool
+    messages: Any
+    stop: Any
+
+
+def run_demo(
+    random_seeds: Sequence[int] = DEFAULT_RANDOM_SEEDS,
+    run_dir: Path = Path("runs/demo"),
+    processes: int = 2,
+    on_progress: Callable[[Progress], None] | None = None,
+    epochs: int = EPOCHS,
+) -> DemoReport:
+    """Run the demo and write everything it found into ``run_dir``.
+
+    That is ``report.json``, ``report.html``, ``events.jsonl`` of the first random seed's grown
+    arm, and its grown model under ``model``. ``KeyboardInterrupt`` ends it early, with a report
+    of the random seeds that were completed.
+
+    Args:
+        random_seeds: One run of every arm each; distinct.
+        run_dir: Folder of everything that is written; made where it is missing.
+        processes: How many processes of one thread each.
+        on_progress: Told several times a second.
+        epochs: Epochs of 20 updates; the controls begin after 20 of them, so at least 21.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: There is no random seed, one is there twice, or a count is below its least.
+        ModuleNotFoundError: scikit-learn is not installed (extra ``demo``).
+    """
+    _check(random_seeds, processes, epochs)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    results, interrupted = _run_all(random_seeds, run_dir, processes, on_progress, epochs)
+    report = demo_report(
+        results,
+        epochs=epochs,
+        processes=processes,
+        seconds=time.perf_counter() - start,
+        interrupted=interrupted,
+    )
+    (run_dir / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (run_dir / "report.html").write_text(demo_page(report), encoding="utf-8")
+    return report
+
+
+def demo_report(
+    results: Sequence[SeedResult],
+    *,
+    epochs: int,
+    processes: int,
+    seconds: float,
+    interrupted: bool = False,
+) -> DemoReport:
+    """Put the results of the random seeds together.
+
+    Args:
+        results: One per completed random seed.
+        epochs: Epochs of every arm.
+        processes: Processes that shared the machine.
+        seconds: Wall-clock seconds of all.
+        interrupted: Whether the demo was stopped before its end.
+    """
+    ordered = sorted(results, key=lambda result: result.random_seed)
+    correlations = [r.spearman for r in ordered if r.spearman is not None]
+    differences = [r.export_max_rel_diff for r in ordered if r.export_max_rel_diff is not None]
+    return DemoReport(
+        random_seeds=tuple(r.random_seed for r in ordered),
+        updates=epochs * UPDATES_PER_EPOCH,
+        arms={name: _arm_report([r.arms[name] for r in ordered]) for name in ARMS},
+        controls=_controls_report([row for r in ordered for row in r.controls]),
+        ranking_spearman=statistics.fmean(correlations) if correlations else None,
+        export_max_rel_diff=max(differences) if differences else None,
+        dormant_identical=all(r.dormant_identical for r in ordered) if ordered else None,
+        environment=_environment(processes),
+        settings={"overhead": OVERHEAD, "verify": "fork", "learning_rate": LEARNING_RATE},
+        runs=tuple(r.arms[name].run for r in ordered for name in ARMS),
+        seconds=seconds,
+        notes=_NOTES,
+        interrupted=interrupted,
+    )
+
+
+def _check(random_seeds: Sequence[int], processes: int, epochs: int) -> None:
+    if not random_seeds or len(set(random_seeds)) < len(random_seeds):
+        msg = f"the demo needs random seeds, each once; got {list(random_seeds)}"
+        raise ValueError(msg)
+    if processes < 1:
+        msg = f"processes is at least 1, got {processes}"
+        raise ValueError(msg)
+    if epochs * UPDATES_PER_EPOCH <= FORK_UPDATE:
+        least = FORK_UPDATE // UPDATES_PER_EPOCH + 1
+        msg = f"epochs is at least {least}: the controls begin before; got {epochs}"
+        raise ValueError(msg)
+
+
+def _run_all(
+    random_seeds: Sequence[int],
+    run_dir: Path,
+    processes: int,
+    on_progress: Callable[[Progress], None] | None,
+    epochs: int,
+) -> tuple[list[SeedResult], bool]:
+    """Run every random seed in a pool; return what was completed, and whether it was stopped."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        messages, stop = manager.Queue(), manager.Event()
+        tasks = [
+            _Task(
+                random_seed=random_seed,
+                epochs=epochs,
+                run_dir=run_dir,
+                exports=i == 0,
+                messages=messages,
+                stop=stop,
+            )
+            for i, random_seed in enumerate(random_seeds)
+        ]
+        with ProcessPoolExecutor(processes, context, _begin_process) as pool:
+            futures = [pool.submit(run_seed, task) for task in tasks]
+            try:
+                _follow(futures, messages, len(tasks), on_progress)
+                interrupted = False
+            except KeyboardInterrupt:
+                stop.set()
+                interrupted = True
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+            return _completed(futures), interrupted
+
+
+def _begin_process() -> None:
+    """Leave Ctrl-C to the parent, and take one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _follow(
+    futures: list[Future[SeedResult]],
+    messages: Any,
+    num_tasks: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    """Pass progress on until all are done; raise what a process raised."""
+    shares: dict[int, float] = {}
+    rows: dict[int, ProgressRow] = {}
+    while not all(future.done() for future in futures):
+        try:
+            random_seed, share, row = messages.get(timeout=0.25)
+        except queue.Empty:
+            continue
+        shares[random_seed], rows[random_seed] = share, row
+        rows = {seed: row for seed, row in rows.items() if shares[seed] < 1.0}
+        if on_progress is not None:
+            done = sum(shares.values())
+            on_progress(
+                Progress(
+                    done=done,
+                    total=num_tasks,
+                    doing=f"{sum(s >= 1.0 for s in shares.values())} of {num_tasks} random seeds",
+                    rows=tuple(rows.values()),
+                )
+            )
+    for future in futures:
+        future.result()
+
+
+def _completed(futures: list[Future[SeedResult]]) -> list[SeedResult]:
+    return [
+        future.result()
+        for future in futures
+        if not future.cancelled() and not isinstance(future.exception(), Stopped)
+    ]
+
+
+def run_seed(task: _Task) -> SeedResult:
+    """Run every arm and every control at one random seed; in a process of its own.
+
+    Raises:
+        Stopped: The reader asked to stop.
+    """
+    digits = load_digits()
+    teller = _Teller(task)
+    host, looks = host_arm(digits, task.random_seed, task.epochs, teller.step("host"))
+    log_dir = task.run_dir if task.exports else None
+    grown = grown_arm(
+        digits, task.random_seed, task.epochs, looks, teller.step("grown"), run_dir=log_dir
+    )
+    random = grown_arm(
+        digits,
+        task.random_seed,
+        task.epochs,
+        looks,
+        teller.step("random"),
+        random_choice=True,
+    )
+    scratch = scratch_arm(
+        digits, task.random_seed, task.epochs, grown.kernels, teller.step("scratch")
+    )
+    fork = fork_host(digits, task.random_seed)
+    controls = run_controls(digits, fork, teller.step("controls"))
+    pairs = ranking_pairs(digits, fork, teller.step("ranking"))
+    difference = (
+        export_difference(grown.model, digits, task.run_dir / "model") if task.exports else None
+    )
+    identical = dormant_is_identical(digits, task.random_seed)
+    teller.finish()
+    return SeedResult(
+        random_seed=task.random_seed,
+        arms={"host": host, "grown": grown.result, "random": random.result, "scratch": scratch},
+        controls=controls,
+        spearman=spearman(pairs),
+        dormant_identical=identical,
+        export_max_rel_diff=difference,
+    )
+
+
+class _Teller:
+    """Tells the parent how far one random seed is, and stops where it asks to.
+
+    Args:
+        task: The task.
+    """
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._before = 0.0
+
+    def step(self, name: str) -> Callable[..., None]:
+        """Return what a step calls now and then, with what it knows of its progress."""
+        start, weight = _begin_and_weight(name)
+        looks = 0
+
+        def told(
+            share: float | None = None,
+            *,
+            update: int = 0,
+            accuracy: float | None = None,
+            parameters: int | None = None,
+            stages: tuple[str, ...] = (),
+        ) -> None:
+            nonlocal looks
+            looks += 1
+            if self._task.stop.is_set():
+                raise Stopped
+            known = share if share is not None else 1 - 0.98**looks
+            row = ProgressRow(
+                name=f"random seed {self._task.random_seed}, {name}",
+                update=update,
+                accuracy=accuracy,
+                parameters=parameters,
+                stages=stages,
+            )
+            self._task.messages.put((self._task.random_seed, start + weight * known, row))
+
+        return told
+
+    def finish(self) -> None:
+        """Say that the random seed is completed."""
+        row = ProgressRow(name=f"random seed {self._task.random_seed}", update=0)
+        self._task.messages.put((self._task.random_seed, 1.0, row))
+
+
+_WEIGHTS: Final = {
+    "host": 0.07,
+    "grown": 0.33,
+    "random": 0.2,
+    "scratch": 0.1,
+    "controls": 0.2,
+    "ranking": 0.1,
+}
+"""Share of a random seed's time that each step takes, about; for the time left."""
+
+
+def _begin_and_weight(name: str) -> tuple[float, float]:
+    names = list(_WEIGHTS)
+    return sum(_WEIGHTS[n] for n in names[: names.index(name)]), _WEIGHTS[name]
+
+
+def dormant_is_identical(digits: Digits, random_seed: int, updates: int = 20) -> bool:
+    """Train the bare host and the wrapped dormant one side by side; compare every bit."""
+    bare, dormant = demo_host(random_seed), wrap(demo_host(random_seed))
+    optimizers = optimizer_for(bare), optimizer_for(dormant)
+    for _, batch in zip(range(updates), batches(digits.train, random_seed, 0), strict=False):
+        train_on(bare, optimizers[0], batch)
+        train_on(dormant, optimizers[1], batch)
+    pairs = zip(bare.parameters(), dormant.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs) and torch.equal(
+        bare(digits.test.x_N1HW), dormant(digits.test.x_N1HW)
+    )
+
+
+def export_difference(model: nn.Module, digits: Digits, folder: Path) -> float:
+    """Export a model, read it in a fresh process without Esper, and compare predictions.
+
+    Returns:
+        The largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        RuntimeError: The fresh process failed; the message holds what it said.
+    """
+    export(model, folder)
+    example = digits.test.x_N1HW
+    with torch.no_grad():
+        expected = model.eval()(example)
+    save_file({"x": example, "expected": expected}, folder / "check.safetensors")
+    done = subprocess.run(  # noqa: S603 - our own interpreter and our own text
+        [sys.executable, "-I", "-c", _READ_EXPORT, str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode != 0:
+        msg = f"the export could not be read in a fresh process: {done.stderr.strip()}"
+        raise RuntimeError(msg)
+    return float(done.stdout)
+
+
+_READ_EXPORT: Final = """
+import importlib.util, pathlib, sys
+import torch
+from safetensors.torch import load_file
+from torch import nn
+folder = pathlib.Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("grafts", folder / "grafts.py")
+grafts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(grafts)
+host = nn.Sequential(
+    nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Flatten(), nn.Linear(16, 10),
+)
+model = grafts.build(host)
+model.load_state_dict(load_file(folder / "model.safetensors"))
+model.eval()
+check = load_file(folder / "check.safetensors")
+with torch.no_grad():
+    found = model(check["x"])
+assert not any(name.split(".")[0] == "esper" for name in sys.modules), "esper was imported"
+print(float((found - check["expected"]).abs().max() / check["expected"].abs().max()))
+"""
+
+
+def _arm_report(results: list[ArmResult]) -> ArmReport:
+    dips = [r.dip for r in results if r.dip is not None]
+    return ArmReport(
+        accuracy=tuple(r.accuracy for r in results),
+        parameters_by_seed=tuple(r.parameters for r in results),
+        train_flops=statistics.fmean(r.train_flops for r in results) if results else None,
+        latency_us=statistics.fmean(r.latency_us for r in results) if results else None,
+        seconds=statistics.fmean(r.seconds for r in results) if results else None,
+        worst_dip_points=max(dips) if dips else None,
+    )
+
+
+def _controls_report(rows: list[ControlRow]) -> ControlsReport:
+    kinds = dict.fromkeys(row.kind for row in rows)
+    return ControlsReport(rows=tuple(_summed([r for r in rows if r.kind == k]) for k in kinds))
+
+
+def _summed(rows: list[ControlRow]) -> ControlRow:
+    return ControlRow(
+        kind=rows[0].kind,
+        tried=sum(r.tried for r in rows),
+        admitted=sum(r.admitted for r in rows),
+        fossilized=sum(r.fossilized for r in rows),
+        naive_accepted=sum(r.naive_accepted for r in rows),
+    )
+
+
+def _environment(processes: int) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "processes": processes,
+        "threads": 1,
+    }
+
+
+_NOTES: Final = (
+    (
+        "The gate split decided what grew; every accuracy in the table is of the test split, "
+        "which was read once, at the end of each run."
+    ),
+    (
+        "The training FLOPs of the grown and the random arm count shadow passes, evaluations and "
+        "twins, each as a forward of the final model: an upper bound."
+    ),
+)
