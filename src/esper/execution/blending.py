@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from esper.execution.guard import OutputGate, observe, run_kernel
+from esper.execution.guard import OutputGate, is_finite, observe, run_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +78,11 @@ def _admit(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Ten
     term = alpha * k
     if seed.guard == "off":
         return term, alpha
-    row = observe(seed, h, k, term, alpha)
+    sums = observe(seed, h, k, term, alpha)
     if seed.guard == "step":
         return term, alpha
     if k.requires_grad and not torch.compiler.is_compiling():
-        k.register_hook(OutputGate(seed, row))  # type: ignore[no-untyped-call] # torch has none
-    ok = row[1] == 0
-    return torch.where(ok, term, -0.0), torch.where(ok, alpha, 0.0)
+        k.register_hook(OutputGate(seed, sums))  # type: ignore[no-untyped-call] # torch has none
+    ok = is_finite(sums[1])
+    share = torch.where(ok, alpha, 0.0) if seed.replaces else alpha
+    return torch.where(ok, term, -0.0), share

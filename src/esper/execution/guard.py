@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from esper.execution.seed_slot import Seed
+
+
+Sums = tuple[Tensor, Tensor]
+"""Sums of the host's output, and of that with the seed's share."""
 
 
 def is_finite(total: Tensor) -> Tensor:
@@ -66,8 +71,8 @@ def _note(seed: Seed, error: Exception) -> None:
     seed.errors.append(True)
 
 
-def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
-    """Look whether ``h`` and ``h + alpha * delta`` are finite, and remember it.
+def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Sums:
+    """Sum ``h`` and ``h + alpha * delta``, which are finite where the sums are; remember both.
 
     Args:
         seed: The seed.
@@ -77,53 +82,58 @@ def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Te
         alpha: 0-dim float32.
 
     Returns:
-        ``[2]`` on the device of ``h``: for each of the two, 0 where it is finite and else NaN.
+        The two sums, 0-dim, float32 or wider, on the device of ``h``.
     """
     h, k, term = h.detach(), k.detach(), term.detach()
     grafted = h + alpha * (k - h) if seed.replaces else h + term
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    sums = torch.stack((h.sum(dtype=wide), grafted.sum(dtype=wide)))
-    row = sums - sums
+    sums = (h.sum(dtype=wide), grafted.sum(dtype=wide))
     if torch.compiler.is_compiling():
-        seed.ring = torch.cat((seed.ring[1:], row.to(seed.ring.dtype).unsqueeze(0)))
+        row = torch.stack(sums)
+        seed.ring = torch.cat((seed.ring[1:], (row - row).to(seed.ring.dtype).unsqueeze(0)))
     else:
-        seed.rows.append(row)
-    return row
+        seed.rows.append(sums)
+    return sums
 
 
 class _GradientGate(torch.autograd.Function):
     """The identity; its gradient is zeros where the gradient that arrives is not finite."""
 
     @staticmethod
-    def forward(x: Tensor, seed: Seed | None) -> Tensor:  # noqa: ARG004 - for the backward
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.seed = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return zeros_unless_finite(gradients[0], ctx.seed), None
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return zeros_unless_finite(gradients[0], None)
 
 
 def _gate(x: Tensor, seed: Seed) -> Tensor:
-    owner = None if torch.compiler.is_compiling() else seed
-    gated: Tensor = _GradientGate.apply(x, owner)  # type: ignore[no-untyped-call] # torch has none
+    """Return ``x`` under a gate: a function where it is compiled, else a hook, which is cheaper."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _GradientGate.apply(x)  # type: ignore[no-untyped-call] # torch has none
+        return compiled
+    gated = x.view_as(x)
+    gated.register_hook(_GradientHook(seed))  # type: ignore[no-untyped-call] # torch has none
     return gated
 
 
 def zeros_unless_finite(gradient: Tensor, seed: Seed | None) -> Tensor:
-    """Return the gradient, or zeros where its sum is not finite; the seed remembers the sum."""
+    """Return the gradient, or zeros where its sum is not finite; the seed remembers the sum.
+
+    On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
+    """
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     total = gradient.sum(dtype=wide)
     if seed is not None:
         seed.gradients.append((seed.incoming, total))
-    return torch.where(is_finite(total), gradient, 0.0)
+    if seed is None or gradient.device.type != "cpu" or gradient.requires_grad:
+        return torch.where(is_finite(total), gradient, 0.0)
+    return gradient if math.isfinite(total.item()) else torch.zeros_like(gradient)
 
 
-class _ParameterGate:
-    """Hook of one kernel parameter."""
+class _GradientHook:
+    """The gate as a hook: of the kernel's input in a forward, and of each of its parameters."""
 
     def __init__(self, seed: Seed) -> None:
         self._seed = seed
@@ -137,21 +147,21 @@ class OutputGate:
 
     Args:
         seed: The seed.
-        row: What :func:`observe` gave for the forward; a backward after a bad one counts nothing.
+        sums: What :func:`observe` gave for the forward; a backward after a bad one counts nothing.
     """
 
-    def __init__(self, seed: Seed, row: Tensor) -> None:
-        self._seed, self._row = seed, row
+    def __init__(self, seed: Seed, sums: Sums) -> None:
+        self._seed, self._sums = seed, sums
 
     def __call__(self, gradient: Tensor) -> None:
         """Remember the sum of the gradient; it passes unchanged."""
-        self._seed.incoming = gradient.sum(dtype=torch.float32) + self._row.sum()
+        self._seed.incoming = (gradient.sum(dtype=torch.float32), *self._sums)
 
 
 def gate_parameters(seed: Seed) -> None:
     """Put the gates on the kernel's trainable parameters; anew, wherever they were before."""
     ungate_parameters(seed)
-    gate = _ParameterGate(seed)
+    gate = _GradientHook(seed)
     parameters = (p for p in seed.slot.parameters() if p.requires_grad)
     seed.handles = [p.register_hook(gate) for p in parameters]  # type: ignore[no-untyped-call] # torch has none
 
@@ -169,8 +179,7 @@ def read_calls(seed: Seed) -> list[bool]:
     A call whose input or host output was not finite counts neither way, and a gradient counts
     only where what reached the kernel's output was finite. One transfer from the device.
     """
-    rows = torch.cat((seed.ring, torch.stack(tuple(seed.rows)))) if seed.rows else seed.ring
-    known = [row for row in rows.tolist() if row[0] == 0]
+    known = [row for row in observed_rows(seed).tolist() if row[0] == 0]
     outcomes = [row[1] != 0 for row in known] + list(seed.errors)
     faulty_backwards = _faulty_backwards(seed)
     for i in reversed(range(len(outcomes))):
@@ -183,15 +192,26 @@ def read_calls(seed: Seed) -> list[bool]:
     return outcomes + [True] * faulty_backwards
 
 
+def observed_rows(seed: Seed) -> Tensor:
+    """Return ``[n, 2]``, one row a call: 0 where (host, host and seed) were finite, else NaN.
+
+    A row that begins with NaN says nothing about the seed.
+    """
+    if not seed.rows:
+        return seed.ring
+    sums = torch.stack([s for pair in seed.rows for s in pair]).view(-1, 2)
+    return torch.cat((seed.ring, (sums - sums).to(seed.ring.dtype)))
+
+
 def _faulty_backwards(seed: Seed) -> int:
     """Count the backwards in which a finite gradient came in and another left the kernel."""
     known = [(i, o) for i, o in seed.gradients if i is not None]
     if not known:
         return 0
-    sums = torch.stack([torch.stack((i.float(), o.float())) for i, o in known])
+    sums = torch.stack([s for came, left in known for s in (*came, left)]).view(len(known), -1)
     finite = torch.isfinite(sums).tolist()
     pairs = zip(known, finite, strict=True)
-    faulty = {id(i) for (i, _), (came, left) in pairs if came and not left}
+    faulty = {id(came) for (came, _), flags in pairs if all(flags[:-1]) and not flags[-1]}
     if faulty:
         seed.last_error = "its gradient was not finite where the incoming one was"
     return len(faulty)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import KernelExecutionError, KernelRefusedError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.guard import read_calls
+from esper.execution.guard import observed_rows, read_calls
 from esper.execution.layer_record import RECORD, LayerRecord, record_of
 from esper.execution.occupancy import insert, withdraw
 from esper.execution.probe import probe
@@ -229,7 +229,7 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
 
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
-    rows = torch.cat((seed.ring, torch.stack(tuple(seed.rows)))) if seed.rows else seed.ring
+    rows = observed_rows(seed)
     output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
     if not seed.is_serial:

@@ -103,12 +103,14 @@ class Seed:
         example: An input of the layer, to probe the kernel again with.
 
     Attributes:
-        rows: One ``[2]`` tensor for each recent call, on the device: (host, host and seed) are 0
-            where they were finite and NaN where not.
-        ring: ``[OBSERVED_CALLS, 2]``, the same for compiled calls; NaN rows say nothing.
+        rows: For each recent call the sums of the host's output and of that with the seed's
+            share, 0-dim, on the device.
+        ring: ``[OBSERVED_CALLS, 2]``, the same for compiled calls: 0 for finite, else NaN; rows
+            of NaN say nothing.
         errors: Recent calls that the fence saw, where no row stands for them: True at fault.
-        gradients: Recent (incoming, outgoing) gradient sums of hooks that may have zeroed.
-        incoming: Sum of the gradient that reached the kernel's output in the latest backward.
+        gradients: Recent (``incoming``, sum of a gradient that left) of the gates.
+        incoming: In the latest backward, the sum of the gradient that reached the kernel's
+            output, and the sums of its forward; all are finite where what came in was.
         num_retries: Probes since the graft that an isolated seed was given.
         readings_to_wait: Readings until the next such probe.
         last_error: What the last fault was, for people.
@@ -141,10 +143,12 @@ class Seed:
 
     def forget_calls(self) -> None:
         """Drop what was observed and not read."""
-        self.rows: deque[Tensor] = deque(maxlen=OBSERVED_CALLS)
+        self.rows: deque[tuple[Tensor, Tensor]] = deque(maxlen=OBSERVED_CALLS)
         self.errors: deque[bool] = deque(maxlen=OBSERVED_CALLS)
-        self.gradients: deque[tuple[Tensor | None, Tensor]] = deque(maxlen=OBSERVED_CALLS)
-        self.incoming: Tensor | None = None
+        self.gradients: deque[tuple[tuple[Tensor, ...] | None, Tensor]] = deque(
+            maxlen=OBSERVED_CALLS
+        )
+        self.incoming: tuple[Tensor, ...] | None = None
         self.ring = torch.full((OBSERVED_CALLS, 2), torch.nan, device=self.slot.alpha.device)
 
     def __getstate__(self) -> dict[str, Any]:
