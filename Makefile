@@ -1,0 +1,50 @@
+# Every target does its own set-up: all that is needed is Python 3.11 or newer, with pip.
+# ARGS="..." is passed on, for example: make test ARGS="tests/growth -k gates"
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+BIN := .venv/bin
+STAMP := .venv/up-to-date
+
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench torture
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+venv: $(STAMP) ## Create .venv with everything that the demo, the tests and the checks need
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Esper needs Python 3.11 or newer, and none was found;" \
+		"install one, or name it: make venv PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "PYTHON=$(PYTHON) cannot be run or is older than 3.11, which Esper needs" >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv .venv; else \
+		$(PYTHON) -m venv --without-pip .venv \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; fi
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]' --group dev
+	@touch $@
+
+demo: venv ## Grow a real network on real data, and see what it brought (about 2 minutes)
+	$(BIN)/esper demo $(ARGS)
+
+test: venv ## Run every test but the torture tests
+	$(BIN)/python -m pytest -n 2 -m 'not torture' $(ARGS)
+
+check: venv ## Lint, types, imports, spelling, and the tests that are fast
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not torture and not gpu' $(ARGS)
+
+bench: venv ## Measure what Esper costs; prints a table, writes benchmarks/results/
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+torture: venv ## Run the tests that take minutes to hours
+	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)
