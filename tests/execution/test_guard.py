@@ -11,7 +11,12 @@ from torch import nn
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
-from esper.execution.maintenance import FIRST_RETRY_READINGS, maintain, read_step_flags
+from esper.execution.maintenance import (
+    FIRST_RETRY_READINGS,
+    KeptBuffers,
+    maintain,
+    read_step_flags,
+)
 
 UPDATES = 4
 
@@ -336,3 +341,16 @@ def test_the_step_guard_leaves_a_good_seed_alone():
     assert read_step_flags([net.site]) == []
     (net(torch.randn(6, *shape)).sum() * torch.nan).backward()
     assert read_step_flags([net.site]) == []
+
+
+def test_statistics_of_a_thrown_away_step_are_put_back():
+    """A bad step leaves NaN in the batch norm behind the site; the kept copy replaces it."""
+    net, shape = make_net("linear")
+    net.site.enable_step_guard()
+    graft_bad(net, shape, "nan", guard="step")
+    kept, before = KeptBuffers(net), net.norm.running_mean.clone()
+    net(torch.randn(6, *shape))
+    assert torch.isnan(net.norm.running_mean).any()
+    kept.put_back()
+    assert torch.equal(net.norm.running_mean, before)
+    assert int(net.norm.num_batches_tracked) == 0

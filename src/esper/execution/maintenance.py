@@ -14,6 +14,7 @@ from esper.execution.guard import observed_rows, read_calls
 from esper.execution.layer_record import RECORD, LayerRecord, record_of
 from esper.execution.occupancy import insert, withdraw
 from esper.execution.probe import probe
+from esper.execution.seed_slot import SEEDS
 from esper.execution.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
@@ -251,3 +252,33 @@ def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:
     else:
         layout.record_calls(seed_idx, [True])
     return _isolate_if_moved(layer, seed_idx, seed, 1)
+
+
+class KeptBuffers:
+    """The last good copy of a model's buffers, for steps that ``guard="step"`` throws away.
+
+    A forward that a faulty kernel has spoiled leaves NaN in running statistics behind it.
+
+    Args:
+        model: The model; the slots of its seeds are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[str, Tensor] = {}
+        self.keep()
+
+    def keep(self) -> None:
+        """Copy the buffers as they are now: call it after a step without faults."""
+        self._kept = {name: buffer.detach().clone() for name, buffer in self._buffers()}
+
+    def put_back(self) -> None:
+        """Write the kept values into the buffers; one that has appeared since stays."""
+        with torch.no_grad():
+            for name, buffer in self._buffers():
+                if name in self._kept:
+                    buffer.copy_(self._kept[name])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        named = self._model.named_buffers()
+        return [(name, buffer) for name, buffer in named if SEEDS not in name.split(".")]

@@ -1,0 +1,95 @@
+"""A site is described once for the catalog, and what the catalog offers there is accepted."""
+
+import pytest
+import torch
+from torch import nn
+
+from esper.compiler.catalog import capacity_free, default_catalog, noise, noop
+from esper.compiler.compile import compile_blueprint
+from esper.execution.host_class import adopt
+from esper.execution.kernel import prepare_kernel
+from esper.execution.probe import probe
+from esper.execution.site import describe_site
+
+HOSTS = {
+    "linear": (lambda: nn.Linear(6, 4), (6,)),
+    "conv1d": (lambda: nn.Conv1d(4, 4, 3, padding=1), (4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 9, 9)),
+    "conv2d_same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (4, 9, 9)),
+}
+
+
+@pytest.fixture(params=sorted(HOSTS))
+def site(request):
+    """A wrapped layer and an input for it."""
+    make, shape = HOSTS[request.param]
+    return adopt(make(), name="site"), torch.randn(3, *shape)
+
+
+def test_every_catalog_entry_is_accepted_and_changes_nothing_at_birth(site):
+    """Candidates pass the probe, and enter at alpha 1 with the output as it was."""
+    layer, x = site
+    before = layer(x)
+    blueprints = default_catalog().blueprints_for(describe_site(layer))
+    assert blueprints
+    for blueprint in blueprints:
+        layer.graft(0, blueprint, example=x)
+        assert layer.alpha(0) == 1.0
+        assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(("control", "alpha"), [(noop, 1.0), (capacity_free, 1.0), (noise, 0.0)])
+def test_controls_are_accepted(site, control, alpha):
+    """Controls pass the probe like any kernel; noise, which is not zero, enters at alpha 0."""
+    layer, x = site
+    layer.graft(0, control(describe_site(layer)), example=x)
+    assert layer.alpha(0) == alpha
+
+
+def test_what_adds_no_capacity_folds(site):
+    """A capacity-free kernel that was trained becomes part of the host's weights."""
+    layer, x = site
+    layer.graft(0, capacity_free(describe_site(layer)), example=x)
+    with torch.no_grad():
+        for p in layer.seed_kernel(0).parameters():
+            p.normal_()
+        before = layer(x)
+        certificate = layer.fossilize(0)
+        assert certificate.folded, certificate.reason
+        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_probe_is_remembered_for_the_artifact_at_the_site(site):
+    """The same artifact at the same site is not probed twice; weights that moved are."""
+    layer, x = site
+    artifact = compile_blueprint(default_catalog().blueprints_for(describe_site(layer))[0])
+    first = probe(layer, prepare_kernel(layer, artifact), x, is_pristine=True)
+    prepared = prepare_kernel(layer, artifact)
+    again = probe(layer, prepared, x, is_pristine=True)
+    assert (first.is_identity, again.is_identity) == (True, True)
+    assert again.remembered
+    with torch.no_grad():
+        for p in prepared.module.parameters():
+            p.add_(0.1)
+    assert not probe(layer, prepared, x).is_identity
+
+
+def test_padding_by_name_is_described_in_numbers():
+    """'same' and 'valid' become elements per side; what pads unequally is refused."""
+    assert describe_site(nn.Conv2d(2, 2, 3, padding="same", dilation=2)).padding == (2, 2)
+    assert describe_site(nn.Conv1d(2, 2, 3, padding="valid")).padding == (0,)
+    with pytest.raises(ValueError, match="unequally"):
+        describe_site(nn.Conv1d(2, 2, 4, padding="same"))
+
+
+def test_a_layer_without_catalog_is_named():
+    """Other layers have no description; the message says what can be done."""
+    with pytest.raises(TypeError, match="by hand"):
+        describe_site(nn.LayerNorm(4))
+
+
+def test_grafts_do_not_make_a_frozen_host_trainable():
+    """host_is_trainable looks at the host's parameters only."""
+    layer = adopt(nn.Linear(6, 6).requires_grad_(False), name="site")
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=torch.randn(3, 6))
+    assert not describe_site(layer).host_is_trainable
