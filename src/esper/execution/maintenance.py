@@ -228,6 +228,11 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
     return faults
 
 
+def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
+    """Say whether any seed of the layers is under ``guard="step"``."""
+    return any(seed.guard == "step" for layer in layers for seed in record_of(layer).seeds.values())
+
+
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
     rows = observed_rows(seed)

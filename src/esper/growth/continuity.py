@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.maintenance import read_step_flags
+from esper.execution.maintenance import KeptBuffers, has_step_seeds, read_step_flags
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
@@ -184,12 +184,14 @@ class _Link:
         self.kernels: dict[int, torch.Tensor] = {}
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._hooked = False
+        self._kept: KeptBuffers | None = None
 
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Read the step flags of the model's layers before each step."""
         for layer in _layers(model):
             layer.enable_step_guard()
         self._model = weakref.ref(model)
+        self._kept = KeptBuffers(model) if has_step_seeds(_layers(model)) else None
         if not self._hooked:
             optimizer.register_step_pre_hook(self._before_step)
             self._hooked = True
@@ -217,9 +219,15 @@ class _Link:
         return run_then_read
 
     def _read(self, optimizer: Optimizer) -> None:
+        """Keep the buffers of a good step; drop the gradients of a bad one, buffers put back."""
         model = self._model()
-        if model is None or not read_step_flags(_layers(model)):
+        faults = [] if model is None else read_step_flags(_layers(model))
+        if not faults:
+            if self._kept is not None:
+                self._kept.keep()
             return
+        if self._kept is not None:
+            self._kept.put_back()
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None

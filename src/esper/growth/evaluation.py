@@ -13,7 +13,7 @@ from esper.growth.gates import Evaluation, parse_evaluation
 from esper.growth.snapshot import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -70,6 +70,24 @@ class Evaluator:
             )
             raise GrowthError(msg)
         self._repeats = True
+
+
+def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean of several evaluations of one split, sample by sample.
+
+    A run at a constant rate wobbles from update to update; the mean of a few looks is the model's
+    level, and the gate compares levels.
+
+    Args:
+        evaluations: At least one, all of the same samples; the metrics are those of the last.
+    """
+    arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
+    whole = len(arrays) == len(evaluations)
+    return Evaluation(
+        loss=float(np.mean([e.loss for e in evaluations])),
+        per_sample=np.mean(arrays, axis=0) if whole else None,
+        metrics=evaluations[-1].metrics,
+    )
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class Grower:
         audition_updates: Shadow passes of an audition.
         ramp_updates: Updates over which alpha rises from 0 to 1.
         hold_updates: Updates at alpha 1 before the verdict.
+        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
         warmup_updates: Updates over which the factor on new parameters rises to 1.
         lr_new: Share of the peak rate that new parameters start at where the rate is spent.
         record_updates: Updates that are recorded for a ranking.
@@ -129,6 +130,7 @@ class Grower:
         audition_updates: int = 100,
         ramp_updates: int = 100,
         hold_updates: int = 100,
+        looks: int = 5,
         warmup_updates: int = 100,
         lr_new: float = 0.3,
         record_updates: int = 16,
@@ -150,6 +152,7 @@ class Grower:
             audition_updates=audition_updates,
             ramp_updates=ramp_updates,
             hold_updates=hold_updates,
+            looks=looks,
             warmup_updates=warmup_updates,
             lr_new=lr_new,
             record_updates=record_updates,

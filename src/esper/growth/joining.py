@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import torch
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.audition import Joined, join, part
 from esper.growth.budget import Cost
-from esper.growth.continuity import remove_parameters
+from esper.growth.continuity import remove_parameters, sync_optimizer
+from esper.growth.evaluation import averaged
 from esper.growth.gates import GateVerdict, not_worse, read_gate, test_level
 from esper.growth.snapshot import RunSnapshot
 from esper.growth.twins import Twin, tau_of
@@ -72,7 +74,11 @@ class Joining:
         peak = run.peak_of(self._layer)
         self._joined = join(contender.audition, self._layer, run.optimizer, run.factor, peak=peak)
         self._usual = _LossRange.of(run)
+        self._looks: dict[str, list[Evaluation]] = defaultdict(list)
+        hold, num_looks = run.settings.hold_updates, run.settings.looks
+        self._look_at = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
         run.admitted[contender.graft] = contender.cost
+        self._level = test_level(len(run.admitted))
         run.journal.moved(contender.graft, GraftStage.BLENDING, reason, admitted_at=run.updates)
         run.journal.alpha(contender.graft, 0.0)
 
@@ -108,6 +114,8 @@ class Joining:
             self._run.journal.alpha(self._contender.graft, alpha)
             reason = f"alpha reached 1 after {self._ramp} updates"
             self._run.journal.moved(self._contender.graft, GraftStage.HOLDING, reason)
+        if self._num_updates in self._look_at:
+            self._look()
         if self._num_updates < self._ramp + self._run.settings.hold_updates:
             return self
         self._judge()
@@ -133,30 +141,38 @@ class Joining:
             self._run.count_pass("twins", batches)
         self._fork.null_joined.set_alpha(self._num_updates, self._ramp)
 
+    def _look(self) -> None:
+        """Read the gate split for the live model and for every twin."""
+        run = self._run
+        self._looks["live"].append(run.measure())
+        if self._fork is not None:
+            for name in ("null", "host", "perturbed"):
+                twin = getattr(self._fork, name)
+                read = run.measured(lambda evaluator, m=twin.model: evaluator(m), "twins")  # type: ignore[misc] # mypy cannot type a default of a lambda
+                self._looks[name].append(read)
+
     def _judge(self) -> None:
-        """Read the fossilization gate, once."""
+        """Read the fossilization gate, once, on the mean of the looks."""
         run, graft = self._run, self._contender.graft
-        with_seed, without = run.measure(), self._measure_without()
+        without = self._measure_without()
+        with_seed = averaged(self._looks["live"])
         verdict = self._verdict(with_seed)
         run.journal.gate(graft, "fossilization", verdict)
-        run.journal.amend(graft, dependence=without.loss - with_seed.loss)
+        run.journal.amend(graft, dependence=without.loss - self._looks["live"][-1].loss)
         if verdict.passed:
             self._fossilize(verdict.reason)
         else:
             self._remove(verdict.reason, without)
 
     def _verdict(self, with_seed: Evaluation) -> GateVerdict:
-        level = test_level(self._contender.graft)
         if self._fork is None:
-            return _compared(self._before, with_seed, level=level)
-        run = self._run
+            return _compared(self._before, with_seed, level=self._level)
         null, host, perturbed = (
-            run.measured(lambda evaluator, m=twin.model: evaluator(m), "twins")  # type: ignore[misc] # mypy cannot type a default of a lambda
-            for twin in self._fork.twins
+            averaged(self._looks[name]) for name in ("null", "host", "perturbed")
         )
         tau = tau_of(host.loss, perturbed.loss)
-        verdict = judge(null, with_seed, level=level, tau=tau)
-        run.journal.amend(
+        verdict = judge(null, with_seed, level=self._level, tau=tau)
+        self._run.journal.amend(
             self._contender.graft,
             contribution=verdict.effect,
             contribution_stderr=verdict.stderr,
@@ -181,6 +197,7 @@ class Joining:
             remove_parameters(run.optimizer, self._joined.parameters)
         else:
             self._layer.set_guard(self._joined.seed_idx, "step")
+            sync_optimizer(run.model, run.optimizer)
         run.journal.fossilized(
             graft,
             self._contender.site,
@@ -202,7 +219,7 @@ class Joining:
         run, contender = self._run, self._contender
         if without is None:
             without = self._measure_without()
-        kept = _compared(self._before, without, level=test_level(contender.graft))
+        kept = _compared(self._before, without, level=self._level)
         part(self._joined, run.optimizer, run.factor)
         updates_lost = 0
         if not kept.passed:

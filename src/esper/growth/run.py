@@ -47,6 +47,7 @@ class Settings:
         audition_updates: Shadow passes of an audition.
         ramp_updates: Updates over which alpha rises from 0 to 1.
         hold_updates: Updates at alpha 1 before the verdict.
+        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
         warmup_updates: Updates over which the factor on new parameters rises to 1.
         lr_new: Share of the peak rate that new parameters start at where the rate is spent.
         record_updates: Updates that are recorded for a ranking.
@@ -64,6 +65,7 @@ class Settings:
     audition_updates: int = 100
     ramp_updates: int = 100
     hold_updates: int = 100
+    looks: int = 5
     warmup_updates: int = 100
     lr_new: float = 0.3
     record_updates: int = 16
@@ -79,6 +81,7 @@ class Settings:
             "audition_updates": 1,
             "ramp_updates": 1,
             "hold_updates": 0,
+            "looks": 1,
             "warmup_updates": 0,
             "record_updates": 1,
             "candidates": 1,

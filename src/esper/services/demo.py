@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from esper.contracts.progress import Progress, ProgressRow
 from esper.contracts.report import ARMS, ArmReport, ControlRow, ControlsReport, DemoReport
-from esper.observability.report_page import demo_page
+from esper.observability.report_files import write_report
 from esper.services.arms import (
     OVERHEAD,
     ArmResult,
@@ -140,8 +140,7 @@ def run_demo(
         seconds=time.perf_counter() - start,
         interrupted=interrupted,
     )
-    (run_dir / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (run_dir / "report.html").write_text(demo_page(report), encoding="utf-8")
+    write_report(report, run_dir)
     return report
 
 
