@@ -5,7 +5,6 @@ ten inputs of which five matter, with noise of standard deviation 1.
 """
 
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import make_friedman1
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

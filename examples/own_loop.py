@@ -1,7 +1,8 @@
 """A training loop of your own, with Esper beside it: breast cancer data, a small MLP.
 
 Run it with ``python examples/own_loop.py``. What Esper adds are the lines with ``esper`` or
-``grower`` in them. The task is nearly linear: kernels are tried at the plateau, and the gates refuse them.
+``grower`` in them. The task is nearly linear: at the plateau kernels are
+tried, and the gates refuse them.
 """
 
 import torch

@@ -1,0 +1,66 @@
+"""The examples: a user's own loop, and a job for the command."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the examples' data needs the extra demo")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def _example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_loop_runs():
+    """A few epochs of the user's own loop end with a report and an accuracy."""
+    text = _example("own_loop").main(epochs=3)
+    assert text.startswith("24 updates, 266 parameters before and 266 after")
+    assert "Test accuracy: " in text
+
+
+@pytest.mark.slow
+def test_own_loop_grows_nothing_that_it_does_not_need():
+    """On a nearly linear task kernels are tried, and none is let in."""
+    text = _example("own_loop").main()
+    assert "culled at admission" in text
+    assert "266 parameters before and 266 after" in text
+
+
+def test_job_runs_a_few_epochs_through_the_commands_door():
+    """The job is a GrowthJob of the right shape, and two epochs of it train."""
+    from esper.growth.job import grow
+
+    report = grow(_example("job").job(epochs=2))
+    assert report.updates == 64
+    assert set(report.test_metrics) == {"loss"}
+
+
+@pytest.mark.slow
+def test_job_grows_with_default_settings(tmp_path, monkeypatch):
+    """`esper grow` with nothing but defaults grows the job, to less than half the host's loss."""
+    from esper.growth.job import grow
+    from esper.services.run_job import run_job
+
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
+    grown = run_job("examples.job:job", run_dir=tmp_path)
+    sys.modules.pop("examples.job")
+    assert [g.verdict for g in grown.grafts].count("fossilized") >= 1
+    assert (tmp_path / "events.jsonl").stat().st_size > 0
+    from esper.growth.policies import EveryN
+
+    job = _example("job").job()
+    alone = grow(_with_policy(job, EveryN(updates=2**62)))
+    assert grown.test_metrics["loss"] < alone.test_metrics["loss"] / 2
+
+
+def _with_policy(job, policy):
+    from dataclasses import replace
+
+    return replace(job, grower={"policy": policy})
