@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from esper.execution.host_class import adopt
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from esper.execution.host_class import adopt
 from esper.growth.continuity import host_parameters, kernel_parameters, sync_optimizer
 
 
