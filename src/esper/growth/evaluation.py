@@ -48,14 +48,16 @@ class Evaluator:
             self._check_order(model)
         return self._read(model)
 
-    def _read(self, model: nn.Module) -> Evaluation:
+    def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Evaluation:
         with measuring(model), _counting(model) as counted:
+            if random_seed is not None:
+                torch.manual_seed(random_seed)
             result = parse_evaluation(self._evaluate(model), goal=self._goal)
         self.samples_seen += counted[0]
         return result
 
     def _check_order(self, model: nn.Module) -> None:
-        one, other = self._read(model).per_sample, self._read(model).per_sample
+        one, other = (self._read(model, random_seed=seed).per_sample for seed in range(2))
         same = (one is None and other is None) or (
             one is not None
             and other is not None

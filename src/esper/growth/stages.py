@@ -119,7 +119,7 @@ class Recording:
 class Auditioning:
     """Trains the contenders by shadow passes and reads the gate of each, once.
 
-    Of those that pass the one with the largest effect joins. The k-th graft that germinated in a
+    Of those that pass, the one with the largest z joins: the surest gain, not the largest. The k-th graft that germinated in a
     run is tested at the k-th level, so that a look at each of several contenders is paid for.
 
     Args:
@@ -170,8 +170,8 @@ class Auditioning:
             self._run.journal.gate(contender.graft, "admission", verdict)
             refusal = None if verdict.passed else verdict.reason
             refusal = refusal or self._over_latency(contender, batches)
-            if refusal is None and verdict.effect is not None:
-                passed.append((verdict.effect, contender, verdict.reason))
+            if refusal is None and verdict.z is not None:
+                passed.append((verdict.z, contender, verdict.reason))
                 continue
             audition = contender.audition
             self._run.embargo(contender.site, audition.seed_idx, contender.blueprint.id)

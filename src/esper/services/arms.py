@@ -106,12 +106,16 @@ def compute_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def measure_on(split: Split) -> Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]:
-    """Return the owner's measure on a split: per-sample losses, and who was right."""
+    """Return the owner's measure on a split: per-sample Brier scores, and who was right.
+
+    The Brier score, the squared error of the probabilities, follows what the arms are compared
+    by, their accuracy; cross entropy is dominated by the few most overconfident errors.
+    """
 
     def evaluate(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         logits_NC = model(split.x_N1HW)
-        losses_N = F.cross_entropy(logits_NC, split.y_N, reduction="none")
-        return losses_N, {"accuracy": (logits_NC.argmax(1) == split.y_N).float()}
+        error_NC = logits_NC.softmax(1) - F.one_hot(split.y_N, logits_NC.shape[1])
+        return error_NC.square().sum(1), {"accuracy": (logits_NC.argmax(1) == split.y_N).float()}
 
     return evaluate
 

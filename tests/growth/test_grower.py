@@ -1,0 +1,357 @@
+"""The controller: what it leaves alone, what it admits, what it takes back, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from growing import (
+    SHORT,
+    compute_loss,
+    equal_states,
+    evaluate,
+    growing,
+    state_of,
+    train,
+    wrapped,
+)
+from torch import nn
+
+from esper.contracts.errors import GrowthError
+from esper.contracts.events import GateRead, StageChanged
+from esper.contracts.lifecycle import GraftStage
+from esper.growth.budget import Budget
+from esper.growth.grower import Grower
+from esper.growth.policies import ByHand, EveryN
+from esper.observability.event_log import read_events, replay_structure
+from esper.wrapping.unwrap import unwrap
+from esper.wrapping.wrap import layers
+
+
+def verdicts(grower):
+    return [graft.verdict for graft in grower.report().grafts]
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("random_seed", range(5))
+def test_audition_leaves_no_trace(optimizer_class, dropout, random_seed):
+    """A run whose candidates were all refused is bit-equal to one that never grafted."""
+    finals, statistics = [], []
+    for grows in (False, True):
+        model, optimizer = wrapped(random_seed, dropout=dropout, optimizer_class=optimizer_class)
+        torch.manual_seed(random_seed)
+        grower = growing(model, optimizer, policy=EveryN(5), min_effect=1e9) if grows else None
+        train(model, optimizer, 80, grower, random_seed)
+        if grower is not None:
+            assert "culled at admission" in verdicts(grower)
+            grower.close()
+        finals.append(state_of(model))
+        statistics.append(torch.get_rng_state())
+    assert equal_states(*finals)
+    assert torch.equal(*statistics)
+
+
+def test_admitted_graft_does_leave_a_trace():
+    """The control of the test above: once a kernel is admitted the run is another one."""
+    finals = []
+    for min_effect in (1e9, 0.0):
+        model, optimizer = wrapped()
+        with growing(model, optimizer, policy=EveryN(5), min_effect=min_effect) as grower:
+            train(model, optimizer, 80, grower)
+        finals.append({k: v for k, v in state_of(model).items() if "_seeds" not in k})
+    assert not equal_states(*finals)
+
+
+@pytest.mark.parametrize("verify", ["snapshot", "fork"])
+def test_useful_kernel_is_fossilized_and_lowers_the_held_out_loss(verify):
+    """On a task that the host cannot solve, a graft passes both gates and helps."""
+    losses = {}
+    for grows in (False, True):
+        model, optimizer = wrapped()
+        grower = growing(model, optimizer, policy=EveryN(20), verify=verify) if grows else None
+        train(model, optimizer, 300, grower)
+        if grower is not None:
+            grower.close()
+            fossils = [g for g in grower.report().grafts if g.stage is GraftStage.FOSSILIZED]
+            assert fossils
+            assert all(g.dependence is not None and g.dependence > 0 for g in fossils)
+            assert verify == "snapshot" or fossils[0].contribution > 0
+        model.eval()
+        with torch.no_grad():
+            losses[grows] = float(evaluate(model).mean())
+    assert losses[True] < 0.8 * losses[False]
+
+
+def test_kernel_parameters_join_the_group_of_their_host_and_leave_with_it():
+    """While a graft is in the model its parameters are the optimizer's; afterwards nothing is."""
+    model, optimizer = wrapped()
+    before = {id(p) for p in optimizer.param_groups[0]["params"]}
+    grower = growing(model, optimizer, policy=ByHand([("0", "mlp-4x4-w32")]), hold_updates=50)
+    train(model, optimizer, 60, grower)
+    kernels = [p for name, p in model.named_parameters() if "_seeds" in name]
+    assert kernels
+    assert {id(p) for p in kernels} < {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all("exp_avg" in optimizer.state[p] for p in kernels)
+    grower.close()
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == before
+    assert all(p not in optimizer.state for p in kernels)
+    assert not any("_seeds" in name for name, _ in model.named_parameters())
+
+
+def test_close_leaves_no_hook_of_the_controller():
+    """After close the optimizer has the hook of sync_optimizer, and the model has none."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=EveryN(5), min_effect=1e9)
+    train(model, optimizer, 7, grower)
+    assert any(m._forward_hooks for m in model.modules())  # it records
+    grower.close()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_poisoned_run_goes_back_to_the_admission():
+    """A loss that is not finite after admission restores the snapshot and counts what it cost."""
+    model, optimizer = wrapped()
+    policy = ByHand([("0", "mlp-4x4-w32")])
+    grower = growing(model, optimizer, policy=policy, ramp_updates=30, hold_updates=200)
+    train(model, optimizer, 60, grower)
+    assert grower.stages[0][2] == "blending"
+    with torch.no_grad():
+        model[4].weight.fill_(float("nan"))
+    train(model, optimizer, 10, grower, random_seed=1)
+    graft = grower.report().grafts[0]
+    assert graft.verdict == "culled after admission"
+    assert 0 < graft.updates_lost <= 40
+    assert "training loss became nan" in graft.reason
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_scalar_evaluation_admits_nothing_and_says_why():
+    """One number cannot tell gain from luck."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, evaluate=lambda m: evaluate(m).mean(), policy=EveryN(5))
+    train(model, optimizer, 60, grower)
+    report = grower.report()
+    assert report.grafts
+    assert all(g.admitted_at is None for g in report.grafts)
+    assert any("per-sample" in note for note in report.notes)
+
+
+def test_too_few_samples_admit_nothing():
+    """Fewer than 200 held-out samples have too little power, and the reason says so."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, evaluate=lambda m: evaluate(m)[:199], policy=EveryN(5))
+    train(model, optimizer, 60, grower)
+    reasons = [g.reason for g in grower.report().grafts]
+    assert any("199 samples, at least 200" in reason for reason in reasons)
+    assert all(g.admitted_at is None for g in grower.report().grafts)
+
+
+def test_shuffling_loader_is_refused():
+    """Per-sample losses in another order every time make paired tests meaningless."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, evaluate=lambda m: evaluate(m)[torch.randperm(400)])
+    with pytest.raises(GrowthError, match="your loader shuffles"):
+        train(model, optimizer, 2, grower)
+
+
+def test_without_compute_loss_it_only_advises():
+    """The ranking is in the log, nothing is grafted, and the owner is told once."""
+    events = []
+
+    class Sink:
+        def publish(self, event):
+            events.append(event)
+
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, compute_loss=None, policy=EveryN(5), sink=Sink())
+    train(model, optimizer, 40, grower)
+    assert not grower.report().grafts
+    assert [e.kind for e in events].count("ranked") == 1
+    assert sum("nothing is grafted" in note for note in grower.report().notes) == 1
+
+
+def test_suggestion_changes_nothing():
+    """suggest() ranks sites and kernels; weights, moments and the random state stay."""
+    model, optimizer = wrapped(dropout=0.3)
+    grower = growing(model, optimizer)
+    train(model, optimizer, 30, grower)
+    before, random_state = state_of(model), torch.get_rng_state()
+    grads = [p.grad.clone() for p in model.parameters()]
+    rows = grower.suggest()
+    assert {row.site for row in rows} == {"0", "4"}
+    assert rows[0].gain >= rows[1].gain
+    assert all(row.parameters > 0 and row.latency_us > 0 for row in rows)
+    assert equal_states(before, state_of(model))
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+
+
+def test_suggestion_needs_a_batch():
+    """Without a batch there is nothing to rank on, and the cure is named."""
+    grower = growing(*wrapped())
+    with pytest.raises(GrowthError, match=r"step\(loss, batch=batch\)"):
+        grower.suggest()
+
+
+def test_micro_batches_are_one_update():
+    """step() may be called per micro-batch; only optimizer updates count."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=EveryN(5), verify="fork")
+    for index in range(100):
+        batch = torch.arange(index, index + 32)
+        loss = compute_loss(model, batch)
+        (loss / 2).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        grower.step(loss, batch=batch)
+    assert grower.updates == 50
+    assert grower.report().work["training"] == 3 * 32 * 100
+
+
+def test_batch_must_not_be_missing_under_way():
+    """A step without its batch while a graft is under way is an error, not a silent gap."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=EveryN(5))
+    train(model, optimizer, 15, grower)
+    loss = compute_loss(model, torch.arange(32))
+    loss.backward()
+    optimizer.step()
+    with pytest.raises(GrowthError, match="without batch="):
+        grower.step(loss)
+
+
+def test_log_replays_the_structure(tmp_path):
+    """events.jsonl is enough to tell which kernel stands where."""
+    model, optimizer = wrapped()
+    with growing(model, optimizer, policy=EveryN(20), run_dir=tmp_path) as grower:
+        train(model, optimizer, 250, grower)
+    replayed = replay_structure(read_events(tmp_path / "events.jsonl"))
+    told = {
+        (site, seed.seed_idx)
+        for site, seeds in replayed.items()
+        for seed in seeds
+        if not seed.folded
+    }
+    stands = {
+        (name, index)
+        for name, layer in layers(model).items()
+        for index in range(layer.num_seeds)
+        if layer.seed_kernel(index) is not None
+    }
+    assert stands
+    assert told == stands
+
+
+def test_same_random_seed_gives_the_same_log(tmp_path):
+    """Two runs write the same events, time fields aside."""
+    logs = []
+    for name in ("one", "other"):
+        model, optimizer = wrapped()
+        with growing(model, optimizer, policy=EveryN(20), run_dir=tmp_path / name) as grower:
+            train(model, optimizer, 120, grower)
+        logs.append(without_time(tmp_path / name / "events.jsonl"))
+    assert logs[0] == logs[1]
+    assert len(logs[0]) > 10
+
+
+def without_time(path):
+    import json
+
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "time_s"}
+        for line in path.read_text().splitlines()
+    ]
+
+
+def test_levels_shrink_with_every_graft(tmp_path):
+    """The k-th graft that germinated is tested for admission at 0.05 / (k (k + 1))."""
+    model, optimizer = wrapped()
+    with growing(
+        model, optimizer, policy=EveryN(5), min_effect=1e9, embargo=0, run_dir=tmp_path
+    ) as grower:
+        train(model, optimizer, 150, grower)
+    reads = [e for e in read_events(tmp_path / "events.jsonl") if isinstance(e, GateRead)]
+    assert len(reads) > 3
+    assert [e.level for e in reads] == [0.05 / (e.graft * (e.graft + 1)) for e in reads]
+    assert len({e.graft for e in reads}) == len(reads)
+
+
+def test_refused_kernel_sits_out(tmp_path):
+    """A kernel that was refused at a site is not tried there again under embargo."""
+    model, optimizer = wrapped()
+    with growing(
+        model, optimizer, policy=EveryN(5), min_effect=1e9, embargo=100, run_dir=tmp_path
+    ) as grower:
+        train(model, optimizer, 200, grower)
+    events = read_events(tmp_path / "events.jsonl")
+    tried = [
+        (e.site, e.blueprint)
+        for e in events
+        if isinstance(e, StageChanged) and e.after == "germinated"
+    ]
+    assert len(tried) > 2
+    assert len(set(tried)) == len(tried)
+
+
+def test_budget_bounds_the_grafts():
+    """No more grafts are admitted than the budget has, and the owner is told."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=EveryN(5), budget=Budget(grafts=1))
+    train(model, optimizer, 250, grower)
+    assert sum(g.admitted_at is not None for g in grower.report().grafts) == 1
+    assert any("budget's 1 grafts" in note for note in grower.report().notes)
+
+
+def test_grown_model_unwraps_to_plain_torch():
+    """After close the model is plain PyTorch that computes the same."""
+    model, optimizer = wrapped()
+    with growing(model, optimizer, policy=EveryN(20)) as grower:
+        train(model, optimizer, 250, grower)
+    model.eval()
+    with torch.no_grad():
+        before = evaluate(model)
+        after = evaluate(unwrap(model))
+    assert torch.allclose(before, after, rtol=1e-6, atol=1e-7)
+    assert not any(type(m).__module__.startswith("esper") for m in model.modules())
+
+
+def test_model_without_seeds_is_refused():
+    """The error names the call that is missing."""
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"esper\.wrap"):
+        Grower(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_unsupported_optimizer_is_refused():
+    """Only SGD, Adam and AdamW are carried through growth."""
+    model, _ = wrapped()
+    with pytest.raises(TypeError, match="supported are"):
+        Grower(model, torch.optim.RMSprop(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("audition_updates", 0), ("verify", "hope"), ("horizon", 0), ("candidates", 0), ("looks", 0)],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    """The error names the setting and what it may be."""
+    with pytest.raises(ValueError, match=setting):
+        growing(*wrapped(), **{setting: value})
+
+
+def test_unknown_site_by_hand_is_refused():
+    """The error lists the sites there are."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=ByHand([("7", "mlp-4x4-w32")]))
+    with pytest.raises(GrowthError, match="its sites: 0, 4"):
+        train(model, optimizer, 3, grower)
+
+
+def test_effective_settings_are_recorded():
+    """What the run was told, and what it took by default, is in the report."""
+    settings = growing(*wrapped()).report().settings
+    assert SHORT.items() <= settings.items()
+    assert settings["min_effect"] == 0.001
