@@ -119,8 +119,9 @@ class Recording:
 class Auditioning:
     """Trains the contenders by shadow passes and reads the gate of each, once.
 
-    Of those that pass, the one with the largest z joins: the surest gain, not the largest. The k-th graft that germinated in a
-    run is tested at the k-th level, so that a look at each of several contenders is paid for.
+    Of those that pass, the one with the largest z joins: the surest gain, not the largest. The
+    k-th graft that germinated in a run is tested at the k-th level, so that a look at each of
+    several contenders is paid for.
 
     Args:
         run: The run.

@@ -17,7 +17,7 @@ from esper.execution.kernel import prepare_kernel
 from esper.execution.site import describe_site
 from esper.growth.audition import Audition
 from esper.growth.continuity import sync_optimizer
-from esper.growth.evaluation import Evaluator
+from esper.growth.evaluation import Evaluator, measuring
 from esper.growth.gates import read_gate
 from esper.growth.germination import make_candidate
 from esper.growth.grower import Grower
@@ -182,14 +182,12 @@ def _accepted_naively(
     for update in range(1, JOINT_UPDATES + 1 if trains else 1):
         layer.set_alpha(0, min(1.0, update / RAMP_UPDATES))
         train_on(model, optimizer, next(feed))
-    layer.set_alpha(0, 1.0)
-    evaluator = Evaluator(measure_on(digits.gate))
-    with_seed = evaluator(model).per_sample
-    layer.set_alpha(0, 0.0)
-    without = evaluator(model).per_sample
-    assert with_seed is not None
-    assert without is not None
-    return read_gate(without, with_seed, level=NAIVE_LEVEL).passed
+    measure, losses = measure_on(digits.gate), []
+    for alpha in (0.0, 1.0):
+        layer.set_alpha(0, alpha)
+        with measuring(model):
+            losses.append(measure(model)[0].double().numpy())
+    return read_gate(losses[0], losses[1], level=NAIVE_LEVEL).passed
 
 
 def ranking_pairs(digits: Digits, fork: HostFork, tell: Tell) -> list[tuple[float, float]]:
