@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,10 @@ def grow(target: Target, run_dir: RunDir = None) -> None:
 
         folder = run_dir or settings.run_dir / "grow"
         _see_working_folder()
-        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
+        with (
+            _settings_said(),
+            ProgressDisplay(_console(stderr=True), MonotonicClock()) as display,
+        ):
             report: RunReport = run_job(target, run_dir=folder, on_progress=display)
         typer.echo(str(report))
         _point_to(folder)
@@ -194,8 +198,25 @@ def _see_working_folder() -> None:
         sys.path.insert(0, folder)
 
 
+@contextmanager
+def _settings_said() -> Iterator[None]:
+    """Let what the controller says at its start, the effective settings, reach the terminal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("esper.growth.journal")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def _point_to(folder: Path) -> None:
-    typer.echo(f"Written to {folder}: report.html, report.json, events.jsonl")
+    written = ", ".join(sorted(path.name for path in folder.iterdir()))
+    typer.echo(f"Written to {folder}: {written}")
 
 
 def _exit_if_stopped(*, interrupted: bool) -> None:

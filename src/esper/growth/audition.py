@@ -14,6 +14,7 @@ from esper.growth.continuity import (
     host_parameters,
     remove_parameters,
 )
+from esper.growth.snapshot import seed_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +87,7 @@ class Audition:
             return
         parameters = trainable(self.kernel.module)
         with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
-            torch.manual_seed(self.random_seed + len(self.losses))
+            seed_random_state(model, self.random_seed + len(self.losses))
             loss = compute_loss(model, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):

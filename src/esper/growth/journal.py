@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from esper.growth.ranking import RankedCandidate
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class Journal:
     """Publishes what happens and keeps what the report needs.
 
@@ -59,7 +63,9 @@ class Journal:
         return tuple(self._grafts.values())
 
     def started(self, settings: dict[str, Any]) -> None:
-        """Record the effective settings of the run."""
+        """Record the effective settings of the run, and say them."""
+        told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        _LOG.info("growing with %s", told)
         self._publish(RunStarted, settings=settings)
 
     def ended(self, reason: str) -> None:

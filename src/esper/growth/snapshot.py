@@ -74,6 +74,17 @@ def set_random_state(state: dict[str, Any]) -> None:
             torch.get_device_module(torch.device(name)).set_rng_state(value, torch.device(name))
 
 
+def seed_random_state(model: nn.Module, random_seed: int) -> None:
+    """Start the generators of the CPU and of every device that the model is on.
+
+    ``torch.manual_seed`` would do, but formats a stack trace per call where CUDA is not up yet
+    (measured: 170 us, a tenth of a shadow pass of a small model).
+    """
+    torch.default_generator.manual_seed(random_seed)
+    for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
+        torch.get_device_module(device).manual_seed(random_seed)
+
+
 def _host_buffers(model: nn.Module) -> list[Tensor]:
     """Buffers that a training forward may write; a seed's own are replaced, never written."""
     return [b for name, b in model.named_buffers() if not name.endswith((".alpha", ".structure"))]

@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 def run_job(
     target: str, *, run_dir: Path, on_progress: Callable[[Progress], None] | None = None
 ) -> RunReport:
-    """Train and grow the job that ``target`` names, and write its report.
+    """Train and grow the job that ``target`` names, write its report and export its model.
 
     Args:
         target: ``"package.module:function"``.
-        run_dir: Where ``events.jsonl``, ``report.json`` and ``report.html`` are written.
+        run_dir: Where ``events.jsonl``, ``report.json`` and ``report.html`` are written, and the
+            grown model under ``model``.
         on_progress: Told after every update.
 
     Raises:
         GrowthError: The target is wrong, or a loader gave no batch.
-        ValueError: The model has no layer that can be wrapped.
+        ValueError: The model has no layer that can be wrapped, or cannot be written as code; its
+            report is written by then.
     """
     job = load_job(target)
     from esper.growth.job import grow
 
     report = grow(job, run_dir=run_dir, on_progress=on_progress)
     write_report(report, run_dir)
+    from esper.wrapping.export import export
+
+    export(job.model, run_dir / "model")
     return report
 
 
