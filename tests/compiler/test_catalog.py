@@ -14,6 +14,7 @@ from esper.compiler.compile import compile_blueprint
 from esper.compiler.graph import plan
 from esper.compiler.lowering import kernel_tensors, lower
 from esper.contracts.site import SiteSpec
+from esper.growth.budget import Budget
 
 DEFAULT = catalog.default_catalog()
 CONTROLS = (
@@ -166,14 +167,14 @@ def test_kernels_without_capacity_are_offered_to_frozen_hosts_only():
 
 
 def test_each_family_offers_at_most_two_sizes_with_names_of_their_own():
-    """Ids are unique within a site; a small site's kernels have 50 to 3,000 parameters."""
+    """Ids are unique within a site, and the smaller fits the budget of a small host."""
     for site in SMALL:
         ids = [blueprint.id for blueprint in DEFAULT.blueprints_for(site)]
         assert len(set(ids)) == len(ids)
         for entry in DEFAULT.entries:
-            assert len(entry.blueprints_for(site)) <= 2
-        for blueprint in DEFAULT.blueprints_for(site):
-            assert 50 <= plan(blueprint).parameter_count <= 3000
+            sizes = [plan(b).parameter_count for b in entry.blueprints_for(site)]
+            assert len(sizes) <= 2
+            assert min(sizes, default=0) <= Budget().small_graft
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 Every kernel of the catalog reads the host's input (parallel), adds, and gives exactly the shape of
 the host's output. Each ends in one zeroed affine layer, ``"out"``, so that it is the identity at
-birth and only its own last layer is zero. Two widths each: about a quarter of the layer, and twice
-that.
+birth and only its own last layer is zero. Two widths each: about a quarter of the layer, at least
+32, and twice that; half as much for the bottleneck.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def _low_rank(site: SiteSpec, width: int) -> BlueprintIR | None:
 
 
 def _bottleneck(site: SiteSpec, width: int) -> BlueprintIR:
+    width = width // 2  # its middle grows with the square of the width
     return _chain(
         site,
         f"bottleneck-{_size(site)}-w{width}",
