@@ -7,6 +7,7 @@ import pytest
 import torch
 from execution_hosts import Block
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from esper.contracts.errors import SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -170,6 +171,33 @@ def test_a_parametrized_host_is_not_folded_into():
     """A weight that is computed cannot be written."""
     host = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
     assert not fossilize(host, nn.Linear(6, 6), torch.randn(5, 6))[1].folded
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, tensor):
+        return 2.0 * tensor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "bias", Doubled()),
+        lambda layer: prune.l1_unstructured(layer, "bias", amount=1),
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=1),
+    ],
+    ids=["parametrized bias", "pruned bias", "pruned weight"],
+)
+def test_a_computed_tensor_of_the_host_is_not_folded_into(change):
+    """What is written into a bias that is computed would be lost with the next call."""
+    layer, x = adopt(nn.Linear(6, 6), name="site"), torch.randn(5, 6)
+    change(layer)
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=x)
+    with torch.no_grad():
+        before = layer(x)
+        certificate = layer.fossilize(0)
+        assert_kept(layer, certificate, before, layer(x), "computed")
 
 
 def test_optimizer_lists_and_dicts_of_parameters_are_no_owners():

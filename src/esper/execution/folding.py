@@ -101,9 +101,12 @@ def _tolerance(weight: Tensor) -> float:
 def _check_host(layer: nn.Module, seed: Seed) -> None:
     if host_class_of(layer) not in (nn.Linear, *CONVOLUTIONS):
         _refuse(f"a {host_class_of(layer).__name__} is not known to be affine in one weight")
-    weight = layer._parameters.get("weight")  # noqa: SLF001 - past parametrizations
-    if weight is None or type(weight) is not nn.Parameter or not weight.is_floating_point():
-        _refuse("the host's weight is parametrized, quantised or sharded")
+    own = layer._parameters  # noqa: SLF001 - past parametrizations
+    for name in ("weight", "bias"):
+        tensor = own.get(name)
+        is_absent = name == "bias" and layer.bias is None
+        if not is_absent and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
+            _refuse(f"the host's {name} is computed, quantised or sharded")
     others = [s for s in record_of(layer).plan if s is not seed]
     if any(s.is_serial or s.replaces for s in others):
         _refuse("another contributing seed of the layer is serial or replacing")
