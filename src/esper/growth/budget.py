@@ -235,14 +235,15 @@ def _exceeds(
 
 
 def _time_once(model: Callable[..., Any], example: tuple[Any, ...], clock: Clock) -> float:
-    _synchronize()
+    synchronize()
     start = clock.now()
     model(*example)
-    _synchronize()
+    synchronize()
     return clock.now() - start
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one: a launch is not a duration."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,10 +127,10 @@ def num_samples(batch: Any) -> int:
     """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
     if isinstance(batch, torch.Tensor):
         return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         batch = tuple(batch.values())
     if isinstance(batch, (tuple, list)):
         for item in batch:
-            if isinstance(item, (torch.Tensor, dict, tuple, list)):
+            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
                 return num_samples(item)
     return 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
-from esper.compiler.lowering import checked_plan, lower
+from esper.compiler.lowering import checked_plan
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
 from esper.contracts.lifecycle import GraftStage
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Contender:
     """A candidate in its audition.
 
@@ -45,7 +45,7 @@ class Contender:
         audition: Its audition.
         null: The audition of the same-treatment null beside it; None under
             ``verify="snapshot"``.
-        cost: What the kernel costs.
+        cost: What the kernel costs; its latency once it was measured.
     """
 
     graft: int
@@ -164,7 +164,8 @@ def germinate_choice(
         run.journal.note(f"{choice.site} was not called in a training step: nothing germinated")
         return None
     blueprint = _named(run, layer, choice)
-    cost = Cost(parameters=count_parameters(lower(blueprint)))
+    candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
+    cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
     reason = _over_budget(run, cost)
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")

@@ -26,14 +26,15 @@ from esper.growth.budget import (
 )
 from esper.growth.continuity import check_supported, sync_optimizer
 from esper.growth.evaluation import Evaluator, num_samples
+from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
 from esper.growth.joining import Joining
 from esper.growth.journal import Journal
-from esper.growth.policies import DiminishingReturns
+from esper.growth.policies import ByHand, DiminishingReturns
 from esper.growth.ranking import FirstOrderGain
-from esper.growth.recording import Recorder
+from esper.growth.recording import Recorder, record_beside
 from esper.growth.run import GrowthRun, Settings
-from esper.growth.stages import Recording
+from esper.growth.stages import Recording, num_affordable
 from esper.growth.twins import lockstep_update, owner_update
 from esper.growth.warmup import UpdateCounter, UpdateFactor
 from esper.observability.event_log import EventLog
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from esper.compiler.catalog import Catalog
     from esper.contracts.ports import Clock, EventSink, Registry
+    from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.policies import Policy
     from esper.growth.ranking import RankedCandidate, Ranking
     from esper.growth.recording import SiteObservation
@@ -109,6 +111,7 @@ class Grower:
     Raises:
         ValueError: A setting is out of its range, or the model has no layer with seeds.
         TypeError: The optimizer is not supported.
+        GrowthError: A site named by hand is none of the model's.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Grower:
         if not found:
             msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
             raise ValueError(msg)
+        _check_choices(policy, found)
         sync_optimizer(bare, optimizer)
         clock = clock or MonotonicClock()
         registry = open_registry("memory:") if registry is None else registry
@@ -193,11 +197,13 @@ class Grower:
             twin_update=owner_update(update) if update else _lockstep(compute_loss),
             host_cost=Cost(parameters=count_parameters(bare)),
         )
-        self._rates_hook = optimizer.register_step_pre_hook(lambda *_: self._run.note_rates())
+        self._rates_hook = optimizer.register_step_pre_hook(self._before_step)
         self._stage: Stage | None = None
         self._micro_batches: list[Any] = []
         self._recent: list[Any] = []
-        self._epoch_ended = False
+        self._epoch_ended = self._has_epochs = False
+        self._dropped = False
+        self._per_update: int | None = None
         self._evaluation_work = 0
         self._advised_at: int | None = None
         self._closed = False
@@ -251,14 +257,17 @@ class Grower:
         if batch is not None:
             self._micro_batches.append(batch)
         if self._counter.count == run.updates:
-            return  # a micro-batch, or a step that GradScaler skipped
+            if self._dropped:  # a step whose gradients were thrown away is no update
+                self._micro_batches.clear()
+            self._dropped = False
+            return
         run.updates = self._counter.count
-        batches, self._micro_batches = self._micro_batches, []
-        self._after_update(batches)
+        self._dropped = False
+        self._after_update(self._batches_of_update())
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
-        self._epoch_ended = True
+        self._epoch_ended = self._has_epochs = True
         if not self._closed and self._run.updates:
             self._look(asked=False)
 
@@ -278,15 +287,13 @@ class Grower:
                 "step(loss, batch=batch) in the training loop first"
             )
             raise GrowthError(msg)
+        compute_loss = run.compute_loss
         recorder = Recorder(
             open_sites(run), random_seed=run.settings.random_seed, records_shadow_passes=True
         )
-        parameters = [p for p in run.model.parameters() if p.requires_grad]
         with recorder:
             for batch in self._recent:
-                with shadow_pass(run.model), torch.enable_grad():
-                    loss = run.compute_loss(run.model, batch)
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                record_beside(recorder, run.model, lambda model, b=batch: compute_loss(model, b))  # type: ignore[misc] # mypy cannot type a default of a lambda
                 run.count_pass("ranking", [batch])
         ranked = rank(run, recorder.observations)
         return [
@@ -319,16 +326,32 @@ class Grower:
         if self._closed:
             return
         self._closed = True
-        if self._stage is not None:
-            self._stage.close(f"{reason} before its verdict")
-            self._stage = None
-        self._run.factor.close()
-        self._counter.close()
-        self._rates_hook.remove()
-        self._recent.clear()
-        self._run.journal.ended(reason)
-        if self._log is not None:
-            self._log.close()
+        stage, self._stage = self._stage, None
+        try:
+            if stage is not None:
+                stage.close(f"{reason} before its verdict")
+        finally:
+            self._run.factor.close()
+            self._counter.close()
+            self._rates_hook.remove()
+            self._recent.clear()
+            self._run.journal.ended(reason)
+            if self._log is not None:
+                self._log.close()
+
+    def _before_step(self, *_: Any) -> None:
+        self._run.note_rates()
+        self._dropped = True  # until the update is counted
+
+    def _batches_of_update(self) -> list[Any]:
+        """Return the batches of the update that was just counted.
+
+        A step that GradScaler skipped calls no hook; its batches are left out by their number.
+        """
+        batches, self._micro_batches = self._micro_batches, []
+        usual = len(batches) if self._per_update is None else self._per_update
+        self._per_update = min(usual, len(batches)) or None
+        return batches[-usual:] if usual else batches
 
     def _after_update(self, batches: list[Any]) -> None:
         run = self._run
@@ -338,7 +361,7 @@ class Grower:
         self._count_flops(batches)
         self._maintain()
         if self._stage is not None:
-            if not batches:
+            if not batches and self._stage.needs_batches:
                 msg = (
                     f"grower.step was called without batch= at update {run.updates}, while a "
                     "graft is under way; pass the batch of every step"
@@ -352,8 +375,17 @@ class Grower:
         if self._evaluation_is_due():
             self._evaluate()
             asked = True
+        elif self._run.evaluator is None and self._run.updates % EVALUATE_EVERY == 0:
+            asked = self._look_at_training_loss() or asked
         if asked and self._stage is None:
             self._decide()
+
+    def _look_at_training_loss(self) -> bool:
+        """Let the policy see the training loss where there is no measure: for advice only."""
+        loss = self._run.train_loss()
+        if loss is not None:
+            self._run.policy.observe(self._run.updates, loss, loss)
+        return loss is not None
 
     def _evaluation_is_due(self) -> bool:
         run = self._run
@@ -364,7 +396,8 @@ class Grower:
         since = run.updates - run.evaluated_at
         if run.settings.evaluate_every is not None:
             return since >= run.settings.evaluate_every
-        return since >= self._least_gap() and (self._epoch_ended or since >= EVALUATE_EVERY)
+        due = self._epoch_ended or (not self._has_epochs and since >= EVALUATE_EVERY)
+        return due and since >= self._least_gap()
 
     def _least_gap(self) -> int:
         """Updates between evaluations that keep them within half of the overhead."""
@@ -380,14 +413,9 @@ class Grower:
         evaluation = run.measure()
         first = run.evaluated_at < 0
         self._evaluation_work = (run.meter.work("evaluation") - before) // (3 if first else 1)
-        run.evaluated_at = run.updates
+        run.evaluated_at, run.last_gate = run.updates, evaluation
         train_loss = run.train_loss()
         run.journal.evaluated(evaluation, train_loss)
-        if evaluation.per_sample is None:
-            run.journal.note(
-                "evaluate returns one number: the gates need per-sample losses to tell gain from "
-                "luck, so nothing will be admitted"
-            )
         run.policy.observe(run.updates, train_loss, evaluation.loss)
 
     def _decide(self) -> None:
@@ -397,20 +425,35 @@ class Grower:
             run.journal.detected(decision)
         if not decision.grow:
             return
+        run.turns += 1
         obstacle = self._obstacle()
         if obstacle is not None:
             run.journal.note(obstacle)
             return
-        advise_only = run.compute_loss is None or run.evaluator is None or not self._recent
-        if advise_only:
+        missing = self._missing()
+        if missing is not None:
             run.journal.note(
-                "without compute_loss, evaluate and batch= nothing is grafted: candidates are "
-                "ranked, and the ranking is in the log"
+                f"{missing}: nothing is grafted; candidates are ranked, and the ranking is in "
+                "the log"
             )
             if self._advised_at is not None:
                 return
             self._advised_at = run.updates
-        self._stage = Recording(run, run.policy.choice(), advise_only=advise_only)
+        elif num_affordable(run) == 0:
+            run.num_over += 1
+        self._stage = Recording(run, run.policy.choice(), advise_only=missing is not None)
+
+    def _missing(self) -> str | None:
+        """Say what is missing for a graft ever to be admitted, or None."""
+        run = self._run
+        if run.compute_loss is None or run.evaluator is None or not self._recent:
+            return "without compute_loss, evaluate and batch= there is no evidence"
+        if run.last_gate is None or run.last_gate.per_sample is None:
+            return "evaluate gives no per-sample losses, so luck cannot be told from gain"
+        if len(run.last_gate.per_sample) < MIN_SAMPLES:
+            found = len(run.last_gate.per_sample)
+            return f"too little power: {found} samples, at least {MIN_SAMPLES} needed"
+        return None
 
     def _obstacle(self) -> str | None:
         """Say why nothing can germinate now although the policy would, or None."""
@@ -420,6 +463,9 @@ class Grower:
             return f"a graft takes {needed} updates; too few are left of {horizon}"
         if run.budget.grafts is not None and len(run.admitted) >= run.budget.grafts:
             return f"the budget's {run.budget.grafts} grafts were admitted"
+        if num_affordable(run) == 0 and run.num_over >= (run.budget.grafts or 1):
+            share = run.settings.overhead
+            return f"the overhead of {share:.0%} is spent, one audition per graft included"
         if not open_sites(run):
             return "no site has a seed that is dormant and under no embargo"
         return None
@@ -493,6 +539,14 @@ class Suggestion:
             latency_us=latency_s * 1e6,
             reason=entry.reason,
         )
+
+
+def _check_choices(policy: Policy | None, found: dict[str, KasminaLayer]) -> None:
+    """Refuse a site named by hand that there is not, before anything is trained."""
+    for choice in policy.choices if isinstance(policy, ByHand) else ():
+        if choice.site not in found:
+            msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(found)}"
+            raise GrowthError(msg)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

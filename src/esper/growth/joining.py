@@ -76,7 +76,9 @@ class Joining:
         self._usual = _LossRange.of(run)
         self._looks: dict[str, list[Evaluation]] = defaultdict(list)
         hold, num_looks = run.settings.hold_updates, run.settings.looks
-        self._look_at = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
+        moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
+        self._look_at = sorted(moments)
+        self._holds = False
         run.admitted[contender.graft] = contender.cost
         self._level = test_level(len(run.admitted))
         run.journal.moved(contender.graft, GraftStage.BLENDING, reason, admitted_at=run.updates)
@@ -88,10 +90,15 @@ class Joining:
         return None if self._fork is None else self._fork.host.model
 
     @property
+    def needs_batches(self) -> bool:
+        """Twins train on the run's batches."""
+        return self._fork is not None
+
+    @property
     def stages(self) -> tuple[tuple[str, int, str], ...]:
         """Site, seed and stage of what is under way."""
         audition = self._contender.audition
-        stage = GraftStage.BLENDING if self._num_updates < self._ramp else GraftStage.HOLDING
+        stage = GraftStage.HOLDING if self._holds else GraftStage.BLENDING
         return ((self._contender.site, audition.seed_idx, stage.value),)
 
     @property
@@ -110,11 +117,13 @@ class Joining:
             return None
         self._advance_twins(batches)
         alpha = self._joined.set_alpha(self._num_updates, self._ramp)
-        if self._num_updates == self._ramp:
+        if not self._holds and self._num_updates >= self._ramp:
+            self._holds = True
             self._run.journal.alpha(self._contender.graft, alpha)
             reason = f"alpha reached 1 after {self._ramp} updates"
             self._run.journal.moved(self._contender.graft, GraftStage.HOLDING, reason)
-        if self._num_updates in self._look_at:
+        if self._look_at and self._num_updates >= self._look_at[0]:
+            self._look_at = [u for u in self._look_at if u > self._num_updates]
             self._look()
         if self._num_updates < self._ramp + self._run.settings.hold_updates:
             return self
@@ -126,12 +135,15 @@ class Joining:
         self._remove(reason)
 
     def _trouble(self) -> str | None:
-        state = int(self._layer.state_layout.lifecycle_states[self._joined.seed_idx])
-        if state != SeedLifecycleState.ACTIVE:
-            return f"its seed is in {SeedLifecycleState(state).name}"
+        state = self._state()
+        if state is not SeedLifecycleState.ACTIVE:
+            return f"its seed is in {state.name}"
         if self._num_updates % GUARD_EVERY:
             return None
         return self._usual.trouble(self._run)
+
+    def _state(self) -> SeedLifecycleState:
+        return self._layer.state_layout.state(self._joined.seed_idx)
 
     def _advance_twins(self, batches: list[Any]) -> None:
         if self._fork is None:
@@ -181,7 +193,10 @@ class Joining:
         return verdict
 
     def _measure_without(self) -> Evaluation:
+        """Read the gate split with the seed off; an isolated seed is off already."""
         seed_idx = self._joined.seed_idx
+        if self._state() is not SeedLifecycleState.ACTIVE:
+            return self._run.measure()
         alpha = self._layer.alpha(seed_idx)
         self._layer.set_alpha(seed_idx, 0.0)
         try:

@@ -7,14 +7,15 @@ recorder's own, so that the run stays bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
-from esper.execution.shadow import in_shadow_pass
+from esper.execution.kernel import reference_tensor
+from esper.execution.shadow import in_shadow_pass, shadow_pass
 
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
@@ -122,7 +123,8 @@ class Recorder:
             return
         drawn = torch.randperm(len(h), generator=self._generator)[:num_kept]
         index = drawn.sort().values.to(h.device)
-        kept_x, kept_h = (value.detach().index_select(0, index) for value in (x, h))
+        dtype = reference_tensor(observation.layer).dtype  # a forward under autocast has another
+        kept_x, kept_h = (_kept(value, index, dtype) for value in (x, h))
 
         def after_backward(gradient: Tensor) -> None:
             if self._handles and self._room(observation) >= num_kept:
@@ -135,6 +137,11 @@ class Recorder:
 
     def _room(self, observation: SiteObservation) -> int:
         return self._capacity[observation.site] - observation.num_samples
+
+
+def _kept(value: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    chosen = value.detach().index_select(0, index)
+    return chosen.to(dtype) if chosen.is_floating_point() else chosen
 
 
 class _AfterForward:
@@ -170,6 +177,22 @@ def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
         and min(args[0].ndim, output.ndim) > 1
         and len(args[0]) == len(output) > 0
     )
+
+
+def record_beside(
+    recorder: Recorder, model: nn.Module, loss_of: Callable[[nn.Module], Tensor]
+) -> None:
+    """Record a pass of its own, which the run does not notice.
+
+    Args:
+        recorder: One that records shadow passes.
+        model: The model, outside DDP and ``torch.compile``.
+        loss_of: Returns its training loss.
+    """
+    assert recorder.records_shadow_passes
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with shadow_pass(model), torch.enable_grad():
+        torch.autograd.grad(loss_of(model), parameters, allow_unused=True)
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

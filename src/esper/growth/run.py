@@ -99,6 +99,9 @@ class Settings:
         if self.verify not in ("snapshot", "fork"):
             msg = f'verify is "snapshot" or "fork", got {self.verify!r}'
             raise ValueError(msg)
+        if not 0.0 <= self.overhead < 1.0:
+            msg = f"overhead is a share of the run's work in [0, 1), got {self.overhead}"
+            raise ValueError(msg)
         if self.min_effect < 0:
             msg = f"min_effect is a share of the gate loss, at least 0; got {self.min_effect}"
             raise ValueError(msg)
@@ -129,10 +132,14 @@ class GrowthRun:
         updates: Optimizer updates done.
         rates: Learning rate of each group at the last update.
         peaks: Highest learning rate of each group so far.
-        rounds: Auditions so far, several contenders side by side being one.
-        num_grafts: Grafts that germinated so far; the k-th is tested at the k-th level.
+        rounds: Germinations so far, several contenders side by side being one; the k-th is
+            tested at the k-th level, which its contenders share.
+        num_grafts: Grafts so far, every contender being one.
+        turns: Decisions to grow so far, also where nothing could germinate; embargoes are
+            counted in them, so that they end.
+        num_over: Auditions that were given although the overhead was spent.
         admitted: What each admitted graft costs; nothing once it was removed.
-        embargoes: (site, slot) and (site, blueprint) to the last round that they sit out.
+        embargoes: (site, slot) and (site, blueprint) to the last turn that they sit out.
         last_change: Update of the last verdict on an admitted graft.
         last_gate: The last evaluation of the model as it is.
         losses: Recent training losses, on their device.
@@ -161,6 +168,8 @@ class GrowthRun:
     peaks: list[float] = field(default_factory=list)
     rounds: int = 0
     num_grafts: int = 0
+    turns: int = 0
+    num_over: int = 0
     admitted: dict[int, Cost] = field(default_factory=dict)
     embargoes: dict[tuple[str, int | str], int] = field(default_factory=dict)
     last_change: int | None = None
@@ -182,18 +191,19 @@ class GrowthRun:
 
     def is_embargoed(self, site: str, what: int | str) -> bool:
         """Say whether a slot (a number) or a blueprint (its id) of a site sits out for now."""
-        return self.embargoes.get((site, what), 0) > self.rounds
+        return self.embargoes.get((site, what), -1) >= self.turns
 
     def embargo(self, site: str, seed_idx: int, blueprint: str) -> None:
-        """Let a slot and a blueprint sit out the next germinations."""
-        until = self.rounds + self.settings.embargo
+        """Let a slot and a blueprint sit out the next decisions to grow."""
+        until = self.turns + self.settings.embargo
         self.embargoes[site, seed_idx] = self.embargoes[site, blueprint] = until
 
     def note_rates(self) -> None:
         """Keep the learning rates of the update that is about to happen."""
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        before = self.peaks or [peak_rate(group) for group in self.optimizer.param_groups]
-        self.peaks[:] = [max(pair) for pair in zip(self.rates, before, strict=True)]
+        groups = self.optimizer.param_groups
+        before = [*self.peaks, *(peak_rate(group) for group in groups[len(self.peaks) :])]
+        self.peaks[:] = [max(pair) for pair in zip(self.rates, before, strict=False)]
 
     def peak_of(self, layer: KasminaLayer) -> float:
         """Return the highest rate that the layer's group has had."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esper.execution.seed_slot import SeedSlot
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -31,7 +33,7 @@ class RunSnapshot:
         parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
         self._values = {p: p.detach().clone() for p in parameters}
         self._state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
-        self._buffers = [(b, b.detach().clone()) for b in _host_buffers(model)]
+        self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(model)]
         self._random_state = random_state(model)
 
     def restore(self, optimizer: Optimizer) -> None:
@@ -44,8 +46,9 @@ class RunSnapshot:
             for p, value in self._values.items():
                 p.copy_(value)
                 p.grad = None
-            for buffer, value in self._buffers:
+            for module, name, buffer, value in self._buffers:
                 buffer.copy_(value)
+                module._buffers[name] = buffer  # noqa: SLF001 - a forward may have put another there
         for p in self._values:
             optimizer.state.pop(p, None)
         for p, state in self._state.items():
@@ -85,9 +88,15 @@ def seed_random_state(model: nn.Module, random_seed: int) -> None:
         torch.get_device_module(device).manual_seed(random_seed)
 
 
-def _host_buffers(model: nn.Module) -> list[Tensor]:
-    """Buffers that a training forward may write; a seed's own are replaced, never written."""
-    return [b for name, b in model.named_buffers() if not name.endswith((".alpha", ".structure"))]
+def _host_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that a training forward may write or replace; a seed's slot keeps its own."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        if not isinstance(module, SeedSlot)
+        for name, buffer in module._buffers.items()  # noqa: SLF001 - past properties
+        if buffer is not None
+    ]
 
 
 def _cloned(state: dict[str, Any]) -> dict[str, Any]:

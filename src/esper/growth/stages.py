@@ -8,11 +8,12 @@ takes away everything that the stage put anywhere.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.contracts.lifecycle import GraftStage
 from esper.execution.shadow import shadow_pass
-from esper.growth.budget import FORWARD_BACKWARD, Cost
+from esper.growth.budget import FORWARD_BACKWARD, Cost, synchronize
 from esper.growth.gates import test_level
 from esper.growth.germination import (
     Contender,
@@ -22,7 +23,7 @@ from esper.growth.germination import (
     rank,
 )
 from esper.growth.joining import Joining, judge
-from esper.growth.recording import Recorder
+from esper.growth.recording import Recorder, record_beside
 
 if TYPE_CHECKING:
     from esper.growth.gates import Evaluation, GateVerdict
@@ -34,6 +35,11 @@ NUM_TWINS = 3
 
 class Stage(Protocol):
     """What is under way between a decision to grow and its verdict."""
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether ``advance`` cannot do without the batches of the update."""
+        ...
 
     @property
     def stages(self) -> tuple[tuple[str, int, str], ...]:
@@ -68,18 +74,26 @@ class Recording:
         if choice is not None and choice.site in layers:
             layers = {choice.site: layers[choice.site]}
         self._recorder = Recorder(
-            layers, random_seed=run.settings.random_seed + run.rounds, samples_per_step=32
+            layers,
+            random_seed=run.settings.random_seed + run.turns,
+            records_shadow_passes=True,
         )
         self._updates_left = run.settings.record_updates if choice is None else 1
+
+    @property
+    def needs_batches(self) -> bool:
+        """An ordinary step is recorded without its batch."""
+        return False
 
     @property
     def stages(self) -> tuple[tuple[str, int, str], ...]:
         """Nothing has germinated yet."""
         return ()
 
-    def advance(self, batches: list[Any]) -> Stage | None:  # noqa: ARG002 - the protocol's signature
+    def advance(self, batches: list[Any]) -> Stage | None:
         """Count one recorded update; after the last, rank and germinate."""
         self._updates_left -= 1
+        self._make_up_for_compiled_steps(batches)
         if self._updates_left > 0 and not self._recorder.done:
             return self
         self._recorder.close()
@@ -93,7 +107,7 @@ class Recording:
         self._run.policy.germinated(self._run.updates)
         if self._advise_only:
             return None
-        limit = self._num_affordable()
+        limit = max(1, min(self._run.settings.candidates, num_affordable(self._run)))
         contenders = germinate_best(self._run, ranked, observations, limit)
         if not contenders:
             self._run.last_change = self._run.updates
@@ -105,23 +119,32 @@ class Recording:
         """Remove the hooks."""
         self._recorder.close()
 
-    def _num_affordable(self) -> int:
-        """How many auditions side by side the overhead allows; one in any case."""
-        run = self._run
-        forked = run.settings.verify == "fork"
-        one_pass = FORWARD_BACKWARD * max(run.samples_per_update, 1)
-        joint = run.settings.ramp_updates + run.settings.hold_updates
-        left = run.allowance_left() - (NUM_TWINS * joint * one_pass if forked else 0)
-        one = run.settings.audition_updates * one_pass * (2 if forked else 1)
-        return max(1, min(run.settings.candidates, int(left // one)))
+    def _make_up_for_compiled_steps(self, batches: list[Any]) -> None:
+        """Record a pass of its own where the step called no hook, as compiled graphs do."""
+        run, recorder = self._run, self._recorder
+        compute_loss = run.compute_loss
+        seen = any(o.inputs for o in recorder.observations.values())
+        if seen or compute_loss is None or not batches:
+            return
+        record_beside(recorder, run.model, lambda model: compute_loss(model, batches[-1]))
+        run.count_pass("ranking", batches[-1:])
+
+
+def num_affordable(run: GrowthRun) -> int:
+    """Return how many auditions side by side the overhead still allows; 0 where it is spent."""
+    forked = run.settings.verify == "fork"
+    one_pass = FORWARD_BACKWARD * max(run.samples_per_update, 1)
+    joint = run.settings.ramp_updates + run.settings.hold_updates
+    left = run.allowance_left() - (NUM_TWINS * joint * one_pass if forked else 0)
+    one = run.settings.audition_updates * one_pass * (2 if forked else 1)
+    return max(0, int(left // one))
 
 
 class Auditioning:
     """Trains the contenders by shadow passes and reads the gate of each, once.
 
-    Of those that pass, the one with the largest z joins: the surest gain, not the largest. The
-    k-th graft that germinated in a run is tested at the k-th level, so that a look at each of
-    several contenders is paid for.
+    Of those that pass, the one with the largest z joins: the surest gain, not the largest.
+    Contenders of one audition share its level, so that a look at each of them is paid for.
 
     Args:
         run: The run.
@@ -138,6 +161,11 @@ class Auditioning:
         self._passes_left = run.settings.audition_updates if trained else 0
         for contender in contenders:
             run.journal.moved(contender.graft, GraftStage.AUDITION, "compiled, fetched, probed")
+
+    @property
+    def needs_batches(self) -> bool:
+        """Shadow passes are on the run's batches."""
+        return True
 
     @property
     def stages(self) -> tuple[tuple[str, int, str], ...]:
@@ -190,7 +218,7 @@ class Auditioning:
         """Compare the host as it is, seed on, with seed off; one look."""
         run = self._run
         after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))
-        level = test_level(contender.graft)
+        level = test_level(run.rounds) / len(self._contenders)
         min_effect = run.settings.min_effect * abs(before.loss)
         return judge(before, after, level=level, min_effect=min_effect)
 
@@ -199,12 +227,14 @@ class Auditioning:
         run = self._run
         if run.budget.latency is None or run.host_cost.parameters < run.budget.small_host:
             return None
-        host_s = _forward_s(run, batches[-1])
+        now_s = _forward_s(run, batches[-1])
+        host_s = now_s - (run.admitted_cost.latency_s or 0.0)
         with best.audition.layer.shadow(best.audition.seed_idx, best.audition.kernel):
             grown_s = _forward_s(run, batches[-1])
-        added_s = max(0.0, grown_s - host_s)
+        added_s = max(0.0, grown_s - now_s)
+        best.cost = replace(best.cost, latency_s=added_s)
         run.journal.note(
-            f"graft {best.graft} adds {added_s * 1e6:.0f} us to a forward of {host_s * 1e6:.0f} us"
+            f"graft {best.graft} adds {added_s * 1e6:.0f} us to a forward of {now_s * 1e6:.0f} us"
         )
         return run.budget.check(
             host=Cost(parameters=run.host_cost.parameters, latency_s=host_s),
@@ -227,7 +257,9 @@ def _forward_s(run: GrowthRun, batch: Any, repeats: int = 9) -> float:
     times = []
     with shadow_pass(run.model), torch.no_grad():
         for _ in range(repeats):
+            synchronize()
             start = run.clock.now()
             compute_loss(run.model, batch)
+            synchronize()
             times.append(run.clock.now() - start)
     return sorted(times)[repeats // 2]

@@ -39,6 +39,9 @@ class UpdateCounter:
         self._handle.remove()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
+        if overflow is not None and bool(overflow):
+            return
         groups = optimizer.param_groups
         self.count += any(p.grad is not None for group in groups for p in group["params"])
 

@@ -59,8 +59,7 @@ class ArmResult:
         run: What was seen along the way.
         accuracy: Percent on the test split, read once at the end.
         parameters: Parameters of the final model.
-        train_flops: FLOPs of the run; growing counted with the final model's forward, which is
-            the largest, so it is an upper bound.
+        train_flops: FLOPs of the run; every pass of growing is counted as one of the final model.
         latency_us: Microseconds of a forward of one batch of the final model.
         seconds: Wall-clock seconds of the run.
         dip: Worst dip in points of gate accuracy; None where nothing changed.

@@ -490,6 +490,6 @@ _NOTES: Final = (
     ),
     (
         "The training FLOPs of the grown and the random arm count shadow passes, evaluations and "
-        "twins, each as a forward of the final model: an upper bound."
+        "twins, every pass as one of the final model."
     ),
 )
