@@ -330,6 +330,17 @@ def test_replacing_alphas_sum_to_one_at_most(kind):
     assert layer.alpha(1) == 0.25
 
 
+def test_replacing_alphas_that_sum_to_one_in_decimals_are_accepted(kind):
+    """0.6 and 0.4 are 1, though not as float32; a visible excess is not."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.6, mode="replace", example=x)
+    layer.graft(1, kind.make_kernel(), alpha=0.4, mode="replace", example=x)
+    assert layer.alpha(1) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="at most 1"):
+        layer.set_alpha(1, 0.400001)
+
+
 def test_a_step_guard_needs_a_reader(kind):
     """guard='step' without an optimizer that reads the flags is refused."""
     _, layer = bare_and_wrapped(kind)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 _S: Final = SeedLifecycleState
+_ALPHA_ROUNDING: Final = 2.0**-23
+"""Alphas are float32: 0.6 and 0.4, which sum to 1, are stored as a little more."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -112,7 +115,7 @@ def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha
         for i, seed in record.seeds.items()
         if i != seed_idx and seed.replaces and record.layout.contributes(i)
     )
-    if kernel.mode == "replace" and others + alpha > 1.0:
+    if kernel.mode == "replace" and others + alpha > 1.0 + _ALPHA_ROUNDING:
         msg = (
             f"replacing seeds of layer {record.name!r} would have alphas that sum to "
             f"{others + alpha}; at most 1 is possible (the others have {others})"
