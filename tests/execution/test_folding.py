@@ -158,6 +158,15 @@ def test_beside_serial_or_replacing_seeds_nothing_folds(other):
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("other", [{"position": "serial"}, {"mode": "replace"}])
+def test_a_seed_at_alpha_zero_counts_as_another(other):
+    """It does not run now, but it may; then the fold would have changed what it does."""
+    layer, x = adopt(nn.Linear(6, 6), name="site"), torch.randn(5, 6)
+    layer.graft(1, nn.Linear(6, 6), alpha=0.0, example=x, **other)
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=x)
+    assert "another contributing seed" in layer.fossilize(0).reason
+
+
 def test_a_shared_weight_is_not_folded_into():
     """Where another module has the same parameter, folding would change that module too."""
     host, x = nn.Linear(6, 6), torch.randn(5, 6)

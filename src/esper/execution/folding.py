@@ -107,7 +107,7 @@ def _check_host(layer: nn.Module, seed: Seed) -> None:
         is_absent = name == "bias" and layer.bias is None
         if not is_absent and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
             _refuse(f"the host's {name} is computed, quantised or sharded")
-    others = [s for s in record_of(layer).plan if s is not seed]
+    others = [s for s in record_of(layer).seeds.values() if s is not seed]  # at alpha 0 too
     if any(s.is_serial or s.replaces for s in others):
         _refuse("another contributing seed of the layer is serial or replacing")
     if any(_num_owners(p) > 1 for p in layer.parameters(recurse=False)):
