@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from esper.contracts.errors import KernelCompilationError, KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.exceptions import KernelCompilationError, KernelExecutionError
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache

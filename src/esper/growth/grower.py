@@ -87,7 +87,9 @@ class Grower:
         evaluate_every: Updates between two evaluations. None: at every :meth:`end_epoch`, or
             every 50 updates where it is never called; less often where that would take more
             than half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1).
+        overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
+            every graft of the budget is given one audition all the same, and the report says
+            what that cost.
         audition_updates: Shadow passes of an audition.
         ramp_updates: Updates over which alpha rises from 0 to 1.
         hold_updates: Updates at alpha 1 before the verdict.
