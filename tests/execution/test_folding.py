@@ -1,6 +1,7 @@
 """Folding: exact or not at all, with a certificate either way."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -174,6 +175,19 @@ def test_a_shared_weight_is_not_folded_into():
     other.weight = host.weight
     assert_kept(*fossilize(host, nn.Linear(6, 6), x), "shared")
     assert torch.equal(other.weight, host.weight)
+
+
+def test_who_shares_a_weight_is_asked_last(monkeypatch):
+    """The question takes as long as the process has objects; no affine kernel, no question."""
+    asked = []
+    monkeypatch.setattr(gc, "get_referrers", lambda *_: asked.append(1) or [])
+    layer, x = adopt(nn.Linear(6, 6), name="site"), torch.randn(5, 6)
+    layer.graft(0, nn.Sequential(nn.Linear(6, 6), nn.ReLU()), alpha=0.5, example=x)
+    layer.graft(1, nn.Linear(6, 6), alpha=0.5, example=x)
+    assert not layer.fossilize(0).folded
+    assert not asked
+    assert layer.fossilize(1).folded
+    assert asked
 
 
 def test_a_parametrized_host_is_not_folded_into():

@@ -77,6 +77,7 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         _check_host(layer, seed)
         tolerance = _tolerance(host.weight)
         exact_weight, exact_bias = _folded(host, seed)
+        _check_owner(layer)  # late: it looks at every object that there is
         weight, bias = exact_weight.to(host.weight.dtype), _cast_bias(host, exact_bias)
         rel_diff = _rel_diff(host, seed, weight, bias)
     except NotFoldable as refused:
@@ -110,6 +111,9 @@ def _check_host(layer: nn.Module, seed: Seed) -> None:
     others = [s for s in record_of(layer).seeds.values() if s is not seed]  # at alpha 0 too
     if any(s.is_serial or s.replaces for s in others):
         _refuse("another contributing seed of the layer is serial or replacing")
+
+
+def _check_owner(layer: nn.Module) -> None:
     if any(_num_owners(p) > 1 for p in layer.parameters(recurse=False)):
         _refuse("the host's weight is shared with another module")
 
