@@ -98,6 +98,19 @@ def test_statistics_have_the_specifications_shape():
     assert stats["seed_stats"]["average_health"] == 1.0
 
 
+def test_the_execution_rate_is_a_share_of_calls():
+    """It is the share of calls that ran a kernel, however many kernels a call runs."""
+    layer, x = KasminaLayer(6, 6), torch.randn(5, 6)
+    layer(x)
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=x)
+    layer.graft(1, nn.Linear(6, 6), alpha=0.5, example=x)
+    for _ in range(3):
+        layer(x)
+    stats = layer.get_stats()["execution_stats"]
+    assert stats["kernel_execution_count"] == 6
+    assert stats["kernel_execution_rate"] == 0.75
+
+
 def test_a_kernel_is_loaded_from_the_source():
     """load_kernel fetches, verifies, probes and grafts; meanwhile the seed is LOADING."""
     artifact = compile_blueprint(mlp_blueprint())

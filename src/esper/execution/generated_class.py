@@ -65,6 +65,7 @@ def _counting(host_class: type) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._kasmina.forward_count += 1  # type: ignore[operator, union-attr]
+            self._kasmina.native_count += 1  # type: ignore[operator, union-attr]
         return host_forward(self, *args, **kwargs)
 
     return forward

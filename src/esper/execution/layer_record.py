@@ -40,6 +40,7 @@ class LayerRecord:
         waiting: Grafts that wait for an example, by seed index.
         refusals: Why a graft that had waited was refused, by seed index.
         forward_count: Calls, counted where telemetry is on.
+        native_count: Those of these calls that ran no kernel.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
         has_step_guard: Whether an optimizer's pre-hook reads step flags.
@@ -68,6 +69,7 @@ class LayerRecord:
         self.waiting: dict[int, Any] = {}
         self.refusals: dict[int, str] = {}
         self.forward_count = 0
+        self.native_count = 0
         self.kernel_execution_count = 0
         self.num_faults = 0
         self.has_step_guard = False

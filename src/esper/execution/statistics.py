@@ -29,7 +29,7 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
         "execution_stats": {
             "forward_count": calls,
             "kernel_execution_count": record.kernel_execution_count,
-            "kernel_execution_rate": record.kernel_execution_count / calls if calls else 0.0,
+            "kernel_execution_rate": 1.0 - record.native_count / calls if calls else 0.0,
             "fault_count": record.num_faults,
         },
         "seed_stats": {
