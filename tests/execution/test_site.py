@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from test_state_dict import mlp_blueprint
 from torch import nn
 
 from esper.compiler.catalog import capacity_free, default_catalog, noise, noop
 from esper.compiler.compile import compile_blueprint
+from esper.compiler.lowering import lower
 from esper.execution.host_class import adopt
 from esper.execution.kernel import prepare_kernel
 from esper.execution.probe import probe
@@ -72,6 +74,23 @@ def test_a_probe_is_remembered_for_the_artifact_at_the_site(site):
         for p in prepared.module.parameters():
             p.add_(0.1)
     assert not probe(layer, prepared, x).is_identity
+
+
+def test_a_remembered_probe_does_not_remember_that_nothing_changes():
+    """Whether a replacing kernel is the identity depends on the host's weights of today."""
+    layer, x = adopt(nn.Linear(6, 6), name="site"), torch.randn(1, 6)
+    kernel = mlp_blueprint(mode="replace")
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(lower(kernel)(x)[0])
+    layer.graft(0, kernel, example=x)
+    assert layer.alpha(0) == 1.0
+    layer.unload_kernel(0)
+    with torch.no_grad():
+        layer.bias.mul_(2.0)
+    before = layer(x)
+    layer.graft(0, kernel, example=x)
+    assert torch.equal(layer(x), before)
 
 
 def test_padding_by_name_is_described_in_numbers():

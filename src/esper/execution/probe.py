@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _REMEMBERED: Final = 4096
 _UPDATE: Final = 1e-2
-_passed: OrderedDict[tuple[Any, ...], ProbeResult] = OrderedDict()
+_passed: OrderedDict[tuple[Any, ...], None] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,8 @@ class ProbeResult:
     Attributes:
         is_identity: Whether the layer's output at alpha 1 equals the host's, bit for bit.
         is_trainable: Whether the kernel has a parameter that requires a gradient.
-        remembered: Whether the result is that of an earlier probe of equal weights at this site.
+        remembered: Whether the gradients were checked by an earlier probe of equal weights at this
+            site, and not again; outputs depend on the host's weights and are always checked.
     """
 
     is_identity: bool
@@ -48,7 +49,7 @@ def probe(
         kernel: The kernel.
         example: An input of the layer, on its device.
         is_pristine: Whether the kernel's weights are still those of its artifact or blueprint;
-            only then may the result of an earlier probe answer.
+            only then may an earlier probe answer for its gradients.
 
     Returns:
         What was found.
@@ -60,14 +61,11 @@ def probe(
         TypeError: The layer is no site: its output is not one floating tensor.
     """
     key = _memory_key(layer, kernel, example) if is_pristine else None
-    if key is not None and key in _passed:
-        _passed.move_to_end(key)
-        return _passed[key]
-    result = _Probe(layer, kernel, example).run()
+    remembered = key is not None and key in _passed
+    result = _Probe(layer, kernel, example).run(remembered=remembered)
     if key is not None:
-        _passed[key] = ProbeResult(
-            is_identity=result.is_identity, is_trainable=result.is_trainable, remembered=True
-        )
+        _passed[key] = None
+        _passed.move_to_end(key)
         if len(_passed) > _REMEMBERED:
             _passed.popitem(last=False)
     return result
@@ -92,16 +90,21 @@ class _Probe:
         self._example = example.detach().clone()
         self._where = f"kernel {kernel.kernel_id} at layer {record_of(layer).name!r}"
 
-    def run(self) -> ProbeResult:
-        """Do all checks, the cheapest first."""
+    def run(self, *, remembered: bool) -> ProbeResult:
+        """Do all checks, the cheapest first; those of gradients unless they are remembered."""
         with shadow_pass(self._layer), torch.inference_mode(mode=False), torch.enable_grad():
             module = copy.deepcopy(self._kernel.module).train(self._layer.training)
             h, given = self._host_output()
             k = self._output(module, given)
             self._check_output(k, h)
             is_identity = self._is_identity(h, k)
-            self._check_gradients(module, given, k)
-        return ProbeResult(is_identity=is_identity, is_trainable=bool(_trainable(module)))
+            if not remembered:
+                self._check_gradients(module, given, k)
+        return ProbeResult(
+            is_identity=is_identity,
+            is_trainable=bool(_trainable(module)),
+            remembered=remembered,
+        )
 
     def _host_output(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
