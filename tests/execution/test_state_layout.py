@@ -94,6 +94,18 @@ def test_the_third_fault_in_a_row_isolates():
     assert bool(layout.fallback_active[0])
 
 
+def test_a_new_kernel_does_not_answer_for_the_old_ones_faults():
+    """A swap empties the fault window: one fault of the new kernel is one fault."""
+    layout = layout_in(S.ACTIVE)
+    layout.record_calls(0, [True, False] * 9)
+    layout.update_telemetry(0, 10, 0.5)
+    layout.transition_seed_state(0, S.ACTIVE, "another")
+    assert layout.fault_rate(0) == 0.0
+    assert layout.health(0) is None
+    layout.increment_error_count(0)
+    assert layout.state(0) == S.ACTIVE
+
+
 def test_health_of_zero_is_a_sample():
     """Health 0 is not taken for "no sample": the next one moves it by a tenth."""
     layout = KasminaStateLayout(1)

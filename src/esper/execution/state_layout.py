@@ -187,7 +187,8 @@ class KasminaStateLayout:
     ) -> None:
         """Move a seed along the lifecycle table.
 
-        Entering ACTIVE ends a run of faults; entering DORMANT forgets kernel, alpha and faults.
+        Entering ACTIVE ends a run of faults; entering DORMANT forgets kernel, alpha and faults; a
+        new kernel starts without the faults and the health of the one before.
 
         Args:
             seed_idx: Index of the seed, in [0, num_seeds).
@@ -227,6 +228,7 @@ class KasminaStateLayout:
         raise SeedLifecycleError(msg)
 
     def _hold(self, seed_idx: int, kernel_id: str) -> None:
+        self._forget_calls(seed_idx)
         self._kernel_ids[seed_idx] = kernel_id
         self._active_kernel_id[seed_idx] = self._next_kernel
         self._next_kernel += 1
@@ -241,6 +243,10 @@ class KasminaStateLayout:
         self._alpha_blend[seed_idx] = 0.0
         self._error_count[seed_idx] = 0
         self._fallback_active[seed_idx] = False
+        self._forget_calls(seed_idx)
+
+    def _forget_calls(self, seed_idx: int) -> None:
+        """Drop what calls have shown; another kernel answers for its own only."""
         self._health_accumulator[seed_idx] = math.nan
         self._recent.pop(seed_idx, None)
         self._calls.pop(seed_idx, None)
