@@ -10,7 +10,7 @@ from test_state_dict import mlp_blueprint
 from torch import nn
 
 from esper.compiler.compile import compile_blueprint
-from esper.contracts.errors import KernelNotFoundError, KernelSourceUnavailable
+from esper.contracts.errors import KernelNotFoundError, KernelSourceUnavailable, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import KasminaConv2dLayer, KasminaLayer
 from esper.execution.host_class import adopt, refusal
@@ -123,6 +123,40 @@ def test_a_kernel_is_loaded_from_the_source():
     assert states == [S.LOADING]
     assert layer.state_layout.state(0) == S.ACTIVE
     assert layer.state_layout.kernel_id(0) == artifact.artifact_id
+
+
+@pytest.mark.parametrize("holds_kernel", [False, True])
+@pytest.mark.parametrize("taken_again", [False, True])
+def test_a_seed_that_is_unloaded_while_it_loads_stays_empty(holds_kernel, taken_again):
+    """The load says so, and leaves alone whoever has reserved the seed since."""
+    artifact = compile_blueprint(mlp_blueprint())
+    source = Source(artifact)
+    layer, x = KasminaLayer(6, 6, source=source), torch.randn(5, 6)
+    if holds_kernel:
+        layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=x)
+
+    def give_up():
+        assert layer.unload_kernel(0)
+        if taken_again:
+            layer.reserve(0)
+
+    source.observe = give_up
+    with pytest.raises(SeedLifecycleError, match="given up"):
+        asyncio.run(layer.load_kernel(0, artifact.artifact_id, alpha=0.5, example=x))
+    assert layer.state_layout.state(0) == (S.LOADING if taken_again else S.DORMANT)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_no_reader_of_step_flags(duplicate):
+    """The optimizer's hook belongs to the original; a seed under it goes on all the same."""
+    layer, x = KasminaLayer(6, 6), torch.randn(5, 6)
+    layer.enable_step_guard()
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, guard="step", example=x)
+    twin = duplicate(layer)
+    assert torch.equal(twin(x), layer(x))
+    with pytest.raises(ValueError, match="sync_optimizer"):
+        twin.graft(1, nn.Linear(6, 6), guard="step", example=x)
+    layer.graft(1, nn.Linear(6, 6), guard="step", example=x)
 
 
 def test_a_seed_has_its_own_weights():

@@ -256,6 +256,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
     if layout.state(seed_idx) == _S.DORMANT:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
+    record_of(layer).num_unloads[seed_idx] += 1
     _forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True

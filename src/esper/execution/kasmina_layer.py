@@ -26,7 +26,7 @@ from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.statistics import layer_statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from esper.contracts.artifact import CompiledKernelArtifact
@@ -254,31 +254,45 @@ class KasminaLayer(nn.Module):
             KernelSourceUnavailable: There is no source, or it did not answer.
             KernelCorruptError: The bytes are not what their id promises.
             KernelRefusedError: The probe refused the kernel.
-            SeedLifecycleError: The seed is a fossil.
+            SeedLifecycleError: The seed is a fossil, or was unloaded or cancelled meanwhile.
             ValueError: An argument is out of range.
         """
         cache = self.kernel_cache
-        with self._loading(seed_idx):
+        with self._loading(seed_idx) as check_wanted:
             artifact = await cache.load_kernel(artifact_id)
+            check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
 
     def load_kernel_sync(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
         """Do what :meth:`load_kernel` does, and wait for it."""
         cache = self.kernel_cache
-        with self._loading(seed_idx):
+        with self._loading(seed_idx) as check_wanted:
             artifact = cache.load_kernel_sync(artifact_id)
+            check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
 
     @contextmanager
-    def _loading(self, seed_idx: int) -> Iterator[None]:
-        """Keep a dormant seed in LOADING; give it back unless the graft was made or waits."""
-        is_ours = self.state_layout.state(seed_idx) == SeedLifecycleState.DORMANT
+    def _loading(self, seed_idx: int) -> Iterator[Callable[[], None]]:
+        """Keep a dormant seed in LOADING; give it back unless the graft was made or waits.
+
+        Yields a function that raises if the seed was unloaded or cancelled meanwhile.
+        """
+        record = self._kasmina
+        is_ours = record.layout.state(seed_idx) == SeedLifecycleState.DORMANT
         if is_ours:
             self.reserve(seed_idx)
+        before = record.num_unloads[seed_idx]
+
+        def check_wanted() -> None:
+            if record.num_unloads[seed_idx] != before:
+                msg = f"seed {seed_idx} of layer {record.name!r} was given up while it loaded"
+                raise SeedLifecycleError(msg)
+
         try:
-            yield
+            yield check_wanted
         finally:
-            if is_ours and seed_idx not in self._kasmina.waiting:
+            is_ours = is_ours and record.num_unloads[seed_idx] == before
+            if is_ours and seed_idx not in record.waiting:
                 grafting.cancel(self, seed_idx)
 
     def _graft_loaded(
@@ -345,6 +359,7 @@ class KasminaLayer(nn.Module):
             state = self.state_layout.state(seed_idx)
             msg = f"seed {seed_idx} of layer {self.name!r} is {state.name}, expected LOADING"
             raise SeedLifecycleError(msg)
+        self._kasmina.num_unloads[seed_idx] += 1
 
     def fossilize(self, seed_idx: int) -> FoldCertificate:
         """Make an ACTIVE seed permanent; fold it into the host's weights where that is exact.

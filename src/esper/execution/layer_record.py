@@ -43,7 +43,8 @@ class LayerRecord:
         native_count: Those of these calls that ran no kernel.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
-        has_step_guard: Whether an optimizer's pre-hook reads step flags.
+        has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
+        num_unloads: How often a seed was given up, by index; a load that was under way sees it.
         cache: The kernel cache, made when first asked for.
     """
 
@@ -73,6 +74,7 @@ class LayerRecord:
         self.kernel_execution_count = 0
         self.num_faults = 0
         self.has_step_guard = False
+        self.num_unloads = [0] * num_seeds
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
@@ -80,11 +82,13 @@ class LayerRecord:
         for key, value in self.__dict__.items():
             copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
         copied.shadows = {}
+        copied.has_step_guard = False
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle keeps; where kernels come from is the process's business."""
-        return {**self.__dict__, **dict.fromkeys(_SHARED), "shadows": {}, "waiting": {}}
+        own = {"shadows": {}, "waiting": {}, "has_step_guard": False}
+        return {**self.__dict__, **dict.fromkeys(_SHARED), **own}
 
 
 def record_of(layer: nn.Module) -> LayerRecord:
