@@ -263,6 +263,87 @@ def test_a_refusal_while_waiting_does_not_break_the_forward(kind):
     assert "shape" in layer.get_stats()["seed_stats"]["refused"][0]
 
 
+class _BadBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("this backward fails on purpose")
+
+
+class Failing(nn.Module):
+    """A kernel whose backward raises, or which cannot be copied."""
+
+    def __init__(self, body, how):
+        super().__init__()
+        self.body = body
+        self.how = how
+
+    def forward(self, x):
+        return _BadBackward.apply(self.body(x))
+
+    def __deepcopy__(self, memo):
+        if self.how == "copy":
+            raise RuntimeError("this copy fails on purpose")
+        return Failing(copy.deepcopy(self.body, memo), self.how)
+
+
+@pytest.mark.parametrize("how", ["backward", "copy"])
+def test_no_error_of_a_waiting_graft_reaches_the_forward(kind, how):
+    """Whatever goes wrong at the observed forward, the host answers and the reason is kept."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, Failing(kind.make_kernel(), how))
+    assert torch.equal(layer(x), host(x))
+    assert layer.state_layout.state(0) == SeedLifecycleState.DORMANT
+    assert "fails on purpose" in layer.get_stats()["seed_stats"]["refused"][0]
+
+
+class TakesAList(nn.Module):
+    """A host whose first input is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+
+    def forward(self, xs):
+        return self.body(xs[0])
+
+
+def test_a_waiting_graft_is_refused_where_the_input_is_no_tensor():
+    """The seed does not hang in LOADING; the reason names what came."""
+    layer = adopt(TakesAList(), name="site")
+    layer.graft(0, nn.Linear(6, 6))
+    layer([torch.randn(5, 6)])
+    assert layer.state_layout.state(0) == SeedLifecycleState.DORMANT
+    assert "found list" in layer.get_stats()["seed_stats"]["refused"][0]
+
+
+def test_building_forgets_a_waiting_graft(kind):
+    """After build() the next forward grafts nothing."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=1.0)
+    layer.build([])
+    assert torch.equal(layer(x), host(x))
+    assert layer.state_layout.state(0) == SeedLifecycleState.DORMANT
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_waiting_layer_waits_for_nothing(kind, duplicate):
+    """The copy is dormant and has no hook of ours; the original goes on waiting."""
+    _, layer = bare_and_wrapped(kind)
+    layer.graft(0, kind.make_kernel(), alpha=0.5)
+    twin = duplicate(layer)
+    assert twin.state_layout.state(0) == SeedLifecycleState.DORMANT
+    assert not twin._forward_pre_hooks
+    assert twin.get_stats()["seed_stats"]["waiting"] == []
+    layer(kind.make_input())
+    assert layer.state_layout.state(0) == SeedLifecycleState.ACTIVE
+
+
 def test_a_swap_keeps_the_working_kernel_until_the_new_one_passes(kind):
     """A refused exchange leaves the kernel that was there; an accepted one takes its place."""
     _, layer = bare_and_wrapped(kind)

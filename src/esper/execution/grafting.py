@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from torch import Tensor, nn
 
-from esper.contracts.errors import EsperError, KernelRefusedError, SeedLifecycleError
+from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.generated_class import replan
 from esper.execution.kernel import Kernel, PreparedKernel, prepare_kernel
 from esper.execution.layer_record import record_of
-from esper.execution.occupancy import apply_guard, describe, insert, make_seed, withdraw
+from esper.execution.occupancy import (
+    apply_guard,
+    describe,
+    forget_waiting,
+    insert,
+    make_seed,
+    withdraw,
+)
 from esper.execution.probe import ProbeResult, probe
 from esper.execution.seed_slot import GUARDS, Seed
 from esper.execution.shadow import seen_example
@@ -173,7 +180,7 @@ def _wait(
     is_pristine: bool,  # noqa: FBT001 - all of them are needed, in this order
 ) -> None:
     record = record_of(layer)
-    _forget_waiting(layer, seed_idx)
+    forget_waiting(layer, seed_idx)
     if record.layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         reserve(layer, seed_idx)
     observer = _Observer(seed_idx)
@@ -199,35 +206,38 @@ class _Observer:
         self._seed_idx = seed_idx
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waiting = _forget_waiting(layer, self._seed_idx)
+        waiting: Waiting | None = forget_waiting(layer, self._seed_idx)
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if waiting is not None and isinstance(x, Tensor):
-            _finish(layer, self._seed_idx, waiting, x.detach())
+        if waiting is not None:
+            _finish(layer, self._seed_idx, waiting, x)
 
 
-def _finish(layer: nn.Module, seed_idx: int, waiting: Waiting, x: Tensor) -> None:
+def _finish(layer: nn.Module, seed_idx: int, waiting: Waiting, x: Any) -> None:
     """Probe and install from within a forward, which may not fail for it."""
     try:
+        if not isinstance(x, Tensor):
+            _refuse_input(layer, waiting, x)
         _probe_and_install(
             layer,
             seed_idx,
             waiting.kernel,
-            x,
+            x.detach(),
             waiting.alpha,
             waiting.guard,
             waiting.is_pristine,
         )
-    except (EsperError, ValueError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the user's forward may not fail for a seed
         cancel(layer, seed_idx)
         record_of(layer).refusals[seed_idx] = str(error)
         _logger.warning("seed %d of layer %r: %s", seed_idx, record_of(layer).name, error)
 
 
-def _forget_waiting(layer: nn.Module, seed_idx: int) -> Waiting | None:
-    waiting: Waiting | None = record_of(layer).waiting.pop(seed_idx, None)
-    if waiting is not None:
-        waiting.handle.remove()
-    return waiting
+def _refuse_input(layer: nn.Module, waiting: Waiting, x: Any) -> NoReturn:
+    msg = (
+        f"kernel {waiting.kernel.kernel_id} at layer {record_of(layer).name!r} needs a tensor as "
+        f"the layer's first input, found {type(x).__name__}"
+    )
+    raise KernelRefusedError(msg, check="type")
 
 
 def reserve(layer: nn.Module, seed_idx: int) -> None:
@@ -243,7 +253,7 @@ def reserve(layer: nn.Module, seed_idx: int) -> None:
 def cancel(layer: nn.Module, seed_idx: int) -> bool:
     """Move a LOADING seed back to DORMANT; return whether it was one."""
     layout = record_of(layer).layout
-    _forget_waiting(layer, seed_idx)
+    forget_waiting(layer, seed_idx)
     if layout.state(seed_idx) != _S.LOADING:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
@@ -257,7 +267,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
     record_of(layer).num_unloads[seed_idx] += 1
-    _forget_waiting(layer, seed_idx)
+    forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True
 

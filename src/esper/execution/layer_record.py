@@ -80,15 +80,21 @@ class LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
         memo[id(self)] = copied
         for key, value in self.__dict__.items():
-            copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
+            if key != "waiting":
+                copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
+        copied.waiting = self._waiting_hooks()
         copied.shadows = {}
         copied.has_step_guard = False
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle keeps; where kernels come from is the process's business."""
-        own = {"shadows": {}, "waiting": {}, "has_step_guard": False}
+        own = {"shadows": {}, "waiting": self._waiting_hooks(), "has_step_guard": False}
         return {**self.__dict__, **dict.fromkeys(_SHARED), **own}
+
+    def _waiting_hooks(self) -> dict[int, int]:
+        """Return the ids of the hooks of waiting grafts, which a copied layer takes away."""
+        return {i: waiting.handle.id for i, waiting in self.waiting.items()}
 
 
 def record_of(layer: nn.Module) -> LayerRecord:

@@ -87,6 +87,14 @@ def withdraw(layer: nn.Module, seed_idx: int, *, keep_record: bool = False) -> S
     return seed
 
 
+def forget_waiting(layer: nn.Module, seed_idx: int) -> Any:
+    """Take away the hook of a graft that waits for an input; return the graft, or None."""
+    waiting = record_of(layer).waiting.pop(seed_idx, None)
+    if waiting is not None:
+        waiting.handle.remove()
+    return waiting
+
+
 def _container(layer: nn.Module) -> SeedContainer:
     container = layer._modules.get(SEEDS)
     if not isinstance(container, SeedContainer):
@@ -152,6 +160,8 @@ def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
     entries = {int(entry["seed"]): entry for entry in described}
     seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
     for i in range(record.layout.num_seeds):
+        forget_waiting(layer, i)
+        record.num_unloads[i] += 1
         if i not in entries and (i in record.seeds or record.layout.state(i)):
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)
@@ -214,6 +224,7 @@ def _restore(layer: nn.Module, seed_idx: int, entry: dict[str, Any], seed: Seed 
     layout = record_of(layer).layout
     alpha = float(entry["alpha"])
     state = SeedLifecycleState(entry["state"])
+    forget_waiting(layer, seed_idx)
     kernel_id = None if seed is None else seed.kernel.kernel_id
     layout.restore_seed(seed_idx, state, alpha=alpha, kernel_id=kernel_id)
     if seed is None:
@@ -245,10 +256,22 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Any], prefi
 def settle(layer: nn.Module) -> None:
     """Put the hooks of a copied or unpickled layer where its original has them."""
     if RECORD in layer.__dict__:
+        _settle_waiting(layer)
         for seed_idx, seed in record_of(layer).seeds.items():
             if record_of(layer).layout.contributes(seed_idx):
                 apply_guard(seed)
         replan(layer)
+
+
+def _settle_waiting(layer: nn.Module) -> None:
+    """End the grafts for which the original waits: the copy's record has the ids of its hooks."""
+    record = record_of(layer)
+    for seed_idx, hook_id in record.waiting.items():
+        layer._forward_pre_hooks.pop(hook_id, None)
+        layer._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
+            record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
+    record.waiting = {}
 
 
 def read_structure(data: bytes) -> dict[str, Any]:

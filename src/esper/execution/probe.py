@@ -186,7 +186,11 @@ class _Probe:
         gradients: list[Tensor | None]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(k.shape, generator=generator).to(k.device, k.dtype)
-        gradients = list(torch.autograd.grad(k, inputs, direction, allow_unused=True))
+        try:
+            gradients = list(torch.autograd.grad(k, inputs, direction, allow_unused=True))
+        except Exception as error:
+            msg = f"{self._where} raised {type(error).__name__} in its backward: {error}"
+            raise KernelRefusedError(msg, check="raises") from error
         if not all(g is None or _all_finite(g) for g in gradients):
             self._refuse("finite", "finite gradients", "NaN or infinity")
         return gradients
