@@ -117,6 +117,35 @@ def test_damaged_structures_are_refused():
         net().load_state_dict(state)
 
 
+@pytest.mark.parametrize("alpha", [2.0, float("nan"), None])
+def test_a_load_that_fails_changes_no_seed(alpha):
+    """The second seed of the dict is damaged: the first one is not touched either."""
+    state, target, x = grown().state_dict(), grown(), torch.randn(5, 6)
+    state["0._seeds.0.alpha"] = torch.tensor(0.125)
+    state.pop("0._seeds.2.alpha")
+    if alpha is not None:
+        state["0._seeds.2.alpha"] = torch.tensor(alpha)
+    structure = target[0].structure()
+    with pytest.raises(RuntimeError, match="seed 2 is damaged"):
+        target.load_state_dict(state, strict=False)
+    assert target[0].structure() == structure
+    assert [float(target[0].get_buffer(f"_seeds.{i}.alpha")) for i in (0, 2)] == [0.5, 0.25]
+    assert torch.isfinite(target(x)).all()
+
+
+def test_building_is_all_or_nothing_and_takes_the_guard():
+    """A bad entry leaves every seed; a good structure brings its guard and artifact back."""
+    layer = grown()[0]
+    structure = layer.structure()
+    with pytest.raises(KernelLoadError, match="damaged"):
+        layer.build([{**structure[0], "alpha": 0.125}, {**structure[1], "alpha": 2.0}])
+    assert layer.structure() == structure
+    layer.set_guard(0, "off")
+    layer.build([{**structure[0], "artifact_id": "f" * 64}, structure[1]])
+    assert layer.structure()[0]["guard"] == "always"
+    assert layer.state_layout.kernel_id(0) == "f" * 64
+
+
 def test_structures_of_a_later_format_are_refused():
     """A newer format is named, and nothing is guessed."""
     layer = net()[0]

@@ -433,6 +433,8 @@ class KasminaLayer(nn.Module):
             occupancy.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
         except (KernelLoadError, ValueError) as error:
             error_messages.append(str(error))
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:
+                del state_dict[key]  # torch's own copy: nothing may reach the slots that are there
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -16,7 +17,7 @@ from esper.execution.generated_class import replan
 from esper.execution.guard import gate_parameters, ungate_parameters
 from esper.execution.kernel import PreparedKernel, prepare_kernel, reference_tensor
 from esper.execution.layer_record import RECORD, record_of
-from esper.execution.seed_slot import SEEDS, Seed, SeedContainer, SeedSlot
+from esper.execution.seed_slot import GUARDS, SEEDS, Seed, SeedContainer, SeedSlot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -153,7 +154,7 @@ def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
 
     Raises:
         KernelLoadError: A kernel was written by hand and is not there, so that nothing can build
-            it, or the structure is of a newer format. The layer is unchanged.
+            it, or the structure is damaged or of a newer format. The layer is unchanged.
         ValueError: The structure names a seed that the layer does not have.
     """
     record = record_of(layer)
@@ -180,6 +181,7 @@ def _seed_for(layer: nn.Module, entry: dict[str, Any]) -> Seed | None:
             f"here (up to {STRUCTURE_FORMAT_VERSION}); load it with a newer Esper"
         )
         raise KernelLoadError(msg)
+    _check_entry(layer, entry)
     if "kernel" not in entry:
         return None
     current = record.seeds.get(seed_idx)
@@ -192,6 +194,17 @@ def _seed_for(layer: nn.Module, entry: dict[str, Any]) -> Seed | None:
         )
         raise KernelLoadError(msg)
     return make_seed(layer, seed_idx, _prepared(layer, entry), guard=_guard(layer, entry))
+
+
+def _check_entry(layer: nn.Module, entry: dict[str, Any]) -> None:
+    alpha, state, guard = entry.get("alpha"), entry.get("state"), entry.get("guard", "off")
+    is_alpha = isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0
+    if not is_alpha or state not in list(SeedLifecycleState) or guard not in GUARDS:
+        msg = (
+            f"layer {record_of(layer).name!r}: the structure of seed {entry['seed']} is damaged: "
+            f"alpha {alpha!r} (in [0, 1]), state {state!r}, guard {guard!r}"
+        )
+        raise KernelLoadError(msg)
 
 
 def _guard(layer: nn.Module, entry: dict[str, Any]) -> str:
@@ -225,6 +238,9 @@ def _restore(layer: nn.Module, seed_idx: int, entry: dict[str, Any], seed: Seed 
     alpha = float(entry["alpha"])
     state = SeedLifecycleState(entry["state"])
     forget_waiting(layer, seed_idx)
+    if seed is not None:
+        seed.guard = _guard(layer, entry)
+        seed.kernel = replace(seed.kernel, artifact_id=entry["artifact_id"])
     kernel_id = None if seed is None else seed.kernel.kernel_id
     layout.restore_seed(seed_idx, state, alpha=alpha, kernel_id=kernel_id)
     if seed is None:
@@ -243,14 +259,16 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Any], prefi
             not there.
         ValueError: It names a seed that the layer does not have.
     """
+    ready = []
     for name in sorted(key for key in state_dict if key.startswith(prefix)):
         seed_idx, _, rest = name.removeprefix(prefix).partition(".")
         if rest == "structure":
             described = read_structure(state_dict[name].cpu().numpy().tobytes())
-            alpha = float(state_dict[f"{prefix}{seed_idx}.alpha"])
-            _restore(
-                layer, int(seed_idx), {**described, "alpha": alpha}, _seed_for(layer, described)
-            )
+            alpha = state_dict.get(f"{prefix}{seed_idx}.alpha")
+            entry = {**described, "alpha": None if alpha is None else float(alpha)}
+            ready.append((int(seed_idx), entry, _seed_for(layer, entry)))
+    for idx, entry, seed in ready:
+        _restore(layer, idx, entry, seed)
 
 
 def settle(layer: nn.Module) -> None:
