@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]' --group dev
 	@touch $@
 
-demo: venv ## Grow a real network on real data, and see what it brought (about 2 minutes)
+demo: venv ## Grow a real network on real data, and see what it brought (about 3 minutes)
 	$(BIN)/esper demo $(ARGS)
 
 test: venv ## Run every test but the torture tests
