@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
+from esper.contracts.errors import KernelExecutionError
+from esper.execution.kernel import prepare_kernel
+from esper.execution.maintenance import maintain
+from esper.execution.shadow import shadow_pass
 from esper.growth.continuity import sync_optimizer
 from esper.wrapping.wrap import layers, wrap
 
@@ -49,3 +55,92 @@ def test_spoiled_step_leaves_weights_and_running_statistics(guarded: bool) -> No
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
     same = all(torch.equal(a, b) for a, b in zip(weights, model[2].parameters(), strict=True))
     assert (unchanged and same) is guarded
+
+
+def stepping(kernel, *, guard="step", frozen=False):
+    """A wrapped host with a kernel, its optimizer, and one update on given data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    wrap(model, select="0")
+    for p in model[0].parameters():
+        p.requires_grad_(not frozen)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    sync_optimizer(model, optimizer)
+    layer = layers(model)["0"]
+    layer.graft(0, kernel, alpha=1.0, guard=guard, example=torch.randn(8, 4))
+    sync_optimizer(model, optimizer)
+
+    def update(x):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        maintain(model)
+
+    return layer, update
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bad_batch_is_not_the_kernels_fault(frozen):
+    """Where the host's own output is not finite, nothing is counted against the seed."""
+    layer, update = stepping(Spoils(), frozen=frozen)
+    update(torch.randn(8, 4))
+    update(torch.full((8, 4), float("nan")))
+    assert layer.state_layout.state(0).name == "ACTIVE"
+
+
+def test_fossil_that_keeps_failing_raises():
+    """Three dropped steps in a row are an error at the next maintain; a clean one ends the row."""
+    kernel = Spoils()
+    layer, update = stepping(kernel)
+    update(torch.randn(8, 4))
+    layer.fossilize(0)
+    for failures in (2, 2):
+        kernel.is_bad = True
+        for _ in range(failures):
+            update(torch.randn(8, 4))
+        kernel.is_bad = False
+        update(torch.randn(8, 4))
+    kernel.is_bad = True
+    update(torch.randn(8, 4))
+    update(torch.randn(8, 4))
+    with pytest.raises(KernelExecutionError, match="3 times in a row"):
+        update(torch.randn(8, 4))
+
+
+def test_shadow_kernel_upstream_leaves_no_fault_in_a_seed():
+    """What an audition feeds to the seeds after it says nothing about them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    wrap(model)
+    first, second = layers(model).values()
+    second.graft(0, nn.Sequential(Powers(), nn.Linear(4, 1)), alpha=1.0, example=torch.randn(8, 4))
+    huge = nn.Linear(4, 4)
+    nn.init.constant_(huge.weight, 1e10)
+    x = torch.randn(8, 4)
+    for in_shadow in (True, False):
+        for _ in range(3):
+            kernel = prepare_kernel(first, huge)
+            inner = shadow_pass(model) if in_shadow else contextlib.nullcontext()
+            with inner, first.shadow(0, kernel):
+                model(x)
+        maintain(model)
+        isolated = second.state_layout.state(0).name == "ERROR_RECOVERY"
+        assert isolated is not in_shadow  # outside of a shadow pass it counts: the control
+
+
+class Powers(nn.Module):
+    """Finite for small inputs only."""
+
+    def forward(self, x):
+        return x.pow(6)
+
+
+def test_seed_survives_a_move_of_its_model():
+    """What was observed on the old device is forgotten, not mixed with the new one's."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    wrap(model)
+    layers(model)["0"].graft(0, nn.Linear(4, 4), alpha=1.0, example=torch.randn(8, 4))
+    model(torch.randn(8, 4))
+    model.to("meta")
+    model(torch.randn(8, 4, device="meta"))
+    assert layers(model)["0"]._kasmina.seeds[0].slot.alpha.device.type == "meta"

@@ -90,7 +90,8 @@ def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Su
     sums = (h.sum(dtype=wide), grafted.sum(dtype=wide))
     if torch.compiler.is_compiling():
         row = torch.stack(sums)
-        seed.ring = torch.cat((seed.ring[1:], (row - row).to(seed.ring.dtype).unsqueeze(0)))
+        latest = (row - row).to(seed.ring.dtype).unsqueeze(0)
+        seed.ring = torch.cat((seed.ring[1:].to(row.device), latest))
     else:
         seed.rows.append(sums)
     return sums
@@ -197,6 +198,8 @@ def observed_rows(seed: Seed) -> Tensor:
 
     A row that begins with NaN says nothing about the seed.
     """
+    if seed.ring.device != seed.slot.alpha.device:  # the model was moved since
+        seed.forget_calls()
     if not seed.rows:
         return seed.ring
     sums = torch.stack([s for pair in seed.rows for s in pair]).view(-1, 2)

@@ -134,9 +134,28 @@ def _maintain_seed(
             faults.append(fault)
             if before == _S.FOSSILIZED and longest >= FAULTS_IN_A_ROW:
                 failing.append(fault)
+        elif before == _S.FOSSILIZED and seed.guard == "step":
+            failing += _fossil_at_fault(record, seed_idx, seed)
     after = record.layout.state(seed_idx)
     if after != before:
         transitions.append(_transition(record, seed_idx, before, seed.last_error))
+
+
+def _fossil_at_fault(record: LayerRecord, seed_idx: int, seed: Seed) -> list[SeedFault]:
+    """Return the fault of a fossil whose last steps, read by the optimizer, were all dropped."""
+    faults = int(record.layout.error_count[seed_idx])
+    if faults < FAULTS_IN_A_ROW:
+        return []
+    state = record.layout.state(seed_idx)
+    return [
+        SeedFault(
+            layer=record.name,
+            seed_idx=seed_idx,
+            faults=faults,
+            state=state,
+            reason=seed.last_error,
+        )
+    ]
 
 
 def _transition(
@@ -172,7 +191,7 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
         if seed.example is None:
             _give_up(layer, seed_idx, seed, "no example to probe it with")
             return
-        probe(layer, seed.kernel, seed.example)
+        probe(layer, seed.kernel, seed.example.to(seed.slot.alpha.device))
     except KernelRefusedError as error:
         seed.last_error = str(error)
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
@@ -225,7 +244,14 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
             faults.append(_isolate_now(layer, seed_idx, seed))
         elif not outcomes_known:
             seed.rows.clear()
+            _end_run_of_faults(record_of(layer), seed_idx)
     return faults
+
+
+def _end_run_of_faults(record: LayerRecord, seed_idx: int) -> None:
+    """A clean step ends a run of faults."""
+    if int(record.layout.error_count[seed_idx]):
+        record.layout.record_calls(seed_idx, [False])
 
 
 def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
@@ -238,10 +264,18 @@ def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     rows = observed_rows(seed)
     output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
+    gradient_bad = gradient_bad & _host_was_finite(seed)
     if not seed.is_serial:
         host = (p for name, p in layer.named_parameters() if not name.startswith("_seeds."))
         gradient_bad = gradient_bad & ~_any_not_finite(host, like=output_bad)
     return torch.stack((output_bad, gradient_bad))
+
+
+def _host_was_finite(seed: Seed) -> Tensor:
+    """Return a bool tensor: whether the host's output was finite in every call of this step."""
+    if not seed.rows:
+        return seed.ring[-1, 0] == 0  # of the latest compiled call
+    return torch.isfinite(torch.stack([host for host, _ in seed.rows])).all()
 
 
 def _any_not_finite(parameters: Iterable[Any], *, like: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ import random
 import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.execution.generated_class import replan
-from esper.execution.layer_record import record_of
+from esper.execution.layer_record import RECORD, record_of
 from esper.execution.occupancy import make_seed
 from esper.execution.seed_slot import no_hook
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.execution.kernel import PreparedKernel
+
+_OBSERVATIONS: Final = ("rows", "errors", "gradients", "incoming", "ring", "last_error")
+_COUNTERS: Final = ("forward_count", "native_count", "kernel_execution_count", "num_faults")
 
 _in_shadow_pass: ContextVar[bool] = ContextVar("in_shadow_pass", default=False)
 
@@ -44,7 +47,8 @@ def shadow_pass(model: nn.Module) -> Iterator[None]:
     """Run forwards that leave the model, the random state and the run as they were.
 
     Forwards inside write to clones of the buffers; the buffers themselves come back untouched,
-    also where the forward raises. The random states of torch, numpy and Python are put back.
+    also where the forward raises, and so does what the seeds had observed of their calls. The
+    random states of torch, numpy and Python are put back.
     Parameters are not protected: take gradients with ``torch.autograd.grad``.
 
     Args:
@@ -52,6 +56,7 @@ def shadow_pass(model: nn.Module) -> Iterator[None]:
     """
     token = _in_shadow_pass.set(True)
     buffers = _set_aside_buffers(model)
+    observed = _set_aside_observations(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=_device_indices(model), device_type=_device_type(model)):
@@ -61,7 +66,26 @@ def shadow_pass(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
         for module, name, buffer in buffers:
             module._buffers[name] = buffer  # noqa: SLF001 - past hooks and properties
+        for holder, values in observed:
+            vars(holder).update(values)
         _in_shadow_pass.reset(token)
+
+
+def _set_aside_observations(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """Let seeds and layers count what comes as if it were the first; return what to put back.
+
+    What a shadow kernel feeds to the seeds after it says nothing about them.
+    """
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    for module in model.modules():
+        record = module.__dict__.get(RECORD)
+        if record is None:
+            continue
+        kept.append((record, {name: getattr(record, name) for name in _COUNTERS}))
+        for seed in record.seeds.values():
+            kept.append((seed, {name: getattr(seed, name) for name in _OBSERVATIONS}))
+            seed.forget_calls()
+    return kept
 
 
 def _set_aside_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -98,7 +98,7 @@ class Audition:
 
     def evaluate(self, model: nn.Module, evaluator: Evaluator) -> Evaluation:
         """Measure the host as it is with the kernel on, at alpha 1."""
-        with self.layer.shadow(self.seed_idx, self.kernel):
+        with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
             return evaluator(model)
 
     def recent_loss(self, window: int = 20) -> float:
