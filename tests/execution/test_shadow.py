@@ -10,6 +10,8 @@ from torch import nn
 
 from esper.execution.host_class import adopt
 from esper.execution.kernel import prepare_kernel
+from esper.execution.layer_record import record_of
+from esper.execution.maintenance import maintain, read_step_flags
 from esper.execution.shadow import in_shadow_pass, shadow_pass
 
 
@@ -189,3 +191,46 @@ def test_an_encoder_layer_does_not_bypass_a_seed():
         assert not torch.allclose(encoder(x), bare)
         site.unload_kernel(0)
         assert torch.equal(encoder(x), bare)
+
+
+class Sensitive(nn.Module):
+    """A kernel that fails on large inputs, in the way that is asked for."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 5))
+        self.fault = fault
+
+    def forward(self, x):
+        if x.abs().max() > 1e3:
+            if self.fault == "raises":
+                raise RuntimeError("too large")
+            return x @ self.weight.T + torch.nan
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("guard", ["always", "step"])
+@pytest.mark.parametrize("fault", ["raises", "nan"])
+def test_what_an_audition_feeds_to_other_seeds_is_not_held_against_them(fault, guard):
+    """A seed behind the auditioned one is fed nonsense: not counted, not timed, not isolated."""
+    net = make_net()
+    record = record_of(net.head)
+    net.head.enable_step_guard()
+    record.telemetry_enabled = True
+    net.head.graft(0, Sensitive(fault), alpha=1.0, guard=guard, example=torch.randn(6, 5))
+    net.eval()
+    loud = nn.Linear(4, 5)
+    with torch.no_grad():
+        loud.weight.fill_(1e6)
+    x, target = torch.randn(6, 4), torch.randint(3, (6,))
+    net(x).sum().backward()
+    counted = record.forward_count, record.kernel_execution_count
+    for _ in range(3):
+        audition(net, loud, x, target)
+    assert (record.forward_count, record.kernel_execution_count) == counted
+    assert read_step_flags([net.head]) == []
+    report = maintain(net)
+    assert (report.faults, report.transitions) == ((), ())
+    with net.site.shadow(0, prepare_kernel(net.site, loud)):
+        net(x)
+    assert maintain(net).faults[0].faults == 1
