@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ class Audition:
         optimizer: Of the same class and settings as the host layer's group; None where the
             kernel has nothing to train.
         random_seed: Starts the random state of every shadow pass, with the pass's number.
-        losses: Training loss of each shadow pass, on the device.
+        num_passes: Shadow passes done.
     """
 
     layer: KasminaLayer
@@ -48,7 +48,7 @@ class Audition:
     kernel: PreparedKernel
     optimizer: Optimizer | None
     random_seed: int
-    losses: list[Tensor] = field(default_factory=list)
+    num_passes: int = 0
 
     @classmethod
     def begin(
@@ -87,25 +87,19 @@ class Audition:
             return
         parameters = trainable(self.kernel.module)
         with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
-            seed_random_state(model, self.random_seed + len(self.losses))
+            seed_random_state(model, self.random_seed + self.num_passes)
             loss = compute_loss(model, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.detach())
+        self.num_passes += 1
 
     def evaluate(self, model: nn.Module, evaluator: Evaluator) -> Evaluation:
         """Measure the host as it is with the kernel on, at alpha 1."""
         with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
             return evaluator(model)
-
-    def recent_loss(self, window: int = 20) -> float:
-        """Mean training loss of the last ``window`` shadow passes; infinite before the first."""
-        if not self.losses:
-            return float("inf")
-        return float(torch.stack(self.losses[-window:]).mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
