@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from esper.contracts.errors import KernelExecutionError
+from esper.execution.guard import observed_rows
 from esper.execution.kernel import prepare_kernel
 from esper.execution.maintenance import maintain
 from esper.execution.shadow import shadow_pass
@@ -143,4 +144,18 @@ def test_seed_survives_a_move_of_its_model():
     model(torch.randn(8, 4))
     model.to("meta")
     model(torch.randn(8, 4, device="meta"))
-    assert layers(model)["0"]._kasmina.seeds[0].slot.alpha.device.type == "meta"
+    assert observed_rows(layers(model)["0"]._kasmina.seeds[0]).device.type == "meta"
+
+
+def test_what_was_observed_before_a_shadow_pass_is_kept():
+    """A fault that was not read yet is still there after an audition."""
+    model = wrap(nn.Sequential(nn.Linear(4, 4)))
+    layer = layers(model)["0"]
+    layer.graft(0, nn.Linear(4, 4), alpha=1.0, example=torch.randn(8, 4))
+    model(torch.randn(8, 4))
+    before = list(layer._kasmina.seeds[0].rows)
+    with shadow_pass(model):
+        model(torch.randn(8, 4))
+    after = list(layer._kasmina.seeds[0].rows)
+    assert len(before) == len(after) == 1
+    assert before[0] is after[0]
