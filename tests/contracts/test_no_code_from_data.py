@@ -15,6 +15,8 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 ATTRIBUTES = {"torch.load", "torch.jit.load", "torch.export.load", "torch.package", "torch.hub"}
 IMPORTS = ATTRIBUTES | {"torch.jit"}
+ALLOWED = {"execution/torchscript.py": ["torch.jit.load"]}
+"""Each file that may, and what it does, once: it loads only what its own process wrote."""
 
 
 def _dotted(node):
@@ -42,7 +44,8 @@ def _offences(tree):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_file_can_execute_data(path):
     """Pickle, torch.load, torch.jit.load, eval and exec do not occur in the syntax tree."""
-    assert list(_offences(ast.parse(path.read_text()))) == []
+    found = [name for _, name in _offences(ast.parse(path.read_text()))]
+    assert found == ALLOWED.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(

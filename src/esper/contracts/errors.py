@@ -13,7 +13,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
         │   ├── KernelCorruptError      the bytes are not what their name says; permanent, alarming
         │   ├── KernelRefusedError      the kernel failed a check of the probe; permanent
         │   └── KernelSourceUnavailable the source did not answer; transient
-        ├── KernelExecutionError        a kernel keeps failing where it may not be isolated
+        ├── KernelExecutionError        a kernel failed where nothing stands in for it
         ├── SeedLifecycleError          a transition that the table does not allow
         ├── CacheError                  the cache was used against its rules
         ├── AsyncExecutionError         asynchronous execution failed
@@ -72,7 +72,10 @@ class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's nam
 
 
 class KernelExecutionError(KasminaException):
-    """A kernel keeps failing where it may not be isolated (an unfolded fossil)."""
+    """A kernel failed where nothing stands in for it.
+
+    An unfolded fossil keeps failing, or a kernel was executed by itself. The message says on what.
+    """
 
 
 class SeedLifecycleError(KasminaException):
