@@ -66,16 +66,58 @@ OTHERS = [
 ]
 
 
+LIFTS = [
+    SiteSpec(
+        kind="conv_transpose2d",
+        in_features=4,
+        out_features=6,
+        kernel_size=(3, 3),
+        stride=(stride, stride),
+        padding=(1, 1),
+        output_padding=(stride - 1, stride - 1),
+        dilation=(1, 1),
+        groups=groups,
+        bias=groups == 1,
+    )
+    for stride, groups in [(1, 1), (2, 1), (2, 2)]
+]
+BEHIND = [
+    *[SiteSpec(kind=kind, in_features=8, out_features=8) for kind in ("norm", "embedding")],
+    SiteSpec(kind="attention", in_features=8, out_features=8),
+    *[SiteSpec(kind="channel_norm", in_features=4, out_features=4, axes=n) for n in (0, 1, 2, 3)],
+    SiteSpec(kind="block", in_features=8, out_features=8, is_sequence=True),
+    SiteSpec(kind="block", in_features=8, out_features=8, is_sequence=True, is_causal=False),
+    SiteSpec(kind="block", in_features=3, out_features=8, is_sequence=True),
+    SiteSpec(kind="block", in_features=4, out_features=6, axes=2),
+]
+"""Kinds whose kernels read behind the host; what stands for the host keeps what it is given."""
+ALL = LINEARS + OTHERS + LIFTS + BEHIND
+
+
 def _name(site):
     return "-".join(str(getattr(site, f.name)) for f in fields(site)).replace(" ", "")
 
 
-SMALL = [LINEARS[0], _conv(2, 3, 1, 1, 1), _conv(1, 3, 2, 1, 1)]
+SMALL = [LINEARS[0], _conv(2, 3, 1, 1, 1), _conv(1, 3, 2, 1, 1), LIFTS[1], BEHIND[5], BEHIND[7]]
 
 
 def _host(site):
     if site.kind == "linear":
         return nn.Linear(site.in_features, site.out_features, bias=site.bias)
+    if site in LIFTS:
+        return nn.ConvTranspose2d(
+            site.in_features,
+            site.out_features,
+            site.kernel_size,
+            site.stride,
+            site.padding,
+            site.output_padding,
+            site.groups,
+            site.bias,
+            site.dilation,
+        )
+    if site in BEHIND:
+        return nn.Identity()
     cls = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[site.kind]
     return cls(
         site.in_features,
@@ -91,9 +133,12 @@ def _host(site):
 
 
 def _example(site, odd=0):
-    shape = (2, site.in_features)
-    if site.kind != "linear":
-        shape += tuple(11 + odd + axis for axis in range(len(site.kernel_size)))
+    axes = len(site.kernel_size) or site.axes or 0
+    shape = (2, site.in_features, *(11 + odd + axis for axis in range(axes)))
+    if site in BEHIND and site.axes is None:
+        shape = (2, 11 + odd, site.out_features)
+    elif site in BEHIND:
+        shape = (2, site.out_features, *shape[2:])
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -101,7 +146,7 @@ def _all(site):
     return DEFAULT.blueprints_for(site, capacity_only=False)
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=_name)
 def test_every_kernel_gives_the_shape_of_its_host(site):
     """For each entry and control, and for inputs of two sizes."""
     host = _host(site)
@@ -121,15 +166,17 @@ def test_every_kernel_gives_the_shape_of_its_host_over_a_grid():
         test_every_kernel_gives_the_shape_of_its_host(site)
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=_name)
 def test_catalog_kernels_are_exactly_zero_at_birth_by_one_layer(site):
     """The output is exactly zero, by the tensors of the last layer alone."""
     for blueprint in _all(site):
         kernel = lower(blueprint)
         assert not kernel(_example(site)).any()
         zero = {name for name, tensor in kernel_tensors(kernel).items() if not tensor.any()}
-        assert zero == {"out.weight", "out.bias"} & kernel_tensors(kernel).keys()
-        assert (blueprint.mode, blueprint.position) == ("add", "parallel")
+        born_zero = {n for n in zero if n.startswith(("norm", "attention.")) and "bias" in n}
+        assert zero - born_zero == {"out.weight", "out.bias"} & kernel_tensors(kernel).keys()
+        behind = site.kind in catalog.READ_BEHIND or "behind" in blueprint.id
+        assert (blueprint.mode, blueprint.position) == ("add", "serial" if behind else "parallel")
 
 
 @pytest.mark.parametrize("site", SMALL, ids=_name)
@@ -148,7 +195,7 @@ def test_catalog_kernels_learn(site):
                     parameter.grad = None
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=_name)
 def test_capacity_is_claimed_exactly_where_the_kernel_is_not_affine(site):
     """A kernel that is affine in the host's input adds nothing to a trainable affine host."""
     for blueprint in _all(site):
@@ -160,9 +207,12 @@ def test_kernels_without_capacity_are_offered_to_frozen_hosts_only():
     for site in SMALL:
         frozen = replace(site, host_is_trainable=False)
         assert all(b.adds_capacity for b in DEFAULT.blueprints_for(site))
-        assert not all(
-            b.adds_capacity
-            for b in DEFAULT.blueprints_for(replace(frozen, in_features=64, out_features=64))
+        assert (
+            not all(
+                b.adds_capacity
+                for b in DEFAULT.blueprints_for(replace(frozen, in_features=64, out_features=64))
+            )
+            or site in LIFTS + BEHIND
         )
 
 
@@ -186,7 +236,7 @@ def test_artifacts_name_the_zeroed_tensor_of_their_entry():
                 assert compile_blueprint(blueprint).metadata.zeroed == entry.zeroed
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=_name)
 def test_the_noop_contributes_exactly_nothing_and_trains_nothing(site):
     """Zero for any finite input, without parameters."""
     kernel = lower(catalog.noop(site))
@@ -208,7 +258,7 @@ def test_the_noise_is_noise_and_ignores_its_input(site):
     assert blueprint.draws_random
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", LINEARS + OTHERS + LIFTS, ids=_name)
 def test_own_shape_kernels_are_the_hosts_own_layer(site):
     """With the host's weights in it, the kernel computes what the host does."""
     host, x = _host(site), _example(site)
@@ -221,7 +271,42 @@ def test_own_shape_kernels_are_the_hosts_own_layer(site):
         assert torch.equal(kernel(x), host(x))
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS, ids=_name)
+@pytest.mark.parametrize("site", BEHIND, ids=_name)
+def test_own_shape_kernels_behind_a_host_are_affine_and_zero(site):
+    """Behind what is no affine layer of its input: one affine layer, which claims no capacity."""
+    for control in (catalog.capacity_free, catalog.own_shape_zeroed):
+        made = plan(control(site))
+        assert made.is_affine
+        assert [step.op_type for step in made.steps] == [
+            "diagonal" if site.kind in catalog.NORMS else "conv2d" if site.axes else "linear"
+        ]
+        assert not any(p.any() for p in lower(control(site)).parameters())
+        assert control(site).position == "serial"
+        assert control(site).adds_capacity == (site.kind == "block")
+
+
+def test_a_block_sees_later_inputs_only_where_the_host_does():
+    """By default a block's kernel cannot look ahead; it offers none where samples are no rows."""
+    site = BEHIND[7]
+    for known in (site, replace(site, is_causal=False)):
+        block = next(b for b in _all(known) if b.id.startswith("block"))
+        kernel, x = lower(block), _example(known)
+        nn.init.normal_(kernel.steps[-1].weight)
+        changed = x.clone()
+        changed[:, -1] += torch.randn(8, generator=torch.Generator().manual_seed(1))
+        is_same = torch.equal(kernel(x)[:, :-1], kernel(changed)[:, :-1])
+        assert is_same == known.is_causal
+    for other in (replace(site, is_sequence=False), replace(site, in_features=3)):
+        assert not any(b.id.startswith("block") for b in _all(other))
+
+
+def test_a_layer_whose_output_is_not_known_is_offered_nothing():
+    """A block or a norm that was never seen has no kernels, and no error either."""
+    for kind in ("block", "channel_norm"):
+        assert _all(SiteSpec(kind=kind, in_features=4, out_features=0)) == []
+
+
+@pytest.mark.parametrize("site", ALL, ids=_name)
 def test_random_features_are_random_and_frozen_to_the_last_tensor(site):
     """The readout too is random and frozen, so that training can bring nothing."""
     kernel = lower(catalog.random_features(site))
@@ -238,5 +323,5 @@ def test_the_dtype_of_the_site_is_the_dtype_of_its_kernels():
 
 def test_an_unknown_kind_of_layer_is_offered_nothing():
     """The catalog says nothing about layers that it does not know."""
-    site = SiteSpec(kind="embedding", in_features=4, out_features=4)
+    site = SiteSpec(kind="fourier", in_features=4, out_features=4)
     assert DEFAULT.blueprints_for(site) == []

@@ -18,7 +18,7 @@ def _really(op, attributes, shapes):
     try:
         module = build_module(operation, read_settings(operation, attributes), **CPU)
         return tuple(module(*(torch.zeros(shape) for shape in shapes)).shape)
-    except (RuntimeError, ValueError, AssertionError):
+    except (RuntimeError, ValueError, IndexError, AssertionError):
         return None
 
 
@@ -31,6 +31,7 @@ def _by_rule(op, attributes, shapes):
 
 
 LINEAR = {"in_features": 4, "out_features": 6}
+LIFT = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
 ATTENTION = {"embed_dim": 4, "num_heads": 2}
 
 CASES = [
@@ -66,6 +67,23 @@ CASES = [
             [(2, 5, 4), (2, 6, 4), (2, 7, 4)],
             [(2, 5, 4), (3, 6, 4), (3, 6, 4)],
         ]
+    ],
+    *[
+        ("diagonal", {"num_features": 4, "dim": dim}, [shape])
+        for dim in (-1, 1)
+        for shape in [(4,), (2, 4), (2, 4, 5), (2, 5, 4)]
+    ],
+    *[
+        ("conv_transpose2d", {**LIFT, **more}, [shape])
+        for more in (
+            {},
+            {"stride": (1, 2), "padding": (0, 1), "output_padding": (0, 1)},
+            {"stride": 2, "dilation": 3, "output_padding": 2, "groups": 2, "bias": False},
+            {"output_padding": 1},
+            {"padding": 3},
+            {"groups": 3},
+        )
+        for shape in [(2, 4, 3, 5), (2, 3, 3, 5)]
     ],
     *[
         (op, {}, shapes)

@@ -101,12 +101,6 @@ def test_padding_by_name_is_described_in_numbers():
         describe_site(nn.Conv1d(2, 2, 4, padding="same"))
 
 
-def test_a_layer_without_catalog_is_named():
-    """Other layers have no description; the message says what can be done."""
-    with pytest.raises(TypeError, match="by hand"):
-        describe_site(nn.LayerNorm(4))
-
-
 def test_grafts_do_not_make_a_frozen_host_trainable():
     """host_is_trainable looks at the host's parameters only."""
     layer = adopt(nn.Linear(6, 6).requires_grad_(False), name="site")

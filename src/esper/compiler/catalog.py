@@ -1,9 +1,10 @@
 """The catalog: which kernels are tried at which layer, and the controls that they are held against.
 
-Every kernel of the catalog reads the host's input (parallel), adds, and gives exactly the shape of
-the host's output. Each ends in one zeroed affine layer, ``"out"``, so that it is the identity at
-birth and only its own last layer is zero. Two widths each: about a quarter of the layer, at least
-32, and twice that; half as much for the bottleneck.
+Every kernel of the catalog adds, and gives exactly the shape of the host's output. It reads the
+host's input (parallel); behind a norm, an embedding or a whole block its output (serial). Each ends
+in one zeroed affine layer, ``"out"``, so that it is the identity at birth and only its own last
+layer is zero. Two widths each: about a quarter of the layer, at least 32, and twice that; half as
+much for the bottleneck.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ from esper.contracts.site import SiteSpec
 
 LINEAR: Final = frozenset({"linear"})
 CONVOLUTIONS: Final = frozenset({"conv1d", "conv2d", "conv3d"})
-_FREE_SIZES: Final = {"conv1d": ("L",), "conv2d": ("H", "W"), "conv3d": ("D", "H", "W")}
+TRANSPOSED: Final = frozenset({"conv_transpose2d"})
+ATTENTION: Final = frozenset({"attention"})
+NORMS: Final = frozenset({"norm", "channel_norm"})
+READ_BEHIND: Final = NORMS | {"embedding", "block"}
+"""Kinds whose kernels read the host's output: its input says less, or is no tensor of features."""
+
+_FREE_SIZES: Final = ((), ("L",), ("H", "W"), ("D", "H", "W"))
 _LEAST_WIDTH: Final = 32
+_LEAST_HEAD: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,23 +91,27 @@ def default_catalog() -> Catalog:
     """Return the catalog that the controller uses unless it is given another."""
     return Catalog(
         entries=(
-            CatalogEntry(name="mlp", kinds=LINEAR, adds_capacity=True, build=_mlp),
-            CatalogEntry(name="gated-mlp", kinds=LINEAR, adds_capacity=True, build=_gated_mlp),
-            CatalogEntry(name="low-rank", kinds=LINEAR, adds_capacity=False, build=_low_rank),
-            CatalogEntry(
-                name="bottleneck", kinds=CONVOLUTIONS, adds_capacity=True, build=_bottleneck
-            ),
-            CatalogEntry(
-                name="conv-block", kinds=CONVOLUTIONS, adds_capacity=True, build=_conv_block
-            ),
-            CatalogEntry(
-                name="separable", kinds=CONVOLUTIONS, adds_capacity=True, build=_separable
-            ),
-            CatalogEntry(
-                name="pointwise", kinds=CONVOLUTIONS, adds_capacity=False, build=_pointwise
-            ),
+            _entry("mlp", LINEAR | ATTENTION, _mlp),
+            _entry("gated-mlp", LINEAR | ATTENTION, _gated_mlp),
+            _entry("low-rank", LINEAR, _low_rank, adds_capacity=False),
+            _entry("bottleneck", CONVOLUTIONS | TRANSPOSED, _bottleneck),
+            _entry("conv-block", CONVOLUTIONS | TRANSPOSED, _conv_block),
+            _entry("separable", CONVOLUTIONS | TRANSPOSED, _separable),
+            _entry("pointwise", CONVOLUTIONS, _pointwise, adds_capacity=False),
+            _entry("mlp-behind", READ_BEHIND | ATTENTION, _mlp_behind),
+            _entry("block", frozenset({"block"}), _block),
         )
     )
+
+
+def _entry(
+    name: str,
+    kinds: frozenset[str],
+    build: Callable[[SiteSpec, int], BlueprintIR | None],
+    *,
+    adds_capacity: bool = True,
+) -> CatalogEntry:
+    return CatalogEntry(name=name, kinds=kinds, adds_capacity=adds_capacity, build=build)
 
 
 def widths_for(site: SiteSpec) -> tuple[int, int]:
@@ -200,6 +212,56 @@ def _pointwise(site: SiteSpec, _width: int) -> BlueprintIR | None:
     return replace(chain, adds_capacity=False)
 
 
+def _mlp_behind(site: SiteSpec, width: int) -> BlueprintIR | None:
+    """Two layers position by position, on what the host gives."""
+    if site.out_features == 0:
+        return None
+    steps = [
+        ("hidden", *_pointwise_layer(site, site.out_features, width)),
+        ("act", *_act("gelu")),
+        ("out", *_readout(site, width)),
+    ]
+    return _serial(site, f"mlp-behind-{_size(site)}-w{width}", steps, adds_capacity=True)
+
+
+def _block(site: SiteSpec, width: int) -> BlueprintIR | None:
+    """One more block behind a block: its MLP reads what its own attention has added.
+
+    Only the MLP's last layer is zero: attention and MLP in one row, as two zeroed branches would
+    be two zeroed layers. It looks at earlier positions only, unless the host is known to look at
+    later ones: a kernel that sees what it is to predict gains much and learns nothing.
+    """
+    features = site.out_features
+    if not site.is_sequence or features != site.in_features:
+        return None
+    heads = [h for h in range(1, 17) if features % h == 0 and features // h >= _LEAST_HEAD]
+    norm = {"normalized_shape": features}
+    attention = {
+        "embed_dim": features,
+        "num_heads": max(heads, default=1),
+        "causal": site.is_causal,
+    }
+    nodes = [
+        BlueprintNode("norm1", "layer_norm", norm),
+        BlueprintNode("attention", "multihead_attention", attention),
+        BlueprintNode("skip", "add"),
+        BlueprintNode("norm2", "layer_norm", norm),
+        BlueprintNode("up", *_linear(features, width)),
+        BlueprintNode("act", *_act("gelu")),
+        BlueprintNode("out", *_zeroed(_linear(width, features))),
+    ]
+    spec = TensorSpec(("L", features), site.dtype)
+    name = f"block-{_size(site)}-w{width}"
+    return BlueprintIR(
+        id=f"{name}-causal" if site.is_causal else name,
+        nodes=tuple(nodes),
+        edges=(*_edges_along(nodes), BlueprintEdge(INPUT, "skip", 1)),
+        input_spec=spec,
+        output_spec=spec,
+        position="serial",
+    )
+
+
 def noop(site: SiteSpec) -> BlueprintIR:
     """Control: the host's output times 0. Serial; nothing to train; contributes exactly nothing."""
     steps = [("off", "scale", {"factor": 0.0})]
@@ -218,22 +280,37 @@ def noise(site: SiteSpec, *, std: float = 0.1) -> BlueprintIR:
 
 
 def capacity_free(site: SiteSpec) -> BlueprintIR:
-    """Control: the host layer's own class and settings, zeroed; trains, and can add nothing."""
+    """Control: what the host layer can learn by itself, zeroed; trains, and can add nothing.
+
+    A linear layer or convolution of the host's own settings; behind a norm a factor and a term a
+    feature; behind an embedding or an attention, which end in a matrix, a matrix. Behind a block,
+    of which nothing is known, a matrix too, and there it says ``adds_capacity``.
+    """
     return _own_shape(site, "capacity-free")
 
 
 def own_shape_zeroed(site: SiteSpec) -> BlueprintIR:
-    """The same-treatment null of a twin: an affine layer of the host's own shape, zeroed."""
+    """The same-treatment null of a twin: what :func:`capacity_free` is."""
     return _own_shape(site, "own-shape")
 
 
 def random_features(site: SiteSpec) -> BlueprintIR:
     """Control: random features with a random readout, every tensor frozen; enters at alpha 0."""
     width = widths_for(site)[0]
-    build = _mlp if site.kind == "linear" else _conv_block
+    build = next(build for kinds, build in _FEATURES if site.kind in kinds)
     trained = build(site, width)
+    assert trained is not None, "these families fit every site of their kinds"
     nodes = tuple(_frozen(node) for node in trained.nodes)
     return replace(trained, id=f"random-features-{_size(site)}-w{width}", nodes=nodes)
+
+
+_FEATURES: Final[
+    tuple[tuple[frozenset[str], Callable[[SiteSpec, int], BlueprintIR | None]], ...]
+] = (
+    (LINEAR | ATTENTION, _mlp),
+    (CONVOLUTIONS | TRANSPOSED, _conv_block),
+    (READ_BEHIND, _mlp_behind),
+)
 
 
 def _frozen(node: BlueprintNode) -> BlueprintNode:
@@ -244,16 +321,37 @@ def _frozen(node: BlueprintNode) -> BlueprintNode:
 
 
 def _own_shape(site: SiteSpec, name: str) -> BlueprintIR:
+    name = f"{name}-{_size(site)}"
+    if site.kind in NORMS:
+        return _serial(site, name, [("out", *_zeroed(_diagonal(site)))])
+    if site.kind in READ_BEHIND | ATTENTION:
+        layer = _pointwise_layer(site, site.out_features, site.out_features)
+        return _serial(site, name, [("out", *_zeroed(layer))], adds_capacity=site.kind == "block")
     if site.kind == "linear":
-        op_type, attributes = _linear(site.in_features, site.out_features, bias=site.bias)
+        layer = _linear(site.in_features, site.out_features, bias=site.bias)
     else:
-        op_type, attributes = _conv_like_host(
+        layer = _conv_like_host(
             site, site.in_features, site.out_features, groups=site.groups, bias=site.bias
         )
-    chain = _chain(
-        site, f"{name}-{_size(site)}", [("out", op_type, {**attributes, "init": "zeros"})]
-    )
-    return replace(chain, adds_capacity=False)
+    return replace(_chain(site, name, [("out", *_zeroed(layer))]), adds_capacity=False)
+
+
+def _zeroed(layer: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    return layer[0], {**layer[1], "init": "zeros"}
+
+
+def _diagonal(site: SiteSpec) -> tuple[str, dict[str, Any]]:
+    dim = -1 if _axes(site) is None else 1
+    return "diagonal", {"num_features": site.out_features, "dim": dim}
+
+
+def _pointwise_layer(
+    site: SiteSpec, features_in: int, features_out: int
+) -> tuple[str, dict[str, Any]]:
+    """An affine layer on the features or channels of what the host gives, at each position."""
+    if not _axes(site):
+        return _linear(features_in, features_out)
+    return _conv_1x1(site, features_in, features_out)
 
 
 def _linear(
@@ -269,33 +367,36 @@ def _act(name: str) -> tuple[str, dict[str, Any]]:
 
 def _conv_1x1(site: SiteSpec, channels_in: int, channels_out: int) -> tuple[str, dict[str, Any]]:
     sizes = {"in_channels": channels_in, "out_channels": channels_out, "kernel_size": 1}
-    return site.kind, sizes
+    return f"conv{_axes(site)}d", sizes
+
+
+def _axes(site: SiteSpec) -> int | None:
+    """Return how many axes stand behind the channels; None where features are the last axis."""
+    return len(site.kernel_size) or site.axes
 
 
 def _conv_like_host(
     site: SiteSpec, channels_in: int, channels_out: int, *, groups: int = 1, bias: bool = True
 ) -> tuple[str, dict[str, Any]]:
     """A convolution with the host's window, so that its output has the host's spatial size."""
-    return site.kind, {
+    settings = {
         "in_channels": channels_in,
         "out_channels": channels_out,
         "kernel_size": site.kernel_size,
         "stride": site.stride,
         "padding": site.padding,
         "dilation": site.dilation,
-        "padding_mode": site.padding_mode,
         "groups": groups,
         "bias": bias,
     }
+    if site.kind in TRANSPOSED:
+        return site.kind, {**settings, "output_padding": site.output_padding}
+    return site.kind, {**settings, "padding_mode": site.padding_mode}
 
 
 def _readout(site: SiteSpec, width: int) -> tuple[str, dict[str, Any]]:
     """The zeroed last layer: from ``width`` to the host's outputs."""
-    if site.kind == "linear":
-        op_type, attributes = _linear(width, site.out_features)
-    else:
-        op_type, attributes = _conv_1x1(site, width, site.out_features)
-    return op_type, {**attributes, "init": "zeros"}
+    return _zeroed(_pointwise_layer(site, width, site.out_features))
 
 
 def _size(site: SiteSpec) -> str:
@@ -337,6 +438,7 @@ def _serial(
     steps: Iterable[tuple[str, str, dict[str, Any]]],
     *,
     draws_random: bool = False,
+    adds_capacity: bool = False,
 ) -> BlueprintIR:
     nodes = [BlueprintNode(*step) for step in steps]
     return BlueprintIR(
@@ -347,18 +449,21 @@ def _serial(
         output_spec=_spec(site, site.out_features),
         position="serial",
         draws_random=draws_random,
-        adds_capacity=False,
+        adds_capacity=adds_capacity,
     )
 
 
 def _spec(site: SiteSpec, features: int, *, prefix: str = "") -> TensorSpec:
-    if site.kind == "linear":
+    axes = _axes(site)
+    if axes is None:
         return TensorSpec(("*", features), site.dtype)
-    free = tuple(prefix + name for name in _FREE_SIZES[site.kind])
+    free = tuple(prefix + name for name in _FREE_SIZES[axes])
     return TensorSpec((features, *free), site.dtype)
 
 
 def _keeps_size(site: SiteSpec) -> bool:
     """Whether the host's output has the spatial size of its input."""
+    if site.kind in TRANSPOSED:
+        return False
     axes = zip(site.kernel_size, site.stride, site.padding, site.dilation, strict=True)
     return all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in axes)

@@ -13,6 +13,7 @@ from typing import Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from esper.compiler.graph import Plan, plan
 from esper.compiler.operations import build_module
@@ -232,7 +233,7 @@ def _initialise_(module: nn.Module, generator: torch.Generator, *, zeros: bool) 
     if zeros:
         for parameter in module.parameters():
             parameter.zero_()
-    elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(module, nn.Linear | _ConvNd):
         _initialise_affine_(module.weight, module.bias, generator)
     elif isinstance(module, Attention):
         _initialise_attention_(module.attention, generator)

@@ -186,6 +186,37 @@ def _conv(build: type[nn.Module], axes: int) -> Operation:
     )
 
 
+def _conv_transpose() -> Operation:
+    def work(s: Settings, inputs: tuple[Shape, ...], _output: Shape) -> int:
+        each = s["out_channels"] // s["groups"] * math.prod(s["kernel_size"])
+        return int(math.prod(inputs[0]) * each)
+
+    return Operation(
+        shape=shape_rules.transposed_convolution,
+        build=nn.ConvTranspose2d,
+        attributes={
+            "in_channels": _SIZE,
+            "out_channels": _SIZE,
+            "kernel_size": _integers(*_EXTENT, count=2),
+            "stride": _integers(*_EXTENT, 1, count=2),
+            "padding": _integers(0, 4096, 0, count=2),
+            "output_padding": _integers(0, 63, 0, count=2),
+            "groups": _integer(1, MAX_DIMENSION, 1),
+            "bias": _flag(default=True),
+            "dilation": _integers(*_EXTENT, 1, count=2),
+            **_INIT,
+        },
+        affine=True,
+        has_tensors=True,
+        weights=lambda s: (
+            s["in_channels"] * (s["out_channels"] // s["groups"]) * math.prod(s["kernel_size"])
+            + s["out_channels"] * s["bias"]
+        ),
+        work=work,
+        rank=lambda _: 4,
+    )
+
+
 ACTIVATIONS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -255,6 +286,18 @@ def _group_norm() -> Operation:
     )
 
 
+def _diagonal() -> Operation:
+    axis = Attribute(words="-1 or 1", accepts=lambda v: type(v) is int and v in (-1, 1), default=-1)
+    return Operation(
+        shape=shape_rules.diagonal,
+        build=parts.Diagonal,
+        attributes={"num_features": _SIZE, "dim": axis, "bias": _flag(default=True), **_INIT},
+        affine=True,
+        has_tensors=True,
+        weights=lambda s: s["num_features"] * (1 + s["bias"]),
+    )
+
+
 _AXES: Final = _integer(1, 3, 2)
 """Attribute ``dims``: spatial axes, where torch has one class for each number of them."""
 
@@ -292,6 +335,7 @@ def _multihead_attention() -> Operation:
             "num_heads": _integer(1, 1024),
             "dropout": _number(*_PROBABILITY, 0.0),
             "bias": _flag(default=True),
+            "causal": _flag(default=False),
             **_TRAINABLE,
         },
         num_inputs=(1, 3),
@@ -390,6 +434,8 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "conv1d": _conv(nn.Conv1d, 1),
     "conv2d": _conv(nn.Conv2d, 2),
     "conv3d": _conv(nn.Conv3d, 3),
+    "conv_transpose2d": _conv_transpose(),
+    "diagonal": _diagonal(),
     "activation": _activation(),
     "layer_norm": _layer_norm(),
     "group_norm": _group_norm(),

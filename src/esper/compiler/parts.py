@@ -92,6 +92,40 @@ class Scale(nn.Module):
 
 
 @final
+class Diagonal(nn.Module):
+    """A factor and a term for each feature.
+
+    Args:
+        num_features: Size of the axis of the features.
+        dim: That axis: -1, or 1 for channels.
+        bias: Whether there is a term.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self, *, num_features: int, dim: int, bias: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def reset_parameters(self) -> None:
+        """Make it the identity, as the affine part of a normalisation begins."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``weight * x + bias``, features along ``dim``."""
+        y = x.movedim(self.dim, -1) * self.weight
+        return (y if self.bias is None else y + self.bias).movedim(-1, self.dim)
+
+
+@final
 class Noise(nn.Module):
     """Gaussian noise, drawn anew in every forward, in training and in evaluation.
 
@@ -172,6 +206,7 @@ class Attention(nn.Module):
         num_heads: Heads; divides ``embed_dim``.
         dropout: Probability that an attention weight is dropped in training.
         bias: Whether the projections have biases.
+        causal: Whether a query attends to keys up to its own place only.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -185,8 +220,10 @@ class Attention(nn.Module):
         bias: bool,
         device: torch.device,
         dtype: torch.dtype,
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.attention = nn.MultiheadAttention(
             embed_dim, num_heads, dropout, bias, batch_first=True, device=device, dtype=dtype
         )
@@ -203,5 +240,9 @@ class Attention(nn.Module):
         """
         key = query if key is None else key
         value = query if value is None else value
-        attended: Tensor = self.attention(query, key, value, need_weights=False)[0]
+        mask = None
+        if self.causal:  # made from the query, so that tracing keeps its length open
+            shape = (query.size(1), key.size(1))
+            mask = query.new_ones(shape, dtype=torch.bool).triu(1)
+        attended: Tensor = self.attention(query, key, value, need_weights=False, attn_mask=mask)[0]
         return attended

@@ -95,6 +95,32 @@ def convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return (batch, settings["out_channels"], *spatial)
 
 
+def transposed_convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+    """Batch, ``out_channels``, and per axis (n - 1) s - 2p + d (k - 1) + output padding + 1."""
+    batch, _, *sizes = inputs[0]
+    _expect_divides("groups", settings["groups"], settings["in_channels"])
+    _expect_divides("groups", settings["groups"], settings["out_channels"])
+    _expect_axis(inputs[0], 1, settings["in_channels"])
+    names = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+    rows = zip(sizes, *(settings[name] for name in names), strict=True)
+    spatial = []
+    for size, kernel, stride, padding, dilation, more in rows:
+        if more >= max(stride, dilation):
+            msg = f"attributes contradict each other: output_padding {more} is not below the stride"
+            raise ValueError(msg)
+        spatial.append((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + more + 1)
+    if min(spatial) < 1:
+        msg = f"sizes {tuple(sizes)} would become {tuple(spatial)}"
+        raise ValueError(msg)
+    return (batch, settings["out_channels"], *spatial)
+
+
+def diagonal(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+    """The shape of the input, whose axis ``dim`` has ``num_features``."""
+    _expect_axis(inputs[0], settings["dim"], settings["num_features"])
+    return inputs[0]
+
+
 def _paddings(settings: Settings) -> list[tuple[int, int]]:
     """Elements before and after each axis; torch puts the odd one of "same" behind."""
     padding = settings["padding"]

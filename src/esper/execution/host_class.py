@@ -5,17 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.contracts.errors import SeedLifecycleError
 from esper.execution import generated_class
+from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
+from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
+from esper.execution.kasmina_embedding_layer import KasminaEmbeddingLayer
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
 from esper.execution.layer_record import record_of
 
 if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
 
-FAMILIES: Final[dict[type[nn.Module], type[KasminaLayer]]] = {nn.Conv2d: KasminaConv2dLayer}
+FAMILIES: Final[dict[type[nn.Module], type[KasminaLayer]]] = {
+    nn.Conv2d: KasminaConv2dLayer,
+    nn.MultiheadAttention: KasminaAttentionLayer,
+    nn.LayerNorm: KasminaLayerNormLayer,
+    _BatchNorm: KasminaBatchNormLayer,
+    nn.Embedding: KasminaEmbeddingLayer,
+    nn.EmbeddingBag: KasminaEmbeddingLayer,
+}
 """From a host class to the layer class of its instances; the rest are ``KasminaLayer``."""
 
 
