@@ -6,6 +6,8 @@ whether an artifact is quarantined. Nobody reads message text to find out.
     EsperError
     ├── BlueprintError                  a blueprint breaks a rule; permanent
     ├── GrowthError                     a growth run cannot be set up or continued
+    ├── CircuitOpenError                an endpoint has been failing and is not asked; transient
+    ├── DeadlineExceededError           the time that was given is over; also a TimeoutError
     └── KasminaException                everything of the execution engine
         ├── KernelCompilationError      a valid blueprint could not be lowered
         ├── KernelLoadError             a kernel could not be brought to a seed
@@ -33,6 +35,28 @@ class BlueprintError(EsperError):
 
 class GrowthError(EsperError):
     """A growth run cannot be set up or continued as asked."""
+
+
+class CircuitOpenError(EsperError):
+    """An endpoint has been failing, so it was not asked. Transient, and not to be retried at once.
+
+    Attributes:
+        name: The endpoint.
+        retry_after_s: Seconds until it may be asked again; 0 where others are probing it now.
+    """
+
+    def __init__(self, name: str, retry_after_s: float) -> None:
+        super().__init__(name, retry_after_s)
+        self.name = name
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        when = f"in {self.retry_after_s:.3g} s" if self.retry_after_s > 0 else "when probed"
+        return f"{self.name} has been failing and is not asked for now; it may be again {when}"
+
+
+class DeadlineExceededError(EsperError, TimeoutError):
+    """The time that was given for something is over."""
 
 
 class KasminaException(EsperError):  # noqa: N818 - the specification's name
