@@ -12,12 +12,66 @@ def reasons(model):
     return {entry.name: entry.reason for entry in esper.skipped(model)}
 
 
-def test_linear_layers_and_convolutions_are_taken_by_default():
-    """The default takes each Linear and convolution and says why the norm was left."""
-    model = esper.wrap(cnn())
+def every_kind():
+    """Return a model with one module of each kind that is taken by default, and two others."""
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4),
+            **{f"conv{n}d": getattr(nn, f"Conv{n}d")(4, 4, 1) for n in (1, 2, 3)},
+            "lift": nn.ConvTranspose2d(4, 4, 2),
+            "attention": nn.MultiheadAttention(4, 2),
+            "layer_norm": nn.LayerNorm(4),
+            "rms_norm": nn.RMSNorm(4),
+            "group_norm": nn.GroupNorm(2, 4),
+            **{f"batch_norm{n}d": getattr(nn, f"BatchNorm{n}d")(4) for n in (1, 2, 3)},
+            "embedding": nn.Embedding(5, 4),
+            "prelu": nn.PReLU(),
+        }
+    )
 
-    assert list(esper.layers(model)) == ["0", "3", "8"]
-    assert "not of a kind" in reasons(model)["1"]
+
+def test_linear_layers_convolutions_attention_and_norms_are_taken_by_default():
+    """The default takes each of these kinds and says why the others were left."""
+    model = esper.wrap(every_kind())
+
+    assert list(esper.layers(model)) == [n for n in model if n not in ("embedding", "prelu")]
+    assert "not of a kind" in reasons(model)["embedding"]
+    assert "not of a kind" in reasons(model)["prelu"]
+
+
+def test_an_embedding_is_taken_when_it_is_named():
+    """What the default leaves for its kind is a site like any other."""
+    model = esper.wrap(every_kind(), select=["embedding", "prelu"])
+
+    assert list(esper.layers(model)) == ["embedding", "prelu"]
+
+
+def test_the_conv1d_of_transformers_is_taken():
+    """A class of that name and package is known for a linear layer; of another package not."""
+    linear = stand_in("Conv1D", "transformers.pytorch_utils", Transposed)()
+    other = stand_in("Conv1D", "somebody.elses", Transposed)()
+
+    assert list(esper.layers(esper.wrap(nn.Sequential(linear, other)))) == ["0"]
+
+
+class Transposed(nn.Module):
+    """A linear layer with the weight the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_container_is_no_site():
+    """Nobody calls a ModuleList: naming it is refused with that, a glob passes over it."""
+    model = Stack()
+    with pytest.raises(ValueError, match=r"'blocks' .*has no forward"):
+        esper.wrap(model, select="blocks")
+
+    assert list(esper.layers(esper.wrap(model, select="*"))) == ["head"]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +121,21 @@ def test_a_whole_block_is_a_site():
     assert list(esper.layers(model)) == ["blocks.0", "blocks.1"]
     assert reasons(model)["blocks.0.fc"] == "left out by select="
     assert torch.isfinite(model(torch.randn(2, 6))).all()
+
+
+def test_a_site_inside_a_site_has_seeds_of_its_own():
+    """Block and inner layer both grow; the block's serial kernel reads what the inner one gave."""
+    model = esper.wrap(Stack(), select=["blocks.0", "blocks.0.fc"]).eval()
+    block, x = model.blocks[0], torch.randn(3, 6)
+    bare = block(x)
+    inner, outer = nn.Linear(6, 6), nn.Linear(6, 6)
+    block.fc.graft(0, inner, alpha=1.0, example=x)
+    block.graft(0, outer, alpha=1.0, position="serial", example=x)
+
+    grown_inside = bare + inner(block.norm(x))
+    torch.testing.assert_close(block(x), grown_inside + outer(grown_inside))
+    block.fc.unload_kernel(0)
+    torch.testing.assert_close(block(x), bare + outer(bare))
 
 
 def test_a_select_that_matches_nothing_lists_close_names():
@@ -128,7 +197,7 @@ def test_the_projection_of_an_attention_is_no_site():
 
     esper.wrap(model)
 
-    assert list(esper.layers(model)) == ["linear1", "linear2"]
+    assert list(esper.layers(model)) == ["self_attn", "linear1", "linear2", "norm1", "norm2"]
     assert "never calls its forward" in reasons(model)["self_attn.out_proj"]
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.execution.host_class import refusal
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.site import is_transposed_linear
 
 Pattern = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
@@ -22,8 +24,19 @@ SEEDS: Final = "_seeds"
 
 _NOTHING: Final = nn.ModuleDict()
 
-DEFAULT_KINDS: Final[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""What is taken when nobody says otherwise. Subclasses count."""
+DEFAULT_KINDS: Final[tuple[type[nn.Module], ...]] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose2d,
+    nn.MultiheadAttention,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    _BatchNorm,
+)
+"""What is taken when nobody says otherwise. Subclasses count, and ``transformers``' ``Conv1D``."""
 
 UNCALLED_CHILDREN: Final[dict[type[nn.Module], tuple[str, ...]]] = {
     nn.MultiheadAttention: ("out_proj",),
@@ -156,12 +169,12 @@ class _Context:
     def _why_not_by_default(self, name: str, module: nn.Module) -> str | None:
         if isinstance(module, KasminaLayer):
             return None
-        if not isinstance(module, DEFAULT_KINDS):
+        if not _is_of_default_kind(module):
             return "not of a kind that is taken by default; name it in select= to take it"
         return self._why_impossible(module) or self._why_unwise(name, module)
 
     def _why_impossible(self, module: nn.Module) -> str | None:
-        return self._hard.get(id(module)) or refusal(module)
+        return self._hard.get(id(module)) or refusal(module) or _why_without_forward(module)
 
     def _why_unwise(self, name: str, module: nn.Module) -> str | None:
         return self._soft.get(id(module)) or _why_quantised(module) or self._why_tied(name, module)
@@ -172,6 +185,12 @@ class _Context:
             if others:
                 return f"its {parameter_name} is tied to that of {others[0]!r}"
         return None
+
+
+def _why_without_forward(module: nn.Module) -> str | None:
+    if type(module).forward is nn.Module.forward:
+        return "its class has no forward, so nobody calls it (name the modules inside it)"
+    return None
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -221,8 +240,12 @@ def _why_quantised(module: nn.Module) -> str | None:
 
 def _is_reported(name: str, module: nn.Module, wanted: _Wanted | None) -> bool:
     """Say whether leaving a module is worth a line: it has tensors, or somebody asked for it."""
-    asked = isinstance(module, DEFAULT_KINDS) if wanted is None else name in wanted.names
+    asked = _is_of_default_kind(module) if wanted is None else name in wanted.names
     return asked or next(module.parameters(recurse=False), None) is not None
+
+
+def _is_of_default_kind(module: nn.Module) -> bool:
+    return isinstance(module, DEFAULT_KINDS) or is_transposed_linear(module)
 
 
 def _wanted(model: nn.Module, select: Select) -> _Wanted:
