@@ -48,7 +48,8 @@ def wrap(
     Raises:
         TypeError: ``model`` is no module, or ``select`` is of a wrong type.
         ValueError: There is nothing to wrap; ``select`` matches nothing; a layer that was asked
-            for is wrapped already or cannot be; ``num_seeds`` is out of range.
+            for is wrapped already or cannot be; ``num_seeds`` is out of range. Whatever a layer
+            itself raises when its class changes is the cause of such an error, which names it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
@@ -56,6 +57,7 @@ def wrap(
     _refuse_wrapped(selection.taken)
     if not selection.taken:
         raise ValueError(_nothing_to_wrap(model, selection.skipped))
+    name = ""
     try:
         for name, module in selection.taken.items():
             adopt(
@@ -65,6 +67,9 @@ def wrap(
                 telemetry_enabled=telemetry_enabled,
                 source=source,
             )
+    except Exception as error:
+        _put_back(selection.taken)
+        raise ValueError(_why_not(name, selection.taken[name], error)) from error
     except BaseException:
         _put_back(selection.taken)
         raise
@@ -96,6 +101,13 @@ def _put_back(taken: dict[str, nn.Module]) -> None:
         if isinstance(module, KasminaLayer):
             release(module)
         module.__dict__.pop(RECORD, None)
+
+
+def _why_not(name: str, module: nn.Module, error: Exception) -> str:
+    return (
+        f"{name!r} ({type(module).__name__}) cannot be wrapped, and nothing has changed: {error}; "
+        f"to wrap the rest, leave it out with select="
+    )
 
 
 def _refuse_wrapped(taken: dict[str, nn.Module]) -> None:
