@@ -1,7 +1,7 @@
-"""Where artifacts are kept: by digest, in memory or in a directory."""
+"""Where artifacts are kept, by digest: in memory, in a directory, or behind an HTTP address."""
 
 from __future__ import annotations
 
-from esper.registry.open import open  # noqa: A004 - registry.open() is how it is called
+from esper.registry.open import open, open_source  # noqa: A004 - registry.open() is how it is called
 
-__all__ = ["open"]
+__all__ = ["open", "open_source"]

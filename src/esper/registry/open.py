@@ -13,7 +13,7 @@ from esper.registry.memory import MemoryRegistry
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from esper.contracts.ports import Registry
+    from esper.contracts.ports import KernelSource, Registry
 
 
 def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it is called
@@ -33,9 +33,30 @@ def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it
     if address.startswith("file:"):
         return DirectoryRegistry(_path_of(address))
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
-        msg = f"{address!r} is no registry: expected memory:, a directory, or file:///path"
+        msg = (
+            f"{address!r} is no registry: expected memory:, a directory, or file:///path; to fetch "
+            "kernels from http(s)://host, use open_source"
+        )
         raise ValueError(msg)
     return DirectoryRegistry(address)
+
+
+def open_source(url: str | Path) -> KernelSource:
+    """Open what kernels are fetched from, without the right to change it.
+
+    Args:
+        url: ``http://...`` or ``https://...``, without credentials; or an address that
+            :func:`open` takes.
+
+    Raises:
+        KernelSourceUnavailable: The directory cannot be made, read or written.
+        ValueError: The address is of another kind, or the directory of a newer Esper.
+    """
+    if re.match(r"https?://", str(url), re.IGNORECASE):
+        from esper.registry.http import HttpKernelSource  # an HTTP client comes with it: late
+
+        return HttpKernelSource(str(url))
+    return open(url)
 
 
 def _path_of(address: str) -> str:

@@ -1,0 +1,195 @@
+"""HTTP with one deadline for a whole request, up to the last byte of its answer.
+
+Clients usually limit each wait by itself, so that a server which sends a byte now and then keeps
+them for ever. Here each wait gets what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING, Any, Final, final
+
+import httpcore2
+import httpx2
+
+from esper.resilience.clock import MonotonicClock
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterable, Iterator
+
+    from esper.contracts.ports import Clock
+
+_TIMED: Final = ("connect", "read", "write")
+"""The waits that end at the deadline; the pool's own wait comes first and may take all of it."""
+
+
+@final
+class TimedTransport(httpx2.BaseTransport):
+    """Takes a request's timeout as the time for all of it; goes through no proxy.
+
+    The smallest of the request's timeouts counts from when it is sent. Looking up a host's name
+    is left to the system's resolver and its own limits.
+
+    Args:
+        verify: What certificates of https are checked against; if None, what the machine trusts,
+            found at the first such connection.
+        clock: Says how much of the time is left.
+    """
+
+    def __init__(self, *, verify: ssl.SSLContext | None = None, clock: Clock | None = None) -> None:
+        self._clock = MonotonicClock() if clock is None else clock
+        self._pool = httpcore2.ConnectionPool(
+            ssl_context=verify,
+            network_backend=_DeadlineBackend(self._clock),
+        )
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request; its answer's stream stops at the same deadline.
+
+        Raises:
+            httpx2.TransportError: There was no answer, or not in time.
+        """
+        sent = httpcore2.Request(
+            method=request.method,
+            url=str(request.url),
+            headers=request.headers.raw,
+            content=request.stream,
+            extensions={**request.extensions, "timeout": self._timeouts(request)},
+        )
+        with _translated():
+            answer = self._pool.handle_request(sent)
+        return httpx2.Response(
+            answer.status,
+            headers=answer.headers,
+            stream=_Body(answer),
+            extensions=answer.extensions,
+        )
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._pool.close()
+
+    def _timeouts(self, request: httpx2.Request) -> dict[str, float]:
+        """Return the pool's wait in seconds, and for the others the clock's reading at the end."""
+        asked = request.extensions.get("timeout", {}).values()
+        limits_s = [seconds for seconds in asked if seconds is not None]
+        if not limits_s:
+            return {}
+        until = self._clock.now() + min(limits_s)
+        return {"pool": min(limits_s), **dict.fromkeys(_TIMED, until)}
+
+
+@final
+class _Body(httpx2.SyncByteStream):
+    """An answer's bytes, with httpx2's errors."""
+
+    def __init__(self, answer: httpcore2.Response) -> None:
+        self._answer = answer
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _translated():
+            yield from self._answer.iter_stream()
+
+    def close(self) -> None:
+        with _translated():
+            self._answer.close()
+
+
+@final
+class _DeadlineBackend(httpcore2.NetworkBackend):
+    """Opens connections. A ``timeout`` is a reading of the clock, here and in the streams."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._inner = httpcore2.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.NetworkStream:
+        """Try a host's addresses in turn; all of them together have the time that is left."""
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            msg = f"no address of {host!r} was found: {error}"
+            raise httpcore2.ConnectError(msg) from error
+        failure: httpcore2.ConnectError | None = None
+        for *_, address in found:
+            left_s = _left_s(self._clock, timeout, httpcore2.ConnectTimeout)
+            try:
+                stream = self._inner.connect_tcp(
+                    str(address[0]), port, left_s, local_address, socket_options
+                )
+            except httpcore2.ConnectError as error:
+                failure = error
+            else:
+                return _DeadlineStream(stream, self._clock)
+        raise failure or httpcore2.ConnectError(f"{host!r} has no address")
+
+
+@final
+class _DeadlineStream(httpcore2.NetworkStream):
+    def __init__(self, inner: httpcore2.NetworkStream, clock: Clock) -> None:
+        self._inner = inner
+        self._clock = clock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        left_s = _left_s(self._clock, timeout, httpcore2.ReadTimeout)
+        return self._inner.read(max_bytes, left_s)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        left_s = _left_s(self._clock, timeout, httpcore2.WriteTimeout)
+        self._inner.write(buffer, left_s)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore2.NetworkStream:
+        left_s = _left_s(self._clock, timeout, httpcore2.ConnectTimeout)
+        stream = self._inner.start_tls(ssl_context, server_hostname, left_s)
+        return _DeadlineStream(stream, self._clock)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
+def _left_s(
+    clock: Clock, until: float | None, failure: type[httpcore2.TimeoutException]
+) -> float | None:
+    """Return the seconds until a reading of the clock; None for no limit.
+
+    Raises:
+        TimeoutException: It is past, as ``failure``.
+    """
+    if until is None:
+        return None
+    left_s = until - clock.now()
+    if left_s <= 0:
+        raise failure("the time for this request is over")
+    return left_s
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Raise httpcore2's errors as those of httpx2, which have the same names."""
+    try:
+        yield
+    except (
+        httpcore2.TimeoutException,
+        httpcore2.NetworkError,
+        httpcore2.ProtocolError,
+        httpcore2.UnsupportedProtocol,
+    ) as error:
+        translated: type[httpx2.TransportError] = getattr(httpx2, type(error).__name__)
+        raise translated(str(error)) from error
