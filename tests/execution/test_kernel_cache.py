@@ -1,4 +1,4 @@
-"""What the cache keeps, counts and lets go."""
+"""What both caches keep, count and let go."""
 
 import copy
 import hashlib
@@ -18,7 +18,8 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.contracts.site import SiteSpec
-from esper.execution.kernel_cache import KernelCache, shared_cache
+from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
+from esper.execution.kernel_cache import KernelCache
 from esper.resilience.clock import ManualClock
 
 MIB = 2**20
@@ -68,8 +69,21 @@ def shelf():
     return Shelf()
 
 
-def cache_of(shelf, size_bytes=100, max_entries=128, **settings):
-    return KernelCache(size_bytes / MIB, max_entries, source=shelf, decode=unpack, **settings)
+@pytest.fixture(params=[KernelCache, EnhancedKernelCache])
+def cache_class(request):
+    """Each class of cache that the promises are checked on."""
+    return request.param
+
+
+@pytest.fixture
+def cache_of(cache_class):
+    """Make a cache; on a clock that stands still, all fetches cost the same."""
+
+    def make(shelf, size_bytes=100, max_entries=128, **settings):
+        settings = {"clock": ManualClock(), **settings}
+        return cache_class(size_bytes / MIB, max_entries, source=shelf, decode=unpack, **settings)
+
+    return make
 
 
 def holds(cache, *digests):
@@ -77,7 +91,7 @@ def holds(cache, *digests):
     return [digest in cache._entries for digest in digests]
 
 
-def test_a_kernel_is_fetched_once(shelf):
+def test_a_kernel_is_fetched_once(shelf, cache_of):
     """The second load returns the same immutable artifact and asks nobody."""
     cache, digest = cache_of(shelf), shelf.add(10)
 
@@ -88,7 +102,7 @@ def test_a_kernel_is_fetched_once(shelf):
     assert (cache.get_stats()["hits"], cache.get_stats()["misses"]) == (1, 1)
 
 
-def test_the_least_recently_used_goes_first(shelf):
+def test_the_least_recently_used_goes_first(shelf, cache_of):
     """Loading again counts as use."""
     a, b, c = shelf.add(40), shelf.add(41), shelf.add(42)
     cache = cache_of(shelf)
@@ -99,7 +113,7 @@ def test_the_least_recently_used_goes_first(shelf):
     assert cache.get_stats()["evictions"] == 1
 
 
-def test_bytes_are_counted_exactly(shelf):
+def test_bytes_are_counted_exactly(shelf, cache_of):
     """The budget may be filled to the last byte; one byte more evicts."""
     a, b, c = shelf.add(60), shelf.add(40), shelf.add(1)
     cache = cache_of(shelf)
@@ -113,7 +127,7 @@ def test_bytes_are_counted_exactly(shelf):
     assert cache.get_stats()["size_bytes"] == 41
 
 
-def test_entries_are_limited_too(shelf):
+def test_entries_are_limited_too(shelf, cache_of):
     """Many small artifacts are limited by their number."""
     digests = [shelf.add(n) for n in (1, 2, 3)]
     cache = cache_of(shelf, max_entries=2)
@@ -123,7 +137,7 @@ def test_entries_are_limited_too(shelf):
     assert cache.get_stats()["entries"] == 2
 
 
-def test_what_is_larger_than_the_budget_is_served_and_evicts_nobody(shelf):
+def test_what_is_larger_than_the_budget_is_served_and_evicts_nobody(shelf, cache_of):
     """An oversize artifact is returned, counted, and fetched again next time."""
     small, large = shelf.add(50), shelf.add(101)
     cache = cache_of(shelf)
@@ -137,7 +151,7 @@ def test_what_is_larger_than_the_budget_is_served_and_evicts_nobody(shelf):
     assert (stats["oversize"], stats["evictions"], stats["size_bytes"]) == (2, 0, 50)
 
 
-def test_pinned_kernels_stay(shelf):
+def test_pinned_kernels_stay(shelf, cache_of):
     """Eviction passes over what is pinned, and takes it once every pin is gone."""
     a, b, c = shelf.add(40), shelf.add(41), shelf.add(42)
     cache = cache_of(shelf)
@@ -156,7 +170,7 @@ def test_pinned_kernels_stay(shelf):
     assert holds(cache, a, b, c) == [False, True, True]
 
 
-def test_what_does_not_fit_beside_the_pinned_is_served_and_evicts_nobody(shelf):
+def test_what_does_not_fit_beside_the_pinned_is_served_and_evicts_nobody(shelf, cache_of):
     """Where pins leave too little room, nothing is evicted in vain."""
     pinned, loose, wanted = shelf.add(60), shelf.add(20), shelf.add(41)
     cache = cache_of(shelf)
@@ -169,7 +183,7 @@ def test_what_does_not_fit_beside_the_pinned_is_served_and_evicts_nobody(shelf):
     assert cache.get_stats()["oversize"] == 1
 
 
-def test_unpinning_too_often_is_an_error(shelf):
+def test_unpinning_too_often_is_an_error(shelf, cache_of):
     """A pin that was never set cannot be taken away."""
     cache = cache_of(shelf)
     cache.pin(NOBODY)
@@ -178,7 +192,7 @@ def test_unpinning_too_often_is_an_error(shelf):
         cache.unpin(NOBODY)
 
 
-def test_not_found_is_none_and_believed_for_thirty_seconds(shelf):
+def test_not_found_is_none_and_believed_for_thirty_seconds(shelf, cache_of):
     """A negative answer is remembered until its time is over, and no longer."""
     clock = ManualClock()
     cache = cache_of(shelf, clock=clock)
@@ -195,7 +209,7 @@ def test_not_found_is_none_and_believed_for_thirty_seconds(shelf):
     assert cache.load_kernel_sync(wanted).kernel_binary == b"later"
 
 
-def test_negative_answers_are_bounded(shelf):
+def test_negative_answers_are_bounded(shelf, cache_of):
     """Ten thousand ids that are not there do not fill the memory."""
     cache = cache_of(shelf)
     for number in range(10_000):
@@ -206,7 +220,7 @@ def test_negative_answers_are_bounded(shelf):
 @pytest.mark.parametrize(
     "failure", [KernelSourceUnavailable("down"), TimeoutError("slow"), KernelCorruptError("bad")]
 )
-def test_failures_are_never_cached(shelf, failure):
+def test_failures_are_never_cached(shelf, failure, cache_of):
     """A load after a failure asks the source again, without any time passing."""
     cache, digest = cache_of(shelf, clock=ManualClock()), shelf.add(10)
     shelf.failure = failure
@@ -217,33 +231,33 @@ def test_failures_are_never_cached(shelf, failure):
     assert cache.load_kernel_sync(digest).artifact_id == digest
 
 
-def test_bytes_of_another_digest_are_corrupt_and_not_kept(shelf):
+def test_bytes_of_another_digest_are_corrupt_and_not_kept(shelf, cache_class):
     """What a source gives is compared with what was asked for, by the codec itself."""
     shelf.kernels[NOBODY] = compile_blueprint(capacity_free(SITE)).kernel_binary
-    cache = KernelCache(source=shelf)
+    cache = cache_class(source=shelf)
 
     with pytest.raises(KernelCorruptError):
         cache.load_kernel_sync(NOBODY)
     assert cache.get_stats()["entries"] == 0
 
 
-def test_the_codec_is_the_default_decoder(shelf):
+def test_the_codec_is_the_default_decoder(shelf, cache_class):
     """Without a decoder of the caller's own, an artifact comes back as it was compiled."""
     artifact = compile_blueprint(capacity_free(SITE))
     shelf.kernels[artifact.artifact_id] = artifact.kernel_binary
-    cache = KernelCache(source=shelf)
+    cache = cache_class(source=shelf)
 
     assert cache.load_kernel_sync(artifact.artifact_id) == artifact
     assert cache.get_stats()["size_bytes"] == len(artifact.kernel_binary)
 
 
-def test_without_a_source_the_error_names_the_cure():
+def test_without_a_source_the_error_names_the_cure(cache_class):
     """A cache that cannot fetch is unavailable, not a cache of nothing."""
     with pytest.raises(KernelSourceUnavailable, match="source=registry"):
-        KernelCache().load_kernel_sync(NOBODY)
+        cache_class().load_kernel_sync(NOBODY)
 
 
-def test_only_digests_reach_a_source(shelf):
+def test_only_digests_reach_a_source(shelf, cache_of):
     """A name that is no digest is refused before anybody is asked."""
     with pytest.raises(ValueError, match="not a digest"):
         cache_of(shelf).load_kernel_sync("../kernel")
@@ -259,13 +273,13 @@ def test_only_digests_reach_a_source(shelf):
         {"negative_ttl_s": -1},
     ],
 )
-def test_settings_have_ranges(settings):
+def test_settings_have_ranges(settings, cache_class):
     """A budget below nothing and a long-lived negative answer are refused."""
     with pytest.raises(ValueError, match="found"):
-        KernelCache(**settings)
+        cache_class(**settings)
 
 
-def test_prewarm_says_what_is_not_there(shelf):
+def test_prewarm_says_what_is_not_there(shelf, cache_of):
     """What is there is loaded, and the rest is named."""
     cache, digest = cache_of(shelf), shelf.add(10)
 
@@ -273,17 +287,20 @@ def test_prewarm_says_what_is_not_there(shelf):
     assert holds(cache, digest) == [True]
 
 
+@pytest.mark.parametrize(
+    "cache_class", [KernelCache, EnhancedKernelCache], ids=["plain", "enhanced"]
+)
 @given(
     moves=st.lists(
         st.tuples(st.sampled_from(["load", "load", "pin", "unpin"]), st.integers(0, 7)),
         max_size=60,
     )
 )
-def test_the_account_is_always_right(moves):
+def test_the_account_is_always_right(cache_class, moves):
     """After any sequence of loads and pins, counts and limits hold and the bytes are right."""
     shelf = Shelf()
     digests = [shelf.add(size) for size in (1, 9, 20, 33, 50, 99, 100, 101)]
-    cache = cache_of(shelf, max_entries=4)
+    cache = cache_class(100 / MIB, 4, source=shelf, decode=unpack, clock=ManualClock())
     num_loads = 0
     for move, number in moves:
         if move == "load":
@@ -301,16 +318,16 @@ def test_the_account_is_always_right(moves):
         assert stats["misses"] == stats["entries"] + stats["evictions"] + stats["oversize"]
 
 
-def test_a_copy_is_the_cache_itself(shelf):
+def test_a_copy_is_the_cache_itself(shelf, cache_of):
     """Copying a model does not copy what all models share."""
     cache = cache_of(shelf)
     assert copy.deepcopy({"cache": cache})["cache"] is cache
     assert copy.copy(cache) is cache
 
 
-def test_a_pickled_cache_arrives_empty_with_its_settings():
+def test_a_pickled_cache_arrives_empty_with_its_settings(cache_class):
     """Budget and source travel; entries, counts and the lock do not."""
-    cache = KernelCache(2, 3, source=None, decode=unpack, negative_ttl_s=5)
+    cache = cache_class(2, 3, source=None, decode=unpack, negative_ttl_s=5)
 
     arrived = pickle.loads(pickle.dumps(cache))
 
@@ -318,23 +335,3 @@ def test_a_pickled_cache_arrives_empty_with_its_settings():
     assert (arrived.max_cache_size_mb, arrived.max_entries) == (2, 3)
     assert arrived._negative_ttl_s == 5
     assert arrived.get_stats()["entries"] == 0
-
-
-def test_one_shared_cache_for_each_source(shelf):
-    """Layers of one source share a cache, those of another have another's; pickling keeps it so."""
-    cache = shared_cache(shelf)
-
-    assert shared_cache(shelf) is cache
-    assert shared_cache(Shelf()) is not cache
-    first, second = pickle.loads(pickle.dumps([cache, cache]))
-    assert first is second
-    assert shared_cache(first.source) is first
-
-
-def test_a_shared_cache_ends_with_its_last_holder(shelf):
-    """A source that nobody uses any more is not kept alive by a table."""
-    digest = shelf.add(10)
-    shared = shared_cache(shelf)
-    shared.pin(digest)
-    del shared
-    assert shared_cache(shelf).get_stats()["pinned"] == 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from esper.contracts.errors import KernelSourceUnavailable
+from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
 from esper.execution.kernel_cache import KernelCache
 
 KERNEL = b"kernel"
@@ -64,19 +65,26 @@ class Turnstile:
         return 0.0
 
 
-def load_on_threads(source, num_callers):
+@pytest.fixture(params=[KernelCache, EnhancedKernelCache])
+def cache_class(request):
+    """Each class of cache that the promises are checked on."""
+    return request.param
+
+
+def load_on_threads(cache_class, source, num_callers):
     """Load one kernel on as many threads at once; return the cache and each one's future."""
-    cache = KernelCache(source=source, decode=unpack, clock=Turnstile(source, num_callers))
+    cache = cache_class(source=source, decode=unpack, clock=Turnstile(source, num_callers))
     with ThreadPoolExecutor(num_callers) as threads:
         futures = [threads.submit(cache.load_kernel_sync, DIGEST) for _ in range(num_callers)]
     return cache, futures
 
 
-def test_a_thousand_threads_make_one_fetch():
+@pytest.mark.slow
+def test_a_thousand_threads_make_one_fetch(cache_class):
     """Whoever asks while a fetch is under way waits for it and gets the same artifact."""
     source = SlowSource()
 
-    cache, futures = load_on_threads(source, 1_000)
+    cache, futures = load_on_threads(cache_class, source, 1_000)
 
     assert source.fetched == [DIGEST]
     assert len({id(future.result()) for future in futures}) == 1
@@ -85,10 +93,10 @@ def test_a_thousand_threads_make_one_fetch():
     assert stats["hits"] + stats["single_flight_waits"] == 999
 
 
-def test_a_thousand_coroutines_make_one_fetch():
+def test_a_thousand_coroutines_make_one_fetch(cache_class):
     """The same holds on an event loop, where waiting costs no thread."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
@@ -105,10 +113,10 @@ def test_a_thousand_coroutines_make_one_fetch():
     assert len({id(artifact) for artifact in found}) == 1
 
 
-def test_waiting_for_one_kernel_does_not_hold_up_another():
+def test_waiting_for_one_kernel_does_not_hold_up_another(cache_class):
     """Ten coroutines that wait for a slow kernel leave the threads to those who fetch."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
@@ -122,11 +130,11 @@ def test_waiting_for_one_kernel_does_not_hold_up_another():
     assert asyncio.run(main()).kernel_binary == KERNEL
 
 
-def test_an_error_goes_to_those_who_wait_and_to_no_one_later():
+def test_an_error_goes_to_those_who_wait_and_to_no_one_later(cache_class):
     """Every waiter of a fetch that fails gets its error; the next caller fetches anew."""
     failure = KernelSourceUnavailable("down")
     source = SlowSource(failure)
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         tasks = [asyncio.create_task(cache.load_kernel(DIGEST)) for _ in range(5)]
@@ -139,11 +147,11 @@ def test_an_error_goes_to_those_who_wait_and_to_no_one_later():
     assert len(source.fetched) == 2
 
 
-def test_a_waiter_takes_over_from_an_interrupted_thread():
+def test_a_waiter_takes_over_from_an_interrupted_thread(cache_class):
     """An interrupt reaches only the thread that fetched; the others get their kernel."""
     source = SlowSource(KeyboardInterrupt())
 
-    _, futures = load_on_threads(source, 20)
+    _, futures = load_on_threads(cache_class, source, 20)
 
     failed = [future for future in futures if future.exception() is not None]
     assert len(failed) == 1
@@ -152,10 +160,10 @@ def test_a_waiter_takes_over_from_an_interrupted_thread():
     assert len(source.fetched) == 2
 
 
-def test_a_fetch_goes_on_when_the_coroutine_that_began_it_is_cancelled():
+def test_a_fetch_goes_on_when_the_coroutine_that_began_it_is_cancelled(cache_class):
     """The thread cannot be stopped, so its result is given to those who still wait."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         owner, *waiters = [asyncio.create_task(cache.load_kernel(DIGEST)) for _ in range(3)]
@@ -172,10 +180,10 @@ def test_a_fetch_goes_on_when_the_coroutine_that_began_it_is_cancelled():
     assert source.fetched == [DIGEST]
 
 
-def test_a_waiter_takes_over_where_the_owner_was_cancelled_before_its_thread_ran():
+def test_a_waiter_takes_over_where_the_owner_was_cancelled_before_its_thread_ran(cache_class):
     """A fetch that never came to run is called off, and somebody else's is made."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         loop, busy = asyncio.get_running_loop(), threading.Event()
@@ -197,10 +205,10 @@ def test_a_waiter_takes_over_where_the_owner_was_cancelled_before_its_thread_ran
     assert cache.get_stats()["misses"] == 2
 
 
-def test_a_cancelled_waiter_takes_nothing_from_the_others():
+def test_a_cancelled_waiter_takes_nothing_from_the_others(cache_class):
     """Cancelling one who waits ends neither the fetch nor anyone else's waiting."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
 
     async def main():
         owner, cancelled, waiter = [
@@ -217,10 +225,10 @@ def test_a_cancelled_waiter_takes_nothing_from_the_others():
     assert first is second
 
 
-def test_event_loops_and_threads_share_a_fetch():
+def test_event_loops_and_threads_share_a_fetch(cache_class):
     """A cache belongs to no event loop: two loops and a thread wait for one fetch."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack, clock=Turnstile(source, 3))
+    cache = cache_class(source=source, decode=unpack, clock=Turnstile(source, 3))
 
     with ThreadPoolExecutor(3) as threads:
         futures = [
@@ -232,7 +240,7 @@ def test_event_loops_and_threads_share_a_fetch():
     assert source.fetched == [DIGEST]
 
 
-def test_nobody_s_code_runs_under_the_lock():
+def test_nobody_s_code_runs_under_the_lock(cache_class):
     """Source, decoder and clock may all use the cache; a lock held over them would hang."""
 
     class Curious:
@@ -250,7 +258,7 @@ def test_nobody_s_code_runs_under_the_lock():
             return Parcel(data)
 
     curious = Curious()
-    cache = KernelCache(source=curious, decode=curious, clock=curious)
+    cache = cache_class(source=curious, decode=curious, clock=curious)
 
     assert cache.load_kernel_sync(DIGEST).kernel_binary == KERNEL
     assert cache.get_stats()["entries"] == 2
@@ -258,10 +266,10 @@ def test_nobody_s_code_runs_under_the_lock():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_a_thread_that_is_not_there():
+def test_a_forked_process_does_not_wait_for_a_thread_that_is_not_there(cache_class):
     """A fetch that was under way at a fork is made again in the child."""
     source = SlowSource()
-    cache = KernelCache(source=source, decode=unpack)
+    cache = cache_class(source=source, decode=unpack)
     with ThreadPoolExecutor(1) as threads:
         under_way = threads.submit(cache.load_kernel_sync, DIGEST)
         source.begun.wait()

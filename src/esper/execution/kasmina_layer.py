@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from esper.contracts.errors import KernelLoadError, KernelSourceUnavailable, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import folding, grafting, maintenance, occupancy, shadow
+from esper.execution.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
 from esper.execution.generated_class import (
     generated_base,
     host_view,
@@ -19,7 +20,6 @@ from esper.execution.generated_class import (
     take,
 )
 from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
-from esper.execution.kernel_cache import KernelCache, shared_cache
 from esper.execution.layer_record import RECORD, LayerRecord
 from esper.execution.seed_slot import SEEDS
 from esper.execution.state_layout import KasminaStateLayout
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
     from esper.execution.folding import FoldCertificate
+    from esper.execution.kernel_cache import KernelCache
 
 
 class KasminaLayer(nn.Module):
@@ -441,4 +442,4 @@ class KasminaLayer(nn.Module):
 def _cache(source: KernelSource, cache_size_mb: int | None) -> KernelCache:
     if cache_size_mb is None:
         return shared_cache(source)
-    return KernelCache(max_cache_size_mb=cache_size_mb, source=source)
+    return EnhancedKernelCache(max_cache_size_mb=cache_size_mb, source=source)

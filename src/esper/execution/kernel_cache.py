@@ -45,8 +45,7 @@ class KernelCache:
     An artifact that does not fit, because it is larger than the budget or than what pinned ones
     leave of it, is served and not kept, and evicts nobody. Only answers are remembered: a kernel,
     or for a short while that there is none; a failure reaches those who were waiting and no one
-    later. A copy of a cache is the cache itself; one that is pickled arrives empty, and one from
-    :func:`shared_cache` arrives as the shared one of its process.
+    later. A copy of a cache is the cache itself; one that is pickled arrives empty.
 
     Args:
         max_cache_size_mb: Budget in MiB for the artifacts' bytes, at least 0.
@@ -185,7 +184,7 @@ class KernelCache:
             else:
                 del self._pins[artifact_id]
 
-    def get_stats(self) -> dict[str, int]:
+    def get_stats(self) -> dict[str, Any]:
         """Return counts since the start, and what is held now.
 
         Every call of ``load_kernel`` adds one to ``hits``, ``negative_hits``, ``misses`` (it
@@ -215,18 +214,19 @@ class KernelCache:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if _SHARED.get(id(self._source)) is self:
-            return shared_cache, (self._source,)
         make = functools.partial(
-            type(self),
-            self.max_cache_size_mb,
-            self.max_entries,
-            source=self._source,
-            decode=self._decode,
-            clock=self._clock,
-            negative_ttl_s=self._negative_ttl_s,
+            type(self), self.max_cache_size_mb, self.max_entries, **self._settings()
         )
         return make, ()
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the keyword arguments that make a cache like this one."""
+        return {
+            "source": self._source,
+            "decode": self._decode,
+            "clock": self._clock,
+            "negative_ttl_s": self._negative_ttl_s,
+        }
 
     def _board(self, artifact_id: str) -> tuple[_Flight, bool]:
         """Return the flight whose landing is the answer, and whether the caller has to fly it."""
@@ -273,12 +273,15 @@ class KernelCache:
             self._land(artifact_id, flight, answer, failure)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
-        assert self._source is not None
         try:
-            data = self._source.fetch(artifact_id)
+            data = self._ask_source(artifact_id)
         except KernelNotFoundError:
             return None
         return self._decode(data, artifact_id=artifact_id)
+
+    def _ask_source(self, artifact_id: str) -> bytes:
+        assert self._source is not None
+        return self._source.fetch(artifact_id)
 
     def _land(
         self,
@@ -322,38 +325,39 @@ class KernelCache:
             self._num_oversize += 1
             return
         for victim in victims:
-            self._size_bytes -= len(self._entries.pop(victim).kernel_binary)
+            self._drop(victim)
             self._num_evictions += 1
         self._entries[artifact_id] = artifact
         self._size_bytes += size_bytes
 
+    def _drop(self, artifact_id: str) -> None:
+        self._size_bytes -= len(self._entries.pop(artifact_id).kernel_binary)
+
     def _victims(self, size_bytes: int) -> list[str] | None:
-        """Return what must go to make room, least recently used first; None if that cannot be."""
+        """Return what must go to make room; None if that cannot be."""
         bytes_over = self._size_bytes + size_bytes - self._max_size_bytes
         entries_over = len(self._entries) + 1 - self.max_entries
         victims: list[str] = []
-        for candidate, artifact in self._entries.items():
-            if bytes_over <= 0 and entries_over <= 0:
-                break
+        if bytes_over <= 0 and entries_over <= 0:
+            return victims
+        for candidate in self._eviction_order():
             if candidate not in self._pins:
                 victims.append(candidate)
-                bytes_over -= len(artifact.kernel_binary)
+                bytes_over -= len(self._entries[candidate].kernel_binary)
                 entries_over -= 1
-        return victims if bytes_over <= 0 and entries_over <= 0 else None
+                if bytes_over <= 0 and entries_over <= 0:
+                    return victims
+        return None
+
+    def _eviction_order(self) -> Iterable[str]:
+        """Return the ids of all entries, the first to go first: the least recently used."""
+        return self._entries
 
     def _start_again_in_child(self) -> None:
         """Forget, after a fork, the fetches and the lock of threads that are not here."""
         self._lock = threading.Lock()
         self._flights = {}
-
-
-def shared_cache(source: KernelSource | None) -> KernelCache:
-    """Return this process's cache for a source; the same object while anyone holds it."""
-    with _SHARED_LOCK:
-        cache = _SHARED.get(id(source))
-        if cache is None:
-            cache = _SHARED[id(source)] = KernelCache(source=source)
-        return cache
+        self._size_bytes = sum(len(entry.kernel_binary) for entry in self._entries.values())
 
 
 class _CalledOff:
@@ -382,10 +386,6 @@ class _Flight:
         flight.landed.set_result(answer)
         return flight
 
-
-_SHARED_LOCK: Final = threading.Lock()
-_SHARED: Final[weakref.WeakValueDictionary[int, KernelCache]] = weakref.WeakValueDictionary()
-"""By the identity of the source, which its cache keeps alive."""
 
 _CACHES: Final[weakref.WeakSet[KernelCache]] = weakref.WeakSet()
 

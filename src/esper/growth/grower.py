@@ -14,7 +14,7 @@ from esper.bus.in_process import EventBus
 from esper.compiler.catalog import default_catalog
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import RunReport
-from esper.execution.kernel_cache import KernelCache
+from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
 from esper.execution.maintenance import maintain
 from esper.execution.shadow import shadow_pass
 from esper.growth.budget import (
@@ -191,7 +191,7 @@ class Grower:
             ranking=ranking or FirstOrderGain(random_seed=random_seed),
             catalog=catalog or default_catalog(),
             registry=registry,
-            cache=KernelCache(source=registry),
+            cache=EnhancedKernelCache(source=registry),
             clock=clock,
             journal=Journal(bus, clock, lambda: self._run.updates),
             compute_loss=compute_loss,

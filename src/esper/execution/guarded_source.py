@@ -1,0 +1,74 @@
+"""A kernel source behind its circuit breaker: one breaker for one source, whoever asks it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from esper.contracts.errors import (
+    CircuitOpenError,
+    KernelCorruptError,
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceUnavailable,
+)
+from esper.resilience.circuit_breaker import BreakerState, BreakerTransition, CircuitBreaker
+
+if TYPE_CHECKING:
+    from esper.contracts.ports import KernelSource
+
+ANSWERS: Final = (KernelNotFoundError, KernelCorruptError, KernelRefusedError)
+"""Errors by which a source answers: it was reached, and it is no use to ask it again."""
+
+_logger = logging.getLogger(__name__)
+
+
+class GuardedSource:
+    """A source that is not asked for a while after it has failed too often.
+
+    Args:
+        source: What is asked.
+        breaker: Counts its failures; made where not given.
+    """
+
+    def __init__(self, source: KernelSource, breaker: CircuitBreaker | None = None) -> None:
+        self.source = source
+        name = f"the kernel source {type(source).__name__}"
+        self.breaker = breaker or CircuitBreaker(name, answers=ANSWERS, on_transition=_log)
+
+    def fetch(self, digest: str) -> bytes:
+        """Return the artifact whose sha256 is ``digest``; see ``KernelSource.fetch``.
+
+        Raises:
+            KernelSourceUnavailable: The source did not answer, or is not asked for now.
+        """
+        try:
+            permit = self.breaker.permit()
+        except CircuitOpenError as error:
+            msg = f"kernel {digest} is not in the cache, and {error}"
+            raise KernelSourceUnavailable(msg) from error
+        with permit:
+            return self.source.fetch(digest)
+
+
+def guarded(source: KernelSource) -> GuardedSource:
+    """Return this process's guard of a source; the same object while anyone holds it."""
+    with _GUARDS_LOCK:
+        guard = _GUARDS.get(id(source))
+        if guard is None:
+            guard = _GUARDS[id(source)] = GuardedSource(source)
+        return guard
+
+
+def _log(move: BreakerTransition) -> None:
+    if move.after is BreakerState.OPEN:
+        _logger.warning("%s fails and is not asked for %.3g s", move.name, move.wait_s)
+    else:
+        _logger.info("%s: %s", move.name, move.after)
+
+
+_GUARDS_LOCK: Final = threading.Lock()
+_GUARDS: Final[weakref.WeakValueDictionary[int, GuardedSource]] = weakref.WeakValueDictionary()
+"""By the identity of the source, which its guard keeps alive."""
