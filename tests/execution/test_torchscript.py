@@ -104,21 +104,21 @@ def test_kernels_that_draw_random_numbers_are_refused(node):
 
 
 def test_a_program_that_is_not_the_kernel_is_refused(artifact, monkeypatch):
-    """A trace that froze a size computes something else at another size, and is found out."""
+    """A program that agrees at the size of the trace only is found out at another."""
     trace = torch.jit.trace
 
-    def freezing(kernel, example, **settings):
-        class Frozen(nn.Module):
+    def drifting(kernel, example, **settings):
+        class Drifting(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.kernel = kernel
 
             def forward(self, x):
-                return self.kernel(x) + int(x.shape[0] == len(example))
+                return self.kernel(x) + (x.shape[0] - len(example))
 
-        return trace(Frozen(), example, **settings)
+        return trace(Drifting(), example, **settings)
 
-    monkeypatch.setattr(torch.jit, "trace", freezing)
+    monkeypatch.setattr(torch.jit, "trace", drifting)
 
     with pytest.raises(KernelCompilationError, match="cannot represent") as raised:
         TorchScriptBackend().build(artifact, device=CPU)
