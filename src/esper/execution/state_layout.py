@@ -7,6 +7,7 @@ memoryview; Python writes through the view (a write costs 0.1 us; through a tens
 from __future__ import annotations
 
 import math
+import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -107,11 +108,9 @@ class KasminaStateLayout:
         self._allocate()
 
     def _allocate(self) -> None:
-        for name, dtype, code, size, birth in _ARRAYS:
-            memory = bytearray(size * self.num_seeds)
+        for name, dtype, code, _, birth in _ARRAYS:
+            memory = bytearray(struct.pack(code, birth)) * self.num_seeds
             view: memoryview[Any] = memoryview(memory).cast(code)  # type: ignore[call-overload]
-            for i in range(self.num_seeds):
-                view[i] = birth
             setattr(self, name, torch.frombuffer(memory, dtype=dtype))
             setattr(self, "_" + name, view)
 
@@ -128,11 +127,14 @@ class KasminaStateLayout:
 
         A fossil that was folded into the host's weights holds none and is not among them.
         """
-        return torch.tensor([self.contributes(i) for i in range(self.num_seeds)])
+        mask = self.get_active_seeds()
+        for i in self._kernel_ids:
+            mask[i] = self.contributes(i)
+        return mask
 
     def has_active_seeds(self) -> bool:
         """Return whether a seed contributes: ACTIVE, or FOSSILIZED without a fold."""
-        return any(self.contributes(i) for i in range(self.num_seeds))
+        return bool(self.get_contributing_seeds().any())
 
     def contributes(self, seed_idx: int) -> bool:
         """Return whether a seed is ACTIVE, or FOSSILIZED and holds a kernel."""
