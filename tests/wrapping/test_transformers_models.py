@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wrapping_models import Bottleneck
 
 import esper
+from esper.execution.site import describe_site
+from esper.growth.policies import ByHand
 
 pytestmark = pytest.mark.slow
 
@@ -199,16 +201,77 @@ def test_a_grown_model_is_saved_and_loaded(name, tmp_path):
     assert torch.equal(prediction(other, batch), prediction(model, batch))
 
 
-def test_gradient_checkpointing_of_a_grown_model(name):
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet"])
+def test_activation_checkpointing_of_a_grown_model(name):
     """Blocks that are run again in the backward give the same gradients."""
     model, batch = grown(name)
-    if not model.supports_gradient_checkpointing:
-        pytest.skip(f"{type(model).__name__} has no gradient checkpointing")
     expected = step(model.train(), batch)
 
     model.activation_checkpointing_enable()
 
     assert_same(step(model, batch), expected)
+
+
+SHORT = {
+    "audition_updates": 10,
+    "ramp_updates": 3,
+    "hold_updates": 3,
+    "warmup_updates": 3,
+    "record_updates": 2,
+    "looks": 1,
+    "evaluate_every": 5,
+    "overhead": 0.9,
+}
+
+
+def per_sample(model, batch):
+    """Cross entropy of each sequence or image, (N,)."""
+    logits, labels = model(**batch).logits, batch["labels"]
+    if logits.dim() == 2:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    each = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+    return each.mean(dim=1)
+
+
+def train(name, **settings):
+    """Train for 20 updates, with a controller that auditions a kernel if there are settings."""
+    model, batch = make(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    held_out = {key: value.repeat(100, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    grower = None
+    if settings:
+        site = SITES[name][0]
+        described = describe_site(esper.wrap(model).get_submodule(site))
+        kernels = [k for k in esper.default_catalog().blueprints_for(described) if k.adds_capacity]
+        grower = esper.Grower(
+            model,
+            optimizer,
+            compute_loss=lambda model, batch: model(**batch).loss,
+            evaluate=lambda model: per_sample(model, held_out),
+            policy=ByHand([(site, kernels[0])]),
+            **SHORT,
+            **settings,
+        )
+    for _ in range(20):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if grower is not None:
+            grower.step(loss, batch=batch)
+    return model, grower
+
+
+def test_an_audition_leaves_no_trace_in_a_whole_model(name):
+    """A run whose kernel is refused at the gate ends in the bits of one without a Grower."""
+    expected, _ = train(name)
+
+    model, grower = train(name, min_effect=1e9)
+    grower.close()
+
+    (graft,) = grower.report().grafts
+    assert graft.verdict == "culled at admission"
+    assert_same(model.state_dict(), expected.state_dict())
 
 
 def generate(model, batch, **options):
