@@ -213,7 +213,10 @@ def _pointwise(site: SiteSpec, _width: int) -> BlueprintIR | None:
 
 
 def _mlp_behind(site: SiteSpec, width: int) -> BlueprintIR | None:
-    """Two layers position by position, on what the host gives."""
+    """Two layers position by position, on what the host gives.
+
+    Behind an embedding it can give nothing that the table could not hold.
+    """
     if site.out_features == 0:
         return None
     steps = [
@@ -221,7 +224,8 @@ def _mlp_behind(site: SiteSpec, width: int) -> BlueprintIR | None:
         ("act", *_act("gelu")),
         ("out", *_readout(site, width)),
     ]
-    return _serial(site, f"mlp-behind-{_size(site)}-w{width}", steps, adds_capacity=True)
+    name = f"mlp-behind-{_size(site)}-w{width}"
+    return _serial(site, name, steps, adds_capacity=site.kind != "embedding")
 
 
 def _block(site: SiteSpec, width: int) -> BlueprintIR | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.compiler.lowering import LoweredKernel
-from esper.compiler.parts import Add, Scale, Sub
+from esper.compiler.parts import Add, Diagonal, Scale, Sub
 from esper.execution.site import convolution_padding
 
 if TYPE_CHECKING:
@@ -31,17 +31,21 @@ class NotFoldable(Exception):  # noqa: N818 - an answer, not an error; never lea
 class Geometry:
     """Where taps lie: tap j of output i reads input ``i * stride - padding + j * dilation``.
 
+    In a transposed convolution input and output change places.
+
     Attributes:
         stride: Per axis.
         padding: Per axis, before and after.
         dilation: Per axis; of no meaning where the kernel has one tap.
         padding_mode: As torch's.
+        output_padding: Per axis, of a transposed convolution; None for any other.
     """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     padding_mode: str
+    output_padding: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,6 +136,33 @@ def _convolution(step: Any, inputs: tuple[Affine, ...]) -> Affine:
     return Affine(weight=composed, bias=bias, geometry=geometry)
 
 
+def _transposed_convolution(step: Any, inputs: tuple[Affine, ...]) -> Affine:
+    inner = inputs[0]
+    if inner.geometry is not None or bool(inner.bias.any()):
+        msg = "a transposed convolution after a bias or a geometry, which overlap unequally"
+        raise NotFoldable(msg)
+    rows = dense(exchanged(step.weight.detach().double(), step.groups), step.groups)
+    composed = torch.einsum("om...,mi->oi...", rows, inner.weight)
+    bias = rows.new_zeros(len(rows)) if step.bias is None else step.bias.detach().double()
+    return Affine(weight=composed, bias=bias, geometry=geometry_of(step))
+
+
+def exchanged(weight: Tensor, groups: int) -> Tensor:
+    """Return a grouped weight with inputs and outputs exchanged; its own inverse.
+
+    A transposed convolution's ``[in, out / groups, ...]`` becomes ``[out, in / groups, ...]``, as
+    any other has it.
+    """
+    first_each, second_each = weight.shape[0] // groups, weight.shape[1]
+    parts = weight.reshape(groups, first_each, second_each, *weight.shape[2:]).transpose(1, 2)
+    return parts.reshape(groups * second_each, first_each, *weight.shape[2:])
+
+
+def _diagonal(step: Any, inputs: tuple[Affine, ...]) -> Affine:
+    bias = _bias(step)
+    return after(inputs[0], torch.diag(step.weight.detach().double()), bias)
+
+
 def geometry_of(conv: Any) -> Geometry:
     """Return the geometry of a convolution.
 
@@ -147,6 +178,7 @@ def geometry_of(conv: Any) -> Geometry:
         padding=padding,
         dilation=tuple(conv.dilation),
         padding_mode=conv.padding_mode,
+        output_padding=tuple(conv.output_padding) if conv.transposed else None,
     )
 
 
@@ -211,6 +243,8 @@ def _sum(inputs: tuple[Affine, ...], signs: tuple[float, ...]) -> Affine:
 _RULES: Final[dict[type[nn.Module], Callable[[Any, tuple[Affine, ...]], Affine]]] = {
     nn.Linear: _linear,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
+    nn.ConvTranspose2d: _transposed_convolution,
+    Diagonal: _diagonal,
     nn.Identity: _identity,
     Scale: _scale,
     Add: _add,
@@ -229,6 +263,8 @@ def on_taps_of(kernel: Affine, host: Any) -> Tensor:
         NotFoldable: Stride, dilation or padding mode differ, or a tap lies on none of the host's.
     """
     target = geometry_of(host)
+    if target.output_padding is not None:
+        return _on_transposed_taps(kernel, host, target)
     axes = len(target.stride)
     source = kernel.geometry or Geometry(
         stride=(1,) * axes,
@@ -239,7 +275,7 @@ def on_taps_of(kernel: Affine, host: Any) -> Tensor:
     weight = kernel.weight
     if kernel.geometry is None:
         weight = weight.reshape(*weight.shape, *(1,) * axes)
-    if source.stride != target.stride:
+    if source.output_padding is not None or source.stride != target.stride:
         msg = f"stride {source.stride} is not the host's {target.stride}"
         raise NotFoldable(msg)
     if any(source.padding) and source.padding_mode != target.padding_mode:
@@ -254,6 +290,14 @@ def on_taps_of(kernel: Affine, host: Any) -> Tensor:
         here: tuple[Any, ...] = (..., *taps)
         out[(..., *there)] = weight[here]
     return out
+
+
+def _on_transposed_taps(kernel: Affine, host: Any, target: Geometry) -> Tensor:
+    """Return a kernel's weight as it is, where its taps are the host's one by one."""
+    if kernel.geometry != target or kernel.weight.shape[2:] != host.kernel_size:
+        msg = "beside a transposed convolution only one of the same settings folds"
+        raise NotFoldable(msg)
+    return kernel.weight
 
 
 def _places(

@@ -110,6 +110,19 @@ def is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
+def feature_axis(module: nn.Module, h: Tensor) -> int:
+    """Return which axis of a layer's output is that of its features or channels.
+
+    Args:
+        module: The layer.
+        h: What it gives, at least two axes.
+    """
+    kind = _kind(module)
+    if kind == "block":
+        return 1 if _gives_channels(module, h) else h.ndim - 1
+    return 1 if isinstance(module, _CHANNELS_SECOND) else h.ndim - 1
+
+
 def convolution_padding(conv: Any) -> tuple[int, ...]:
     """Return a convolution's padding in elements per side; ``"same"`` and ``"valid"`` resolved.
 
