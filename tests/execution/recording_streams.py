@@ -309,15 +309,18 @@ def _launch(handler, launch):
 
 
 def unkept(schedule):
-    """Storages made in a forward and used on another stream that they are not kept for."""
-    home, kept, found = {}, set(), []
+    """Storages made in a forward and used on another stream that they are not kept for.
+
+    What was there before (parameters) is not released meanwhile; gradients autograd keeps itself.
+    """
+    home, kept, seen, found = {}, set(), set(), []
     for entry in schedule:
         if isinstance(entry, Keep):
             kept.add((entry.storage, entry.stream))
         elif isinstance(entry, Launch):
             if not entry.is_backward:
-                for address in entry.written - entry.read:
-                    home.setdefault(address, entry.stream)
+                home.update(dict.fromkeys(entry.written - seen, entry.stream))
+            seen |= entry.read | entry.written
             found += [
                 (address, entry.operator)
                 for address in entry.read | entry.written

@@ -169,10 +169,13 @@ def test_seeds_take_turns():
 
 
 def test_each_device_has_streams_of_its_own():
-    """A seed that moved to another device gets a stream there."""
-    manager = StreamManager(1, RecordingStreams())
+    """A seed that moved gets a stream there, and the load is counted by device."""
+    manager, elsewhere = StreamManager(2, RecordingStreams()), torch.device("meta")
+    first = manager.get_stream(0, elsewhere)
+    assert first.device == elsewhere
     assert manager.get_stream(0, CPU).device == CPU
-    assert manager.get_stream(0, torch.device("meta")).device == torch.device("meta")
+    assert manager.get_stream(1, CPU) is not manager.get_stream(0, CPU)
+    assert manager.get_stats()["stream_usage"] == [3, 1]
 
 
 def test_stream_statistics_count_requests():
@@ -296,9 +299,10 @@ def test_only_gradients_that_were_produced_are_waited_for():
         y.sum().backward()
         num_before, synchronizer = len(streams.waits()), GradientSynchronizer()
         synchronizer.synchronize_pending([evaluated, waiting, produced])
+        synchronizer.synchronize_pending([evaluated])
     assert len(streams.waits()) == num_before + 1
     assert synchronizer.get_stats()["sync_count"] == 1
-    assert synchronizer.get_stats()["num_not_produced"] == 2
+    assert synchronizer.get_stats()["num_not_produced"] == 3
 
 
 def test_synchronization_times_are_in_milliseconds():

@@ -174,7 +174,7 @@ def run_on_side(
         ready: Event after which ``inputs`` may be read.
         inputs: Tensors that the work reads and that may be released before it is done, all on
             one device. At least one.
-        work: Launches the work; a tensor that it returns is kept for the current stream.
+        work: Launches the work; tensors that it returns are kept for the current stream.
     """
     given = tuple(inputs)
     current = streams.current(given[0].device)
@@ -186,6 +186,7 @@ def run_on_side(
             result = work()
     finally:
         streams.wait(current, streams.record(side))
-    if isinstance(result, torch.Tensor):
-        streams.keep(result, current)
+    for value in result if isinstance(result, tuple) else (result,):
+        if isinstance(value, torch.Tensor):
+            streams.keep(value, current)
     return result
