@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.exceptions import KernelCompilationError, KernelExecutionError
+from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
+from esper.execution.exceptions import (
+    AsyncExecutionError,
+    CacheError,
+    GradientSyncError,
+    KasminaException,
+    KernelCompilationError,
+    KernelCorruptError,
+    KernelExecutionError,
+    KernelLoadError,
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceUnavailable,
+    SeedLifecycleError,
+)
+from esper.execution.gradient_sync import GradientSynchronizer
+from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
+from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernel_executor import RealKernelExecutor
 from esper.execution.state_layout import KasminaStateLayout
+from esper.execution.stream_manager import StreamManager
 
 __all__ = [
+    "AsyncExecutionError",
+    "CacheError",
+    "EnhancedKernelCache",
+    "GradientSyncError",
+    "GradientSynchronizer",
+    "KasminaAttentionLayer",
+    "KasminaBatchNormLayer",
     "KasminaConv2dLayer",
+    "KasminaException",
     "KasminaLayer",
+    "KasminaLayerNormLayer",
     "KasminaStateLayout",
     "KernelCache",
     "KernelCompilationError",
+    "KernelCorruptError",
     "KernelExecutionError",
+    "KernelLoadError",
+    "KernelNotFoundError",
+    "KernelRefusedError",
+    "KernelSourceUnavailable",
+    "RealKernelExecutor",
+    "SeedLifecycleError",
     "SeedLifecycleState",
+    "StreamManager",
 ]
