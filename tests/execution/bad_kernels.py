@@ -57,7 +57,7 @@ FORWARD_FAULTS = {
     "raises": _raises,
     "shape": lambda body, x: body(x)[..., :1],
     "dtype": lambda body, x: body(x).double(),
-    "type": lambda body, x: (body(x),),
+    "type": lambda body, x: [body(x)],
     "nan": lambda body, x: body(x) * torch.nan,
     "infinity": lambda body, x: body(x) + torch.inf,
     "one_nan": _one_nan,

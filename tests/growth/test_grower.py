@@ -177,7 +177,7 @@ def test_suggestion_changes_nothing():
     before, random_state = state_of(model), torch.get_rng_state()
     grads = [p.grad.clone() for p in model.parameters()]
     rows = grower.suggest()
-    assert {row.site for row in rows} == {"0", "4"}
+    assert {row.site for row in rows} == {"0", "1", "4"}
     assert rows[0].gain >= rows[1].gain
     assert all(row.parameters > 0 and row.latency_us > 0 for row in rows)
     assert equal_states(before, state_of(model))
@@ -345,7 +345,7 @@ def test_settings_out_of_range_are_refused(setting, value):
 
 def test_unknown_site_by_hand_is_refused():
     """Before anything is trained; the error lists the sites there are."""
-    with pytest.raises(GrowthError, match="its sites: 0, 4"):
+    with pytest.raises(GrowthError, match="its sites: 0, 1, 4"):
         growing(*wrapped(), policy=ByHand([("7", "mlp-4x4-w32")]))
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from esper.contracts.errors import KernelExecutionError
-from esper.execution.guard import observed_rows
 from esper.execution.kernel import prepare_kernel
 from esper.execution.maintenance import maintain
 from esper.execution.shadow import shadow_pass
@@ -143,8 +142,10 @@ def test_seed_survives_a_move_of_its_model():
     layers(model)["0"].graft(0, nn.Linear(4, 4), alpha=1.0, example=torch.randn(8, 4))
     model(torch.randn(8, 4))
     model.to("meta")
+    seed = layers(model)["0"]._kasmina.seeds[0]
+    seed.follow_device()
     model(torch.randn(8, 4, device="meta"))
-    assert observed_rows(layers(model)["0"]._kasmina.seeds[0]).device.type == "meta"
+    assert seed.seen.rows().device.type == "meta"
 
 
 def test_what_was_observed_before_a_shadow_pass_is_kept():
@@ -153,9 +154,9 @@ def test_what_was_observed_before_a_shadow_pass_is_kept():
     layer = layers(model)["0"]
     layer.graft(0, nn.Linear(4, 4), alpha=1.0, example=torch.randn(8, 4))
     model(torch.randn(8, 4))
-    before = list(layer._kasmina.seeds[0].rows)
+    before = list(layer._kasmina.seeds[0].seen.calls)
     with shadow_pass(model):
         model(torch.randn(8, 4))
-    after = list(layer._kasmina.seeds[0].rows)
+    after = list(layer._kasmina.seeds[0].seen.calls)
     assert len(before) == len(after) == 1
     assert before[0] is after[0]

@@ -8,6 +8,7 @@ counter, for telemetry; *active*, whose forward follows the plan. A transition c
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.execution.blending import blend
+from esper.execution.guard import run_kernel
+from esper.execution.layer_call import LayerCall
 from esper.execution.layer_record import RECORD, record_of
+from esper.execution.roster import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,36 +52,54 @@ def _make(family: type, host_class: type, kind: str) -> type:
         "__module__": __name__,
         "__doc__": f"{host_class.__qualname__} with seeds; {kind}.",
         "_esper_key": (family, host_class, kind),
-        "forward": _FORWARDS[kind](host_class),
+        "forward": _FORWARDS[kind](family, host_class),
     }
     if issubclass(host_class, nn.Sequential):
         body.update(_hiding_seeds(host_class))
     return type(f"Kasmina{host_class.__name__}", (family, host_class), body)
 
 
-def _native(host_class: type) -> Callable[..., Any]:
-    return cast("Callable[..., Any]", host_class.forward)  # type: ignore[attr-defined]
+def _native(family: Any, host_class: Any) -> Callable[..., Any]:
+    """Return the host's forward; where the family lets arguments be left out, after filling in."""
+    host_forward = cast("Callable[..., Any]", host_class.forward)
+    complete = family.complete_call
+    if complete is None:
+        return host_forward
 
-
-def _counting(host_class: type) -> Callable[..., Any]:
-    host_forward = _native(host_class)
-
+    @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self._kasmina.forward_count += 1  # type: ignore[operator, union-attr]
-            self._kasmina.native_count += 1  # type: ignore[operator, union-attr]
+        args, kwargs = complete(args, kwargs)
         return host_forward(self, *args, **kwargs)
 
     return forward
 
 
-def _active(host_class: type) -> Callable[..., Any]:
-    host_forward = _native(host_class)
+def _counting(family: Any, host_class: Any) -> Callable[..., Any]:
+    native = _native(family, host_class)
 
+    @functools.wraps(native)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        h = host_forward(self, *args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        return blend(self._kasmina, x, blendable(h))  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            self._kasmina.native_count += 1  # type: ignore[operator, union-attr]
+        return native(self, *args, **kwargs)
+
+    return forward
+
+
+def _active(family: Any, host_class: Any) -> Callable[..., Any]:
+    host_forward, complete = host_class.forward, family.complete_call
+    open_run = family.open_run
+
+    @functools.wraps(host_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if complete is not None:
+            args, kwargs = complete(args, kwargs)
+        record: Any = self._kasmina
+        call = LayerCall(args, kwargs)
+        run = run_kernel if open_run is None else open_run(record, call)
+        output = host_forward(self, *args, **kwargs)
+        y = blend(record, call, blendable(output), run)
+        return y if isinstance(output, Tensor) else with_first(output, y)
 
     return forward
 
@@ -111,7 +133,11 @@ def generated_base(cls: type) -> type | None:
 
 def host_class_of(layer: nn.Module) -> type:
     """Return the class that a layer had before it was wrapped."""
-    return cast("type", type(layer)._esper_key[1])  # type: ignore[attr-defined] # noqa: SLF001
+    return _key_of(layer)[1]
+
+
+def _key_of(layer: nn.Module) -> tuple[type, type, str]:
+    return cast("tuple[type, type, str]", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001
 
 
 def refusal(module: object, family: type) -> str | None:
@@ -148,7 +174,7 @@ def _names_held(module: nn.Module) -> set[str]:
 
 def become(layer: nn.Module, kind: str) -> None:
     """Change a layer's class to another of its three; a class derived from ours follows."""
-    family, host_class, current = type(layer)._esper_key  # type: ignore[attr-defined] # noqa: SLF001
+    family, host_class, current = _key_of(layer)
     if kind != current:
         _change_class(layer, generated_class(family, host_class, kind))
 
@@ -202,6 +228,7 @@ def replan(layer: nn.Module) -> None:
     record.plan = tuple(seeds[i] for i in sorted(seeds))
     idle = "counting" if record.telemetry_enabled else "dormant"
     become(layer, "active" if record.plan else idle)
+    note(layer)
 
 
 def rebuild(family: type, host_class: type, kind: str) -> nn.Module:
@@ -232,17 +259,30 @@ def host_view(layer: nn.Module) -> nn.Module:
 
 def host_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the host's own forward, without the layer's hooks and seeds."""
-    return _native(host_class_of(layer))(layer, *args, **kwargs)
+    return _native(*_key_of(layer)[:2])(layer, *args, **kwargs)
+
+
+def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
+    """Return a call with the arguments that the layer's family lets a caller leave out."""
+    complete = cast("Any", _key_of(layer)[0]).complete_call
+    return call if complete is None else LayerCall(*complete(call.args, call.kwargs))
 
 
 def blendable(output: Any) -> Tensor:
-    """Return a host's output if a graft can be added to it.
+    """Return the part of a host's output that a graft can be added to.
 
     Raises:
-        TypeError: It is not a floating tensor.
+        TypeError: It is neither a floating tensor nor a tuple that begins with one.
     """
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return output
-    found = output.dtype if isinstance(output, Tensor) else type(output).__name__
-    msg = f"a site gives one floating tensor; this one gives {found}"
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return first
+    found = first.dtype if isinstance(first, Tensor) else type(output).__name__
+    msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
     raise TypeError(msg)
+
+
+def with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
+    """Return a tuple, or a named one, with another first element."""
+    rest = (y, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else rest

@@ -12,6 +12,7 @@ from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.generated_class import replan
 from esper.execution.kernel import Kernel, PreparedKernel, prepare_kernel
+from esper.execution.layer_call import Example, LayerCall
 from esper.execution.layer_record import record_of
 from esper.execution.occupancy import (
     apply_guard,
@@ -63,7 +64,7 @@ def graft(
     mode: str | None,
     position: str | None,
     guard: str,
-    example: Tensor | None,
+    example: Example | None,
 ) -> None:
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     _check(layer, seed_idx, alpha, guard)
@@ -76,7 +77,7 @@ def graft(
     elif example is None and alpha is not None:
         _install(layer, seed_idx, prepared, alpha, guard, seen)
     else:
-        known = seen if example is None else example
+        known = seen if example is None else LayerCall.of(example)
         assert known is not None
         _probe_and_install(layer, seed_idx, prepared, known, alpha, guard, is_pristine)
 
@@ -134,7 +135,7 @@ def _probe_and_install(
     layer: nn.Module,
     seed_idx: int,
     kernel: PreparedKernel,
-    example: Tensor,
+    example: LayerCall,
     alpha: float | None,
     guard: str,
     is_pristine: bool,  # noqa: FBT001 - all of them are needed, in this order
@@ -146,7 +147,7 @@ def _probe_and_install(
         raise
     if alpha is None:
         alpha = _identity_alpha(result)
-    _install(layer, seed_idx, kernel, alpha, guard, example.detach())
+    _install(layer, seed_idx, kernel, alpha, guard, example)
 
 
 def _identity_alpha(result: ProbeResult) -> float:
@@ -160,11 +161,12 @@ def _install(
     kernel: PreparedKernel,
     alpha: float,
     guard: str,
-    example: Tensor | None,
+    example: LayerCall | None,
 ) -> None:
     _check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
-    seed = make_seed(layer, seed_idx, kernel, guard=guard, example=example)
+    kept = None if example is None else example.detached()
+    seed = make_seed(layer, seed_idx, kernel, guard=guard, example=kept)
     if layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         layout.transition_seed_state(seed_idx, _S.LOADING)
     layout.transition_seed_state(seed_idx, _S.ACTIVE, kernel.kernel_id)
@@ -207,21 +209,20 @@ class _Observer:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         waiting: Waiting | None = forget_waiting(layer, self._seed_idx)
-        x = args[0] if args else next(iter(kwargs.values()), None)
         if waiting is not None:
-            _finish(layer, self._seed_idx, waiting, x)
+            _finish(layer, self._seed_idx, waiting, LayerCall(args, kwargs))
 
 
-def _finish(layer: nn.Module, seed_idx: int, waiting: Waiting, x: Any) -> None:
+def _finish(layer: nn.Module, seed_idx: int, waiting: Waiting, call: LayerCall) -> None:
     """Probe and install from within a forward, which may not fail for it."""
     try:
-        if not isinstance(x, Tensor):
-            _refuse_input(layer, waiting, x)
+        if not isinstance(call.x, Tensor):
+            _refuse_input(layer, waiting, call.x)
         _probe_and_install(
             layer,
             seed_idx,
             waiting.kernel,
-            x.detach(),
+            call,
             waiting.alpha,
             waiting.guard,
             waiting.is_pristine,

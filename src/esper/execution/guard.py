@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from esper.execution.observation import Call
 
 if TYPE_CHECKING:
+    from esper.execution.layer_call import LayerCall
+    from esper.execution.observation import Sums
     from esper.execution.seed_slot import Seed
 
-
-Sums = tuple[Tensor, Tensor]
-"""Sums of the host's output, and of that with the seed's share."""
+_CLEAN: Final = Call(None)
+"""A clean call without a guard: ends a run of errors, and nothing more is known about it."""
 
 
 def is_finite(total: Tensor) -> Tensor:
@@ -21,37 +27,57 @@ def is_finite(total: Tensor) -> Tensor:
     return (total - total) == 0
 
 
-def run_kernel(seed: Seed, x: Tensor, h: Tensor) -> Tensor | None:
+def in_transform() -> bool:
+    """Return whether ``torch.func`` or forward-mode differentiation transforms the code that runs.
+
+    Their tensors must not be kept, and refuse to become numbers.
+    """
+    functorch: bool = torch._C._are_functorch_transforms_active()  # noqa: SLF001 - there is no public one
+    return functorch or forward_ad._current_level >= 0  # noqa: SLF001 - neither is there here
+
+
+def run_kernel(seed: Seed, call: LayerCall, h: Tensor) -> Tensor | None:
     """Return the kernel's output, or None where the fence took a fault.
 
     Under ``torch.compile`` there is no fence: what does not trace was refused at load.
 
     Args:
         seed: The seed; a shadow seed is not fenced.
-        x: The layer's input.
+        call: What the layer was given.
         h: The host's output; the result has its shape, dtype and device.
     """
-    kernel: Any = seed.slot._modules["kernel"]  # noqa: SLF001 - getattr costs a microsecond
-    assert kernel is not None
-    given = h if seed.is_serial else x
-    if seed.guard == "always" and given.requires_grad and torch.is_grad_enabled():
-        given = _gate(given, seed)
-    if seed.is_shadow and seed.example is None:
-        seed.example = x.detach().clone()
-    if seed.is_shadow or torch.compiler.is_compiling():
-        return _conform(kernel(given), h)
+    if torch.compiler.is_compiling():
+        return _conform(_output(seed, call, h), h)
+    if seed.is_shadow:
+        if seed.example is None:
+            seed.example = call.detached()
+        return _conform(_output(seed, call, h), h)
+    if seed.guard == "always":
+        _keep_gated(seed)
     try:
-        k = _conform(kernel(given), h)
+        return _conform(_output(seed, call, h), h)
     except Exception as error:  # noqa: BLE001 - the one broad fence
-        _note(seed, error)
+        _note(seed, h, error)
         return None
-    if seed.errors:
-        seed.errors.append(False)
-    return k
+
+
+def _output(seed: Seed, call: LayerCall, h: Tensor) -> Any:
+    """Run a kernel on what it reads: ``h``, the layer's first input, or its whole call."""
+    kernel: Any = seed.slot._modules["kernel"]  # noqa: SLF001 - getattr costs a microsecond
+    is_gated = seed.guard == "always" and torch.is_grad_enabled()
+    if seed.takes is None:
+        given = h if seed.is_serial else call.x
+        return kernel(_gate(given, seed) if is_gated else given)
+    taken = seed.takes.of(call)
+    if is_gated:
+        taken = taken.with_tensors(lambda t: _gate(t, seed))
+    return kernel(*taken.args, **taken.kwargs)
 
 
 def _conform(k: Any, h: Tensor) -> Tensor:
     """Return ``k`` if it can be added to ``h``; autocast may have chosen another dtype."""
+    if isinstance(k, tuple) and k:  # as of an attention: its output and its weights
+        k = k[0]
     if not isinstance(k, Tensor) or k.shape != h.shape or k.device != h.device:
         raise ValueError(_unlike(k, h))
     if k.dtype == h.dtype:
@@ -66,155 +92,274 @@ def _unlike(k: Any, h: Tensor) -> str:
     return f"kernel output: expected {tuple(h.shape)}, {h.dtype}, on {h.device}; found {found}"
 
 
-def _note(seed: Seed, error: Exception) -> None:
+def _note(seed: Seed, h: Tensor, error: Exception) -> None:
     seed.last_error = f"{type(error).__name__}: {error}"
-    seed.errors.append(True)
+    if not in_transform():
+        seed.seen.calls.append(Call((_sum(h.detach()),), raised=True))
 
 
-def observe(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Sums:
-    """Sum ``h`` and ``h + alpha * delta``, which are finite where the sums are; remember both.
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum, accumulated in float32 or wider."""
+    if values.dtype in (torch.float32, torch.float64):
+        return values.sum()
+    return values.sum(dtype=torch.float32)
+
+
+Join = Callable[[Tensor], Tensor]
+"""Adds a seed's share to what the layer has so far."""
+
+
+def joining(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[Join, Tensor]:
+    """Return what adds ``alpha * k``, and the weight of that: nothing where the guard says no.
 
     Args:
         seed: The seed.
         h: Host output.
-        k: Kernel output.
-        term: ``alpha * k``.
+        k: Kernel output, like ``h``.
         alpha: 0-dim float32.
-
-    Returns:
-        The two sums, 0-dim, float32 or wider, on the device of ``h``.
     """
-    h, k, term = h.detach(), k.detach(), term.detach()
+    if torch.compiler.is_compiling() or in_transform():
+        return _traceable_joining(seed, h, k, alpha)
+    if seed.guard == "off":
+        if not seed.is_shadow:
+            seed.seen.calls.append(_CLEAN)
+        return partial(torch.add, alpha * k), alpha
+    if not seed.replaces:
+        call = Call(None)
+        seed.seen.calls.append(call)
+        join = _guarded_sum if seed.guard == "always" else _observed_sum
+        return partial(join, h, k, alpha, seed, call), alpha
+    term = alpha * k
+    sums = _sums(seed, h.detach(), k.detach(), term.detach(), alpha)
+    call = Call(sums)
+    seed.seen.calls.append(call)
+    if seed.guard == "step":
+        return partial(torch.add, term), alpha
+    if k.requires_grad:
+        k.register_hook(_IncomingHook(seed, call))  # type: ignore[no-untyped-call] # torch has none
+    return _where_finite(sums, term, alpha)
+
+
+def _sums(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Sums:
+    """Sum ``h`` and ``h + alpha * delta``, which are finite where the sums are."""
     grafted = h + alpha * (k - h) if seed.replaces else h + term
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    sums = (h.sum(dtype=wide), grafted.sum(dtype=wide))
-    if torch.compiler.is_compiling():
-        row = torch.stack(sums)
-        latest = (row - row).to(seed.ring.dtype).unsqueeze(0)
-        seed.ring = torch.cat((seed.ring[1:].to(row.device), latest))
-    else:
-        seed.rows.append(sums)
-    return sums
+    return _sum(h), _sum(grafted)
+
+
+def _where_finite(sums: Sums, term: Tensor, alpha: Tensor) -> tuple[Join, Tensor]:
+    """Return the join of a term, and its weight, where the sums say so; else neutral elements.
+
+    That of addition is -0.0 (``-0.0 + 0.0 == 0.0``): a host's output to which nothing is added
+    stays what it is, bit for bit.
+    """
+    ok = is_finite(sums[1])
+    return partial(torch.add, torch.where(ok, term, -0.0)), torch.where(ok, alpha, 0.0)
+
+
+def _traceable_joining(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[Join, Tensor]:
+    """Do what :func:`joining` does with operations that any transformation can follow."""
+    if seed.guard == "off":
+        return partial(torch.add, alpha * k), alpha
+    is_compiling = torch.compiler.is_compiling()
+    if seed.guard == "always" and is_compiling and k.requires_grad:
+        k = _Incoming.apply(k, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
+    term = alpha * k
+    sums = _sums(seed, h.detach(), k.detach(), term.detach(), alpha)
+    if is_compiling:
+        _remember_compiled(seed, sums)
+    if seed.guard == "step":
+        return partial(torch.add, term), alpha
+    return _where_finite(sums, term, alpha)
+
+
+def _remember_compiled(seed: Seed, sums: Sums) -> None:
+    row = torch.stack(sums)
+    ring = seed.seen.ring
+    latest = (row - row).to(device=ring.device, dtype=ring.dtype).unsqueeze(0)
+    seed.seen.ring = torch.cat((ring[1:], latest))
+    seed.seen.latest = None
+
+
+def _observed_sum(
+    h: Tensor,
+    k: Tensor,
+    alpha: Tensor,
+    seed: Seed,  # noqa: ARG001 - as of _guarded_sum
+    call: Call,
+    so_far: Tensor,
+) -> Tensor:
+    """Add, and sum what ``h`` becomes; where nothing else was added that is the result itself."""
+    term = alpha * k
+    y = so_far + term
+    grafted = y if so_far is h else h + term
+    call.sums = _sum(h.detach()), _sum(grafted.detach())
+    return y
+
+
+def _guarded_sum(
+    h: Tensor, k: Tensor, alpha: Tensor, seed: Seed, call: Call, so_far: Tensor
+) -> Tensor:
+    host = None if so_far is h else h.detach()
+    y: Tensor = _GuardedSum.apply(so_far, host, k, alpha, seed, call)  # type: ignore[no-untyped-call] # torch has none
+    return y
+
+
+class _GuardedSum(torch.autograd.Function):
+    """``so_far + alpha * k`` where the seed's share is finite, else ``so_far``; eager.
+
+    The same as ``so_far + torch.where(ok, alpha * k, -0.0)`` in fewer passes, and without a second
+    slow one in the backward: with a 0-dim condition ``where`` reads it again for every element.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, so_far: Tensor, h: Tensor | None, k: Tensor, alpha: Tensor, seed: Seed, call: Call
+    ) -> Tensor:
+        host = so_far if h is None else h
+        term = alpha * k
+        y = host + term
+        call.sums = sums = _sum(host), _sum(y)
+        ok = is_finite(sums[1])
+        ctx.set_materialize_grads(False)
+        ctx.seen, ctx.call = seed.seen, call
+        ctx.save_for_backward(alpha, ok)
+        return torch.where(ok, y, host) if h is None else so_far + torch.where(ok, term, -0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        g = gradients[0]
+        if g is None:
+            return None, None, None, None, None, None
+        alpha, ok = ctx.saved_tensors
+        if torch.is_grad_enabled() or in_transform():  # to be differentiated again
+            return g, None, torch.where(ok, alpha * g, 0.0), None, None, None
+        ctx.seen.come_in(ctx.call, _sum(g))
+        scaled = alpha * g
+        if g.device.type != "cpu":
+            scaled = torch.where(ok, scaled, 0.0)
+        elif not ok.item():
+            scaled = torch.zeros_like(g)
+        return g, None, scaled, None, None, None
+
+
+class _IncomingHook:
+    """Remembers the sum of the gradient that reaches a kernel's output."""
+
+    def __init__(self, seed: Seed, call: Call) -> None:
+        self._seen, self._call = seed.seen, call
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        """Take note; the gradient passes unchanged."""
+        if gradient is not None and not in_transform():
+            self._seen.come_in(self._call, _sum(gradient.detach()))
+
+
+class _Incoming(torch.autograd.Function):
+    """The identity in compiled code; marks in the sink where the gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return k.view_as(k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
+        bad = (~is_finite(_sum(gradients[0]))).to(torch.float32)
+        return gradients[0], torch.stack((bad, torch.zeros_like(bad)))
 
 
 class _GradientGate(torch.autograd.Function):
     """The identity; its gradient is zeros where the gradient that arrives is not finite."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+    def forward(ctx: Any, x: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
-        return zeros_unless_finite(gradients[0], None)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
+        ok = is_finite(_sum(gradients[0]))
+        bad = (~ok).to(torch.float32)
+        return torch.where(ok, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
 
 
 def _gate(x: Tensor, seed: Seed) -> Tensor:
     """Return ``x`` under a gate: a function where it is compiled, else a hook, which is cheaper."""
+    if not x.requires_grad:
+        return x
     if torch.compiler.is_compiling():
-        compiled: Tensor = _GradientGate.apply(x)  # type: ignore[no-untyped-call] # torch has none
+        compiled: Tensor = _GradientGate.apply(x, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
         return compiled
     gated = x.view_as(x)
-    gated.register_hook(_GradientHook(seed))  # type: ignore[no-untyped-call] # torch has none
+    node: Any = gated.grad_fn
+    node.register_prehook(_InputHook(seed))  # a hook of the tensor costs four times as much
     return gated
 
 
-def zeros_unless_finite(gradient: Tensor, seed: Seed | None) -> Tensor:
-    """Return the gradient, or zeros where its sum is not finite; the seed remembers the sum.
+def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
+    """Return the gradient, or zeros where its sum is not finite, and remember the sum.
 
     On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
     """
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    total = gradient.sum(dtype=wide)
-    if seed is not None:
-        seed.gradients.append((seed.incoming, total))
-    if seed is None or gradient.device.type != "cpu" or gradient.requires_grad:
+    total = _sum(gradient)
+    if gradient.requires_grad or in_transform():
         return torch.where(is_finite(total), gradient, 0.0)
-    return gradient if math.isfinite(total.item()) else torch.zeros_like(gradient)
+    if gradient.device.type != "cpu":
+        seed.seen.leave(place, total)
+        return torch.where(is_finite(total), gradient, 0.0)
+    number = total.item()
+    seed.seen.leave(place, number)
+    return gradient if math.isfinite(number) else torch.zeros_like(gradient)
 
 
-class _GradientHook:
-    """The gate as a hook: of the kernel's input in a forward, and of each of its parameters."""
+class _InputHook:
+    """The gate of a kernel's input, as a hook of the node that its gradient leaves through."""
 
     def __init__(self, seed: Seed) -> None:
         self._seed = seed
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return zeros_unless_finite(gradient, self._seed)
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """Return the gradients that may pass; None where there is none."""
+        (gradient,) = gradients
+        return None if gradient is None else (_zeros_unless_finite(gradient, self._seed, -1),)
 
 
-class OutputGate:
-    """Hook of a kernel's output: remembers whether what came in, both ways, was finite.
+class _ParameterHook:
+    """The gate of one of a kernel's parameters, as a hook.
 
     Args:
-        seed: The seed.
-        sums: What :func:`observe` gave for the forward; a backward after a bad one counts nothing.
+        seed: The seed, which remembers the sums of what passes.
+        place: Number of the parameter.
     """
 
-    def __init__(self, seed: Seed, sums: Sums) -> None:
-        self._seed, self._sums = seed, sums
+    def __init__(self, seed: Seed, place: int) -> None:
+        self._seed, self._place = seed, place
 
-    def __call__(self, gradient: Tensor) -> None:
-        """Remember the sum of the gradient; it passes unchanged."""
-        self._seed.incoming = (gradient.sum(dtype=torch.float32), *self._sums)
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient that may pass."""
+        return None if gradient is None else _zeros_unless_finite(gradient, self._seed, self._place)
 
 
 def gate_parameters(seed: Seed) -> None:
     """Put the gates on the kernel's trainable parameters; anew, wherever they were before."""
     ungate_parameters(seed)
-    gate = _GradientHook(seed)
-    parameters = (p for p in seed.slot.parameters() if p.requires_grad)
-    seed.handles = [p.register_hook(gate) for p in parameters]  # type: ignore[no-untyped-call] # torch has none
+    for module in seed.slot.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - where they can be exchanged
+            if parameter is not None and parameter.requires_grad:
+                hook = _ParameterHook(seed, len(seed.gated))
+                seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
+                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001
 
 
 def ungate_parameters(seed: Seed) -> None:
     """Take the gates away."""
     for handle in seed.handles:
         handle.remove()
-    seed.handles = []
+    seed.handles, seed.gated = [], []
 
 
-def read_calls(seed: Seed) -> list[bool]:
-    """Return the outcomes of the calls since the last reading, oldest first: True at fault.
-
-    A call whose input or host output was not finite counts neither way, and a gradient counts
-    only where what reached the kernel's output was finite. One transfer from the device.
-    """
-    known = [row for row in observed_rows(seed).tolist() if row[0] == 0]
-    outcomes = [row[1] != 0 for row in known] + list(seed.errors)
-    faulty_backwards = _faulty_backwards(seed)
-    for i in reversed(range(len(outcomes))):
-        if faulty_backwards and not outcomes[i]:
-            outcomes[i] = True
-            faulty_backwards -= 1
-    if any(row[1] != 0 for row in known):
-        seed.last_error = "its output was not finite where its host's was"
-    seed.forget_calls()
-    return outcomes + [True] * faulty_backwards
-
-
-def observed_rows(seed: Seed) -> Tensor:
-    """Return ``[n, 2]``, one row a call: 0 where (host, host and seed) were finite, else NaN.
-
-    A row that begins with NaN says nothing about the seed.
-    """
-    if seed.ring.device != seed.slot.alpha.device:  # the model was moved since
-        seed.forget_calls()
-    if not seed.rows:
-        return seed.ring
-    sums = torch.stack([s for pair in seed.rows for s in pair]).view(-1, 2)
-    return torch.cat((seed.ring, (sums - sums).to(seed.ring.dtype)))
-
-
-def _faulty_backwards(seed: Seed) -> int:
-    """Count the backwards in which a finite gradient came in and another left the kernel."""
-    known = [(i, o) for i, o in seed.gradients if i is not None]
-    if not known:
-        return 0
-    sums = torch.stack([s for came, left in known for s in (*came, left)]).view(len(known), -1)
-    finite = torch.isfinite(sums).tolist()
-    pairs = zip(known, finite, strict=True)
-    faulty = {id(came) for (came, _), flags in pairs if all(flags[:-1]) and not flags[-1]}
-    if faulty:
-        seed.last_error = "its gradient was not finite where the incoming one was"
-    return len(faulty)
+def _keep_gated(seed: Seed) -> None:
+    """Gate what has come into the place of the parameters: loading, moving and sharding do that."""
+    for table, name, parameter in seed.gated:
+        if table.get(name) is not parameter:
+            if not in_transform():
+                gate_parameters(seed)
+            return

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from esper.contracts.blueprint import POSITIONS
 from esper.contracts.errors import KernelLoadError, KernelSourceUnavailable, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import folding, grafting, maintenance, occupancy, shadow
@@ -22,6 +23,7 @@ from esper.execution.generated_class import (
 from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.execution.layer_record import RECORD, LayerRecord
 from esper.execution.seed_slot import SEEDS
+from esper.execution.site import widths
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.statistics import layer_statistics
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
     from esper.execution.folding import FoldCertificate
     from esper.execution.kernel_cache import KernelCache
+    from esper.execution.layer_call import Example
 
 
 class KasminaLayer(nn.Module):
@@ -55,6 +58,14 @@ class KasminaLayer(nn.Module):
 
     Raises:
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
+    """
+
+    POSITIONS: ClassVar[tuple[str, ...]] = POSITIONS
+    """What kernels of this kind of layer may be; the first is the default of a module."""
+    complete_call: ClassVar[Any] = None
+    """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
+    open_run: ClassVar[Any] = None
+    """``(record, call) -> run``: begins a call, returns what runs kernels; None: ``run_kernel``.
     """
 
     _kasmina: LayerRecord
@@ -132,12 +143,12 @@ class KasminaLayer(nn.Module):
     @property
     def input_size(self) -> int:
         """Input features of the host, for convolutions its channels; 0 where it does not say."""
-        return int(getattr(self, "in_features", getattr(self, "in_channels", 0)))
+        return widths(self)[0]
 
     @property
     def output_size(self) -> int:
         """Output features or channels of the host; 0 where it does not say."""
-        return int(getattr(self, "out_features", getattr(self, "out_channels", 0)))
+        return widths(self)[1]
 
     @property
     def num_seeds(self) -> int:
@@ -202,7 +213,7 @@ class KasminaLayer(nn.Module):
         mode: str | None = None,
         position: str | None = None,
         guard: str = "always",
-        example: Tensor | None = None,
+        example: Example | None = None,
     ) -> None:
         """Put a kernel into a seed. A kernel that is there works until this one is ready.
 
@@ -215,7 +226,8 @@ class KasminaLayer(nn.Module):
             mode: ``"add"``, ``"replace"``, or None for what the kernel carries.
             position: ``"parallel"``, ``"serial"``, or None for what the kernel carries.
             guard: ``"always"``, ``"step"`` (needs :meth:`enable_step_guard`) or ``"off"``.
-            example: An input of the layer for the probe. None: a kernel that has been in shadow
+            example: An input of the layer for the probe: a tensor, a tuple of positional
+                arguments, or a ``LayerCall``. None: a kernel that has been in shadow
                 at this layer and whose alpha is given was seen to work; otherwise the seed waits
                 in LOADING, and the layer's next forward is observed.
 

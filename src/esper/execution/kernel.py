@@ -60,11 +60,12 @@ def prepare_kernel(
             or what this function returned before.
         mode: ``"add"``, ``"replace"``, or None for what the kernel carries; a module adds.
         position: ``"parallel"``, ``"serial"``, or None for what the kernel carries; a module is
-            parallel.
+            parallel, or serial where the layer's kind takes no other.
 
     Raises:
         TypeError: ``kernel`` is something else.
-        ValueError: ``mode`` or ``position`` is unknown, or contradicts what the kernel carries.
+        ValueError: ``mode`` or ``position`` is unknown, contradicts what the kernel carries, or
+            is none that the layer's kind takes.
         BlueprintError: The blueprint breaks a rule.
         KernelCorruptError: The artifact's tensors are not those of its blueprint.
     """
@@ -75,8 +76,10 @@ def prepare_kernel(
         return kernel
     if isinstance(kernel, nn.Module) and not isinstance(kernel, LoweredKernel):
         module = kernel.to(reference_tensor(layer).device)
+        position = position or _positions(layer)[0]
+        _check_position(layer, position)
         return PreparedKernel(
-            module=module, mode=mode or "add", position=position or "parallel", draws_random=True
+            module=module, mode=mode or "add", position=position, draws_random=True
         )
     return _from_blueprint(layer, kernel, mode, position)
 
@@ -95,6 +98,7 @@ def _from_blueprint(
         )
         raise TypeError(msg)
     _check_agrees(blueprint.mode, mode, blueprint.position, position)
+    _check_position(layer, blueprint.position)
     like = reference_tensor(layer)
     return PreparedKernel(
         module=_build(kernel, like),
@@ -125,6 +129,20 @@ def reference_tensor(layer: nn.Module) -> Tensor:
         if tensor.is_floating_point():
             return tensor
     return torch.empty(0)
+
+
+def _positions(layer: nn.Module) -> tuple[str, ...]:
+    positions: tuple[str, ...] = getattr(type(layer), "POSITIONS", POSITIONS)
+    return positions
+
+
+def _check_position(layer: nn.Module, position: str) -> None:
+    if position not in _positions(layer):
+        msg = (
+            f"a {type(layer).__name__} takes {' and '.join(_positions(layer))} kernels only, "
+            f"this one is {position}"
+        )
+        raise ValueError(msg)
 
 
 def _check_choice(what: str, value: Any, known: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.execution.state_layout import KasminaStateLayout
@@ -39,12 +40,14 @@ class LayerRecord:
         plan: Seeds with alpha > 0, in slot order; made at transitions.
         waiting: Grafts that wait for an example, by seed index.
         refusals: Why a graft that had waited was refused, by seed index.
-        forward_count: Calls, counted where telemetry is on.
-        native_count: Those of these calls that ran no kernel.
+        native_count: Calls that ran no kernel, counted where telemetry is on.
+        active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         num_unloads: How often a seed was given up, by index; a load that was under way sees it.
+        in_shadow: Whether a shadow pass runs, of which nothing is counted.
+        family_state: What the layer's family keeps for it; copied and pickled with it.
         cache: The kernel cache, made when first asked for.
     """
 
@@ -69,12 +72,19 @@ class LayerRecord:
         self.plan: tuple[Seed, ...] = ()
         self.waiting: dict[int, Any] = {}
         self.refusals: dict[int, str] = {}
-        self.forward_count = 0
         self.native_count = 0
+        self.active_count = 0
         self.kernel_execution_count = 0
         self.num_faults = 0
         self.has_step_guard = False
-        self.num_unloads = [0] * num_seeds
+        self.num_unloads: Counter[int] = Counter()
+        self.in_shadow = False
+        self.family_state: Any = None
+
+    @property
+    def forward_count(self) -> int:
+        """Calls since birth, counted where telemetry is on."""
+        return self.native_count + self.active_count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
@@ -84,12 +94,13 @@ class LayerRecord:
                 copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
         copied.waiting = self._waiting_hooks()
         copied.shadows = {}
-        copied.has_step_guard = False
+        copied.has_step_guard = copied.in_shadow = False
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle keeps; where kernels come from is the process's business."""
         own = {"shadows": {}, "waiting": self._waiting_hooks(), "has_step_guard": False}
+        own["in_shadow"] = False
         return {**self.__dict__, **dict.fromkeys(_SHARED), **own}
 
     def _waiting_hooks(self) -> dict[int, int]:

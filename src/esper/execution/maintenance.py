@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import KernelExecutionError, KernelRefusedError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.guard import observed_rows, read_calls
 from esper.execution.layer_record import RECORD, LayerRecord, record_of
+from esper.execution.observation import read
 from esper.execution.occupancy import insert, withdraw
 from esper.execution.probe import probe
 from esper.execution.seed_slot import SEEDS
@@ -85,7 +85,7 @@ class MaintenanceReport:
 def maintain(model: nn.Module) -> MaintenanceReport:
     """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
 
-    Costs nothing where every seed is dormant, and one transfer for each contributing seed.
+    Looks at every module of the model, and makes one transfer for each contributing seed.
 
     Args:
         model: A model with wrapped layers, or one such layer.
@@ -94,10 +94,15 @@ def maintain(model: nn.Module) -> MaintenanceReport:
         KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
             be isolated. Every layer has been looked at.
     """
+    return maintain_layers(_layers(model))
+
+
+def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
+    """Do what :func:`maintain` does, for layers that are known (``Roster.busy``)."""
     faults: list[SeedFault] = []
     transitions: list[SeedTransition] = []
     failing: list[SeedFault] = []
-    for layer in _layers(model):
+    for layer in layers:
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
             _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
     if failing:
@@ -127,7 +132,7 @@ def _maintain_seed(
     if before == _S.ERROR_RECOVERY:
         _try_again(layer, seed_idx, seed)
     else:
-        outcomes = read_calls(seed)
+        outcomes = _read_calls(seed)
         longest = record.layout.record_calls(seed_idx, outcomes)
         if any(outcomes):
             fault = _isolate_if_moved(layer, seed_idx, seed, sum(outcomes))
@@ -139,6 +144,16 @@ def _maintain_seed(
     after = record.layout.state(seed_idx)
     if after != before:
         transitions.append(_transition(record, seed_idx, before, seed.last_error))
+
+
+def _read_calls(seed: Seed) -> list[bool]:
+    """Return the outcomes of the calls since the last reading, True at fault; start anew."""
+    seed.follow_device()
+    outcomes, reason = read(seed.seen)
+    if reason and reason != "raised":  # the fence has said more
+        seed.last_error = reason
+    seed.forget_calls()
+    return outcomes
 
 
 def _fossil_at_fault(record: LayerRecord, seed_idx: int, seed: Seed) -> list[SeedFault]:
@@ -237,13 +252,13 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
     flags = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched]).tolist()
     faults = []
     for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
-        outcomes_known = bool(seed.errors)
+        raised = any(call.raised for call in seed.seen.calls)
         if output_bad or gradient_bad:
             what = "output" if output_bad else "gradients"
             seed.last_error = f"its {what} were not finite where its host's were"
             faults.append(_isolate_now(layer, seed_idx, seed))
-        elif not outcomes_known:
-            seed.rows.clear()
+        elif not raised:
+            seed.forget_calls()
             _end_run_of_faults(record_of(layer), seed_idx)
     return faults
 
@@ -261,21 +276,15 @@ def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
 
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
-    rows = observed_rows(seed)
+    seed.follow_device()
+    rows = seed.seen.rows()
     output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
-    gradient_bad = gradient_bad & _host_was_finite(seed)
+    gradient_bad = gradient_bad & ~rows[:, 0].isnan().any()
     if not seed.is_serial:
         host = (p for name, p in layer.named_parameters() if not name.startswith("_seeds."))
         gradient_bad = gradient_bad & ~_any_not_finite(host, like=output_bad)
     return torch.stack((output_bad, gradient_bad))
-
-
-def _host_was_finite(seed: Seed) -> Tensor:
-    """Return a bool tensor: whether the host's output was finite in every call of this step."""
-    if not seed.rows:
-        return seed.ring[-1, 0] == 0  # of the latest compiled call
-    return torch.isfinite(torch.stack([host for host, _ in seed.rows])).all()
 
 
 def _any_not_finite(parameters: Iterable[Any], *, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from esper.execution.seed_slot import GUARDS, SEEDS, Seed, SeedContainer, SeedSl
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from esper.execution.layer_call import LayerCall
 
 STRUCTURE_FORMAT_VERSION: Final = 1
 
@@ -34,7 +34,7 @@ def make_seed(
     *,
     guard: str,
     is_shadow: bool = False,
-    example: Tensor | None = None,
+    example: LayerCall | None = None,
 ) -> Seed:
     """Return the record of a seed with its slot; nothing is inserted."""
     slot = SeedSlot(kernel.module, reference_tensor(layer).device)

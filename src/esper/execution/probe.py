@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import KernelRefusedError
-from esper.execution.generated_class import blendable, host_forward, host_view
+from esper.execution.generated_class import blendable, completed, host_forward, host_view
+from esper.execution.layer_call import LayerCall, Takes
 from esper.execution.layer_record import record_of
 from esper.execution.shadow import shadow_pass
 
 if TYPE_CHECKING:
     from esper.execution.kernel import PreparedKernel
+    from esper.execution.layer_call import Example
 
 _REMEMBERED: Final = 4096
 _UPDATE: Final = 1e-2
@@ -40,14 +42,14 @@ class ProbeResult:
 
 
 def probe(
-    layer: nn.Module, kernel: PreparedKernel, example: Tensor, *, is_pristine: bool = False
+    layer: nn.Module, kernel: PreparedKernel, example: Example, *, is_pristine: bool = False
 ) -> ProbeResult:
     """Try a kernel on a copy. Neither the layer nor the kernel nor a random state changes.
 
     Args:
         layer: The layer where the kernel is to go.
         kernel: The kernel.
-        example: An input of the layer, on its device.
+        example: An input of the layer, on its device: a tensor, positional arguments or a call.
         is_pristine: Whether the kernel's weights are still those of its artifact or blueprint;
             only then may an earlier probe answer for its gradients.
 
@@ -60,9 +62,10 @@ def probe(
             ``"grad_mode"`` or ``"gradient"``.
         TypeError: The layer is no site: its output is not one floating tensor.
     """
-    key = _memory_key(layer, kernel, example) if is_pristine else None
+    call = completed(layer, LayerCall.of(example))
+    key = _memory_key(layer, kernel, call.x) if is_pristine else None
     remembered = key is not None and key in _passed
-    result = _Probe(layer, kernel, example).run(remembered=remembered)
+    result = _Probe(layer, kernel, call).run(remembered=remembered)
     if key is not None:
         _passed[key] = None
         _passed.move_to_end(key)
@@ -85,9 +88,10 @@ def _memory_key(
 class _Probe:
     """One probe: a copy of the kernel, a fixed input, and the host's output for it."""
 
-    def __init__(self, layer: nn.Module, kernel: PreparedKernel, example: Tensor) -> None:
+    def __init__(self, layer: nn.Module, kernel: PreparedKernel, call: LayerCall) -> None:
         self._layer, self._kernel = layer, kernel
-        self._example = example.detach().clone()
+        self._call = call.detached()
+        self._takes = None if kernel.position == "serial" else Takes.by(kernel.module)
         self._where = f"kernel {kernel.kernel_id} at layer {record_of(layer).name!r}"
 
     def run(self, *, remembered: bool) -> ProbeResult:
@@ -106,27 +110,38 @@ class _Probe:
             remembered=remembered,
         )
 
-    def _host_output(self) -> tuple[Tensor, Tensor]:
+    def _host_output(self) -> tuple[Tensor, LayerCall]:
+        """Return the host's output, and what the kernel is given: leaves where they can be."""
         with torch.no_grad():
-            h = blendable(host_forward(self._layer, self._example.clone()))
-        given = (h if self._kernel.position == "serial" else self._example).clone()
-        return h, given.requires_grad_(given.is_floating_point())
+            call = self._call.detached()
+            h = blendable(host_forward(self._layer, *call.args, **call.kwargs))
+        if self._kernel.position == "serial":
+            given = LayerCall.of(h.clone())
+        elif self._takes is None:
+            given = LayerCall.of(self._call.x.clone())
+        else:
+            given = self._takes.of(self._call).detached()
+        return h, given.with_tensors(lambda t: t.requires_grad_(t.is_floating_point()))
 
-    def _output(self, module: nn.Module, given: Tensor) -> Tensor:
+    def _output(self, module: nn.Module, given: LayerCall) -> Tensor:
         """Run the kernel and check what it does to what it is given."""
-        self._entered = entered = given.clone()  # no leaf, so that writing to it is possible
-        version, state = entered._version, _random_states(given)  # noqa: SLF001 - torch's counter
+        entered = given.with_tensors(Tensor.clone)  # no leaves, so that writing to them is possible
+        self._entered = entered.tensors()
+        versions = [t._version for t in self._entered]  # noqa: SLF001 - torch's counter
+        state = _random_states(self._call.x)
         try:
-            k: Any = module(entered)
+            k: Any = module(*entered.args, **entered.kwargs)
         except Exception as error:
             msg = f"{self._where} raised {type(error).__name__}: {error}"
             raise KernelRefusedError(msg, check="raises") from error
         if not torch.is_grad_enabled():
             torch.set_grad_enabled(True)
             self._refuse("grad_mode", "gradients on, as it found them", "gradients off")
-        if entered._version != version:  # noqa: SLF001
+        if isinstance(k, tuple) and k:
+            k = k[0]
+        if [t._version for t in self._entered] != versions:  # noqa: SLF001
             self._refuse("in_place", "an input that is only read", "an input that was modified")
-        if not self._kernel.draws_random and not torch.equal(state, _random_states(given)):
+        if not self._kernel.draws_random and not torch.equal(state, _random_states(self._call.x)):
             self._refuse("random", "no random numbers drawn", "a random state that moved")
         if not isinstance(k, Tensor):
             self._refuse("type", "a tensor", type(k).__name__)
@@ -139,7 +154,7 @@ class _Probe:
             self._refuse("device", h.device, k.device)
         if k.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
             self._refuse("dtype", h.dtype, k.dtype)
-        if k.untyped_storage().data_ptr() == self._entered.untyped_storage().data_ptr():
+        if any(_share_memory(k, t) for t in self._entered):
             self._refuse("view", "an output of its own", "its input, or a view of it")
         if not _all_finite(k) and _all_finite(h):
             self._refuse("finite", "a finite output", "NaN or infinity")
@@ -147,14 +162,14 @@ class _Probe:
     def _is_identity(self, h: Tensor, k: Tensor) -> bool:
         return torch.equal(k if self._kernel.mode == "replace" else h + k, h)
 
-    def _check_gradients(self, module: nn.Module, given: Tensor, k: Tensor) -> None:
+    def _check_gradients(self, module: nn.Module, given: LayerCall, k: Tensor) -> None:
         """Check that gradients are finite and reach every layer, the inner after one update."""
         parameters = _trainable(module)
         if not k.requires_grad:
             if parameters:
                 self._refuse("gradient", "a gradient for its parameters", "none at all")
             return
-        inputs = [*parameters, given] if given.requires_grad else parameters
+        inputs = [*parameters, *(t for t in given.tensors() if t.requires_grad)]
         first = self._gradients(k, inputs)
         if not parameters:
             return
@@ -164,7 +179,7 @@ class _Probe:
             for parameter, g in zip(parameters, first, strict=False):
                 if g is not None:
                     parameter.sub_(_UPDATE * g / (1.0 + g.norm()))
-        second = self._gradients(self._output(module, given.detach().clone()), parameters)
+        second = self._gradients(self._output(module, given.detached()), parameters)
         reached = {
             id(p)
             for p, g, g0 in zip(parameters, second, first, strict=False)
@@ -206,6 +221,10 @@ def _random_states(tensor: Tensor) -> Tensor:
     if tensor.device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(tensor.device).get_rng_state(tensor.device))
     return torch.cat(states)
+
+
+def _share_memory(left: Tensor, right: Tensor) -> bool:
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

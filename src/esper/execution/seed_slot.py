@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from esper.contracts.canonical_json import encode
+from esper.execution.layer_call import Takes
+from esper.execution.observation import Observations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from esper.execution.kernel import PreparedKernel
+    from esper.execution.layer_call import LayerCall
 
 SEEDS: Final = "_seeds"
 """Name of the child of a layer that holds its slots; absent while there is none."""
 
 GUARDS: Final = ("always", "step", "off")
-
-OBSERVED_CALLS: Final = 256
-"""So many calls of a seed are remembered between two readings; older ones are not counted."""
 
 
 class SeedSlot(nn.Module):
@@ -40,17 +39,29 @@ class SeedSlot(nn.Module):
     def __init__(self, kernel: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.kernel = kernel
-        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device=device))
+        self._alpha, self._structure = 0.0, bytearray()
+        self.register_buffer("alpha", None)
         self.register_buffer("structure", torch.zeros(0, dtype=torch.uint8, device=device))
+        self._fill_alpha(device)
 
     def set_alpha(self, alpha: float) -> None:
         """Replace the alpha that forwards multiply with."""
-        self._buffers["alpha"] = torch.tensor(alpha, dtype=torch.float32, device=self.alpha.device)
+        self._alpha = alpha
+        self._fill_alpha(self.alpha.device)
 
     def set_structure(self, structure: dict[str, Any]) -> None:
         """Replace the description that travels with ``state_dict``."""
-        data = torch.frombuffer(bytearray(encode(structure)), dtype=torch.uint8)
-        self._buffers["structure"] = data.to(self.alpha.device)
+        self._structure = bytearray(encode(structure))
+        self._fill_structure(self.alpha.device)
+
+    def _fill_alpha(self, device: torch.device) -> None:
+        with torch.inference_mode(mode=False):  # autograd may save it
+            self._buffers["alpha"] = torch.tensor(self._alpha, dtype=torch.float32, device=device)
+
+    def _fill_structure(self, device: torch.device) -> None:
+        with torch.inference_mode(mode=False):
+            data = torch.frombuffer(self._structure or bytearray(1), dtype=torch.uint8)
+            self._buffers["structure"] = data[: len(self._structure)].to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the kernel's output, unblended; layers do not call this."""
@@ -58,9 +69,10 @@ class SeedSlot(nn.Module):
         return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:  # noqa: FBT001, FBT002 - torch's signature
-        """Follow the host to another device or dtype; alpha stays float32."""
+        """Follow the host to another device or dtype; alpha stays float32, whatever ``fn`` does."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has none
-        self._buffers["alpha"] = self.alpha.to(torch.float32)
+        self._fill_alpha(self.alpha.device)
+        self._fill_structure(self.alpha.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -100,21 +112,16 @@ class Seed:
         slot: The kernel's slot.
         guard: ``"always"``, ``"step"`` or ``"off"``.
         is_shadow: Whether it is auditioned: not fenced, not guarded, no part of the model.
-        example: An input of the layer, to probe the kernel again with.
+        example: A call of the layer, to probe the kernel again with.
 
     Attributes:
-        rows: For each recent call the sums of the host's output and of that with the seed's
-            share, 0-dim, on the device.
-        ring: ``[OBSERVED_CALLS, 2]``, the same for compiled calls: 0 for finite, else NaN; rows
-            of NaN say nothing.
-        errors: Recent calls that the fence saw, where no row stands for them: True at fault.
-        gradients: Recent (``incoming``, sum of a gradient that left) of the gates.
-        incoming: In the latest backward, the sum of the gradient that reached the kernel's
-            output, and the sums of its forward; all are finite where what came in was.
+        takes: What the kernel takes of the layer's call; None for its first tensor.
+        seen: What was observed of its calls and not read.
         num_retries: Probes since the graft that an isolated seed was given.
         readings_to_wait: Readings until the next such probe.
         last_error: What the last fault was, for people.
         handles: Handles of the hooks on the kernel's parameters.
+        gated: Where these parameters were: a module's table, a name, the parameter.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class Seed:
         *,
         guard: str,
         is_shadow: bool = False,
-        example: Tensor | None = None,
+        example: LayerCall | None = None,
     ) -> None:
         self.seed_idx = seed_idx
         self.kernel = kernel
@@ -135,27 +142,28 @@ class Seed:
         self.example = example
         self.is_serial = kernel.position == "serial"
         self.replaces = kernel.mode == "replace"
+        self.takes = None if self.is_serial else Takes.by(slot.kernel)
         self.last_error = ""
         self.num_retries = 0
         self.readings_to_wait = 0
         self.handles: list[Any] = []
+        self.gated: list[tuple[dict[str, Any], str, Tensor]] = []
         self.forget_calls()
 
     def forget_calls(self) -> None:
         """Drop what was observed and not read."""
-        self.rows: deque[tuple[Tensor, Tensor]] = deque(maxlen=OBSERVED_CALLS)
-        self.errors: deque[bool] = deque(maxlen=OBSERVED_CALLS)
-        self.gradients: deque[tuple[tuple[Tensor, ...] | None, Tensor]] = deque(
-            maxlen=OBSERVED_CALLS
-        )
-        self.incoming: tuple[Tensor, ...] | None = None
-        self.ring = torch.full((OBSERVED_CALLS, 2), torch.nan, device=self.slot.alpha.device)
+        self.seen = Observations(self.slot.alpha.device)
+
+    def follow_device(self) -> None:
+        """Drop what was observed where the model was moved since."""
+        if self.seen.ring.device != self.slot.alpha.device:
+            self.forget_calls()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies keep: hooks and what hangs on a graph belong to the original."""
-        state = self.__dict__.copy()
-        state["handles"] = []
-        for name in ("rows", "gradients", "errors"):
-            state[name] = deque(maxlen=OBSERVED_CALLS)
-        state["incoming"] = None
-        return state
+        return {**self.__dict__, "handles": [], "gated": [], "seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, which has seen nothing."""
+        self.__dict__.update(state)
+        self.forget_calls()

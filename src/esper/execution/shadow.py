@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.execution.kernel import PreparedKernel
+    from esper.execution.layer_call import LayerCall
 
-_OBSERVATIONS: Final = ("rows", "errors", "gradients", "incoming", "ring", "last_error")
-_COUNTERS: Final = ("forward_count", "native_count", "kernel_execution_count", "num_faults")
+_OBSERVATIONS: Final = ("seen", "last_error")
+_COUNTERS: Final = ("native_count", "active_count", "kernel_execution_count", "num_faults")
 
 _in_shadow_pass: ContextVar[bool] = ContextVar("in_shadow_pass", default=False)
 
 
-_examples: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
-"""Kernels that have run in shadow, with an input of each layer by its name."""
+_examples: weakref.WeakKeyDictionary[nn.Module, dict[str, LayerCall]] = weakref.WeakKeyDictionary()
+"""Kernels that have run in shadow, with a call of each layer by its name."""
 
 
-def seen_example(layer: nn.Module, kernel: PreparedKernel) -> Tensor | None:
-    """Return an input with which a kernel has run in shadow at a layer of this name, or None."""
+def seen_example(layer: nn.Module, kernel: PreparedKernel) -> LayerCall | None:
+    """Return a call with which a kernel has run in shadow at a layer of this name, or None."""
     return _examples.get(kernel.module, {}).get(record_of(layer).name)
 
 
@@ -81,7 +82,8 @@ def _set_aside_observations(model: nn.Module) -> list[tuple[Any, dict[str, Any]]
         record = module.__dict__.get(RECORD)
         if record is None:
             continue
-        kept.append((record, {name: getattr(record, name) for name in _COUNTERS}))
+        kept.append((record, {name: getattr(record, name) for name in (*_COUNTERS, "in_shadow")}))
+        record.in_shadow = True
         for seed in record.seeds.values():
             kept.append((seed, {name: getattr(seed, name) for name in _OBSERVATIONS}))
             seed.forget_calls()

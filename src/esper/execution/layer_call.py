@@ -1,0 +1,135 @@
+"""A call of a layer: what its host was given, and which of it a kernel takes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_POSITIONAL: Final = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+
+
+class LayerCall(NamedTuple):
+    """The arguments of one forward.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Any) -> LayerCall:
+        """Return the call that an example stands for.
+
+        Args:
+            example: A tensor (the only argument), a tuple (the positional ones) or a call.
+
+        Raises:
+            TypeError: It is something else.
+        """
+        if isinstance(example, LayerCall):
+            return example
+        if isinstance(example, Tensor):
+            return cls((example,), {})
+        if isinstance(example, tuple):
+            return cls(example, {})
+        msg = (
+            "an example is a tensor, a tuple of positional arguments or a LayerCall, found "
+            f"{type(example).__name__}"
+        )
+        raise TypeError(msg)
+
+    @property
+    def x(self) -> Any:
+        """The first argument, which kernels of one input read; None where there is none."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments."""
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+    def detached(self) -> LayerCall:
+        """Return a copy that shares nothing with this call, as far as its parts can be copied."""
+        return tree_map(_detached, self)  # type: ignore[no-any-return] # torch says Any
+
+    def to(self, device: torch.device) -> LayerCall:
+        """Return the call with its tensors on ``device``."""
+        return tree_map(  # type: ignore[no-any-return] # torch says Any
+            lambda value: value.to(device) if isinstance(value, Tensor) else value, self
+        )
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
+        """Return the call with each tensor among its arguments changed."""
+        return LayerCall(
+            tuple(change(v) if isinstance(v, Tensor) else v for v in self.args),
+            {k: change(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()},
+        )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - an object of the user's that cannot be copied is shared
+        return value
+
+
+Example = Tensor | tuple[Any, ...] | LayerCall
+"""What stands for a call: its only argument, its positional ones, or all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takes:
+    """What a kernel takes of a layer's call, beyond its first tensor.
+
+    Attributes:
+        num_positional: How many positional arguments, or None for all.
+        names: Which keywords, or None for all.
+    """
+
+    num_positional: int | None
+    names: frozenset[str] | None
+
+    @classmethod
+    def by(cls, kernel: nn.Module) -> Takes | None:
+        """Return what a kernel's forward takes, or None if that is a single argument."""
+        if "forward" in kernel.__dict__:
+            return _takes(kernel.forward, num_bound=0)
+        return _takes(type(kernel).forward, num_bound=1)
+
+    def of(self, call: LayerCall) -> LayerCall:
+        """Return the part of a call that the kernel takes."""
+        names = self.names
+        kwargs = call.kwargs
+        if names is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name in names}
+        return LayerCall(call.args[: self.num_positional], kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes(forward: Callable[..., Any], num_bound: int) -> Takes | None:
+    parameters = list(inspect.signature(forward).parameters.values())[num_bound:]
+    kinds = [p.kind for p in parameters]
+    takes_all = inspect.Parameter.VAR_POSITIONAL in kinds
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    if len(kinds) == 1 and not (takes_all or takes_any):
+        return None
+    names = frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+    return Takes(
+        num_positional=None if takes_all else sum(kind in _POSITIONAL for kind in kinds),
+        names=None if takes_any else names,
+    )
