@@ -20,10 +20,14 @@ from esper.execution.blending import blend
 from esper.execution.guard import run_kernel
 from esper.execution.layer_call import LayerCall
 from esper.execution.layer_record import RECORD, record_of
+from esper.execution.recompilation import allow_graph_of
 from esper.execution.roster import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from esper.execution.blending import RunKernel
+    from esper.execution.layer_record import LayerRecord
 
 KINDS: Final = ("dormant", "counting", "active")
 
@@ -98,10 +102,22 @@ def _active(family: Any, host_class: Any) -> Callable[..., Any]:
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
-        y = blend(record, call, blendable(output), run)
+        h = blendable(output)
+        y = _blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)
 
     return forward
+
+
+def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel) -> Tensor:
+    """Blend padded tensors, which kernels are made for, and give the padding up again.
+
+    ``nn.TransformerEncoder`` makes nested ones in evaluation, where no gradient is wanted.
+    """
+    padded = call.with_tensors(lambda t: t.to_padded_tensor(0.0) if t.is_nested else t)
+    y = blend(record, padded, h.to_padded_tensor(0.0), run)
+    sizes = (tuple(slice(n) for n in part.shape) for part in h.unbind())
+    return torch.nested.nested_tensor([row[size] for row, size in zip(y, sizes, strict=True)])
 
 
 _FORWARDS: Final = {"dormant": _native, "counting": _counting, "active": _active}
@@ -150,12 +166,28 @@ def refusal(module: object, family: type) -> str | None:
         return "it is a ScriptModule, whose class cannot change"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and has no parameters yet; run a forward first"
-    if "forward" in module.__dict__:
+    if has_foreign_forward(module):
         return "it has a forward of its own in its __dict__, which a class cannot replace"
     clash = _names_of(family) & _names_held(module)
     if clash:
         return f"it defines names that a layer needs: {', '.join(sorted(clash))}"
     return None
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Return whether an object has a forward of its own, which its class's would not replace.
+
+    The bound method of its class, which accelerate leaves behind, is none: it is what a call would
+    find anyway, until the class changes.
+    """
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    bound_to = getattr(own, "__self__", None)
+    of_class = getattr(own, "__func__", None) in [
+        vars(c).get("forward") for c in type(module).__mro__
+    ]
+    return not (bound_to is module and of_class)
 
 
 def _names_of(family: type) -> set[str]:
@@ -180,13 +212,28 @@ def become(layer: nn.Module, kind: str) -> None:
 
 
 def take(module: nn.Module, family: type) -> None:
-    """Change a host object's class to the dormant class of ``family``."""
-    _set_class(module, generated_class(family, type(module), "dormant"))
+    """Change a host object's class to the dormant class of ``family``.
+
+    A class that parametrizations have put on top stays there: they take it off again by its base.
+    """
+    module.__dict__.pop("forward", None)  # where it is there, it is the class's own
+    cls = type(module)
+    if not nn.utils.parametrize.is_parametrized(module):
+        _set_class(module, generated_class(family, cls, "dormant"))
+        return
+    host_class = cls.__bases__[0]
+    target = generated_class(family, host_class, "dormant")
+    made = _made_like(cls, (target, *cls.__bases__[1:]))
+    with _lock:
+        _derived[cls, target] = made
+        _derived[made, host_class] = cls
+    _set_class(module, made)
 
 
 def give_back(layer: nn.Module) -> None:
-    """Change a layer's class to what it was and drop its record."""
-    _change_class(layer, host_class_of(layer))
+    """Change a layer's class to what it was, if it has changed, and drop its record."""
+    if generated_base(type(layer)) is not None:
+        _change_class(layer, host_class_of(layer))
     layer.__dict__.pop(RECORD, None)
 
 
@@ -210,11 +257,14 @@ def _rebased(cls: type, target: type) -> type:
     with _lock:
         if (cls, target) not in _derived:
             bases = tuple(_rebased(base, target) for base in cls.__bases__)
-            skip = ("__dict__", "__weakref__")
-            body = {k: v for k, v in cls.__dict__.items() if k not in skip}
-            _derived[cls, target] = made = type(cls)(cls.__name__, bases, body)
+            _derived[cls, target] = made = _made_like(cls, bases)
             _derived[made, cast("type", generated_base(cls))] = cls
         return _derived[cls, target]
+
+
+def _made_like(cls: type, bases: tuple[type, ...]) -> type:
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
 
 
 def replan(layer: nn.Module) -> None:
@@ -228,6 +278,7 @@ def replan(layer: nn.Module) -> None:
     record.plan = tuple(seeds[i] for i in sorted(seeds))
     idle = "counting" if record.telemetry_enabled else "dormant"
     become(layer, "active" if record.plan else idle)
+    allow_graph_of(layer, record.plan)
     note(layer)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.generated_class import replan
+from esper.execution.generated_class import has_foreign_forward, replan
 from esper.execution.kernel import Kernel, PreparedKernel, prepare_kernel
 from esper.execution.layer_call import Example, LayerCall
 from esper.execution.layer_record import record_of
@@ -91,10 +91,24 @@ def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: str) -> 
         msg = f"alpha must be None or in [0, 1], got {alpha}"
         raise ValueError(msg)
     check_guard(layer, guard)
-    if "forward" in layer.__dict__:
+    _check_is_called(layer)
+
+
+def _check_is_called(layer: nn.Module) -> None:
+    """Refuse a layer that would bypass its seeds, or whose parameters a kernel cannot join."""
+    record = record_of(layer)
+    if not has_foreign_forward(layer):
+        layer.__dict__.pop("forward", None)
+    else:
         msg = (
             f"layer {record.name!r} has a forward of its own in its __dict__, which would bypass "
             "its seeds; remove it (accelerate sets one: graft before it does)"
+        )
+        raise ValueError(msg)
+    if any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters()):
+        msg = (
+            f"layer {record.name!r} is sharded (its parameters are DTensors), and a kernel would "
+            "not be: graft before fully_shard"
         )
         raise ValueError(msg)
 

@@ -36,7 +36,13 @@ def in_transform() -> bool:
     return functorch or forward_ad._current_level >= 0  # noqa: SLF001 - neither is there here
 
 
-def run_kernel(seed: Seed, call: LayerCall, h: Tensor) -> Tensor | None:
+Launch = Callable[[Callable[[], Any]], Any]
+"""Runs a kernel elsewhere, and returns what it returned."""
+
+
+def run_kernel(
+    seed: Seed, call: LayerCall, h: Tensor, launch: Launch | None = None
+) -> Tensor | None:
     """Return the kernel's output, or None where the fence took a fault.
 
     Under ``torch.compile`` there is no fence: what does not trace was refused at load.
@@ -45,6 +51,7 @@ def run_kernel(seed: Seed, call: LayerCall, h: Tensor) -> Tensor | None:
         seed: The seed; a shadow seed is not fenced.
         call: What the layer was given.
         h: The host's output; the result has its shape, dtype and device.
+        launch: Where an eager kernel runs, and nothing but the kernel; None: here.
     """
     if torch.compiler.is_compiling():
         return _conform(_output(seed, call, h), h)
@@ -55,6 +62,8 @@ def run_kernel(seed: Seed, call: LayerCall, h: Tensor) -> Tensor | None:
     if seed.guard == "always":
         _keep_gated(seed)
     try:
+        if launch is not None:
+            return _conform(launch(partial(_output, seed, call, h)), h)
         return _conform(_output(seed, call, h), h)
     except Exception as error:  # noqa: BLE001 - the one broad fence
         _note(seed, h, error)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
 from esper.contracts.blueprint import POSITIONS
-from esper.contracts.errors import KernelLoadError, KernelSourceUnavailable, SeedLifecycleError
+from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import folding, grafting, maintenance, occupancy, shadow
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
 from esper.execution.generated_class import (
     generated_base,
+    give_back,
     host_view,
     reduce_layer,
     refusal,
@@ -21,6 +24,7 @@ from esper.execution.generated_class import (
     take,
 )
 from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
+from esper.execution.kernel_executor import RealKernelExecutor, shared_executor
 from esper.execution.layer_record import RECORD, LayerRecord
 from esper.execution.seed_slot import SEEDS
 from esper.execution.site import widths
@@ -36,6 +40,15 @@ if TYPE_CHECKING:
     from esper.execution.folding import FoldCertificate
     from esper.execution.kernel_cache import KernelCache
     from esper.execution.layer_call import Example
+
+
+class _ConstructorSignature:
+    """What ``inspect.signature`` and ``help`` show of a class whose ``__new__`` passes all on."""
+
+    def __get__(self, layer: KasminaLayer | None, family: type[KasminaLayer]) -> inspect.Signature:
+        if layer is not None:  # calling a layer is its host's forward, not its constructor
+            raise AttributeError("__signature__")
+        return inspect.signature(family._construct)  # noqa: SLF001 - its own module
 
 
 class KasminaLayer(nn.Module):
@@ -69,6 +82,11 @@ class KasminaLayer(nn.Module):
     """
 
     _kasmina: LayerRecord
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the constructor's own signature to whoever looks: ``__new__`` passes it on."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = inspect.signature(cls._construct)  # type: ignore[attr-defined] # inspect reads it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a host object whose class is one made from ``cls``."""
@@ -129,8 +147,12 @@ class KasminaLayer(nn.Module):
             cache_size_mb=cache_size_mb,
         )
         module.__dict__[RECORD] = record
-        take(module, cls)
-        replan(module)
+        try:
+            take(module, cls)
+            replan(module)
+        except BaseException:
+            give_back(module)
+            raise
         return cast("KasminaLayer", module)
 
     # ---- the specification's attributes
@@ -189,16 +211,9 @@ class KasminaLayer(nn.Module):
     def kernel_cache(self) -> KernelCache:
         """Where artifacts are kept: the process's cache of the layer's source.
 
-        Raises:
-            KernelSourceUnavailable: The layer has no source.
+        Without a source nothing can be loaded through it, and it says so.
         """
         record = self._kasmina
-        if record.source is None:
-            msg = (
-                f"layer {record.name!r} has no kernel source: pass source= to esper.wrap or to "
-                "the constructor, or graft the kernel itself"
-            )
-            raise KernelSourceUnavailable(msg)
         if record.cache is None:
             record.cache = _cache(record.source, record.cache_size_mb)
         return cast("KernelCache", record.cache)
@@ -451,7 +466,7 @@ class KasminaLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _cache(source: KernelSource, cache_size_mb: int | None) -> KernelCache:
+def _cache(source: KernelSource | None, cache_size_mb: int | None) -> KernelCache:
     if cache_size_mb is None:
         return shared_cache(source)
     return EnhancedKernelCache(max_cache_size_mb=cache_size_mb, source=source)
