@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -81,12 +80,9 @@ class KasminaLayer(nn.Module):
     """``(record, call) -> run``: begins a call, returns what runs kernels; None: ``run_kernel``.
     """
 
-    _kasmina: LayerRecord
+    __signature__ = _ConstructorSignature()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the constructor's own signature to whoever looks: ``__new__`` passes it on."""
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = inspect.signature(cls._construct)  # type: ignore[attr-defined] # inspect reads it
+    _kasmina: LayerRecord
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a host object whose class is one made from ``cls``."""
@@ -217,6 +213,11 @@ class KasminaLayer(nn.Module):
         if record.cache is None:
             record.cache = _cache(record.source, record.cache_size_mb)
         return cast("KernelCache", record.cache)
+
+    @property
+    def kernel_executor(self) -> RealKernelExecutor:
+        """What executes kernels by themselves: one for the process. A seed runs its own kernel."""
+        return shared_executor()
 
     # ---- kernels in seeds
 

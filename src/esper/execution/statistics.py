@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.kernel_executor import shared_executor
 from esper.execution.layer_record import record_of
+from esper.execution.module_cache import size_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from esper.execution.layer_record import LayerRecord
+
 
 def layer_statistics(layer: nn.Module) -> dict[str, Any]:
     """Return what a layer has counted.
+
+    ``performance`` has the specification's keys. ``execution`` and ``cache`` are of the kernels in
+    this layer's seeds: calls are counted where telemetry is on, and now and then one is timed on
+    its thread, of which the latest is kept for each seed: ``mean_us`` is over those, ``last_us``
+    and ``p95_us`` are not observed. ``compilation`` is of the process's executor, since layers
+    compile nothing. What was not observed is None, or a count of 0.
 
     Args:
         layer: A wrapped layer whose counters have been read (``maintain``).
@@ -39,9 +49,25 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
             "average_health": _average_health(layer),
         },
         "cache_stats": {} if record.cache is None else record.cache.get_stats(),
-        "performance": {
-            "latency_us": {i: int(record.layout.exec_latency_us[i]) for i in record.seeds},
+        "performance": _performance(record),
+    }
+
+
+def _performance(record: LayerRecord) -> dict[str, Any]:
+    latency_us = {i: int(record.layout.exec_latency_us[i]) for i in record.seeds}
+    timed_us = [latency for latency in latency_us.values() if latency]
+    sizes_bytes = [size_bytes(seed.slot.kernel) for seed in record.seeds.values()]
+    return {
+        "compilation": shared_executor().get_performance_stats()["compilation"],
+        "execution": {
+            "count": record.kernel_execution_count,
+            "mean_us": sum(timed_us) / len(timed_us) if timed_us else None,
+            "p95_us": None,
+            "last_us": None,
         },
+        "cache": {"modules_cached": len(sizes_bytes), "memory_mb": sum(sizes_bytes) / 2**20},
+        "device": str(record.layout.device),
+        "latency_us": latency_us,
     }
 
 
