@@ -18,6 +18,7 @@ from esper.execution.site import describe_site
 from esper.growth.audition import Audition
 from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
 from esper.growth.continuity import host_group, host_parameters
+from esper.growth.lookahead import is_causal
 from esper.growth.ranking import Candidate
 from esper.growth.warmup import rate_for_new
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.execution.kernel import PreparedKernel
     from esper.growth.policies import Choice
@@ -86,7 +88,7 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             reason = "nothing was recorded: the layer was not called in a training step"
             refused.append({"site": name, "blueprint": "", "reason": reason})
             continue
-        for blueprint in _offered(run, name):
+        for blueprint in _offered(run, name, seen):
             candidate = make_candidate(run.layers[name], name, blueprint, seen)
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
             over = _over_budget(run, cost)
@@ -163,7 +165,7 @@ def germinate_choice(
     if not observations[choice.site].inputs:
         run.journal.note(f"{choice.site} was not called in a training step: nothing germinated")
         return None
-    blueprint = _named(run, layer, choice)
+    blueprint = _named(run, layer, choice, observations[choice.site])
     candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
     cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
     reason = _over_budget(run, cost)
@@ -212,7 +214,7 @@ def germinate(
         site=site,
         blueprint=blueprint,
         audition=_audition(run, layer, seed_idx, kernel),
-        null=_null_audition(run, layer, seed_idx),
+        null=_null_audition(run, layer, seed_idx, seen),
         cost=cost,
     )
 
@@ -235,7 +237,7 @@ def _fetched(
     loaded = run.cache.load_kernel_sync(digest)
     assert loaded is not None, "the registry has just acknowledged this artifact"
     kernel = prepare_kernel(layer, loaded)
-    probe(layer, kernel, seen.inputs[0], is_pristine=True)
+    probe(layer, kernel, seen.example, is_pristine=True)
     return kernel
 
 
@@ -250,27 +252,38 @@ def _audition(
     )
 
 
-def _null_audition(run: GrowthRun, layer: KasminaLayer, seed_idx: int) -> Audition | None:
+def _null_audition(
+    run: GrowthRun, layer: KasminaLayer, seed_idx: int, seen: SiteObservation
+) -> Audition | None:
     """Set up the same-treatment null: a zeroed affine layer of the site's own shape."""
     if run.settings.verify != "fork":
         return None
-    null = prepare_kernel(layer, own_shape_zeroed(describe_site(layer)))
+    null = prepare_kernel(layer, own_shape_zeroed(_described(layer, seen)))
     return _audition(run, layer, seed_idx, null)
 
 
-def _offered(run: GrowthRun, site: str) -> list[BlueprintIR]:
+def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:
     try:
-        spec = describe_site(run.layers[site])
-    except TypeError:
-        return []  # a module that the owner selected and the catalog has nothing for
+        spec = _described(run.layers[site], seen)
+    except ValueError:
+        return []  # a convolution that pads unequally, which no kernel of the catalog does
     offered = run.catalog.blueprints_for(spec)
     return [_seeded(run, b) for b in offered if not run.is_embargoed(site, b.id)]
 
 
-def _named(run: GrowthRun, layer: KasminaLayer, choice: Choice) -> BlueprintIR:
+def _described(layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:
+    spec = describe_site(layer, seen.inputs[0], seen.outputs[0])
+    if spec.is_sequence and not is_causal(layer, seen.example):
+        return replace(spec, is_causal=False)
+    return spec
+
+
+def _named(
+    run: GrowthRun, layer: KasminaLayer, choice: Choice, seen: SiteObservation
+) -> BlueprintIR:
     if isinstance(choice.blueprint, BlueprintIR):
         return choice.blueprint
-    offered = run.catalog.blueprints_for(describe_site(layer), capacity_only=False)
+    offered = run.catalog.blueprints_for(_described(layer, seen), capacity_only=False)
     for blueprint in offered:
         if blueprint.id == choice.blueprint:
             return _seeded(run, blueprint)

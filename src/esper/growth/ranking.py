@@ -30,6 +30,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from esper.execution.site import feature_axis, is_transposed_linear, widths
 from esper.growth.recording import SiteObservation, finite_steps
 
 NUM_SPLITS: Final = 8
@@ -296,21 +297,28 @@ def _observe(seen: SiteObservation | None, random_seed: int) -> _Site | str:
         rows=rows,
         splits=rows[0] * NUM_SPLITS // len(gradients),
         gradients=gradients_RO,
-        host=_host_features(seen.layer, inputs, rows, random_seed),
+        host=_host_features(seen.layer, inputs, outputs, rows, random_seed),
         num_positions=gradients[0].numel() // gradients_RO.shape[1],
     )
 
 
-def _host_features(layer: nn.Module, inputs: Tensor, rows: Rows, random_seed: int) -> list[Block]:
-    """Return the host's features and a one; none where the host cannot learn."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.requires_grad:
+def _host_features(
+    layer: nn.Module, inputs: Tensor, outputs: Tensor, rows: Rows, random_seed: int
+) -> list[Block]:
+    """Return the host's features and a one; none where the host cannot learn.
+
+    A layer that is not affine in its input is taken to learn any matrix on what it gives:
+    attention and embeddings end in one, and behind a norm the next layer has it.
+    """
+    host = [p for name, p in layer.named_parameters() if "_seeds" not in name.split(".")]
+    if not any(p.requires_grad for p in host):
         return []
+    own = list(_features(layer, inputs, rows, random_seed))
+    if not own:
+        h_RO = _rows_of(layer, outputs, rows)
+        own = [(_at_most(h_RO, random_seed), slice(0, h_RO.shape[1]))]
     ones_R1 = torch.ones(len(rows[0]), 1, dtype=torch.float64)
-    return [
-        (torch.cat([p_RP, ones_R1], dim=1), outputs)
-        for p_RP, outputs in _features(layer, inputs, rows, random_seed)
-    ]
+    return [(torch.cat([p_RP, ones_R1], dim=1), block) for p_RP, block in own]
 
 
 def _matched(readout: list[Block], host: list[Block]) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -380,7 +388,7 @@ def _second_moment(f_RF: Tensor, *, ridge: float) -> Tensor:
 
 def _draw_rows(layer: nn.Module, gradients: Tensor, random_seed: int) -> Rows:
     """Draw positions of samples: all of them where they are few."""
-    axes = [i for i in range(gradients.ndim) if i != _feature_axis(layer, gradients)]
+    axes = [i for i in range(gradients.ndim) if i != feature_axis(layer, gradients)]
     sizes = [gradients.shape[i] for i in axes]
     total = math.prod(sizes)
     generator = torch.Generator().manual_seed(random_seed)
@@ -390,14 +398,8 @@ def _draw_rows(layer: nn.Module, gradients: Tensor, random_seed: int) -> Rows:
 
 def _rows_of(layer: nn.Module, values: Tensor, rows: Rows) -> Tensor:
     """Return the feature vectors at the rows, float64 on the CPU."""
-    last = values.movedim(_feature_axis(layer, values), -1)
+    last = values.movedim(feature_axis(layer, values), -1)
     return last[tuple(index.to(values.device) for index in rows)].to("cpu", torch.float64)
-
-
-def _feature_axis(layer: nn.Module, values: Tensor) -> int:
-    """Channels come second in what a convolution gives, features last everywhere else."""
-    convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return 1 if convolution else values.ndim - 1
 
 
 def _features(layer: nn.Module, inputs: Tensor, rows: Rows, random_seed: int) -> Iterator[Block]:
@@ -406,8 +408,9 @@ def _features(layer: nn.Module, inputs: Tensor, rows: Rows, random_seed: int) ->
     Wider features are cut to ``MAX_FEATURES`` drawn at random. A layer that is not affine has
     none that is known.
     """
-    if isinstance(layer, nn.Linear):
-        yield _at_most(_rows_of(layer, inputs, rows), random_seed), slice(0, layer.out_features)
+    if isinstance(layer, nn.Linear) or is_transposed_linear(layer):
+        num_outputs = widths(layer)[1]
+        yield _at_most(_rows_of(layer, inputs, rows), random_seed), slice(0, num_outputs)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         windows = _windows(layer, inputs)
         index = tuple(i.to(inputs.device) for i in rows)

@@ -14,7 +14,9 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from esper.execution.generated_class import blendable
 from esper.execution.kernel import reference_tensor
+from esper.execution.layer_call import LayerCall
 from esper.execution.shadow import in_shadow_pass, shadow_pass
 
 MAX_SAMPLES: Final = 512
@@ -32,6 +34,8 @@ class SiteObservation:
         outputs: The same samples of its output.
         gradients: The same samples of the gradient of the loss at the output, times the number
             of samples in the step's batch: of each sample's own loss, where the loss is a mean.
+        call: The first recorded call with all of its samples, where it had more than one
+            argument; else None.
     """
 
     site: str
@@ -39,6 +43,12 @@ class SiteObservation:
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    call: LayerCall | None = None
+
+    @property
+    def example(self) -> LayerCall | Tensor:
+        """A call of the layer, to probe kernels with; at least one step has been recorded."""
+        return self.inputs[0] if self.call is None else self.call
 
     @property
     def num_samples(self) -> int:
@@ -86,7 +96,9 @@ class Recorder:
         self._capacity = dict.fromkeys(layers, max_samples)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
-            layer.register_forward_hook(_AfterForward(self, self.observations[name]))
+            layer.register_forward_hook(
+                _AfterForward(self, self.observations[name]), with_kwargs=True
+            )
             for name, layer in layers.items()
         ]
 
@@ -107,14 +119,18 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
-    def record(self, observation: SiteObservation, x: Tensor, h: Tensor) -> None:
+    def record(
+        self, observation: SiteObservation, x: Tensor, h: Tensor, *, batch_axis: int = 0
+    ) -> None:
         """Keep samples of input and output now, and of the gradient when it comes.
 
         Args:
             observation: One of the recorder's own.
-            x: The layer's input, samples along axis 0.
+            x: The layer's input.
             h: Its output, of the same samples, part of a graph.
+            batch_axis: The axis of the samples in both; it becomes axis 0.
         """
+        hooked, x, h = h, x.movedim(batch_axis, 0), h.movedim(batch_axis, 0)
         per_sample = (x.numel() + 2 * h.numel()) // len(h)
         affordable = self._max_elements // max(1, per_sample)
         self._capacity[observation.site] = min(self._capacity[observation.site], affordable)
@@ -130,10 +146,11 @@ class Recorder:
             if self._handles and self._room(observation) >= num_kept:
                 observation.inputs.append(kept_x)
                 observation.outputs.append(kept_h)
-                scaled = gradient.detach().index_select(0, index) * len(gradient)
+                gradient = gradient.detach().movedim(batch_axis, 0)
+                scaled = gradient.index_select(0, index) * len(gradient)
                 observation.gradients.append(scaled)
 
-        h.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
+        hooked.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
 
     def _room(self, observation: SiteObservation) -> int:
         return self._capacity[observation.site] - observation.num_samples
@@ -151,10 +168,19 @@ class _AfterForward:
         self._recorder = recorder
         self._observation = observation
 
-    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         wanted = self._recorder.records_shadow_passes or not in_shadow_pass()
-        if wanted and torch.is_grad_enabled() and _can_be_recorded(args, output):
-            self._recorder.record(self._observation, args[0], output)
+        if not wanted or not torch.is_grad_enabled():
+            return
+        call, h = LayerCall(args, kwargs), _first_tensor(output)
+        if h is None or not _can_be_recorded(call.x, h):
+            return
+        axis = 0 if getattr(layer, "batch_first", True) else call.x.ndim - 2
+        self._recorder.record(self._observation, call.x, h, batch_axis=axis)
+        if len(args) + len(kwargs) > 1 and self._observation.call is None:
+            self._observation.call = call.detached()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_hook, ()
@@ -164,18 +190,24 @@ def _no_hook() -> Any:
     return _nothing
 
 
-def _nothing(_layer: nn.Module, _args: Any, _output: Any) -> None:
+def _nothing(_layer: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
     """Stand for a hook in a copy."""
 
 
-def _can_be_recorded(args: tuple[Any, ...], output: Any) -> bool:
+def _first_tensor(output: Any) -> Tensor | None:
+    try:
+        return blendable(output)
+    except TypeError:
+        return None
+
+
+def _can_be_recorded(x: Any, h: Tensor) -> bool:
     """Tell a training forward of one tensor per sample from everything else."""
     return (
-        bool(args)
-        and all(isinstance(value, Tensor) for value in (args[0], output))
-        and output.requires_grad
-        and min(args[0].ndim, output.ndim) > 1
-        and len(args[0]) == len(output) > 0
+        isinstance(x, Tensor)
+        and h.requires_grad
+        and min(x.ndim, h.ndim) > 1
+        and len(x) == len(h) > 0
     )
 
 

@@ -1,0 +1,49 @@
+"""Whether a layer looks at later inputs: a kernel that does where its host does not, cheats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from esper.execution.generated_class import blendable, completed, host_forward
+from esper.execution.layer_call import LayerCall
+from esper.execution.shadow import shadow_pass
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from esper.execution.layer_call import Example
+
+
+def is_causal(layer: nn.Module, example: Example) -> bool:
+    """Return whether no output of a layer was seen to depend on a later input.
+
+    The last position of a recorded input is changed: where outputs at earlier positions change
+    too, the layer looks ahead, and its kernels may. A layer that works position by position, or
+    that cannot be run again, counts as causal.
+
+    Args:
+        layer: A wrapped layer that gives ``[batch, length, features]``.
+        example: A call of it, as it was recorded.
+    """
+    call = completed(layer, LayerCall.of(example)).detached()
+    x = call.x
+    changed = x.clone()
+    changed[:, -1] += torch.where(x[:, -1] > 0, -1.0, 1.0)
+    try:
+        before, after = (_run(layer, call, value) for value in (x, changed))
+    except Exception:  # noqa: BLE001 - the host's own, on a call that was a training step's
+        return True
+    return torch.equal(before[:, :-1], after[:, :-1])
+
+
+def _run(layer: nn.Module, call: LayerCall, x: Tensor) -> Tensor:
+    """Run the host with another first input; every tensor that is the first one follows."""
+    given = call.detached()
+    first = call.x
+    args = tuple(x if a is first else b for a, b in zip(call.args, given.args, strict=True))
+    kwargs = {k: x if call.kwargs[k] is first else v for k, v in given.kwargs.items()}
+    with shadow_pass(layer), torch.no_grad():
+        torch.manual_seed(0)  # the same dropout in both runs
+        return blendable(host_forward(layer, *args, **kwargs)).clone()
