@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import prune
-from wrapping_grown import grown_mlp
+from wrapping_grown import blueprint, grown_mlp
 from wrapping_models import Block, Bottleneck, Mlp, Stack, cnn
 
 import esper
@@ -260,8 +260,8 @@ def test_a_graft_survives_the_fused_path_of_evaluation():
         assert torch.equal(plain(x, src_key_padding_mask=mask), expected)
 
 
-def test_a_forward_that_no_graph_can_pass_on_is_refused_and_nothing_changes():
-    """A site that takes *args cannot be a graph; the error says so and the model stays wrapped."""
+def test_a_call_that_no_graph_can_pass_on_is_refused_and_nothing_changes():
+    """A site of *args that was never seen is no graph; the error says so, the model stays."""
 
     class Variadic(nn.Linear):
         def forward(self, *args):
@@ -269,13 +269,14 @@ def test_a_forward_that_no_graph_can_pass_on_is_refused_and_nothing_changes():
 
     model = esper.wrap(nn.Sequential(nn.Linear(4, 4), Variadic(4, 4), nn.Linear(4, 4))).eval()
     for layer in model:
-        layer.graft(0, nn.Linear(4, 4), alpha=1.0, example=torch.randn(2, 4))
+        layer.graft(0, blueprint(4), alpha=1.0, example=torch.randn(2, 4))
+    structure = model[1].structure()
     model[1].unload_kernel(0)
-    model[1].graft(0, Bottleneck(4), alpha=1.0, example=torch.randn(2, 4))
+    model[1].build(structure)
     x = torch.randn(3, 4)
     expected, state = model(x), copy.deepcopy(model.state_dict())
 
-    with pytest.raises(ValueError, match=r"takes \*args"):
+    with pytest.raises(ValueError, match=r"takes \(\*args\).*no call of it was seen"):
         esper.unwrap(model)
 
     assert len(esper.layers(model)) == 3

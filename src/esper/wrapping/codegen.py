@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from esper.wrapping.plain import class_name_of
+from esper.wrapping.plain import SPREAD, class_name_of
 
 _IMPORTS: Final = {
     "torch": "import torch",
@@ -29,6 +29,7 @@ _RENAMING: Final = re.compile(r"^    ((\w+)_1) = \2$", re.MULTILINE)
 _ARITHMETIC: Final = re.compile(r"^    (\w+) = ([\w.]+(?: [*+] [\w.]+)+)$", re.MULTILINE)
 _LAST: Final = re.compile(r"^    (\w+) = (.*)\n    return \1$", re.MULTILINE)
 _BUILTIN: Final = re.compile(r"\btorch\._C\._nn\.(\w+)")
+_HOST_CALL: Final = re.compile(r"^(    \w+ = self\.host\()(.*)\)$", re.MULTILINE)
 _INDENT: Final = "    "
 _LINE_WIDTH: Final = 84
 
@@ -139,7 +140,10 @@ class SourceWriter:
                         f"import torch only; give the kernel as a BlueprintIR"
                     )
                 self._imports.add(_IMPORTS[name])
+        text = text.replace("[slice(1, None, None)]", "[1:]")
         text = _BUILTIN.sub(_public_name, _inlined(text) if is_site else text)
+        for star, names in graph_module.meta.get(SPREAD, {}).items():
+            text = _spread(text, star, names)
         yield from _LAST.sub(r"    return \2", text).splitlines()
 
     def _named(self, name: str, body: str) -> str:
@@ -235,6 +239,28 @@ def _likeness(module: nn.Module) -> tuple[str, list[str], list[tuple[Any, ...]]]
     ]
     named = [*module.named_parameters(), *module.named_buffers()]
     return repr(module), settings, [(n, tensor.shape, tensor.dtype) for n, tensor in named]
+
+
+def _spread(text: str, star: str, names: list[str]) -> str:
+    """Write ``*args`` or ``**kwargs`` where a graph has the names of what was seen in them.
+
+    Where a kernel reads one of them they stay: code names what it reads.
+    """
+    call = _HOST_CALL.search(text)
+    if call is None or (star.count("*") == 1 and not names):
+        return text
+    passed = call[2].split(", ")
+    spread = [f"{name} = {name}" if star.startswith("**") else name for name in names]
+    head, _, body = text.partition("\n")
+    if any(re.search(rf"\b{name}\b", body.replace(call[0], "")) for name in names):
+        return text
+    place = passed.index(spread[0]) if spread else len(passed)
+    passed = [*passed[:place], star, *(p for p in passed[place:] if p not in spread)]
+    for name in names[1:]:
+        head = re.sub(rf", {name}(?: = None)?(?=[,)])", "", head)
+    first = rf"{names[0]}(?: = None)?(?=[,)])" if names else r"(?=\):$)"
+    head = re.sub(first, star if names else f", {star}", head, count=1)
+    return f"{head}\n{body}".replace(call[0], f"{call[1]}{', '.join(passed)})")
 
 
 def _inlined(text: str) -> str:

@@ -19,9 +19,13 @@ from torch import fx, nn
 
 from esper.compiler.graph import plan
 from esper.compiler.lowering import LoweredKernel
+from esper.execution.layer_call import LayerCall, Takes
 
 REFERENCES: Final = ("call_module", "get_attr")
 """Operations of a graph that name a child or a tensor of its module."""
+
+SPREAD: Final = "spread"
+"""Key in the ``meta`` of a graph of a site: the names that stand for ``*args`` and ``**kwargs``."""
 
 _SEED: Final = re.compile(r"seed_\d+")
 
@@ -43,6 +47,8 @@ class PlainSeed:
         alpha: Blending coefficient, in (0, 1].
         replaces: True for ``delta = k - h``, False for ``delta = k``.
         is_serial: True where the kernel reads the host's output, False where its input.
+        takes: What a parallel kernel takes of the host's call; None for the first argument.
+        gives_tuple: Whether the kernel gives a tuple, of which the first element counts.
     """
 
     name: str
@@ -50,6 +56,31 @@ class PlainSeed:
     alpha: float
     replaces: bool
     is_serial: bool
+    takes: Takes | None = None
+    gives_tuple: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainHost:
+    """How a host is called and what it gives.
+
+    Attributes:
+        module: The host.
+        signature: That of its forward, without ``self``.
+        dtype: Floating dtype of its output, which the alphas are rounded to, as torch does with
+            the layer's float32 tensors.
+        seen: A call of it, or None. What the signature leaves to ``*args`` and ``**kwargs`` is
+            what was seen: a graph cannot pass on what it has no name for.
+        gives_tuple: Whether it gives a tuple, of which the first element is grafted.
+        first_field: Name of that element in a named tuple, else None.
+    """
+
+    module: nn.Module
+    signature: inspect.Signature
+    dtype: torch.dtype
+    seen: LayerCall | None = None
+    gives_tuple: bool = False
+    first_field: str | None = None
 
 
 def is_grafted(module: nn.Module) -> bool:
@@ -105,49 +136,65 @@ def plain_kernel(kernel: nn.Module) -> nn.Module:
     return trace(kernel, is_leaf=lambda part: not is_ours(part), class_name=class_name_of(kernel))
 
 
-def graft_graph(
-    host: nn.Module,
-    seeds: Sequence[PlainSeed],
-    *,
-    signature: inspect.Signature,
-    dtype: torch.dtype,
-) -> fx.GraphModule:
+def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     """Write a site as a graph: ``y = w h + sum alpha_i k_i``, ``w = 1 - sum of replacing alphas``.
 
-    The host is left out where nothing reads it: ``w`` is 0 and no kernel is serial.
+    The host is left out where nothing reads it: ``w`` is 0, no kernel is serial, and there is
+    nothing beside the output.
 
     Args:
-        host: The host layer.
-        signature: That of the host's forward, without ``self``; it becomes the graph's.
-        dtype: Floating dtype of the host's output, which ``w`` and the alphas are rounded to, as
-            torch does with the layer's float32 tensors.
+        host: The host layer; its signature becomes the graph's.
         seeds: What contributes, in the order of the slots; at least one.
 
     Returns:
         A graph module with the children ``host`` and one for each seed.
 
     Raises:
-        ValueError: The signature takes ``*args`` or ``**kwargs``.
+        ValueError: The signature takes ``*args`` and nothing else, and no call was seen.
     """
     graph = fx.Graph()
-    args, kwargs = _placeholders(graph, signature)
-    x = args[0] if args else next(iter(kwargs.values()))
-    weight = _rounded(_host_weight(seeds), dtype)
+    given = _Given.of(graph, host)
+    weight = _rounded(_host_weight(seeds), host.dtype)
     parts: dict[str, nn.Module] = {}
+    out: fx.Node | None = None
     h: fx.Node | None = None
-    if weight != 0.0 or any(seed.is_serial for seed in seeds):
-        parts["host"] = host
-        h = graph.create_node("call_module", "host", tuple(args), kwargs, name="h")
+    if weight != 0.0 or host.gives_tuple or any(seed.is_serial for seed in seeds):
+        parts["host"] = host.module
+        name = "out" if host.gives_tuple else "h"
+        out = h = graph.create_node(
+            "call_module", "host", given.args, dict(given.kwargs), name=name
+        )
+    if out is not None and host.gives_tuple:
+        h = graph.create_node("call_function", operator.getitem, (out, 0), name="h")
     y = _scaled(graph, h, weight) if h is not None and weight != 0.0 else None
     for seed in seeds:
         parts[seed.name] = seed.kernel
-        reads = (h if seed.is_serial else x,)
-        k_name = seed.name.replace("seed", "k")
-        k = graph.create_node("call_module", seed.name, reads, name=k_name)
-        term = _scaled(graph, k, _rounded(seed.alpha, dtype))
+        k = _kernel_node(graph, given, seed, h)
+        term = _scaled(graph, k, _rounded(seed.alpha, host.dtype))
         y = term if y is None else graph.call_function(operator.add, (y, term))
-    graph.output(y)
-    return _graph_module(parts, graph, "Grafted", training=host.training)
+    graph.output(y if out is None or not host.gives_tuple else _with_first(graph, host, out, y))
+    made = _graph_module(parts, graph, "Grafted", training=host.module.training)
+    made.meta[SPREAD] = given.spread
+    return made
+
+
+def _kernel_node(graph: fx.Graph, given: _Given, seed: PlainSeed, h: fx.Node | None) -> fx.Node:
+    """Call a kernel on what it reads; return the node of its output, the first of several."""
+    args, kwargs = ((h,), {}) if seed.is_serial else given.for_kernel(seed.takes)
+    name = seed.name.replace("seed", "k")
+    out = f"{name}_out" if seed.gives_tuple else name
+    k = graph.create_node("call_module", seed.name, args, kwargs, name=out)
+    if seed.gives_tuple:
+        k = graph.create_node("call_function", operator.getitem, (k, 0), name=name)
+    return k
+
+
+def _with_first(graph: fx.Graph, host: PlainHost, out: fx.Node, y: fx.Node | None) -> fx.Node:
+    """Return a tuple with another first element."""
+    if host.first_field is not None:
+        return graph.call_method("_replace", (out,), {host.first_field: y})
+    rest = graph.call_function(operator.getitem, (out, slice(1, None)))
+    return graph.call_function(operator.add, ((y,), rest))
 
 
 def class_name_of(module: nn.Module) -> str:
@@ -197,27 +244,98 @@ def _scaled(graph: fx.Graph, node: fx.Node, factor: float) -> fx.Node:
     return node if factor == 1.0 else graph.call_function(operator.mul, (factor, node))
 
 
-def _placeholders(
-    graph: fx.Graph, signature: inspect.Signature
-) -> tuple[list[Any], dict[str, Any]]:
-    """Give the graph the parameters of the host's forward; return how to pass them on."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for parameter in signature.parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ValueError(
-                f"a forward takes {parameter}, which a torch.fx graph "
-                f"cannot pass on; name its arguments"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What a graph is called with.
+
+    Attributes:
+        args: What is passed on by position.
+        kwargs: What is passed on by name.
+        names: Names of ``args`` in the host's signature.
+        num_positional: So many of ``args`` a caller gives by position.
+        spread: For ``"*args"`` and ``"**kwargs"``, as the host spells them, the names that the
+            graph has in their place.
+    """
+
+    args: tuple[fx.Node, ...]
+    kwargs: dict[str, fx.Node]
+    names: tuple[str, ...]
+    num_positional: int
+    spread: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, host: PlainHost) -> _Given:
+        """Give a graph the parameters of the host's forward."""
+        args: dict[str, fx.Node] = {}
+        kwargs: dict[str, fx.Node] = {}
+        spread: dict[str, list[str]] = {}
+        has_default = False
+        for parameter in host.signature.parameters.values():
+            names = _names_for(parameter, host)
+            has_default = has_default or parameter.default is not parameter.empty
+            for name in names:
+                default = None if parameter.default is parameter.empty else parameter.default
+                options = {"default_value": default} if has_default or _is_named(parameter) else {}
+                required = parameter.kind is parameter.KEYWORD_ONLY and not has_default
+                node = graph.placeholder(name, **({} if required else options))
+                (kwargs if _is_named(parameter) else args)[name] = node
+            if parameter.kind in _VARIADIC:
+                spread[str(parameter.replace(annotation=parameter.empty))] = names
+        if not args and not kwargs:
+            msg = (
+                f"a {type(host.module).__name__} takes {host.signature}, which a torch.fx graph "
+                f"cannot pass on, and no call of it was seen: name its arguments"
             )
-        default = (
-            {} if parameter.default is parameter.empty else {"default_value": parameter.default}
+            raise ValueError(msg)
+        return cls(
+            args=tuple(args.values()),
+            kwargs=kwargs,
+            names=tuple(args),
+            num_positional=_num_positional(host),
+            spread=spread,
         )
-        node = graph.placeholder(parameter.name, **default)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[parameter.name] = node
-        else:
-            args.append(node)
-    return args, kwargs
+
+    def for_kernel(self, takes: Takes | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a parallel kernel."""
+        if takes is None:
+            return (next(iter((*self.args, *self.kwargs.values()))),), {}
+        behind = slice(self.num_positional, None)
+        by_name = dict(zip(self.names[behind], self.args[behind], strict=True)) | self.kwargs
+        taken = takes.of(LayerCall(self.args[: self.num_positional], by_name))
+        return taken.args, taken.kwargs
+
+
+_VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+
+
+def _names_for(parameter: inspect.Parameter, host: PlainHost) -> list[str]:
+    """Return the names that a graph has for a parameter: one, or those that were seen."""
+    if parameter.kind not in _VARIADIC:
+        return [parameter.name]
+    seen = LayerCall((), {}) if host.seen is None else host.seen
+    own = list(host.signature.parameters.values())
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        num_named = sum(p.kind in _BY_POSITION for p in own)
+        return [f"{parameter.name}_{i}" for i in range(len(seen.args) - num_named)]
+    return [name for name in seen.kwargs if name not in host.signature.parameters]
+
+
+_BY_POSITION: Final = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+
+
+def _num_positional(host: PlainHost) -> int:
+    """Return how many arguments come by position: as was seen, else those without a default."""
+    if host.seen is not None:
+        return len(host.seen.args)
+    parameters = host.signature.parameters.values()
+    return sum(p.kind in _BY_POSITION and p.default is p.empty for p in parameters)
 
 
 def _copy_node(

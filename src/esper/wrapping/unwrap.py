@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+import torch
 from torch import fx, nn
 
+from esper.compiler.lowering import LoweredKernel
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.generated_class import blendable, host_view
 from esper.execution.kernel import reference_tensor
+from esper.execution.layer_call import LayerCall
 from esper.execution.layer_record import record_of
-from esper.wrapping.plain import PlainSeed, fused_paths, graft_graph, plain_kernel
+from esper.execution.shadow import shadow_pass
+from esper.wrapping.plain import PlainHost, PlainSeed, fused_paths, graft_graph, plain_kernel
 from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.seed_slot import Seed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,6 +48,11 @@ def unwrap(model: Model) -> Model:
     mode, and takes over the hooks of its calls (which torch itself drops from a ``GraphModule``
     that is copied or pickled). The result can be pickled, and loaded where Esper is not installed.
 
+    The graph is called as its host is. A graph can pass on only what it has a name for: where the
+    host takes ``*args`` or ``**kwargs``, it takes what a call was seen to have there, None where
+    it is left out, and refuses any other with a TypeError. (``export`` writes such a site as
+    code, which passes everything on.) A plain attention needs its key and value.
+
     Args:
         model: A model; one that is not wrapped is returned as it is.
 
@@ -49,7 +60,8 @@ def unwrap(model: Model) -> Model:
         The model; where the model itself is a site that does not fold, its graph module.
 
     Raises:
-        ValueError: A kernel, or the signature of a site, cannot be written as a graph.
+        ValueError: A kernel cannot be written as a graph, or a site that takes nothing but
+            ``*args`` was never seen to be called.
         SeedLifecycleError: A layer is in a shadow pass.
     """
     sites = layers(model)
@@ -80,26 +92,57 @@ def _fold(layer: KasminaLayer) -> None:
 
 def _as_graph(layer: KasminaLayer) -> fx.GraphModule | None:
     """Return a layer with its contributing seeds as a graph, or None where there is no such."""
-    seeds = _plain_seeds(layer)
+    seeds = [seed for seed in record_of(layer).plan if not seed.is_shadow]
     if not seeds:
         return None
+    examples = (seed.example for seed in record_of(layer).seeds.values())
+    seen = next((example for example in examples if example is not None), None)
+    output = None if seen is None else _given(layer, host_view(layer), seen)
+    host = _plain_host(layer, seen, output)
+    return graft_graph(host, [_plain_seed(layer, seed, seen, output) for seed in seeds])
+
+
+def _plain_host(layer: KasminaLayer, seen: LayerCall | None, output: Any) -> PlainHost:
+    """Describe how a layer's host is called and what it gives, by a call that a probe has seen."""
     signature = inspect.signature(layer.default_layer.forward)
-    dtype = reference_tensor(layer).dtype
-    return graft_graph(layer, seeds, signature=signature, dtype=dtype)
+    is_declared = str(signature.return_annotation).lower().startswith("tuple")
+    return PlainHost(
+        module=layer,
+        signature=signature,
+        dtype=reference_tensor(layer).dtype,
+        seen=seen,
+        gives_tuple=is_declared if output is None else isinstance(output, tuple),
+        first_field=next(iter(getattr(output, "_fields", ())), None),
+    )
 
 
-def _plain_seeds(layer: KasminaLayer) -> list[PlainSeed]:
-    return [
-        PlainSeed(
-            name=f"seed_{seed.seed_idx}",
-            kernel=plain_kernel(seed.slot.kernel),
-            alpha=float(seed.slot.alpha),
-            replaces=seed.replaces,
-            is_serial=seed.is_serial,
-        )
-        for seed in record_of(layer).plan
-        if not seed.is_shadow
-    ]
+def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output: Any) -> PlainSeed:
+    kernel = seed.slot.kernel
+    gives_tuple = isinstance(kernel, nn.MultiheadAttention)
+    if output is not None and not isinstance(kernel, LoweredKernel):
+        assert seen is not None, "the output is that of a call"
+        reads = LayerCall.of(blendable(output)) if seed.is_serial else LayerCall.of(seen.x)
+        reads = reads if seed.takes is None else seed.takes.of(seen)
+        gives_tuple = isinstance(_given(layer, kernel, reads), tuple)
+    return PlainSeed(
+        name=f"seed_{seed.seed_idx}",
+        kernel=plain_kernel(kernel),
+        alpha=float(seed.slot.alpha),
+        replaces=seed.replaces,
+        is_serial=seed.is_serial,
+        takes=seed.takes,
+        gives_tuple=gives_tuple,
+    )
+
+
+def _given(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
+    """Return what a part of a layer gives for a call, or None where the call does not work."""
+    call = call.detached().to(reference_tensor(layer).device)
+    try:
+        with shadow_pass(layer), torch.no_grad():
+            return type(module).forward(module, *call.args, **call.kwargs)
+    except Exception:  # noqa: BLE001 - anybody's own, on a call of another dtype or device
+        return None
 
 
 def _hang_instead(modules: dict[str, nn.Module], old: nn.Module, made: nn.Module) -> None:
