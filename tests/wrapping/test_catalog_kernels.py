@@ -17,6 +17,11 @@ HOSTS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, bias=False), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 8)),
     "conv3d": (lambda: nn.Conv3d(4, 4, 3, padding=1), (2, 4, 5, 6, 5)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 4)),
+    "layer_norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
+    "group_norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 5, 6)),
+    "batch_norm1d": (lambda: nn.BatchNorm1d(6), (4, 6)),
+    "encoder_layer": (lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), (2, 3, 8)),
 }
 CONTROLS = (
     catalog.noop,
@@ -26,9 +31,10 @@ CONTROLS = (
 )
 
 
-def blueprints(host):
+def blueprints(host, shape):
     """Return all that the catalog has for a host, capacity or not."""
-    site = describe_site(host)
+    x = torch.zeros(shape)
+    site = describe_site(host, x, host(x))
     offered = catalog.default_catalog().blueprints_for(site, capacity_only=False)
     return [*offered, *(control(site) for control in CONTROLS)]
 
@@ -37,8 +43,8 @@ def grown(make, shape, index):
     """Return a model with a kernel of the catalog whose tensors are all random."""
     torch.manual_seed(index)
     model = nn.Sequential(make())
-    blueprint = blueprints(model[0])[index]
-    esper.wrap(model).eval()
+    blueprint = blueprints(model[0], shape)[index]
+    esper.wrap(model, select="0").eval()
     model[0].graft(0, blueprint, alpha=0.5, example=torch.randn(shape))
     with torch.no_grad():
         for parameter in model[0].seed_kernel(0).parameters():
@@ -48,8 +54,8 @@ def grown(make, shape, index):
 
 CASES = [
     pytest.param(name, index, id=f"{name}-{blueprint.id}")
-    for name, (make, _) in HOSTS.items()
-    for index, blueprint in enumerate(blueprints(make()))
+    for name, (make, shape) in HOSTS.items()
+    for index, blueprint in enumerate(blueprints(make(), shape))
 ]
 
 

@@ -346,7 +346,7 @@ def _zeroed(layer: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 
 def _diagonal(site: SiteSpec) -> tuple[str, dict[str, Any]]:
     dim = -1 if _axes(site) is None else 1
-    return "diagonal", {"num_features": site.out_features, "dim": dim}
+    return "diagonal", {"num_features": site.out_features, "dim": dim, "bias": site.bias}
 
 
 def _pointwise_layer(
