@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.maintenance import KeptBuffers, has_step_seeds, read_step_flags
+from esper.execution.roster import Roster
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
@@ -66,6 +67,11 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         names, new = [n for n, _ in trainable], [p for _, p in trainable]
         append_parameters(optimizer, host_parameters(layer), new, names=names)
     link.guard(model, optimizer)
+
+
+def busy_layers(optimizer: Optimizer) -> list[nn.Module]:
+    """Return the layers that hold kernels, of the model that was last synced with an optimizer."""
+    return _link(optimizer).roster.busy()
 
 
 def append_parameters(
@@ -182,6 +188,7 @@ class _Link:
 
     def __init__(self) -> None:
         self.kernels: dict[int, torch.Tensor] = {}
+        self.roster = Roster([])
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._hooked = False
         self._kept: KeptBuffers | None = None
@@ -191,6 +198,7 @@ class _Link:
         for layer in _layers(model):
             layer.enable_step_guard()
         self._model = weakref.ref(model)
+        self.roster = Roster(_layers(model))
         self._kept = KeptBuffers(model) if has_step_seeds(_layers(model)) else None
         if not self._hooked:
             optimizer.register_step_pre_hook(self._before_step)
@@ -221,7 +229,7 @@ class _Link:
     def _read(self, optimizer: Optimizer) -> None:
         """Keep the buffers of a good step; drop the gradients of a bad one, buffers put back."""
         model = self._model()
-        faults = [] if model is None else read_step_flags(_layers(model))
+        faults = [] if model is None else read_step_flags(self.roster.busy())
         if not faults:
             if self._kept is not None:
                 self._kept.keep()

@@ -15,7 +15,7 @@ from esper.compiler.catalog import default_catalog
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import RunReport
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
-from esper.execution.maintenance import maintain
+from esper.execution.maintenance import maintain_layers
 from esper.execution.shadow import shadow_pass
 from esper.growth.budget import (
     FORWARD_BACKWARD,
@@ -24,7 +24,7 @@ from esper.growth.budget import (
     count_parameters,
     forward_latency_s,
 )
-from esper.growth.continuity import check_supported, sync_optimizer
+from esper.growth.continuity import busy_layers, check_supported, sync_optimizer
 from esper.growth.evaluation import Evaluator, num_samples
 from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
@@ -474,7 +474,7 @@ class Grower:
 
     def _maintain(self) -> None:
         """Read the seeds' counters and put faults into the log."""
-        for fault in maintain(self._run.model).faults:
+        for fault in maintain_layers(busy_layers(self._run.optimizer)).faults:
             self._run.journal.faulted(
                 fault.layer, fault.seed_idx, fault.faults, fault.state.name.lower(), fault.reason
             )
