@@ -54,12 +54,14 @@ class Host:
         make_call: Makes the positional arguments of a call.
         make_kernel: Makes a kernel that contributes something.
         position: Where the kernel reads.
+        takes_integers: Whether the host's input can have no gradient.
     """
 
     make: Callable[[], nn.Module]
     make_call: Callable[[], tuple[torch.Tensor, ...]]
     make_kernel: Callable[[], nn.Module]
     position: str = "parallel"
+    takes_integers: bool = False
 
 
 def _vectors():
@@ -70,6 +72,11 @@ def _images():
     return (torch.randn(2, 4, 5, 5),)
 
 
+def _sequences():
+    """Query, key and value of one sample: a batch can be mapped over."""
+    return tuple(torch.randn(1, 5, 6) for _ in range(3))
+
+
 HOSTS = {
     "linear": Host(
         make=lambda: nn.Linear(6, 4), make_call=_vectors, make_kernel=lambda: Bottleneck(6, 4)
@@ -78,6 +85,23 @@ HOSTS = {
         make=lambda: nn.Conv2d(4, 2, 3, padding=1),
         make_call=_images,
         make_kernel=lambda: Convolutions(4, 2),
+    ),
+    "transposed_conv2d": Host(
+        make=lambda: nn.ConvTranspose2d(4, 2, 3, padding=1),
+        make_call=_images,
+        make_kernel=lambda: Convolutions(4, 2),
+    ),
+    "attention": Host(
+        make=lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+        make_call=_sequences,
+        make_kernel=lambda: Bottleneck(6, 6),
+    ),
+    "embedding": Host(
+        make=lambda: nn.Embedding(9, 6),
+        make_call=lambda: (torch.randint(9, (2, 5)),),
+        make_kernel=lambda: Bottleneck(6, 6),
+        position="serial",
+        takes_integers=True,
     ),
     "layer_norm": Host(
         make=lambda: nn.LayerNorm(6), make_call=_vectors, make_kernel=lambda: Bottleneck(6, 6)
@@ -97,10 +121,17 @@ HOSTS = {
 }
 """Add a row, and every promise is checked on it."""
 
+DIFFERENTIABLE = [name for name, host in HOSTS.items() if not host.takes_integers]
+
 
 def result(output):
     """Return the tensor of an output that grafts act on."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def cast(call, dtype):
+    """Return a call with its floating tensors in another dtype."""
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in call)
 
 
 def wrapped(host, **options):
@@ -115,7 +146,7 @@ def graft(layer, host, alpha=0.5, **options):
         host.make_kernel().to(next(layer.parameters()).dtype),
         alpha=alpha,
         position=host.position,
-        example=host.make_call()[0],
+        example=host.make_call(),
         **options,
     )
     return layer
@@ -132,5 +163,7 @@ class ByHand(nn.Module):
         self.is_serial = position == "serial"
 
     def forward(self, *args, **kwargs):
-        h = self.host(*args, **kwargs)
-        return h + self.alpha * self.kernel(h if self.is_serial else args[0])
+        output = self.host(*args, **kwargs)
+        h = result(output)
+        y = h + self.alpha * self.kernel(h if self.is_serial else args[0])
+        return (y, *output[1:]) if isinstance(output, tuple) else y

@@ -167,6 +167,23 @@ def test_a_dormant_encoder_keeps_nested_tensors():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("site", ["layers.0.linear1", "layers.1.linear2"])
+def test_a_seed_contributes_in_nested_tensors(site):
+    """Where an encoder leaves padding out, a seed gives what it gives on padded sequences."""
+    model = esper.wrap(encoder())
+    x, mask = padded()
+    layer = model.get_submodule(site)
+    layer.graft(
+        0, Bottleneck(layer.in_features, layer.out_features), alpha=1.0, example=given(layer)
+    )
+
+    y, _ = run(model, x, src_key_padding_mask=mask)
+
+    expected = unfused(model, x, src_key_padding_mask=mask)
+    assert torch.allclose(y[~mask], expected[~mask], atol=1e-5)
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
 def test_a_projection_that_nobody_calls_is_refused():
     """An attention reads its out_proj's weight and calls no forward: a seed would never run."""
     reason = "its parent, a MultiheadAttention, never calls its forward"

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from ecosystem_hosts import HOSTS, ByHand, graft, result, wrapped
+from ecosystem_hosts import DIFFERENTIABLE, HOSTS, ByHand, graft, result, wrapped
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -17,6 +17,7 @@ def host(request):
     return HOSTS[request.param]
 
 
+@pytest.mark.parametrize("host", [HOSTS[name] for name in DIFFERENTIABLE], ids=DIFFERENTIABLE)
 @pytest.mark.parametrize("is_grown", [False, True])
 def test_hooks_can_be_put_on_and_taken_off(host, is_grown):
     """Forward and backward hooks, and their pre-hooks, see each call of a layer until removed."""
@@ -141,6 +142,25 @@ def test_a_rule_that_was_there_before_wrapping(weighted, rule):
     assert type(esper.restore(layer).model) is own_class
     call = weighted.make_call()
     assert torch.equal(layer.eval()(*call), twin.eval()(*call))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_ended_while_wrapped(weighted, rule):
+    """A rule of before wrapping can be ended on the wrapped layer, dormant or grown."""
+    start, end = RULES[rule]
+    call = weighted.make_call()
+    bare = weighted.make()
+    own_class = type(bare)
+    start(bare)
+    layer = graft(esper.wrap(bare), weighted).eval()
+    expected = layer(*call)
+
+    end(layer)
+
+    assert torch.allclose(layer(*call), expected, atol=1e-6)
+    assert isinstance(layer, esper.KasminaLayer)
+    layer.unload_kernel(0)
+    assert type(esper.unwrap(layer)) is own_class
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from ecosystem_hosts import HOSTS, graft, result, wrapped
+from ecosystem_hosts import HOSTS, cast, graft, result, wrapped
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -94,14 +94,14 @@ def test_grown_state_survives_a_file(host, through, tmp_path):
 
 def test_safetensors_saves_a_whole_model(host, tmp_path):
     """save_model and load_model take a grown model, strictly."""
-    model = nn.Sequential(graft(wrapped(host), host))
-    other = nn.Sequential(graft(wrapped(host), host, alpha=0.25))
+    model = nn.ModuleDict({"site": graft(wrapped(host), host)})
+    other = nn.ModuleDict({"site": graft(wrapped(host), host, alpha=0.25)})
 
     save_model(model, tmp_path / "model.safetensors")
     load_model(other, tmp_path / "model.safetensors")
 
     call = host.make_call()
-    assert torch.equal(output(other, call), output(model, call))
+    assert torch.equal(output(other["site"], call), output(model["site"], call))
 
 
 def test_torch_save_keeps_a_grown_model(host):
@@ -149,7 +149,7 @@ def test_a_grown_layer_changes_its_dtype(host, dtype):
     """Parameters and output follow; alpha stays float32 and 0.5."""
     layer = graft(wrapped(host), host).eval().to(dtype)
 
-    y = output(layer, [x.to(dtype) for x in host.make_call()])
+    y = output(layer, cast(host.make_call(), dtype))
 
     assert y.dtype == dtype
     assert {p.dtype for p in layer.parameters()} == {dtype}
@@ -186,17 +186,79 @@ def test_a_layer_wrapped_on_meta_becomes_real(host, materialise):
     assert layer.get_stats()["execution_stats"]["fault_count"] == 0
 
 
-def test_a_grown_layer_goes_to_meta_and_back(host):
-    """to("meta"), to_empty and a load give the layer back, alpha and all."""
-    layer = graft(wrapped(host), host)
-    call = host.make_call()
-    expected, state = output(layer, call), copy.deepcopy(layer.state_dict())
-
+def over_meta(layer, state):
     layer.to("meta")
     layer.to_empty(device="cpu")
     layer.load_state_dict(state)
 
+
+EXCHANGES = [over_meta, by_assignment]
+"""Ways in which every parameter becomes another object."""
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_grown_layer_survives_an_exchange_of_its_tensors(host, exchange):
+    """With its state loaded again, a layer whose tensors were all exchanged is what it was."""
+    layer = graft(wrapped(host), host)
+    call = host.make_call()
+    expected, state = output(layer, call), copy.deepcopy(layer.state_dict())
+
+    exchange(layer, state)
+
     assert torch.equal(output(layer, call), expected)
+
+
+def test_alpha_and_structure_need_no_memory(host):
+    """to_empty leaves parameters to chance; what a seed is does not live in them."""
+    layer = graft(wrapped(host), host)
+    before = layer.state_dict()
+
+    layer.to("meta")
+    layer.to_empty(device="cpu")
+
+    for name in ("_seeds.0.alpha", "_seeds.0.structure"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
+class Spoiled(nn.Module):
+    """A kernel whose gradient can be spoiled."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.is_bad = False
+
+    def forward(self, x):
+        y = self.body(x)
+        return BadGradient.apply(y) if self.is_bad else y
+
+
+@pytest.mark.parametrize("exchange", [pytest.param(None, id="none"), *EXCHANGES])
+def test_the_guard_follows_an_exchange_of_tensors(host, exchange):
+    """Bad gradients of a kernel become zeros in whatever parameters it has by then."""
+    layer = wrapped(host)
+    kernel = Spoiled(host.make_kernel())
+    layer.graft(0, kernel, alpha=0.5, position=host.position, example=host.make_call())
+    if exchange is not None:
+        exchange(layer, copy.deepcopy(layer.state_dict()))
+    kernel.is_bad = True
+
+    result(layer(*host.make_call())).sum().backward()
+
+    assert all((p.grad == 0).all() for p in kernel.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_a_grown_layer_loads_by_assignment(host):
@@ -215,7 +277,7 @@ def test_a_grown_layer_loads_by_assignment(host):
 
 def test_averaged_models_follow(host):
     """An average of weights is kept of a grown model as of any other."""
-    model = nn.Sequential(graft(wrapped(host), host))
+    model = graft(wrapped(host), host)
     averaged = torch.optim.swa_utils.AveragedModel(model)
 
     averaged.update_parameters(model)
