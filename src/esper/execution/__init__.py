@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.async_conv2d_kernel import AsyncConv2dKernel
+from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
 from esper.execution.exceptions import (
     AsyncExecutionError,
@@ -30,7 +32,9 @@ from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.stream_manager import StreamManager
 
 __all__ = [
+    "AsyncConv2dKernel",
     "AsyncExecutionError",
+    "AsyncKasminaConv2dLayer",
     "CacheError",
     "EnhancedKernelCache",
     "GradientSyncError",
