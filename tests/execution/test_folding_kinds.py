@@ -68,13 +68,20 @@ NORMS = {
 ONE = {"in_channels": 4, "out_channels": 4, "kernel_size": 1}
 
 
+def replacing(kernel):
+    """Return a kernel's operations as a module by hand, which may be grafted in any mode."""
+    (step,) = kernel.steps
+    return step
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
 @pytest.mark.parametrize("name", sorted(NORMS))
-def test_a_factor_and_a_term_fold_into_a_norm(name):
+def test_a_factor_and_a_term_fold_into_a_norm(name, mode):
     """In evaluation the norm alone gives what norm and kernel gave."""
     make, shape, make_kernel = NORMS[name]
     host, x = randomised(make()).eval(), torch.randn(shape)
     weight = host.weight
-    folded = fossilize(host, make_kernel(), x)
+    folded = fossilize(host, replacing(make_kernel()), x, mode=mode, position="serial")
     assert_folded(*folded)
     assert folded[0].weight is weight
 
@@ -151,6 +158,23 @@ def test_any_kernel_that_works_row_by_row_folds_into_a_table():
     """The table holds what the kernel makes of each row, activations and norms included."""
     folded = fossilize(nn.Embedding(11, 6), serial(("*", 6), *MLP), torch.randint(11, (4, 5)))
     assert_folded(*folded)
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_a_matrix_folds_into_a_table(mode):
+    """Also one that takes the host's place by half."""
+    x = torch.randint(11, (4, 5))
+    assert_folded(*fossilize(nn.Embedding(11, 6), nn.Linear(6, 6), x, mode=mode))
+
+
+def test_a_norm_that_was_never_called_keeps_its_kernel():
+    """After loading nobody knows which axis a kernel read, so nothing is folded."""
+    layer, x = adopt(nn.BatchNorm1d(4).eval(), name="site"), torch.randn(3, 4)
+    layer.graft(0, diagonal((4,), 4, dim=1), alpha=0.5, example=x)
+    other = adopt(nn.BatchNorm1d(4).eval(), name="site")
+    other.load_state_dict(layer.state_dict())
+    assert layer.fossilize(0).folded
+    assert "was seen" in other.fossilize(0).reason
 
 
 def test_a_padding_row_folds_to_what_the_kernel_gave_for_it():
@@ -235,6 +259,8 @@ def test_another_transposed_convolution_is_kept():
     x = torch.randn(2, 4, 5, 5)
     assert_kept(*fossilize(wide, narrow, x), "same settings")
     assert_kept(*fossilize(narrow, nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), x), "same")
+    dilated = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, dilation=2)
+    assert_kept(*fossilize(nn.ConvTranspose2d(4, 6, 3, stride=2), dilated, x), "same settings")
 
 
 class Conv1D(nn.Module):

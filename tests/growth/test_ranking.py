@@ -246,3 +246,16 @@ def test_gradient_norm_divides_by_the_parameters_of_the_readout():
     weight = readout(candidate).weight
     (grad,) = torch.autograd.grad(candidate.kernel(x), weight, g / len(x))
     assert ranked.gain == pytest.approx(float(grad.norm()) / grad.numel(), rel=1e-4)
+
+
+def test_what_the_layer_behind_a_norm_can_do_is_no_gain():
+    """A matrix on a norm's output is the next layer's to learn; behind a frozen norm it counts."""
+    spec = SiteSpec(kind="norm", in_features=6, out_features=6)
+    matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    gains = []
+    for trainable in (True, False):
+        norm = nn.LayerNorm(6).requires_grad_(trainable)
+        seen = observe(norm, lambda x, norm=norm: norm(x).detach() @ matrix)
+        (ranked,) = rank_candidates(seen, [candidate_for("site", blueprint("mlp-behind", spec))])
+        gains.append(ranked.gain)
+    assert gains[0] < 0.1 * gains[1]
