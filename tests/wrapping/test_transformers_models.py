@@ -342,3 +342,63 @@ def test_tied_embeddings_stay_tied():
     for each in (model, esper.unwrap(model)):
         assert each.lm_head.weight is each.shared.weight
         assert each.encoder.embed_tokens.weight is each.shared.weight
+
+
+BLOCKS = {
+    "bert": "bert.encoder.layer.0",
+    "gpt2": "transformer.h.1",
+    "llama": "model.layers.0",
+    "t5": "encoder.block.0",
+    "vit": "vit.layers.1",
+    "resnet": "resnet.encoder.stages.0.layers.0",
+}
+
+
+def grown_at_block(name):
+    """Return a model with a kernel beside one whole block, and a batch."""
+    model, batch = make(name)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    esper.wrap(model, select=BLOCKS[name])
+    block = model.get_submodule(BLOCKS[name])
+    beside = nn.Conv2d(8, 8, 3, padding=1) if name == "resnet" else Bottleneck(16)
+    block.graft(0, nn.Sequential(beside, nn.Tanh()), alpha=0.5)
+    prediction(model, batch)
+    return model, batch
+
+
+def test_a_whole_block_is_a_site(name):
+    """A kernel beside a block changes the prediction, gets gradients, and comes off again."""
+    model, batch = grown_at_block(name)
+    block = model.get_submodule(BLOCKS[name])
+    plain = without(model)
+    assert not torch.allclose(prediction(model, batch), prediction(plain, batch))
+
+    step(model.train(), batch)
+
+    assert all(p.grad.abs().sum() > 0 for p in block.seed_kernel(0).parameters())
+    assert block.get_stats()["execution_stats"]["fault_count"] == 0
+    block.unload_kernel(0)
+    assert_same(step(model.train(), batch), step(plain.train(), batch))
+
+
+def test_a_grown_block_is_unwrapped(name):
+    """The block becomes a graph that takes the calls it was seen to get; the model its class."""
+    model, batch = grown_at_block(name)
+    own_class, expected = type(model), prediction(model, batch)
+
+    plain = esper.unwrap(model)
+
+    assert type(plain) is own_class
+    assert isinstance(plain.get_submodule(BLOCKS[name]), fx.GraphModule)
+    assert torch.allclose(prediction(plain, batch), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_with_a_grown_block_generates(name):
+    """Keys and values are cached through the graft, wrapped and unwrapped."""
+    model, batch = grown_at_block(name)
+    cached = generate(model, batch)
+
+    assert torch.equal(generate(model, batch, use_cache=False), cached)
+    assert torch.equal(generate(esper.unwrap(model), batch), cached)
