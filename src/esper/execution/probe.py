@@ -96,7 +96,7 @@ class _Probe:
 
     def run(self, *, remembered: bool) -> ProbeResult:
         """Do all checks, the cheapest first; those of gradients unless they are remembered."""
-        with shadow_pass(self._layer), torch.inference_mode(mode=False), torch.enable_grad():
+        with torch.inference_mode(mode=False), shadow_pass(self._layer), torch.enable_grad():
             module = copy.deepcopy(self._kernel.module).train(self._layer.training)
             h, given = self._host_output()
             k = self._output(module, given)
