@@ -92,6 +92,23 @@ def test_a_removed_hook_leaves_a_working_layer():
     assert torch.equal(model(x), expected)
 
 
+def test_what_a_removed_hook_leaves_behind_is_in_nobodys_way():
+    """The bound forward that accelerate leaves on an instance bypasses no seed."""
+    model, x = Mlp().eval(), torch.randn(3, 6)
+    for layer in (model.fc1, esper.wrap(model, select="fc2").fc2):
+        add_hook_to_module(layer, Counting())
+        remove_hook_from_module(layer)
+
+    esper.wrap(model, select="fc1")
+    expected = model(x)
+    model.fc1.graft(0, Bottleneck(6, 8), alpha=0.5, example=x)
+    grown = model(x)
+    model.fc2.graft(0, Bottleneck(8, 3), alpha=0.5, example=torch.randn(3, 8))
+
+    assert not torch.allclose(grown, expected)
+    assert not torch.allclose(model(x), grown)
+
+
 @pytest.fixture(params=["no", "bf16"])
 def accelerator(request):
     AcceleratorState._reset_state(reset_partial_state=True)

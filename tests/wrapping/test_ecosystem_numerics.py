@@ -257,3 +257,62 @@ def test_a_contributing_layer_is_its_formula(name, scenario):
 
     assert_equal(scenario(layer, call), scenario(by_hand, call))
     assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_what_is_changed_in_inference_mode_still_trains(name):
+    """Grafts, alphas and observed calls of an evaluation leave no inference tensor behind."""
+    host = HOSTS[name]
+    layer = wrapped(host)
+    layer.graft(0, host.make_kernel(), alpha=0.5, position=host.position)
+    other = host.make_kernel()
+    with torch.inference_mode():
+        layer(*host.make_call())
+        layer.graft(1, other, alpha=0.5, position=host.position, example=host.make_call())
+        layer.set_alpha(0, 0.25)
+        layer.get_stats()
+
+    result(layer(*host.make_call())).square().sum().backward()
+
+    assert all(p.grad is not None for p in other.parameters())
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
+class GivesNoGradient(torch.autograd.Function):
+    """Addition whose first input gets no gradient: None, not zeros."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.set_materialize_grads(False)
+        return x + y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_backward_that_brings_no_gradient_passes(name):
+    """Where what follows gives a layer no gradient, its parameters get none or zeros."""
+    layer = graft(wrapped(HOSTS[name]), HOSTS[name])
+    y = result(layer(*HOSTS[name].make_call()))
+    beside = torch.zeros_like(y).requires_grad_()
+
+    GivesNoGradient.apply(y, beside).sum().backward()
+
+    assert torch.equal(beside.grad, torch.ones_like(y))
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "layer_norm", "block", "attention"])
+def test_first_and_second_derivatives_are_those_of_the_formula(name):
+    """Gradcheck and gradgradcheck pass in float64, with and without undefined gradients."""
+    layer = graft(wrapped(HOSTS[name]), HOSTS[name]).double()
+    call = [x.double().requires_grad_() for x in HOSTS[name].make_call()]
+
+    def run(*call):
+        return result(layer(*call))
+
+    assert torch.autograd.gradcheck(run, call)
+    assert torch.autograd.gradgradcheck(run, call)

@@ -1,5 +1,7 @@
 """`esper.wrap` succeeds or changes nothing, wherever it fails."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +87,23 @@ def test_a_model_is_wrapped_after_what_broke_has_gone():
 
     assert list(esper.layers(model)) == ["0", "1", "2.0"]
     assert torch.equal(model[0](torch.ones(2)), model[0].default_layer(torch.ones(2)))
+
+
+@pytest.mark.parametrize("num_subclasses", [1, 2])
+def test_a_constructor_that_fails_leaves_its_host_alone(num_subclasses):
+    """KasminaLayer(original_layer=...) changes the host or nothing."""
+    host = refuses(num_subclasses, TypeError("this class takes no subclass"))(2, 2)
+    before = picture(host)
+
+    with pytest.raises(TypeError, match="takes no subclass"):
+        esper.KasminaLayer(2, 2, original_layer=host)
+
+    assert picture(host) == before
+
+
+def test_tools_may_walk_a_wrapped_layer():
+    """Every attribute of a dormant layer can be read, as debuggers and tracers do."""
+    names = dict(inspect.getmembers(esper.wrap(nn.Linear(2, 2))))
+
+    assert names["in_features"] == 2
+    assert names["num_seeds"] == 4
