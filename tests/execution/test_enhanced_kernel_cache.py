@@ -17,6 +17,7 @@ from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceSuspended,
     KernelSourceUnavailable,
 )
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
@@ -116,7 +117,7 @@ def test_an_open_breaker_keeps_the_source_from_being_asked(cache, shelf, clock):
     break_down(cache, shelf)
     wanted = shelf.add("wanted")
 
-    with pytest.raises(KernelSourceUnavailable, match=r"not in the cache, and the shelf") as caught:
+    with pytest.raises(KernelSourceSuspended, match=r"not in the cache, and the shelf") as caught:
         cache.load_kernel_sync(wanted)
 
     assert isinstance(caught.value.__cause__, CircuitOpenError)

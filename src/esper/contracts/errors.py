@@ -15,6 +15,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
         │   ├── KernelCorruptError      the bytes are not what their name says; permanent, alarming
         │   ├── KernelRefusedError      the kernel failed a check of the probe; permanent
         │   └── KernelSourceUnavailable the source did not answer; transient
+        │       └── KernelSourceSuspended   it was not asked, because it has been failing
         ├── KernelExecutionError        a kernel failed where nothing stands in for it
         ├── SeedLifecycleError          a transition that the table does not allow
         ├── CacheError                  the cache was used against its rules
@@ -93,6 +94,10 @@ class KernelRefusedError(KernelLoadError):
 
 class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's name
     """The source did not answer, or there is none. Transient: a later try may succeed."""
+
+
+class KernelSourceSuspended(KernelSourceUnavailable):
+    """The source has been failing, so it was not asked. Not to be retried at once."""
 
 
 class KernelExecutionError(KasminaException):

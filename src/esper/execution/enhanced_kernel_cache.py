@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
     from esper.resilience.circuit_breaker import CircuitBreaker
+    from esper.resilience.retry import RetryBudget
 
 _MAX_RECORDS: Final = 4096
 
@@ -30,7 +31,7 @@ class EnhancedKernelCache(KernelCache):
     """A kernel cache with a circuit breaker, eviction by worth, and a quarantine.
 
     - While the source's breaker is open, what is held is served as ever: a digest names the same
-      bytes for ever, so nothing goes stale. What is not held raises ``KernelSourceUnavailable``
+      bytes for ever, so nothing goes stale. What is not held raises ``KernelSourceSuspended``
       at once. "Not found" is believed for its time and not longer: after it, with the breaker
       open, the load raises, since None means that the source answered.
     - The entry of the least worth goes first (:meth:`worth`).
@@ -77,6 +78,11 @@ class EnhancedKernelCache(KernelCache):
     def breaker(self) -> CircuitBreaker | None:
         """The breaker of the source; None where there is no source."""
         return None if self._guard is None else self._guard.breaker
+
+    @property
+    def retry_budget(self) -> RetryBudget | None:
+        """What bounds the retries of all who ask the source; None where there is no source."""
+        return None if self._guard is None else self._guard.retry_budget
 
     async def prewarm_async(
         self, artifact_ids: Iterable[str], *, num_at_once: int = 8

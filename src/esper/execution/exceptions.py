@@ -13,6 +13,7 @@ from esper.contracts.errors import (
     KernelLoadError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceSuspended,
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "KernelLoadError",
     "KernelNotFoundError",
     "KernelRefusedError",
+    "KernelSourceSuspended",
     "KernelSourceUnavailable",
     "SeedLifecycleError",
 ]

@@ -12,9 +12,10 @@ from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
     KernelRefusedError,
-    KernelSourceUnavailable,
+    KernelSourceSuspended,
 )
 from esper.resilience.circuit_breaker import BreakerState, BreakerTransition, CircuitBreaker
+from esper.resilience.retry import RetryBudget
 
 if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
@@ -31,24 +32,28 @@ class GuardedSource:
     Args:
         source: What is asked.
         breaker: Counts its failures; made where not given.
+
+    Attributes:
+        retry_budget: Bounds the retries of all who ask the source.
     """
 
     def __init__(self, source: KernelSource, breaker: CircuitBreaker | None = None) -> None:
         self.source = source
         name = f"the kernel source {type(source).__name__}"
+        self.retry_budget = RetryBudget()
         self.breaker = breaker or CircuitBreaker(name, answers=ANSWERS, on_transition=_log)
 
     def fetch(self, digest: str) -> bytes:
         """Return the artifact whose sha256 is ``digest``; see ``KernelSource.fetch``.
 
         Raises:
-            KernelSourceUnavailable: The source did not answer, or is not asked for now.
+            KernelSourceSuspended: The source has been failing and is not asked for now.
         """
         try:
             permit = self.breaker.permit()
         except CircuitOpenError as error:
             msg = f"kernel {digest} is not in the cache, and {error}"
-            raise KernelSourceUnavailable(msg) from error
+            raise KernelSourceSuspended(msg) from error
         with permit:
             return self.source.fetch(digest)
 
