@@ -6,6 +6,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.async_conv2d_kernel import AsyncConv2dKernel
 from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
+from esper.execution.error_recovery import ErrorRecoveryManager, ErrorType
 from esper.execution.exceptions import (
     AsyncExecutionError,
     CacheError,
@@ -17,10 +18,12 @@ from esper.execution.exceptions import (
     KernelLoadError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceSuspended,
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
 from esper.execution.gradient_sync import GradientSynchronizer
+from esper.execution.health_monitor import HealthMonitor
 from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
 from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
@@ -37,8 +40,11 @@ __all__ = [
     "AsyncKasminaConv2dLayer",
     "CacheError",
     "EnhancedKernelCache",
+    "ErrorRecoveryManager",
+    "ErrorType",
     "GradientSyncError",
     "GradientSynchronizer",
+    "HealthMonitor",
     "KasminaAttentionLayer",
     "KasminaBatchNormLayer",
     "KasminaConv2dLayer",
@@ -53,6 +59,7 @@ __all__ = [
     "KernelLoadError",
     "KernelNotFoundError",
     "KernelRefusedError",
+    "KernelSourceSuspended",
     "KernelSourceUnavailable",
     "RealKernelExecutor",
     "SeedLifecycleError",
