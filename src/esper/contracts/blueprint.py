@@ -223,6 +223,9 @@ class BlueprintIR:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlueprintIR:
+        return self  # nothing in it can change
+
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form as plain dicts and lists."""
         return {

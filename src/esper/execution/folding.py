@@ -16,7 +16,7 @@ from esper.execution.fold_target import FoldTarget, in_float64, shares, target_o
 from esper.execution.generated_class import replan
 from esper.execution.grafting import active_seed
 from esper.execution.layer_record import record_of
-from esper.execution.occupancy import describe, withdraw
+from esper.execution.occupancy import encoded_structure, withdraw
 
 if TYPE_CHECKING:
     from esper.execution.seed_slot import Seed
@@ -53,7 +53,7 @@ def fossilize(layer: nn.Module, seed_idx: int) -> FoldCertificate:
         layout.release_kernel(seed_idx)
         withdraw(layer, seed_idx)
     else:
-        seed.slot.set_structure(describe(layer, seed_idx))
+        seed.slot.set_structure(encoded_structure(layer, seed_idx))
         replan(layer)
     return certificate
 

@@ -16,7 +16,7 @@ from esper.execution.layer_call import Example, LayerCall
 from esper.execution.layer_record import record_of
 from esper.execution.occupancy import (
     apply_guard,
-    describe,
+    encoded_structure,
     forget_waiting,
     insert,
     make_seed,
@@ -307,7 +307,7 @@ def set_guard(layer: nn.Module, seed_idx: int, guard: str) -> None:
     check_guard(layer, guard)
     seed = active_seed(layer, seed_idx, or_fossil=True)
     seed.guard = guard
-    seed.slot.set_structure(describe(layer, seed_idx))
+    seed.slot.set_structure(encoded_structure(layer, seed_idx))
     apply_guard(seed)
 
 

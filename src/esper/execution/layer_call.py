@@ -63,7 +63,9 @@ class LayerCall(NamedTuple):
 
     def detached(self) -> LayerCall:
         """Return a copy that shares nothing with this call, as far as its parts can be copied."""
-        return tree_map(_detached, self)  # type: ignore[no-any-return] # torch says Any
+        with torch.inference_mode(mode=False):  # what a probe makes of it may be differentiated
+            args = tuple(map(_detached, self.args))
+            return LayerCall(args, {name: _detached(value) for name, value in self.kwargs.items()})
 
     def to(self, device: torch.device) -> LayerCall:
         """Return the call with its tensors on ``device``."""
@@ -81,7 +83,11 @@ class LayerCall(NamedTuple):
 
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.clone().detach()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list | dict):
+        return tree_map(_detached, value, is_leaf=lambda part: part is not value)
     try:
         return copy.deepcopy(value)
     except Exception:  # noqa: BLE001 - an object of the user's that cannot be copied is shared

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -51,7 +52,7 @@ def insert(layer: nn.Module, seed: Seed, alpha: float) -> None:
     _container(layer)._modules[str(seed.seed_idx)] = seed.slot
     seed.slot.train(layer.training)
     seed.slot.set_alpha(record.layout.set_alpha(seed.seed_idx, alpha))
-    seed.slot.set_structure(describe(layer, seed.seed_idx))
+    seed.slot.set_structure(encoded_structure(layer, seed.seed_idx))
     apply_guard(seed)
     replan(layer)
 
@@ -106,27 +107,52 @@ def _container(layer: nn.Module) -> SeedContainer:
 
 def describe(layer: nn.Module, seed_idx: int) -> dict[str, Any]:
     """Return what is needed to build a seed again, without its alpha and its tensors."""
+    return _document(*_described(layer, seed_idx))
+
+
+def encoded_structure(layer: nn.Module, seed_idx: int) -> bytes:
+    """Return :func:`describe` as canonical JSON."""
+    return _encoded(*_described(layer, seed_idx))
+
+
+def _described(
+    layer: nn.Module, seed_idx: int
+) -> tuple[BlueprintIR | None, tuple[tuple[str, Any], ...]]:
+    """Return a seed's blueprint, and what else there is to say, as pairs that can be hashed."""
     record = record_of(layer)
-    described: dict[str, Any] = {
-        "format_version": STRUCTURE_FORMAT_VERSION,
-        "seed": seed_idx,
-        "state": int(record.layout.state(seed_idx)),
-    }
+    head = (
+        ("format_version", STRUCTURE_FORMAT_VERSION),
+        ("seed", seed_idx),
+        ("state", int(record.layout.state(seed_idx))),
+    )
     seed = record.seeds.get(seed_idx)
-    if seed is not None:
-        kernel = seed.kernel
-        blueprint = kernel.blueprint
-        described |= {
-            "kernel": type(kernel.module).__qualname__,
-            "blueprint": None if blueprint is None else blueprint.to_document(),
-            "artifact_id": kernel.artifact_id,
-            "mode": kernel.mode,
-            "position": kernel.position,
-            "guard": seed.guard,
-            "draws_random": kernel.draws_random,
-            "adds_capacity": kernel.adds_capacity,
-        }
-    return described
+    if seed is None:
+        return None, head
+    kernel = seed.kernel
+    return kernel.blueprint, (
+        *head,
+        ("kernel", type(kernel.module).__qualname__),
+        ("artifact_id", kernel.artifact_id),
+        ("mode", kernel.mode),
+        ("position", kernel.position),
+        ("guard", seed.guard),
+        ("draws_random", kernel.draws_random),
+        ("adds_capacity", kernel.adds_capacity),
+    )
+
+
+def _document(
+    blueprint: BlueprintIR | None, described: tuple[tuple[str, Any], ...]
+) -> dict[str, Any]:
+    document = dict(described)
+    if "kernel" in document:
+        document["blueprint"] = None if blueprint is None else blueprint.to_document()
+    return document
+
+
+@lru_cache(maxsize=1024)
+def _encoded(blueprint: BlueprintIR | None, described: tuple[tuple[str, Any], ...]) -> bytes:
+    return canonical_json.encode(_document(blueprint, described))
 
 
 def structure(layer: nn.Module) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from esper.contracts.canonical_json import encode
 from esper.execution.layer_call import Takes
 from esper.execution.observation import Observations
 
@@ -49,9 +48,9 @@ class SeedSlot(nn.Module):
         self._alpha = alpha
         self._fill_alpha(self.alpha.device)
 
-    def set_structure(self, structure: dict[str, Any]) -> None:
-        """Replace the description that travels with ``state_dict``."""
-        self._structure = bytearray(encode(structure))
+    def set_structure(self, structure: bytes) -> None:
+        """Replace the description that travels with ``state_dict``: canonical JSON."""
+        self._structure = bytearray(structure)
         self._fill_structure(self.alpha.device)
 
     def _fill_alpha(self, device: torch.device) -> None:

@@ -44,7 +44,7 @@ def in_shadow_pass() -> bool:
 
 
 @contextmanager
-def shadow_pass(model: nn.Module) -> Iterator[None]:
+def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
     """Run forwards that leave the model, the random state and the run as they were.
 
     Forwards inside write to clones of the buffers; the buffers themselves come back untouched,
@@ -54,9 +54,10 @@ def shadow_pass(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model whose buffers are set aside: unwrapped, not compiled.
+        others: Modules beside it that run too.
     """
     token = _in_shadow_pass.set(True)
-    buffers = _set_aside_buffers(model)
+    buffers = [kept for module in (model, *others) for kept in _set_aside_buffers(module)]
     observed = _set_aside_observations(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
