@@ -1,6 +1,8 @@
 """What each process of a distributed test runs; imported by the processes that a test starts."""
 
 import copy
+import os
+import socket
 import traceback
 
 import torch
@@ -162,6 +164,8 @@ def outcome(case):
 def run(rank, world_size, rendezvous, outcomes):
     """Run every case in one process of a group, and put how it went on a queue."""
     torch.set_num_threads(1)
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback  # not whatever the host's name resolves to
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     for name, case in CASES.items():
         outcomes.put((name, outcome(case)))
