@@ -88,6 +88,40 @@ def graft_before_ddp():
     assert model.module[0].get_stats()["execution_stats"]["fault_count"] == 0
 
 
+def graft_after_ddp():
+    """Each rank's kernel begins with weights of its own; those of rank 0 are what all train."""
+    model = replicate(esper.wrap(net()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    model.module[0].graft(0, Bottleneck(6), alpha=0.5, example=torch.randn(3, 6))
+    esper.sync_optimizer(model, optimizer)
+    before = values(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):  # micro-batches
+            model(torch.randn(3, 6)).square().mean().backward()
+        optimizer.step()
+    assert_ranks_agree(model)
+    assert not any(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+
+
+def one_rank_at_fault_stops_the_step_of_all():
+    """A kernel that is not finite on rank 0 costs every rank this step, and isolates the seed."""
+    model = replicate(esper.wrap(net()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layer = model.module[0]
+    layer.graft(0, Bottleneck(6), alpha=0.5, example=torch.randn(3, 6))
+    esper.sync_optimizer(model, optimizer)
+    layer.set_guard(0, "step")
+    before = [p.detach().clone() for p in net().parameters()]
+    if dist.get_rank() == 0:
+        layer.seed_kernel(0).register_forward_hook(lambda _, args, output: output * torch.inf)
+    model(torch.randn(3, 6)).square().mean().backward()
+    optimizer.step()
+    assert layer.state_layout.state(0).name == "ERROR_RECOVERY"
+    assert_same(values(model.module), before)
+
+
 def wrap_before_fsdp():
     model = train(shard(esper.wrap(net())))
     assert_same(values(model), values(train(replicate(net()))))
@@ -143,6 +177,8 @@ CASES = {
         wrap_before_ddp,
         wrap_after_ddp,
         graft_before_ddp,
+        graft_after_ddp,
+        one_rank_at_fault_stops_the_step_of_all,
         wrap_before_fsdp,
         wrap_after_fsdp,
         graft_before_fsdp,

@@ -18,7 +18,7 @@ from esper.execution.seed_slot import SEEDS
 from esper.execution.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from esper.execution.seed_slot import Seed
 
@@ -228,7 +228,9 @@ def _give_up(layer: nn.Module, seed_idx: int, seed: Seed, reason: str) -> None:
     withdraw(layer, seed_idx)
 
 
-def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
+def read_step_flags(
+    layers: Iterable[nn.Module], over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> list[SeedFault]:
     """Read the flags of all seeds under ``guard="step"``, and isolate the faulty at once.
 
     To be called where gradients are complete and the optimizer has not stepped. A seed is at
@@ -237,6 +239,8 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
 
     Args:
         layers: Wrapped layers.
+        over_ranks: Takes the maximum of bool flags over the ranks that train a model together, so
+            that all of them drop a step or none does.
 
     Returns:
         The faulty seeds; the caller drops the step's gradients if there is one.
@@ -249,7 +253,8 @@ def read_step_flags(layers: Iterable[nn.Module]) -> list[SeedFault]:
     ]
     if not watched:
         return []
-    flags = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched]).tolist()
+    stacked = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched])
+    flags = (stacked if over_ranks is None else over_ranks(stacked)).tolist()
     faults = []
     for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
         raised = any(call.raised for call in seed.seen.calls)

@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.maintenance import KeptBuffers, has_step_seeds, read_step_flags
 from esper.execution.roster import Roster
+from esper.growth.ranks import replicas, share_late_parameters, worst_of_ranks
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
@@ -46,7 +47,9 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     Trainable parameters of kernels that appeared join the group of their host layer (the group
     that holds a parameter of the layer, else the first); those of kernels that went are dropped
     with their state. Parameters of the host are never touched. From then on the optimizer reads
-    the flags of ``guard="step"`` before each step, and skips one that was not finite.
+    the flags of ``guard="step"`` before each step, and skips one that was not finite. Kernels that
+    appeared in a model replicated by DistributedDataParallel get rank 0's weights and averaged
+    gradients; there every rank has to make the same grafts and the same call.
 
     Args:
         model: A wrapped model; it may be inside DDP or ``torch.compile``.
@@ -66,6 +69,9 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         trainable = [(n, p) for n, p in appeared if p.requires_grad]
         names, new = [n for n, _ in trainable], [p for _, p in trainable]
         append_parameters(optimizer, host_parameters(layer), new, names=names)
+    replicated = replicas(model)
+    if replicated is not None:
+        share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
     link.guard(model, optimizer)
 
 
@@ -199,7 +205,8 @@ class _Link:
             layer.enable_step_guard()
         self._model = weakref.ref(model)
         self.roster = Roster(_layers(model))
-        self._kept = KeptBuffers(model) if has_step_seeds(_layers(model)) else None
+        self._kept = None
+        self._keep(model)
         if not self._hooked:
             optimizer.register_step_pre_hook(self._before_step)
             self._hooked = True
@@ -229,16 +236,24 @@ class _Link:
     def _read(self, optimizer: Optimizer) -> None:
         """Keep the buffers of a good step; drop the gradients of a bad one, buffers put back."""
         model = self._model()
-        faults = [] if model is None else read_step_flags(self.roster.busy())
+        if model is None:
+            return
+        faults = read_step_flags(self.roster.busy(), worst_of_ranks(model))
         if not faults:
-            if self._kept is not None:
-                self._kept.keep()
+            self._keep(model)
             return
         if self._kept is not None:
             self._kept.put_back()
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def _keep(self, model: nn.Module) -> None:
+        """Copy the buffers while a seed stands under ``guard="step"``."""
+        if self._kept is not None:
+            self._kept.keep()
+        elif has_step_seeds(self.roster.busy()):
+            self._kept = KeptBuffers(model)
 
 
 def _is_closure(value: Any, optimizer: Optimizer) -> bool:
