@@ -104,7 +104,9 @@ class HealthMonitor:
         its limit, and the share of ``100 - limit`` that is free where the median use of memory is
         above its limit. So each of the three alone can make it 0 or nearly.
         """
-        found = self._measured()
+        return self._score(self._measured())
+
+    def _score(self, found: _Measured) -> float:
         score = 1.0 - (found.error_rate or 0.0)
         if found.latency_ms is not None and found.latency_ms > self.limits.latency_ms:
             score *= self.limits.latency_ms / found.latency_ms
@@ -154,7 +156,7 @@ class HealthMonitor:
         if found.calls < _MIN_CALLS and len(self._samples) < _MIN_UPDATES:
             return None
         has_begun = self._reason is not None
-        score = self.compute_health_score()
+        score = self._score(found)
         if score < (RECOVERED_SCORE if has_begun else CRITICAL_SCORE):
             return f"health score {score:.2f} is {'still low' if has_begun else 'critical'}"
         share = _RELIEF if has_begun else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -13,6 +14,7 @@ from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import folding, grafting, maintenance, occupancy, shadow
 from esper.execution.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
+from esper.execution.error_recovery import ErrorRecoveryManager
 from esper.execution.generated_class import (
     generated_base,
     give_back,
@@ -24,6 +26,7 @@ from esper.execution.generated_class import (
 )
 from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.execution.kernel_executor import RealKernelExecutor, shared_executor
+from esper.execution.layer_health import monitor_of
 from esper.execution.layer_record import RECORD, LayerRecord
 from esper.execution.seed_slot import SEEDS
 from esper.execution.site import widths
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
     from esper.execution.folding import FoldCertificate
+    from esper.execution.health_monitor import HealthMonitor
     from esper.execution.kernel_cache import KernelCache
     from esper.execution.layer_call import Example
 
@@ -215,6 +219,20 @@ class KasminaLayer(nn.Module):
         return cast("KernelCache", record.cache)
 
     @property
+    def error_recovery(self) -> ErrorRecoveryManager:
+        """What tries failed loads again; layers of one source share the budget of retries."""
+        record = self._kasmina
+        if record.error_recovery is None:
+            budget = getattr(self.kernel_cache, "retry_budget", None)
+            record.error_recovery = ErrorRecoveryManager(max_retries=3, budget=budget)
+        return cast("ErrorRecoveryManager", record.error_recovery)
+
+    @property
+    def health_monitor(self) -> HealthMonitor:
+        """Health of the calls of the layer's kernels, as ``esper.maintain`` has read them."""
+        return monitor_of(self._kasmina)
+
+    @property
     def kernel_executor(self) -> RealKernelExecutor:
         """What executes kernels by themselves: one for the process. A seed runs its own kernel."""
         return shared_executor()
@@ -269,7 +287,7 @@ class KasminaLayer(nn.Module):
         """Fetch an artifact, verify it, and graft it; training goes on meanwhile.
 
         A kernel that the seed holds works on until the new one is ready, and a failure changes
-        nothing.
+        nothing. What may help is tried again by :attr:`error_recovery`.
 
         Args:
             seed_idx: The seed, in [0, num_seeds).
@@ -286,19 +304,28 @@ class KasminaLayer(nn.Module):
             SeedLifecycleError: The seed is a fossil, or was unloaded or cancelled meanwhile.
             ValueError: An argument is out of range.
         """
-        cache = self.kernel_cache
+        load = functools.partial(self.kernel_cache.load_kernel, artifact_id)
         with self._loading(seed_idx) as check_wanted:
-            artifact = await cache.load_kernel(artifact_id)
+            if self.kernel_cache.source is None:  # another try does not give it one
+                artifact = await load()
+            else:
+                artifact = await self.error_recovery.run(load, self._context(seed_idx, artifact_id))
             check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
 
     def load_kernel_sync(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
-        """Do what :meth:`load_kernel` does, and wait for it."""
-        cache = self.kernel_cache
+        """Do what :meth:`load_kernel` does, and wait for it; another thread tries again."""
+        load = functools.partial(self.kernel_cache.load_kernel_sync, artifact_id)
         with self._loading(seed_idx) as check_wanted:
-            artifact = cache.load_kernel_sync(artifact_id)
+            if self.kernel_cache.source is None:  # another try does not give it one
+                artifact = load()
+            else:
+                artifact = self.error_recovery.run_sync(load, self._context(seed_idx, artifact_id))
             check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
+
+    def _context(self, seed_idx: int, artifact_id: str) -> dict[str, Any]:
+        return {"layer": self.name, "seed_idx": seed_idx, "artifact_id": artifact_id}
 
     @contextmanager
     def _loading(self, seed_idx: int) -> Iterator[Callable[[], None]]:
@@ -329,6 +356,9 @@ class KasminaLayer(nn.Module):
     ) -> bool:
         if artifact is not None:
             self.graft(seed_idx, artifact, **options)
+            waiting = self._kasmina.waiting.get(seed_idx)
+            user = self.seed_kernel(seed_idx) if waiting is None else waiting.kernel.module
+            self.kernel_cache.pin_while(artifact.artifact_id, user)
         return artifact is not None
 
     def unload_kernel(self, seed_idx: int) -> bool:

@@ -88,6 +88,7 @@ class KernelCache:
         self._flights: dict[str, _Flight] = {}
         self._absent_until_s: dict[str, float] = {}
         self._pins: dict[str, int] = {}
+        self._users: dict[str, weakref.WeakSet[object]] = {}
         self._num_hits = 0
         self._num_negative_hits = 0
         self._num_misses = 0
@@ -168,6 +169,18 @@ class KernelCache:
         with self._lock:
             self._pins[artifact_id] = self._pins.get(artifact_id, 0) + 1
 
+    def pin_while(self, artifact_id: str, user: object) -> None:
+        """Keep a kernel from being evicted as long as ``user`` lives.
+
+        Args:
+            artifact_id: The kernel; it need not be in the cache yet.
+            user: What uses it; anything that can be referred to weakly.
+        """
+        with self._lock:
+            for gone in [each for each, users in self._users.items() if not users]:
+                del self._users[gone]
+            self._users.setdefault(artifact_id, weakref.WeakSet()).add(user)
+
     def unpin(self, artifact_id: str) -> None:
         """Take one pin away.
 
@@ -204,7 +217,7 @@ class KernelCache:
                 "max_entries": self.max_entries,
                 "size_bytes": self._size_bytes,
                 "max_size_bytes": self._max_size_bytes,
-                "pinned": len(self._pins),
+                "pinned": len(self._pins.keys() | {i for i, users in self._users.items() if users}),
             }
 
     def __copy__(self) -> KernelCache:
@@ -341,7 +354,7 @@ class KernelCache:
         if bytes_over <= 0 and entries_over <= 0:
             return victims
         for candidate in self._eviction_order():
-            if candidate not in self._pins:
+            if candidate not in self._pins and not self._users.get(candidate):
                 victims.append(candidate)
                 bytes_over -= len(self._entries[candidate].kernel_binary)
                 entries_over -= 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RECORD: Final = "_kasmina"
 """The one entry of the host object's ``__dict__``."""
 
-_SHARED: Final = ("source", "cache")
+_SHARED: Final = ("source", "cache", "error_recovery")
 """Belong to the process, not to the layer: copies share them, pickles drop them."""
 
 
@@ -49,6 +49,8 @@ class LayerRecord:
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         family_state: What the layer's family keeps for it; copied and pickled with it.
         cache: The kernel cache, made when first asked for.
+        error_recovery: What tries failed loads again, made likewise.
+        health_monitor: Health of the kernels' calls, made when some were first read.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class LayerRecord:
         self.source = source
         self.cache_size_mb = cache_size_mb
         self.cache: Any = None
+        self.error_recovery: Any = None
+        self.health_monitor: Any = None
         self.seeds: dict[int, Seed] = {}
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()

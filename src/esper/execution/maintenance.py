@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import KernelExecutionError, KernelRefusedError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.layer_health import (
+    UnhealthyLayer,
+    report_failure,
+    report_success,
+    update_health,
+)
 from esper.execution.layer_record import RECORD, LayerRecord, record_of
 from esper.execution.observation import read
 from esper.execution.occupancy import insert, withdraw
@@ -76,10 +82,12 @@ class MaintenanceReport:
     Attributes:
         faults: Seeds that were at fault, in the model's order.
         transitions: Seeds that were moved, in the model's order.
+        unhealthy: Layers that somebody has to see to, of those whose kernels were called.
     """
 
     faults: tuple[SeedFault, ...] = ()
     transitions: tuple[SeedTransition, ...] = ()
+    unhealthy: tuple[UnhealthyLayer, ...] = ()
 
 
 def maintain(model: nn.Module) -> MaintenanceReport:
@@ -102,9 +110,12 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
     faults: list[SeedFault] = []
     transitions: list[SeedTransition] = []
     failing: list[SeedFault] = []
+    unhealthy: list[UnhealthyLayer] = []
     for layer in layers:
+        outcomes: list[bool] = []
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
-            _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
+            outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
+        unhealthy += update_health(record_of(layer), outcomes)
     if failing:
         worst = failing[0]
         msg = (
@@ -112,7 +123,9 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
             f"a row and cannot be isolated: {worst.reason}; restore a snapshot from before it"
         )
         raise KernelExecutionError(msg)
-    return MaintenanceReport(faults=tuple(faults), transitions=tuple(transitions))
+    return MaintenanceReport(
+        faults=tuple(faults), transitions=tuple(transitions), unhealthy=tuple(unhealthy)
+    )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -126,9 +139,11 @@ def _maintain_seed(
     faults: list[SeedFault],
     transitions: list[SeedTransition],
     failing: list[SeedFault],
-) -> None:
+) -> list[bool]:
+    """Read one seed's calls and act on them; return their outcomes, True at fault."""
     record = record_of(layer)
     before = record.layout.state(seed_idx)
+    outcomes: list[bool] = []
     if before == _S.ERROR_RECOVERY:
         _try_again(layer, seed_idx, seed)
     else:
@@ -141,9 +156,12 @@ def _maintain_seed(
                 failing.append(fault)
         elif before == _S.FOSSILIZED and seed.guard == "step":
             failing += _fossil_at_fault(record, seed_idx, seed)
+        if outcomes and not any(outcomes):
+            report_success(record, seed)
     after = record.layout.state(seed_idx)
     if after != before:
         transitions.append(_transition(record, seed_idx, before, seed.last_error))
+    return outcomes
 
 
 def _read_calls(seed: Seed) -> list[bool]:
@@ -190,6 +208,7 @@ def _isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) 
     if state == _S.ERROR_RECOVERY:
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
         withdraw(layer, seed_idx, keep_record=True)
+        report_failure(record, seed)
     return SeedFault(
         layer=record.name, seed_idx=seed_idx, faults=faults, state=state, reason=seed.last_error
     )

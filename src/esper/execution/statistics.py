@@ -49,6 +49,10 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
             "average_health": _average_health(layer),
         },
         "cache_stats": {} if record.cache is None else record.cache.get_stats(),
+        "recovery_stats": {}
+        if record.error_recovery is None
+        else record.error_recovery.get_stats(),
+        "health": {} if record.health_monitor is None else record.health_monitor.get_stats(),
         "performance": _performance(record),
     }
 

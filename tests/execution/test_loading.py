@@ -1,0 +1,284 @@
+"""Loading through a layer's door while the source and the kernels fail."""
+
+import asyncio
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_state_dict import mlp_blueprint
+from torch import nn
+
+import esper
+from esper.compiler.compile import compile_blueprint
+from esper.contracts.errors import (
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceSuspended,
+    KernelSourceUnavailable,
+)
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer
+from esper.execution.state_layout import FAULTS_IN_A_ROW
+
+S = SeedLifecycleState
+KERNEL, OTHER = (compile_blueprint(mlp_blueprint(init_seed=number)) for number in range(2))
+NOBODY = "0" * 64
+
+
+class FlappingSource:
+    """A source that fails as often as it is told to before it answers, and may hang."""
+
+    def __init__(self, num_failures=0):
+        self.blobs = {a.artifact_id: a.kernel_binary for a in (KERNEL, OTHER)}
+        self.num_failures = num_failures
+        self.threads = []
+        self.released = threading.Event()
+        self.released.set()
+
+    def fetch(self, digest):
+        self.threads.append(threading.get_ident())
+        assert self.released.wait(60)
+        if self.num_failures:
+            self.num_failures -= 1
+            raise KernelSourceUnavailable("down")
+        if digest not in self.blobs:
+            raise KernelNotFoundError(digest)
+        return self.blobs[digest]
+
+
+def layer_of(source, **settings):
+    """Return a layer whose retries follow each other at once."""
+    layer = KasminaLayer.adopt_as(nn.Linear(6, 6), name="fc", source=source, **settings)
+    budget = layer.error_recovery._budget
+    layer._kasmina.error_recovery = ErrorRecoveryManager(base_delay=0.0, budget=budget)
+    return layer
+
+
+def load(layer, seed_idx=0, artifact=KERNEL, how="sync"):
+    options = {"alpha": 0.5, "example": torch.ones(5, 6)}
+    if how == "sync":
+        return layer.load_kernel_sync(seed_idx, artifact.artifact_id, **options)
+    return asyncio.run(layer.load_kernel(seed_idx, artifact.artifact_id, **options))
+
+
+# ---- the source
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_source_that_flaps_is_asked_again(how):
+    """Two failures and an answer are a loaded kernel; the training thread asked at most once."""
+    source = FlappingSource(num_failures=2)
+    layer = layer_of(source)
+
+    assert load(layer, how=how) is True
+
+    assert layer.state_layout.state(0) == S.ACTIVE
+    assert len(source.threads) == 3
+    assert threading.get_ident() not in source.threads[1:]
+    recovered = layer.get_stats()["recovery_stats"]["recovered"]
+    assert recovered["network_error"] == 1
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_source_that_stays_down_changes_nothing(how):
+    """The error reaches the caller after the last retry, and the seed is dormant again."""
+    source = FlappingSource(num_failures=99)
+    layer = layer_of(source)
+    with pytest.raises(KernelSourceUnavailable, match="down"):
+        load(layer, how=how)
+    assert len(source.threads) == 4
+    assert layer.state_layout.state(0) == S.DORMANT
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_layer_whose_breaker_is_open_is_served_from_the_cache(how):
+    """What is held is grafted with the source down; what is not is refused without being asked."""
+    source = FlappingSource()
+    first, second = layer_of(source), layer_of(source)
+    load(first)
+    source.num_failures = 99
+    while first.kernel_cache.get_stats()["breaker_state"] == "closed":
+        with pytest.raises(KernelSourceUnavailable):
+            load(first, 1, OTHER)
+    num_asked = len(source.threads)
+
+    assert load(second, how=how) is True
+    with pytest.raises(KernelSourceSuspended):
+        load(second, 1, OTHER, how=how)
+
+    assert len(source.threads) == num_asked
+    assert second.state_layout.lifecycle_states.tolist() == [S.ACTIVE, S.DORMANT, 0, 0]
+
+
+def test_an_answer_is_not_asked_for_again():
+    """A source that has no such kernel is asked once."""
+    source = FlappingSource()
+    assert layer_of(source).load_kernel_sync(0, NOBODY) is False
+    assert len(source.threads) == 1
+
+
+def test_a_missing_source_is_not_waited_for():
+    """Another try does not bring one."""
+    layer = KasminaLayer(6, 6)
+    with pytest.raises(KernelSourceUnavailable, match="source="):
+        layer.load_kernel_sync(0, NOBODY)
+    assert layer.error_recovery.get_stats()["retries"] == 0
+
+
+def test_layers_of_one_source_share_its_budget_of_retries():
+    """A model of many layers does not multiply the load on what is down."""
+    source = FlappingSource(num_failures=99)
+    layers = [layer_of(source) for _ in range(4)]
+    for layer in layers:
+        with pytest.raises(KernelSourceUnavailable):
+            load(layer)
+    assert sum(layer.error_recovery.get_stats()["retries"] for layer in layers) == 3
+
+
+def train(layer, num_steps):
+    """Take steps on fixed data; return the losses."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    x = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
+    losses = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_training_goes_on_while_a_source_hangs():
+    """Two thousand steps pass beside a load that waits, bit for bit as without it."""
+    source = FlappingSource(num_failures=1)
+    source.released.clear()
+    layer = layer_of(source)
+    plain = nn.Linear(6, 6)
+    plain.load_state_dict(layer.state_dict())
+
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(load, layer, how="async")
+        try:
+            losses = train(layer, 2_000)
+            assert layer.state_layout.state(0) in (S.DORMANT, S.LOADING)
+            assert not loading.done()
+        finally:
+            source.released.set()
+        assert loading.result(60) is True
+
+    assert torch.equal(losses, train(plain, 2_000))
+    assert layer.state_layout.state(0) == S.ACTIVE
+    assert threading.get_ident() not in source.threads
+
+
+# ---- the kernels
+
+
+def poison(layer, seed_idx):
+    """Make a loaded kernel give NaN, and let maintenance see it."""
+    for parameter in layer.seed_kernel(seed_idx).parameters():
+        parameter.data.fill_(torch.nan)
+    for _ in range(FAULTS_IN_A_ROW):
+        layer(torch.ones(5, 6))
+    return esper.maintain(layer)
+
+
+def test_a_kernel_that_is_isolated_again_and_again_is_put_in_quarantine():
+    """After three seeds had to be isolated it is not served to a fourth, until it is released."""
+    layer = layer_of(FlappingSource())
+    for seed_idx in range(3):
+        load(layer, seed_idx)
+        poison(layer, seed_idx)
+    with pytest.raises(KernelRefusedError, match="not finite") as caught:
+        load(layer, 3)
+    assert caught.value.check == "quarantine"
+    layer.kernel_cache.release(KERNEL.artifact_id)
+    assert load(layer, 3) is True
+
+
+def test_a_kernel_that_does_its_work_ends_a_run_of_failures():
+    """Clean calls are told to the cache as well."""
+    layer = layer_of(FlappingSource())
+    for seed_idx in range(3):
+        load(layer, seed_idx)
+        layer(torch.ones(5, 6))
+        esper.maintain(layer)
+        poison(layer, seed_idx)
+    assert layer.kernel_cache.quarantined() == {}
+    assert layer.kernel_cache.get_stats()["recorded_successes"] == 3
+
+
+def test_a_kernel_by_hand_is_no_business_of_the_cache():
+    """Only what came as an artifact can be fetched again, so only that is judged."""
+    layer = layer_of(FlappingSource())
+    layer.graft(0, nn.Linear(6, 6), alpha=0.5, example=torch.ones(5, 6))
+    poison(layer, 0)
+    stats = layer.kernel_cache.get_stats()
+    assert (stats["recorded_failures"], stats["recorded_successes"]) == (0, 0)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_a_seed_uses_is_not_evicted(waits):
+    """A kernel is pinned as long as a seed holds it or waits for an example, and no longer."""
+    layer = layer_of(FlappingSource())
+    cache = EnhancedKernelCache(max_entries=1, source=layer.kernel_cache.source)
+    layer._kasmina.cache = cache
+    options = {} if waits else {"example": torch.ones(5, 6)}
+    layer.load_kernel_sync(0, KERNEL.artifact_id, alpha=0.5, **options)
+    assert cache.get_stats()["pinned"] == 1
+
+    cache.prewarm([OTHER.artifact_id])
+    assert list(cache._entries) == [KERNEL.artifact_id]
+    layer.unload_kernel(0)
+    cache.prewarm([OTHER.artifact_id])
+    assert list(cache._entries) == [OTHER.artifact_id]
+    assert cache.get_stats()["pinned"] == 0
+
+
+# ---- health
+
+
+def test_faults_make_a_layer_unhealthy_and_maintenance_says_so(caplog):
+    """The monitor is fed with what the calls were, and names the limit that was passed."""
+    layer = layer_of(FlappingSource())
+    load(layer)
+    for _ in range(20):
+        layer(torch.ones(5, 6))
+    assert esper.maintain(layer).unhealthy == ()
+
+    (unhealthy,) = poison(layer, 0).unhealthy
+
+    assert unhealthy.reason == "error rate is 0.13, its limit 0.1"
+    assert unhealthy.health_score == 1 - 3 / 23
+    assert unhealthy.reason in caplog.text
+    health = layer.get_stats()["health"]
+    assert (health["calls"], health["latency_ms"], health["memory_percent"]) == (23, None, None)
+    assert layer.health_monitor.should_intervene()[0] is True
+
+
+def test_latency_is_measured_where_telemetry_is_on():
+    """What blending timed reaches the monitor in milliseconds."""
+    layer = layer_of(FlappingSource(), telemetry_enabled=True)
+    load(layer)
+    layer.state_layout.update_telemetry(0, 2_500, 1.0)
+    layer._kasmina.active_count = 5  # not one of the calls that are timed
+    layer(torch.ones(5, 6))
+    esper.maintain(layer)
+    assert layer.health_monitor.get_stats()["latency_ms"] == 2.5
+
+
+def test_copies_share_the_recovery_and_pickles_make_their_own():
+    """It belongs to the source's process, as the cache does; health belongs to the layer."""
+    layer = layer_of(FlappingSource())
+    load(layer)
+    layer(torch.ones(5, 6))
+    esper.maintain(layer)
+    layer._kasmina.source = layer._kasmina.cache = None
+    arrived = pickle.loads(pickle.dumps(layer))
+    assert copy.deepcopy(layer).error_recovery is layer.error_recovery
+    assert arrived.error_recovery is not layer.error_recovery
+    assert arrived.health_monitor.get_stats()["calls"] == 1
