@@ -183,6 +183,30 @@ def test_what_does_not_fit_beside_the_pinned_is_served_and_evicts_nobody(shelf, 
     assert cache.get_stats()["oversize"] == 1
 
 
+class User:
+    """Something that uses a kernel."""
+
+
+def test_a_kernel_is_pinned_as_long_as_any_of_its_users_lives(shelf, cache_of):
+    """Nobody has to unpin it; with the last of them it may go."""
+    a, b = shelf.add(60), shelf.add(61)
+    cache = cache_of(shelf)
+    users = [User(), User()]
+    for user in users:
+        cache.pin_while(a, user)
+    cache.prewarm([a, b])
+    assert holds(cache, a, b) == [True, False]
+    del user, users[0]
+    cache.prewarm([b])
+    assert holds(cache, a, b) == [True, False]
+    assert cache.get_stats()["pinned"] == 1
+
+    users.clear()
+    cache.prewarm([b])
+    assert holds(cache, a, b) == [False, True]
+    assert cache.get_stats()["pinned"] == 0
+
+
 def test_unpinning_too_often_is_an_error(shelf, cache_of):
     """A pin that was never set cannot be taken away."""
     cache = cache_of(shelf)

@@ -92,6 +92,15 @@ def test_the_last_error_is_raised_as_it_came(retry, how):
     assert endpoint.num_calls == 4
 
 
+def test_a_policy_s_number_of_retries_is_the_limit():
+    """Two retries are three attempts, however large the budget."""
+    retry = Retry({ConnectionError: RetryPolicy(max_retries=2)}, sleep=lambda seconds: None)
+    endpoint = Endpoint(*[ConnectionError() for _ in range(9)])
+    with pytest.raises(ConnectionError):
+        retry.call(endpoint)
+    assert endpoint.num_calls == 3
+
+
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_a_class_without_a_policy_is_not_retried(retry, slept, how):
     """A ValueError is raised at once; a subclass of a class with a policy is retried."""
