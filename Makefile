@@ -43,7 +43,8 @@ check: venv ## Lint, types, imports, spelling, and the tests that are fast
 	$(BIN)/codespell
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not torture and not gpu' $(ARGS)
 
-bench: venv ## Measure what Esper costs; prints a table, writes benchmarks/results/
+bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/results/ and docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
