@@ -10,6 +10,7 @@ from torch import nn
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import (
     LoweredKernel,
+    duplicate,
     instantiate,
     kernel_tensors,
     load_tensors_,
@@ -137,6 +138,20 @@ def test_every_instance_has_parameters_of_its_own():
             parameter.add_(1)
     assert not _same(one, other)
     assert _same(other, instantiate(artifact))
+
+
+def test_a_duplicate_is_equal_and_shares_nothing():
+    """What is written into one of the two, or hung on it, does not reach the other."""
+    kernel = lower(_gated())
+    twin = duplicate(kernel)
+    before = {name: tensor.clone() for name, tensor in kernel.state_dict().items()}
+    assert all(torch.equal(before[name], t) for name, t in twin.state_dict().items())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    twin.steps[0].register_forward_hook(lambda *_: None)
+    assert all(torch.equal(before[name], t) for name, t in kernel.state_dict().items())
+    assert not kernel.steps[0]._forward_hooks
 
 
 def test_a_kernel_trains():

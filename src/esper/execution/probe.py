@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import torch
 from torch import Tensor, nn
 
-from esper.compiler.lowering import LoweredKernel
+from esper.compiler.lowering import LoweredKernel, duplicate
 from esper.contracts.errors import KernelRefusedError
 from esper.execution.generated_class import blendable, completed, host_forward, host_view
 from esper.execution.layer_call import LayerCall, Takes
@@ -104,7 +104,7 @@ class _Probe:
         module = self._kernel.module  # one that is remembered is only run, which leaves no trace
         if not remembered:
             with torch.inference_mode(mode=False):  # a copy of its parameters can be differentiated
-                module = copy.deepcopy(module)
+                module = _copied(module)
         module.train(self._layer.training)
         aside = shadow_pass(self._layer, module)
         with torch.inference_mode(mode=False), aside, torch.enable_grad():
@@ -232,6 +232,10 @@ def _random_states(tensor: Tensor) -> Tensor:
     if tensor.device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(tensor.device).get_rng_state(tensor.device))
     return torch.cat(states)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    return duplicate(module) if isinstance(module, LoweredKernel) else copy.deepcopy(module)
 
 
 def _ends_in_zeros(module: nn.Module) -> bool:
