@@ -141,6 +141,7 @@ def test_an_operation_is_affine_exactly_where_the_table_says(case):
         assert not holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_operation_survives_the_life_of_a_module(case):
     """Compiling to bytes and back, deepcopy, pickle, train and eval keep what it computes."""
@@ -158,6 +159,7 @@ def test_an_operation_survives_the_life_of_a_module(case):
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if OPERATIONS[c[0]].has_tensors])
 def test_trainable_false_freezes_every_tensor(case):
     """With the default every parameter is trainable, with false none is, after loading too."""

@@ -124,6 +124,7 @@ def test_a_cpu_says_that_it_runs_inline():
     assert stats["seed_stats"]["active_seeds"] == 3
 
 
+@pytest.mark.slow
 def test_compiled_it_is_one_graph_without_streams():
     """torch.compile takes the layer whole, with the numbers that it has eagerly."""
     layer = on_recorded(make_layer(AsyncKasminaConv2dLayer), RecordingStreams())

@@ -85,6 +85,7 @@ def executor(request):
     return RealKernelExecutor(backend=BACKENDS[request.param]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(BLUEPRINTS))
 def test_every_back_end_computes_the_kernel(executor, name):
     """For every open size the result is the lowered kernel's in evaluation mode."""
@@ -143,6 +144,7 @@ def test_the_asynchronous_twins_give_the_same(executor):
         assert torch.equal(output, executor.execute_kernel_sync(artifact, draw(2, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eager", "torch.compile"])
 def test_gradients_reach_the_kernel_from_plain_data(name):
     """With gradients enabled a kernel trains although its input is data."""
@@ -178,6 +180,7 @@ def test_a_module_built_in_inference_mode_trains_afterwards():
     assert fresh.execute_kernel_sync(artifact, draw(2, 4)).requires_grad
 
 
+@pytest.mark.slow
 def test_results_depend_on_nothing_but_artifact_and_input():
     """A batch norm's statistics stay those of the artifact, however often it is executed."""
     executor = RealKernelExecutor()

@@ -69,6 +69,7 @@ def test_a_layout_of_a_million_seeds_takes_at_most_40_bytes_each():
     assert arrays <= size <= BYTES_PER_SEED * 1_000_000
 
 
+@pytest.mark.slow
 def test_a_layer_takes_at_most_40_bytes_for_each_seed_more():
     """Nothing outside the layout grows with the seeds of a layer either."""
     few, _ = bytes_of(lambda: adopt(nn.Linear(2, 2), name="few", num_seeds=NUM_SEEDS))
@@ -76,6 +77,7 @@ def test_a_layer_takes_at_most_40_bytes_for_each_seed_more():
     assert (more - few) / 50_000 <= BYTES_PER_SEED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", ["has_active_seeds", "get_contributing_seeds"])
 def test_a_layout_answers_without_asking_every_seed(question):
     """The calls that a question costs do not grow with the seeds that are dormant."""
@@ -88,6 +90,7 @@ def test_a_layout_answers_without_asking_every_seed(question):
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_wrapping_is_linear_in_the_layers():
     """The next hundred layers cost as many calls as the hundred before them."""
     esper.wrap(stack(2))  # classes are made once
@@ -131,12 +134,14 @@ def calls_of_a_step(num_layers, num_active):
         return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_active", [0, 3])
 def test_a_controller_step_does_not_look_at_dormant_layers(num_active):
     """Ten times the layers, the same calls in the optimizer's hook and in the Grower."""
     assert calls_of_a_step(10, num_active) == calls_of_a_step(100, num_active)
 
 
+@pytest.mark.slow
 def test_a_controller_step_is_linear_in_the_active_seeds():
     """Each active seed more costs the same calls."""
     counted = [calls_of_a_step(40, num_active) for num_active in (5, 10, 15)]

@@ -32,6 +32,7 @@ def verdicts(grower):
     return [graft.verdict for graft in grower.report().grafts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("random_seed", range(5))
@@ -63,6 +64,7 @@ def test_admitted_graft_does_leave_a_trace():
     assert not equal_states(*finals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["snapshot", "fork"])
 def test_useful_kernel_is_fossilized_and_lowers_the_held_out_loss(verify):
     """On a task that the host cannot solve, a graft passes both gates and helps."""
@@ -220,6 +222,7 @@ def test_batch_must_not_be_missing_under_way():
         grower.step(loss)
 
 
+@pytest.mark.slow
 def test_log_replays_the_structure(tmp_path):
     """events.jsonl is enough to tell which kernel stands where."""
     model, optimizer = wrapped()
@@ -242,6 +245,7 @@ def test_log_replays_the_structure(tmp_path):
     assert told == stands
 
 
+@pytest.mark.slow
 def test_same_random_seed_gives_the_same_log(tmp_path):
     """Two runs write the same events, time fields aside."""
     logs = []
@@ -263,6 +267,7 @@ def without_time(path):
     ]
 
 
+@pytest.mark.slow
 def test_contenders_share_a_level_that_shrinks(tmp_path):
     """All looks of the k-th germination together have the level 0.05 / (k (k + 1))."""
     model, optimizer = wrapped()
@@ -306,6 +311,7 @@ def test_budget_bounds_the_grafts():
     assert any("budget's 1 grafts" in note for note in grower.report().notes)
 
 
+@pytest.mark.slow
 def test_grown_model_unwraps_to_plain_torch():
     """After close the model is plain PyTorch that computes the same."""
     model, optimizer = wrapped()
@@ -367,6 +373,7 @@ def test_kernel_that_fails_on_probation_is_culled():
     train(model, optimizer, 5, grower, random_seed=2)
 
 
+@pytest.mark.slow
 def test_embargo_ends_where_everything_is_under_it():
     """Embargoes are counted in decisions, so that a small model is tried again."""
     model = wrap(host(), num_seeds=1)
@@ -457,6 +464,7 @@ def test_group_that_is_added_later_is_taken_along():
     assert grower.updates == 42
 
 
+@pytest.mark.slow
 def test_growth_under_autocast():
     """Layers that run in bfloat16 under autocast are recorded, ranked and grown."""
     model, optimizer = wrapped()

@@ -35,6 +35,7 @@ def job(**changes):
     return GrowthJob(**{**fields, **changes})
 
 
+@pytest.mark.slow
 def test_job_is_trained_and_grown():
     """The report has grafts, and the test split is read once, at the end."""
     reads = []
@@ -51,6 +52,7 @@ def test_job_is_trained_and_grown():
     assert len(reads) == 1
 
 
+@pytest.mark.slow
 def test_test_split_does_not_touch_the_decisions():
     """Random labels in the test split give the same grafts, verdicts and reasons."""
     reports = [grow(job(test=loader(GATE_X, labels))) for labels in (GATE_Y, torch.randn(400))]
