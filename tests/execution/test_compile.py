@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from execution_hosts import KINDS, run
 from test_state_dict import mlp_blueprint
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from esper.execution.host_class import adopt
+from esper.execution.layer_call import LayerCall
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +75,74 @@ def test_a_fault_in_a_compiled_forward_is_stopped_and_counted():
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     assert site.get_stats()["seed_stats"]["error_recovery_seeds"] == 1
     assert torch.allclose(fast(x), site_free)
+
+
+class Around(nn.Module):
+    """A site of any kind, behind a factor that trains."""
+
+    def __init__(self, site):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+        self.site = site
+
+    def forward(self, *args, **kwargs):
+        return self.factor * run(self.site, LayerCall(args, kwargs))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_every_kind_is_one_graph_dormant_and_one_active(name):
+    """No graph breaks; alpha, going dormant and coming back make none; the numbers are eager's."""
+    torch.compiler.reset()
+    kind, counter = KINDS[name], CompileCounter()
+    net = Around(adopt(kind.make_host(), name="site"))
+    fast = torch.compile(net, fullgraph=True, backend=counter)
+    call, graphs = LayerCall.of(kind.make_input()), []
+
+    def graft():
+        torch.manual_seed(1)
+        net.site.graft(0, kind.make_kernel(), alpha=0.5, example=call)
+
+    for change in (
+        lambda: None,
+        graft,
+        lambda: net.site.set_alpha(0, 0.75),
+        lambda: net.site.unload_kernel(0),
+        graft,
+    ):
+        change()
+        for _ in range(2):
+            y = fast(*call.args, **call.kwargs)
+            assert torch.allclose(y, net(*call.args, **call.kwargs), atol=1e-6)
+            y.square().sum().backward()
+        graphs.append(counter.frame_count)
+    assert all(p.grad is not None for p in net.site.seed_kernel(0).parameters())
+    assert graphs == [1, 2, 2, 2, 2]
+
+
+def test_twenty_different_kernels_leave_the_model_compiled():
+    """Past torch's limit of eight graphs, a new kernel makes one more and the model stays fast."""
+    net, site, fast, counter = compiled()
+    x = torch.randn(5, 6)
+    for hidden in range(3, 23):
+        kernel = nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 6))
+        site.graft(0, kernel, alpha=0.5, guard="off", example=x)
+        assert torch.allclose(fast(x), net(x))
+    assert 8 < counter.frame_count <= 20
+
+
+def test_statistics_say_that_compiled_calls_are_not_counted():
+    """Counted calls are the eager ones, and the statistics name what they leave out."""
+    net, site, fast, _ = compiled(telemetry_enabled=True)
+    x = torch.randn(5, 6)
+    fast(x)
+    fast(x)
+    net(x)
+    found = site.get_stats()["execution_stats"]
+    assert found["forward_count"] == 1
+    assert found["not_counted"] == ["calls inside torch.compile"]
+
+    site.telemetry_enabled = False
+    net(x)
+    found = site.get_stats()["execution_stats"]
+    assert found["forward_count"] == 1
+    assert found["not_counted"] == ["calls inside torch.compile", "calls while telemetry is off"]

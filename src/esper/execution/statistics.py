@@ -22,7 +22,8 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
     this layer's seeds: calls are counted where telemetry is on, and now and then one is timed on
     its thread, of which the latest is kept for each seed: ``mean_us`` is over those, ``last_us``
     and ``p95_us`` are not observed. ``compilation`` is of the process's executor, since layers
-    compile nothing. What was not observed is None, or a count of 0.
+    compile nothing. What was not observed is None, or a count of 0; ``not_counted`` names the calls
+    that no count can know of. A fault that a guard stops is counted in compiled calls too.
 
     Args:
         layer: A wrapped layer whose counters have been read (``maintain``).
@@ -41,6 +42,7 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
             "kernel_execution_count": record.kernel_execution_count,
             "kernel_execution_rate": 1.0 - record.native_count / calls if calls else 0.0,
             "fault_count": record.num_faults,
+            "not_counted": _not_counted(record),
         },
         "seed_stats": {
             **{f"{state.name.lower()}_seeds": states.count(state) for state in SeedLifecycleState},
@@ -55,6 +57,12 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
         "health": {} if record.health_monitor is None else record.health_monitor.get_stats(),
         "performance": _performance(record),
     }
+
+
+def _not_counted(record: LayerRecord) -> list[str]:
+    """Return which calls the counts leave out: a counter in a graph would make torch recompile."""
+    always = ["calls inside torch.compile"]
+    return always if record.telemetry_enabled else [*always, "calls while telemetry is off"]
 
 
 def _performance(record: LayerRecord) -> dict[str, Any]:
