@@ -82,7 +82,21 @@ def closed(model, optimizer, make_loss):
     return optimizer.step(closure)
 
 
-SETTINGS = {"plain": plain, "clip": clipped, "scaler": scaled, "closure": closed}
+def accumulated(model, optimizer, make_loss):
+    for _ in range(2):
+        loss = make_loss()
+        loss.backward()
+    optimizer.step()
+    return loss
+
+
+SETTINGS = {
+    "plain": plain,
+    "clip": clipped,
+    "scaler": scaled,
+    "closure": closed,
+    "accumulated": accumulated,
+}
 
 
 def make_net(layer):

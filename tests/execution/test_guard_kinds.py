@@ -7,8 +7,10 @@ from execution_hosts import KINDS, in_dtype, run
 from test_guard import OPTIMIZERS, SETTINGS, UPDATES, host_parameters, same
 from torch import nn
 
+from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
 from esper.execution.layer_call import LayerCall
+from esper.execution.maintenance import FIRST_RETRY_READINGS, maintain, read_step_flags
 
 
 class Net(nn.Module):
@@ -74,11 +76,19 @@ def train(net, kind, case):
 CASES = {
     "train": (True, "sgd", "plain"),
     "eval": (False, "adamw", "clip"),
+    "scaler": (True, "sgd", "scaler"),
+    "closure": (True, "adamw", "closure"),
+    "accumulated": (True, "sgd", "accumulated"),
 }
+EVERY_FAULT = ("train", "eval")
+"""Cases that are tried with every fault; the others with one of each sort."""
+OF_EACH_SORT = ("raises", "nan", "gradient_nan")
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("fault", sorted(FAULTS))
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [(f, c) for c in CASES for f in (sorted(FAULTS) if c in EVERY_FAULT else OF_EACH_SORT)],
+)
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_the_host_trains_as_without_the_seed(name, fault, case):
     """Losses, host gradients, weights and statistics equal those of a run without the seed."""
@@ -101,3 +111,52 @@ def test_without_the_guard_the_host_is_spoiled(name, fault):
     found = train(net, kind, "train")
     is_clean = all(torch.isfinite(p).all() for p in kernel.parameters())
     assert not (same(found, expected) and is_clean)
+
+
+@pytest.mark.parametrize("fault", OF_EACH_SORT)
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_three_faults_isolate_and_a_passed_probe_brings_back(name, fault):
+    """After the third fault the layer is its host; the healthy kernel is back after the wait."""
+    net = make_net(KINDS[name])
+    kernel = graft_bad(net, KINDS[name], fault)
+    isolate(net, KINDS[name])
+    kernel.is_bad = False
+    moves = [m for _ in range(FIRST_RETRY_READINGS) for m in maintain(net).transitions]
+
+    assert [move.after for move in moves] == [SeedLifecycleState.ACTIVE]
+    assert net.site.seed_kernel(0) is kernel
+
+
+@pytest.mark.parametrize("fault", OF_EACH_SORT)
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_three_failed_probes_cull(name, fault):
+    """A kernel that stays bad is gone after three probes, each twice as late."""
+    net = make_net(KINDS[name])
+    graft_bad(net, KINDS[name], fault)
+    isolate(net, KINDS[name])
+    moves = [m for _ in range(7 * FIRST_RETRY_READINGS) for m in maintain(net).transitions]
+
+    assert [move.after for move in moves] == [SeedLifecycleState.DORMANT]
+
+
+def isolate(net, kind):
+    """Call a net three times, backward included, and see its seed isolated."""
+    for fault in range(3):
+        assert net.site.state_layout.state(0) == SeedLifecycleState.ACTIVE, fault
+        net(LayerCall.of(kind.make_input())).backward()
+        maintain(net)
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
+    assert not net.site.state_layout.has_active_seeds()
+
+
+@pytest.mark.parametrize("fault", ["nan", "gradient_of_weight"])
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_the_step_guard_isolates_at_the_step(name, fault):
+    """Under guard='step' one bad step is flagged, and the seed is out at once."""
+    net = make_net(KINDS[name])
+    net.site.enable_step_guard()
+    graft_bad(net, KINDS[name], fault, guard="step")
+    net(LayerCall.of(KINDS[name].make_input())).backward()
+
+    assert [f.seed_idx for f in read_step_flags([net.site])] == [0]
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
