@@ -1,5 +1,6 @@
-"""The benchmarks run, and write what they say."""
+"""The benchmarks run, say what they measured, and the document is what they wrote."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,15 +9,28 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of the benchmarks, which are scripts beside each other."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
 @pytest.mark.slow
-def test_quick_run_writes_every_row_with_its_environment(tmp_path):
-    """`benchmarks/run.py --quick` prints each row that its JSON file holds."""
-    pytest.importorskip("sklearn", reason="the rankings' data needs the extra demo")
+def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
+    """`benchmarks/run.py --quick` prints every line that has a goal, and writes all of them."""
+    for needed in ("sklearn", "peft", "cachetools"):
+        pytest.importorskip(needed, reason="benchmarks need the extra demo and the group bench")
     printed = subprocess.run(
-        [sys.executable, str(RUN), "--quick", "--out", str(tmp_path)],
+        [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
@@ -25,9 +39,54 @@ def test_quick_run_writes_every_row_with_its_environment(tmp_path):
     (written,) = tmp_path.glob("*.json")
     result = json.loads(written.read_text())
     assert {"torch", "python", "platform", "threads"} <= set(result["environment"])
-    names = [row["name"] for row in result["costs"]]
-    rankings = [row["ranking"] for row in result["rankings"]]
-    assert len(names) == 9
+    goals = load("goals").GOALS
+    assert sorted(line["key"] for line in result["lines"]) == sorted(goal.key for goal in goals)
+    assert {line["row"] for line in result["lines"]} == set(range(1, 16))
+    assert [line["what"] for line in result["lines"] if line["what"] not in printed] == []
+    rankings = [row["ranking"] for row in result["rankings"]["rows"]]
     assert rankings == ["FirstOrderGain", "GradientNorm", "RandomChoice"]
-    assert [name for name in names + rankings if name not in printed] == []
-    assert all(row["value"] > 0 for row in result["costs"] if row["unit"] == "x")
+    assert [line["what"] for line in result["lines"] if not (line["value"] or line["note"])] == [
+        line["what"] for line in result["lines"] if line["value"] == 0
+    ]
+
+
+def test_document_is_what_the_kept_results_generate(load):
+    """`docs/benchmarks.md` holds the figures of `benchmarks/results/`, and no other."""
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == load("document").as_markdown()
+
+
+def test_missed_goals_are_shown_with_a_reason(load):
+    """Every goal that a kept result misses has its reason beside it."""
+    results = [json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*.json")]
+    assert results
+    lines = [line for result in results for line in result["lines"]]
+    missed = [line for line in lines if line["verdict"] == "missed"]
+    unexplained = load("table").UNEXPLAINED
+    assert [line["what"] for line in missed if line["reason"] in ("", unexplained)] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "verdict"),
+    [
+        ("always", 1.10, "met"),
+        ("always", 1.101, "missed"),
+        ("still compiled", 1.0, "met"),
+        ("still compiled", 0.99, "missed"),
+        ("flags", 5.0, "-"),
+        ("gpu async", None, "not measured"),
+    ],
+)
+def test_verdict_is_that_of_the_goal(load, key, value, verdict):
+    """A figure meets its goal up to the limit, from the right side, and no further."""
+    line = load("table").Line.of(load("measure").Figure(key=key, value=value))
+    assert line.verdict == verdict
+    assert bool(line.reason) == (verdict == "missed")
+
+
+def test_ratio_is_of_the_fastest_rounds(load):
+    """A slow round of one contender moves the spread, never the ratio."""
+    timing = load("measure").Timing
+    figure = timing((3.0, 2.0, 90.0)).ratio(timing((1.0, 1.0, 1.0)), "always")
+    assert figure.value == 2.0
+    assert figure.spread is not None
+    assert figure.spread[1] > 3.0

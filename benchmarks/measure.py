@@ -1,0 +1,98 @@
+"""Timing side by side: what is compared takes turns, round by round, on one thread."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import quantiles
+
+US, MS = 1e6, 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured figure.
+
+    Attributes:
+        key: Which line of the table it belongs to.
+        value: The figure, in the line's unit; None where it could not be measured.
+        spread: Lower and upper quartile over the rounds; None for what is counted.
+        beside: What the peer that the line names needs, measured in the same run.
+        note: Why it was not measured, or what else is worth saying.
+    """
+
+    key: str
+    value: float | None
+    spread: tuple[float, float] | None = None
+    beside: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds a call of one contender, one figure a round."""
+
+    rounds_s: tuple[float, ...]
+
+    @property
+    def best_s(self) -> float:
+        """The fastest round: noise of the machine only ever adds."""
+        return min(self.rounds_s)
+
+    def ratio(self, other: "Timing", key: str, *, beside: str = "") -> Figure:
+        """Return how many times as long as ``other`` it takes."""
+        each = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=True)]
+        value = self.best_s / other.best_s
+        return Figure(key=key, value=value, spread=_quartiles(each), beside=beside)
+
+    def added(self, other: "Timing", key: str, unit: float, *, beside: str = "") -> Figure:
+        """Return how much longer than ``other`` it takes, in units of ``1 / unit`` seconds."""
+        each = [(a - b) * unit for a, b in zip(self.rounds_s, other.rounds_s, strict=True)]
+        value = (self.best_s - other.best_s) * unit
+        return Figure(key=key, value=value, spread=_quartiles(each), beside=beside)
+
+    def took(self, key: str, unit: float, *, beside: str = "") -> Figure:
+        """Return how long it takes, in units of ``1 / unit`` seconds."""
+        each = [s * unit for s in self.rounds_s]
+        return Figure(key=key, value=self.best_s * unit, spread=_quartiles(each), beside=beside)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, _, high = quantiles(values, n=4)
+    return low, high
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, number: int
+) -> dict[str, Timing]:
+    """Time calls in turn; the order is turned round every second round.
+
+    Args:
+        calls: What to time, by name.
+        rounds: Number of rounds, at least 2.
+        number: Calls of each in a round.
+    """
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        names = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in names:
+            took[name].append(_seconds(calls[name], number))
+    return {name: Timing(tuple(seconds)) for name, seconds in took.items()}
+
+
+def _seconds(call: Callable[[], object], number: int) -> float:
+    repeats = range(number)
+    gc.collect(0)
+    gc.disable()
+    try:
+        start_s = time.perf_counter()
+        for _ in repeats:
+            call()
+        return (time.perf_counter() - start_s) / number
+    finally:
+        gc.enable()
+
+
+def one_by_one(prepare: Callable[[], Callable[[], object]], *, rounds: int) -> Timing:
+    """Time a call that needs a fresh subject every time; ``prepare`` makes it, untimed."""
+    return Timing(tuple(_seconds(prepare(), 1) for _ in range(max(rounds, 2))))
