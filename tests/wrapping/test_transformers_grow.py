@@ -1,4 +1,4 @@
-"""The controller on whole models of transformers: it grows them, and they come back as they were."""
+"""The controller on whole models of transformers: grown, they come back as their own class."""
 
 import pytest
 import torch
