@@ -146,8 +146,8 @@ GOALS = (
         unit="ms",
         limit=0.5,
         reason=(
-            "making the kernel from its artifact takes two fifths, putting it in (slot, gates, plan) "
-            "another two; what is probed at a site is remembered, so no arithmetic is left"
+            "making the kernel from its artifact takes two fifths, putting it in (slot, gates, "
+            "plan) another two; what is probed at a site is remembered, so no arithmetic is left"
         ),
     ),
     Goal(
