@@ -363,6 +363,57 @@ def test_a_swap_keeps_the_working_kernel_until_the_new_one_passes(kind):
     assert layer.seed_kernel(0) is better
 
 
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_a_fossil_goes_on_contributing_and_cannot_be_changed(kind, mode):
+    """A kernel that is not affine stays in the plan with its alpha; copies and files keep it."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.eval()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, mode=mode, example=x)
+    y, twin = run(layer, x), copy.deepcopy(layer)
+
+    assert not layer.fossilize(0).folded
+    assert layer.state_layout.state(0) == SeedLifecycleState.FOSSILIZED
+    assert not layer.state_layout.get_active_seeds().any()
+    assert layer.state_layout.has_active_seeds()
+    twin.load_state_dict(layer.state_dict())
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), twin):
+        assert torch.equal(run(each, x), y)
+    for change in (lambda: layer.unload_kernel(0), lambda: layer.set_alpha(0, 0.25)):
+        with pytest.raises(SeedLifecycleError):
+            change()
+    assert torch.equal(run(layer, x), y)
+
+
+def test_an_interrupt_in_a_kernel_reaches_the_caller(kind):
+    """The fence holds errors of a kernel; control-C is no error of it, and nothing is counted."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    layer.seed_kernel(0).register_forward_pre_hook(_raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(layer, x)
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
+
+
+def test_a_kernel_without_memory_costs_its_contribution(kind):
+    """Where the device has no memory left for a kernel, the host answers and the fault is known."""
+    host, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.eval()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+    layer.seed_kernel(0).register_forward_pre_hook(_raising(torch.OutOfMemoryError()))
+    assert torch.equal(run(layer, x), run(host.eval(), x))
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 1
+
+
+def _raising(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
 def test_functional_call_replaces_kernel_parameters(kind):
     """functional_call reaches the parameters of a kernel by name."""
     _, layer = bare_and_wrapped(kind)

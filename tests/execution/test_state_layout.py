@@ -165,3 +165,11 @@ def test_alpha_does_not_stall_near_one():
     layout = KasminaStateLayout(1)
     values = {layout.set_alpha(0, 1.0 - step / 100_000) for step in range(50)}
     assert len(values) == 50
+
+
+def test_a_layout_is_equal_to_itself_alone():
+    """Layouts can be compared and be keys, however many seeds they have."""
+    layout, other = KasminaStateLayout(3), KasminaStateLayout(3)
+    assert layout == layout
+    assert layout != other
+    assert {layout: 1}[layout] == 1
