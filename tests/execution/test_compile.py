@@ -1,5 +1,8 @@
 """Under torch.compile: one graph dormant, one more once active, and none for what changes after."""
 
+import contextvars
+import functools
+
 import pytest
 import torch
 from execution_hosts import KINDS, run
@@ -9,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from esper.execution.host_class import adopt
 from esper.execution.layer_call import LayerCall
+from esper.execution.maintenance import maintain
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +150,15 @@ def test_statistics_say_that_compiled_calls_are_not_counted():
     found = site.get_stats()["execution_stats"]
     assert found["forward_count"] == 1
     assert found["not_counted"] == ["calls inside torch.compile", "calls while telemetry is off"]
+
+
+def test_kernels_that_another_context_loads_leave_the_model_compiled():
+    """Torch keeps limits by context: what a task's grafts need is granted where training runs."""
+    before = torch._dynamo.config.recompile_limit
+    layer = adopt(nn.Linear(4, 4), name="site")
+    for width in range(41, 44):
+        kernel = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 4))
+        graft = functools.partial(layer.graft, 0, kernel, alpha=0.5, example=torch.randn(2, 4))
+        contextvars.copy_context().run(graft)
+    maintain(layer)
+    assert torch._dynamo.config.recompile_limit >= before + 3

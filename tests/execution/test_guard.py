@@ -17,6 +17,7 @@ from esper.execution.maintenance import (
     maintain,
     read_step_flags,
 )
+from esper.growth.continuity import sync_optimizer
 
 UPDATES = 4
 
@@ -368,3 +369,74 @@ def test_statistics_of_a_thrown_away_step_are_put_back():
     kept.put_back()
     assert torch.equal(net.norm.running_mean, before)
     assert int(net.norm.num_batches_tracked) == 0
+
+
+def step_guarded():
+    """Return a net whose bad seed is under guard='step', its optimizer, and its input's shape."""
+    net, shape = make_net("linear")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sync_optimizer(net, optimizer)
+    kernel = graft_bad(net, shape, "nan", guard="step")
+    sync_optimizer(net, optimizer)
+    return net, shape, kernel, optimizer
+
+
+@pytest.mark.parametrize("num_readings", [1, 3], ids=["read", "read_and_isolated"])
+def test_reading_statistics_before_the_step_does_not_let_it_through(num_readings):
+    """A bad forward that get_stats has read, and may have isolated for, still costs the step."""
+    net, shape, _, optimizer = step_guarded()
+    before = [p.detach().clone() for _, p in host_parameters(net)]
+    for _ in range(num_readings):
+        net(torch.randn(6, *shape)).square().sum().backward()
+        net.site.get_stats()
+    optimizer.step()
+    after = [p for _, p in host_parameters(net)]
+    assert all(map(torch.equal, after, before))
+    assert torch.isfinite(net.norm.running_mean).all()
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
+
+
+def test_statistics_are_put_back_after_a_step_that_the_scaler_skipped():
+    """GradScaler calls no hook for a bad step; the next one puts the batch norm right."""
+    net, shape, kernel, optimizer = step_guarded()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for is_bad in (True, False):
+        kernel.is_bad = is_bad
+        optimizer.zero_grad()
+        scaler.scale(net(torch.randn(6, *shape)).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        maintain(net)
+    assert torch.isfinite(net.norm.running_mean).all()
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
+
+
+def test_an_isolated_kernel_is_not_trained():
+    """model.zero_grad() does not reach it, and an old gradient must not be applied again."""
+    net, shape = make_net("linear")
+    kernel = graft_bad(net, shape, "nan")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for is_bad in (False, True, True, True):
+        kernel.is_bad = is_bad
+        net(torch.randn(6, *shape)).square().sum().backward()
+    maintain(net)
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
+    before = kernel.body.weight.detach().clone()
+    net.zero_grad()
+    net(torch.randn(6, *shape)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(kernel.body.weight, before)
+
+
+def test_a_model_of_another_dtype_by_now_can_be_maintained():
+    """The example of an isolated seed fits no more: its probe fails, maintain does not."""
+    net, shape = make_net("linear")
+    graft_bad(net, shape, "nan")
+    for _ in range(3):
+        net(torch.randn(6, *shape))
+    maintain(net)
+    net.double()
+    for _ in range(FIRST_RETRY_READINGS):
+        maintain(net)
+    assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
+    assert "dtype" in net.site._kasmina.seeds[0].last_error

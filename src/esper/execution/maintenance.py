@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from esper.contracts.errors import KernelExecutionError, KernelRefusedError
+from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.execution.kernel import reference_tensor
 from esper.execution.layer_health import (
     UnhealthyLayer,
     report_failure,
@@ -20,6 +21,7 @@ from esper.execution.layer_record import RECORD, LayerRecord, record_of
 from esper.execution.observation import read
 from esper.execution.occupancy import insert, withdraw
 from esper.execution.probe import probe
+from esper.execution.recompilation import grant
 from esper.execution.seed_slot import SEEDS
 from esper.execution.state_layout import FAULTS_IN_A_ROW
 
@@ -111,6 +113,7 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
     transitions: list[SeedTransition] = []
     failing: list[SeedFault] = []
     unhealthy: list[UnhealthyLayer] = []
+    grant()
     for layer in layers:
         outcomes: list[bool] = []
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
@@ -165,12 +168,17 @@ def _maintain_seed(
 
 
 def _read_calls(seed: Seed) -> list[bool]:
-    """Return the outcomes of the calls since the last reading, True at fault; start anew."""
+    """Return the outcomes of the calls since the last reading, True at fault; start anew.
+
+    The optimizer's next step is still told under ``guard="step"``: the gradients may be waiting.
+    """
     seed.follow_device()
+    flags = seed.seen.step_flags() if seed.guard == "step" else None
     outcomes, reason = read(seed.seen)
     if reason and reason != "raised":  # the fence has said more
         seed.last_error = reason
     seed.forget_calls()
+    seed.seen.carried = flags
     return outcomes
 
 
@@ -208,14 +216,22 @@ def _isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) 
     if state == _S.ERROR_RECOVERY:
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
         withdraw(layer, seed_idx, keep_record=True)
+        _drop_gradients(seed)
         report_failure(record, seed)
     return SeedFault(
         layer=record.name, seed_idx=seed_idx, faults=faults, state=state, reason=seed.last_error
     )
 
 
+def _drop_gradients(seed: Seed) -> None:
+    """Let the optimizer pass an isolated kernel by: no ``model.zero_grad()`` reaches it now."""
+    for parameter in seed.slot.parameters():
+        parameter.grad = None
+
+
 def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
     """Count down to the next probe of an isolated seed; run it, and act on it, when due."""
+    _drop_gradients(seed)  # a backward may have been under way when it was isolated
     seed.readings_to_wait -= 1
     if seed.readings_to_wait > 0:
         return
@@ -225,8 +241,10 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
         if seed.example is None:
             _give_up(layer, seed_idx, seed, "no example to probe it with")
             return
-        probe(layer, seed.kernel, seed.example.to(seed.slot.alpha.device))
-    except KernelRefusedError as error:
+        device = reference_tensor(layer).device  # the model may have moved without it
+        seed.slot.to(device)
+        probe(layer, seed.kernel, seed.example.to(device))
+    except Exception as error:  # noqa: BLE001 - a host of another dtype refuses the example, too
         seed.last_error = str(error)
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
         if seed.num_retries >= MAX_RETRIES:
@@ -268,7 +286,7 @@ def read_step_flags(
         (layer, seed_idx, seed)
         for layer in layers
         for seed_idx, seed in record_of(layer).seeds.items()
-        if seed.guard == "step" and record_of(layer).layout.contributes(seed_idx)
+        if seed.guard == "step"  # an isolated one, too: ranks may not have isolated it alike
     ]
     if not watched:
         return []
@@ -288,8 +306,8 @@ def read_step_flags(
 
 
 def _end_run_of_faults(record: LayerRecord, seed_idx: int) -> None:
-    """A clean step ends a run of faults."""
-    if int(record.layout.error_count[seed_idx]):
+    """A clean step ends a run of faults; that of an isolated seed is over."""
+    if record.layout.contributes(seed_idx) and int(record.layout.error_count[seed_idx]):
         record.layout.record_calls(seed_idx, [False])
 
 
@@ -301,10 +319,9 @@ def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
     seed.follow_device()
-    rows = seed.seen.rows()
-    output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
+    output_bad, host_bad = seed.seen.step_flags()
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
-    gradient_bad = gradient_bad & ~rows[:, 0].isnan().any()
+    gradient_bad = gradient_bad & ~host_bad
     if not seed.is_serial:
         host = (p for name, p in layer.named_parameters() if not name.startswith("_seeds."))
         gradient_bad = gradient_bad & ~_any_not_finite(host, like=output_bad)
@@ -321,7 +338,7 @@ def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:
     seed.forget_calls()
     if layout.state(seed_idx) == _S.ACTIVE:
         layout.isolate(seed_idx)
-    else:
+    elif layout.state(seed_idx) == _S.FOSSILIZED:
         layout.record_calls(seed_idx, [True])
     return _isolate_if_moved(layer, seed_idx, seed, 1)
 

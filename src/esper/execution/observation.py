@@ -73,6 +73,7 @@ class Observations:
         sink: ``[2]`` float32 leaf; its gradient counts, over compiled backwards, gradients not
             finite that reached the kernel's output, and that left towards its inputs.
         leaving: Per parameter, sums of gradients that left in compiled backwards.
+        carried: What :meth:`step_flags` said of calls that were read before the optimizer's step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,6 +83,7 @@ class Observations:
         self.calls: deque[Call] = deque(maxlen=OBSERVED_CALLS)
         self.latest: Call | None = None
         self.leaving: dict[int, list[Tensor | float]] = {}
+        self.carried: Tensor | None = None
 
     def come_in(self, call: Call, total: Tensor) -> None:
         """Remember the sum of a gradient that reached a call's output."""
@@ -123,6 +125,13 @@ class Observations:
             return self.ring.detach()
         sums = torch.stack([s for pair in pairs for s in pair]).view(-1, 2)
         return torch.cat((self.ring, (sums - sums).to(self.ring.dtype)))
+
+    def step_flags(self) -> Tensor:
+        """Return ``[2]`` bool: an output was at fault, a host's output was not finite."""
+        rows = self.rows()
+        output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
+        flags = torch.stack((output_bad, rows[:, 0].isnan().any()))
+        return flags if self.carried is None else flags | self.carried
 
 
 def read(seen: Observations) -> tuple[list[bool], str]:

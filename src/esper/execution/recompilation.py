@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ _LIMITS: Final = ("recompile_limit", "accumulated_recompile_limit")
 
 _plans: Final[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()
 _seen: Final[set[int]] = set()
-_granted: dict[str, int] = {}
+_granted: Final[ContextVar[int]] = ContextVar("granted", default=0)
+"""What a context's own setting has got: a task or a thread that loads a kernel sets another's."""
+
 _lock: Final = threading.Lock()
 
 
@@ -38,7 +41,7 @@ def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...]) -> None:
             _plans[layer] = hash((id(layer), *map(_kind, plan)))
         if _plans.get(layer) != before:
             _seen.add(hash(frozenset(_plans.values())))
-        _grant(len(_seen))
+    grant()
 
 
 def _kind(seed: Seed) -> tuple[Any, ...]:
@@ -49,13 +52,17 @@ def _kind(seed: Seed) -> tuple[Any, ...]:
     return what, shapes, seed.guard, seed.replaces, seed.is_serial
 
 
-def _grant(num_more: int) -> None:
-    """Set the limits to the owner's own, as they were or have since been set, and ``num_more``."""
+def grant() -> None:
+    """Set this context's limits to the owner's, as they were or have been set, and the rise.
+
+    torch keeps its settings by context, so that training has to ask for what a task has earned.
+    """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return  # nothing is compiled yet; what is granted comes with the next arrangement
     config: Any = dynamo.config
-    for name in _LIMITS:
-        owners = getattr(config, name) - _granted.get(name, 0)
-        setattr(config, name, owners + num_more)
-        _granted[name] = num_more
+    num_more = len(_seen) - _granted.get()
+    if num_more:
+        _granted.set(len(_seen))
+        for name in _LIMITS:
+            setattr(config, name, getattr(config, name) + num_more)
