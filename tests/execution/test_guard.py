@@ -1,5 +1,6 @@
 """A bad kernel costs its own contribution: the host trains on as if it had no seed, bit for bit."""
 
+import concurrent.futures
 import copy
 import functools
 
@@ -440,3 +441,34 @@ def test_a_model_of_another_dtype_by_now_can_be_maintained():
         maintain(net)
     assert net.site.state_layout.state(0) == SeedLifecycleState.ERROR_RECOVERY
     assert "dtype" in net.site._kasmina.seeds[0].last_error
+
+
+def test_a_buffer_of_a_new_shape_does_not_stop_a_step_that_is_thrown_away():
+    """A cache that has grown since the last good step stays as it is; the rest is put back."""
+    net, shape, _, optimizer = step_guarded()
+    net.register_buffer("cache", torch.zeros(2))
+    sync_optimizer(net, optimizer)
+    net.cache = torch.ones(5)
+    net(torch.randn(6, *shape)).square().sum().backward()
+    optimizer.step()
+    assert torch.isfinite(net.norm.running_mean).all()
+    assert torch.equal(net.cache, torch.ones(5))
+
+
+def test_a_call_that_arrives_while_its_seed_is_read_is_left_for_later(monkeypatch):
+    """Another thread's forward may get to its sums in the middle of a reading."""
+    net, shape = make_net("linear")
+    kernel = graft_bad(net, shape, "nan")
+    kernel.is_bad = False
+    net(torch.randn(6, *shape))
+    tolist = torch.Tensor.tolist
+
+    def forward_then_tolist(tensor):
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(net, torch.randn(6, *shape)).result()
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", forward_then_tolist)
+    maintain(net)
+    assert len(net.site._kasmina.seeds[0].seen.calls) == 1

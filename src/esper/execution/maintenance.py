@@ -173,12 +173,12 @@ def _read_calls(seed: Seed) -> list[bool]:
     The optimizer's next step is still told under ``guard="step"``: the gradients may be waiting.
     """
     seed.follow_device()
-    flags = seed.seen.step_flags() if seed.guard == "step" else None
-    outcomes, reason = read(seed.seen)
+    seen = seed.seen
+    seed.forget_calls()  # before they are read: other threads may go on calling
+    seed.seen.carried = seen.step_flags() if seed.guard == "step" else None
+    outcomes, reason = read(seen)
     if reason and reason != "raised":  # the fence has said more
         seed.last_error = reason
-    seed.forget_calls()
-    seed.seen.carried = flags
     return outcomes
 
 
@@ -362,10 +362,10 @@ class KeptBuffers:
         self._kept = {name: buffer.detach().clone() for name, buffer in self._buffers()}
 
     def put_back(self) -> None:
-        """Write the kept values into the buffers; one that has appeared since stays."""
+        """Write the kept values into the buffers; one that is new or of a new shape stays."""
         with torch.no_grad():
             for name, buffer in self._buffers():
-                if name in self._kept:
+                if name in self._kept and self._kept[name].shape == buffer.shape:
                     buffer.copy_(self._kept[name])
 
     def _buffers(self) -> list[tuple[str, Tensor]]:

@@ -120,7 +120,7 @@ class Observations:
 
     def rows(self) -> Tensor:
         """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
-        pairs = [call.sums for call in self.calls if call.sums is not None and not call.raised]
+        pairs = [call.sums for call in tuple(self.calls) if call.sums is not None and not call.raised]
         if not pairs:
             return self.ring.detach()
         sums = torch.stack([s for pair in pairs for s in pair]).view(-1, 2)
@@ -143,7 +143,7 @@ def read(seen: Observations) -> tuple[list[bool], str]:
     numbers = _Numbers(seen)
     outcomes, reason = _compiled_outcomes(seen, numbers)
     blamed: set[int] = set()
-    for call in seen.calls:
+    for call in tuple(seen.calls):  # a forward of another thread may be under way
         outcome = _outcome(call, numbers, blamed)
         if outcome is not None:
             outcomes.append(bool(outcome))
@@ -210,8 +210,8 @@ class _Numbers:
         self._known = dict(zip(tensors, values[size + 2 :], strict=True))
 
     def finite(self, total: Tensor | float) -> bool:
-        """Say whether a sum that was remembered is finite."""
-        known = total if isinstance(total, float) else self._known[id(total)]
+        """Say whether a sum that was remembered is finite; one that came since says nothing."""
+        known = total if isinstance(total, float) else self._known.get(id(total), 0.0)
         return math.isfinite(known)
 
     def all_finite(self, totals: list[Any]) -> bool:
@@ -221,7 +221,7 @@ class _Numbers:
 
 def _tensors(seen: Observations) -> list[Tensor]:
     found: list[Any] = [total for sums in seen.leaving.values() for total in sums]
-    for call in seen.calls:
+    for call in tuple(seen.calls):
         found += call.sums or ()
         found += call.leaving
         if call.backward is not None:
