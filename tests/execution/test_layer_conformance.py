@@ -1,5 +1,6 @@
 """What every wrapped layer promises, on every kind of host."""
 
+import asyncio
 import copy
 import io
 import pickle
@@ -383,6 +384,20 @@ def test_a_fossil_goes_on_contributing_and_cannot_be_changed(kind, mode):
         with pytest.raises(SeedLifecycleError):
             change()
     assert torch.equal(run(layer, x), y)
+
+
+def test_a_grown_layer_is_called_inside_a_running_event_loop(kind):
+    """In a notebook or an asynchronous trainer the seed contributes as anywhere."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.eval()
+    layer.graft(0, kind.make_kernel(), alpha=0.5, example=x)
+
+    async def call():
+        return run(layer, x)
+
+    assert torch.equal(asyncio.run(call()), run(layer, x))
+    assert layer.get_stats()["execution_stats"]["fault_count"] == 0
 
 
 def test_an_interrupt_in_a_kernel_reaches_the_caller(kind):
