@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from esper.compiler.catalog import default_catalog
 from esper.contracts.errors import KernelRefusedError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
 from esper.execution.kernel import prepare_kernel
 from esper.execution.probe import probe
+from esper.execution.site import describe_site
 
 
 class Kernel(nn.Module):
@@ -175,3 +177,17 @@ def test_it_works_under_no_grad_and_inference_mode():
     with torch.inference_mode():
         layer.graft(1, nn.Linear(6, 6), alpha=0.5, example=torch.randn(5, 6))
     assert layer.state_layout.get_active_seeds().tolist() == [True, True, False, False]
+
+
+def test_what_one_layer_has_passed_is_not_believed_of_another():
+    """A host of the same name and parameters may give another shape: its probe is its own."""
+    same, smaller = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+    for host in (same, smaller):
+        adopt(host, name="conv")
+    blueprint = default_catalog().blueprints_for(describe_site(same))[0]
+    x = torch.randn(2, 4, 8, 8)
+    for _ in range(3):  # a later probe asks less and less
+        same.graft(0, blueprint, example=x)
+        same.unload_kernel(0)
+    with pytest.raises(KernelRefusedError, match="shape"):
+        smaller.graft(0, blueprint, example=x)

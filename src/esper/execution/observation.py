@@ -120,7 +120,9 @@ class Observations:
 
     def rows(self) -> Tensor:
         """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
-        pairs = [call.sums for call in tuple(self.calls) if call.sums is not None and not call.raised]
+        pairs = [
+            call.sums for call in tuple(self.calls) if call.sums is not None and not call.raised
+        ]
         if not pairs:
             return self.ring.detach()
         sums = torch.stack([s for pair in pairs for s in pair]).view(-1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -87,7 +88,7 @@ def _memory_key(
         return None
     like = [(tuple(p.shape), p.dtype, p.device) for p in host_view(layer).parameters()]
     shape = (example.shape[1:], example.dtype, example.device)
-    return digest, record_of(layer).name, type(layer), tuple(like), shape, layer.training
+    return digest, weakref.ref(layer), tuple(like), shape, layer.training
 
 
 class _Probe:
