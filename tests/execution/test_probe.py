@@ -13,6 +13,7 @@ from esper.execution.host_class import adopt
 from esper.execution.kernel import prepare_kernel
 from esper.execution.probe import probe
 from esper.execution.site import describe_site
+from esper.resilience.clock import ManualClock
 
 
 class Kernel(nn.Module):
@@ -191,3 +192,40 @@ def test_what_one_layer_has_passed_is_not_believed_of_another():
         same.unload_kernel(0)
     with pytest.raises(KernelRefusedError, match="shape"):
         smaller.graft(0, blueprint, example=x)
+
+
+class SlowKernel(nn.Linear):
+    """A kernel during whose forward a clock moves on."""
+
+    def __init__(self, clock, seconds):
+        super().__init__(6, 6)
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, x):
+        self.clock.advance(self.seconds)
+        return super().forward(x)
+
+    def __deepcopy__(self, memo):
+        return SlowKernel(self.clock, self.seconds)
+
+
+@pytest.mark.parametrize("seconds", [0.9, 1.1])
+def test_a_kernel_that_takes_too_long_is_refused(seconds):
+    """More than a second is too long where the host takes none; less is the owner's business."""
+    layer, clock = site(), ManualClock()
+    kernel = prepare_kernel(layer, SlowKernel(clock, seconds))
+    if seconds < 1.0:
+        assert probe(layer, kernel, torch.randn(5, 6), clock=clock).is_trainable
+        return
+    with pytest.raises(KernelRefusedError) as refusal:
+        probe(layer, kernel, torch.randn(5, 6), clock=clock)
+    assert refusal.value.check == "time"
+
+
+def test_a_probe_sees_at_once_that_a_kernel_adds_nothing():
+    """A zeroed last layer answers for later probes from the first one on."""
+    layer, x = site(), torch.randn(5, 6)
+    blueprint = default_catalog().blueprints_for(describe_site(layer))[0]
+    kernel = prepare_kernel(layer, blueprint)
+    assert probe(layer, kernel, x, is_pristine=True).is_null
+    assert probe(layer, kernel, x, is_pristine=True).remembered

@@ -160,3 +160,20 @@ def test_what_was_observed_before_a_shadow_pass_is_kept():
     after = list(layer._kasmina.seeds[0].seen.calls)
     assert len(before) == len(after) == 1
     assert before[0] is after[0]
+
+
+def test_the_first_step_under_the_guard_can_be_undone() -> None:
+    """Running statistics come back though no good step went before, and nobody synced since."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    wrap(model, select="0")
+    optimizer = torch.optim.AdamW(model.parameters())
+    sync_optimizer(model, optimizer)
+    kernel = Spoils()
+    layers(model)["0"].graft(0, kernel, alpha=1.0, guard="always", example=torch.randn(8, 4))
+    layers(model)["0"].set_guard(0, "step")
+    kernel.is_bad = True
+    model(torch.randn(8, 4)).square().mean().backward()
+    assert model[1].running_mean.isnan().any()
+    optimizer.step()
+    assert torch.equal(model[1].running_mean, torch.zeros(4))

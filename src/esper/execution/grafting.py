@@ -308,7 +308,7 @@ def set_guard(layer: nn.Module, seed_idx: int, guard: str) -> None:
     seed = active_seed(layer, seed_idx, or_fossil=True)
     seed.guard = guard
     seed.slot.set_structure(encoded_structure(layer, seed_idx))
-    apply_guard(seed)
+    apply_guard(layer, seed)
 
 
 def active_seed(layer: nn.Module, seed_idx: int, *, or_fossil: bool = False) -> Seed:

@@ -396,9 +396,15 @@ class KasminaLayer(nn.Module):
         """
         grafting.set_guard(self, seed_idx, guard)
 
-    def enable_step_guard(self) -> None:
-        """Allow ``guard="step"``: an optimizer's pre-hook promises to read the flags."""
+    def enable_step_guard(self, keep_buffers: Callable[[], None] | None = None) -> None:
+        """Allow ``guard="step"``: an optimizer's pre-hook promises to read the flags.
+
+        Args:
+            keep_buffers: Called where a seed comes under ``guard="step"``, so that its first step
+                can be undone already.
+        """
         self._kasmina.has_step_guard = True
+        self._kasmina.keep_buffers = keep_buffers
 
     def reserve(self, seed_idx: int) -> None:
         """Move a DORMANT seed to LOADING, so that nobody else takes it.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from esper.execution.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
 
@@ -45,6 +47,7 @@ class LayerRecord:
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
+        keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         num_unloads: How often a seed was given up, by index; a load that was under way sees it.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         family_state: What the layer's family keeps for it; copied and pickled with it.
@@ -81,6 +84,7 @@ class LayerRecord:
         self.kernel_execution_count = 0
         self.num_faults = 0
         self.has_step_guard = False
+        self.keep_buffers: Callable[[], None] | None = None
         self.num_unloads: Counter[int] = Counter()
         self.in_shadow = False
         self.family_state: Any = None
@@ -94,17 +98,18 @@ class LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
         memo[id(self)] = copied
         for key, value in self.__dict__.items():
-            if key != "waiting":
+            if key not in ("waiting", "keep_buffers"):
                 copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
         copied.waiting = self._waiting_hooks()
         copied.shadows = {}
         copied.has_step_guard = copied.in_shadow = False
+        copied.keep_buffers = None
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle keeps; where kernels come from is the process's business."""
         own = {"shadows": {}, "waiting": self._waiting_hooks(), "has_step_guard": False}
-        own["in_shadow"] = False
+        own |= {"in_shadow": False, "keep_buffers": None}
         return {**self.__dict__, **dict.fromkeys(_SHARED), **own}
 
     def _waiting_hooks(self) -> dict[int, int]:

@@ -53,12 +53,15 @@ def insert(layer: nn.Module, seed: Seed, alpha: float) -> None:
     seed.slot.train(layer.training)
     seed.slot.set_alpha(record.layout.set_alpha(seed.seed_idx, alpha))
     seed.slot.set_structure(encoded_structure(layer, seed.seed_idx))
-    apply_guard(seed)
+    apply_guard(layer, seed)
     replan(layer)
 
 
-def apply_guard(seed: Seed) -> None:
+def apply_guard(layer: nn.Module, seed: Seed) -> None:
     """Put gradient gates on the kernel's parameters, or take them away, as the guard says."""
+    keep_buffers = record_of(layer).keep_buffers
+    if seed.guard == "step" and keep_buffers is not None:
+        keep_buffers()
     if seed.guard == "always":
         gate_parameters(seed)
     else:
@@ -303,7 +306,7 @@ def settle(layer: nn.Module) -> None:
         _settle_waiting(layer)
         for seed_idx, seed in record_of(layer).seeds.items():
             if record_of(layer).layout.contributes(seed_idx):
-                apply_guard(seed)
+                apply_guard(layer, seed)
         replan(layer)
 
 

@@ -17,13 +17,17 @@ from esper.execution.generated_class import blendable, completed, host_forward, 
 from esper.execution.layer_call import LayerCall, Takes
 from esper.execution.layer_record import record_of
 from esper.execution.shadow import shadow_pass
+from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
+    from esper.contracts.ports import Clock
     from esper.execution.kernel import PreparedKernel
     from esper.execution.layer_call import Example
 
 _REMEMBERED: Final = 4096
 _UPDATE: Final = 1e-2
+_ALWAYS_ALLOWED_S: Final = 1.0
+_TIMES_HOST: Final = 100.0
 _passed: OrderedDict[tuple[Any, ...], ProbeResult] = OrderedDict()
 
 
@@ -46,7 +50,12 @@ class ProbeResult:
 
 
 def probe(
-    layer: nn.Module, kernel: PreparedKernel, example: Example, *, is_pristine: bool = False
+    layer: nn.Module,
+    kernel: PreparedKernel,
+    example: Example,
+    *,
+    is_pristine: bool = False,
+    clock: Clock | None = None,
 ) -> ProbeResult:
     """Try a kernel on a copy. Neither the layer nor the kernel nor a random state changes.
 
@@ -56,6 +65,7 @@ def probe(
         example: An input of the layer, on its device: a tensor, positional arguments or a call.
         is_pristine: Whether the kernel's weights are still those of its artifact or blueprint;
             only then may an earlier probe answer.
+        clock: Measures how long the kernel takes.
 
     Returns:
         What was found.
@@ -63,7 +73,8 @@ def probe(
     Raises:
         KernelRefusedError: A check failed; ``check`` is ``"raises"``, ``"type"``, ``"shape"``,
             ``"dtype"``, ``"device"``, ``"view"``, ``"in_place"``, ``"finite"``, ``"random"``,
-            ``"grad_mode"`` or ``"gradient"``.
+            ``"grad_mode"``, ``"time"`` (it took more than a second, and more than a hundred times
+            what its host did) or ``"gradient"``.
         TypeError: The layer is no site: its output is not one floating tensor.
     """
     call = completed(layer, LayerCall.of(example))
@@ -71,7 +82,9 @@ def probe(
     before = None if key is None else _passed.get(key)
     if before is not None and (before.is_null or not before.is_identity):
         return replace(before, remembered=True)
-    result = _Probe(layer, kernel, call).run(remembered=before is not None)
+    result = _Probe(layer, kernel, call, clock or MonotonicClock()).run(
+        remembered=before is not None
+    )
     if key is not None:
         _passed[key] = result
         _passed.move_to_end(key)
@@ -94,8 +107,10 @@ def _memory_key(
 class _Probe:
     """One probe: a copy of the kernel, a fixed input, and the host's output for it."""
 
-    def __init__(self, layer: nn.Module, kernel: PreparedKernel, call: LayerCall) -> None:
-        self._layer, self._kernel = layer, kernel
+    def __init__(
+        self, layer: nn.Module, kernel: PreparedKernel, call: LayerCall, clock: Clock
+    ) -> None:
+        self._layer, self._kernel, self._clock = layer, kernel, clock
         self._call = call.detached()
         self._takes = None if kernel.position == "serial" else Takes.by(kernel.module)
         self._where = f"kernel {kernel.kernel_id} at layer {record_of(layer).name!r}"
@@ -113,11 +128,12 @@ class _Probe:
             k = self._output(module, given)
             self._check_output(k, h)
             is_identity = self._is_identity(h, k)
+            is_null = is_identity and self._kernel.mode == "add" and _ends_in_zeros(module)
             if not remembered:
                 self._check_gradients(module, given, k)
         return ProbeResult(
             is_identity=is_identity,
-            is_null=is_identity and self._kernel.mode == "add" and _ends_in_zeros(module),
+            is_null=is_null,
             is_trainable=bool(_trainable(module)),
             remembered=remembered,
         )
@@ -126,7 +142,9 @@ class _Probe:
         """Return the host's output, and what the kernel is given: leaves where they can be."""
         with torch.no_grad():
             call = self._call.detached()
+            start_s = self._clock.now()
             h = blendable(host_forward(self._layer, *call.args, **call.kwargs))
+            self._host_s = self._clock.now() - start_s
         if self._kernel.position == "serial":
             given = LayerCall.of(h.clone())
         elif self._takes is None:
@@ -141,11 +159,13 @@ class _Probe:
         self._entered = entered.tensors()
         versions = [t._version for t in self._entered]  # noqa: SLF001 - torch's counter
         state = _random_states(self._call.x)
+        start_s = self._clock.now()
         try:
             k: Any = module(*entered.args, **entered.kwargs)
         except Exception as error:
             msg = f"{self._where} raised {type(error).__name__}: {error}"
             raise KernelRefusedError(msg, check="raises") from error
+        took_s = self._clock.now() - start_s
         if not torch.is_grad_enabled():
             torch.set_grad_enabled(True)
             self._refuse("grad_mode", "gradients on, as it found them", "gradients off")
@@ -157,6 +177,9 @@ class _Probe:
             self._refuse("random", "no random numbers drawn", "a random state that moved")
         if not isinstance(k, Tensor):
             self._refuse("type", "a tensor", type(k).__name__)
+        allowed_s = max(_ALWAYS_ALLOWED_S, _TIMES_HOST * self._host_s)
+        if took_s > allowed_s:
+            self._refuse("time", f"a forward of {allowed_s:.1f} s at most", f"{took_s:.1f} s")
         return k
 
     def _check_output(self, k: Tensor, h: Tensor) -> None:

@@ -202,7 +202,7 @@ class _Link:
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Read the step flags of the model's layers before each step."""
         for layer in _layers(model):
-            layer.enable_step_guard()
+            layer.enable_step_guard(self._keep_now)
         self._model = weakref.ref(model)
         self.roster = Roster(_layers(model))
         self._kept = None
@@ -247,6 +247,12 @@ class _Link:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def _keep_now(self) -> None:
+        """Copy the buffers where nobody has: a seed has just come under ``guard="step"``."""
+        model = self._model()
+        if model is not None and self._kept is None:
+            self._kept = KeptBuffers(model)
 
     def _keep(self, model: nn.Module) -> None:
         """Copy the buffers while a seed stands under ``guard="step"``."""
