@@ -113,11 +113,6 @@ class Observations:
         if len(sums) < OBSERVED_CALLS:
             sums.append(total)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no eager call was seen; says nothing about compiled ones."""
-        return not self.calls
-
     def rows(self) -> Tensor:
         """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
         pairs = [
