@@ -1,6 +1,7 @@
 """What each process of a distributed test runs; imported by the processes that a test starts."""
 
 import copy
+import logging
 import os
 import socket
 import traceback
@@ -94,7 +95,11 @@ def graft_after_ddp():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(dist.get_rank())
     model.module[0].graft(0, Bottleneck(6), alpha=0.5, example=torch.randn(3, 6))
+    said = []
+    logger = logging.getLogger("esper.growth.continuity")
+    logger.addFilter(lambda record: said.append(record.getMessage()))
     esper.sync_optimizer(model, optimizer)
+    assert any("set_guard(0, 'step')" in line for line in said) is (dist.get_world_size() > 1)
     before = values(model)
     for _ in range(3):
         optimizer.zero_grad()

@@ -7,6 +7,7 @@ own would break the schedulers that keep one function per group (LambdaLR, Seque
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, cast
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.layer_record import record_of
 from esper.execution.maintenance import KeptBuffers, has_step_seeds, read_step_flags
 from esper.execution.roster import Roster
 from esper.growth.ranks import replicas, share_late_parameters, worst_of_ranks
@@ -23,6 +25,7 @@ from esper.growth.ranks import replicas, share_late_parameters, worst_of_ranks
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
 _Group = dict[str, Any]
+_logger = logging.getLogger(__name__)
 
 
 def check_supported(optimizer: Optimizer) -> None:
@@ -73,6 +76,24 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     if replicated is not None:
         share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
     link.guard(model, optimizer)
+    if replicated is not None:
+        _warn_of_lone_isolation(link.roster.busy())
+
+
+def _warn_of_lone_isolation(layers: Iterable[nn.Module]) -> None:
+    """Say which kernels one rank could isolate alone; the others would wait for its gradients."""
+    for layer in layers:
+        for seed_idx, seed in record_of(layer).seeds.items():
+            if seed.guard != "step":
+                _logger.warning(
+                    "seed %d of layer %r stands under guard=%r in a replicated model: a fault on "
+                    "one rank would isolate it there alone; call layer.set_guard(%d, 'step') on "
+                    "every rank, whose flags the ranks share",
+                    seed_idx,
+                    record_of(layer).name,
+                    seed.guard,
+                    seed_idx,
+                )
 
 
 def busy_layers(optimizer: Optimizer) -> list[nn.Module]:
