@@ -153,10 +153,6 @@ class RunReport:
         """Whether every figure comes from data that growth itself was decided on."""
         return not self.test_metrics
 
-    def with_stage(self, stage: GraftStage) -> list[GraftRecord]:
-        """Return the grafts that are in ``stage``, in order."""
-        return [graft for graft in self.grafts if graft.stage is stage]
-
     def to_json(self) -> str:
         """Return the report as JSON.
 
