@@ -21,7 +21,7 @@ from esper.contracts.artifact import CompiledKernelArtifact
 from esper.contracts.ports import KernelSource, Registry
 from esper.execution.host_class import adopt
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_cache import KernelCache
+from esper.fetching.kernel_cache import KernelCache
 from esper.registry.http import HttpKernelSource
 from esper.registry.open import open as open_registry
 

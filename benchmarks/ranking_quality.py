@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 from esper.compiler.catalog import default_catalog
+from esper.continuity.warmup import UpdateFactor
 from esper.contracts.intervals import Interval, mean_interval
-from esper.execution.kernel import prepare_kernel
-from esper.execution.site import describe_site
 from esper.growth.audition import Audition, join
 from esper.growth.evaluation import Evaluator
 from esper.growth.germination import make_candidate
 from esper.growth.ranking import Candidate, FirstOrderGain, GradientNorm, RandomChoice, Ranking
 from esper.growth.recording import Recorder
-from esper.growth.warmup import UpdateFactor
 from esper.services.arms import compute_loss, measure_on, optimizer_for, train_on
 from esper.services.controls import RECORDED_UPDATES, fork_host, spearman
 from esper.services.digits import LEARNING_RATE, Digits, load_digits
+from esper.state.kernel import prepare_kernel
+from esper.state.site import describe_site
 from esper.wrapping.wrap import layers
 
 RANDOM_SEEDS = range(8)

@@ -10,13 +10,13 @@ from measure import US, Figure, Timing, one_by_one, take_turns
 from torch import nn
 
 import esper
-from esper.execution.state_layout import KasminaStateLayout, SeedLifecycleState
+from esper.state.state_layout import KasminaStateLayout, SeedLifecycleState
 
 NUM_SEEDS, MANY_SEEDS = 8, 1_000_000
 LAYERS = (250, 500, 1000)
 ACTIVE = 8
 _MEASURE_MEMORY = """
-from esper.execution.state_layout import KasminaStateLayout
+from esper.state.state_layout import KasminaStateLayout
 def resident_bytes():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))

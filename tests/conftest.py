@@ -1,5 +1,13 @@
 """One thread for every test: the machines are small and shared, and results do not change."""
 
+import pytest
 import torch
+from execution_hosts import KINDS
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=sorted(KINDS))
+def kind(request):
+    """Each kind of layer that the engine's promises are checked on."""
+    return KINDS[request.param]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from esper.compiler.catalog import Catalog, default_catalog
     from esper.compiler.compile import compile_blueprint
+    from esper.continuity.optimizer import sync_optimizer
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
     from esper.contracts.errors import (
@@ -32,12 +33,11 @@ if TYPE_CHECKING:
     )
     from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.execution.maintenance import maintain
-    from esper.execution.shadow import in_shadow_pass
     from esper.growth.budget import Budget
-    from esper.growth.continuity import sync_optimizer
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
+    from esper.seeds.maintenance import maintain
+    from esper.seeds.shadow import in_shadow_pass
     from esper.wrapping.export import export
     from esper.wrapping.restore import RestoreResult, restore
     from esper.wrapping.select import SkippedModule
@@ -79,12 +79,12 @@ _HOME: Final = {
     "compile_blueprint": "esper.compiler.compile",
     "default_catalog": "esper.compiler.catalog",
     "export": "esper.wrapping.export",
-    "in_shadow_pass": "esper.execution.shadow",
+    "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
-    "maintain": "esper.execution.maintenance",
+    "maintain": "esper.seeds.maintenance",
     "restore": "esper.wrapping.restore",
     "skipped": "esper.wrapping.wrap",
-    "sync_optimizer": "esper.growth.continuity",
+    "sync_optimizer": "esper.continuity.optimizer",
     "unwrap": "esper.wrapping.unwrap",
     "wrap": "esper.wrapping.wrap",
 }

@@ -15,7 +15,7 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 ATTRIBUTES = {"torch.load", "torch.jit.load", "torch.export.load", "torch.package", "torch.hub"}
 IMPORTS = ATTRIBUTES | {"torch.jit"}
-ALLOWED = {"execution/torchscript.py": ["torch.jit.load"]}
+ALLOWED = {"running/torchscript.py": ["torch.jit.load"]}
 """Each file that may, and what it does, once: it loads only what its own process wrote."""
 
 

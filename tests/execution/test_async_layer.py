@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
 from esper.execution.host_class import release
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
-from esper.execution.stream_manager import StreamManager
+from esper.streams.stream_manager import StreamManager
 
 SEEDS = {
     "adds": {"seed_idx": 0, "alpha": 0.5},

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_state_dict import mlp_blueprint
+from kernel_blueprints import mlp_blueprint
 from torch import nn
 
 from esper.compiler.compile import compile_blueprint

@@ -15,7 +15,7 @@ from esper.execution import (
 )
 from esper.execution.host_class import adopt
 from esper.execution.kasmina_embedding_layer import KasminaEmbeddingLayer
-from esper.execution.shadow import shadow_pass
+from esper.seeds.shadow import shadow_pass
 
 MADE = {
     "attention": lambda: KasminaAttentionLayer(6, 2, num_seeds=2),

@@ -8,8 +8,8 @@ from execution_hosts import run, run_kernel
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
-from esper.execution.layer_call import LayerCall
-from esper.execution.maintenance import maintain
+from esper.seeds.maintenance import maintain
+from esper.state.layer_call import LayerCall
 
 pytestmark = pytest.mark.parametrize(
     "device",

@@ -15,8 +15,8 @@ from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.layer_call import LayerCall
-from esper.execution.layer_record import RECORD
+from esper.state.layer_call import LayerCall
+from esper.state.layer_record import RECORD
 
 
 def bare_and_wrapped(kind, **options):

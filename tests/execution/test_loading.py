@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_state_dict import mlp_blueprint
+from kernel_blueprints import mlp_blueprint
 from torch import nn
 
 import esper
@@ -21,7 +21,7 @@ from esper.contracts.errors import (
 )
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer
-from esper.execution.state_layout import FAULTS_IN_A_ROW
+from esper.state.state_layout import FAULTS_IN_A_ROW
 
 S = SeedLifecycleState
 KERNEL, OTHER = (compile_blueprint(mlp_blueprint(init_seed=number)) for number in range(2))

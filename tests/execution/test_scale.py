@@ -14,7 +14,7 @@ from torch import nn
 
 import esper
 from esper.execution.host_class import adopt
-from esper.execution.state_layout import KasminaStateLayout, SeedLifecycleState
+from esper.state.state_layout import KasminaStateLayout, SeedLifecycleState
 
 BYTES_PER_SEED = 40
 NUM_SEEDS = 8

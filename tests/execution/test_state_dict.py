@@ -1,35 +1,17 @@
 """Structure travels with the state dict: loading builds the seeds, then their tensors."""
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
+from kernel_blueprints import mlp_blueprint
 from torch import nn
 
 from esper.compiler.compile import compile_blueprint
-from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
 from esper.contracts.errors import KernelLoadError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
-
-
-def mlp_blueprint(n=6, **options):
-    """Return a two-layer kernel for a linear layer of n features."""
-    nodes = (
-        BlueprintNode(id="up", op_type="linear", attributes={"in_features": n, "out_features": 3}),
-        BlueprintNode(id="act", op_type="activation", attributes={"type": "tanh"}),
-        BlueprintNode(
-            id="down", op_type="linear", attributes={"in_features": 3, "out_features": n}
-        ),
-    )
-    path = ("input", "up", "act", "down", "output")
-    edges = tuple(BlueprintEdge(source=a, target=b) for a, b in itertools.pairwise(path))
-    spec = TensorSpec(shape=("*", n))
-    return BlueprintIR(
-        id="mlp", nodes=nodes, edges=edges, input_spec=spec, output_spec=spec, **options
-    )
 
 
 def net():

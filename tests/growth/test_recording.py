@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from esper.execution.shadow import shadow_pass
 from esper.growth.recording import Recorder, finite_steps
+from esper.seeds.shadow import shadow_pass
 
 
 def network(*, inplace=False):

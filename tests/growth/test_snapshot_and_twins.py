@@ -6,10 +6,10 @@ import pytest
 import torch
 from growing import batches, compute_loss, equal_states, state_of, train, wrapped
 
+from esper.continuity.snapshot import RunSnapshot
+from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
-from esper.growth.snapshot import RunSnapshot
 from esper.growth.twins import Twin, lockstep_update, owner_update, tau_of
-from esper.growth.warmup import UpdateFactor
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])

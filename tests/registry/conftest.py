@@ -1,11 +1,6 @@
 """Both registries, and artifacts to put into them."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.memory import MemoryRegistry

@@ -14,7 +14,7 @@ from publisher import SIZE
 
 from esper.registry.directory import DirectoryRegistry
 
-PUBLISHER = Path(__file__).with_name("publisher.py")
+PUBLISHER = Path(__file__).parents[1] / "support" / "publisher.py"
 MOST_WORDS = 24
 LONGEST_DELAY_S = 0.004
 

@@ -10,7 +10,7 @@ from wrapping_grown import load_grafts
 
 import esper
 from esper.compiler import catalog
-from esper.execution.site import describe_site
+from esper.state.site import describe_site
 
 HOSTS = {
     "linear": (lambda: nn.Linear(6, 8), (3, 6)),

@@ -45,7 +45,7 @@ def test_a_fresh_process_without_esper_predicts_the_same(tmp_path):
     esper.export(model, tmp_path)
     torch.save((x, model(x).detach()), tmp_path / "batch.pt")
 
-    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path, Path(__file__).parents[1] / "support"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
 
     assert done.stderr == ""

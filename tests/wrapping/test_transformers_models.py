@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wrapping_models import Bottleneck
 
 import esper
-from esper.execution.site import describe_site
 from esper.growth.policies import ByHand
+from esper.state.site import describe_site
 
 pytestmark = pytest.mark.slow
 

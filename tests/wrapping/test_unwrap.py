@@ -336,5 +336,5 @@ def test_the_result_loads_where_esper_is_not_installed(tmp_path):
 
 def load_elsewhere(path):
     command = [sys.executable, "-c", LOAD_WITHOUT_ESPER, path, path.parent / "batch.pt"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

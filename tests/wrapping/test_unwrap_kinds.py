@@ -11,7 +11,7 @@ from torch import fx, nn
 from wrapping_grown import blueprint, load_grafts
 
 import esper
-from esper.execution.layer_call import LayerCall
+from esper.state.layer_call import LayerCall
 
 Outputs = collections.namedtuple("Outputs", ["hidden", "aux"])
 

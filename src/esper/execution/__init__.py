@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.async_conv2d_kernel import AsyncConv2dKernel
 from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
-from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
-from esper.execution.error_recovery import ErrorRecoveryManager, ErrorType
 from esper.execution.exceptions import (
     AsyncExecutionError,
     CacheError,
@@ -22,17 +19,20 @@ from esper.execution.exceptions import (
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
-from esper.execution.gradient_sync import GradientSynchronizer
-from esper.execution.health_monitor import HealthMonitor
 from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
 from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
-from esper.execution.kernel_cache import KernelCache
-from esper.execution.kernel_executor import RealKernelExecutor
-from esper.execution.state_layout import KasminaStateLayout
-from esper.execution.stream_manager import StreamManager
+from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
+from esper.fetching.error_recovery import ErrorRecoveryManager, ErrorType
+from esper.fetching.kernel_cache import KernelCache
+from esper.resilience.health_monitor import HealthMonitor
+from esper.running.kernel_executor import RealKernelExecutor
+from esper.state.state_layout import KasminaStateLayout
+from esper.streams.async_conv2d_kernel import AsyncConv2dKernel
+from esper.streams.gradient_sync import GradientSynchronizer
+from esper.streams.stream_manager import StreamManager
 
 __all__ = [
     "AsyncConv2dKernel",

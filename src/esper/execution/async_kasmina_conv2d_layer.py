@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from esper.execution.gradient_sync import GradientFuture, GradientSynchronizer
-from esper.execution.guard import in_transform, run_kernel
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
-from esper.execution.stream_manager import StreamManager
-from esper.execution.streams import run_on_side
+from esper.forward.guard import in_transform, run_kernel
+from esper.streams.device_streams import run_on_side
+from esper.streams.gradient_sync import GradientFuture, GradientSynchronizer
+from esper.streams.stream_manager import StreamManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from esper.execution.layer_call import LayerCall
-    from esper.execution.layer_record import LayerRecord
-    from esper.execution.seed_slot import Seed
+    from esper.state.layer_call import LayerCall
+    from esper.state.layer_record import LayerRecord
+    from esper.state.seed_slot import Seed
 
     RunKernel = Callable[[Seed, LayerCall, Tensor], Tensor | None]
 

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.contracts.errors import SeedLifecycleError
-from esper.execution import generated_class
 from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
 from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_embedding_layer import KasminaEmbeddingLayer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
-from esper.execution.layer_record import record_of
+from esper.forward import generated_class
+from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource

@@ -12,10 +12,10 @@ from torch import nn
 from esper.contracts.blueprint import POSITIONS
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution import folding, grafting, maintenance, occupancy, shadow
-from esper.execution.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
-from esper.execution.error_recovery import ErrorRecoveryManager
-from esper.execution.generated_class import (
+from esper.execution.statistics import layer_statistics
+from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
+from esper.fetching.error_recovery import ErrorRecoveryManager
+from esper.forward.generated_class import (
     generated_base,
     give_back,
     host_view,
@@ -24,14 +24,14 @@ from esper.execution.generated_class import (
     replan,
     take,
 )
-from esper.execution.kernel import Kernel, prepare_kernel, reference_tensor
-from esper.execution.kernel_executor import RealKernelExecutor, shared_executor
-from esper.execution.layer_health import monitor_of
-from esper.execution.layer_record import RECORD, LayerRecord
-from esper.execution.seed_slot import SEEDS
-from esper.execution.site import widths
-from esper.execution.state_layout import KasminaStateLayout
-from esper.execution.statistics import layer_statistics
+from esper.running.kernel_executor import RealKernelExecutor, shared_executor
+from esper.seeds import folding, grafting, maintenance, occupancy, shadow
+from esper.seeds.layer_health import monitor_of
+from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
+from esper.state.layer_record import RECORD, LayerRecord
+from esper.state.seed_slot import SEEDS
+from esper.state.site import widths
+from esper.state.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
-    from esper.execution.folding import FoldCertificate
-    from esper.execution.health_monitor import HealthMonitor
-    from esper.execution.kernel_cache import KernelCache
-    from esper.execution.layer_call import Example
+    from esper.fetching.kernel_cache import KernelCache
+    from esper.resilience.health_monitor import HealthMonitor
+    from esper.seeds.folding import FoldCertificate
+    from esper.state.layer_call import Example
 
 
 class _ConstructorSignature:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.kernel_executor import shared_executor
-from esper.execution.layer_record import record_of
-from esper.execution.module_cache import size_bytes
+from esper.running.kernel_executor import shared_executor
+from esper.running.module_cache import size_bytes
+from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from esper.execution.layer_record import LayerRecord
+    from esper.state.layer_record import LayerRecord
 
 
 def layer_statistics(layer: nn.Module) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esper.execution.shadow import shadow_pass
-from esper.growth.continuity import (
+from esper.continuity.optimizer import (
     append_parameters,
     audition_optimizer,
     host_parameters,
     remove_parameters,
 )
-from esper.growth.snapshot import seed_random_state
+from esper.continuity.snapshot import seed_random_state
+from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from esper.continuity.warmup import UpdateFactor
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.execution.kernel import PreparedKernel
     from esper.growth.evaluation import Evaluator
     from esper.growth.gates import Evaluation
-    from esper.growth.warmup import UpdateFactor
+    from esper.state.kernel import PreparedKernel
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.growth.gates import Evaluation, parse_evaluation
-from esper.growth.snapshot import random_state, set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
+from esper.continuity.optimizer import host_group, host_parameters
+from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import GraftRecord
-from esper.execution.kernel import prepare_kernel
-from esper.execution.probe import probe
-from esper.execution.site import describe_site
 from esper.growth.audition import Audition
 from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
-from esper.growth.continuity import host_group, host_parameters
 from esper.growth.lookahead import is_causal
 from esper.growth.ranking import Candidate
-from esper.growth.warmup import rate_for_new
+from esper.seeds.probe import probe
+from esper.state.kernel import prepare_kernel
+from esper.state.site import describe_site
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.execution.kernel import PreparedKernel
     from esper.growth.policies import Choice
     from esper.growth.ranking import RankedCandidate
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
+    from esper.state.kernel import PreparedKernel
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.bus.in_process import EventBus
 from esper.compiler.catalog import default_catalog
+from esper.continuity.optimizer import busy_layers, check_supported, sync_optimizer
+from esper.continuity.warmup import UpdateCounter, UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import RunReport
-from esper.execution.enhanced_kernel_cache import EnhancedKernelCache
-from esper.execution.maintenance import maintain_layers
-from esper.execution.shadow import shadow_pass
+from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.growth.budget import (
     FORWARD_BACKWARD,
     Budget,
@@ -24,7 +24,6 @@ from esper.growth.budget import (
     count_parameters,
     forward_latency_s,
 )
-from esper.growth.continuity import busy_layers, check_supported, sync_optimizer
 from esper.growth.evaluation import Evaluator, num_samples
 from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
@@ -36,10 +35,11 @@ from esper.growth.recording import Recorder, record_beside
 from esper.growth.run import GrowthRun, Settings
 from esper.growth.stages import Recording, num_affordable
 from esper.growth.twins import lockstep_update, owner_update
-from esper.growth.warmup import UpdateCounter, UpdateFactor
 from esper.observability.event_log import EventLog
 from esper.registry.open import open as open_registry
 from esper.resilience.clock import MonotonicClock
+from esper.seeds.maintenance import maintain_layers
+from esper.seeds.shadow import shadow_pass
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:

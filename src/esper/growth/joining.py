@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.audition import Joined, join, part
 from esper.growth.budget import Cost
-from esper.growth.continuity import remove_parameters, sync_optimizer
 from esper.growth.evaluation import averaged
 from esper.growth.gates import GateVerdict, not_worse, read_gate, test_level
-from esper.growth.snapshot import RunSnapshot
 from esper.growth.twins import Twin, tau_of
 
 if TYPE_CHECKING:

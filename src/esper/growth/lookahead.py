@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from esper.execution.generated_class import blendable, completed, host_forward
-from esper.execution.layer_call import LayerCall
-from esper.execution.shadow import shadow_pass
+from esper.forward.generated_class import blendable, completed, host_forward
+from esper.seeds.shadow import shadow_pass
+from esper.state.layer_call import LayerCall
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from esper.execution.layer_call import Example
+    from esper.state.layer_call import Example
 
 
 def is_causal(layer: nn.Module, example: Example) -> bool:

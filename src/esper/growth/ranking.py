@@ -30,8 +30,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from esper.execution.site import feature_axis, is_transposed_linear, widths
 from esper.growth.recording import SiteObservation, finite_steps
+from esper.state.site import feature_axis, is_transposed_linear, widths
 
 NUM_SPLITS: Final = 8
 MAX_ROWS: Final = 8192

@@ -14,10 +14,10 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from esper.execution.generated_class import blendable
-from esper.execution.kernel import reference_tensor
-from esper.execution.layer_call import LayerCall
-from esper.execution.shadow import in_shadow_pass, shadow_pass
+from esper.forward.generated_class import blendable
+from esper.seeds.shadow import in_shadow_pass, shadow_pass
+from esper.state.kernel import reference_tensor
+from esper.state.layer_call import LayerCall
 
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24

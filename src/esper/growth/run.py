@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from esper.continuity.optimizer import host_group, host_parameters
+from esper.continuity.warmup import peak_rate
 from esper.contracts.errors import GrowthError
 from esper.growth.budget import FORWARD, FORWARD_BACKWARD, Cost, WorkMeter, overhead_allowance
-from esper.growth.continuity import host_group, host_parameters
 from esper.growth.evaluation import num_samples
-from esper.growth.warmup import peak_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from esper.compiler.catalog import Catalog
+    from esper.continuity.warmup import UpdateFactor
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.execution.kernel_cache import KernelCache
+    from esper.fetching.kernel_cache import KernelCache
     from esper.growth.budget import Budget, Category
     from esper.growth.evaluation import Evaluator
     from esper.growth.gates import Evaluation
     from esper.growth.journal import Journal
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
-    from esper.growth.warmup import UpdateFactor
 
 LOSS_WINDOW = 50
 

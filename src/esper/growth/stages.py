@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.contracts.lifecycle import GraftStage
-from esper.execution.shadow import shadow_pass
 from esper.growth.budget import FORWARD_BACKWARD, Cost, synchronize
 from esper.growth.gates import test_level
 from esper.growth.germination import (
@@ -24,6 +23,7 @@ from esper.growth.germination import (
 )
 from esper.growth.joining import Joining, judge
 from esper.growth.recording import Recorder, record_beside
+from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
     from esper.growth.gates import Evaluation, GateVerdict

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from esper.continuity.snapshot import random_state, set_random_state
+from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
-from esper.growth.snapshot import random_state, set_random_state
-from esper.growth.warmup import UpdateFactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

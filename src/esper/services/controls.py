@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from esper.compiler import catalog
+from esper.continuity.optimizer import sync_optimizer
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import ControlRow
-from esper.execution.kernel import prepare_kernel
-from esper.execution.site import describe_site
 from esper.growth.audition import Audition
-from esper.growth.continuity import sync_optimizer
 from esper.growth.evaluation import Evaluator, measuring
 from esper.growth.gates import read_gate
 from esper.growth.germination import make_candidate
@@ -40,6 +38,8 @@ from esper.services.digits import (
     batches,
     demo_host,
 )
+from esper.state.kernel import prepare_kernel
+from esper.state.site import describe_site
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:

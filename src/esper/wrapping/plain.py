@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from esper.compiler.graph import plan
 from esper.compiler.lowering import LoweredKernel
-from esper.execution.layer_call import LayerCall, Takes
+from esper.state.layer_call import LayerCall, Takes
 
 REFERENCES: Final = ("call_module", "get_attr")
 """Operations of a graph that name a child or a tensor of its module."""

@@ -9,9 +9,9 @@ from torch import nn
 
 from esper.contracts.errors import SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.grafting import cancel
 from esper.execution.host_class import release
-from esper.execution.layer_record import record_of
+from esper.seeds.grafting import cancel
+from esper.state.layer_record import record_of
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:

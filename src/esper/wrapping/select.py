@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.execution.host_class import refusal
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.site import is_transposed_linear
+from esper.state.site import is_transposed_linear
 
 Pattern = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]

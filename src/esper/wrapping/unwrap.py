@@ -10,18 +10,18 @@ from torch import fx, nn
 
 from esper.compiler.lowering import LoweredKernel
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution.generated_class import blendable, host_view
-from esper.execution.kernel import reference_tensor
-from esper.execution.layer_call import LayerCall
-from esper.execution.layer_record import record_of
-from esper.execution.shadow import shadow_pass
+from esper.forward.generated_class import blendable, host_view
+from esper.seeds.shadow import shadow_pass
+from esper.state.kernel import reference_tensor
+from esper.state.layer_call import LayerCall
+from esper.state.layer_record import record_of
 from esper.wrapping.plain import PlainHost, PlainSeed, fused_paths, graft_graph, plain_kernel
 from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.execution.seed_slot import Seed
+    from esper.state.seed_slot import Seed
 
 Model = TypeVar("Model", bound=nn.Module)
 

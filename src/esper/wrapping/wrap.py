@@ -8,7 +8,7 @@ from torch import nn
 
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.layer_record import RECORD
+from esper.state.layer_record import RECORD
 from esper.wrapping.select import Select, SkippedModule, choose, host_modules
 
 if TYPE_CHECKING:

@@ -1,0 +1,103 @@
+"""A clone of everything a graft can change, taken at its admission and put back exactly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esper.state.seed_slot import SeedSlot
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+class RunSnapshot:
+    """Weights, buffers, optimizer state and random state of a run at one update.
+
+    Values are cloned when the snapshot is taken and cloned again when it is restored, so that
+    neither the run nor the snapshot ever holds the other's memory
+    (``Optimizer.load_state_dict`` keeps references to what it is given). Learning rates are not
+    part of it: they belong to the scheduler, which is not rolled back.
+
+    Args:
+        model: The model, whose kernels at this moment belong to the snapshot.
+        optimizer: Its optimizer.
+        update: Number of optimizer updates done.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, update: int) -> None:
+        self.update = update
+        parameters = dict.fromkeys(model.parameters())
+        parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
+        self._values = {p: p.detach().clone() for p in parameters}
+        self._state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
+        self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(model)]
+        self._random_state = random_state(model)
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Put everything back; parameters that came later must have been removed before.
+
+        Args:
+            optimizer: The optimizer that the snapshot was taken of.
+        """
+        with torch.no_grad():
+            for p, value in self._values.items():
+                p.copy_(value)
+                p.grad = None
+            for module, name, buffer, value in self._buffers:
+                buffer.copy_(value)
+                module._buffers[name] = buffer  # noqa: SLF001 - a forward may have put another there
+        for p in self._values:
+            optimizer.state.pop(p, None)
+        for p, state in self._state.items():
+            optimizer.state[p] = _cloned(state)
+        set_random_state(self._random_state)
+
+
+def random_state(model: nn.Module) -> dict[str, Any]:
+    """Read the random state of the CPU and of every device that the model is on.
+
+    Returns:
+        One tensor per device, keyed by the device's name.
+    """
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
+        state[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set what :func:`random_state` read."""
+    for name, value in state.items():
+        if name == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(torch.device(name)).set_rng_state(value, torch.device(name))
+
+
+def seed_random_state(model: nn.Module, random_seed: int) -> None:
+    """Start the generators of the CPU and of every device that the model is on.
+
+    ``torch.manual_seed`` would do, but formats a stack trace per call where CUDA is not up yet
+    (measured: 170 us, a tenth of a shadow pass of a small model).
+    """
+    torch.default_generator.manual_seed(random_seed)
+    for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
+        torch.get_device_module(device).manual_seed(random_seed)
+
+
+def _host_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that a training forward may write or replace; a seed's slot keeps its own."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        if not isinstance(module, SeedSlot)
+        for name, buffer in module._buffers.items()  # noqa: SLF001 - past properties
+        if buffer is not None
+    ]
+
+
+def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

@@ -1,0 +1,415 @@
+"""What is done after an error, by its class: tried again off the training thread, or raised."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import logging
+import math
+import threading
+import time
+from concurrent.futures import Future
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import torch
+
+from esper.contracts.errors import (
+    BlueprintError,
+    CacheError,
+    CircuitOpenError,
+    DeadlineExceededError,
+    EsperError,
+    KernelCorruptError,
+    KernelLoadError,
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceSuspended,
+    KernelSourceUnavailable,
+    SeedLifecycleError,
+)
+from esper.resilience.clock import MonotonicClock
+from esper.resilience.deadline import Deadline
+from esper.resilience.health_monitor import HealthLimits, HealthMonitor
+from esper.resilience.retry import Retry, RetryBudget, RetryPolicy
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from esper.contracts.ports import Clock
+
+__all__ = [
+    "MAX_FIRST_DELAY_S",
+    "ErrorRecoveryManager",
+    "ErrorType",
+    "HealthLimits",
+    "HealthMonitor",
+]
+
+R = TypeVar("R")
+
+MAX_FIRST_DELAY_S: Final = 0.005
+"""The first retry begins within 10 ms: its wait is at most this, in seconds."""
+
+_logger = logging.getLogger(__name__)
+
+
+class ErrorType(Enum):
+    """What kind of error an error is, by its class."""
+
+    KERNEL_LOAD_FAILURE = "kernel_load_failure"
+    KERNEL_EXECUTION_ERROR = "kernel_execution_error"
+    OUT_OF_MEMORY = "out_of_memory"
+    DEVICE_ERROR = "device_error"
+    NETWORK_ERROR = "network_error"
+    VALIDATION_ERROR = "validation_error"
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorType:
+        """Return the type of the nearest base class of ``error`` that has one."""
+        return next(_TYPES[each] for each in type(error).__mro__ if each in _TYPES)
+
+
+_T: Final = ErrorType
+
+_TYPES: Final[dict[type[BaseException], ErrorType]] = {
+    BaseException: _T.KERNEL_EXECUTION_ERROR,
+    EsperError: _T.KERNEL_EXECUTION_ERROR,
+    BlueprintError: _T.VALIDATION_ERROR,
+    CacheError: _T.VALIDATION_ERROR,
+    SeedLifecycleError: _T.VALIDATION_ERROR,
+    CircuitOpenError: _T.NETWORK_ERROR,
+    DeadlineExceededError: _T.NETWORK_ERROR,
+    KernelLoadError: _T.KERNEL_LOAD_FAILURE,
+    KernelCorruptError: _T.VALIDATION_ERROR,
+    KernelRefusedError: _T.VALIDATION_ERROR,
+    KernelSourceUnavailable: _T.NETWORK_ERROR,
+    OSError: _T.KERNEL_LOAD_FAILURE,
+    TimeoutError: _T.NETWORK_ERROR,
+    ConnectionError: _T.NETWORK_ERROR,
+    MemoryError: _T.OUT_OF_MEMORY,
+    torch.OutOfMemoryError: _T.OUT_OF_MEMORY,
+    torch.AcceleratorError: _T.DEVICE_ERROR,
+    ValueError: _T.VALIDATION_ERROR,
+    TypeError: _T.VALIDATION_ERROR,
+    LookupError: _T.VALIDATION_ERROR,
+    AttributeError: _T.VALIDATION_ERROR,
+    NameError: _T.VALIDATION_ERROR,
+    AssertionError: _T.VALIDATION_ERROR,
+}
+
+_TRANSIENT: Final = frozenset({_T.NETWORK_ERROR, _T.KERNEL_LOAD_FAILURE, _T.KERNEL_EXECUTION_ERROR})
+"""Types whose errors may go away by themselves; memory is freed and tried once; others stay."""
+
+_PERMANENT: Final = (
+    KernelNotFoundError,
+    KernelSourceSuspended,
+    CircuitOpenError,
+    DeadlineExceededError,
+)
+"""Classes of a transient type that another try does not help now."""
+
+
+class ErrorRecoveryManager:
+    """Tries again what failed, where the class of the error says that it may help.
+
+    Errors of the network, of loading and of execution are retried; after one of memory, memory is
+    freed and it is tried once; errors of validation and of the device, an answer ("not found"), an
+    open breaker and a deadline that is over are raised at once. The wait before the n-th retry,
+    n from 0, is drawn from ``uniform(0, min(max_delay, base_delay * 2^n))``, that before the
+    first from 5 ms at most. No thread of the caller's sleeps or retries.
+
+    Safe for threads; bound to no event loop.
+
+    Args:
+        max_retries: Retries of one operation, at least 0; with 0 every error is raised.
+        base_delay: Longest wait before the second retry, halved, in seconds, at least 0.
+        max_delay: Longest wait of all, in seconds, at least 0.
+        timeout_s: Time for all retries of one operation where no deadline is given, in seconds.
+        budget: Bounds the retries of all operations; made where not given.
+        clock: Measures deadlines.
+        sleep: Waits on a worker thread, seconds.
+        sleep_async: Waits in an event loop, seconds.
+        rng: Draws the waits.
+    """
+
+    def __init__(
+        self,
+        max_retries: int = 3,
+        base_delay: float = 0.1,
+        *,
+        max_delay: float = 5.0,
+        timeout_s: float = 30.0,
+        budget: RetryBudget | None = None,
+        clock: Clock | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        sleep_async: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.max_retries = max_retries
+        self.base_delay = base_delay
+        self._timeout_s = timeout_s
+        self._clock = clock or MonotonicClock()
+        self._budget = budget or RetryBudget(clock=self._clock)
+        self._sleep = sleep
+        self._sleep_async = sleep_async
+        policies = _policies(max_retries, base_delay, max_delay)
+        self._retry = Retry(policies, budget=self._budget, rng=rng)
+        self._lock = threading.Lock()
+        self._error_counts = dict.fromkeys(ErrorType, 0)
+        self._recovery_success = dict.fromkeys(ErrorType, 0)
+        self._recovery_failure = dict.fromkeys(ErrorType, 0)
+        self._num_retries = 0
+
+    @property
+    def error_counts(self) -> dict[ErrorType, int]:
+        """How many errors of each type were reported."""
+        with self._lock:
+            return dict(self._error_counts)
+
+    @property
+    def recovery_success(self) -> dict[ErrorType, int]:
+        """How many of them a retry made good."""
+        with self._lock:
+            return dict(self._recovery_success)
+
+    async def recover_from_error(
+        self,
+        error: Exception,
+        context: Mapping[str, Any],
+        recovery_fn: Callable[[], Awaitable[R] | R],
+        *,
+        deadline: Deadline | None = None,
+    ) -> R:
+        """Try again after ``error``, and return what the first retry that succeeds returns.
+
+        Args:
+            error: What was raised.
+            context: What it belongs to, for the log.
+            recovery_fn: The operation; one that is not a coroutine function runs on a thread.
+            deadline: When all retries have to be over; an attempt that is awaited then is
+                cancelled.
+
+        Raises:
+            Exception: ``error`` itself, where it is not retried; else the error of the last retry,
+                with ``error`` at the end of its causes.
+        """
+        recovery = self._begin(error, context, deadline)
+        while (delay_s := recovery.next_delay_s()) is not None:
+            await self._sleep_async(delay_s)
+            recovery.prepare()
+            try:
+                found = await recovery.deadline.call_async("a recovery", _attempt(recovery_fn))
+            except Exception as latest:  # noqa: BLE001 - its class decides, in next_delay_s
+                recovery.latest = latest
+            else:
+                recovery.count_success()
+                return found
+        raise recovery.outcome()
+
+    def recover_in_background(
+        self,
+        error: Exception,
+        context: Mapping[str, Any],
+        recovery_fn: Callable[[], R],
+        *,
+        deadline: Deadline | None = None,
+    ) -> Future[R]:
+        """Try again on a thread of its own, and return at once; else as the async method.
+
+        Returns:
+            What a retry will return, or the error.
+        """
+        recovery = self._begin(error, context, deadline)
+        delay_s = recovery.next_delay_s()
+        future: Future[R] = Future()
+        future.set_running_or_notify_cancel()
+        if delay_s is None:
+            future.set_exception(recovery.outcome())
+        else:
+            work = (recovery, recovery_fn, delay_s, future)
+            threading.Thread(
+                target=self._retry_on_thread, args=work, name="esper-recovery", daemon=True
+            ).start()
+        return future
+
+    def recover_from_error_sync(
+        self,
+        error: Exception,
+        context: Mapping[str, Any],
+        recovery_fn: Callable[[], R],
+        *,
+        deadline: Deadline | None = None,
+    ) -> R:
+        """Wait for :meth:`recover_in_background`, until the deadline at the latest.
+
+        Raises:
+            Exception: As there.
+            DeadlineExceededError: An attempt had not ended in time; its thread goes on.
+        """
+        deadline = deadline or Deadline.after(self._timeout_s, self._clock)
+        future = self.recover_in_background(error, context, recovery_fn, deadline=deadline)
+        left_s = deadline.remaining_s()
+        try:
+            return future.result(None if math.isinf(left_s) else left_s)
+        except TimeoutError:
+            if future.done():
+                raise  # the operation's own
+            msg = "the time for a recovery is over"
+            raise DeadlineExceededError(msg) from error
+
+    async def run(self, fn: Callable[[], Awaitable[R]], context: Mapping[str, Any]) -> R:
+        """Await ``fn``, and recover from its error; see :meth:`recover_from_error`."""
+        try:
+            found = await fn()
+        except Exception as error:  # noqa: BLE001 - its class decides
+            return await self.recover_from_error(error, context, fn)
+        self._budget.count_call()
+        return found
+
+    def run_sync(self, fn: Callable[[], R], context: Mapping[str, Any]) -> R:
+        """Call ``fn``, and recover from its error; see :meth:`recover_from_error_sync`."""
+        try:
+            found = fn()
+        except Exception as error:  # noqa: BLE001 - its class decides
+            return self.recover_from_error_sync(error, context, fn)
+        self._budget.count_call()
+        return found
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return counts since the start.
+
+        ``errors``, ``recovered`` and ``failed`` are by the values of :class:`ErrorType`;
+        ``retries`` counts attempts. What is in ``errors`` alone is being tried.
+        """
+        with self._lock:
+            return {
+                "errors": {t.value: n for t, n in self._error_counts.items()},
+                "recovered": {t.value: n for t, n in self._recovery_success.items()},
+                "failed": {t.value: n for t, n in self._recovery_failure.items()},
+                "retries": self._num_retries,
+            }
+
+    def _begin(
+        self, error: Exception, context: Mapping[str, Any], deadline: Deadline | None
+    ) -> _Recovery:
+        self._budget.count_call()
+        self._count(self._error_counts, ErrorType.of(error))
+        return _Recovery(
+            self, error, context, deadline or Deadline.after(self._timeout_s, self._clock)
+        )
+
+    def _count(self, counts: dict[ErrorType, int], error_type: ErrorType) -> None:
+        with self._lock:
+            counts[error_type] += 1
+
+    def _retry_on_thread(
+        self,
+        recovery: _Recovery,
+        recovery_fn: Callable[[], R],
+        delay_s: float | None,
+        future: Future[R],
+    ) -> None:
+        while delay_s is not None:
+            self._sleep(delay_s)
+            recovery.prepare()
+            try:
+                found = recovery.deadline.call("a recovery", lambda _: recovery_fn())
+            except BaseException as latest:  # noqa: BLE001 - a waiter has to hear of all
+                recovery.latest = latest
+                delay_s = recovery.next_delay_s()
+            else:
+                recovery.count_success()
+                future.set_result(found)
+                return
+        future.set_exception(recovery.outcome())
+
+
+class _Recovery:
+    """One operation that is tried again."""
+
+    def __init__(
+        self,
+        manager: ErrorRecoveryManager,
+        original: Exception,
+        context: Mapping[str, Any],
+        deadline: Deadline,
+    ) -> None:
+        self._manager = manager
+        self._original = original
+        self._context = context
+        self._retry = 0
+        self.deadline = deadline
+        self.latest: BaseException = original
+
+    def next_delay_s(self) -> float | None:
+        """Return the wait before the next retry, or None where there is to be none."""
+        if not isinstance(self.latest, Exception):
+            return None
+        retry = self._manager._retry  # noqa: SLF001 - the other half of it
+        return retry.next_delay_s(self.latest, self._retry, self.deadline)
+
+    def prepare(self) -> None:
+        """Do what a retry after the latest error needs, and count the retry."""
+        self._retry += 1
+        with self._manager._lock:  # noqa: SLF001 - the other half of it
+            self._manager._num_retries += 1  # noqa: SLF001 - the other half of it
+        _logger.info("retry %d after %r, %s", self._retry, self.latest, dict(self._context))
+        if ErrorType.of(self.latest) is ErrorType.OUT_OF_MEMORY:
+            _free_memory()
+
+    def count_success(self) -> None:
+        manager = self._manager
+        manager._count(manager._recovery_success, ErrorType.of(self._original))  # noqa: SLF001 - as above
+
+    def outcome(self) -> BaseException:
+        """Return what is raised: the latest error, with the original at the end of its causes."""
+        manager = self._manager
+        manager._count(manager._recovery_failure, ErrorType.of(self._original))  # noqa: SLF001 - as above
+        _logger.warning(
+            "gave up after %d retries: %r, %s", self._retry, self.latest, dict(self._context)
+        )
+        last = self.latest
+        while last is not self._original and last.__cause__ is not None:
+            last = last.__cause__
+        if last is not self._original:
+            last.__cause__ = self._original
+        return self.latest
+
+
+def _policies(
+    max_retries: int, base_delay: float, max_delay: float
+) -> dict[type[Exception], RetryPolicy]:
+    """Return a policy for every class that has a type; the nearest base class decides."""
+    never = RetryPolicy(max_retries=0)
+    often = RetryPolicy(
+        max_retries=max_retries,
+        base_delay_s=base_delay,
+        max_delay_s=max_delay,
+        max_first_delay_s=MAX_FIRST_DELAY_S,
+    )
+    once = RetryPolicy(max_retries=min(1, max_retries), max_first_delay_s=MAX_FIRST_DELAY_S)
+    by_type = dict.fromkeys(_TRANSIENT, often) | {ErrorType.OUT_OF_MEMORY: once}
+    by_class = {each: by_type.get(error_type, never) for each, error_type in _TYPES.items()}
+    return cast("dict[type[Exception], RetryPolicy]", by_class | dict.fromkeys(_PERMANENT, never))
+
+
+def _attempt(recovery_fn: Callable[[], Awaitable[R] | R]) -> Callable[[Deadline], Awaitable[R]]:
+    """Return one attempt as a coroutine function."""
+
+    async def attempt(_: Deadline) -> R:
+        if inspect.iscoroutinefunction(recovery_fn):
+            return cast("R", await recovery_fn())
+        found = await asyncio.to_thread(recovery_fn)
+        return await found if inspect.isawaitable(found) else found
+
+    return attempt
+
+
+def _free_memory() -> None:
+    """Give back what nobody refers to, and what the allocator keeps for later."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

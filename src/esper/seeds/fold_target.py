@@ -1,0 +1,334 @@
+"""Where a kernel is folded into: the weight and bias of a host, seen as one map.
+
+A target knows how its host's tensors are laid out, what they are with a kernel in them, and how to
+run the host with other ones. Tensors are float64; what is returned is laid out as it is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from esper.compiler.lowering import LoweredKernel
+from esper.compiler.operations import ACTIVATIONS
+from esper.compiler.parts import Add, Diagonal, Mul, Scale, Sub
+from esper.forward.generated_class import host_class_of
+from esper.seeds.affine import (
+    CONVOLUTIONS,
+    NotFoldable,
+    affine_of,
+    dense,
+    exchanged,
+    grouped,
+    on_taps_of,
+)
+from esper.state.site import is_transposed_linear
+
+if TYPE_CHECKING:
+    from esper.state.seed_slot import Seed
+
+_SAMPLES: Final = 8
+_ROWS: Final = 64
+_TABLE_ROWS: Final = 4096
+
+Folded = tuple[Tensor, Tensor | None]
+
+
+class FoldTarget(ABC):
+    """A host that a kernel may become part of.
+
+    Attributes:
+        owner: The module that has the tensors: the host, or a part of it.
+        positions: What kernels it can take in.
+    """
+
+    positions: tuple[str, ...] = ("parallel", "serial")
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.owner: Any = layer
+        self._host_name = host_class_of(layer).__name__
+
+    def folded(self, seed: Seed) -> Folded:
+        """Return weight and bias with the seed in them; the bias None where there is none.
+
+        Raises:
+            NotFoldable: That is not exact.
+        """
+        position = "serial" if seed.is_serial else "parallel"
+        if position not in self.positions:
+            msg = f"into a {self._host_name} only {self.positions[0]} kernels fold"
+            raise NotFoldable(msg)
+        weight = self.owner.weight.detach().double()
+        return self._with(seed, weight, self._bias())
+
+    def _bias(self) -> Tensor | None:
+        bias = getattr(self.owner, "bias", None)
+        return None if bias is None else bias.detach().double()
+
+    @abstractmethod
+    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded: ...
+
+    @abstractmethod
+    def random_input(self, seed: Seed) -> Tensor:
+        """Return an input to measure with, float64 unless the host takes integers."""
+
+    @abstractmethod
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """Run the host in float64 with another weight and bias."""
+
+
+def target_of(layer: nn.Module) -> FoldTarget:
+    """Return the target that a layer's host is.
+
+    Raises:
+        NotFoldable: It is none.
+    """
+    host_class = host_class_of(layer)
+    if host_class.__name__ == "Conv1D" and is_transposed_linear(layer):
+        return _TransposedLinear(layer)
+    make = _TARGETS.get(host_class)
+    if make is None:
+        msg = f"a {host_class.__name__} is not known to be affine in one weight"
+        raise NotFoldable(msg)
+    return make(layer)
+
+
+def shares(seed: Seed) -> tuple[float, float]:
+    """Return the host's weight in the sum and the kernel's."""
+    alpha = float(seed.slot.alpha)
+    return (1.0 - alpha if seed.replaces else 1.0), alpha
+
+
+class _AffineTarget(FoldTarget):
+    """A host that is affine in its input; the subclasses say how its weight lies.
+
+    Rows of a matrix are outputs: ``[out, in / groups, *taps]``.
+    """
+
+    groups: int = 1
+
+    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
+        kept, alpha = shares(seed)
+        rows = self._rows(weight)
+        known = rows.new_zeros(len(rows)) if bias is None else bias
+        kernel_reads = len(rows) if seed.is_serial else rows.shape[1] * self.groups
+        kernel = affine_of(seed.slot.kernel, kernel_reads, weight)
+        if seed.is_serial:
+            if kernel.geometry is not None:
+                msg = "a serial kernel folds only where it is 1x1"
+                raise NotFoldable(msg)
+            eye = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+            matrix = kept * eye + alpha * kernel.weight
+            full = torch.einsum("om,m...->o...", matrix, dense(rows, self.groups))
+            rows, changed = grouped(full, self.groups), matrix @ known + alpha * kernel.bias
+        else:
+            rows = kept * rows + alpha * self._on_taps(kernel)
+            changed = kept * known + alpha * kernel.bias
+        if bias is None and bool(changed.any()):
+            msg = "the kernel has a bias and the host has none"
+            raise NotFoldable(msg)
+        return self._stored(rows), None if bias is None else changed
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _on_taps(self, kernel: Any) -> Tensor:
+        if kernel.geometry is not None:
+            msg = "a convolution beside a layer that is none"
+            raise NotFoldable(msg)
+        return kernel.weight  # type: ignore[no-any-return] # an Affine's
+
+    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+        return _random((_ROWS, self._rows(self.owner.weight).shape[1]), self.owner)
+
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._rows(weight), bias)
+
+
+@final
+class _Linear(_AffineTarget):
+    """``nn.Linear``."""
+
+
+@final
+class _TransposedLinear(_AffineTarget):
+    """``transformers``' ``Conv1D``: ``[in, out]``."""
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        return rows.T.contiguous()
+
+
+@final
+class _OutputProjection(_AffineTarget):
+    """The last matrix of a ``MultiheadAttention``: what follows it is affine in its weight."""
+
+    positions = ("serial",)
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.owner = self.owner.out_proj
+
+
+class _AnyConvolution(_AffineTarget):
+    """A convolution: grouped rows with taps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.groups = self.owner.groups
+
+    def _on_taps(self, kernel: Any) -> Tensor:
+        return grouped(on_taps_of(kernel, self.owner), self.groups)
+
+    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+        host = self.owner
+        span = [d * (k - 1) + 1 for d, k in zip(host.dilation, host.kernel_size, strict=True)]
+        return _random((2, host.in_channels, *(s + _SAMPLES for s in span)), host)
+
+
+@final
+class _Convolution(_AnyConvolution):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        y: Tensor = self.owner._conv_forward(x, weight, bias)  # noqa: SLF001 - does the padding modes
+        return y
+
+
+@final
+class _TransposedConvolution(_AnyConvolution):
+    """``nn.ConvTranspose2d``: ``[in, out / groups, *taps]``."""
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return exchanged(weight, self.groups)
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        return exchanged(rows, self.groups)
+
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        host = self.owner
+        settings = (host.stride, host.padding, host.output_padding, host.groups, host.dilation)
+        return nn.functional.conv_transpose2d(x, weight, bias, *settings)
+
+
+@final
+class _Norm(FoldTarget):
+    """A normalisation with a factor a feature: what follows may have a factor and a term each."""
+
+    positions = ("serial",)
+
+    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
+        kept, alpha = shares(seed)
+        kernel = affine_of(seed.slot.kernel, weight.shape[-1], weight)
+        factors = kernel.weight.diagonal() if kernel.weight.ndim == 2 else kernel.weight[:0]
+        if not torch.equal(kernel.weight, torch.diag(factors)):
+            msg = "behind a norm only a factor and a term for each feature fold"
+            raise NotFoldable(msg)
+        term = alpha * kernel.bias
+        if bias is None and bool(term.any()):
+            msg = "the kernel has a bias and the host has none"
+            raise NotFoldable(msg)
+        factor = kept + alpha * factors
+        return weight * factor, None if bias is None else bias * factor + term
+
+    def random_input(self, seed: Seed) -> Tensor:
+        """Return one of the shape that was seen: only that says which axis a kernel reads."""
+        seen = None if seed.example is None else seed.example.x
+        if not isinstance(seen, Tensor):
+            msg = "no input of the norm was seen, so that the axis of its features is not known"
+            raise NotFoldable(msg)
+        return _random(tuple(seen.shape), self.owner)
+
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        host = self.owner
+        if isinstance(host, nn.LayerNorm):
+            return nn.functional.layer_norm(x, host.normalized_shape, weight, bias, host.eps)
+        if isinstance(host, nn.RMSNorm):
+            return nn.functional.rms_norm(x, host.normalized_shape, weight, host.eps)
+        if isinstance(host, nn.GroupNorm):
+            return nn.functional.group_norm(x, host.num_groups, weight, bias, host.eps)
+        mean, var = x.new_zeros(len(weight)), x.new_ones(len(weight))
+        return nn.functional.batch_norm(x, mean, var, weight, bias, eps=host.eps)
+
+
+@final
+class _Table(FoldTarget):
+    """An embedding: every row may become what a kernel makes of it."""
+
+    positions = ("serial",)
+
+    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
+        if self.owner.max_norm is not None:
+            msg = "an embedding with max_norm changes its rows when it is called"
+            raise NotFoldable(msg)
+        kernel: Any = seed.slot.kernel
+        steps = kernel.steps if isinstance(kernel, LoweredKernel) else [kernel]
+        mixing = next((step for step in steps if not _is_row_by_row(step)), None)
+        if mixing is not None:
+            msg = f"{type(mixing).__name__} is no operation that works row by row"
+            raise NotFoldable(msg)
+        kept, alpha = shares(seed)
+        with torch.no_grad():
+            return kept * weight + alpha * in_float64(seed)(weight), bias
+
+    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+        num_rows = self.owner.num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randperm(num_rows, generator=generator)[:_TABLE_ROWS]
+        return drawn.to(self.owner.weight.device)
+
+    def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:  # noqa: ARG002 - none
+        return weight[x]
+
+
+def in_float64(seed: Seed) -> nn.Module:
+    """Return a copy of a seed's kernel in float64."""
+    return copy.deepcopy(seed.slot.kernel).double()
+
+
+_ROW_BY_ROW: Final = frozenset(
+    {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, Add, Sub, Mul, Scale, *ACTIVATIONS.values()}
+)
+
+
+def _is_row_by_row(step: nn.Module) -> bool:
+    """Say whether a step makes of each row, by the last axis, what no other row has a part in."""
+    if isinstance(step, nn.LayerNorm | nn.RMSNorm):
+        return len(step.normalized_shape) == 1
+    return type(step) in _ROW_BY_ROW or (type(step) is Diagonal and step.dim == -1)
+
+
+def _random(shape: tuple[int, ...], owner: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.to(owner.weight.device)
+
+
+_TARGETS: Final[dict[type, Callable[[nn.Module], FoldTarget]]] = {
+    nn.Linear: _Linear,
+    nn.MultiheadAttention: _OutputProjection,
+    **dict.fromkeys(CONVOLUTIONS, _Convolution),
+    nn.ConvTranspose2d: _TransposedConvolution,
+    **dict.fromkeys(
+        (
+            nn.LayerNorm,
+            nn.RMSNorm,
+            nn.GroupNorm,
+            nn.BatchNorm1d,
+            nn.BatchNorm2d,
+            nn.BatchNorm3d,
+        ),
+        _Norm,
+    ),
+    nn.Embedding: _Table,
+}

@@ -1,0 +1,162 @@
+"""Folding: an affine kernel becomes part of its host's weights, where that is exact."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.forward.generated_class import replan
+from esper.seeds.affine import NotFoldable
+from esper.seeds.fold_target import FoldTarget, in_float64, shares, target_of
+from esper.seeds.grafting import active_seed
+from esper.seeds.occupancy import encoded_structure, withdraw
+from esper.state.layer_record import record_of
+
+if TYPE_CHECKING:
+    from esper.state.seed_slot import Seed
+
+FLOAT32_TOLERANCE: Final = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldCertificate:
+    """What became of a fold.
+
+    Attributes:
+        folded: Whether the kernel is now part of the host's weights.
+        rel_diff: Largest difference of the layer's outputs before and after, over the largest
+            output before, both computed in float64 from the weights as stored; None if nothing
+            was computed.
+        tolerance: What was allowed: 1e-6 in float32 and float64, else the dtype's epsilon.
+        reason: Why it was not folded; empty if it was.
+    """
+
+    folded: bool
+    rel_diff: float | None
+    tolerance: float
+    reason: str = ""
+
+
+def fossilize(layer: nn.Module, seed_idx: int) -> FoldCertificate:
+    """Make a seed permanent; see ``KasminaLayer.fossilize``."""
+    seed = active_seed(layer, seed_idx)
+    layout = record_of(layer).layout
+    certificate = fold(layer, seed)
+    layout.transition_seed_state(seed_idx, SeedLifecycleState.FOSSILIZED)
+    if certificate.folded:
+        layout.release_kernel(seed_idx)
+        withdraw(layer, seed_idx)
+    else:
+        seed.slot.set_structure(encoded_structure(layer, seed_idx))
+        replan(layer)
+    return certificate
+
+
+def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
+    """Add a seed's kernel to its host's weight and bias, or change nothing and say why.
+
+    The parameters stay the same objects; they are written in place, under ``no_grad``.
+    """
+    tolerance, rel_diff = FLOAT32_TOLERANCE, None
+    try:
+        _check_neighbours(layer, seed)
+        target = target_of(layer)
+        owner = target.owner
+        _check_tensors(owner)
+        tolerance = _tolerance(owner.weight)
+        exact_weight, exact_bias = target.folded(seed)
+        _check_owner(owner)  # late: it looks at every object that there is
+        weight = exact_weight.to(owner.weight.dtype)
+        bias = None if exact_bias is None else exact_bias.to(owner.bias.dtype)
+        rel_diff = _rel_diff(target, seed, weight, bias)
+    except NotFoldable as refused:
+        return FoldCertificate(
+            folded=False, rel_diff=rel_diff, tolerance=tolerance, reason=str(refused)
+        )
+    if not rel_diff <= tolerance:
+        reason = f"relative difference {rel_diff:.3g} exceeds {tolerance:.3g}"
+        return FoldCertificate(folded=False, rel_diff=rel_diff, tolerance=tolerance, reason=reason)
+    with torch.no_grad():
+        owner.weight.copy_(weight)
+        if bias is not None:
+            owner.bias.copy_(bias)
+    return FoldCertificate(folded=True, rel_diff=rel_diff, tolerance=tolerance)
+
+
+def _tolerance(weight: Tensor) -> float:
+    exact = weight.dtype in (torch.float32, torch.float64)
+    return FLOAT32_TOLERANCE if exact else float(torch.finfo(weight.dtype).eps)
+
+
+def _check_neighbours(layer: nn.Module, seed: Seed) -> None:
+    others = [s for s in record_of(layer).seeds.values() if s is not seed]  # at alpha 0 too
+    if any(s.is_serial or s.replaces for s in others):
+        _refuse("another contributing seed of the layer is serial or replacing")
+
+
+def _check_tensors(owner: nn.Module) -> None:
+    own = owner._parameters  # noqa: SLF001 - past parametrizations
+    for name in ("weight", "bias"):
+        tensor = own.get(name)
+        is_absent = name == "bias" and getattr(owner, "bias", None) is None
+        if not is_absent and (type(tensor) is not nn.Parameter or not tensor.is_floating_point()):
+            _refuse(f"the host's {name} is computed, quantised, sharded or absent")
+
+
+def _check_owner(layer: nn.Module) -> None:
+    if any(_num_owners(p) > 1 for p in layer.parameters(recurse=False)):
+        _refuse("the host's weight is shared with another module")
+
+
+def _refuse(reason: str) -> None:
+    raise NotFoldable(reason)
+
+
+def _num_owners(parameter: nn.Parameter) -> int:
+    """Count the modules that hold a parameter, by asking who refers to it."""
+    tables = [t for t in gc.get_referrers(parameter) if isinstance(t, dict)]
+    owned = [t for t in tables if any(v is parameter for v in t.values()) and _is_module_table(t)]
+    return len(owned)
+
+
+def _is_module_table(table: dict[Any, Any]) -> bool:
+    """Return whether a dict is the ``_parameters`` of a module."""
+    for owner in gc.get_referrers(table):
+        state = owner.__dict__ if isinstance(owner, nn.Module) else owner
+        if isinstance(state, dict) and state.get("_parameters") is table:
+            return True
+    return False
+
+
+def _rel_diff(target: FoldTarget, seed: Seed, weight: Tensor, bias: Tensor | None) -> float:
+    """Measure the fold on random inputs, in float64, against the formula."""
+    owner = target.owner
+    with torch.no_grad():
+        x = target.random_input(seed)
+        h = target.run(*_in_float64(owner.weight, getattr(owner, "bias", None)), x)
+        k = _output(seed, h if seed.is_serial else x)
+        if k.shape != h.shape:
+            _refuse(f"the kernel gives {tuple(k.shape)} beside the host's {tuple(h.shape)}")
+        kept, alpha = shares(seed)
+        before = kept * h + alpha * k
+        change = (target.run(*_in_float64(weight, bias), x) - before).abs().max()
+        return float(change / before.abs().max().clamp_min(sys.float_info.min))
+
+
+def _output(seed: Seed, given: Tensor) -> Tensor:
+    try:
+        k: Tensor = in_float64(seed)(given)
+    except Exception as error:  # a kernel of anybody's, on an input of our choice
+        msg = f"the kernel does not take the input that the fold is measured with: {error}"
+        raise NotFoldable(msg) from error
+    return k
+
+
+def _in_float64(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.double(), None if bias is None else bias.double()

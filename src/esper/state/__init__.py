@@ -1,0 +1,4 @@
+"""What a layer keeps: its record, the states of its seeds, slots, kernels, calls.
+
+No forward runs here, nothing is fetched, and nothing waits. The door is ``layer_record.record_of``.
+"""

@@ -1,0 +1,227 @@
+"""What a seed remembers of its calls, and how that becomes a list of faults.
+
+Forwards and backwards only append, whole tensors and no numbers; somebody between two steps
+reads. What happens in compiled code cannot append: it shifts a ring of tensors, and its backwards
+leave their marks as the gradient of a small leaf, the *sink*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+OBSERVED_CALLS: Final = 256
+"""So many calls of a seed are remembered between two readings; older ones are not counted."""
+
+Sums = tuple[Tensor, Tensor]
+"""Sums of the host's output, and of that with the seed's share; 0-dim, on the device."""
+
+
+class Backward:
+    """One backward through a kernel, or through several calls of it at once.
+
+    Attributes:
+        incoming: Sums of the gradients that reached its outputs.
+        leaving: Sums of the gradients that left towards its parameters.
+        is_ending: Whether a parameter has had its gradient.
+    """
+
+    __slots__ = ("incoming", "is_ending", "leaving")
+
+    def __init__(self) -> None:
+        self.incoming: list[Tensor] = []
+        self.leaving: list[Tensor | float] = []
+        self.is_ending = False
+
+
+class Call:
+    """One eager call of a kernel.
+
+    Attributes:
+        sums: What :func:`esper.forward.guard.observe` gave; None for a clean call without guard.
+        raised: Whether the fence took it; ``sums`` then has the host's only.
+        incoming: Sum of the gradient that reached its output, if one has.
+        leaving: Sums of the gradients that left towards its inputs.
+        backward: The backward that came through it, if one has.
+    """
+
+    __slots__ = ("backward", "incoming", "leaving", "raised", "sums")
+
+    def __init__(self, sums: tuple[Tensor, ...] | None, *, raised: bool = False) -> None:
+        self.sums = sums
+        self.raised = raised
+        self.incoming: Tensor | None = None
+        self.leaving: list[Tensor | float] = []
+        self.backward: Backward | None = None
+
+
+class Observations:
+    """What was seen of one seed since the last reading.
+
+    Args:
+        device: Where the seed's kernel is.
+
+    Attributes:
+        calls: Recent eager calls, oldest first.
+        latest: The eager call whose backward is under way or was the last; None in compiled code.
+        ring: ``[OBSERVED_CALLS, 2]`` float32: for recent compiled calls whether the host's output
+            and that with the seed's share were finite: 0 for yes, NaN for no, infinity for no call.
+        sink: ``[2]`` float32 leaf; its gradient counts, over compiled backwards, gradients not
+            finite that reached the kernel's output, and that left towards its inputs.
+        leaving: Per parameter, sums of gradients that left in compiled backwards.
+        carried: What :meth:`step_flags` said of calls that were read before the optimizer's step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(mode=False):
+            self.ring = torch.full((OBSERVED_CALLS, 2), torch.inf, device=device)
+            self.sink = torch.zeros(2, device=device, requires_grad=True)
+        self.calls: deque[Call] = deque(maxlen=OBSERVED_CALLS)
+        self.latest: Call | None = None
+        self.leaving: dict[int, list[Tensor | float]] = {}
+        self.carried: Tensor | None = None
+
+    def come_in(self, call: Call, total: Tensor) -> None:
+        """Remember the sum of a gradient that reached a call's output."""
+        backward = None if self.latest is None else self.latest.backward
+        if backward is None or backward.is_ending or len(backward.incoming) >= OBSERVED_CALLS:
+            backward = Backward()
+        backward.incoming.append(total)
+        call.incoming, call.backward = total, backward
+        self.latest = call
+
+    def leave(self, place: int, total: Tensor | float) -> None:
+        """Remember the sum of a gradient that left.
+
+        Args:
+            place: Number of the parameter, or -1 for an input of an eager call.
+            total: The sum.
+        """
+        backward = None if self.latest is None else self.latest.backward
+        if backward is not None and place >= 0:
+            backward.is_ending = True
+        if isinstance(total, float) and math.isfinite(total):
+            return
+        if self.latest is None or backward is None:
+            sums = self.leaving.setdefault(place, [])
+        else:
+            sums = self.latest.leaving if place < 0 else backward.leaving
+        if len(sums) < OBSERVED_CALLS:
+            sums.append(total)
+
+    def rows(self) -> Tensor:
+        """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
+        pairs = [
+            call.sums for call in tuple(self.calls) if call.sums is not None and not call.raised
+        ]
+        if not pairs:
+            return self.ring.detach()
+        sums = torch.stack([s for pair in pairs for s in pair]).view(-1, 2)
+        return torch.cat((self.ring, (sums - sums).to(self.ring.dtype)))
+
+    def step_flags(self) -> Tensor:
+        """Return ``[2]`` bool: an output was at fault, a host's output was not finite."""
+        rows = self.rows()
+        output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
+        flags = torch.stack((output_bad, rows[:, 0].isnan().any()))
+        return flags if self.carried is None else flags | self.carried
+
+
+def read(seen: Observations) -> tuple[list[bool], str]:
+    """Return the outcomes of calls, oldest first (True at fault), and what the last fault was.
+
+    A call whose host output was not finite counts neither way, and a gradient counts only where
+    all that reached the kernel's output was finite. One transfer from the device.
+    """
+    numbers = _Numbers(seen)
+    outcomes, reason = _compiled_outcomes(seen, numbers)
+    blamed: set[int] = set()
+    for call in tuple(seen.calls):  # a forward of another thread may be under way
+        outcome = _outcome(call, numbers, blamed)
+        if outcome is not None:
+            outcomes.append(bool(outcome))
+            reason = outcome or reason
+    return outcomes, reason
+
+
+def _outcome(call: Call, numbers: _Numbers, blamed: set[int]) -> str | None:
+    """Return what was wrong with a call, "" if nothing was, None if it says nothing."""
+    if call.sums is None:
+        return ""
+    if not numbers.finite(call.sums[0]):
+        return None
+    if call.raised:
+        return "raised"
+    if not numbers.finite(call.sums[1]):
+        return "its output was not finite where its host's was"
+    if call.incoming is None or call.backward is None:
+        return ""
+    if numbers.finite(call.incoming) and not numbers.all_finite(call.leaving):
+        return _BAD_GRADIENT
+    backward = call.backward
+    if id(backward) in blamed or not numbers.all_finite(backward.incoming):
+        return ""
+    blamed.add(id(backward))
+    return "" if numbers.all_finite(backward.leaving) else _BAD_GRADIENT
+
+
+_BAD_GRADIENT: Final = "its gradient was not finite where the incoming one was"
+
+
+def _compiled_outcomes(seen: Observations, numbers: _Numbers) -> tuple[list[bool], str]:
+    known = [row for row in numbers.ring if row[0] == 0]
+    outcomes = [row[1] != 0 for row in known]
+    reason = "its output was not finite where its host's was" if any(outcomes) else ""
+    came_bad, left_bad = numbers.sink
+    of_parameters = [
+        sum(not numbers.finite(total) for total in sums) for sums in seen.leaving.values()
+    ]
+    num_faulty = 0 if came_bad else max([int(left_bad > 0), *of_parameters])
+    clean = [i for i, bad in enumerate(outcomes) if not bad]
+    for i in clean[max(0, len(clean) - num_faulty) :]:
+        outcomes[i] = True
+        reason = _BAD_GRADIENT
+    return outcomes, reason
+
+
+class _Numbers:
+    """Every tensor of a reading, brought over at once."""
+
+    def __init__(self, seen: Observations) -> None:
+        tensors = {id(t): t for t in _tensors(seen)}
+        sink = torch.zeros(2) if seen.sink.grad is None else seen.sink.grad
+        device = seen.ring.device
+        flat = [(t - t).to(device, torch.float32) for t in map(Tensor.detach, tensors.values())]
+        parts = [seen.ring.detach().flatten(), sink.to(device)]
+        if flat:
+            stacked = torch.stack(flat)
+            parts.append(stacked)
+        values = torch.cat(parts).tolist()
+        size = 2 * OBSERVED_CALLS
+        self.ring = list(zip(values[0:size:2], values[1:size:2], strict=True))
+        self.sink = values[size : size + 2]
+        self._known = dict(zip(tensors, values[size + 2 :], strict=True))
+
+    def finite(self, total: Tensor | float) -> bool:
+        """Say whether a sum that was remembered is finite; one that came since says nothing."""
+        known = total if isinstance(total, float) else self._known.get(id(total), 0.0)
+        return math.isfinite(known)
+
+    def all_finite(self, totals: list[Any]) -> bool:
+        """Say so of several sums."""
+        return all(self.finite(total) for total in totals)
+
+
+def _tensors(seen: Observations) -> list[Tensor]:
+    found: list[Any] = [total for sums in seen.leaving.values() for total in sums]
+    for call in tuple(seen.calls):
+        found += call.sums or ()
+        found += call.leaving
+        if call.backward is not None:
+            found += call.backward.incoming
+            found += call.backward.leaving
+    return [total for total in found if isinstance(total, Tensor)]

@@ -1,0 +1,51 @@
+"""Which layers hold kernels, so that a training step need not look at those that do not."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from esper.state.layer_record import RECORD, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+_busy: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def note(layer: nn.Module) -> None:
+    """Remember whether any seed of a layer holds a kernel; to be called when that changes."""
+    with _lock:
+        if record_of(layer).seeds:
+            _busy.add(layer)
+        else:
+            _busy.discard(layer)
+
+
+class Roster:
+    """The layers of one model, and those of them that hold kernels.
+
+    To ask costs in proportion to the layers of this process that hold kernels, however many
+    there are that do not.
+
+    Args:
+        layers: Wrapped layers, which are held weakly; those made by copying have told nobody of
+            their kernels, so each is looked at once.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        for position, layer in enumerate(layers):
+            self._positions[layer] = position
+            note(layer)
+
+    def busy(self) -> list[nn.Module]:
+        """Return the layers that hold kernels, in the order in which they were given."""
+        with _lock:
+            found = [layer for layer in _busy if layer in self._positions]
+        wrapped = (layer for layer in found if RECORD in layer.__dict__)
+        return sorted(wrapped, key=self._positions.__getitem__)

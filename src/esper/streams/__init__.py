@@ -1,0 +1,4 @@
+"""Device streams: side streams by seed, and gradients that arrive on them.
+
+On the CPU everything runs inline. No layer is known here. The door is ``stream_manager``.
+"""
