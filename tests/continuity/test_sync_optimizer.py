@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from esper.continuity.optimizer import host_parameters, kernel_parameters, sync_optimizer
+from esper.continuity.optimizer import sync_optimizer
 from esper.execution.host_class import adopt
+from esper.state.host_parts import host_parameters, kernel_parameters
 
 
 class Kernel(nn.Module):

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.maintenance import KeptBuffers, has_step_seeds, read_step_flags
+from esper.state.host_parts import host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
 
@@ -193,16 +194,6 @@ def host_group(optimizer: Optimizer, host_params: Iterable[torch.Tensor]) -> _Gr
         if any(id(p) in wanted for p in group["params"]):
             return group
     return optimizer.param_groups[0]
-
-
-def host_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """Return the layer's own parameters, without those of any seed's kernel."""
-    return [p for name, p in layer.named_parameters() if "_seeds" not in name.split(".")]
-
-
-def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return name (below the layer) and parameter of the kernels in the layer's own seeds."""
-    return [(name, p) for name, p in layer.named_parameters() if name.startswith("_seeds.")]
 
 
 def _layers(model: nn.Module) -> Iterator[KasminaLayer]:

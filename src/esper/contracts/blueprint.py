@@ -15,13 +15,12 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from esper.contracts import canonical_json
+from esper.contracts.choices import MODES, POSITIONS
 from esper.contracts.errors import BlueprintError
 
 BLUEPRINT_FORMAT_VERSION: Final = 1
 INPUT: Final = "input"
 OUTPUT: Final = "output"
-MODES: Final = ("add", "replace")
-POSITIONS: Final = ("parallel", "serial")
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16")
 
 MAX_NODES: Final = 256

@@ -12,6 +12,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+JsonValue = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"] | None
+"""What JSON text can say, as Python's own values."""
+
+JsonObject = dict[str, JsonValue]
+"""A JSON object."""
+
 MAX_DEPTH: Final = 16
 MAX_BYTES: Final = 1 << 20
 MAX_VALUES: Final = 1 << 15

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from esper.contracts.blueprint import POSITIONS
+from esper.contracts.choices import POSITIONS
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.statistics import layer_statistics
@@ -27,9 +27,9 @@ from esper.forward.generated_class import (
 from esper.running.kernel_executor import RealKernelExecutor, shared_executor
 from esper.seeds import folding, grafting, maintenance, occupancy, shadow
 from esper.seeds.layer_health import monitor_of
+from esper.state.host_parts import SEEDS
 from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord
-from esper.state.seed_slot import SEEDS
 from esper.state.site import widths
 from esper.state.state_layout import KasminaStateLayout
 

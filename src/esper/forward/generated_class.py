@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from esper.forward.blending import blend
 from esper.forward.guard import run_kernel
 from esper.forward.recompilation import allow_graph_of
+from esper.state.host_parts import SEEDS
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import RECORD, record_of
 from esper.state.roster import note
@@ -127,7 +128,7 @@ def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, Any]:
     """Return methods that keep a container's slots out of its items."""
 
     def items(self: nn.Sequential) -> OrderedDict[str, nn.Module]:
-        own = ((k, m) for k, m in self._modules.items() if k != "_seeds" and m is not None)
+        own = ((k, m) for k, m in self._modules.items() if k != SEEDS and m is not None)
         return OrderedDict(own)
 
     def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807
@@ -193,7 +194,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 def _names_of(family: type) -> set[str]:
     ours = family.__mro__[: family.__mro__.index(nn.Module)]
     names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
-    return (names | {RECORD, "_seeds"}) - vars(nn.Module).keys()
+    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys()
 
 
 def _names_held(module: nn.Module) -> set[str]:

@@ -10,11 +10,11 @@ import torch
 from esper.continuity.optimizer import (
     append_parameters,
     audition_optimizer,
-    host_parameters,
     remove_parameters,
 )
 from esper.continuity.snapshot import seed_random_state
 from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable

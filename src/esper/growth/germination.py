@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
-from esper.continuity.optimizer import host_group, host_parameters
+from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
@@ -19,6 +19,7 @@ from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
 from esper.growth.lookahead import is_causal
 from esper.growth.ranking import Candidate
 from esper.seeds.probe import probe
+from esper.state.host_parts import host_parameters
 from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.growth.recording import SiteObservation, finite_steps
+from esper.state.host_parts import host_parameters
 from esper.state.site import feature_axis, is_transposed_linear, widths
 
 NUM_SPLITS: Final = 8
@@ -310,8 +311,7 @@ def _host_features(
     A layer that is not affine in its input is taken to learn any matrix on what it gives:
     attention and embeddings end in one, and behind a norm the next layer has it.
     """
-    host = [p for name, p in layer.named_parameters() if "_seeds" not in name.split(".")]
-    if not any(p.requires_grad for p in host):
+    if not any(p.requires_grad for p in host_parameters(layer)):
         return []
     own = list(_features(layer, inputs, rows, random_seed))
     if not own:

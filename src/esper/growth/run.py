@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from esper.continuity.optimizer import host_group, host_parameters
+from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import peak_rate
 from esper.contracts.errors import GrowthError
 from esper.growth.budget import FORWARD, FORWARD_BACKWARD, Cost, WorkMeter, overhead_allowance
 from esper.growth.evaluation import num_samples
+from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable

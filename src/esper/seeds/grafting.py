@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from torch import Tensor, nn
 
+from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.generated_class import has_foreign_forward, replan
@@ -24,7 +25,7 @@ from esper.seeds.shadow import seen_example
 from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel
 from esper.state.layer_call import Example, LayerCall
 from esper.state.layer_record import record_of
-from esper.state.seed_slot import GUARDS, Seed
+from esper.state.seed_slot import Seed
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

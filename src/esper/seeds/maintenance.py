@@ -19,10 +19,10 @@ from esper.seeds.layer_health import (
 )
 from esper.seeds.occupancy import insert, withdraw
 from esper.seeds.probe import probe
+from esper.state.host_parts import host_parameters, is_in_a_seed
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import read
-from esper.state.seed_slot import SEEDS
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
@@ -323,8 +323,8 @@ def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
     gradient_bad = gradient_bad & ~host_bad
     if not seed.is_serial:
-        host = (p for name, p in layer.named_parameters() if not name.startswith("_seeds."))
-        gradient_bad = gradient_bad & ~_any_not_finite(host, like=output_bad)
+        hosts_gradient_bad = _any_not_finite(host_parameters(layer), like=output_bad)
+        gradient_bad = gradient_bad & ~hosts_gradient_bad
     return torch.stack((output_bad, gradient_bad))
 
 
@@ -370,4 +370,4 @@ class KeptBuffers:
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         named = self._model.named_buffers()
-        return [(name, buffer) for name, buffer in named if SEEDS not in name.split(".")]
+        return [(name, buffer) for name, buffer in named if not is_in_a_seed(name)]

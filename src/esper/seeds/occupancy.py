@@ -12,13 +12,15 @@ from torch import nn
 
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelLoadError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.generated_class import replan
 from esper.forward.guard import gate_parameters, ungate_parameters
+from esper.state.host_parts import SEEDS
 from esper.state.kernel import PreparedKernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, record_of
-from esper.state.seed_slot import GUARDS, SEEDS, Seed, SeedContainer, SeedSlot
+from esper.state.seed_slot import Seed, SeedContainer, SeedSlot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

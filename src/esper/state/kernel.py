@@ -10,7 +10,8 @@ from torch import nn
 
 from esper.compiler.lowering import LoweredKernel, instantiate, lower
 from esper.contracts.artifact import CompiledKernelArtifact
-from esper.contracts.blueprint import MODES, POSITIONS, BlueprintIR
+from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.choices import MODES, POSITIONS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import LayerCall
-
-SEEDS: Final = "_seeds"
-"""Name of the child of a layer that holds its slots; absent while there is none."""
-
-GUARDS: Final = ("always", "step", "off")
 
 
 class SeedSlot(nn.Module):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.contracts.site import SiteSpec
+from esper.state.host_parts import host_modules
 from esper.state.kernel import reference_tensor
 
 if TYPE_CHECKING:
@@ -185,19 +186,14 @@ def _block_fields(block: nn.Module, x: Tensor | None, h: Tensor | None) -> dict[
 
 def _gives_channels(block: nn.Module, h: Tensor) -> bool:
     """Guess by the last layer with a place for channels whether they are in axis 1."""
-    layers = [m for m in _host_parts(block) if _kind(m) not in ("block", "embedding")]
+    layers = [m for m in host_modules(block) if _kind(m) not in ("block", "embedding")]
     return h.ndim > 2 and bool(layers) and isinstance(layers[-1], _CHANNELS_SECOND)
 
 
 def _is_batch_first(block: nn.Module) -> bool:
-    return all(getattr(part, "batch_first", True) for part in _host_parts(block))
+    return all(getattr(part, "batch_first", True) for part in host_modules(block))
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    parameters = (p for part in _host_parts(module) for p in part.parameters(recurse=False))
+    parameters = (p for part in host_modules(module) for p in part.parameters(recurse=False))
     return any(p.requires_grad for p in parameters)
-
-
-def _host_parts(module: nn.Module) -> list[nn.Module]:
-    """Return a module and what is inside it, without the kernels of any seed."""
-    return [part for name, part in module.named_modules() if "_seeds" not in name.split(".")]

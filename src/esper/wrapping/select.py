@@ -13,14 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.execution.host_class import refusal
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.state.host_parts import SEEDS
 from esper.state.site import is_transposed_linear
 
 Pattern = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
 Select = Pattern | Predicate | Iterable[Pattern]
-
-SEEDS: Final = "_seeds"
-"""Name of the child under which a layer keeps its kernels."""
 
 _NOTHING: Final = nn.ModuleDict()
 

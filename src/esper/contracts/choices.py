@@ -1,0 +1,40 @@
+"""Every closed set of words that a caller may say or read, each told once.
+
+A type checker sees the alternatives through the ``Literal``; code that must check a value at run
+time takes them from the tuple beside it, which is made from the same type.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+Mode = Literal["add", "replace"]
+"""How a kernel's output k joins a host's output h: ``h + alpha k`` or ``(1 - alpha) h + alpha k``.
+"""
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+
+Position = Literal["parallel", "serial"]
+"""What a kernel reads: the layer's input, or the host's output."""
+POSITIONS: Final[tuple[Position, ...]] = get_args(Position)
+
+Guard = Literal["always", "step", "off"]
+"""Where the faults of a seed's kernel are stopped: in each call, before each step, nowhere."""
+GUARDS: Final[tuple[Guard, ...]] = get_args(Guard)
+
+Goal = Literal["min", "max"]
+"""Whether a lower or a higher measure is better."""
+GOALS: Final[tuple[Goal, ...]] = get_args(Goal)
+
+Gate = Literal["admission", "fossilization"]
+"""Which arrow between the stages of a graft a gate stands at."""
+GATES: Final[tuple[Gate, ...]] = get_args(Gate)
+
+GraftVerdict = Literal[
+    "in progress",
+    "culled in audition",
+    "culled at admission",
+    "culled after admission",
+    "fossilized",
+]
+"""What became of a graft."""
+GRAFT_VERDICTS: Final[tuple[GraftVerdict, ...]] = get_args(GraftVerdict)

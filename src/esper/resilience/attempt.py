@@ -1,0 +1,52 @@
+"""The one broad fence around foreign code: a callback, a sink, a hook that somebody else wrote.
+
+A forward has a fence of its own, inline, because a call more per seed is too much there. Everything
+else that catches an error names its class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[R]):
+    """Foreign code returned.
+
+    Attributes:
+        value: What it returned.
+    """
+
+    value: R
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Foreign code raised.
+
+    Attributes:
+        error: What it raised, with its traceback.
+    """
+
+    error: Exception
+
+    def __str__(self) -> str:
+        """Return the error's class and message, for people."""
+        return f"{type(self.error).__name__}: {self.error}"
+
+
+def attempt(fn: Callable[[], R]) -> Done[R] | Failed:
+    """Call foreign code and return what came of it; the caller has to look at which it was.
+
+    ``KeyboardInterrupt``, ``SystemExit`` and their like pass through: they are no answer of ``fn``.
+    """
+    try:
+        return Done(fn())
+    except Exception as error:  # noqa: BLE001 - the one broad fence outside of a forward
+        return Failed(error)

@@ -1,0 +1,32 @@
+"""What of a wrapped module is its host's, and what belongs to the kernels in its seeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SEEDS: Final = "_seeds"
+"""Name of the child of a layer that holds its slots; absent while there is none."""
+
+
+def is_in_a_seed(name: str) -> bool:
+    """Say whether a dotted name of a module, parameter or buffer leads through a seed."""
+    return SEEDS in name.split(".")
+
+
+def host_modules(module: nn.Module) -> list[nn.Module]:
+    """Return a module and what is inside it, without the kernels of any seed."""
+    return [part for name, part in module.named_modules() if not is_in_a_seed(name)]
+
+
+def host_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Return the layer's own parameters, without those of any seed's kernel."""
+    return [p for name, p in layer.named_parameters() if not is_in_a_seed(name)]
+
+
+def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return name (below the layer) and parameter of the kernels in the layer's own seeds."""
+    named = layer.named_parameters()
+    return [(name, p) for name, p in named if name.startswith(f"{SEEDS}.")]
