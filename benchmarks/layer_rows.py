@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from esper.execution.host_class import adopt
-from esper.seeds.maintenance import read_step_flags
+from esper.seeds.step_guard import read_step_flags
 
 _SETUP = """
 import torch

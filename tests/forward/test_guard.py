@@ -14,12 +14,9 @@ from esper.continuity.optimizer import sync_optimizer
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
-from esper.seeds.maintenance import (
-    FIRST_RETRY_READINGS,
-    KeptBuffers,
-    maintain,
-    read_step_flags,
-)
+from esper.seeds.isolation import FIRST_RETRY_READINGS
+from esper.seeds.maintenance import maintain
+from esper.seeds.step_guard import KeptBuffers, read_step_flags
 
 
 class Net(nn.Module):

@@ -9,7 +9,9 @@ from torch import nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import adopt
-from esper.seeds.maintenance import FIRST_RETRY_READINGS, maintain, read_step_flags
+from esper.seeds.isolation import FIRST_RETRY_READINGS
+from esper.seeds.maintenance import maintain
+from esper.seeds.step_guard import read_step_flags
 from esper.state.layer_call import LayerCall
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from esper.execution.host_class import adopt
-from esper.seeds.maintenance import maintain, read_step_flags
+from esper.seeds.maintenance import maintain
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
+from esper.seeds.step_guard import read_step_flags
 from esper.state.kernel import prepare_kernel
 from esper.state.layer_record import record_of
 

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.seeds.maintenance import KeptBuffers, has_step_seeds, read_step_flags
+from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
-from esper.forward.guard import in_transform, run_kernel
+from esper.forward.fence import run_kernel
+from esper.forward.finiteness import in_transform
 from esper.streams.device_streams import run_on_side
 from esper.streams.gradient_sync import GradientFuture, GradientSynchronizer
 from esper.streams.stream_manager import StreamManager

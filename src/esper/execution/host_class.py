@@ -14,7 +14,7 @@ from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_embedding_layer import KasminaEmbeddingLayer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
-from esper.forward import generated_class
+from esper.forward import class_change
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ def release(layer: nn.Module) -> nn.Module:
             "first, or use esper.unwrap (keeps grafts) or esper.restore (drops them)"
         )
         raise SeedLifecycleError(msg)
-    generated_class.give_back(layer)
+    class_change.return_class(layer)
     return layer
 
 
 def refusal(module: nn.Module) -> str | None:
     """Return why a module cannot be a site, or None if it can be one."""
-    return generated_class.refusal(module, _family_of(module))
+    return class_change.refusal(module, _family_of(module))
 
 
 def _family_of(module: nn.Module) -> type[KasminaLayer]:

@@ -15,18 +15,13 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.statistics import layer_statistics
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
 from esper.fetching.error_recovery import ErrorRecoveryManager
-from esper.forward.generated_class import (
-    generated_base,
-    give_back,
-    host_view,
-    reduce_layer,
-    refusal,
-    replan,
-    take,
-)
+from esper.forward.class_change import adopt_class, choose_forward, refusal, return_class
+from esper.forward.generated_class import generated_base, reduce_layer
+from esper.forward.host_view import host_view
 from esper.running.kernel_executor import RealKernelExecutor, shared_executor
-from esper.seeds import folding, grafting, maintenance, occupancy, shadow
+from esper.seeds import folding, grafting, maintenance, rebuilding, shadow
 from esper.seeds.layer_health import monitor_of
+from esper.seeds.structure import structure as structure_of
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord
@@ -148,10 +143,10 @@ class KasminaLayer(nn.Module):
         )
         module.__dict__[RECORD] = record
         try:
-            take(module, cls)
-            replan(module)
+            adopt_class(module, cls)
+            choose_forward(module)
         except BaseException:
-            give_back(module)
+            return_class(module)
             raise
         return cast("KasminaLayer", module)
 
@@ -195,7 +190,7 @@ class KasminaLayer(nn.Module):
     @telemetry_enabled.setter
     def telemetry_enabled(self, enabled: bool) -> None:
         self._kasmina.telemetry_enabled = enabled
-        replan(self)
+        choose_forward(self)
 
     @property
     def forward_count(self) -> int:
@@ -466,11 +461,11 @@ class KasminaLayer(nn.Module):
 
     def structure(self) -> list[dict[str, Any]]:
         """Return the seeds that are not dormant as JSON values, for :meth:`build`."""
-        return occupancy.structure(self)
+        return structure_of(self)
 
     def build(self, structure: Sequence[dict[str, Any]]) -> None:
-        """Make the seeds those of a structure; see ``occupancy.build``."""
-        occupancy.build(self, structure)
+        """Make the seeds those of a structure; see ``rebuilding.build``."""
+        rebuilding.build(self, structure)
 
     def get_stats(self) -> dict[str, Any]:
         """Return the layer's statistics, as the specification lists them.
@@ -489,13 +484,13 @@ class KasminaLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy, and put hooks where the original has them."""
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch has none
-        occupancy.settle(self)
+        rebuilding.attach_hooks(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Build the seeds that the dict has, then load as the host does."""
         error_messages: list[str] = args[-1]
         try:
-            occupancy.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
+            rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
         except (KernelLoadError, ValueError) as error:
             error_messages.append(str(error))
             for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from esper.forward.guard import joining, run_kernel
+from esper.forward.fence import run_kernel
+from esper.forward.value_gates import share_adder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from esper.forward.guard import Join
+    from esper.forward.value_gates import ShareAdder
     from esper.state.layer_call import LayerCall
     from esper.state.layer_record import LayerRecord
     from esper.state.seed_slot import Seed
@@ -42,7 +43,7 @@ def blend(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel = run_
         h: The host's output, of floating dtype.
         run: Runs the kernel of one seed, as ``run_kernel`` does.
     """
-    joins: list[Join] = []
+    adders: list[ShareAdder] = []
     replaced: Tensor | None = None
     is_counted = record.telemetry_enabled and not record.in_shadow
     if is_counted and not torch.compiler.is_compiling() and _count(record):
@@ -53,13 +54,13 @@ def blend(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel = run_
             continue
         alpha = seed.slot._buffers["alpha"]  # noqa: SLF001 - getattr costs a microsecond
         assert alpha is not None
-        join, weight = joining(seed, h, k, alpha)
-        joins.append(join)
+        add, weight = share_adder(seed, h, k, alpha)
+        adders.append(add)
         if seed.replaces:
             replaced = weight if replaced is None else replaced + weight
     y = h if replaced is None else (1.0 - replaced) * h
-    for join in joins:
-        y = join(y)
+    for add in adders:
+        y = add(y)
     return y
 
 

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.blending import blend
-from esper.forward.guard import run_kernel
-from esper.forward.recompilation import allow_graph_of
+from esper.forward.fence import run_kernel
+from esper.forward.host_output import blendable, with_first
 from esper.state.host_parts import SEEDS
 from esper.state.layer_call import LayerCall
-from esper.state.layer_record import RECORD, record_of
-from esper.state.roster import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,10 +28,13 @@ if TYPE_CHECKING:
     from esper.forward.blending import RunKernel
     from esper.state.layer_record import LayerRecord
 
+
 KINDS: Final = ("dormant", "counting", "active")
 
+
 _classes: dict[tuple[type, type, str], type] = {}
-_derived: dict[tuple[type, type], type] = {}
+
+
 _lock = threading.RLock()
 
 
@@ -64,7 +65,7 @@ def _make(family: type, host_class: type, kind: str) -> type:
     return type(f"Kasmina{host_class.__name__}", (family, host_class), body)
 
 
-def _native(family: Any, host_class: Any) -> Callable[..., Any]:
+def native_forward(family: Any, host_class: Any) -> Callable[..., Any]:
     """Return the host's forward; where the family lets arguments be left out, after filling in."""
     host_forward = cast("Callable[..., Any]", host_class.forward)
     complete = family.complete_call
@@ -80,7 +81,7 @@ def _native(family: Any, host_class: Any) -> Callable[..., Any]:
 
 
 def _counting(family: Any, host_class: Any) -> Callable[..., Any]:
-    native = _native(family, host_class)
+    native = native_forward(family, host_class)
 
     @functools.wraps(native)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +122,7 @@ def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKerne
     return torch.nested.nested_tensor([row[size] for row, size in zip(y, sizes, strict=True)])
 
 
-_FORWARDS: Final = {"dormant": _native, "counting": _counting, "active": _active}
+_FORWARDS: Final = {"dormant": native_forward, "counting": _counting, "active": _active}
 
 
 def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, Any]:
@@ -150,137 +151,12 @@ def generated_base(cls: type) -> type | None:
 
 def host_class_of(layer: nn.Module) -> type:
     """Return the class that a layer had before it was wrapped."""
-    return _key_of(layer)[1]
+    return key_of(layer)[1]
 
 
-def _key_of(layer: nn.Module) -> tuple[type, type, str]:
+def key_of(layer: nn.Module) -> tuple[type, type, str]:
+    """Return family, host class and kind of a layer's class."""
     return cast("tuple[type, type, str]", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001
-
-
-def refusal(module: object, family: type) -> str | None:
-    """Return why a module cannot become a layer of ``family``, or None if it can."""
-    if not isinstance(module, nn.Module):
-        return f"it is a {type(module).__name__}, not a torch.nn.Module"
-    if generated_base(type(module)) is not None or RECORD in module.__dict__:
-        return "it is wrapped already"
-    if isinstance(module, torch.jit.ScriptModule):  # noqa: TID251 - only to refuse it
-        return "it is a ScriptModule, whose class cannot change"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "it is lazy and has no parameters yet; run a forward first"
-    if has_foreign_forward(module):
-        return "it has a forward of its own in its __dict__, which a class cannot replace"
-    clash = _names_of(family) & _names_held(module)
-    if clash:
-        return f"it defines names that a layer needs: {', '.join(sorted(clash))}"
-    return None
-
-
-def has_foreign_forward(module: nn.Module) -> bool:
-    """Return whether an object has a forward of its own, which its class's would not replace.
-
-    The bound method of its class, which accelerate leaves behind, is none: it is what a call would
-    find anyway, until the class changes.
-    """
-    own = module.__dict__.get("forward")
-    if own is None:
-        return False
-    bound_to = getattr(own, "__self__", None)
-    of_class = getattr(own, "__func__", None) in [
-        vars(c).get("forward") for c in type(module).__mro__
-    ]
-    return not (bound_to is module and of_class)
-
-
-def _names_of(family: type) -> set[str]:
-    ours = family.__mro__[: family.__mro__.index(nn.Module)]
-    names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
-    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys()
-
-
-def _names_held(module: nn.Module) -> set[str]:
-    mro = type(module).__mro__
-    defined = {name for cls in mro[: mro.index(nn.Module)] for name in vars(cls)}
-    tables = ("_parameters", "_buffers", "_modules")
-    held = {name for table in tables for name in vars(module)[table]}
-    return defined | held | vars(module).keys()
-
-
-def become(layer: nn.Module, kind: str) -> None:
-    """Change a layer's class to another of its three; a class derived from ours follows."""
-    family, host_class, current = _key_of(layer)
-    if kind != current:
-        _change_class(layer, generated_class(family, host_class, kind))
-
-
-def take(module: nn.Module, family: type) -> None:
-    """Change a host object's class to the dormant class of ``family``.
-
-    A class that parametrizations have put on top stays there: they take it off again by its base.
-    """
-    module.__dict__.pop("forward", None)  # where it is there, it is the class's own
-    cls = type(module)
-    if not nn.utils.parametrize.is_parametrized(module):
-        _set_class(module, generated_class(family, cls, "dormant"))
-        return
-    host_class = cls.__bases__[0]
-    target = generated_class(family, host_class, "dormant")
-    made = _made_like(cls, (target, *cls.__bases__[1:]))
-    with _lock:
-        _derived[cls, target] = made
-        _derived[made, host_class] = cls
-    _set_class(module, made)
-
-
-def give_back(layer: nn.Module) -> None:
-    """Change a layer's class to what it was, if it has changed, and drop its record."""
-    if generated_base(type(layer)) is not None:
-        _change_class(layer, host_class_of(layer))
-    layer.__dict__.pop(RECORD, None)
-
-
-def _change_class(layer: nn.Module, target: type) -> None:
-    _set_class(layer, _rebased(type(layer), target))
-
-
-def _set_class(module: nn.Module, cls: type) -> None:
-    object.__setattr__(module, "__class__", cls)
-
-
-def _rebased(cls: type, target: type) -> type:
-    """Return ``cls`` with our generated class in its bases exchanged for ``target``.
-
-    Parametrizations and FSDP2 derive a class from the one they find; theirs must survive.
-    """
-    if "_esper_key" in cls.__dict__:
-        return target
-    if generated_base(cls) is None:
-        return cls
-    with _lock:
-        if (cls, target) not in _derived:
-            bases = tuple(_rebased(base, target) for base in cls.__bases__)
-            _derived[cls, target] = made = _made_like(cls, bases)
-            _derived[made, cast("type", generated_base(cls))] = cls
-        return _derived[cls, target]
-
-
-def _made_like(cls: type, bases: tuple[type, ...]) -> type:
-    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, body)
-
-
-def replan(layer: nn.Module) -> None:
-    """Make the plan from the seeds' states and alphas, and choose the layer's class by it."""
-    record = record_of(layer)
-    seeds = {
-        i: seed
-        for i, seed in record.seeds.items()
-        if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
-    } | record.shadows
-    record.plan = tuple(seeds[i] for i in sorted(seeds))
-    idle = "counting" if record.telemetry_enabled else "dormant"
-    become(layer, "active" if record.plan else idle)
-    allow_graph_of(layer, record.plan)
-    note(layer)
 
 
 def rebuild(family: type, host_class: type, kind: str) -> nn.Module:
@@ -300,41 +176,3 @@ def reduce_layer(reduced: tuple[Any, ...], cls: type) -> tuple[Any, ...]:
     if key is None or getattr(reduced[0], "__name__", "") != "__newobj__":
         return reduced
     return (rebuild, key, *reduced[2:])
-
-
-def host_view(layer: nn.Module) -> nn.Module:
-    """Return an object of the host's class over the layer's own ``__dict__``."""
-    view: nn.Module = object.__new__(host_class_of(layer))
-    object.__setattr__(view, "__dict__", layer.__dict__)
-    return view
-
-
-def host_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run the host's own forward, without the layer's hooks and seeds."""
-    return _native(*_key_of(layer)[:2])(layer, *args, **kwargs)
-
-
-def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
-    """Return a call with the arguments that the layer's family lets a caller leave out."""
-    complete = cast("Any", _key_of(layer)[0]).complete_call
-    return call if complete is None else LayerCall(*complete(call.args, call.kwargs))
-
-
-def blendable(output: Any) -> Tensor:
-    """Return the part of a host's output that a graft can be added to.
-
-    Raises:
-        TypeError: It is neither a floating tensor nor a tuple that begins with one.
-    """
-    first = output[0] if isinstance(output, tuple) and output else output
-    if isinstance(first, Tensor) and first.is_floating_point():
-        return first
-    found = first.dtype if isinstance(first, Tensor) else type(output).__name__
-    msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
-    raise TypeError(msg)
-
-
-def with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
-    """Return a tuple, or a named one, with another first element."""
-    rest = (y, *output[1:])
-    return type(output)(*rest) if hasattr(output, "_fields") else rest

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from esper.forward.generated_class import blendable, completed, host_forward
+from esper.forward.host_output import blendable
+from esper.forward.host_view import completed, host_forward
 from esper.seeds.shadow import shadow_pass
 from esper.state.layer_call import LayerCall
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from esper.forward.generated_class import blendable
+from esper.forward.host_output import blendable
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.forward.generated_class import replan
+from esper.forward.class_change import choose_forward
 from esper.seeds.affine import NotFoldable
 from esper.seeds.fold_target import FoldTarget, in_float64, shares, target_of
 from esper.seeds.grafting import active_seed
-from esper.seeds.occupancy import encoded_structure, withdraw
+from esper.seeds.slots import withdraw
+from esper.seeds.structure import encoded_structure
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def fossilize(layer: nn.Module, seed_idx: int) -> FoldCertificate:
         withdraw(layer, seed_idx)
     else:
         seed.slot.set_structure(encoded_structure(layer, seed_idx))
-        replan(layer)
+        choose_forward(layer)
     return certificate
 
 

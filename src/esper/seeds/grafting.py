@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.forward.generated_class import has_foreign_forward, replan
-from esper.seeds.occupancy import (
-    apply_guard,
-    encoded_structure,
-    forget_waiting,
-    insert,
-    make_seed,
-    withdraw,
-)
+from esper.forward.class_change import choose_forward
+from esper.forward.host_view import has_foreign_forward
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example
+from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
+from esper.seeds.structure import encoded_structure
 from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel
 from esper.state.layer_call import Example, LayerCall
 from esper.state.layer_record import record_of
@@ -300,7 +295,7 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     after = layout.set_alpha(seed_idx, alpha)
     seed.slot.set_alpha(after)
     if (before > 0.0) != (after > 0.0):
-        replan(layer)
+        choose_forward(layer)
 
 
 def set_guard(layer: nn.Module, seed_idx: int, guard: str) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from esper.compiler.lowering import LoweredKernel, duplicate
 from esper.contracts.errors import KernelRefusedError
-from esper.forward.generated_class import blendable, completed, host_forward, host_view
+from esper.forward.host_output import blendable
+from esper.forward.host_view import completed, host_forward, host_view
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.shadow import shadow_pass
 from esper.state.layer_call import LayerCall, Takes

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esper.forward.generated_class import replan
-from esper.seeds.occupancy import make_seed
+from esper.forward.class_change import choose_forward
+from esper.seeds.slots import make_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import no_hook
 
@@ -140,7 +140,7 @@ def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float
     seed.slot.set_alpha(alpha)
     record.shadows[seed_idx] = seed
     handle = layer.register_forward_hook(no_hook)  # turns fused paths off that bypass the layer
-    replan(layer)
+    choose_forward(layer)
     try:
         yield
         if seed.example is not None:
@@ -148,4 +148,4 @@ def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float
     finally:
         handle.remove()
         del record.shadows[seed_idx]
-        replan(layer)
+        choose_forward(layer)

@@ -17,7 +17,7 @@ _busy: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def note(layer: nn.Module) -> None:
+def update_roster(layer: nn.Module) -> None:
     """Remember whether any seed of a layer holds a kernel; to be called when that changes."""
     with _lock:
         if record_of(layer).seeds:
@@ -41,7 +41,7 @@ class Roster:
         self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         for position, layer in enumerate(layers):
             self._positions[layer] = position
-            note(layer)
+            update_roster(layer)
 
     def busy(self) -> list[nn.Module]:
         """Return the layers that hold kernels, in the order in which they were given."""

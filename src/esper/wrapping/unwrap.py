@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from esper.compiler.lowering import LoweredKernel
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.forward.generated_class import blendable, host_view
+from esper.forward.host_output import blendable
+from esper.forward.host_view import host_view
 from esper.seeds.shadow import shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall

@@ -1,0 +1,129 @@
+"""How a host object becomes a layer, follows its seeds, and gets its class back."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import torch
+from torch import nn
+
+from esper.forward.generated_class import generated_base, generated_class, host_class_of, key_of
+from esper.forward.host_view import has_foreign_forward
+from esper.forward.recompilation import allow_graph_of
+from esper.state.host_parts import SEEDS
+from esper.state.layer_record import RECORD, record_of
+from esper.state.roster import update_roster
+
+_derived: dict[tuple[type, type], type] = {}
+_lock = threading.RLock()
+
+
+def refusal(module: object, family: type) -> str | None:
+    """Return why a module cannot become a layer of ``family``, or None if it can."""
+    if not isinstance(module, nn.Module):
+        return f"it is a {type(module).__name__}, not a torch.nn.Module"
+    if generated_base(type(module)) is not None or RECORD in module.__dict__:
+        return "it is wrapped already"
+    if isinstance(module, torch.jit.ScriptModule):  # noqa: TID251 - only to refuse it
+        return "it is a ScriptModule, whose class cannot change"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "it is lazy and has no parameters yet; run a forward first"
+    if has_foreign_forward(module):
+        return "it has a forward of its own in its __dict__, which a class cannot replace"
+    clash = _names_of(family) & _names_held(module)
+    if clash:
+        return f"it defines names that a layer needs: {', '.join(sorted(clash))}"
+    return None
+
+
+def _names_of(family: type) -> set[str]:
+    ours = family.__mro__[: family.__mro__.index(nn.Module)]
+    names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
+    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys()
+
+
+def _names_held(module: nn.Module) -> set[str]:
+    mro = type(module).__mro__
+    defined = {name for cls in mro[: mro.index(nn.Module)] for name in vars(cls)}
+    tables = ("_parameters", "_buffers", "_modules")
+    held = {name for table in tables for name in vars(module)[table]}
+    return defined | held | vars(module).keys()
+
+
+def become(layer: nn.Module, kind: str) -> None:
+    """Change a layer's class to another of its three; a class derived from ours follows."""
+    family, host_class, current = key_of(layer)
+    if kind != current:
+        _change_class(layer, generated_class(family, host_class, kind))
+
+
+def adopt_class(module: nn.Module, family: type) -> None:
+    """Change a host object's class to the dormant class of ``family``.
+
+    A class that parametrizations have put on top stays there: they take it off again by its base.
+    """
+    module.__dict__.pop("forward", None)  # where it is there, it is the class's own
+    cls = type(module)
+    if not nn.utils.parametrize.is_parametrized(module):
+        _set_class(module, generated_class(family, cls, "dormant"))
+        return
+    host_class = cls.__bases__[0]
+    target = generated_class(family, host_class, "dormant")
+    made = _made_like(cls, (target, *cls.__bases__[1:]))
+    with _lock:
+        _derived[cls, target] = made
+        _derived[made, host_class] = cls
+    _set_class(module, made)
+
+
+def return_class(layer: nn.Module) -> None:
+    """Change a layer's class to what it was, if it has changed, and drop its record."""
+    if generated_base(type(layer)) is not None:
+        _change_class(layer, host_class_of(layer))
+    layer.__dict__.pop(RECORD, None)
+
+
+def _change_class(layer: nn.Module, target: type) -> None:
+    _set_class(layer, _rebased(type(layer), target))
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)
+
+
+def _rebased(cls: type, target: type) -> type:
+    """Return ``cls`` with our generated class in its bases exchanged for ``target``.
+
+    Parametrizations and FSDP2 derive a class from the one they find; theirs must survive.
+    """
+    if "_esper_key" in cls.__dict__:
+        return target
+    if generated_base(cls) is None:
+        return cls
+    with _lock:
+        if (cls, target) not in _derived:
+            bases = tuple(_rebased(base, target) for base in cls.__bases__)
+            _derived[cls, target] = made = _made_like(cls, bases)
+            _derived[made, cast("type", generated_base(cls))] = cls
+        return _derived[cls, target]
+
+
+def _made_like(cls: type, bases: tuple[type, ...]) -> type:
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
+
+
+def choose_forward(layer: nn.Module) -> None:
+    """Make the plan from the seeds' states and alphas, and choose the layer's class by it."""
+    record = record_of(layer)
+    seeds = {
+        i: seed
+        for i, seed in record.seeds.items()
+        if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
+    } | record.shadows
+    record.plan = tuple(seeds[i] for i in sorted(seeds))
+    idle = "counting" if record.telemetry_enabled else "dormant"
+    become(layer, "active" if record.plan else idle)
+    allow_graph_of(layer, record.plan)
+    update_roster(layer)

@@ -1,0 +1,89 @@
+"""The fence: a kernel that raises, or gives what cannot be added, costs its own share of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esper.forward.finiteness import in_transform, summed
+from esper.forward.gradient_gates import gated, keep_gated
+from esper.state.observation import Call
+
+if TYPE_CHECKING:
+    from esper.state.layer_call import LayerCall
+    from esper.state.seed_slot import Seed
+
+
+Launch = Callable[[Callable[[], Any]], Any]
+"""Runs a kernel elsewhere, and returns what it returned."""
+
+
+def run_kernel(
+    seed: Seed, call: LayerCall, h: Tensor, launch: Launch | None = None
+) -> Tensor | None:
+    """Return the kernel's output, or None where the fence took a fault.
+
+    Under ``torch.compile`` there is no fence: what does not trace was refused at load.
+
+    Args:
+        seed: The seed; a shadow seed is not fenced.
+        call: What the layer was given.
+        h: The host's output; the result has its shape, dtype and device.
+        launch: Where an eager kernel runs, and nothing but the kernel; None: here.
+    """
+    if torch.compiler.is_compiling():
+        return _conform(_output(seed, call, h), h)
+    if seed.is_shadow:
+        if seed.example is None:
+            seed.example = call.detached()
+        return _conform(_output(seed, call, h), h)
+    if seed.guard == "always":
+        keep_gated(seed)
+    try:
+        if launch is not None:
+            return _conform(launch(partial(_output, seed, call, h)), h)
+        return _conform(_output(seed, call, h), h)
+    except Exception as error:  # noqa: BLE001 - the one broad fence
+        _remember_raised(seed, h, error)
+        return None
+
+
+def _output(seed: Seed, call: LayerCall, h: Tensor) -> Any:
+    """Run a kernel on what it reads: ``h``, the layer's first input, or its whole call."""
+    kernel: Any = seed.slot._modules["kernel"]  # noqa: SLF001 - getattr costs a microsecond
+    is_gated = seed.guard == "always" and torch.is_grad_enabled()
+    if seed.takes is None:
+        given = h if seed.is_serial else call.x
+        return kernel(gated(given, seed) if is_gated else given)
+    taken = seed.takes.of(call)
+    if is_gated:
+        taken = taken.with_tensors(lambda t: gated(t, seed))
+    return kernel(*taken.args, **taken.kwargs)
+
+
+def _conform(k: Any, h: Tensor) -> Tensor:
+    """Return ``k`` if it can be added to ``h``; autocast may have chosen another dtype."""
+    if isinstance(k, tuple) and k:  # as of an attention: its output and its weights
+        k = k[0]
+    if not isinstance(k, Tensor) or k.shape != h.shape or k.device != h.device:
+        raise ValueError(_unlike(k, h))
+    if k.dtype == h.dtype:
+        return k
+    if not torch.is_autocast_enabled(h.device.type):
+        raise ValueError(_unlike(k, h))
+    return k.to(h.dtype)
+
+
+def _unlike(k: Any, h: Tensor) -> str:
+    found = f"{tuple(k.shape)}, {k.dtype}" if isinstance(k, Tensor) else type(k).__name__
+    return f"kernel output: expected {tuple(h.shape)}, {h.dtype}, on {h.device}; found {found}"
+
+
+def _remember_raised(seed: Seed, h: Tensor, error: Exception) -> None:
+    seed.last_error = f"{type(error).__name__}: {error}"
+    if not in_transform():
+        seed.seen.calls.append(Call((summed(h.detach()),), raised=True))

@@ -1,0 +1,112 @@
+"""The gates on gradients: one that is not finite leaves a kernel as zeros, and is remembered."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esper.forward.finiteness import in_transform, is_finite, summed
+
+if TYPE_CHECKING:
+    from esper.state.seed_slot import Seed
+
+
+class _GradientGate(torch.autograd.Function):
+    """The identity; its gradient is zeros where the gradient that arrives is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
+        ok = is_finite(summed(gradients[0]))
+        bad = (~ok).to(torch.float32)
+        return torch.where(ok, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
+
+
+def gated(x: Tensor, seed: Seed) -> Tensor:
+    """Return ``x`` under a gate: a function where it is compiled, else a hook, which is cheaper."""
+    if not x.requires_grad:
+        return x
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _GradientGate.apply(x, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
+        return compiled
+    gated = x.view_as(x)
+    node: Any = gated.grad_fn
+    node.register_prehook(_InputHook(seed))  # a hook of the tensor costs four times as much
+    return gated
+
+
+def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
+    """Return the gradient, or zeros where its sum is not finite, and remember the sum.
+
+    On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
+    """
+    total = summed(gradient)
+    if gradient.requires_grad or in_transform():
+        return torch.where(is_finite(total), gradient, 0.0)
+    if gradient.device.type != "cpu":
+        seed.seen.leave(place, total)
+        return torch.where(is_finite(total), gradient, 0.0)
+    number = total.item()
+    seed.seen.leave(place, number)
+    return gradient if math.isfinite(number) else torch.zeros_like(gradient)
+
+
+class _InputHook:
+    """The gate of a kernel's input, as a hook of the node that its gradient leaves through."""
+
+    def __init__(self, seed: Seed) -> None:
+        self._seed = seed
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """Return the gradients that may pass; None where there is none."""
+        (gradient,) = gradients
+        return None if gradient is None else (_zeros_unless_finite(gradient, self._seed, -1),)
+
+
+class _ParameterHook:
+    """The gate of one of a kernel's parameters, as a hook.
+
+    Args:
+        seed: The seed, which remembers the sums of what passes.
+        place: Number of the parameter.
+    """
+
+    def __init__(self, seed: Seed, place: int) -> None:
+        self._seed, self._place = seed, place
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient that may pass."""
+        return None if gradient is None else _zeros_unless_finite(gradient, self._seed, self._place)
+
+
+def gate_parameters(seed: Seed) -> None:
+    """Put the gates on the kernel's trainable parameters; anew, wherever they were before."""
+    ungate_parameters(seed)
+    for module in seed.slot.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - where they can be exchanged
+            if parameter is not None and parameter.requires_grad:
+                hook = _ParameterHook(seed, len(seed.gated))
+                seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
+                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001
+
+
+def ungate_parameters(seed: Seed) -> None:
+    """Take the gates away."""
+    for handle in seed.handles:
+        handle.remove()
+    seed.handles, seed.gated = [], []
+
+
+def keep_gated(seed: Seed) -> None:
+    """Gate what has come into the place of the parameters: loading, moving and sharding do that."""
+    for table, name, parameter in seed.gated:
+        if table.get(name) is not parameter:
+            if not in_transform():
+                gate_parameters(seed)
+            return

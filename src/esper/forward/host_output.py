@@ -1,0 +1,27 @@
+"""What a host gives, and the part of it that a graft can be added to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def blendable(output: Any) -> Tensor:
+    """Return the part of a host's output that a graft can be added to.
+
+    Raises:
+        TypeError: It is neither a floating tensor nor a tuple that begins with one.
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return first
+    found = first.dtype if isinstance(first, Tensor) else type(output).__name__
+    msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
+    raise TypeError(msg)
+
+
+def with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
+    """Return a tuple, or a named one, with another first element."""
+    rest = (y, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else rest

@@ -1,0 +1,44 @@
+"""A layer's host by itself: its own forward, without hooks and seeds."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from esper.forward.generated_class import host_class_of, key_of, native_forward
+from esper.state.layer_call import LayerCall
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Return whether an object has a forward of its own, which its class's would not replace.
+
+    The bound method of its class, which accelerate leaves behind, is none: it is what a call would
+    find anyway, until the class changes.
+    """
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    bound_to = getattr(own, "__self__", None)
+    of_class = getattr(own, "__func__", None) in [
+        vars(c).get("forward") for c in type(module).__mro__
+    ]
+    return not (bound_to is module and of_class)
+
+
+def host_view(layer: nn.Module) -> nn.Module:
+    """Return an object of the host's class over the layer's own ``__dict__``."""
+    view: nn.Module = object.__new__(host_class_of(layer))
+    object.__setattr__(view, "__dict__", layer.__dict__)
+    return view
+
+
+def host_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the host's own forward, without the layer's hooks and seeds."""
+    return native_forward(*key_of(layer)[:2])(layer, *args, **kwargs)
+
+
+def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
+    """Return a call with the arguments that the layer's family lets a caller leave out."""
+    complete = cast("Any", key_of(layer)[0]).complete_call
+    return call if complete is None else LayerCall(*complete(call.args, call.kwargs))

@@ -1,0 +1,65 @@
+"""Taking a faulty kernel out of its layer until a probe has passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from torch import nn
+
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.seeds.layer_health import (
+    report_failure,
+)
+from esper.seeds.slots import withdraw
+from esper.state.layer_record import record_of
+
+if TYPE_CHECKING:
+    from esper.state.seed_slot import Seed
+
+
+FIRST_RETRY_READINGS: Final = 10
+"""An isolated seed is probed after so many readings; each further time after twice as many."""
+
+
+_S: Final = SeedLifecycleState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedFault:
+    """Faults of one seed since the last reading.
+
+    Attributes:
+        layer: Name of the layer.
+        seed_idx: Index of the seed.
+        faults: How many calls were faulty.
+        state: Where the seed is now.
+        reason: What the last fault was.
+    """
+
+    layer: str
+    seed_idx: int
+    faults: int
+    state: SeedLifecycleState
+    reason: str
+
+
+def isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) -> SeedFault:
+    """Take the slot out where the layout has isolated the seed; return the fault."""
+    record = record_of(layer)
+    record.num_faults += faults
+    state = record.layout.state(seed_idx)
+    if state == _S.ERROR_RECOVERY:
+        seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
+        withdraw(layer, seed_idx, keep_record=True)
+        drop_gradients(seed)
+        report_failure(record, seed)
+    return SeedFault(
+        layer=record.name, seed_idx=seed_idx, faults=faults, state=state, reason=seed.last_error
+    )
+
+
+def drop_gradients(seed: Seed) -> None:
+    """Let the optimizer pass an isolated kernel by: no ``model.zero_grad()`` reaches it now."""
+    for parameter in seed.slot.parameters():
+        parameter.grad = None

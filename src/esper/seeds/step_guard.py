@@ -1,0 +1,129 @@
+"""``guard="step"``: faults that are read before an optimizer's step, which is then not made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.seeds.isolation import SeedFault, isolate_if_moved
+from esper.state.host_parts import host_parameters, is_in_a_seed
+from esper.state.layer_record import LayerRecord, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from esper.state.seed_slot import Seed
+
+
+_S: Final = SeedLifecycleState
+
+
+def read_step_flags(
+    layers: Iterable[nn.Module], over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> list[SeedFault]:
+    """Read the flags of all seeds under ``guard="step"``, and isolate the faulty at once.
+
+    To be called where gradients are complete and the optimizer has not stepped. A seed is at
+    fault where its output was not finite and its host's was, or where its parameters' gradients
+    are not finite and those of its host are. One transfer from the device for all seeds together.
+
+    Args:
+        layers: Wrapped layers.
+        over_ranks: Takes the maximum of bool flags over the ranks that train a model together, so
+            that all of them drop a step or none does.
+
+    Returns:
+        The faulty seeds; the caller drops the step's gradients if there is one.
+    """
+    watched = [
+        (layer, seed_idx, seed)
+        for layer in layers
+        for seed_idx, seed in record_of(layer).seeds.items()
+        if seed.guard == "step"  # an isolated one, too: ranks may not have isolated it alike
+    ]
+    if not watched:
+        return []
+    stacked = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched])
+    flags = (stacked if over_ranks is None else over_ranks(stacked)).tolist()
+    faults = []
+    for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
+        raised = any(call.raised for call in seed.seen.calls)
+        if output_bad or gradient_bad:
+            what = "output" if output_bad else "gradients"
+            seed.last_error = f"its {what} were not finite where its host's were"
+            faults.append(_isolate_now(layer, seed_idx, seed))
+        elif not raised:
+            seed.forget_calls()
+            _end_run_of_faults(record_of(layer), seed_idx)
+    return faults
+
+
+def _end_run_of_faults(record: LayerRecord, seed_idx: int) -> None:
+    """A clean step ends a run of faults; that of an isolated seed is over."""
+    if record.layout.contributes(seed_idx) and int(record.layout.error_count[seed_idx]):
+        record.layout.record_calls(seed_idx, [False])
+
+
+def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
+    """Say whether any seed of the layers is under ``guard="step"``."""
+    return any(seed.guard == "step" for layer in layers for seed in record_of(layer).seeds.values())
+
+
+def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
+    """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
+    seed.follow_device()
+    output_bad, host_bad = seed.seen.step_flags()
+    gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
+    gradient_bad = gradient_bad & ~host_bad
+    if not seed.is_serial:
+        hosts_gradient_bad = _any_not_finite(host_parameters(layer), like=output_bad)
+        gradient_bad = gradient_bad & ~hosts_gradient_bad
+    return torch.stack((output_bad, gradient_bad))
+
+
+def _any_not_finite(parameters: Iterable[Any], *, like: Tensor) -> Tensor:
+    sums = [p.grad.sum(dtype=torch.float32) for p in parameters if p.grad is not None]
+    return ~torch.isfinite(torch.stack(sums)).all() if sums else torch.zeros_like(like)
+
+
+def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:
+    layout = record_of(layer).layout
+    seed.forget_calls()
+    if layout.state(seed_idx) == _S.ACTIVE:
+        layout.isolate(seed_idx)
+    elif layout.state(seed_idx) == _S.FOSSILIZED:
+        layout.record_calls(seed_idx, [True])
+    return isolate_if_moved(layer, seed_idx, seed, 1)
+
+
+class KeptBuffers:
+    """The last good copy of a model's buffers, for steps that ``guard="step"`` throws away.
+
+    A forward that a faulty kernel has spoiled leaves NaN in running statistics behind it.
+
+    Args:
+        model: The model; the slots of its seeds are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[str, Tensor] = {}
+        self.keep()
+
+    def keep(self) -> None:
+        """Copy the buffers as they are now: call it after a step without faults."""
+        self._kept = {name: buffer.detach().clone() for name, buffer in self._buffers()}
+
+    def put_back(self) -> None:
+        """Write the kept values into the buffers; one that is new or of a new shape stays."""
+        with torch.no_grad():
+            for name, buffer in self._buffers():
+                if name in self._kept and self._kept[name].shape == buffer.shape:
+                    buffer.copy_(self._kept[name])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        named = self._model.named_buffers()
+        return [(name, buffer) for name, buffer in named if not is_in_a_seed(name)]
