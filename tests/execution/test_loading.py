@@ -20,7 +20,7 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.contracts.lifecycle import SeedLifecycleState
-from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer
+from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer, KernelCache
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 S = SeedLifecycleState
@@ -53,7 +53,8 @@ def layer_of(source, **settings):
     """Return a layer whose retries follow each other at once."""
     layer = KasminaLayer.adopt_as(nn.Linear(6, 6), name="fc", source=source, **settings)
     budget = layer.error_recovery._budget
-    layer._kasmina.error_recovery = ErrorRecoveryManager(base_delay=0.0, budget=budget)
+    manager = ErrorRecoveryManager(base_delay=0.0, budget=budget)
+    layer._kasmina.shared.keep(ErrorRecoveryManager, manager)
     return layer
 
 
@@ -226,7 +227,7 @@ def test_what_a_seed_uses_is_not_evicted(waits):
     """A kernel is pinned as long as a seed holds it or waits for an example, and no longer."""
     layer = layer_of(FlappingSource())
     cache = EnhancedKernelCache(max_entries=1, source=layer.kernel_cache.source)
-    layer._kasmina.cache = cache
+    layer._kasmina.shared.keep(KernelCache, cache)
     options = {} if waits else {"example": torch.ones(5, 6)}
     layer.load_kernel_sync(0, KERNEL.artifact_id, alpha=0.5, **options)
     assert cache.get_stats()["pinned"] == 1
@@ -277,7 +278,7 @@ def test_copies_share_the_recovery_and_pickles_make_their_own():
     load(layer)
     layer(torch.ones(5, 6))
     esper.maintain(layer)
-    layer._kasmina.source = layer._kasmina.cache = None
+    layer._kasmina.source = None
     arrived = pickle.loads(pickle.dumps(layer))
     assert copy.deepcopy(layer).error_recovery is layer.error_recovery
     assert arrived.error_recovery is not layer.error_recovery

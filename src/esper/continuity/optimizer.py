@@ -76,7 +76,7 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     replicated = replicas(model)
     if replicated is not None:
         share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
-    link.guard(model, optimizer)
+    link.watch_steps(model, optimizer)
     if replicated is not None:
         _warn_of_lone_isolation(link.roster.busy())
 
@@ -211,7 +211,7 @@ class _Link:
         self._hooked = False
         self._kept: KeptBuffers | None = None
 
-    def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def watch_steps(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Read the step flags of the model's layers before each step."""
         for layer in _layers(model):
             layer.enable_step_guard(self._keep_now)
@@ -282,4 +282,7 @@ _LINKS: weakref.WeakKeyDictionary[Optimizer, _Link] = weakref.WeakKeyDictionary(
 
 
 def _link(optimizer: Optimizer) -> _Link:
-    return _LINKS.setdefault(optimizer, _Link())
+    link = _LINKS.get(optimizer)
+    if link is None:
+        link = _LINKS[optimizer] = _Link()
+    return link

@@ -25,7 +25,7 @@ _S = SeedLifecycleState
 
 ALLOWED_TRANSITIONS: Final[dict[SeedLifecycleState, frozenset[SeedLifecycleState]]] = {
     _S.DORMANT: frozenset({_S.LOADING}),
-    _S.LOADING: frozenset({_S.ACTIVE, _S.DORMANT, _S.ERROR_RECOVERY}),
+    _S.LOADING: frozenset({_S.ACTIVE, _S.DORMANT}),
     _S.ACTIVE: frozenset({_S.ACTIVE, _S.DORMANT, _S.ERROR_RECOVERY, _S.FOSSILIZED}),
     _S.ERROR_RECOVERY: frozenset({_S.LOADING, _S.ACTIVE, _S.DORMANT}),
     _S.FOSSILIZED: frozenset(),

@@ -102,10 +102,9 @@ class _AsyncState:
 
 
 def _state_of(record: LayerRecord) -> _AsyncState:
-    if record.family_state is None:
-        record.family_state = _AsyncState(record.layout.num_seeds)
-    state = record.family_state
-    assert isinstance(state, _AsyncState)
+    state = record.own.find(_AsyncState)
+    if state is None:
+        state = record.own.keep(_AsyncState, _AsyncState(record.layout.num_seeds))
     return state
 
 

@@ -15,6 +15,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.statistics import layer_statistics
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
 from esper.fetching.error_recovery import ErrorRecoveryManager
+from esper.fetching.kernel_cache import KernelCache
 from esper.forward.class_change import adopt_class, choose_forward, refusal, return_class
 from esper.forward.generated_class import generated_base, reduce_layer
 from esper.forward.host_view import host_view
@@ -31,13 +32,15 @@ from esper.state.state_layout import KasminaStateLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from typing import Unpack
 
     from esper.contracts.artifact import CompiledKernelArtifact
+    from esper.contracts.choices import Guard, Mode, Position
     from esper.contracts.ports import KernelSource
-    from esper.fetching.kernel_cache import KernelCache
     from esper.resilience.health_monitor import HealthMonitor
     from esper.seeds.folding import FoldCertificate
     from esper.state.layer_call import Example
+    from esper.state.waiting import GraftOptions
 
 
 class _ConstructorSignature:
@@ -209,18 +212,22 @@ class KasminaLayer(nn.Module):
         Without a source nothing can be loaded through it, and it says so.
         """
         record = self._kasmina
-        if record.cache is None:
-            record.cache = _cache(record.source, record.cache_size_mb)
-        return cast("KernelCache", record.cache)
+        cache = record.shared.find(KernelCache)
+        if cache is None:
+            cache = record.shared.keep(KernelCache, _cache(record.source, record.cache_size_mb))
+        return cache
 
     @property
     def error_recovery(self) -> ErrorRecoveryManager:
         """What tries failed loads again; layers of one source share the budget of retries."""
-        record = self._kasmina
-        if record.error_recovery is None:
+        shared = self._kasmina.shared
+        manager = shared.find(ErrorRecoveryManager)
+        if manager is None:
             budget = getattr(self.kernel_cache, "retry_budget", None)
-            record.error_recovery = ErrorRecoveryManager(max_retries=3, budget=budget)
-        return cast("ErrorRecoveryManager", record.error_recovery)
+            manager = shared.keep(
+                ErrorRecoveryManager, ErrorRecoveryManager(max_retries=3, budget=budget)
+            )
+        return manager
 
     @property
     def health_monitor(self) -> HealthMonitor:
@@ -239,9 +246,9 @@ class KasminaLayer(nn.Module):
         seed_idx: int,
         kernel: Kernel,
         alpha: float | None = None,
-        mode: str | None = None,
-        position: str | None = None,
-        guard: str = "always",
+        mode: Mode | None = None,
+        position: Position | None = None,
+        guard: Guard = "always",
         example: Example | None = None,
     ) -> None:
         """Put a kernel into a seed. A kernel that is there works until this one is ready.
@@ -278,7 +285,9 @@ class KasminaLayer(nn.Module):
             example=example,
         )
 
-    async def load_kernel(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
+    async def load_kernel(
+        self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
+    ) -> bool:
         """Fetch an artifact, verify it, and graft it; training goes on meanwhile.
 
         A kernel that the seed holds works on until the new one is ready, and a failure changes
@@ -308,7 +317,9 @@ class KasminaLayer(nn.Module):
             check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
 
-    def load_kernel_sync(self, seed_idx: int, artifact_id: str, **options: Any) -> bool:
+    def load_kernel_sync(
+        self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
+    ) -> bool:
         """Do what :meth:`load_kernel` does, and wait for it; another thread tries again."""
         load = functools.partial(self.kernel_cache.load_kernel_sync, artifact_id)
         with self._loading(seed_idx) as check_wanted:
@@ -332,27 +343,27 @@ class KasminaLayer(nn.Module):
         is_ours = record.layout.state(seed_idx) == SeedLifecycleState.DORMANT
         if is_ours:
             self.reserve(seed_idx)
-        before = record.num_unloads[seed_idx]
+        before = record.load_tickets[seed_idx]
 
         def check_wanted() -> None:
-            if record.num_unloads[seed_idx] != before:
+            if record.load_tickets[seed_idx] != before:
                 msg = f"seed {seed_idx} of layer {record.name!r} was given up while it loaded"
                 raise SeedLifecycleError(msg)
 
         try:
             yield check_wanted
         finally:
-            is_ours = is_ours and record.num_unloads[seed_idx] == before
+            is_ours = is_ours and record.load_tickets[seed_idx] == before
             if is_ours and seed_idx not in record.waiting:
                 grafting.cancel(self, seed_idx)
 
     def _graft_loaded(
-        self, seed_idx: int, artifact: CompiledKernelArtifact | None, options: dict[str, Any]
+        self, seed_idx: int, artifact: CompiledKernelArtifact | None, options: GraftOptions
     ) -> bool:
         if artifact is not None:
             self.graft(seed_idx, artifact, **options)
             waiting = self._kasmina.waiting.get(seed_idx)
-            user = self.seed_kernel(seed_idx) if waiting is None else waiting.kernel.module
+            user = self.seed_kernel(seed_idx) if waiting is None else waiting.request.kernel.module
             self.kernel_cache.pin_while(artifact.artifact_id, user)
         return artifact is not None
 
@@ -382,7 +393,7 @@ class KasminaLayer(nn.Module):
         """
         grafting.set_alpha(self, seed_idx, alpha)
 
-    def set_guard(self, seed_idx: int, guard: str) -> None:
+    def set_guard(self, seed_idx: int, guard: Guard) -> None:
         """Set where the faults of a contributing seed are stopped.
 
         Raises:
@@ -419,7 +430,7 @@ class KasminaLayer(nn.Module):
             state = self.state_layout.state(seed_idx)
             msg = f"seed {seed_idx} of layer {self.name!r} is {state.name}, expected LOADING"
             raise SeedLifecycleError(msg)
-        self._kasmina.num_unloads[seed_idx] += 1
+        self._kasmina.load_tickets[seed_idx] += 1
 
     def fossilize(self, seed_idx: int) -> FoldCertificate:
         """Make an ACTIVE seed permanent; fold it into the host's weights where that is exact.

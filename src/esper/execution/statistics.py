@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.fetching.error_recovery import ErrorRecoveryManager
+from esper.fetching.kernel_cache import KernelCache
+from esper.resilience.health_monitor import HealthMonitor
 from esper.running.kernel_executor import shared_executor
 from esper.running.module_cache import size_bytes
 from esper.state.layer_record import record_of
@@ -31,6 +34,9 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
     record = record_of(layer)
     states = record.layout.lifecycle_states.tolist()
     calls = record.forward_count
+    cache = record.shared.find(KernelCache)
+    recovery = record.shared.find(ErrorRecoveryManager)
+    health = record.own.find(HealthMonitor)
     return {
         "layer_info": {
             "input_size": getattr(layer, "input_size", 0),
@@ -50,11 +56,9 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
             "refused": dict(record.refusals),
             "average_health": _average_health(layer),
         },
-        "cache_stats": {} if record.cache is None else record.cache.get_stats(),
-        "recovery_stats": {}
-        if record.error_recovery is None
-        else record.error_recovery.get_stats(),
-        "health": {} if record.health_monitor is None else record.health_monitor.get_stats(),
+        "cache_stats": {} if cache is None else cache.get_stats(),
+        "recovery_stats": {} if recovery is None else recovery.get_stats(),
+        "health": {} if health is None else health.get_stats(),
         "performance": _performance(record),
     }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from torch import Tensor, nn
 
@@ -13,17 +12,22 @@ from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.forward.host_view import has_foreign_forward
+from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
 from esper.seeds.structure import encoded_structure
 from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel
-from esper.state.layer_call import Example, LayerCall
+from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
 from esper.state.seed_slot import Seed
+from esper.state.waiting import GraftRequest, WaitingGraft
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+    from typing import Unpack
+
+    from esper.contracts.choices import Guard
+    from esper.state.waiting import GraftOptions
 
 _S: Final = SeedLifecycleState
 _ALPHA_ROUNDING: Final = 2.0**-23
@@ -32,53 +36,34 @@ _ALPHA_ROUNDING: Final = 2.0**-23
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Waiting:
-    """A graft that waits for an input of its layer.
-
-    Attributes:
-        kernel: What is to be grafted.
-        alpha: As given to ``graft``.
-        guard: As given to ``graft``.
-        is_pristine: Whether an earlier probe of the same artifact may answer.
-        handle: The one-shot hook.
-    """
-
-    kernel: PreparedKernel
-    alpha: float | None
-    guard: str
-    is_pristine: bool
-    handle: RemovableHandle
-
-
-def graft(
-    layer: nn.Module,
-    seed_idx: int,
-    kernel: Kernel,
-    *,
-    alpha: float | None,
-    mode: str | None,
-    position: str | None,
-    guard: str,
-    example: Example | None,
-) -> None:
+def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[GraftOptions]) -> None:
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
+    alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
-    prepared = prepare_kernel(layer, kernel, mode=mode, position=position)
+    prepared = prepare_kernel(
+        layer, kernel, mode=options.get("mode"), position=options.get("position")
+    )
     _check_weight(layer, seed_idx, prepared, alpha or 0.0)
-    is_pristine = not isinstance(kernel, PreparedKernel | nn.Module)
+    request = GraftRequest(
+        kernel=prepared,
+        alpha=alpha,
+        guard=guard,
+        is_pristine=not isinstance(kernel, PreparedKernel | nn.Module),
+    )
+    example = options.get("example")
+    if example is not None:
+        _probe_and_install(layer, seed_idx, request, LayerCall.of(example))
+        return
     seen = seen_example(layer, prepared)
-    if example is None and seen is None:
-        _wait(layer, seed_idx, prepared, alpha, guard, is_pristine)
-    elif example is None and alpha is not None:
-        _install(layer, seed_idx, prepared, alpha, guard, seen)
+    if seen is None:
+        _wait(layer, seed_idx, request)
+    elif alpha is not None:
+        _install(layer, seed_idx, request, alpha, seen)
     else:
-        known = seen if example is None else LayerCall.of(example)
-        assert known is not None
-        _probe_and_install(layer, seed_idx, prepared, known, alpha, guard, is_pristine)
+        _probe_and_install(layer, seed_idx, request, seen)
 
 
-def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: str) -> None:
+def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: Guard) -> None:
     record = record_of(layer)
     if record.layout.state(seed_idx) == _S.FOSSILIZED:
         msg = f"seed {seed_idx} of layer {record.name!r} is a fossil; graft into another seed"
@@ -109,7 +94,7 @@ def _check_is_called(layer: nn.Module) -> None:
         raise ValueError(msg)
 
 
-def check_guard(layer: nn.Module, guard: str) -> None:
+def check_guard(layer: nn.Module, guard: Guard) -> None:
     """Refuse a guard that is unknown, or that nobody would read.
 
     Raises:
@@ -142,22 +127,15 @@ def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha
 
 
 def _probe_and_install(
-    layer: nn.Module,
-    seed_idx: int,
-    kernel: PreparedKernel,
-    example: LayerCall,
-    alpha: float | None,
-    guard: str,
-    is_pristine: bool,  # noqa: FBT001 - all of them are needed, in this order
+    layer: nn.Module, seed_idx: int, request: GraftRequest, example: LayerCall
 ) -> None:
     try:
-        result = probe(layer, kernel, example, is_pristine=is_pristine)
+        result = probe(layer, request.kernel, example, is_pristine=request.is_pristine)
     except KernelRefusedError:
         cancel(layer, seed_idx)
         raise
-    if alpha is None:
-        alpha = _identity_alpha(result)
-    _install(layer, seed_idx, kernel, alpha, guard, example)
+    alpha = _identity_alpha(result) if request.alpha is None else request.alpha
+    _install(layer, seed_idx, request, alpha, example)
 
 
 def _identity_alpha(result: ProbeResult) -> float:
@@ -166,48 +144,30 @@ def _identity_alpha(result: ProbeResult) -> float:
 
 
 def _install(
-    layer: nn.Module,
-    seed_idx: int,
-    kernel: PreparedKernel,
-    alpha: float,
-    guard: str,
-    example: LayerCall | None,
+    layer: nn.Module, seed_idx: int, request: GraftRequest, alpha: float, example: LayerCall
 ) -> None:
+    kernel = request.kernel
     _check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
-    kept = None if example is None else example.detached()
-    seed = make_seed(layer, seed_idx, kernel, guard=guard, example=kept)
+    seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
     if layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         layout.transition_seed_state(seed_idx, _S.LOADING)
     layout.transition_seed_state(seed_idx, _S.ACTIVE, kernel.kernel_id)
     insert(layer, seed, alpha)
 
 
-def _wait(
-    layer: nn.Module,
-    seed_idx: int,
-    kernel: PreparedKernel,
-    alpha: float | None,
-    guard: str,
-    is_pristine: bool,  # noqa: FBT001 - all of them are needed, in this order
-) -> None:
+def _wait(layer: nn.Module, seed_idx: int, request: GraftRequest) -> None:
     record = record_of(layer)
     forget_waiting(layer, seed_idx)
     if record.layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         reserve(layer, seed_idx)
-    observer = _Observer(seed_idx)
-    record.waiting[seed_idx] = Waiting(
-        kernel=kernel,
-        alpha=alpha,
-        guard=guard,
-        is_pristine=is_pristine,
-        handle=layer.register_forward_pre_hook(observer, with_kwargs=True),
-    )
+    handle = layer.register_forward_pre_hook(_Observer(seed_idx), with_kwargs=True)
+    record.waiting[seed_idx] = WaitingGraft(request=request, handle=handle)
     _logger.info(
         "seed %d of layer %r waits for its next forward to probe %s",
         seed_idx,
         record.name,
-        kernel.kernel_id,
+        request.kernel.kernel_id,
     )
 
 
@@ -217,38 +177,31 @@ class _Observer:
     def __init__(self, seed_idx: int) -> None:
         self._seed_idx = seed_idx
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waiting: Waiting | None = forget_waiting(layer, self._seed_idx)
+    def __call__(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        waiting = forget_waiting(layer, self._seed_idx)
         if waiting is not None:
-            _finish(layer, self._seed_idx, waiting, LayerCall(args, kwargs))
+            _finish(layer, self._seed_idx, waiting.request, LayerCall(args, kwargs))
 
 
-def _finish(layer: nn.Module, seed_idx: int, waiting: Waiting, call: LayerCall) -> None:
+def _finish(layer: nn.Module, seed_idx: int, request: GraftRequest, call: LayerCall) -> None:
     """Probe and install from within a forward, which may not fail for it."""
-    try:
-        if not isinstance(call.x, Tensor):
-            _refuse_input(layer, waiting, call.x)
-        _probe_and_install(
-            layer,
-            seed_idx,
-            waiting.kernel,
-            call,
-            waiting.alpha,
-            waiting.guard,
-            waiting.is_pristine,
-        )
-    except Exception as error:  # noqa: BLE001 - the user's forward may not fail for a seed
+    outcome = attempt(lambda: _probe_seen(layer, seed_idx, request, call))
+    if isinstance(outcome, Failed):
         cancel(layer, seed_idx)
-        record_of(layer).refusals[seed_idx] = str(error)
-        _logger.warning("seed %d of layer %r: %s", seed_idx, record_of(layer).name, error)
+        record_of(layer).refusals[seed_idx] = str(outcome.error)
+        _logger.warning("seed %d of layer %r: %s", seed_idx, record_of(layer).name, outcome.error)
 
 
-def _refuse_input(layer: nn.Module, waiting: Waiting, x: Any) -> NoReturn:
-    msg = (
-        f"kernel {waiting.kernel.kernel_id} at layer {record_of(layer).name!r} needs a tensor as "
-        f"the layer's first input, found {type(x).__name__}"
-    )
-    raise KernelRefusedError(msg, check="type")
+def _probe_seen(layer: nn.Module, seed_idx: int, request: GraftRequest, call: LayerCall) -> None:
+    if not isinstance(call.x, Tensor):
+        msg = (
+            f"kernel {request.kernel.kernel_id} at layer {record_of(layer).name!r} needs a tensor "
+            f"as the layer's first input, found {type(call.x).__name__}"
+        )
+        raise KernelRefusedError(msg, check="type")
+    _probe_and_install(layer, seed_idx, request, call)
 
 
 def reserve(layer: nn.Module, seed_idx: int) -> None:
@@ -277,7 +230,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
     if layout.state(seed_idx) == _S.DORMANT:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
-    record_of(layer).num_unloads[seed_idx] += 1
+    record_of(layer).load_tickets[seed_idx] += 1
     forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True
@@ -298,7 +251,7 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
         choose_forward(layer)
 
 
-def set_guard(layer: nn.Module, seed_idx: int, guard: str) -> None:
+def set_guard(layer: nn.Module, seed_idx: int, guard: Guard) -> None:
     """Set the guard of a contributing seed; see ``KasminaLayer.set_guard``."""
     check_guard(layer, guard)
     seed = active_seed(layer, seed_idx, or_fossil=True)

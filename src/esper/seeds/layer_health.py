@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
+from esper.fetching.kernel_cache import KernelCache
 from esper.resilience.health_monitor import HealthMonitor
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ class UnhealthyLayer:
 
 def monitor_of(record: LayerRecord) -> HealthMonitor:
     """Return a layer's monitor, made when first asked for."""
-    if record.health_monitor is None:
-        record.health_monitor = HealthMonitor()
-    monitor: HealthMonitor = record.health_monitor
-    return monitor
+    monitor = record.own.find(HealthMonitor)
+    return record.own.keep(HealthMonitor, HealthMonitor()) if monitor is None else monitor
 
 
 def update_health(record: LayerRecord, outcomes: Sequence[bool]) -> list[UnhealthyLayer]:
@@ -67,16 +66,16 @@ def update_health(record: LayerRecord, outcomes: Sequence[bool]) -> list[Unhealt
 
 def report_success(record: LayerRecord, seed: Seed) -> None:
     """Tell the layer's cache that a kernel that came through it does its work."""
-    artifact_id = seed.kernel.artifact_id
-    if artifact_id is not None and isinstance(record.cache, EnhancedKernelCache):
-        record.cache.record_success(artifact_id)
+    artifact_id, cache = seed.kernel.artifact_id, record.shared.find(KernelCache)
+    if artifact_id is not None and isinstance(cache, EnhancedKernelCache):
+        cache.record_success(artifact_id)
 
 
 def report_failure(record: LayerRecord, seed: Seed) -> None:
     """Tell the layer's cache that a kernel that came through it had to be isolated."""
-    artifact_id = seed.kernel.artifact_id
-    if artifact_id is not None and isinstance(record.cache, EnhancedKernelCache):
-        record.cache.record_failure(artifact_id, f"at layer {record.name!r}: {seed.last_error}")
+    artifact_id, cache = seed.kernel.artifact_id, record.shared.find(KernelCache)
+    if artifact_id is not None and isinstance(cache, EnhancedKernelCache):
+        cache.record_failure(artifact_id, f"at layer {record.name!r}: {seed.last_error}")
 
 
 def _latency_ms(record: LayerRecord) -> float | None:

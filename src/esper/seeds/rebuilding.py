@@ -24,6 +24,8 @@ from esper.state.seed_slot import Seed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from esper.contracts.choices import Guard
+
 
 def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
     """Make the layer's seeds those of a structure; kernels that match stay the same objects.
@@ -44,7 +46,7 @@ def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
     seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
-        record.num_unloads[i] += 1
+        record.load_tickets[i] += 1
         if i not in entries and (i in record.seeds or record.layout.state(i)):
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)
@@ -89,9 +91,10 @@ def _check_entry(layer: nn.Module, entry: dict[str, Any]) -> None:
         raise KernelLoadError(msg)
 
 
-def _guard(layer: nn.Module, entry: dict[str, Any]) -> str:
+def _guard(layer: nn.Module, entry: dict[str, Any]) -> Guard:
     step_missing = entry["guard"] == "step" and not record_of(layer).has_step_guard
-    return "always" if step_missing else str(entry["guard"])
+    guard: Guard = entry["guard"]
+    return "always" if step_missing else guard
 
 
 def _same_kernel(mine: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -164,11 +167,11 @@ def attach_hooks(layer: nn.Module) -> None:
 
 
 def _end_waiting(layer: nn.Module) -> None:
-    """End the grafts for which the original waits: the copy's record has the ids of its hooks."""
+    """End the grafts for which the original waits; the copy has their hooks."""
     record = record_of(layer)
-    for seed_idx, hook_id in record.waiting.items():
+    for seed_idx, hook_id in record.hooks_of_original.items():
         layer._forward_pre_hooks.pop(hook_id, None)
         layer._forward_pre_hooks_with_kwargs.pop(hook_id, None)
         if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
             record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
-    record.waiting = {}
+    record.hooks_of_original = {}

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,7 +17,9 @@ from esper.state.layer_record import record_of
 from esper.state.seed_slot import Seed, SeedContainer, SeedSlot
 
 if TYPE_CHECKING:
+    from esper.contracts.choices import Guard
     from esper.state.layer_call import LayerCall
+    from esper.state.waiting import WaitingGraft
 
 
 def make_seed(
@@ -25,7 +27,7 @@ def make_seed(
     seed_idx: int,
     kernel: PreparedKernel,
     *,
-    guard: str,
+    guard: Guard,
     is_shadow: bool = False,
     example: LayerCall | None = None,
 ) -> Seed:
@@ -84,7 +86,7 @@ def withdraw(layer: nn.Module, seed_idx: int, *, keep_record: bool = False) -> S
     return seed
 
 
-def forget_waiting(layer: nn.Module, seed_idx: int) -> Any:
+def forget_waiting(layer: nn.Module, seed_idx: int) -> WaitingGraft | None:
     """Take away the hook of a graft that waits for an input; return the graft, or None."""
     waiting = record_of(layer).waiting.pop(seed_idx, None)
     if waiting is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from esper.state.state_layout import KasminaStateLayout
 
@@ -16,12 +16,29 @@ if TYPE_CHECKING:
 
     from esper.contracts.ports import KernelSource
     from esper.state.seed_slot import Seed
+    from esper.state.waiting import WaitingGraft
+
+T = TypeVar("T")
 
 RECORD: Final = "_kasmina"
 """The one entry of the host object's ``__dict__``."""
 
-_SHARED: Final = ("source", "cache", "error_recovery")
-"""Belong to the process, not to the layer: copies share them, pickles drop them."""
+
+class Companions:
+    """What other rooms keep with a layer: one object of a class, and no class is known here."""
+
+    def __init__(self) -> None:
+        self._kept: dict[type, object] = {}
+
+    def find(self, kind: type[T]) -> T | None:
+        """Return what was kept as a ``kind``, or None."""
+        kept = self._kept.get(kind)
+        return kept if isinstance(kept, kind) else None
+
+    def keep(self, kind: type[T], companion: T) -> T:
+        """Keep an object of a class in the place of the one before it, and return it."""
+        self._kept[kind] = companion
+        return companion
 
 
 class LayerRecord:
@@ -41,6 +58,8 @@ class LayerRecord:
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
         waiting: Grafts that wait for an example, by seed index.
+        hooks_of_original: In a copy, the ids of the hooks of the original's waiting grafts, by seed
+            index; the copy takes them away.
         refusals: Why a graft that had waited was refused, by seed index.
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
@@ -48,12 +67,11 @@ class LayerRecord:
         num_faults: Faulty kernel calls since birth, as far as they were read.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
-        num_unloads: How often a seed was given up, by index; a load that was under way sees it.
+        load_tickets: Number that a load of a seed must still hold when it is done, by index; it
+            rises wherever the seed is given up meanwhile.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
-        family_state: What the layer's family keeps for it; copied and pickled with it.
-        cache: The kernel cache, made when first asked for.
-        error_recovery: What tries failed loads again, made likewise.
-        health_monitor: Health of the kernels' calls, made when some were first read.
+        own: What is kept with this layer, and copied and pickled with it.
+        shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
 
     def __init__(
@@ -71,13 +89,13 @@ class LayerRecord:
         self.telemetry_enabled = telemetry_enabled
         self.source = source
         self.cache_size_mb = cache_size_mb
-        self.cache: Any = None
-        self.error_recovery: Any = None
-        self.health_monitor: Any = None
+        self.own = Companions()
+        self.shared = Companions()
         self.seeds: dict[int, Seed] = {}
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()
-        self.waiting: dict[int, Any] = {}
+        self.waiting: dict[int, WaitingGraft] = {}
+        self.hooks_of_original: dict[int, int] = {}
         self.refusals: dict[int, str] = {}
         self.native_count = 0
         self.active_count = 0
@@ -85,36 +103,42 @@ class LayerRecord:
         self.num_faults = 0
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
-        self.num_unloads: Counter[int] = Counter()
+        self.load_tickets: Counter[int] = Counter()
         self.in_shadow = False
-        self.family_state: Any = None
 
     @property
     def forward_count(self) -> int:
         """Calls since birth, counted where telemetry is on."""
         return self.native_count + self.active_count
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
         memo[id(self)] = copied
-        for key, value in self.__dict__.items():
-            if key not in ("waiting", "keep_buffers"):
-                copied.__dict__[key] = value if key in _SHARED else copy.deepcopy(value, memo)
-        copied.waiting = self._waiting_hooks()
-        copied.shadows = {}
-        copied.has_step_guard = copied.in_shadow = False
-        copied.keep_buffers = None
+        cleared = self._cleared_in_copies()
+        shared = {"source": self.source, "shared": self.shared}
+        own = {k: v for k, v in self.__dict__.items() if k not in cleared and k not in shared}
+        copied.__dict__.update(copy.deepcopy(own, memo) | shared | cleared)
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return what pickle keeps; where kernels come from is the process's business."""
-        own = {"shadows": {}, "waiting": self._waiting_hooks(), "has_step_guard": False}
-        own |= {"in_shadow": False, "keep_buffers": None}
-        return {**self.__dict__, **dict.fromkeys(_SHARED), **own}
+        return {
+            **self.__dict__,
+            **self._cleared_in_copies(),
+            "source": None,
+            "shared": Companions(),
+        }
 
-    def _waiting_hooks(self) -> dict[int, int]:
-        """Return the ids of the hooks of waiting grafts, which a copied layer takes away."""
-        return {i: waiting.handle.id for i, waiting in self.waiting.items()}
+    def _cleared_in_copies(self) -> dict[str, object]:
+        """Return what is not taken over by a copy: auditions, hooks, and promises to the layer."""
+        return {
+            "shadows": {},
+            "waiting": {},
+            "hooks_of_original": {i: w.handle.id for i, w in self.waiting.items()},
+            "has_step_guard": False,
+            "keep_buffers": None,
+            "in_shadow": False,
+        }
 
 
 def record_of(layer: nn.Module) -> LayerRecord:
