@@ -25,7 +25,8 @@ from esper.state.roster import Roster
 
 SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
 
-_Group = dict[str, Any]
+ParamGroup = dict[str, Any]
+"""A parameter group, as torch optimizers keep it: settings of many types by name."""
 _logger = logging.getLogger(__name__)
 
 
@@ -106,7 +107,7 @@ def append_parameters(
     optimizer: Optimizer,
     host_params: Iterable[torch.Tensor],
     new_params: Iterable[torch.Tensor],
-    state: Mapping[torch.Tensor, Any] | None = None,
+    state: Mapping[torch.Tensor, object] | None = None,
     *,
     names: Sequence[str] | None = None,
 ) -> None:
@@ -187,7 +188,7 @@ def audition_optimizer(
     return build(list(kernel_params), lr=rate, **settings)
 
 
-def host_group(optimizer: Optimizer, host_params: Iterable[torch.Tensor]) -> _Group:
+def host_group(optimizer: Optimizer, host_params: Iterable[torch.Tensor]) -> ParamGroup:
     """Return the group that holds a parameter of the host layer, else the first group."""
     wanted = {id(p) for p in host_params}
     for group in optimizer.param_groups:
@@ -224,22 +225,23 @@ class _Link:
             self._hooked = True
 
     def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         """Read the flags now, or, with a closure, once the closure has made the gradients."""
         values = (*args, *kwargs.values())
-        if not any(_is_closure(value, optimizer) for value in values):
+        if not any(callable(value) and not isinstance(value, Optimizer) for value in values):
             self._read(optimizer)
             return None
         replaced = tuple(self._closed(value, optimizer) for value in args)
         return replaced, {name: self._closed(value, optimizer) for name, value in kwargs.items()}
 
-    def _closed(self, value: Any, optimizer: Optimizer) -> Any:
-        if not _is_closure(value, optimizer):
+    def _closed(self, value: object, optimizer: Optimizer) -> object:
+        if not callable(value) or isinstance(value, Optimizer):
             return value
+        closure: Callable[[], object] = value
 
-        def run_then_read() -> Any:
-            result = value()
+        def run_then_read() -> object:
+            result = closure()
             self._read(optimizer)
             return result
 
@@ -272,10 +274,6 @@ class _Link:
             self._kept.keep()
         elif has_step_seeds(self.roster.busy()):
             self._kept = KeptBuffers(model)
-
-
-def _is_closure(value: Any, optimizer: Optimizer) -> bool:
-    return callable(value) and value is not optimizer
 
 
 _LINKS: weakref.WeakKeyDictionary[Optimizer, _Link] = weakref.WeakKeyDictionary()

@@ -7,7 +7,6 @@ each rank would train a kernel of its own, silently.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def replicas(model: nn.Module) -> DistributedDataParallel | None:
     """Return the model, or what ``torch.compile`` holds of it, if that is replicated over ranks."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: object = getattr(model, "_orig_mod", model)
     if not isinstance(inner, DistributedDataParallel):
         return None
     return inner if dist.get_world_size(inner.process_group) > 1 else None
@@ -49,7 +48,7 @@ def share_late_parameters(model: DistributedDataParallel, params: Iterable[nn.Pa
 class _Average:
     """The hook of a shared parameter. A copy of the parameter has none."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
 
     def __call__(self, parameter: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,19 +56,19 @@ class RunSnapshot:
         set_random_state(self._random_state)
 
 
-def random_state(model: nn.Module) -> dict[str, Any]:
+def random_state(model: nn.Module) -> dict[str, Tensor]:
     """Read the random state of the CPU and of every device that the model is on.
 
     Returns:
         One tensor per device, keyed by the device's name.
     """
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    state: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
     for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
         state[str(device)] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Tensor]) -> None:
     """Set what :func:`random_state` read."""
     for name, value in state.items():
         if name == "cpu":
@@ -99,5 +99,5 @@ def _host_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+def _cloned(state: dict[str, object]) -> dict[str, object]:
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

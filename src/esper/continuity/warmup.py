@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from esper.continuity.optimizer import ParamGroup
+
 
 SPENT_FRACTION: Final = 0.10
 """A rate below this share of its peak is spent: what appears then starts at ``lr_new``."""
@@ -38,7 +42,7 @@ class UpdateCounter:
         """Remove the hook; the count stays."""
         self._handle.remove()
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
         if overflow is not None and bool(overflow):
             return
@@ -190,12 +194,12 @@ class UpdateFactor:
             return 1.0
         return entry.num_updates / self.warmup_updates
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, *_: object) -> None:
         for entry in self._entries.values():
             entry.before = entry.param.detach().clone()
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, *_: object) -> None:
         for entry in self._entries.values():
             before, entry.before = entry.before, None
             if before is None or entry.param.grad is None:
@@ -229,7 +233,7 @@ def _saved(entry: _Entry | None) -> dict[str, float] | None:
     }
 
 
-def peak_rate(group: dict[str, Any]) -> float:
+def peak_rate(group: ParamGroup) -> float:
     """Return the highest learning rate of a group that can be read off it.
 
     Schedulers leave it there: ``initial_lr`` (all of them) or ``max_lr`` (OneCycleLR).
@@ -241,7 +245,7 @@ def peak_rate(group: dict[str, Any]) -> float:
     return max(float(rate) for rate in rates)
 
 
-def rate_for_new(group: dict[str, Any], *, lr_new: float = 0.3, peak: float | None = None) -> float:
+def rate_for_new(group: ParamGroup, *, lr_new: float = 0.3, peak: float | None = None) -> float:
     """Return the rate at which parameters that appear now start, their warm-up aside.
 
     Args:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from esper.contracts import canonical_json
-from esper.contracts.choices import MODES, POSITIONS
+from esper.contracts.choices import MODES, POSITIONS, Mode, Position
 from esper.contracts.errors import BlueprintError
 
 BLUEPRINT_FORMAT_VERSION: Final = 1
@@ -191,8 +191,8 @@ class BlueprintIR:
     edges: tuple[BlueprintEdge, ...]
     input_spec: TensorSpec
     output_spec: TensorSpec
-    mode: str = "add"
-    position: str = "parallel"
+    mode: Mode = "add"
+    position: Position = "parallel"
     init_seed: int = 0
     draws_random: bool = False
     adds_capacity: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,22 @@ from esper.streams.stream_manager import StreamManager
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from esper.forward.generated_class import OpenRun
     from esper.state.layer_call import LayerCall
     from esper.state.layer_record import LayerRecord
     from esper.state.seed_slot import Seed
 
     RunKernel = Callable[[Seed, LayerCall, Tensor], Tensor | None]
+
+
+def _open_run(record: LayerRecord, call: LayerCall) -> RunKernel:
+    """Return what runs each kernel of one call, made before the host runs."""
+    if torch.compiler.is_compiling() or in_transform() or not isinstance(call.x, Tensor):
+        return run_kernel
+    state = _state_of(record)
+    if state.stream_manager.streams_of(call.x.device).is_inline:
+        return run_kernel
+    return _Run(state, record, call)
 
 
 class AsyncKasminaConv2dLayer(KasminaConv2dLayer):
@@ -40,15 +51,7 @@ class AsyncKasminaConv2dLayer(KasminaConv2dLayer):
     The arguments are those of :class:`KasminaConv2dLayer`.
     """
 
-    @staticmethod
-    def open_run(record: LayerRecord, call: LayerCall) -> RunKernel:
-        """Return what runs each kernel of one call, made before the host runs."""
-        if torch.compiler.is_compiling() or in_transform() or not isinstance(call.x, Tensor):
-            return run_kernel
-        state = _state_of(record)
-        if state.stream_manager.streams_of(call.x.device).is_inline:
-            return run_kernel
-        return _Run(state, record, call)
+    open_run: ClassVar[OpenRun | None] = staticmethod(_open_run)
 
     @property
     def stream_manager(self) -> StreamManager:

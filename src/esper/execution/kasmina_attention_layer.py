@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar, TypedDict, cast
 
+import torch
 from torch import nn
 
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, LayerOptions
 
-_HOST_SETTINGS = ("add_bias_kv", "add_zero_attn", "kdim", "vdim", "device", "dtype")
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from esper.forward.generated_class import CompleteCall
+
+
+class _HostOptions(TypedDict, total=False):
+    add_bias_kv: bool
+    add_zero_attn: bool
+    kdim: int | None
+    vdim: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class _AttentionOptions(LayerOptions, _HostOptions, total=False):
+    """Both kinds of options that the constructor passes on."""
+
+
+def _completed(
+    args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the call with the key and the value that the caller left out."""
+    query = args[0] if args else kwargs["query"]
+    named = dict(zip(("key", "value"), args[1:3], strict=False)) | kwargs
+    key = named.get("key")
+    key = query if key is None else key
+    value = named.get("value")
+    value = key if value is None else value
+    kept = {name: kwargs[name] for name in kwargs if name not in ("query", "key", "value")}
+    return (query, key, value, *args[3:]), kept
 
 
 class KasminaAttentionLayer(KasminaLayer):
@@ -43,26 +74,16 @@ class KasminaAttentionLayer(KasminaLayer):
         bias: bool = True,
         batch_first: bool = True,
         original_layer: nn.Module | None = None,
-        **options: Any,
+        **options: Unpack[_AttentionOptions],
     ) -> nn.Module:
-        settings = {name: options.pop(name) for name in _HOST_SETTINGS if name in options}
+        of_host = _HostOptions.__annotations__.keys()
+        settings = cast("_HostOptions", {k: v for k, v in options.items() if k in of_host})
+        own = cast("LayerOptions", {k: v for k, v in options.items() if k not in of_host})
         host = original_layer
         if host is None:
             host = nn.MultiheadAttention(
                 embed_dim, num_heads, dropout, bias, batch_first=batch_first, **settings
             )
-        return super()._construct(embed_dim, embed_dim, original_layer=host, **options)
+        return super()._construct(embed_dim, embed_dim, original_layer=host, **own)
 
-    @staticmethod
-    def complete_call(
-        args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the call with the key and the value that the caller left out."""
-        query = args[0] if args else kwargs["query"]
-        named = dict(zip(("key", "value"), args[1:3], strict=False)) | kwargs
-        key = named.get("key")
-        key = query if key is None else key
-        value = named.get("value")
-        value = key if value is None else value
-        kept = {name: kwargs[name] for name in kwargs if name not in ("query", "key", "value")}
-        return (query, key, value, *args[3:]), kept
+    complete_call: ClassVar[CompleteCall | None] = staticmethod(_completed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from torch import nn
 
@@ -32,15 +32,33 @@ from esper.state.state_layout import KasminaStateLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from typing import Unpack
+    from typing import SupportsIndex, Unpack
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.choices import Guard, Mode, Position
     from esper.contracts.ports import KernelSource
+    from esper.forward.generated_class import CompleteCall, OpenRun
     from esper.resilience.health_monitor import HealthMonitor
     from esper.seeds.folding import FoldCertificate
+    from esper.seeds.structure import SeedStructure
     from esper.state.layer_call import Example
     from esper.state.waiting import GraftOptions
+
+
+class LayerOptions(TypedDict, total=False):
+    """What every layer's constructor takes beside its host's arguments, by name.
+
+    Attributes:
+        num_seeds: Number of seeds, at least 1.
+        cache_size_mb: Budget in MiB of a kernel cache of the layer's own.
+        telemetry_enabled: Whether calls are counted and kernels are timed.
+        source: Where :meth:`KasminaLayer.load_kernel` fetches from.
+    """
+
+    num_seeds: int
+    cache_size_mb: int
+    telemetry_enabled: bool
+    source: KernelSource | None
 
 
 class _ConstructorSignature:
@@ -74,11 +92,11 @@ class KasminaLayer(nn.Module):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = POSITIONS
+    POSITIONS: ClassVar[tuple[Position, ...]] = POSITIONS
     """What kernels of this kind of layer may be; the first is the default of a module."""
-    complete_call: ClassVar[Any] = None
+    complete_call: ClassVar[CompleteCall | None] = None
     """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
-    open_run: ClassVar[Any] = None
+    open_run: ClassVar[OpenRun | None] = None
     """``(record, call) -> run``: begins a call, returns what runs kernels; None: ``run_kernel``.
     """
 
@@ -92,7 +110,7 @@ class KasminaLayer(nn.Module):
             return object.__new__(cls)
         return cls._construct(*args, **kwargs)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         """Do nothing: the object is complete when ``__new__`` returns it."""
 
     @classmethod
@@ -330,7 +348,7 @@ class KasminaLayer(nn.Module):
             check_wanted()
             return self._graft_loaded(seed_idx, artifact, options)
 
-    def _context(self, seed_idx: int, artifact_id: str) -> dict[str, Any]:
+    def _context(self, seed_idx: int, artifact_id: str) -> dict[str, object]:
         return {"layer": self.name, "seed_idx": seed_idx, "artifact_id": artifact_id}
 
     @contextmanager
@@ -470,11 +488,11 @@ class KasminaLayer(nn.Module):
         """Return a seed's alpha, in [0, 1]; 0 for one without a kernel."""
         return self.state_layout.alpha(seed_idx)
 
-    def structure(self) -> list[dict[str, Any]]:
+    def structure(self) -> list[SeedStructure]:
         """Return the seeds that are not dormant as JSON values, for :meth:`build`."""
         return structure_of(self)
 
-    def build(self, structure: Sequence[dict[str, Any]]) -> None:
+    def build(self, structure: Sequence[SeedStructure]) -> None:
         """Make the seeds those of a structure; see ``rebuilding.build``."""
         rebuilding.build(self, structure)
 
@@ -488,11 +506,11 @@ class KasminaLayer(nn.Module):
 
     # ---- copying, saving, loading
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return a reduction that makes the class anew from the host's, which can be imported."""
-        return reduce_layer(cast("tuple[Any, ...]", super().__reduce_ex__(protocol)), type(self))
+        return reduce_layer(cast("tuple[object, ...]", super().__reduce_ex__(protocol)), type(self))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, and put hooks where the original has them."""
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch has none
         rebuilding.attach_hooks(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,10 @@ from esper.forward.recompilation import allow_graph_of
 from esper.state.host_parts import SEEDS
 from esper.state.layer_record import RECORD, record_of
 from esper.state.roster import update_roster
+
+if TYPE_CHECKING:
+    from esper.forward.generated_class import Kind, LayerClass
+
 
 _derived: dict[tuple[type, type], type] = {}
 _lock = threading.RLock()
@@ -51,14 +55,14 @@ def _names_held(module: nn.Module) -> set[str]:
     return defined | held | vars(module).keys()
 
 
-def become(layer: nn.Module, kind: str) -> None:
+def become(layer: nn.Module, kind: Kind) -> None:
     """Change a layer's class to another of its three; a class derived from ours follows."""
-    family, host_class, current = key_of(layer)
-    if kind != current:
-        _change_class(layer, generated_class(family, host_class, kind))
+    key = key_of(layer)
+    if kind != key.kind:
+        _change_class(layer, generated_class(key.family, key.host_class, kind))
 
 
-def adopt_class(module: nn.Module, family: type) -> None:
+def adopt_class(module: nn.Module, family: LayerClass) -> None:
     """Change a host object's class to the dormant class of ``family``.
 
     A class that parametrizations have put on top stays there: they take it off again by its base.
@@ -123,7 +127,7 @@ def choose_forward(layer: nn.Module) -> None:
         if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
     } | record.shadows
     record.plan = tuple(seeds[i] for i in sorted(seeds))
-    idle = "counting" if record.telemetry_enabled else "dormant"
+    idle: Kind = "counting" if record.telemetry_enabled else "dormant"
     become(layer, "active" if record.plan else idle)
     allow_graph_of(layer, record.plan)
     update_roster(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from esper.state.seed_slot import Seed
 
 
-Launch = Callable[[Callable[[], Any]], Any]
+Launch = Callable[[Callable[[], object]], object]
 """Runs a kernel elsewhere, and returns what it returned."""
 
 
@@ -52,9 +52,10 @@ def run_kernel(
         return None
 
 
-def _output(seed: Seed, call: LayerCall, h: Tensor) -> Any:
+def _output(seed: Seed, call: LayerCall, h: Tensor) -> object:
     """Run a kernel on what it reads: ``h``, the layer's first input, or its whole call."""
-    kernel: Any = seed.slot._modules["kernel"]  # noqa: SLF001 - getattr costs a microsecond
+    kernel = seed.slot._modules["kernel"]  # noqa: SLF001 - getattr costs a microsecond
+    assert kernel is not None
     is_gated = seed.guard == "always" and torch.is_grad_enabled()
     if seed.takes is None:
         given = h if seed.is_serial else call.x
@@ -65,7 +66,7 @@ def _output(seed: Seed, call: LayerCall, h: Tensor) -> Any:
     return kernel(*taken.args, **taken.kwargs)
 
 
-def _conform(k: Any, h: Tensor) -> Tensor:
+def _conform(k: object, h: Tensor) -> Tensor:
     """Return ``k`` if it can be added to ``h``; autocast may have chosen another dtype."""
     if isinstance(k, tuple) and k:  # as of an attention: its output and its weights
         k = k[0]
@@ -78,7 +79,7 @@ def _conform(k: Any, h: Tensor) -> Tensor:
     return k.to(h.dtype)
 
 
-def _unlike(k: Any, h: Tensor) -> str:
+def _unlike(k: object, h: Tensor) -> str:
     found = f"{tuple(k.shape)}, {k.dtype}" if isinstance(k, Tensor) else type(k).__name__
     return f"kernel output: expected {tuple(h.shape)}, {h.dtype}, on {h.device}; found {found}"
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +29,56 @@ if TYPE_CHECKING:
     from esper.forward.blending import RunKernel
     from esper.state.layer_record import LayerRecord
 
-
-KINDS: Final = ("dormant", "counting", "active")
-
-
-_classes: dict[tuple[type, type, str], type] = {}
+    Arguments = tuple[tuple[object, ...], dict[str, object]]
+    CompleteCall = Callable[[tuple[object, ...], dict[str, object]], Arguments]
+    OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
 
 
+Kind = Literal["dormant", "counting", "active"]
+"""Whether a class runs the host's function, the same counted, or the plan."""
+
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+
+Forward = Callable[..., object]
+"""A forward as a class has it: the object comes first, then what the host takes."""
+
+LayerClass = type["Family"]
+
+
+class Family(Protocol):
+    """What a class of layers says about their forwards: ``KasminaLayer``, and what derives from it.
+
+    Attributes:
+        complete_call: ``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out;
+            None: nothing.
+        open_run: ``(record, call) -> run``: begins a call, and returns what runs kernels; None:
+            ``run_kernel``.
+    """
+
+    complete_call: ClassVar[CompleteCall | None]
+    open_run: ClassVar[OpenRun | None]
+
+
+class ClassKey(NamedTuple):
+    """What a generated class was made from.
+
+    Attributes:
+        family: ``KasminaLayer`` or a subclass of it.
+        host_class: Class that the host object had.
+        kind: Which of the three it is.
+    """
+
+    family: LayerClass
+    host_class: type[nn.Module]
+    kind: Kind
+
+
+_classes: dict[ClassKey, type] = {}
 _lock = threading.RLock()
 
 
-def generated_class(family: type, host_class: type, kind: str) -> type:
+def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind) -> type:
     """Return the class of a family's layers over ``host_class``; one object for equal arguments.
 
     Args:
@@ -46,61 +86,64 @@ def generated_class(family: type, host_class: type, kind: str) -> type:
         host_class: Class of the host object, which the result derives from.
         kind: ``"dormant"``, ``"counting"`` or ``"active"``.
     """
-    key = (family, host_class, kind)
+    key = ClassKey(family, host_class, kind)
     with _lock:
         if key not in _classes:
-            _classes[key] = _make(family, host_class, kind)
+            _classes[key] = _make(key)
         return _classes[key]
 
 
-def _make(family: type, host_class: type, kind: str) -> type:
-    body: dict[str, Any] = {
+def _make(key: ClassKey) -> type:
+    family, host_class, kind = key
+    body: dict[str, object] = {
         "__module__": __name__,
         "__doc__": f"{host_class.__qualname__} with seeds; {kind}.",
-        "_esper_key": (family, host_class, kind),
+        "_esper_key": key,
         "forward": _FORWARDS[kind](family, host_class),
     }
     if issubclass(host_class, nn.Sequential):
         body.update(_hiding_seeds(host_class))
-    return type(f"Kasmina{host_class.__name__}", (family, host_class), body)
+    return type(f"Kasmina{host_class.__name__}", (cast("type", family), host_class), body)
 
 
-def native_forward(family: Any, host_class: Any) -> Callable[..., Any]:
+def native_forward(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     """Return the host's forward; where the family lets arguments be left out, after filling in."""
-    host_forward = cast("Callable[..., Any]", host_class.forward)
+    host_forward: Forward = host_class.forward
     complete = family.complete_call
     if complete is None:
         return host_forward
 
     @functools.wraps(host_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         args, kwargs = complete(args, kwargs)
         return host_forward(self, *args, **kwargs)
 
     return forward
 
 
-def _counting(family: Any, host_class: Any) -> Callable[..., Any]:
+def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     native = native_forward(family, host_class)
 
     @functools.wraps(native)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         if not torch.compiler.is_compiling():
-            self._kasmina.native_count += 1  # type: ignore[operator, union-attr]
+            record: LayerRecord = self.__dict__["_kasmina"]
+            record.native_count += 1
         return native(self, *args, **kwargs)
 
     return forward
 
 
-def _active(family: Any, host_class: Any) -> Callable[..., Any]:
-    host_forward, complete = host_class.forward, family.complete_call
+def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    host_forward: Forward = host_class.forward
+    complete = family.complete_call
     open_run = family.open_run
 
     @functools.wraps(host_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         if complete is not None:
             args, kwargs = complete(args, kwargs)
-        record: Any = self._kasmina
+        record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
@@ -122,10 +165,14 @@ def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKerne
     return torch.nested.nested_tensor([row[size] for row, size in zip(y, sizes, strict=True)])
 
 
-_FORWARDS: Final = {"dormant": native_forward, "counting": _counting, "active": _active}
+_FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] = {
+    "dormant": native_forward,
+    "counting": _counting,
+    "active": _active,
+}
 
 
-def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, Any]:
+def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, object]:
     """Return methods that keep a container's slots out of its items."""
 
     def items(self: nn.Sequential) -> OrderedDict[str, nn.Module]:
@@ -138,7 +185,7 @@ def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, Any]:
     def __len__(self: nn.Sequential) -> int:  # noqa: N807
         return len(items(self))
 
-    def __getitem__(self: nn.Sequential, index: Any) -> Any:  # noqa: N807
+    def __getitem__(self: nn.Sequential, index: int | slice) -> nn.Module:  # noqa: N807
         return host_class(items(self))[index]
 
     return {f.__name__: f for f in (__iter__, __len__, __getitem__)}
@@ -149,23 +196,23 @@ def generated_base(cls: type) -> type | None:
     return next((base for base in cls.__mro__ if "_esper_key" in base.__dict__), None)
 
 
-def host_class_of(layer: nn.Module) -> type:
+def host_class_of(layer: nn.Module) -> type[nn.Module]:
     """Return the class that a layer had before it was wrapped."""
-    return key_of(layer)[1]
+    return key_of(layer).host_class
 
 
-def key_of(layer: nn.Module) -> tuple[type, type, str]:
+def key_of(layer: nn.Module) -> ClassKey:
     """Return family, host class and kind of a layer's class."""
-    return cast("tuple[type, type, str]", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001
+    return cast("ClassKey", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001
 
 
-def rebuild(family: type, host_class: type, kind: str) -> nn.Module:
+def rebuild(family: LayerClass, host_class: type[nn.Module], kind: Kind) -> nn.Module:
     """Return an empty object of a generated class, for copy and pickle."""
     layer: nn.Module = object.__new__(generated_class(family, host_class, kind))
     return layer
 
 
-def reduce_layer(reduced: tuple[Any, ...], cls: type) -> tuple[Any, ...]:
+def reduce_layer(reduced: tuple[object, ...], cls: type) -> tuple[object, ...]:
     """Return the reduction of a layer from that of its host, which names a class made here.
 
     Args:
@@ -175,4 +222,4 @@ def reduce_layer(reduced: tuple[Any, ...], cls: type) -> tuple[Any, ...]:
     key = cls.__dict__.get("_esper_key")
     if key is None or getattr(reduced[0], "__name__", "") != "__newobj__":
         return reduced
-    return (rebuild, key, *reduced[2:])
+    return (rebuild, tuple(key), *reduced[2:])

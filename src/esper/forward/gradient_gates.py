@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ class _GradientGate(torch.autograd.Function):
     """The identity; its gradient is zeros where the gradient that arrives is not finite."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+    def forward(ctx: object, x: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
         ok = is_finite(summed(gradients[0]))
         bad = (~ok).to(torch.float32)
         return torch.where(ok, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
@@ -36,7 +36,8 @@ def gated(x: Tensor, seed: Seed) -> Tensor:
         compiled: Tensor = _GradientGate.apply(x, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
         return compiled
     gated = x.view_as(x)
-    node: Any = gated.grad_fn
+    node = gated.grad_fn
+    assert node is not None
     node.register_prehook(_InputHook(seed))  # a hook of the tensor costs four times as much
     return gated
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 
-def blendable(output: Any) -> Tensor:
+def blendable(output: object) -> Tensor:
     """Return the part of a host's output that a graft can be added to.
 
     Raises:
@@ -21,7 +19,8 @@ def blendable(output: Any) -> Tensor:
     raise TypeError(msg)
 
 
-def with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
+def with_first(output: object, y: Tensor) -> tuple[object, ...]:
     """Return a tuple, or a named one, with another first element."""
+    assert isinstance(output, tuple)
     rest = (y, *output[1:])
     return type(output)(*rest) if hasattr(output, "_fields") else rest

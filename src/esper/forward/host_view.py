@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import nn
 
 from esper.forward.generated_class import host_class_of, key_of, native_forward
@@ -33,12 +31,13 @@ def host_view(layer: nn.Module) -> nn.Module:
     return view
 
 
-def host_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def host_forward(layer: nn.Module, *args: object, **kwargs: object) -> object:
     """Run the host's own forward, without the layer's hooks and seeds."""
-    return native_forward(*key_of(layer)[:2])(layer, *args, **kwargs)
+    key = key_of(layer)
+    return native_forward(key.family, key.host_class)(layer, *args, **kwargs)
 
 
 def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
     """Return a call with the arguments that the layer's family lets a caller leave out."""
-    complete = cast("Any", key_of(layer)[0]).complete_call
-    return call if complete is None else LayerCall(*complete(call.args, call.kwargs))
+    complete = key_of(layer).family.complete_call
+    return call if complete is None else LayerCall(*complete(call.args, dict(call.kwargs)))

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,7 @@ def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...]) -> None:
     grant()
 
 
-def _kind(seed: Seed) -> tuple[Any, ...]:
+def _kind(seed: Seed) -> tuple[object, ...]:
     """Return what tells two kernels apart for a graph: class, shapes and how they join."""
     blueprint = seed.kernel.blueprint
     shapes = tuple(tuple(p.shape) for p in seed.slot.kernel.parameters())
@@ -60,7 +60,7 @@ def grant() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return  # nothing is compiled yet; what is granted comes with the next arrangement
-    config: Any = dynamo.config
+    config = dynamo.config
     num_more = len(_seen) - _granted.get()
     if num_more:
         _granted.set(len(_seen))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from esper.forward.finiteness import in_transform, is_finite, summed
 from esper.state.observation import Call
 
 if TYPE_CHECKING:
-    from esper.state.observation import Sums
+    from esper.state.observation import Observations, Sums
     from esper.state.seed_slot import Seed
 
 
@@ -120,6 +120,18 @@ def _guarded_sum(
     return y
 
 
+class _SumContext(Protocol):
+    """What a guarded sum keeps for its backward."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+    seen: Observations
+    call: Call
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...  # noqa: FBT001 - torch's signature
+
+
 class _GuardedSum(torch.autograd.Function):
     """``so_far + alpha * k`` where the seed's share is finite, else ``so_far``; eager.
 
@@ -129,7 +141,13 @@ class _GuardedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, so_far: Tensor, h: Tensor | None, k: Tensor, alpha: Tensor, seed: Seed, call: Call
+        ctx: _SumContext,
+        so_far: Tensor,
+        h: Tensor | None,
+        k: Tensor,
+        alpha: Tensor,
+        seed: Seed,
+        call: Call,
     ) -> Tensor:
         host = so_far if h is None else h
         term = alpha * k
@@ -142,7 +160,7 @@ class _GuardedSum(torch.autograd.Function):
         return torch.where(ok, y, host) if h is None else so_far + torch.where(ok, term, -0.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _SumContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         g = gradients[0]
         if g is None:
             return None, None, None, None, None, None
@@ -174,10 +192,10 @@ class _Incoming(torch.autograd.Function):
     """The identity in compiled code; marks in the sink where the gradient is not finite."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+    def forward(ctx: object, k: Tensor, sink: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
         return k.view_as(k)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
         bad = (~is_finite(summed(gradients[0]))).to(torch.float32)
         return gradients[0], torch.stack((bad, torch.zeros_like(bad)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def _num_owners(parameter: nn.Parameter) -> int:
     return len(owned)
 
 
-def _is_module_table(table: dict[Any, Any]) -> bool:
+def _is_module_table(table: dict[object, object]) -> bool:
     """Return whether a dict is the ``_parameters`` of a module."""
     for owner in gc.get_referrers(table):
         state = owner.__dict__ if isinstance(owner, nn.Module) else owner

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from esper.contracts.ports import Clock
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import Example
@@ -29,7 +31,7 @@ _REMEMBERED: Final = 4096
 _UPDATE: Final = 1e-2
 _ALWAYS_ALLOWED_S: Final = 1.0
 _TIMES_HOST: Final = 100.0
-_passed: OrderedDict[tuple[Any, ...], ProbeResult] = OrderedDict()
+_passed: OrderedDict[tuple[object, ...], ProbeResult] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def probe(
 
 def _memory_key(
     layer: nn.Module, kernel: PreparedKernel, example: Tensor
-) -> tuple[Any, ...] | None:
+) -> tuple[object, ...] | None:
     digest = kernel.artifact_id or (kernel.blueprint and kernel.blueprint.digest)
     if digest is None:
         return None
@@ -162,7 +164,7 @@ class _Probe:
         state = _random_states(self._call.x)
         start_s = self._clock.now()
         try:
-            k: Any = module(*entered.args, **entered.kwargs)
+            k: object = module(*entered.args, **entered.kwargs)
         except Exception as error:
             msg = f"{self._where} raised {type(error).__name__}: {error}"
             raise KernelRefusedError(msg, check="raises") from error
@@ -233,7 +235,7 @@ class _Probe:
                     f"none for {name or type(module).__name__!r}",
                 )
 
-    def _gradients(self, k: Tensor, inputs: list[Any]) -> list[Tensor | None]:
+    def _gradients(self, k: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         gradients: list[Tensor | None]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(k.shape, generator=generator).to(k.device, k.dtype)
@@ -246,7 +248,7 @@ class _Probe:
             self._refuse("finite", "finite gradients", "NaN or infinity")
         return gradients
 
-    def _refuse(self, check: str, expected: Any, found: Any) -> NoReturn:
+    def _refuse(self, check: str, expected: object, found: object) -> NoReturn:
         msg = f"{self._where} failed the {check} check: expected {expected}, found {found}"
         raise KernelRefusedError(msg, check=check)
 

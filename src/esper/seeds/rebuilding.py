@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,10 +24,13 @@ from esper.state.seed_slot import Seed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
+
     from esper.contracts.choices import Guard
+    from esper.seeds.structure import SeedStructure
 
 
-def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
+def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
     """Make the layer's seeds those of a structure; kernels that match stay the same objects.
 
     The kernels' weights are those of their blueprints at birth: load the tensors afterwards.
@@ -54,7 +57,7 @@ def build(layer: nn.Module, described: Sequence[dict[str, Any]]) -> None:
         _restore(layer, i, entry, seeds[i])
 
 
-def _seed_for(layer: nn.Module, entry: dict[str, Any]) -> Seed | None:
+def _seed_for(layer: nn.Module, entry: SeedStructure) -> Seed | None:
     """Return the record that an entry asks for: the one that is there, if it is of that kind."""
     record = record_of(layer)
     seed_idx = int(entry["seed"])
@@ -80,7 +83,7 @@ def _seed_for(layer: nn.Module, entry: dict[str, Any]) -> Seed | None:
     return make_seed(layer, seed_idx, _prepared(layer, entry), guard=_guard(layer, entry))
 
 
-def _check_entry(layer: nn.Module, entry: dict[str, Any]) -> None:
+def _check_entry(layer: nn.Module, entry: SeedStructure) -> None:
     alpha, state, guard = entry.get("alpha"), entry.get("state"), entry.get("guard", "off")
     is_alpha = isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0
     if not is_alpha or state not in list(SeedLifecycleState) or guard not in GUARDS:
@@ -91,13 +94,12 @@ def _check_entry(layer: nn.Module, entry: dict[str, Any]) -> None:
         raise KernelLoadError(msg)
 
 
-def _guard(layer: nn.Module, entry: dict[str, Any]) -> Guard:
+def _guard(layer: nn.Module, entry: SeedStructure) -> Guard:
     step_missing = entry["guard"] == "step" and not record_of(layer).has_step_guard
-    guard: Guard = entry["guard"]
-    return "always" if step_missing else guard
+    return "always" if step_missing else entry["guard"]
 
 
-def _same_kernel(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_kernel(mine: SeedStructure, other: SeedStructure) -> bool:
     names = ("kernel", "blueprint", "mode", "position")
     return all(
         canonical_json.encode(mine.get(name)) == canonical_json.encode(other.get(name))
@@ -105,7 +107,7 @@ def _same_kernel(mine: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _prepared(layer: nn.Module, entry: dict[str, Any]) -> PreparedKernel:
+def _prepared(layer: nn.Module, entry: SeedStructure) -> PreparedKernel:
     made = prepare_kernel(layer, BlueprintIR.from_document(entry["blueprint"]))
     return PreparedKernel(
         module=made.module,
@@ -118,7 +120,7 @@ def _prepared(layer: nn.Module, entry: dict[str, Any]) -> PreparedKernel:
     )
 
 
-def _restore(layer: nn.Module, seed_idx: int, entry: dict[str, Any], seed: Seed | None) -> None:
+def _restore(layer: nn.Module, seed_idx: int, entry: SeedStructure, seed: Seed | None) -> None:
     layout = record_of(layer).layout
     alpha = float(entry["alpha"])
     state = SeedLifecycleState(entry["state"])
@@ -136,7 +138,7 @@ def _restore(layer: nn.Module, seed_idx: int, entry: dict[str, Any], seed: Seed 
         withdraw(layer, seed_idx, keep_record=True)
 
 
-def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Build the seeds that a ``state_dict`` has under ``prefix``, before its tensors are loaded.
 
     Raises:
@@ -150,7 +152,9 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Any], prefi
         if rest == "structure":
             described = read_structure(state_dict[name].cpu().numpy().tobytes())
             alpha = state_dict.get(f"{prefix}{seed_idx}.alpha")
-            entry = {**described, "alpha": None if alpha is None else float(alpha)}
+            entry: SeedStructure = {**described}
+            if alpha is not None:
+                entry["alpha"] = float(alpha)
             ready.append((int(seed_idx), entry, _seed_for(layer, entry)))
     for idx, entry, seed in ready:
         _restore(layer, idx, entry, seed)

@@ -6,7 +6,7 @@ import random
 import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -73,12 +73,12 @@ def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
         _in_shadow_pass.reset(token)
 
 
-def _set_aside_observations(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+def _set_aside_observations(model: nn.Module) -> list[tuple[object, dict[str, object]]]:
     """Let seeds and layers count what comes as if it were the first; return what to put back.
 
     What a shadow kernel feeds to the seeds after it says nothing about them.
     """
-    kept: list[tuple[Any, dict[str, Any]]] = []
+    kept: list[tuple[object, dict[str, object]]] = []
     for module in model.modules():
         record = module.__dict__.get(RECORD)
         if record is None:

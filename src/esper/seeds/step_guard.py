@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
     return torch.stack((output_bad, gradient_bad))
 
 
-def _any_not_finite(parameters: Iterable[Any], *, like: Tensor) -> Tensor:
+def _any_not_finite(parameters: Iterable[Tensor], *, like: Tensor) -> Tensor:
     sums = [p.grad.sum(dtype=torch.float32) for p in parameters if p.grad is not None]
     return ~torch.isfinite(torch.stack(sums)).all() if sums else torch.zeros_like(like)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypedDict, cast
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from esper.contracts.choices import Guard, Mode, Position
+
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.canonical_json import JsonObject, JsonValue
 from esper.contracts.errors import KernelLoadError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.state.layer_record import record_of
@@ -16,9 +20,41 @@ from esper.state.layer_record import record_of
 STRUCTURE_FORMAT_VERSION: Final = 1
 
 
-def describe(layer: nn.Module, seed_idx: int) -> dict[str, Any]:
+class SeedStructure(TypedDict, total=False):
+    """What is needed to build one seed again, as JSON values; a kernel's keys go together.
+
+    Attributes:
+        format_version: Of this form.
+        seed: Index of the seed.
+        state: Value of its :class:`SeedLifecycleState`.
+        alpha: In [0, 1]; in a ``state_dict`` it is a buffer of its own.
+        kernel: Name of the kernel's class; absent where the seed holds none.
+        blueprint: Document of what the kernel was lowered from; None for one by hand.
+        artifact_id: sha256 of the artifact that its weights came from, or None.
+        mode: How it joins.
+        position: What it reads.
+        guard: Where its faults are stopped.
+        draws_random: Whether its forward may draw random numbers.
+        adds_capacity: Whether it computes what the host layer alone cannot.
+    """
+
+    format_version: int
+    seed: int
+    state: int
+    alpha: float
+    kernel: str
+    blueprint: JsonObject | None
+    artifact_id: str | None
+    mode: Mode
+    position: Position
+    guard: Guard
+    draws_random: bool
+    adds_capacity: bool
+
+
+def describe(layer: nn.Module, seed_idx: int) -> SeedStructure:
     """Return what is needed to build a seed again, without its alpha and its tensors."""
-    return _document(*_described(layer, seed_idx))
+    return cast("SeedStructure", _document(*_described(layer, seed_idx)))
 
 
 def encoded_structure(layer: nn.Module, seed_idx: int) -> bytes:
@@ -28,7 +64,7 @@ def encoded_structure(layer: nn.Module, seed_idx: int) -> bytes:
 
 def _described(
     layer: nn.Module, seed_idx: int
-) -> tuple[BlueprintIR | None, tuple[tuple[str, Any], ...]]:
+) -> tuple[BlueprintIR | None, tuple[tuple[str, JsonValue], ...]]:
     """Return a seed's blueprint, and what else there is to say, as pairs that can be hashed."""
     record = record_of(layer)
     head = (
@@ -53,8 +89,8 @@ def _described(
 
 
 def _document(
-    blueprint: BlueprintIR | None, described: tuple[tuple[str, Any], ...]
-) -> dict[str, Any]:
+    blueprint: BlueprintIR | None, described: tuple[tuple[str, JsonValue], ...]
+) -> JsonObject:
     document = dict(described)
     if "kernel" in document:
         document["blueprint"] = None if blueprint is None else blueprint.to_document()
@@ -62,11 +98,11 @@ def _document(
 
 
 @lru_cache(maxsize=1024)
-def _encoded(blueprint: BlueprintIR | None, described: tuple[tuple[str, Any], ...]) -> bytes:
+def _encoded(blueprint: BlueprintIR | None, described: tuple[tuple[str, JsonValue], ...]) -> bytes:
     return canonical_json.encode(_document(blueprint, described))
 
 
-def structure(layer: nn.Module) -> list[dict[str, Any]]:
+def structure(layer: nn.Module) -> list[SeedStructure]:
     """Return the seeds that are not dormant, as JSON values, alpha included.
 
     A seed that is loading holds nothing yet and is not listed.
@@ -80,7 +116,7 @@ def structure(layer: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def read_structure(data: bytes) -> dict[str, Any]:
+def read_structure(data: bytes) -> SeedStructure:
     """Read the structure buffer of a slot.
 
     Raises:
@@ -94,4 +130,4 @@ def read_structure(data: bytes) -> dict[str, Any]:
     if not isinstance(described, dict) or "seed" not in described:
         msg = f"the structure of a seed is an object with a seed, found {described!r:.80}"
         raise KernelLoadError(msg)
-    return described
+    return cast("SeedStructure", described)  # rebuilding checks what it reads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from esper.contracts.choices import MODES, POSITIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from esper.contracts.choices import Mode, Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,8 +34,8 @@ class PreparedKernel:
     """
 
     module: nn.Module
-    mode: str = "add"
-    position: str = "parallel"
+    mode: Mode = "add"
+    position: Position = "parallel"
     blueprint: BlueprintIR | None = None
     artifact_id: str | None = None
     draws_random: bool = False
@@ -51,7 +53,7 @@ Kernel = nn.Module | BlueprintIR | CompiledKernelArtifact | PreparedKernel
 
 
 def prepare_kernel(
-    layer: nn.Module, kernel: Kernel, *, mode: str | None = None, position: str | None = None
+    layer: nn.Module, kernel: Kernel, *, mode: Mode | None = None, position: Position | None = None
 ) -> PreparedKernel:
     """Build a kernel for a layer. Nothing is inserted and nothing is probed yet.
 
@@ -88,8 +90,8 @@ def prepare_kernel(
 def _from_blueprint(
     layer: nn.Module,
     kernel: LoweredKernel | BlueprintIR | CompiledKernelArtifact,
-    mode: str | None,
-    position: str | None,
+    mode: Mode | None,
+    position: Position | None,
 ) -> PreparedKernel:
     blueprint = kernel if isinstance(kernel, BlueprintIR) else getattr(kernel, "blueprint", None)
     if not isinstance(blueprint, BlueprintIR):
@@ -132,8 +134,8 @@ def reference_tensor(layer: nn.Module) -> Tensor:
     return torch.empty(0)
 
 
-def _positions(layer: nn.Module) -> tuple[str, ...]:
-    positions: tuple[str, ...] = getattr(type(layer), "POSITIONS", POSITIONS)
+def _positions(layer: nn.Module) -> tuple[Position, ...]:
+    positions: tuple[Position, ...] = getattr(type(layer), "POSITIONS", POSITIONS)
     return positions
 
 
@@ -146,13 +148,15 @@ def _check_position(layer: nn.Module, position: str) -> None:
         raise ValueError(msg)
 
 
-def _check_choice(what: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
     if value is not None and value not in known:
         msg = f"{what} must be None or one of {', '.join(map(repr, known))}, got {value!r}"
         raise ValueError(msg)
 
 
-def _check_agrees(has_mode: str, mode: str | None, has_position: str, position: str | None) -> None:
+def _check_agrees(
+    has_mode: str, mode: Mode | None, has_position: str, position: Position | None
+) -> None:
     if mode not in (None, has_mode) or position not in (None, has_position):
         msg = (
             f"the kernel carries mode={has_mode!r} and position={has_position!r}; it cannot be "

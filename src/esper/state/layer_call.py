@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -27,11 +27,11 @@ class LayerCall(NamedTuple):
         kwargs: Keyword arguments.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
     @classmethod
-    def of(cls, example: Any) -> LayerCall:
+    def of(cls, example: object) -> LayerCall:
         """Return the call that an example stands for.
 
         Args:
@@ -81,7 +81,7 @@ class LayerCall(NamedTuple):
         )
 
 
-def _detached(value: Any) -> Any:
+def _detached(value: object) -> object:
     if isinstance(value, Tensor):
         return value.clone().detach()
     if value is None or isinstance(value, bool | int | float | str):
@@ -94,7 +94,7 @@ def _detached(value: Any) -> Any:
         return value
 
 
-Example = Tensor | tuple[Any, ...] | LayerCall
+Example = Tensor | tuple[object, ...] | LayerCall
 """What stands for a call: its only argument, its positional ones, or all of it."""
 
 
@@ -127,7 +127,7 @@ class Takes:
 
 
 @functools.lru_cache(maxsize=256)
-def _takes(forward: Callable[..., Any], num_bound: int) -> Takes | None:
+def _takes(forward: Callable[..., object], num_bound: int) -> Takes | None:
     parameters = list(inspect.signature(forward).parameters.values())[num_bound:]
     kinds = [p.kind for p in parameters]
     takes_all = inspect.Parameter.VAR_POSITIONAL in kinds

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 OBSERVED_CALLS: Final = 256
 """So many calls of a seed are remembered between two readings; older ones are not counted."""
@@ -211,13 +215,13 @@ class _Numbers:
         known = total if isinstance(total, float) else self._known.get(id(total), 0.0)
         return math.isfinite(known)
 
-    def all_finite(self, totals: list[Any]) -> bool:
+    def all_finite(self, totals: Sequence[Tensor | float]) -> bool:
         """Say so of several sums."""
         return all(self.finite(total) for total in totals)
 
 
 def _tensors(seen: Observations) -> list[Tensor]:
-    found: list[Any] = [total for sums in seen.leaving.values() for total in sums]
+    found: list[Tensor | float] = [total for sums in seen.leaving.values() for total in sums]
     for call in tuple(seen.calls):
         found += call.sums or ()
         found += call.leaving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from esper.state.observation import Observations
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.utils.hooks import RemovableHandle
+
+    from esper.contracts.choices import Guard
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import LayerCall
 
@@ -69,7 +72,9 @@ class SeedSlot(nn.Module):
         self._fill_structure(self.alpha.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
         """Take the buffers as fresh tensors, which loading may then write."""
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
@@ -88,12 +93,12 @@ class SeedContainer(nn.Module):
         super().__init__()
         self.register_forward_hook(no_hook)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> object:
         """Return ``x``."""
         return x
 
 
-def no_hook(*_: Any) -> None:
+def no_hook(*_: object) -> None:
     """Do nothing."""
 
 
@@ -124,7 +129,7 @@ class Seed:
         kernel: PreparedKernel,
         slot: SeedSlot,
         *,
-        guard: str,
+        guard: Guard,
         is_shadow: bool = False,
         example: LayerCall | None = None,
     ) -> None:
@@ -140,8 +145,8 @@ class Seed:
         self.last_error = ""
         self.num_retries = 0
         self.readings_to_wait = 0
-        self.handles: list[Any] = []
-        self.gated: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.handles: list[RemovableHandle] = []
+        self.gated: list[tuple[dict[str, nn.Parameter | None], str, Tensor]] = []
         self.forget_calls()
 
     def forget_calls(self) -> None:
@@ -153,11 +158,11 @@ class Seed:
         if self.seen.ring.device != self.slot.alpha.device:
             self.forget_calls()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return what copies keep: hooks and what hangs on a graph belong to the original."""
         return {**self.__dict__, "handles": [], "gated": [], "seen": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, which has seen nothing."""
         self.__dict__.update(state)
         self.forget_calls()

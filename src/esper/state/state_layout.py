@@ -84,14 +84,14 @@ class KasminaStateLayout:
     exec_latency_us: torch.Tensor
     error_count: torch.Tensor
     fallback_active: torch.Tensor
-    _lifecycle_states: memoryview[Any]
-    _active_kernel_id: memoryview[Any]
-    _alpha_blend: memoryview[Any]
-    _health_accumulator: memoryview[Any]
-    _last_update_epoch: memoryview[Any]
-    _exec_latency_us: memoryview[Any]
-    _error_count: memoryview[Any]
-    _fallback_active: memoryview[Any]
+    _lifecycle_states: memoryview[int]
+    _active_kernel_id: memoryview[int]
+    _alpha_blend: memoryview[float]
+    _health_accumulator: memoryview[float]
+    _last_update_epoch: memoryview[int]
+    _exec_latency_us: memoryview[int]
+    _error_count: memoryview[int]
+    _fallback_active: memoryview[int]
 
     def __init__(self, num_seeds: int, device: torch.device | str = "cpu") -> None:
         if num_seeds < 1:
@@ -110,7 +110,7 @@ class KasminaStateLayout:
     def _allocate(self) -> None:
         for name, dtype, code, _, birth in _ARRAYS:
             memory = bytearray(struct.pack(code, birth)) * self.num_seeds
-            view: memoryview[Any] = memoryview(memory).cast(code)  # type: ignore[call-overload]
+            view: memoryview[int] = memoryview(memory).cast(code)  # type: ignore[call-overload]
             setattr(self, name, torch.frombuffer(memory, dtype=dtype))
             setattr(self, "_" + name, view)
 
@@ -373,7 +373,7 @@ class KasminaStateLayout:
         """Bytes of array memory that one seed takes."""
         return sum(size for _, _, _, size, _ in _ARRAYS)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return what pickle and deepcopy keep: values instead of views, which do not copy."""
         views = {"_" + name for name, *_ in _ARRAYS} | {name for name, *_ in _ARRAYS}
         state = {key: value for key, value in self.__dict__.items() if key not in views}

@@ -302,7 +302,7 @@ class _Given:
         behind = slice(self.num_positional, None)
         by_name = dict(zip(self.names[behind], self.args[behind], strict=True)) | self.kwargs
         taken = takes.of(LayerCall(self.args[: self.num_positional], by_name))
-        return taken.args, taken.kwargs
+        return taken.args, dict(taken.kwargs)
 
 
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
