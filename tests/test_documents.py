@@ -1,12 +1,16 @@
-"""The decisions and their index agree."""
+"""Decisions and their index agree, and the reference has the public names."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+import esper
+import esper.execution
+
 ROOT = Path(__file__).parent.parent
 DECISIONS = ROOT / "docs" / "adr"
+REFERENCE = ROOT / "docs" / "reference"
 COUNTERPARTS = {"supersedes": "superseded by", "amends": "amended by"}
 
 
@@ -69,3 +73,24 @@ def test_superseded_decisions_are_not_accepted():
     """A status that says superseded says nothing else first, and every other one is accepted."""
     for number, _, _, status in _pages():
         assert status.startswith(("accepted", "superseded by [")), number
+
+
+def _listed():
+    """Return every path that a directive of the reference names."""
+    for path in sorted(REFERENCE.glob("*.md")):
+        yield from re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_reference_has_every_public_name_once():
+    """Each name of `esper` and, but for those, of `esper.execution` has one directive; no other."""
+    public = [f"esper.{name}" for name in esper.__all__]
+    further = set(esper.execution.__all__) - set(esper.__all__)
+    assert sorted(_listed()) == sorted([*public, *(f"esper.execution.{name}" for name in further)])
+
+
+def test_names_that_both_packages_have_are_one_object():
+    """A name that the reference has under `esper` alone means the same in `esper.execution`."""
+    shared = set(esper.execution.__all__) & set(esper.__all__)
+    assert shared >= {"KasminaLayer", "KernelLoadError"}
+    for name in shared:
+        assert getattr(esper, name) is getattr(esper.execution, name), name
