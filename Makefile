@@ -10,7 +10,7 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench torture
+.PHONY: help venv demo test check docs bench torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,10 @@ check: venv ## Lint, types, imports, spelling, and the tests that are fast
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not torture and not gpu' $(ARGS)
+
+docs: venv ## Build the documents and the reference of the public names into site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/results/ and docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from esper.wrapping.wrap import layers, skipped, wrap
 
 __version__ = "0.1.0"
+"""Version of the distribution, ``esper-morph``."""
 
 _HOME: Final = {
     "AsyncExecutionError": "esper.contracts.errors",

@@ -12,7 +12,15 @@ from typing import Final
 
 
 class SeedLifecycleState(IntEnum):
-    """State of a seed. The values are stored as uint8 and never change."""
+    """State of a seed. The values are stored as uint8 and never change.
+
+    Attributes:
+        DORMANT: Nothing is in it, and the host answers.
+        LOADING: It is reserved: a kernel is on its way, or in an audition, or waits for a probe.
+        ACTIVE: Its kernel contributes, by its alpha.
+        ERROR_RECOVERY: Its kernel is isolated, and the host answers, until a probe succeeds.
+        FOSSILIZED: What was in it is permanent, as a kernel or folded into the host's weights.
+    """
 
     DORMANT = 0
     LOADING = 1
@@ -34,7 +42,16 @@ ALLOWED_TRANSITIONS: Final[dict[SeedLifecycleState, frozenset[SeedLifecycleState
 
 
 class GraftStage(StrEnum):
-    """Stage of a graft, from its germination to its verdict."""
+    """Stage of a graft, from its germination to its verdict.
+
+    Attributes:
+        GERMINATED: A kernel and a seed have been chosen.
+        AUDITION: The kernel learns in shadow passes, and the model does not notice.
+        BLENDING: It was admitted, and its alpha rises from 0.
+        HOLDING: It trains with the model, until its verdict.
+        FOSSILIZED: It stays.
+        CULLED: It was refused, or removed after its admission.
+    """
 
     GERMINATED = "germinated"
     AUDITION = "audition"

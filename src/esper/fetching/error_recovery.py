@@ -57,7 +57,16 @@ _logger = logging.getLogger(__name__)
 
 
 class ErrorType(Enum):
-    """What kind of error an error is, by its class."""
+    """What kind of error an error is, by its class.
+
+    Attributes:
+        KERNEL_LOAD_FAILURE: Bytes could not be had, and may be later.
+        KERNEL_EXECUTION_ERROR: A kernel failed, or nothing else is known.
+        OUT_OF_MEMORY: The device or the host has no memory left.
+        DEVICE_ERROR: The accelerator failed.
+        NETWORK_ERROR: A source did not answer, not in time, or is not asked.
+        VALIDATION_ERROR: Something breaks a rule, and will break it again.
+    """
 
     KERNEL_LOAD_FAILURE = "kernel_load_failure"
     KERNEL_EXECUTION_ERROR = "kernel_execution_error"
