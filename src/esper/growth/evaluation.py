@@ -11,7 +11,7 @@ import torch
 
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
-from esper.growth.gates import Evaluation, parse_evaluation
+from esper.growth.measurement import Measurement, parse_measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ class Evaluator:
         self._repeats = False
         self.samples_seen = 0
 
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, model: nn.Module) -> Measurement:
         """Measure the model as it stands.
 
         Raises:
@@ -49,11 +49,11 @@ class Evaluator:
             self._check_order(model)
         return self._read(model)
 
-    def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Evaluation:
+    def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
         with measuring(model), _counting(model) as counted:
             if random_seed is not None:
                 torch.manual_seed(random_seed)
-            result = parse_evaluation(self._evaluate(model), goal=self._goal)
+            result = parse_measurement(self._evaluate(model), goal=self._goal)
         self.samples_seen += counted[0]
         return result
 
@@ -75,7 +75,7 @@ class Evaluator:
         self._repeats = True
 
 
-def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
+def averaged(evaluations: Sequence[Measurement]) -> Measurement:
     """Return the mean of several evaluations of one split, sample by sample.
 
     A run at a constant rate wobbles from update to update; the mean of a few looks is the model's
@@ -86,7 +86,7 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
     """
     arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
     whole = len(arrays) == len(evaluations)
-    return Evaluation(
+    return Measurement(
         loss=float(np.mean([e.loss for e in evaluations])),
         per_sample=np.mean(arrays, axis=0) if whole else None,
         metrics=evaluations[-1].metrics,

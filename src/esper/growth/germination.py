@@ -16,7 +16,7 @@ from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import GraftRecord
 from esper.growth.audition import Audition
 from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
-from esper.growth.lookahead import is_causal
+from esper.growth.causality import is_causal
 from esper.growth.ranking import Candidate
 from esper.seeds.probe import probe
 from esper.state.host_parts import host_parameters

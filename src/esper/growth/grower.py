@@ -27,9 +27,9 @@ from esper.growth.budget import (
 from esper.growth.evaluation import Evaluator, num_samples
 from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
-from esper.growth.joining import Joining
 from esper.growth.journal import Journal
 from esper.growth.policies import ByHand, DiminishingReturns
+from esper.growth.probation import Probation
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.run import GrowthRun, Settings
@@ -231,7 +231,7 @@ class Grower:
     @property
     def host_twin(self) -> nn.Module | None:
         """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
-        return self._stage.host_twin if isinstance(self._stage, Joining) else None
+        return self._stage.host_twin if isinstance(self._stage, Probation) else None
 
     @property
     def last_metrics(self) -> dict[str, float]:

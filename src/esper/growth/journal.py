@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from esper.contracts.ports import Clock, EventSink
     from esper.growth.detector import Decision
-    from esper.growth.gates import Evaluation as GateEvaluation
     from esper.growth.gates import GateVerdict
+    from esper.growth.measurement import Measurement
     from esper.growth.ranking import RankedCandidate
 
 
@@ -83,7 +83,7 @@ class Journal:
             self.notes.append(text)
             self._publish(Noted, text=text)
 
-    def evaluated(self, evaluation: GateEvaluation, train_loss: float | None) -> None:
+    def evaluated(self, evaluation: Measurement, train_loss: float | None) -> None:
         """Record a reading of the gate split; one that is not finite is a note."""
         if not math.isfinite(evaluation.loss):
             self.note(f"the gate loss was {evaluation.loss} at update {self._updates()}")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from esper.fetching.kernel_cache import KernelCache
     from esper.growth.budget import Budget, Category
     from esper.growth.evaluation import Evaluator
-    from esper.growth.gates import Evaluation
     from esper.growth.journal import Journal
+    from esper.growth.measurement import Measurement
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
 
@@ -174,7 +174,7 @@ class GrowthRun:
     admitted: dict[int, Cost] = field(default_factory=dict)
     embargoes: dict[tuple[str, int | str], int] = field(default_factory=dict)
     last_change: int | None = None
-    last_gate: Evaluation | None = None
+    last_gate: Measurement | None = None
     evaluated_at: int = -1
     samples_per_update: int = 0
     losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
@@ -212,13 +212,13 @@ class GrowthRun:
         index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
         return self.peaks[index] if self.peaks else peak_rate(group)
 
-    def measure(self) -> Evaluation:
+    def measure(self) -> Measurement:
         """Read the gate split for the model as it is."""
         return self.measured(lambda evaluator: evaluator(self.model))
 
     def measured(
-        self, read: Callable[[Evaluator], Evaluation], category: Category = "evaluation"
-    ) -> Evaluation:
+        self, read: Callable[[Evaluator], Measurement], category: Category = "evaluation"
+    ) -> Measurement:
         """Read the gate split in the way that ``read`` says, and count the work.
 
         Raises:

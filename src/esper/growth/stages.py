@@ -1,6 +1,6 @@
 """The stages of a graft before its admission, each advanced once per update of the run.
 
-    Recording -> Auditioning -> Joining
+    Recording -> Auditioning -> Probation
 
 ``advance`` returns the stage that follows, or None where there is nothing more to do; ``close``
 takes away everything that the stage put anywhere.
@@ -21,12 +21,13 @@ from esper.growth.germination import (
     open_sites,
     rank,
 )
-from esper.growth.joining import Joining, judge
+from esper.growth.probation import Probation, judge
 from esper.growth.recording import Recorder, record_beside
 from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
-    from esper.growth.gates import Evaluation, GateVerdict
+    from esper.growth.gates import GateVerdict
+    from esper.growth.measurement import Measurement
     from esper.growth.policies import Choice
     from esper.growth.run import GrowthRun
 
@@ -143,7 +144,7 @@ def num_affordable(run: GrowthRun) -> int:
 class Auditioning:
     """Trains the contenders by shadow passes and reads the gate of each, once.
 
-    Of those that pass, the one with the largest z joins: the surest gain, not the largest.
+    Of those that pass, the one with the largest z is admitted: the surest gain, not the largest.
     Contenders of one audition share its level, so that a look at each of them is paid for.
 
     Args:
@@ -191,7 +192,7 @@ class Auditioning:
             self._cull(contender, reason, "culled in audition")
 
     def _judge(self, batches: list[Any]) -> Stage | None:
-        """Read the admission gate of every contender, each once; the best that passes joins."""
+        """Read the admission gate of every contender, each once; the best that passes goes on."""
         before = self._run.measure()
         passed: list[tuple[float, Contender, str]] = []
         for contender in self._contenders:
@@ -212,9 +213,9 @@ class Auditioning:
             if other is not best:
                 better = f"{best.blueprint.id} at {best.site} helped more"
                 self._cull(other, better, "culled in audition")
-        return Joining(self._run, best, before, reason)
+        return Probation(self._run, best, before, reason)
 
-    def _admission(self, contender: Contender, before: Evaluation) -> GateVerdict:
+    def _admission(self, contender: Contender, before: Measurement) -> GateVerdict:
         """Compare the host as it is, seed on, with seed off; one look."""
         run = self._run
         after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from esper.growth.audition import Joined
-
 PERTURBATION = 1e-3
 """Relative size of the perturbation whose effect on the gate loss is tau."""
 
@@ -51,7 +49,6 @@ class Twin:
         self.model = copy.deepcopy(model, memo)
         self.optimizer = _copied_optimizer(optimizer, memo)
         self.factor = _copied_factor(factor, self.optimizer, model, memo)
-        self.joined: Joined | None = None
         self._update = update
         self._random_state = random_state(model)
 

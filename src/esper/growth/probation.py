@@ -12,19 +12,19 @@ import torch
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
-from esper.growth.audition import Joined, join, part
 from esper.growth.budget import Cost
 from esper.growth.evaluation import averaged
 from esper.growth.gates import GateVerdict, not_worse, read_gate, test_level
+from esper.growth.live_kernel import LiveKernel, graft_kernel, remove_kernel
 from esper.growth.twins import Twin, tau_of
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.gates import Evaluation
     from esper.growth.germination import Contender
+    from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
 
-GUARD_EVERY = 10
+LOSS_CHECK_EVERY = 10
 """Updates between two looks at the training loss; each look reads the device once."""
 
 
@@ -34,13 +34,13 @@ class Fork:
 
     Attributes:
         null: Carries the same-treatment null.
-        null_joined: The null in it.
+        null_kernel: The null in it.
         host: Carries nothing.
         perturbed: The host twin's copy whose weights were perturbed at the start.
     """
 
     null: Twin
-    null_joined: Joined
+    null_kernel: LiveKernel
     host: Twin
     perturbed: Twin
 
@@ -50,7 +50,7 @@ class Fork:
         return self.null, self.host, self.perturbed
 
 
-class Joining:
+class Probation:
     """An admitted graft: alpha ramps up, is held, and the graft is judged.
 
     Args:
@@ -61,7 +61,7 @@ class Joining:
     """
 
     def __init__(
-        self, run: GrowthRun, contender: Contender, before: Evaluation, reason: str
+        self, run: GrowthRun, contender: Contender, before: Measurement, reason: str
     ) -> None:
         self._run = run
         self._contender = contender
@@ -72,9 +72,11 @@ class Joining:
         self._factors = run.factor.state_dict(self._host)
         self._fork = _make_fork(run, contender) if contender.null is not None else None
         peak = run.peak_of(self._layer)
-        self._joined = join(contender.audition, self._layer, run.optimizer, run.factor, peak=peak)
+        self._kernel = graft_kernel(
+            contender.audition, self._layer, run.optimizer, run.factor, peak=peak
+        )
         self._usual = _LossRange.of(run)
-        self._looks: dict[str, list[Evaluation]] = defaultdict(list)
+        self._looks: dict[str, list[Measurement]] = defaultdict(list)
         hold, num_looks = run.settings.hold_updates, run.settings.looks
         moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
         self._look_at = sorted(moments)
@@ -109,14 +111,14 @@ class Joining:
     def _num_updates(self) -> int:
         return self._run.updates - self._snapshot.update
 
-    def advance(self, batches: list[Any]) -> Joining | None:
+    def advance(self, batches: list[Any]) -> Probation | None:
         """Follow one update of the run; None once the verdict is spoken."""
         trouble = self._trouble()
         if trouble is not None:
             self._remove(trouble)
             return None
         self._advance_twins(batches)
-        alpha = self._joined.set_alpha(self._num_updates, self._ramp)
+        alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
         if not self._holds and self._num_updates >= self._ramp:
             self._holds = True
             self._run.journal.alpha(self._contender.graft, alpha)
@@ -138,12 +140,12 @@ class Joining:
         state = self._state()
         if state is not SeedLifecycleState.ACTIVE:
             return f"its seed is in {state.name}"
-        if self._num_updates % GUARD_EVERY:
+        if self._num_updates % LOSS_CHECK_EVERY:
             return None
         return self._usual.trouble(self._run)
 
     def _state(self) -> SeedLifecycleState:
-        return self._layer.state_layout.state(self._joined.seed_idx)
+        return self._layer.state_layout.state(self._kernel.seed_idx)
 
     def _advance_twins(self, batches: list[Any]) -> None:
         if self._fork is None:
@@ -151,7 +153,7 @@ class Joining:
         for twin in self._fork.twins:
             twin.update(batches, self._run.rates)
             self._run.count_pass("twins", batches)
-        self._fork.null_joined.set_alpha(self._num_updates, self._ramp)
+        self._fork.null_kernel.set_alpha(self._num_updates, self._ramp)
 
     def _look(self) -> None:
         """Read the gate split for the live model and for every twin."""
@@ -176,7 +178,7 @@ class Joining:
         else:
             self._remove(verdict.reason, without)
 
-    def _verdict(self, with_seed: Evaluation) -> GateVerdict:
+    def _verdict(self, with_seed: Measurement) -> GateVerdict:
         if self._fork is None:
             return _compared(self._before, with_seed, level=self._level)
         null, host, perturbed = (
@@ -192,9 +194,9 @@ class Joining:
         )
         return verdict
 
-    def _measure_without(self) -> Evaluation:
+    def _measure_without(self) -> Measurement:
         """Read the gate split with the seed off; an isolated seed is off already."""
-        seed_idx = self._joined.seed_idx
+        seed_idx = self._kernel.seed_idx
         if self._state() is not SeedLifecycleState.ACTIVE:
             return self._run.measure()
         alpha = self._layer.alpha(seed_idx)
@@ -206,12 +208,12 @@ class Joining:
 
     def _fossilize(self, reason: str) -> None:
         run, graft = self._run, self._contender.graft
-        certificate = self._layer.fossilize(self._joined.seed_idx)
+        certificate = self._layer.fossilize(self._kernel.seed_idx)
         if certificate.folded:
-            run.factor.remove(self._joined.parameters)
-            remove_parameters(run.optimizer, self._joined.parameters)
+            run.factor.remove(self._kernel.parameters)
+            remove_parameters(run.optimizer, self._kernel.parameters)
         else:
-            self._layer.set_guard(self._joined.seed_idx, "step")
+            self._layer.set_guard(self._kernel.seed_idx, "step")
             sync_optimizer(run.model, run.optimizer)
         run.journal.fossilized(
             graft,
@@ -229,13 +231,13 @@ class Joining:
             folded=certificate.folded,
         )
 
-    def _remove(self, reason: str, without: Evaluation | None = None) -> None:
+    def _remove(self, reason: str, without: Measurement | None = None) -> None:
         """Cull by the better of two: keep the trained host, or go back to the admission."""
         run, contender = self._run, self._contender
         if without is None:
             without = self._measure_without()
         kept = _compared(self._before, without, level=self._level)
-        part(self._joined, run.optimizer, run.factor)
+        remove_kernel(self._kernel, run.optimizer, run.factor)
         updates_lost = 0
         if not kept.passed:
             updates_lost = self._num_updates
@@ -244,7 +246,7 @@ class Joining:
             run.losses.clear()
         run.admitted[contender.graft] = Cost(parameters=0, flops=0.0, latency_s=0.0)
         run.last_change = run.updates
-        run.embargo(contender.site, self._joined.seed_idx, contender.blueprint.id)
+        run.embargo(contender.site, self._kernel.seed_idx, contender.blueprint.id)
         host = "the snapshot was restored" if updates_lost else "the trained host was kept"
         run.journal.rolled_back(contender.graft, updates_lost, f"{host}: {kept.reason}")
         run.journal.moved(
@@ -264,13 +266,13 @@ def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
     perturbed.perturb(run.settings.random_seed + run.updates)
     site: Any = null.model.get_submodule(contender.site)
     peak = run.peak_of(contender.audition.layer)
-    joined = join(contender.null, site, null.optimizer, null.factor, peak=peak)
-    return Fork(null=null, null_joined=joined, host=host, perturbed=perturbed)
+    kernel = graft_kernel(contender.null, site, null.optimizer, null.factor, peak=peak)
+    return Fork(null=null, null_kernel=kernel, host=host, perturbed=perturbed)
 
 
 def judge(
-    reference: Evaluation,
-    candidate: Evaluation,
+    reference: Measurement,
+    candidate: Measurement,
     *,
     level: float,
     tau: float = 0.0,
@@ -292,7 +294,7 @@ def judge(
     )
 
 
-def _compared(reference: Evaluation, candidate: Evaluation, *, level: float) -> GateVerdict:
+def _compared(reference: Measurement, candidate: Measurement, *, level: float) -> GateVerdict:
     if reference.per_sample is None or candidate.per_sample is None:
         return _unmeasured(level)
     return not_worse(reference.per_sample, candidate.per_sample, level=level)
@@ -324,7 +326,7 @@ class _LossRange:
     @classmethod
     def of(cls, run: GrowthRun) -> _LossRange:
         """Look at the losses of the run so far; without any there is no limit."""
-        if len(run.losses) < GUARD_EVERY:
+        if len(run.losses) < LOSS_CHECK_EVERY:
             return cls(limit=None)
         losses = torch.stack(tuple(run.losses))
         highest, lowest = float(losses.max()), float(losses.min())
@@ -335,7 +337,7 @@ class _LossRange:
         """Say what is wrong with the last losses, or None."""
         if not run.losses:
             return None
-        recent = float(torch.stack(tuple(run.losses)[-GUARD_EVERY:]).mean())
+        recent = float(torch.stack(tuple(run.losses)[-LOSS_CHECK_EVERY:]).mean())
         if not math.isfinite(recent):
             return f"the training loss became {recent}"
         if self.limit is not None and recent > self.limit:
