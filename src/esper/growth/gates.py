@@ -55,19 +55,21 @@ class GateVerdict:
 
 
 def test_level(k: int) -> float:
-    """Return the level of both gates of the k-th germinated graft, ``0.05 / (k (k + 1))``.
+    """Return the level of the k-th reading of one kind of gate, ``0.05 / (k (k + 1))``.
 
-    The levels of all grafts, however many, sum to 0.05: the chance that a run ever admits a
-    useless graft is at most 5 %.
+    The levels of all readings, however many, sum to 0.05: the chance that a run ever admits a
+    useless graft is at most 5 %, and so is the chance that it ever keeps one. The admission gate
+    counts auditions, whose contenders share a level between them; the fossilization gate counts
+    admissions.
 
     Args:
-        k: Number of the graft in its Grower, from 1.
+        k: Number of the audition, or of the admission, in its Grower, from 1.
 
     Raises:
         ValueError: ``k`` is less than 1.
     """
     if k < 1:
-        msg = f"grafts are counted from 1, got {k}"
+        msg = f"auditions and admissions are counted from 1, got {k}"
         raise ValueError(msg)
     return FAMILY_LEVEL / (k * (k + 1))
 
