@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
+from esper.growth.batch import num_samples
 from esper.growth.measurement import Measurement, parse_measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+
+    from esper.contracts.choices import Goal
 
 
 class Evaluator:
@@ -31,9 +33,7 @@ class Evaluator:
         goal: ``"min"`` where lower is better, ``"max"`` where higher is.
     """
 
-    def __init__(
-        self, evaluate: Callable[[nn.Module], Any], *, goal: Literal["min", "max"] = "min"
-    ) -> None:
+    def __init__(self, evaluate: Callable[[nn.Module], Any], *, goal: Goal = "min") -> None:
         self._evaluate = evaluate
         self._goal = goal
         self._repeats = False
@@ -121,16 +121,3 @@ def _counting(model: nn.Module) -> Iterator[list[int]]:
         yield counted
     finally:
         handle.remove()
-
-
-def num_samples(batch: Any) -> int:
-    """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
-    if isinstance(batch, torch.Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, (tuple, list)):
-        for item in batch:
-            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
-                return num_samples(item)
-    return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +17,7 @@ from esper.continuity.warmup import UpdateCounter, UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import RunReport
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
+from esper.growth.batch import num_samples
 from esper.growth.budget import (
     FORWARD_BACKWARD,
     Budget,
@@ -24,15 +25,16 @@ from esper.growth.budget import (
     count_parameters,
     forward_latency_s,
 )
-from esper.growth.evaluation import Evaluator, num_samples
+from esper.growth.evaluation import Evaluator
 from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
 from esper.growth.journal import Journal
+from esper.growth.options import GrowerOptions, check_options, show_options
 from esper.growth.policies import ByHand, DiminishingReturns
 from esper.growth.probation import Probation
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.recording import Recorder, record_beside
-from esper.growth.run import GrowthRun, Settings
+from esper.growth.run import GrowthRun
 from esper.growth.stages import Recording, num_affordable
 from esper.growth.twins import lockstep_update, owner_update
 from esper.observability.event_log import EventLog
@@ -48,11 +50,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from esper.compiler.catalog import Catalog
-    from esper.contracts.ports import Clock, EventSink, Registry
+    from esper.contracts.ports import Clock
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.policies import Policy
-    from esper.growth.ranking import RankedCandidate, Ranking
+    from esper.growth.ranking import RankedCandidate
     from esper.growth.recording import SiteObservation
     from esper.growth.stages import Stage
 
@@ -69,133 +70,91 @@ class Grower:
     epoch if there are epochs, and :meth:`close` at the end, or use it as a context manager. Until
     a kernel is admitted, the run is bit-identical to one without a Grower.
 
+    Every option is a keyword. The numbers, in italics below, are told one by one in
+    :class:`GrowthSettings`.
+
+    What is trained, and what it is judged by:
+        ``compute_loss``: ``(model, batch)`` to the scalar training loss. Without it the Grower
+        ranks and advises, and grafts nothing.
+        ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
+        shape (samples,), at least 200 of them; or a dict whose first entry decides; or
+        ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
+        ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
+        with the recorded rates where None.
+        Numbers: *horizon*, *goal*, *random_seed*.
+
+    When to grow, where, and what:
+        ``policy``: When; :class:`DiminishingReturns` where None.
+        ``ranking``: Where and what; :class:`FirstOrderGain` where None.
+        ``catalog``: The kernels on offer; the default catalog where None.
+        ``registry``: Where compiled kernels are stored and fetched from; one in memory where None.
+
+    What it may cost:
+        ``budget``: Limits on parameters, FLOPs, latency and the number of grafts.
+        Numbers: *overhead*, *evaluate_every*.
+
+    The course of a graft:
+        Numbers: *record_updates*, *candidates*, *audition_updates*, *min_effect*, *embargo*,
+        *ramp_updates*, *warmup_updates*, *lr_new*, *hold_updates*, *looks*, *verify*.
+
+    What is written down:
+        ``run_dir``: Where ``events.jsonl`` is written; None writes no files.
+        ``sink``: Takes every event as well.
+        ``clock``: Dates the events.
+
     Args:
         model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``.
         optimizer: Its optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``.
-        compute_loss: ``(model, batch)`` to the scalar training loss. Without it the Grower ranks
-            and advises, and grafts nothing.
-        evaluate: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
-            shape (samples,), at least 200 of them; or a dict whose first entry decides; or
-            ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
-        policy: When to grow; :class:`DiminishingReturns` where None.
-        ranking: Where and what; :class:`FirstOrderGain` where None.
-        catalog: The kernels on offer; the default catalog where None.
-        registry: Where compiled kernels are stored and fetched from; one in memory where None.
-        budget: What growth may cost.
-        horizon: Length of the run in updates; None where unknown.
-        goal: ``"min"`` where lower is better, ``"max"`` where higher is.
-        evaluate_every: Updates between two evaluations. None: at every :meth:`end_epoch`, or
-            every 50 updates where it is never called; less often where that would take more
-            than half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
-            every graft of the budget is given one audition all the same, and the report says
-            what that cost.
-        audition_updates: Shadow passes of an audition.
-        ramp_updates: Updates over which alpha rises from 0 to 1.
-        hold_updates: Updates at alpha 1 before the verdict.
-        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
-        warmup_updates: Updates over which the factor on new parameters rises to 1.
-        lr_new: Share of the peak rate that new parameters start at where the rate is spent.
-        record_updates: Updates that are recorded for a ranking.
-        candidates: Auditions side by side, at most.
-        min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Auditions that a slot and a blueprint sit out after a refusal.
-        verify: ``"snapshot"``: a graft stays if the gate split is not worse than at its
-            admission. ``"fork"``: if it also beats a twin that got the same treatment with a
-            kernel that adds nothing; costs three more models in training while it lasts.
-        update: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step with
-            the recorded rates where None.
-        run_dir: Where ``events.jsonl`` is written; None writes no files.
-        random_seed: Starts every generator of the controller's own.
-        clock: Dates the events.
-        sink: Takes every event as well.
+        options: As above.
 
     Raises:
         ValueError: A setting is out of its range, or the model has no layer with seeds.
-        TypeError: The optimizer is not supported.
+        TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
     """
 
+    @show_options
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        compute_loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        evaluate: Callable[[nn.Module], Any] | None = None,
-        policy: Policy | None = None,
-        ranking: Ranking | None = None,
-        catalog: Catalog | None = None,
-        registry: Registry | None = None,
-        budget: Budget | None = None,
-        horizon: int | None = None,
-        goal: Literal["min", "max"] = "min",
-        evaluate_every: int | None = None,
-        overhead: float = 0.10,
-        audition_updates: int = 100,
-        ramp_updates: int = 100,
-        hold_updates: int = 100,
-        looks: int = 5,
-        warmup_updates: int = 100,
-        lr_new: float = 0.3,
-        record_updates: int = 16,
-        candidates: int = 3,
-        min_effect: float = 0.001,
-        embargo: int = 3,
-        verify: Literal["snapshot", "fork"] = "snapshot",
-        update: Callable[[nn.Module, Optimizer, Any], None] | None = None,
-        run_dir: str | Path | None = None,
-        random_seed: int = 0,
-        clock: Clock | None = None,
-        sink: EventSink | None = None,
+        self, model: nn.Module, optimizer: Optimizer, **options: Unpack[GrowerOptions]
     ) -> None:
-        settings = Settings(
-            horizon=horizon,
-            goal=goal,
-            evaluate_every=evaluate_every,
-            overhead=overhead,
-            audition_updates=audition_updates,
-            ramp_updates=ramp_updates,
-            hold_updates=hold_updates,
-            looks=looks,
-            warmup_updates=warmup_updates,
-            lr_new=lr_new,
-            record_updates=record_updates,
-            candidates=candidates,
-            min_effect=min_effect,
-            embargo=embargo,
-            verify=verify,
-            random_seed=random_seed,
-        )
+        settings = check_options(options)
         check_supported(optimizer)
         bare = _unwrapped(model)
         found = layers(bare)
         if not found:
             msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
             raise ValueError(msg)
+        policy = options.get("policy") or DiminishingReturns()
         _check_choices(policy, found)
         sync_optimizer(bare, optimizer)
-        clock = clock or MonotonicClock()
+        clock = options.get("clock") or MonotonicClock()
+        registry = options.get("registry")
         registry = open_registry("memory:") if registry is None else registry
+        run_dir = options.get("run_dir")
         self._log = None if run_dir is None else EventLog(Path(run_dir) / "events.jsonl")
-        bus = EventBus([s for s in (self._log, sink) if s is not None])
+        bus = EventBus([s for s in (self._log, options.get("sink")) if s is not None])
+        compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
+        update = options.get("update")
+        random_seed = settings.random_seed
         self._counter = UpdateCounter(optimizer)
         self._run = GrowthRun(
             model=bare,
             layers=found,
             optimizer=optimizer,
-            factor=UpdateFactor(optimizer, warmup_updates=warmup_updates, lr_new=lr_new),
+            factor=UpdateFactor(
+                optimizer, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new
+            ),
             settings=settings,
-            budget=budget or Budget(),
-            policy=policy or DiminishingReturns(),
-            ranking=ranking or FirstOrderGain(random_seed=random_seed),
-            catalog=catalog or default_catalog(),
+            budget=options.get("budget") or Budget(),
+            policy=policy,
+            ranking=options.get("ranking") or FirstOrderGain(random_seed=random_seed),
+            catalog=options.get("catalog") or default_catalog(),
             registry=registry,
             cache=EnhancedKernelCache(source=registry),
             clock=clock,
             journal=Journal(bus, clock, lambda: self._run.updates),
             compute_loss=compute_loss,
-            evaluator=None if evaluate is None else Evaluator(evaluate, goal=goal),
+            evaluator=None if evaluate is None else Evaluator(evaluate, goal=settings.goal),
             twin_update=owner_update(update) if update else _lockstep(compute_loss),
             host_cost=Cost(parameters=count_parameters(bare)),
         )
@@ -543,7 +502,7 @@ class Suggestion:
         )
 
 
-def _check_choices(policy: Policy | None, found: dict[str, KasminaLayer]) -> None:
+def _check_choices(policy: Policy, found: dict[str, KasminaLayer]) -> None:
     """Refuse a site named by hand that there is not, before anything is trained."""
     for choice in policy.choices if isinstance(policy, ByHand) else ():
         if choice.site not in found:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import peak_rate
 from esper.contracts.errors import GrowthError
+from esper.growth.batch import num_samples
 from esper.growth.budget import FORWARD, FORWARD_BACKWARD, Cost, WorkMeter, overhead_allowance
-from esper.growth.evaluation import num_samples
 from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
@@ -32,90 +32,9 @@ if TYPE_CHECKING:
     from esper.growth.measurement import Measurement
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
+    from esper.growth.settings import GrowthSettings
 
 LOSS_WINDOW = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The numbers of a growth run; each is an argument of the Grower.
-
-    Attributes:
-        horizon: Length of the run in updates; None where unknown.
-        goal: ``"min"`` or ``"max"`` of what ``evaluate`` returns.
-        evaluate_every: Updates between two evaluations; None for the default.
-        overhead: Share of the run's counted work that growing may take, in [0, 1).
-        audition_updates: Shadow passes of an audition.
-        ramp_updates: Updates over which alpha rises from 0 to 1.
-        hold_updates: Updates at alpha 1 before the verdict.
-        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
-        warmup_updates: Updates over which the factor on new parameters rises to 1.
-        lr_new: Share of the peak rate that new parameters start at where the rate is spent.
-        record_updates: Updates that are recorded for a ranking.
-        candidates: Auditions side by side, at most.
-        min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Auditions that a slot and a blueprint sit out after a refusal.
-        verify: ``"snapshot"`` or ``"fork"``.
-        random_seed: Starts every generator of the controller's own.
-    """
-
-    horizon: int | None = None
-    goal: Literal["min", "max"] = "min"
-    evaluate_every: int | None = None
-    overhead: float = 0.10
-    audition_updates: int = 100
-    ramp_updates: int = 100
-    hold_updates: int = 100
-    looks: int = 5
-    warmup_updates: int = 100
-    lr_new: float = 0.3
-    record_updates: int = 16
-    candidates: int = 3
-    min_effect: float = 0.001
-    embargo: int = 3
-    verify: Literal["snapshot", "fork"] = "snapshot"
-    random_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        least = {
-            "audition_updates": 1,
-            "ramp_updates": 1,
-            "hold_updates": 0,
-            "looks": 1,
-            "warmup_updates": 0,
-            "record_updates": 1,
-            "candidates": 1,
-            "embargo": 0,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                msg = f"{name} is a count, at least {bound}; got {getattr(self, name)}"
-                raise ValueError(msg)
-        for name in ("horizon", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                msg = f"{name} is a number of updates, at least 1, or None; got {value}"
-                raise ValueError(msg)
-        if self.verify not in ("snapshot", "fork"):
-            msg = f'verify is "snapshot" or "fork", got {self.verify!r}'
-            raise ValueError(msg)
-        if not 0.0 <= self.overhead < 1.0:
-            msg = f"overhead is a share of the run's work in [0, 1), got {self.overhead}"
-            raise ValueError(msg)
-        if self.min_effect < 0:
-            msg = f"min_effect is a share of the gate loss, at least 0; got {self.min_effect}"
-            raise ValueError(msg)
-
-    @property
-    def graft_updates(self) -> int:
-        """Updates from a decision to grow until the verdict."""
-        joint = self.ramp_updates + self.hold_updates
-        return self.record_updates + self.audition_updates + joint
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the values by name."""
-        return asdict(self)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -150,7 +69,7 @@ class GrowthRun:
     layers: dict[str, KasminaLayer]
     optimizer: Optimizer
     factor: UpdateFactor
-    settings: Settings
+    settings: GrowthSettings
     budget: Budget
     policy: Policy
     ranking: Ranking
