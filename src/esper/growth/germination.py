@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.policies import Choice
     from esper.growth.ranking import RankedCandidate
+    from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
     from esper.state.kernel import PreparedKernel

@@ -30,9 +30,10 @@ from esper.growth.gates import MIN_SAMPLES
 from esper.growth.germination import open_sites, rank
 from esper.growth.journal import Journal
 from esper.growth.options import GrowerOptions, check_options, show_options
-from esper.growth.policies import ByHand, DiminishingReturns
+from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.probation import Probation
 from esper.growth.ranking import FirstOrderGain
+from esper.growth.reading import Reading
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.run import GrowthRun
 from esper.growth.stages import Recording, num_affordable
@@ -167,6 +168,7 @@ class Grower:
         self._per_update: int | None = None
         self._evaluation_work = 0
         self._advised_at: int | None = None
+        self._reading = Reading(update=0, horizon=settings.horizon)
         self._closed = False
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
         self._warn(own_update=update is not None)
@@ -329,7 +331,7 @@ class Grower:
                 )
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
-        self._look(asked=not run.policy.reads_losses)
+        self._look(asked=True)
 
     def _look(self, *, asked: bool) -> None:
         """Evaluate where that is due, and ask the policy where it has something to say."""
@@ -345,8 +347,26 @@ class Grower:
         """Let the policy see the training loss where there is no measure: for advice only."""
         loss = self._run.train_loss()
         if loss is not None:
-            self._run.policy.observe(self._run.updates, loss, loss)
+            self._observe(train_loss=loss, gate_loss=loss, metrics={})
         return loss is not None
+
+    def _observe(
+        self, *, train_loss: float | None, gate_loss: float, metrics: dict[str, float]
+    ) -> None:
+        """Show the policy an evaluation, which it sees again whenever it is asked."""
+        self._reading = replace(
+            self._reading_now(), train_loss=train_loss, gate_loss=gate_loss, metrics=metrics
+        )
+        self._run.policy.observe(self._reading)
+
+    def _reading_now(self) -> Reading:
+        run = self._run
+        return replace(
+            self._reading,
+            update=run.updates,
+            rates=tuple(run.rates),
+            last_change_update=run.last_change,
+        )
 
     def _evaluation_is_due(self) -> bool:
         run = self._run
@@ -377,11 +397,11 @@ class Grower:
         run.evaluated_at, run.last_gate = run.updates, evaluation
         train_loss = run.train_loss()
         run.journal.evaluated(evaluation, train_loss)
-        run.policy.observe(run.updates, train_loss, evaluation.loss)
+        self._observe(train_loss=train_loss, gate_loss=evaluation.loss, metrics=evaluation.metrics)
 
     def _decide(self) -> None:
         run = self._run
-        decision = run.policy.decide(run.updates, run.settings.horizon, run.last_change)
+        decision = run.policy.decide(self._reading_now())
         if decision.grow or run.evaluated_at == run.updates:
             run.journal.detected(decision)
         if not decision.grow:
@@ -402,7 +422,7 @@ class Grower:
             self._advised_at = run.updates
         elif num_affordable(run) == 0:
             run.num_over += 1
-        self._stage = Recording(run, run.policy.choice(), advise_only=missing is not None)
+        self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
     def _missing(self) -> str | None:
         """Say what is missing for a graft ever to be admitted, or None."""
@@ -504,7 +524,7 @@ class Suggestion:
 
 def _check_choices(policy: Policy, found: dict[str, KasminaLayer]) -> None:
     """Refuse a site named by hand that there is not, before anything is trained."""
-    for choice in policy.choices if isinstance(policy, ByHand) else ():
+    for choice in choices_of(policy):
         if choice.site not in found:
             msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(found)}"
             raise GrowthError(msg)

@@ -15,7 +15,7 @@ from esper.contracts.progress import Progress, ProgressRow
 from esper.growth.evaluation import measuring
 from esper.growth.grower import Grower
 from esper.growth.options import GrowerOptions, check_options
-from esper.growth.policies import EveryN
+from esper.growth.policies import Never
 from esper.growth.settings import GrowthSettings
 from esper.wrapping.wrap import wrap
 
@@ -207,7 +207,7 @@ def suggest(
     wrap(job.model, select=job.select, num_seeds=job.num_seeds)
     job.model.train()
     options = _grower_options(job)
-    options["policy"] = EveryN(updates=2**62)
+    options["policy"] = Never()
     with Grower(job.model, job.optimizer, **options) as grower:
         for epoch in range(max(1, round(SUGGEST_SHARE * job.epochs))):
             _train_epoch(job, grower, epoch, on_progress)

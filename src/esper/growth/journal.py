@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from esper.contracts.ports import Clock, EventSink
-    from esper.growth.detector import Decision
     from esper.growth.gates import GateVerdict
     from esper.growth.measurement import Measurement
     from esper.growth.ranking import RankedCandidate
+    from esper.growth.reading import Decision
 
 
 _LOG = logging.getLogger(__name__)

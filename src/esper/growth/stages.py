@@ -28,7 +28,7 @@ from esper.seeds.shadow import shadow_pass
 if TYPE_CHECKING:
     from esper.growth.gates import GateVerdict
     from esper.growth.measurement import Measurement
-    from esper.growth.policies import Choice
+    from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
 
 NUM_TWINS = 3
@@ -100,12 +100,12 @@ class Recording:
         self._recorder.close()
         observations = self._recorder.observations
         if self._choice is not None:
-            self._run.policy.germinated(self._run.updates)
+            self._run.policy.germinated(self._run.updates, self._choice)
             contender = germinate_choice(self._run, self._choice, observations)
             return None if contender is None else Auditioning(self._run, [contender])
         ranked = rank(self._run, observations)
         self._run.journal.ranked(ranked.order, ranked.refused)
-        self._run.policy.germinated(self._run.updates)
+        self._run.policy.germinated(self._run.updates, None)
         if self._advise_only:
             return None
         limit = max(1, min(self._run.settings.candidates, num_affordable(self._run)))
