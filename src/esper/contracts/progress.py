@@ -3,6 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esper.contracts.lifecycle import GraftStage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraftStatus:
+    """Where a graft is.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer.
+        stage: Stage of the graft.
+    """
+
+    site: str
+    seed_idx: int
+    stage: GraftStage
+
+    def __str__(self) -> str:
+        return f"{self.site}.{self.seed_idx} {self.stage.value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,12 +15,11 @@ from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.growth.batch import Batch, LossFunction
     from esper.growth.evaluation import Evaluator
     from esper.growth.measurement import Measurement
     from esper.state.kernel import PreparedKernel
@@ -76,9 +75,7 @@ class Audition:
             layer=layer, seed_idx=seed_idx, kernel=kernel, optimizer=own, random_seed=random_seed
         )
 
-    def shadow_update(
-        self, model: nn.Module, batch: Any, compute_loss: Callable[[nn.Module, Any], Tensor]
-    ) -> None:
+    def shadow_update(self, model: nn.Module, batch: Batch, compute_loss: LossFunction) -> None:
         """Train the kernel on one batch; gradients reach its parameters and nothing else."""
         if self.optimizer is None:
             return

@@ -22,10 +22,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from esper.growth.measurement import Losses
+from esper.growth.measurement import Losses, Measurement
 
 FAMILY_LEVEL: Final = 0.05
 MIN_SAMPLES: Final = 200
+NO_SAMPLES: Final = "evaluate gives no per-sample losses, so luck cannot be told from gain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def read_gate(
         ValueError: A number is outside its range, or the two are not one loss per sample of the
             same samples.
     """
-    _check_settings(level=level, tau=tau, min_effect=min_effect, min_samples=min_samples)
+    _check_numbers(level=level, tau=tau, min_effect=min_effect, min_samples=min_samples)
     differences = _paired_differences(reference_losses, candidate_losses)
     refusal = _refuse_to_read(differences, min_samples)
     if refusal is None and not math.isfinite(tau):
@@ -148,7 +149,7 @@ def not_worse(
     Raises:
         ValueError: As :func:`read_gate`.
     """
-    _check_settings(level=level, tau=0.0, min_effect=0.0, min_samples=min_samples)
+    _check_numbers(level=level, tau=0.0, min_effect=0.0, min_samples=min_samples)
     differences = _paired_differences(reference_losses, candidate_losses)
     refusal = _refuse_to_read(differences, min_samples)
     if refusal:
@@ -169,7 +170,44 @@ def not_worse(
     )
 
 
-def _check_settings(*, level: float, tau: float, min_effect: float, min_samples: int) -> None:
+def judge(
+    reference: Measurement,
+    candidate: Measurement,
+    *,
+    level: float,
+    tau: float = 0.0,
+    min_effect: float = 0.0,
+) -> GateVerdict:
+    """Read a gate on two evaluations; without per-sample losses it does not pass.
+
+    Args:
+        reference: The gate split without the graft.
+        candidate: The gate split with it.
+        level: One-sided level, in (0, 0.5).
+        tau: Spread between models that ought to be equal, in units of the loss.
+        min_effect: Smallest fall of the loss that counts, in units of the loss.
+    """
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(NO_SAMPLES, level=level)
+    return read_gate(
+        reference.per_sample, candidate.per_sample, level=level, tau=tau, min_effect=min_effect
+    )
+
+
+def judge_not_worse(reference: Measurement, candidate: Measurement, *, level: float) -> GateVerdict:
+    """Say whether one measurement is not worse than another; unmeasured is worse.
+
+    Args:
+        reference: The gate split before.
+        candidate: The gate split after.
+        level: Level of the graft's gates, recorded beside the verdict; in (0, 0.5).
+    """
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(NO_SAMPLES, level=level)
+    return not_worse(reference.per_sample, candidate.per_sample, level=level)
+
+
+def _check_numbers(*, level: float, tau: float, min_effect: float, min_samples: int) -> None:
     if not 0.0 < level < 0.5:
         msg = f"level is a one-sided test level in (0, 0.5), got {level}"
         raise ValueError(msg)
@@ -206,7 +244,9 @@ def _refuse_to_read(differences: Losses, min_samples: int) -> str | None:
     return None
 
 
-def _unmeasured(reason: str, *, level: float, tau: float, samples: int) -> GateVerdict:
+def _unmeasured(
+    reason: str, *, level: float, tau: float = math.inf, samples: int = 0
+) -> GateVerdict:
     return GateVerdict(
         passed=False,
         effect=None,

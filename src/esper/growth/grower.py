@@ -2,65 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from collections import deque
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from esper.bus.in_process import EventBus
-from esper.compiler.catalog import default_catalog
-from esper.continuity.optimizer import busy_layers, check_supported, sync_optimizer
-from esper.continuity.warmup import UpdateCounter, UpdateFactor
+from esper.continuity.optimizer import busy_layers
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import RunReport
-from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
-from esper.growth.batch import num_samples
-from esper.growth.budget import (
-    FORWARD_BACKWARD,
-    Budget,
-    Cost,
-    count_parameters,
-    forward_latency_s,
-)
-from esper.growth.evaluation import Evaluator
-from esper.growth.gates import MIN_SAMPLES
-from esper.growth.germination import open_sites, rank
-from esper.growth.journal import Journal
-from esper.growth.options import GrowerOptions, check_options, show_options
-from esper.growth.policies import DiminishingReturns, choices_of
+from esper.growth.assembly import begin_run
+from esper.growth.budget import count_parameters
+from esper.growth.obstacles import missing_evidence, obstacle
+from esper.growth.options import GrowerOptions, show_options
 from esper.growth.probation import Probation
-from esper.growth.ranking import FirstOrderGain
 from esper.growth.reading import Reading
-from esper.growth.recording import Recorder, record_beside
-from esper.growth.run import GrowthRun
-from esper.growth.stages import Recording, num_affordable
-from esper.growth.twins import lockstep_update, owner_update
-from esper.observability.event_log import EventLog
-from esper.registry.open import open as open_registry
-from esper.resilience.clock import MonotonicClock
+from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
+from esper.growth.stages import Recording
+from esper.growth.suggestion import suggestions
 from esper.seeds.maintenance import maintain_layers
-from esper.seeds.shadow import shadow_pass
-from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from esper.contracts.ports import Clock
-    from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.policies import Policy
-    from esper.growth.ranking import RankedCandidate
-    from esper.growth.recording import SiteObservation
+    from esper.contracts.progress import GraftStatus
+    from esper.growth.batch import Batch
     from esper.growth.stages import Stage
+    from esper.growth.suggestion import Suggestion
 
-EVALUATE_EVERY = 50
-"""Updates between two evaluations where the owner says nothing and calls no ``end_epoch``."""
-KEPT_BATCHES = 8
+KEPT_BATCHES: Final = 8
 """Recent batches that :meth:`Grower.suggest` may rank on."""
 
 
@@ -118,60 +87,21 @@ class Grower:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, **options: Unpack[GrowerOptions]
     ) -> None:
-        settings = check_options(options)
-        check_supported(optimizer)
-        bare = _unwrapped(model)
-        found = layers(bare)
-        if not found:
-            msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
-            raise ValueError(msg)
-        policy = options.get("policy") or DiminishingReturns()
-        _check_choices(policy, found)
-        sync_optimizer(bare, optimizer)
-        clock = options.get("clock") or MonotonicClock()
-        registry = options.get("registry")
-        registry = open_registry("memory:") if registry is None else registry
-        run_dir = options.get("run_dir")
-        self._log = None if run_dir is None else EventLog(Path(run_dir) / "events.jsonl")
-        bus = EventBus([s for s in (self._log, options.get("sink")) if s is not None])
-        compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
-        update = options.get("update")
-        random_seed = settings.random_seed
-        self._counter = UpdateCounter(optimizer)
-        self._run = GrowthRun(
-            model=bare,
-            layers=found,
-            optimizer=optimizer,
-            factor=UpdateFactor(
-                optimizer, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new
-            ),
-            settings=settings,
-            budget=options.get("budget") or Budget(),
-            policy=policy,
-            ranking=options.get("ranking") or FirstOrderGain(random_seed=random_seed),
-            catalog=options.get("catalog") or default_catalog(),
-            registry=registry,
-            cache=EnhancedKernelCache(source=registry),
-            clock=clock,
-            journal=Journal(bus, clock, lambda: self._run.updates),
-            compute_loss=compute_loss,
-            evaluator=None if evaluate is None else Evaluator(evaluate, goal=settings.goal),
-            twin_update=owner_update(update) if update else _lockstep(compute_loss),
-            host_cost=Cost(parameters=count_parameters(bare)),
+        self._run = begin_run(model, optimizer, options)
+        settings = self._run.settings
+        self._schedule = EvaluationSchedule(
+            every=settings.evaluate_every, overhead=settings.overhead
         )
-        self._rates_hook = optimizer.register_step_pre_hook(self._before_step)
         self._stage: Stage | None = None
-        self._micro_batches: list[Any] = []
-        self._recent: list[Any] = []
-        self._epoch_ended = self._has_epochs = False
-        self._dropped = False
-        self._per_update: int | None = None
-        self._evaluation_work = 0
-        self._advised_at: int | None = None
+        self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
-        self._closed = False
+        self._has_advised = self._closed = False
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
-        self._warn(own_update=update is not None)
+        if settings.verify == "fork" and options.get("update") is None:
+            self._run.journal.note(
+                "twins are updated by loss, backward and step with the recorded rates; give "
+                "update= if your own update does more"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -185,9 +115,9 @@ class Grower:
         return self._run.updates
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
-        """Site, seed and stage of each graft that is under way."""
-        return () if self._stage is None else self._stage.stages
+    def stages(self) -> tuple[GraftStatus, ...]:
+        """Where each graft is that is under way: its site, its seed and its stage."""
+        return () if self._stage is None else self._stage.statuses
 
     @property
     def host_twin(self) -> nn.Module | None:
@@ -200,7 +130,7 @@ class Grower:
         evaluations = self._run.journal.evaluations
         return dict(evaluations[-1].metrics) if evaluations else {}
 
-    def step(self, loss: Tensor | None = None, batch: Any = None) -> None:
+    def step(self, loss: Tensor | None = None, batch: Batch = None) -> None:
         """Take note of one training step; call it after the optimizer's.
 
         Args:
@@ -214,25 +144,17 @@ class Grower:
         if self._closed:
             msg = "this Grower is closed; make another one to go on growing"
             raise GrowthError(msg)
-        run = self._run
         if loss is not None:
-            run.losses.append(loss.detach())
-        if batch is not None:
-            self._micro_batches.append(batch)
-        if self._counter.count == run.updates:
-            if self._dropped:  # a step whose gradients were thrown away is no update
-                self._micro_batches.clear()
-            self._dropped = False
-            return
-        run.updates = self._counter.count
-        self._dropped = False
-        self._after_update(self._batches_of_update())
+            self._run.losses.add(loss)
+        batches = self._run.watcher.step(batch)
+        if batches is not None:
+            self._after_update(batches)
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
-        self._epoch_ended = self._has_epochs = True
-        if not self._closed and self._run.updates:
-            self._look(asked=False)
+        self._schedule.end_epoch()
+        if not self._closed and self._run.updates and self._look():
+            self._decide()
 
     def suggest(self) -> list[Suggestion]:
         """Rank every kernel on offer on the recent batches; changes nothing.
@@ -243,26 +165,7 @@ class Grower:
         Raises:
             GrowthError: There is no ``compute_loss``, or no batch was passed to :meth:`step`.
         """
-        run = self._run
-        if run.compute_loss is None or not self._recent:
-            msg = (
-                "suggest() ranks on recent batches: give the Grower compute_loss= and call "
-                "step(loss, batch=batch) in the training loop first"
-            )
-            raise GrowthError(msg)
-        compute_loss = run.compute_loss
-        recorder = Recorder(
-            open_sites(run), random_seed=run.settings.random_seed, records_shadow_passes=True
-        )
-        with recorder:
-            for batch in self._recent:
-                record_beside(recorder, run.model, lambda model, b=batch: compute_loss(model, b))  # type: ignore[misc] # mypy cannot type a default of a lambda
-                run.count_pass("ranking", [batch])
-        ranked = rank(run, recorder.observations)
-        return [
-            Suggestion.of(entry, recorder.observations[entry.site], run.clock)
-            for entry in ranked.order
-        ]
+        return suggestions(self._run, self._recent)
 
     def report(self) -> RunReport:
         """Return what happened so far; ``print`` it, or ask for its JSON."""
@@ -271,10 +174,10 @@ class Grower:
             settings=run.settings.as_dict(),
             updates=run.updates,
             evaluations=tuple(run.journal.evaluations),
-            grafts=run.journal.grafts,
+            grafts=run.grafts.records,
             timeline=tuple(run.journal.timeline),
             alphas=tuple(run.journal.alphas),
-            work={name: float(work) for name, work in run.meter.state_dict().items()},
+            work=run.ledger.by_category(),
             parameters_before=run.host_cost.parameters,
             parameters_after=count_parameters(run.model),
             notes=tuple(run.journal.notes),
@@ -290,39 +193,26 @@ class Grower:
             return
         self._closed = True
         stage, self._stage = self._stage, None
+        run = self._run
         try:
             if stage is not None:
                 stage.close(f"{reason} before its verdict")
         finally:
-            self._run.factor.close()
-            self._counter.close()
-            self._rates_hook.remove()
+            run.factor.close()
+            run.watcher.close()
             self._recent.clear()
-            self._run.journal.ended(reason)
-            if self._log is not None:
-                self._log.close()
+            run.journal.ended(reason, run.grafts.records)
+            if run.log is not None:
+                run.log.close()
 
-    def _before_step(self, *_: Any) -> None:
-        self._run.note_rates()
-        self._dropped = True  # until the update is counted
-
-    def _batches_of_update(self) -> list[Any]:
-        """Return the batches of the update that was just counted.
-
-        A step that GradScaler skipped calls no hook; its batches are left out by their number.
-        """
-        batches, self._micro_batches = self._micro_batches, []
-        usual = len(batches) if self._per_update is None else self._per_update
-        self._per_update = min(usual, len(batches)) or None
-        return batches[-usual:] if usual else batches
-
-    def _after_update(self, batches: list[Any]) -> None:
+    def _after_update(self, batches: list[Batch]) -> None:
+        """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
-        run.samples_per_update = sum(num_samples(b) for b in batches) or run.samples_per_update
-        run.count_pass("training", batches)
-        self._recent = [*self._recent, *batches][-KEPT_BATCHES:]
-        self._count_flops(batches)
-        self._maintain()
+        run.ledger.count_update(batches)
+        run.count_host_flops(batches)
+        self._recent.extend(batches)
+        for fault in maintain_layers(busy_layers(run.optimizer)).faults:
+            run.journal.faulted(fault)
         if self._stage is not None:
             if not batches and self._stage.needs_batches:
                 msg = (
@@ -331,21 +221,27 @@ class Grower:
                 )
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
-        self._look(asked=True)
+        self._look()
+        self._decide()
 
-    def _look(self, *, asked: bool) -> None:
-        """Evaluate where that is due, and ask the policy where it has something to say."""
-        if self._evaluation_is_due():
-            self._evaluate()
-            asked = True
-        elif self._run.evaluator is None and self._run.updates % EVALUATE_EVERY == 0:
-            asked = self._look_at_training_loss() or asked
-        if asked and self._stage is None:
-            self._decide()
+    def _look(self) -> bool:
+        """Let the policy see an evaluation where one is due; say whether it saw one."""
+        run = self._run
+        if run.evaluator is None:
+            return run.updates % EVALUATE_EVERY == 0 and self._look_at_training_loss()
+        if not self._schedule.is_due(run.updates, run.ledger.samples_per_update):
+            return False
+        before = run.ledger.work("evaluation")
+        found = run.last_measurement = run.measure()
+        self._schedule.evaluated(run.updates, run.ledger.work("evaluation") - before)
+        train_loss = run.losses.mean()
+        run.journal.evaluated(found, train_loss)
+        self._observe(train_loss=train_loss, gate_loss=found.loss, metrics=found.metrics)
+        return True
 
     def _look_at_training_loss(self) -> bool:
         """Let the policy see the training loss where there is no measure: for advice only."""
-        loss = self._run.train_loss()
+        loss = self._run.losses.mean()
         if loss is not None:
             self._observe(train_loss=loss, gate_loss=loss, metrics={})
         return loss is not None
@@ -364,186 +260,35 @@ class Grower:
         return replace(
             self._reading,
             update=run.updates,
-            rates=tuple(run.rates),
-            last_change_update=run.last_change,
+            rates=tuple(run.watcher.rates),
+            last_change_update=run.last_change_update,
         )
 
-    def _evaluation_is_due(self) -> bool:
-        run = self._run
-        if run.evaluator is None or run.evaluated_at == run.updates:
-            return False
-        if run.evaluated_at < 0:
-            return True
-        since = run.updates - run.evaluated_at
-        if run.settings.evaluate_every is not None:
-            return since >= run.settings.evaluate_every
-        due = self._epoch_ended or (not self._has_epochs and since >= EVALUATE_EVERY)
-        return due and since >= self._least_gap()
-
-    def _least_gap(self) -> int:
-        """Updates between evaluations that keep them within half of the overhead."""
-        run = self._run
-        share = run.settings.overhead / 2
-        per_update = FORWARD_BACKWARD * max(run.samples_per_update, 1) * share / (1 - share)
-        return math.ceil(self._evaluation_work / per_update) if per_update else EVALUATE_EVERY
-
-    def _evaluate(self) -> None:
-        run = self._run
-        self._epoch_ended = False
-        before = run.meter.work("evaluation")
-        evaluation = run.measure()
-        first = run.evaluated_at < 0
-        self._evaluation_work = (run.meter.work("evaluation") - before) // (3 if first else 1)
-        run.evaluated_at, run.last_gate = run.updates, evaluation
-        train_loss = run.train_loss()
-        run.journal.evaluated(evaluation, train_loss)
-        self._observe(train_loss=train_loss, gate_loss=evaluation.loss, metrics=evaluation.metrics)
-
     def _decide(self) -> None:
+        """Ask the policy where nothing is under way, and begin to record where it says yes."""
         run = self._run
+        if self._stage is not None:
+            return
         decision = run.policy.decide(self._reading_now())
-        if decision.grow or run.evaluated_at == run.updates:
+        if decision.grow or self._schedule.last == run.updates:
             run.journal.detected(decision)
         if not decision.grow:
             return
-        run.turns += 1
-        obstacle = self._obstacle()
-        if obstacle is not None:
-            run.journal.note(obstacle)
+        run.embargoes.count_decision()
+        against = obstacle(run)
+        if against is not None:
+            run.journal.note(against)
             return
-        missing = self._missing()
-        if missing is not None:
-            run.journal.note(
-                f"{missing}: nothing is grafted; candidates are ranked, and the ranking is in "
-                "the log"
-            )
-            if self._advised_at is not None:
-                return
-            self._advised_at = run.updates
-        elif num_affordable(run) == 0:
-            run.num_over += 1
-        self._stage = Recording(run, decision.choice, advise_only=missing is not None)
+        missing = missing_evidence(run, has_batches=bool(self._recent))
+        if missing is None and run.num_affordable == 0:
+            run.ledger.count_overdraft()
+        if missing is None or self._advises(missing):
+            self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
-    def _missing(self) -> str | None:
-        """Say what is missing for a graft ever to be admitted, or None."""
-        run = self._run
-        if run.compute_loss is None or run.evaluator is None or not self._recent:
-            return "without compute_loss, evaluate and batch= there is no evidence"
-        if run.last_gate is None or run.last_gate.per_sample is None:
-            return "evaluate gives no per-sample losses, so luck cannot be told from gain"
-        if len(run.last_gate.per_sample) < MIN_SAMPLES:
-            found = len(run.last_gate.per_sample)
-            return f"too little power: {found} samples, at least {MIN_SAMPLES} needed"
-        return None
-
-    def _obstacle(self) -> str | None:
-        """Say why nothing can germinate now although the policy would, or None."""
-        run = self._run
-        horizon, needed = run.settings.horizon, run.settings.graft_updates
-        if horizon is not None and run.updates + needed > horizon:
-            return f"a graft takes {needed} updates; too few are left of {horizon}"
-        if run.budget.grafts is not None and len(run.admitted) >= run.budget.grafts:
-            return f"the budget's {run.budget.grafts} grafts were admitted"
-        if num_affordable(run) == 0 and run.num_over >= (run.budget.grafts or 1):
-            share = run.settings.overhead
-            return f"the overhead of {share:.0%} is spent, one audition per graft included"
-        if not open_sites(run):
-            return "no site has a seed that is dormant and under no embargo"
-        return None
-
-    def _maintain(self) -> None:
-        """Read the seeds' counters and put faults into the log."""
-        for fault in maintain_layers(busy_layers(self._run.optimizer)).faults:
-            self._run.journal.faulted(
-                fault.layer, fault.seed_idx, fault.faults, fault.state.name.lower(), fault.reason
-            )
-
-    def _count_flops(self, batches: list[Any]) -> None:
-        """Count the host's FLOPs once, where the budget compares with them."""
-        run = self._run
-        relative = run.budget.flops is not None
-        small = run.host_cost.parameters < run.budget.small_host
-        if run.host_cost.flops is not None or run.compute_loss is None or not batches:
-            return
-        if relative and not small:
-            with shadow_pass(run.model), torch.no_grad(), FlopCounterMode(display=False) as flops:
-                run.compute_loss(run.model, batches[0])
-            per_sample = flops.get_total_flops() / num_samples(batches[0])
-            run.host_cost = replace(run.host_cost, flops=per_sample)
-
-    def _warn(self, *, own_update: bool) -> None:
-        run = self._run
-        if run.settings.verify == "fork" and not own_update:
-            run.journal.note(
-                "twins are updated by loss, backward and step with the recorded rates; give "
-                "update= if your own update does more"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
-    """One row of what :meth:`Grower.suggest` returns.
-
-    Attributes:
-        site: Name of the layer.
-        blueprint: Name of the kernel.
-        gain: Predicted first-order gain, in units of the training loss; None without a score.
-        stderr: Its standard error; None where it has none.
-        parameters: Parameters that the kernel adds.
-        flops: FLOPs that it adds to a forward of one sample.
-        latency_us: Microseconds of a forward of the kernel on a recorded batch.
-        reason: Why there is no score; empty where there is one.
-    """
-
-    site: str
-    blueprint: str
-    gain: float | None
-    stderr: float | None
-    parameters: int
-    flops: float | None
-    latency_us: float
-    reason: str
-
-    @classmethod
-    def of(cls, entry: RankedCandidate, seen: SiteObservation, clock: Clock) -> Suggestion:
-        """Time the candidate's kernel and put the row together."""
-        parallel = entry.candidate.position == "parallel"
-        example = seen.inputs[0] if parallel else seen.outputs[0]
-        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=clock)
-        return cls(
-            site=entry.site,
-            blueprint=entry.blueprint,
-            gain=entry.gain,
-            stderr=entry.stderr,
-            parameters=entry.parameters,
-            flops=entry.flops,
-            latency_us=latency_s * 1e6,
-            reason=entry.reason,
+    def _advises(self, missing: str) -> bool:
+        """Say once what is missing; a ranking goes to the log the first time only."""
+        self._run.journal.note(
+            f"{missing}: nothing is grafted; candidates are ranked, and the ranking is in the log"
         )
-
-
-def _check_choices(policy: Policy, found: dict[str, KasminaLayer]) -> None:
-    """Refuse a site named by hand that there is not, before anything is trained."""
-    for choice in choices_of(policy):
-        if choice.site not in found:
-            msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(found)}"
-            raise GrowthError(msg)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP and ``torch.compile``."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def _lockstep(
-    compute_loss: Callable[[nn.Module, Any], Tensor] | None,
-) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
-    if compute_loss is None:
-        return lambda *_: None  # nothing is ever admitted, so there is never a twin
-    return lockstep_update(compute_loss)
+        advises, self._has_advised = not self._has_advised, True
+        return advises

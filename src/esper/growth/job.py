@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from esper.contracts.report import RunReport
-    from esper.growth.grower import Suggestion
+    from esper.growth.suggestion import Suggestion
 
 SUGGEST_SHARE = 0.2
 """Share of a job that is trained before its suggestions are ranked."""
@@ -267,7 +267,7 @@ def _progress(job: GrowthJob, grower: Grower, epoch: int, batch: int) -> Progres
         update=grower.updates,
         accuracy=_accuracy(grower),
         parameters=sum(p.numel() for p in job.model.parameters()),
-        stages=tuple(f"{site}.{seed} {stage}" for site, seed, stage in grower.stages),
+        stages=tuple(map(str, grower.stages)),
     )
     doing = f"epoch {epoch + 1} of {job.epochs}, batch {batch}"
     return Progress(done=done, total=total or job.epochs, doing=doing, rows=(row,))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
-from esper.growth.budget import Cost
 from esper.growth.evaluation import averaged
-from esper.growth.gates import GateVerdict, not_worse, read_gate, test_level
+from esper.growth.gates import judge, judge_not_worse, test_level
 from esper.growth.live_kernel import LiveKernel, graft_kernel, remove_kernel
+from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
 from esper.growth.twins import Twin, tau_of
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from esper.contracts.progress import GraftStatus
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.growth.batch import Batch
+    from esper.growth.evaluation import Evaluator
+    from esper.growth.gates import GateVerdict
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-
-LOSS_CHECK_EVERY = 10
-"""Updates between two looks at the training loss; each look reads the device once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,10 +46,9 @@ class Fork:
     host: Twin
     perturbed: Twin
 
-    @property
-    def twins(self) -> tuple[Twin, Twin, Twin]:
-        """All three."""
-        return self.null, self.host, self.perturbed
+    def named(self) -> tuple[tuple[str, Twin], ...]:
+        """Return all three with their names."""
+        return ("null", self.null), ("host", self.host), ("perturbed", self.perturbed)
 
 
 class Probation:
@@ -71,23 +72,22 @@ class Probation:
         self._host = list(run.model.parameters())
         self._factors = run.factor.state_dict(self._host)
         self._fork = _make_fork(run, contender) if contender.null is not None else None
-        peak = run.peak_of(self._layer)
+        peak = run.watcher.peak_of(self._layer)
         self._kernel = graft_kernel(
             contender.audition, self._layer, run.optimizer, run.factor, peak=peak
         )
-        self._usual = _LossRange.of(run)
+        self._usual = SpikeLimit.after(run.losses)
         self._looks: dict[str, list[Measurement]] = defaultdict(list)
         hold, num_looks = run.settings.hold_updates, run.settings.looks
         moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
         self._look_at = sorted(moments)
-        self._holds = False
-        run.admitted[contender.graft] = contender.cost
-        self._level = test_level(len(run.admitted))
-        run.journal.moved(contender.graft, GraftStage.BLENDING, reason, admitted_at=run.updates)
-        run.journal.alpha(contender.graft, 0.0)
+        self._graft = contender.graft
+        self._graft.admit(reason, update=run.updates)
+        self._level = test_level(run.grafts.num_admitted)
+        run.journal.alpha(self._graft, 0.0)
 
     @property
-    def host_twin(self) -> torch.nn.Module | None:
+    def host_twin(self) -> nn.Module | None:
         """The twin that carries nothing, while there is a fork."""
         return None if self._fork is None else self._fork.host.model
 
@@ -97,11 +97,9 @@ class Probation:
         return self._fork is not None
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
-        """Site, seed and stage of what is under way."""
-        audition = self._contender.audition
-        stage = GraftStage.HOLDING if self._holds else GraftStage.BLENDING
-        return ((self._contender.site, audition.seed_idx, stage.value),)
+    def statuses(self) -> tuple[GraftStatus, ...]:
+        """Where the graft is."""
+        return (self._graft.status,)
 
     @property
     def _ramp(self) -> int:
@@ -111,7 +109,7 @@ class Probation:
     def _num_updates(self) -> int:
         return self._run.updates - self._snapshot.update
 
-    def advance(self, batches: list[Any]) -> Probation | None:
+    def advance(self, batches: list[Batch]) -> Probation | None:
         """Follow one update of the run; None once the verdict is spoken."""
         trouble = self._trouble()
         if trouble is not None:
@@ -119,11 +117,9 @@ class Probation:
             return None
         self._advance_twins(batches)
         alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
-        if not self._holds and self._num_updates >= self._ramp:
-            self._holds = True
-            self._run.journal.alpha(self._contender.graft, alpha)
-            reason = f"alpha reached 1 after {self._ramp} updates"
-            self._run.journal.moved(self._contender.graft, GraftStage.HOLDING, reason)
+        if self._graft.stage is GraftStage.BLENDING and self._num_updates >= self._ramp:
+            self._run.journal.alpha(self._graft, alpha)
+            self._graft.hold(f"alpha reached 1 after {self._ramp} updates")
         if self._look_at and self._num_updates >= self._look_at[0]:
             self._look_at = [u for u in self._look_at if u > self._num_updates]
             self._look()
@@ -142,17 +138,17 @@ class Probation:
             return f"its seed is in {state.name}"
         if self._num_updates % LOSS_CHECK_EVERY:
             return None
-        return self._usual.trouble(self._run)
+        return self._usual.trouble(self._run.losses)
 
     def _state(self) -> SeedLifecycleState:
         return self._layer.state_layout.state(self._kernel.seed_idx)
 
-    def _advance_twins(self, batches: list[Any]) -> None:
+    def _advance_twins(self, batches: list[Batch]) -> None:
         if self._fork is None:
             return
-        for twin in self._fork.twins:
-            twin.update(batches, self._run.rates)
-            self._run.count_pass("twins", batches)
+        for _, twin in self._fork.named():
+            twin.update(batches, self._run.watcher.rates)
+            self._run.ledger.count_pass("twins", batches)
         self._fork.null_kernel.set_alpha(self._num_updates, self._ramp)
 
     def _look(self) -> None:
@@ -160,19 +156,17 @@ class Probation:
         run = self._run
         self._looks["live"].append(run.measure())
         if self._fork is not None:
-            for name in ("null", "host", "perturbed"):
-                twin = getattr(self._fork, name)
-                read = run.measured(lambda evaluator, m=twin.model: evaluator(m), "twins")  # type: ignore[misc] # mypy cannot type a default of a lambda
+            for name, twin in self._fork.named():
+                read = run.measured(functools.partial(_measure_twin, twin), "twins")
                 self._looks[name].append(read)
 
     def _judge(self) -> None:
         """Read the fossilization gate, once, on the mean of the looks."""
-        run, graft = self._run, self._contender.graft
         without = self._measure_without()
         with_seed = averaged(self._looks["live"])
         verdict = self._verdict(with_seed)
-        run.journal.gate(graft, "fossilization", verdict)
-        run.journal.amend(graft, dependence=without.loss - self._looks["live"][-1].loss)
+        self._run.journal.gate(self._graft, "fossilization", verdict)
+        self._graft.record_dependence(without.loss - self._looks["live"][-1].loss)
         if verdict.passed:
             self._fossilize(verdict.reason)
         else:
@@ -180,17 +174,14 @@ class Probation:
 
     def _verdict(self, with_seed: Measurement) -> GateVerdict:
         if self._fork is None:
-            return _compared(self._before, with_seed, level=self._level)
+            return judge_not_worse(self._before, with_seed, level=self._level)
         null, host, perturbed = (
             averaged(self._looks[name]) for name in ("null", "host", "perturbed")
         )
         tau = tau_of(host.loss, perturbed.loss)
         verdict = judge(null, with_seed, level=self._level, tau=tau)
-        self._run.journal.amend(
-            self._contender.graft,
-            contribution=verdict.effect,
-            contribution_stderr=verdict.stderr,
-            host_only_contribution=host.loss - with_seed.loss,
+        self._graft.record_contribution(
+            verdict.effect, stderr=verdict.stderr, host_only=host.loss - with_seed.loss
         )
         return verdict
 
@@ -207,7 +198,7 @@ class Probation:
             self._layer.set_alpha(seed_idx, alpha)
 
     def _fossilize(self, reason: str) -> None:
-        run, graft = self._run, self._contender.graft
+        run = self._run
         certificate = self._layer.fossilize(self._kernel.seed_idx)
         if certificate.folded:
             run.factor.remove(self._kernel.parameters)
@@ -216,27 +207,20 @@ class Probation:
             self._layer.set_guard(self._kernel.seed_idx, "step")
             sync_optimizer(run.model, run.optimizer)
         run.journal.fossilized(
-            graft,
-            self._contender.site,
+            self._graft,
             folded=certificate.folded,
             rel_diff=certificate.rel_diff,
             why=certificate.reason,
         )
-        run.last_change = run.updates
-        run.journal.moved(
-            graft,
-            GraftStage.FOSSILIZED,
-            reason,
-            verdict="fossilized",
-            folded=certificate.folded,
-        )
+        run.last_change_update = run.updates
+        self._graft.fossilize(reason, update=run.updates, folded=certificate.folded)
 
     def _remove(self, reason: str, without: Measurement | None = None) -> None:
         """Cull by the better of two: keep the trained host, or go back to the admission."""
-        run, contender = self._run, self._contender
+        run = self._run
         if without is None:
             without = self._measure_without()
-        kept = _compared(self._before, without, level=self._level)
+        kept = judge_not_worse(self._before, without, level=self._level)
         remove_kernel(self._kernel, run.optimizer, run.factor)
         updates_lost = 0
         if not kept.passed:
@@ -244,18 +228,20 @@ class Probation:
             self._snapshot.restore(run.optimizer)
             run.factor.load_state_dict(self._factors, self._host)
             run.losses.clear()
-        run.admitted[contender.graft] = Cost(parameters=0, flops=0.0, latency_s=0.0)
-        run.last_change = run.updates
-        run.embargo(contender.site, self._kernel.seed_idx, contender.blueprint.id)
+        run.last_change_update = run.updates
+        run.embargoes.lay(self._graft.site, self._graft.seed_idx, self._contender.blueprint.id)
         host = "the snapshot was restored" if updates_lost else "the trained host was kept"
-        run.journal.rolled_back(contender.graft, updates_lost, f"{host}: {kept.reason}")
-        run.journal.moved(
-            contender.graft,
-            GraftStage.CULLED,
+        run.journal.rolled_back(self._graft, updates_lost, f"{host}: {kept.reason}")
+        self._graft.cull(
             reason,
+            update=run.updates,
             verdict="culled after admission",
             updates_lost=updates_lost,
         )
+
+
+def _measure_twin(twin: Twin, evaluator: Evaluator) -> Measurement:
+    return evaluator(twin.model)
 
 
 def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
@@ -264,82 +250,7 @@ def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
         Twin(run.model, run.optimizer, run.factor, run.twin_update) for _ in range(3)
     )
     perturbed.perturb(run.settings.random_seed + run.updates)
-    site: Any = null.model.get_submodule(contender.site)
-    peak = run.peak_of(contender.audition.layer)
+    site = layers(null.model)[contender.graft.site]
+    peak = run.watcher.peak_of(contender.audition.layer)
     kernel = graft_kernel(contender.null, site, null.optimizer, null.factor, peak=peak)
     return Fork(null=null, null_kernel=kernel, host=host, perturbed=perturbed)
-
-
-def judge(
-    reference: Measurement,
-    candidate: Measurement,
-    *,
-    level: float,
-    tau: float = 0.0,
-    min_effect: float = 0.0,
-) -> GateVerdict:
-    """Read a gate on two evaluations; without per-sample losses it does not pass.
-
-    Args:
-        reference: The gate split without the graft.
-        candidate: The gate split with it.
-        level: One-sided level, in (0, 0.5).
-        tau: Spread between models that ought to be equal, in units of the loss.
-        min_effect: Smallest fall of the loss that counts, in units of the loss.
-    """
-    if reference.per_sample is None or candidate.per_sample is None:
-        return _unmeasured(level)
-    return read_gate(
-        reference.per_sample, candidate.per_sample, level=level, tau=tau, min_effect=min_effect
-    )
-
-
-def _compared(reference: Measurement, candidate: Measurement, *, level: float) -> GateVerdict:
-    if reference.per_sample is None or candidate.per_sample is None:
-        return _unmeasured(level)
-    return not_worse(reference.per_sample, candidate.per_sample, level=level)
-
-
-def _unmeasured(level: float) -> GateVerdict:
-    return GateVerdict(
-        passed=False,
-        effect=None,
-        stderr=None,
-        tau=None,
-        z=None,
-        level=level,
-        samples=0,
-        reason="evaluate gives no per-sample losses, so luck cannot be told from gain",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LossRange:
-    """The training loss before an admission, and what would be a spike after it.
-
-    A spike is a mean of the last ten losses above ``highest + 2 (highest - lowest)`` of the up
-    to fifty before: a rule that neither a scale nor an offset of the loss changes.
-    """
-
-    limit: float | None
-
-    @classmethod
-    def of(cls, run: GrowthRun) -> _LossRange:
-        """Look at the losses of the run so far; without any there is no limit."""
-        if len(run.losses) < LOSS_CHECK_EVERY:
-            return cls(limit=None)
-        losses = torch.stack(tuple(run.losses))
-        highest, lowest = float(losses.max()), float(losses.min())
-        limit = highest + 2 * (highest - lowest)
-        return cls(limit=limit if math.isfinite(limit) else None)
-
-    def trouble(self, run: GrowthRun) -> str | None:
-        """Say what is wrong with the last losses, or None."""
-        if not run.losses:
-            return None
-        recent = float(torch.stack(tuple(run.losses)[-LOSS_CHECK_EVERY:]).mean())
-        if not math.isfinite(recent):
-            return f"the training loss became {recent}"
-        if self.limit is not None and recent > self.limit:
-            return f"the training loss spiked: {recent:.3g}, at most {self.limit:.3g} expected"
-        return None

@@ -194,7 +194,7 @@ def grown_arm(
                 update=grower.updates,
                 accuracy=_last(looks),
                 parameters=count_parameters(model),
-                stages=tuple(f"{site}.{seed} {stage}" for site, seed, stage in grower.stages),
+                stages=tuple(map(str, grower.stages)),
             )
             per_sample = _flops(model, digits)
             for batch in batches(digits.train, random_seed, epoch):
