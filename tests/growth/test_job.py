@@ -120,6 +120,22 @@ def test_settings_of_a_job_may_be_a_value():
     assert grow(job(grower=replace(settings, horizon=500), epochs=1)).settings["horizon"] == 500
 
 
+def test_progress_has_everything_that_is_measured():
+    """Metrics of any name and the gate loss, as at the last evaluation; the row is the Grower's."""
+    rows = []
+
+    def measured(model, batch):
+        return {"perplexity": losses(model, batch).exp(), "hits": losses(model, batch) < 1}
+
+    report = grow(job(metrics=measured, epochs=2), on_progress=lambda p: rows.extend(p.rows))
+    first, last = rows[0], rows[-1]
+    assert first.metrics.keys() == last.metrics.keys() == {"perplexity", "hits"}
+    evaluation = report.evaluations[-1]
+    assert (last.gate_loss, last.metrics) == (evaluation.gate_loss, evaluation.metrics)
+    assert (last.update, last.parameters) == (58, report.progress_row().parameters)
+    assert report.progress_row() == last
+
+
 def test_one_shot_loader_is_refused_in_its_second_epoch():
     """A generator is empty the second time, and the message says what to give instead."""
     with pytest.raises(GrowthError, match="a generator cannot"):

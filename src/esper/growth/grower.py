@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from esper.continuity.optimizer import busy_layers
 from esper.contracts.errors import GrowthError
+from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
@@ -129,6 +130,22 @@ class Grower:
         """What ``evaluate`` returned beside the losses at the last evaluation, by name."""
         evaluations = self._run.journal.evaluations
         return dict(evaluations[-1].metrics) if evaluations else {}
+
+    def progress_row(self, name: str = "run") -> ProgressRow:
+        """Return where the run is: updates, what was measured last, and what is under way.
+
+        Args:
+            name: What runs, for a table of several.
+        """
+        evaluations = self._run.journal.evaluations
+        return ProgressRow(
+            name=name,
+            update=self.updates,
+            gate_loss=evaluations[-1].gate_loss if evaluations else None,
+            metrics=self.last_metrics,
+            parameters=count_parameters(self._run.model),
+            grafts=self.stages,
+        )
 
     def step(self, loss: Tensor | None = None, batch: Batch = None) -> None:
         """Take note of one training step; call it after the optimizer's.

@@ -11,7 +11,7 @@ from torch import nn
 
 from esper.continuity.optimizer import check_supported
 from esper.contracts.errors import GrowthError
-from esper.contracts.progress import Progress, ProgressRow
+from esper.contracts.progress import Progress
 from esper.growth.evaluation import measuring
 from esper.growth.grower import Grower
 from esper.growth.options import GrowerOptions, check_options
@@ -262,21 +262,9 @@ def _train_epoch(
 def _progress(job: GrowthJob, grower: Grower, epoch: int, batch: int) -> Progress:
     total = job.horizon
     done = grower.updates if total is not None else epoch
-    row = ProgressRow(
-        name="run",
-        update=grower.updates,
-        accuracy=_accuracy(grower),
-        parameters=sum(p.numel() for p in job.model.parameters()),
-        stages=tuple(map(str, grower.stages)),
-    )
     doing = f"epoch {epoch + 1} of {job.epochs}, batch {batch}"
-    return Progress(done=done, total=total or job.epochs, doing=doing, rows=(row,))
-
-
-def _accuracy(grower: Grower) -> float | None:
-    """Return the last accuracy in percent, where the owner measures one as a share."""
-    share = grower.last_metrics.get("accuracy")
-    return None if share is None else 100 * share
+    rows = (grower.progress_row(),)
+    return Progress(done=done, total=total or job.epochs, doing=doing, rows=rows)
 
 
 def _empty(name: str) -> str:
