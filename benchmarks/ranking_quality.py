@@ -16,9 +16,10 @@ from torch import nn
 from esper.compiler.catalog import default_catalog
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.intervals import Interval, mean_interval
-from esper.growth.audition import Audition, join
+from esper.growth.audition import Audition
 from esper.growth.evaluation import Evaluator
 from esper.growth.germination import make_candidate
+from esper.growth.live_kernel import graft_kernel
 from esper.growth.ranking import Candidate, FirstOrderGain, GradientNorm, RandomChoice, Ranking
 from esper.growth.recording import Recorder
 from esper.services.arms import compute_loss, measure_on, optimizer_for, train_on
@@ -192,14 +193,14 @@ def _joint_loss(
     state = copy.deepcopy(optimizer.state_dict())
     optimizer = optimizer_for(model)
     optimizer.load_state_dict(state)
-    joined = None
+    live = None
     if audition is not None:
         factor = UpdateFactor(optimizer)
-        joined = join(audition, layers(model)[site], optimizer, factor, peak=LEARNING_RATE)
+        live = graft_kernel(audition, layers(model)[site], optimizer, factor, peak=LEARNING_RATE)
     evaluator, losses = Evaluator(measure_on(digits.gate)), []
     for update, batch in enumerate(feed):
-        if joined is not None:
-            joined.set_alpha(update, RAMP_UPDATES)
+        if live is not None:
+            live.set_alpha(update, RAMP_UPDATES)
         train_on(model, optimizer, batch)
         left = len(feed) - 1 - update
         if left % LOOK_EVERY == 0 and left < LOOKS * LOOK_EVERY:

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from esper.cli.progress import ProgressDisplay, duration_text, progress_line
-from esper.contracts.progress import Progress, ProgressRow
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.progress import GraftStatus, Progress, ProgressRow
 from esper.resilience.clock import ManualClock
 
 
@@ -17,15 +18,16 @@ def a_progress(done, *rows):
 A_ROW = ProgressRow(
     name="random seed 3, grown",
     update=420,
-    accuracy=93.25,
+    gate_loss=0.123456,
+    metrics={"accuracy": 0.9325, "perplexity": 12.5},
     parameters=954,
-    stages=("3.0 [blending]",),
+    grafts=(GraftStatus(site="[blocks].3", seed_idx=0, stage=GraftStage.BLENDING),),
 )
 
 
 def shown(progresses, *, terminal):
     console = Console(
-        file=io.StringIO(), force_terminal=terminal, width=100, markup=False, highlight=False
+        file=io.StringIO(), force_terminal=terminal, width=140, markup=False, highlight=False
     )
     with ProgressDisplay(console, ManualClock()) as display:
         for progress in progresses:
@@ -64,13 +66,33 @@ def test_without_a_terminal_there_are_sparse_plain_lines():
 
 
 def test_a_plain_line_tells_where_each_run_is():
-    """Accuracy, parameters and the stage of each seed are in the line, brackets and all."""
+    """Loss, every metric, parameters and each graft's stage are in the line, brackets and all."""
     text = shown([a_progress(50, A_ROW)], terminal=False)
-    assert "random seed 3, grown at update 420, 93.2 %, 954 parameters, 3.0 [blending]" in text
+    assert (
+        "random seed 3, grown at update 420, gate loss 0.1235, accuracy 93.2 %, perplexity 12.5, "
+        "954 parameters, [blocks].3.0 blending"
+    ) in text
+
+
+def test_what_is_not_known_yet_is_left_out():
+    """Before the first evaluation there is neither a loss nor a metric."""
+    text = shown([a_progress(50, ProgressRow(name="run", update=3))], terminal=False)
+    assert text.endswith("growing: run at update 3, dormant\n")
 
 
 def test_on_a_terminal_there_is_a_table():
-    """The table has a row per run, with its accuracy, parameters and stages."""
+    """The table has a row per run, with its loss, metrics, parameters and stages."""
     text = shown([a_progress(50, A_ROW)], terminal=True)
-    for words in ("accuracy", "random seed 3, grown", "93.2 %", "954", "3.0 [blending]", "50%"):
+    for words in ("accuracy", "perplexity", "random seed 3, grown", "93.2 %", "954", "50%"):
         assert words in text
+    assert "[blocks].3.0 blending" in text
+
+
+def test_runs_with_other_metrics_share_a_table():
+    """Each metric has a column, in which a run without it has nothing."""
+    other = ProgressRow(name="other", update=7, metrics={"bleu": 31.4})
+    text = shown([a_progress(50, A_ROW, other)], terminal=True)
+    (head,) = {line for line in text.splitlines() if "perplexity" in line}
+    places = [head.index(word) for word in ("gate loss", "accuracy", "perplexity", "bleu", "seeds")]
+    assert places == sorted(places)
+    assert "31.4" in text

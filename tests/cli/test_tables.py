@@ -16,7 +16,7 @@ from esper.contracts.report import (
     RunReport,
     TimelineEntry,
 )
-from esper.growth.grower import Suggestion
+from esper.growth.suggestion import Suggestion
 
 
 def a_demo():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from esper.growth.detector import Detector
+from esper.growth.reading import Reading
 
 EVERY = 20
 
@@ -16,13 +17,15 @@ def feed(gate, train=None, **settings):
     detector = Detector(**settings)
     train = gate if train is None else train
     for index, (train_loss, gate_loss) in enumerate(zip(train, gate, strict=True)):
-        detector.observe(index * EVERY, train_loss, gate_loss)
+        detector.observe(Reading(update=index * EVERY, train_loss=train_loss, gate_loss=gate_loss))
     return detector, (len(gate) - 1) * EVERY
 
 
 def verdict(gate, train=None, *, horizon=None, last=None, update=None, **settings):
     detector, now = feed(gate, train, **settings)
-    return detector.decide(now if update is None else update, horizon, last)
+    return detector.decide(
+        Reading(update=now if update is None else update, horizon=horizon, last_change_update=last)
+    )
 
 
 def saturating(num, scale=1.0):
@@ -73,8 +76,9 @@ def test_single_bad_evaluation_changes_nothing():
 def test_loss_that_is_not_finite_is_left_out_and_said():
     """A NaN is refused by observe and does not reach the rules."""
     detector, now = feed(saturating(40))
-    assert detector.observe(now + EVERY, 1.0, math.nan) is False
-    assert detector.decide(now + EVERY, None).verdict == "diminishing"
+    odd = Reading(update=now + EVERY, train_loss=1.0, gate_loss=math.nan)
+    assert detector.observe(odd) is False
+    assert detector.decide(Reading(update=now + EVERY)).verdict == "diminishing"
 
 
 def test_overfitting_is_declined():
@@ -163,8 +167,8 @@ def test_state_survives_a_round_trip_through_json():
     state = json.loads(json.dumps(detector.state_dict()))
     copy = Detector()
     copy.load_state_dict(state)
-    assert copy.decide(now, None) == detector.decide(now, None)
-    copy.observe(now + EVERY, 1.0, 0.0)
+    assert copy.decide(Reading(update=now)) == detector.decide(Reading(update=now))
+    copy.observe(Reading(update=now + EVERY, train_loss=1.0, gate_loss=0.0))
     assert detector.state_dict() == state
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.growth.gates import not_worse, parse_evaluation, read_gate, test_level
+from esper.growth.gates import not_worse, read_gate, test_level
+from esper.growth.measurement import parse_measurement
 
 
 def losses(size=400, seed=0):
@@ -174,46 +175,46 @@ def test_not_worse_needs_the_samples_too():
 )
 def test_per_sample_losses_are_read_in_every_form(result):
     """A tensor, an array, a list, a dict or a pair: the losses are the same float64 values."""
-    evaluation = parse_evaluation(result)
-    assert evaluation.per_sample.dtype == np.float64
-    assert evaluation.per_sample.tolist() == [1.0, 3.0]
-    assert evaluation.loss == 2.0
-    assert evaluation.metrics in ({}, {"accuracy": 0.5})
+    measurement = parse_measurement(result)
+    assert measurement.per_sample.dtype == np.float64
+    assert measurement.per_sample.tolist() == [1.0, 3.0]
+    assert measurement.loss == 2.0
+    assert measurement.metrics in ({}, {"accuracy": 0.5})
 
 
 def test_losses_read_are_a_copy():
     """What was read does not change when the owner reuses the buffer."""
     buffer = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    evaluation = parse_evaluation(buffer)
+    measurement = parse_measurement(buffer)
     buffer.zero_()
-    assert evaluation.per_sample.tolist() == [1.0, 3.0]
+    assert measurement.per_sample.tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("result", [0.5, torch.tensor(0.5), np.float32(0.5), {"a": 0.5}])
 def test_scalar_has_no_per_sample_losses(result):
     """A scalar is a loss, and no sample of anything."""
-    evaluation = parse_evaluation(result)
-    assert evaluation.loss == 0.5
-    assert evaluation.per_sample is None
+    measurement = parse_measurement(result)
+    assert measurement.loss == 0.5
+    assert measurement.per_sample is None
 
 
 def test_goal_max_is_negated():
     """Where higher is better the deciding figure is negated, the metrics are not."""
-    evaluation = parse_evaluation((torch.tensor([True, False]), {"accuracy": 0.5}), goal="max")
-    assert evaluation.loss == -0.5
-    assert evaluation.per_sample.tolist() == [-1.0, 0.0]
-    assert evaluation.metrics == {"accuracy": 0.5}
+    measurement = parse_measurement((torch.tensor([True, False]), {"accuracy": 0.5}), goal="max")
+    assert measurement.loss == -0.5
+    assert measurement.per_sample.tolist() == [-1.0, 0.0]
+    assert measurement.metrics == {"accuracy": 0.5}
 
 
 @pytest.mark.parametrize("result", [None, "0.5", {1, 2}, object(), [None], [[1.0], [1.0, 2.0]]])
 def test_result_of_another_type_is_refused(result):
     """What is no number and no array is a TypeError that names what is expected."""
     with pytest.raises(TypeError, match="evaluate returned"):
-        parse_evaluation(result)
+        parse_measurement(result)
 
 
 @pytest.mark.parametrize("result", [torch.zeros(5, 10), torch.zeros(0), [], {}])
 def test_result_of_another_shape_is_refused(result):
     """Losses per class or per token, or none at all, are refused with the cure."""
     with pytest.raises(ValueError, match="evaluate returned"):
-        parse_evaluation(result)
+        parse_measurement(result)

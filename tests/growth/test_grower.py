@@ -119,7 +119,10 @@ def test_poisoned_run_goes_back_to_the_admission():
     policy = ByHand([("0", "mlp-4x4-w32")])
     grower = growing(model, optimizer, policy=policy, ramp_updates=30, hold_updates=200)
     train(model, optimizer, 60, grower)
-    assert grower.stages[0][2] == "blending"
+    (status,) = grower.stages
+    assert (status.site, status.seed_idx) == ("0", 0)
+    assert status.stage is GraftStage.BLENDING
+    assert str(status) == "0.0 blending"
     with torch.no_grad():
         model[4].weight.fill_(float("nan"))
     train(model, optimizer, 10, grower, random_seed=1)

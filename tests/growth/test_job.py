@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from growing import GATE_X, GATE_Y, SHORT, X, Y, host, state_of
@@ -10,6 +12,7 @@ from torch import nn
 from esper.contracts.errors import GrowthError
 from esper.growth.job import GrowthJob, grow, suggest
 from esper.growth.policies import EveryN
+from esper.growth.settings import GrowthSettings
 
 
 def loader(x, y, size=32):
@@ -89,12 +92,48 @@ def test_schedule_per_update_is_followed():
         ({"train": []}, ValueError, "train loader gave no batch"),
         ({"gate": []}, ValueError, "gate loader gave no batch"),
         ({"schedule": "weekly"}, ValueError, "schedule"),
+        ({"grower": {"vverify": "fork"}}, TypeError, "'vverify' .* did you mean verify"),
+        ({"grower": {"looks": 0}}, ValueError, "looks is a count, at least 1; got 0"),
+        ({"grower": {"policy": EveryN}}, TypeError, "policy is an object, got the class EveryN"),
+        ({"grower": "verify"}, TypeError, "grower=.*the Grower's arguments.*got str"),
     ],
 )
 def test_job_that_cannot_run_is_refused(changes, error, words):
     """Before anything is trained, with the field and the cure."""
     with pytest.raises(error, match=words):
         job(**changes)
+
+
+def test_unsupported_optimizer_is_refused_before_anything_is_wrapped():
+    """Only SGD, Adam and AdamW are carried through growth."""
+    model = host()
+    with pytest.raises(TypeError, match="supported are"):
+        job(model=model, optimizer=torch.optim.RMSprop(model.parameters()))
+
+
+def test_settings_of_a_job_may_be_a_value():
+    """They stand for the mapping; the horizon is the job's where they have none."""
+    settings = GrowthSettings(evaluate_every=10, hold_updates=7)
+    report = grow(job(grower=settings, epochs=1))
+    assert report.settings["hold_updates"] == 7
+    assert report.settings["horizon"] == 29
+    assert grow(job(grower=replace(settings, horizon=500), epochs=1)).settings["horizon"] == 500
+
+
+def test_progress_has_everything_that_is_measured():
+    """Metrics of any name and the gate loss, as at the last evaluation; the row is the Grower's."""
+    rows = []
+
+    def measured(model, batch):
+        return {"perplexity": losses(model, batch).exp(), "hits": losses(model, batch) < 1}
+
+    report = grow(job(metrics=measured, epochs=2), on_progress=lambda p: rows.extend(p.rows))
+    first, last = rows[0], rows[-1]
+    assert first.metrics.keys() == last.metrics.keys() == {"perplexity", "hits"}
+    evaluation = report.evaluations[-1]
+    assert (last.gate_loss, last.metrics) == (evaluation.gate_loss, evaluation.metrics)
+    assert (last.update, last.parameters) == (58, report.progress_row().parameters)
+    assert report.progress_row() == last
 
 
 def test_one_shot_loader_is_refused_in_its_second_epoch():

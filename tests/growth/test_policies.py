@@ -1,54 +1,175 @@
 """Policies: when each of them says yes, and what it remembers."""
 
+import inspect
 import json
+import textwrap
+from dataclasses import replace
 
 import pytest
+from growing import evaluate, growing, train, wrapped
 
-from esper.growth.policies import ByHand, Choice, DiminishingReturns, EveryN
+from esper.contracts.errors import GrowthError
+from esper.growth.policies import (
+    AllOf,
+    AnyOf,
+    ByHand,
+    DiminishingReturns,
+    EveryN,
+    Never,
+    Policy,
+    choices_of,
+)
+from esper.growth.reading import Choice, Decision, Reading
 
 
 def test_default_policy_asks_the_detector():
     """A plateau that the policy observed makes it grow, and it leaves the choice open."""
     policy = DiminishingReturns()
     for update in range(0, 800, 20):
-        policy.observe(update, 1.0, 1.0)
-    assert policy.decide(780, None).grow
-    assert policy.choice() is None
+        policy.observe(Reading(update=update, train_loss=1.0, gate_loss=1.0))
+    decision = policy.decide(Reading(update=780))
+    assert decision.grow
+    assert decision.choice is None
+
+
+def test_default_policy_says_yes_at_evaluations_only():
+    """Between two of them its losses are stale."""
+    policy = DiminishingReturns()
+    for update in range(0, 800, 20):
+        policy.observe(Reading(update=update, train_loss=1.0, gate_loss=1.0))
+    assert policy.decide(Reading(update=781)).verdict == "waiting"
 
 
 def test_every_n_counts_from_the_last_germination():
     """A graft is due n updates after the start, then n after each germination."""
     policy = EveryN(100)
-    assert not policy.decide(99, None).grow
-    assert policy.decide(100, None).grow
-    policy.germinated(130)
-    assert not policy.decide(229, None).grow
-    assert policy.decide(230, None).grow
+    assert not policy.decide(Reading(update=99)).grow
+    assert policy.decide(Reading(update=100)).grow
+    policy.germinated(130, None)
+    assert not policy.decide(Reading(update=229)).grow
+    assert policy.decide(Reading(update=230)).grow
 
 
 def test_every_n_spares_the_end_of_a_run():
     """In the last 20 % of a known horizon not even a schedule grows."""
-    assert EveryN(100).decide(800, 1000).verdict == "too_late"
+    assert EveryN(100).decide(Reading(update=800, horizon=1000)).verdict == "too_late"
 
 
 def test_by_hand_goes_through_its_choices_in_order():
     """Each choice waits for its update, and the next for the germination of the one before."""
     policy = ByHand([("features.0", "mlp-16"), ("head", "mlp-8", 50)])
-    assert policy.decide(0, None).grow
-    assert policy.choice() == Choice(site="features.0", blueprint="mlp-16")
-    policy.germinated(10)
-    assert not policy.decide(49, None).grow
-    assert policy.decide(50, None).grow
-    assert policy.choice() == Choice(site="head", blueprint="mlp-8", update=50)
-    policy.germinated(60)
-    assert policy.choice() is None
-    assert not policy.decide(70, None).grow
+    first = policy.decide(Reading(update=0))
+    assert first.grow
+    assert first.choice == Choice(site="features.0", blueprint="mlp-16")
+    policy.germinated(10, first.choice)
+    assert not policy.decide(Reading(update=49)).grow
+    second = policy.decide(Reading(update=50))
+    assert second.choice == Choice(site="head", blueprint="mlp-8", update=50)
+    policy.germinated(60, second.choice)
+    assert not policy.decide(Reading(update=70)).grow
+
+
+def test_by_hand_does_not_count_what_others_germinated():
+    """Beside another policy its own choices stay to be done."""
+    policy = ByHand([("head", "mlp-8")])
+    policy.germinated(10, None)
+    policy.germinated(20, Choice(site="features.0", blueprint="mlp-16"))
+    assert policy.decide(Reading(update=30)).choice == Choice(site="head", blueprint="mlp-8")
+
+
+def test_never_grows_at_no_update():
+    """Neither at the start nor late."""
+    assert not any(Never().decide(Reading(update=update)).grow for update in (0, 10**6))
+
+
+def test_any_of_follows_the_first_that_says_yes():
+    """With its verdict and its choice; where none does, every reason is told."""
+    policy = AnyOf(EveryN(100), ByHand([("head", "mlp-8", 50)]))
+    named = policy.decide(Reading(update=60))
+    assert named.choice == Choice(site="head", blueprint="mlp-8", update=50)
+    assert policy.decide(Reading(update=100)).choice is None
+    assert policy.decide(Reading(update=49)).reason == (
+        "the next graft is due at 100; 'head' is due at update 50"
+    )
+
+
+def test_any_of_tells_each_what_germinated():
+    """The schedule counts from a graft by hand, and by hand does not take the schedule's."""
+    policy = AnyOf(EveryN(100), ByHand([("head", "mlp-8", 150)]))
+    policy.germinated(100, policy.decide(Reading(update=100)).choice)
+    assert not policy.decide(Reading(update=149)).grow
+    by_hand = policy.decide(Reading(update=150))
+    policy.germinated(150, by_hand.choice)
+    assert not policy.decide(Reading(update=249)).grow
+    assert policy.decide(Reading(update=250)).choice is None
+
+
+def test_all_of_grows_where_each_would():
+    """A graft by hand, but not before the run has been on for a while."""
+    policy = AllOf(EveryN(100), ByHand([("head", "mlp-8")]))
+    assert not policy.decide(Reading(update=99)).grow
+    both = policy.decide(Reading(update=100))
+    assert both.choice == Choice(site="head", blueprint="mlp-8")
+    assert both.reason == "a graft was due at 100; 'head' was named by hand"
+    assert not AllOf(EveryN(1), Never()).decide(Reading(update=100)).grow
+
+
+def test_choices_by_hand_are_found_inside_composed_policies():
+    """So that a site that does not exist is refused wherever it was named."""
+    by_hand = ByHand([("head", "mlp-8")])
+    assert choices_of(AnyOf(EveryN(5), AllOf(EveryN(5), by_hand))) == by_hand.choices
+    assert choices_of(Never()) == ()
+    with pytest.raises(GrowthError, match="'7' is no site"):
+        growing(*wrapped(), policy=AnyOf(EveryN(5), ByHand([("7", "mlp-8")])))
+
+
+@pytest.mark.parametrize("parts", [(), (EveryN,), ("often",)])
+def test_composed_of_what_is_no_policy_is_refused(parts):
+    """Nothing, a class and a word are none."""
+    with pytest.raises(TypeError, match="AnyOf is made of"):
+        AnyOf(*parts)
+
+
+def test_policy_of_ones_own_is_as_short_as_its_documentation_says():
+    """The example in the protocol's docstring runs, and grows where it says."""
+    code = inspect.cleandoc(Policy.__doc__).split("::\n\n")[1].split("\n\nThe other")[0]
+    namespace = {"Policy": Policy, "Reading": Reading, "Decision": Decision}
+    exec(textwrap.dedent(code), namespace)
+    policy = namespace["WhenRateIsSpent"]()
+    assert not policy.decide(Reading(update=10, rates=(1e-2, 1e-5))).grow
+    assert policy.decide(Reading(update=10, rates=(1e-5,))).grow
+
+
+def test_policy_sees_what_the_owner_measures():
+    """The reading has losses, metrics, rates and times, and the last evaluation's in between."""
+    seen, asked = [], []
+
+    class Watching(Never):
+        def observe(self, reading):
+            seen.append(reading)
+
+        def decide(self, reading):
+            asked.append(reading)
+            return super().decide(reading)
+
+    model, optimizer = wrapped(lr=1e-2)
+    measure = lambda m: (evaluate(m), {"spread": m[0].weight.std()})  # noqa: E731
+    grower = growing(model, optimizer, policy=Watching(), evaluate=measure, horizon=50)
+    train(model, optimizer, 25, grower)
+    assert [reading.update for reading in seen] == [1, 11, 21]
+    assert [reading.update for reading in asked] == list(range(1, 26))
+    assert asked[15] == replace(seen[1], update=16)
+    last = grower.report().evaluations[-1]
+    assert (seen[-1].gate_loss, seen[-1].train_loss) == (last.gate_loss, last.train_loss)
+    assert seen[-1].metrics == last.metrics
+    assert seen[-1].metrics.keys() == {"spread"}
+    assert (seen[-1].rates, seen[-1].horizon) == ((1e-2,), 50)
 
 
 def test_deciding_changes_nothing():
     """A decision that is not carried out is given again."""
     policy = ByHand([("head", "mlp-8")])
-    assert policy.decide(0, None) == policy.decide(0, None)
+    assert policy.decide(Reading(update=0)) == policy.decide(Reading(update=0))
 
 
 @pytest.mark.parametrize("entry", ["head", ("head",), ("head", "mlp-8", -1)])
@@ -60,15 +181,28 @@ def test_malformed_choice_is_refused(entry):
 
 @pytest.mark.parametrize(
     "build",
-    [DiminishingReturns, lambda: EveryN(10), lambda: ByHand([("a", "b"), ("c", "d")])],
-    ids=["diminishing", "every-n", "by-hand"],
+    [
+        DiminishingReturns,
+        lambda: EveryN(10),
+        lambda: ByHand([("a", "b"), ("c", "d")]),
+        Never,
+        lambda: AnyOf(EveryN(100), ByHand([("a", "b"), ("c", "d", 2000)])),
+        lambda: AllOf(DiminishingReturns(), AnyOf(EveryN(10), Never())),
+    ],
+    ids=["diminishing", "every-n", "by-hand", "never", "any-of", "all-of"],
 )
 def test_memory_survives_a_round_trip_through_json(build):
     """A policy with the state of another decides as it does."""
     policy, copy = build(), build()
     for update in range(0, 800, 20):
-        policy.observe(update, 1.0, 1.0)
-    policy.germinated(795)
+        policy.observe(Reading(update=update, train_loss=1.0, gate_loss=1.0))
+    policy.germinated(700, Choice(site="a", blueprint="b"))
     copy.load_state_dict(json.loads(json.dumps(policy.state_dict())))
-    assert copy.decide(800, None) == policy.decide(800, None)
-    assert copy.choice() == policy.choice()
+    for update in (709, 780, 800, 2000):
+        assert copy.decide(Reading(update=update)) == policy.decide(Reading(update=update))
+
+
+def test_memory_of_another_composition_is_refused():
+    """A policy more or less is not the same policy."""
+    with pytest.raises(ValueError, match="of 1 policies, this is made of 2"):
+        AnyOf(EveryN(1), Never()).load_state_dict(AnyOf(Never()).state_dict())

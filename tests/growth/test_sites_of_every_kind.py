@@ -6,7 +6,7 @@ from growing import SHORT
 from torch import nn
 
 import esper
-from esper.growth.lookahead import is_causal
+from esper.growth.causality import is_causal
 from esper.growth.recording import Recorder
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import ControlsReport
+from esper.contracts.report import ControlsReport, Evaluation
 from esper.observability.report_page import demo_page, run_page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
@@ -167,6 +167,22 @@ def test_a_run_without_a_test_split_says_optimistic(make_run):
     """The page heads its figures as optimistic exactly where there is no test split."""
     assert "used for growing: optimistic" in run_page(make_run())
     assert "optimistic" not in run_page(make_run(test_metrics={"accuracy": 0.93}))
+
+
+def test_a_run_shows_every_metric_of_its_last_evaluation(make_run):
+    """The page has what the terminal had in its last row, and the test split beside it."""
+    run = make_run(
+        evaluations=(
+            Evaluation(update=5, gate_loss=0.5, metrics={"perplexity": 9.0}),
+            Evaluation(update=9, gate_loss=0.25, metrics={"perplexity": 7.5, "accuracy": 0.5}),
+        ),
+        test_metrics={"loss": 0.75, "accuracy": 0.4},
+    )
+    shown = " ".join(text for _, text in Reader(run_page(run)).texts)
+    for words in ("Gate loss 0.25", "Gate perplexity 7.5", "Gate accuracy 50.0 %"):
+        assert words in shown
+    for words in ("Test loss 0.75", "Test accuracy 40.0 %"):
+        assert words in shown
 
 
 def test_a_graft_that_is_under_way_is_no_verdict(make_run):

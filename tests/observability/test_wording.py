@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from esper.contracts.intervals import Interval
-from esper.observability.wording import flops_text, interval_text, not_beaten, not_beaten_in_run
+from esper.contracts.progress import ProgressRow
+from esper.observability.wording import (
+    flops_text,
+    interval_text,
+    measured_text,
+    metric_text,
+    not_beaten,
+    not_beaten_in_run,
+)
 
 
 def test_all_that_was_not_beaten_is_named(make_demo):
@@ -69,3 +77,28 @@ def test_intervals_are_written_with_what_is_known(interval, expected):
 def test_flops_have_a_prefix(flops, expected):
     """FLOPs are written with three digits and a decimal prefix."""
     assert flops_text(flops) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("accuracy", 0.9325, "93.2 %"),
+        ("perplexity", 12.5, "12.5"),
+        ("bleu", 31.41592, "31.42"),
+        ("perplexity", 1.086e13, "1.086e+13"),
+    ],
+)
+def test_a_metric_is_shown_by_its_name(name, value, expected):
+    """A share is shown in percent, everything else by four digits."""
+    assert metric_text(name, value) == expected
+
+
+def test_what_was_measured_begins_with_the_loss():
+    """Then come the owner's metrics, in their order; before an evaluation there is nothing."""
+    row = ProgressRow(name="run", update=3, gate_loss=0.5, metrics={"b": 1.0, "accuracy": 0.25})
+    assert list(measured_text(row).items()) == [
+        ("gate loss", "0.5"),
+        ("b", "1"),
+        ("accuracy", "25.0 %"),
+    ]
+    assert measured_text(ProgressRow(name="run", update=3)) == {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from esper.contracts.errors import EsperError
-from esper.services.settings import Settings, read_settings
+from esper.services.settings import Environment, read_environment
 
 
 @pytest.mark.parametrize(
@@ -13,16 +13,16 @@ from esper.services.settings import Settings, read_settings
 )
 def test_without_variables_there_are_defaults(environment):
     """A variable that is not set or is empty leaves the default."""
-    assert read_settings(environment) == Settings(run_dir=Path("runs"), traceback=False)
+    assert read_environment(environment) == Environment(run_dir=Path("runs"), traceback=False)
 
 
 def test_variables_are_read():
     """Each variable decides its setting."""
-    settings = read_settings({"ESPER_RUN_DIR": "/data/runs", "ESPER_TRACEBACK": "1"})
-    assert settings == Settings(run_dir=Path("/data/runs"), traceback=True)
+    settings = read_environment({"ESPER_RUN_DIR": "/data/runs", "ESPER_TRACEBACK": "1"})
+    assert settings == Environment(run_dir=Path("/data/runs"), traceback=True)
 
 
 def test_a_value_that_cannot_be_is_refused():
     """A wrong value names the variable, what it may be and what was found."""
     with pytest.raises(EsperError, match=r"ESPER_TRACEBACK is 0 or 1, got 'yes'"):
-        read_settings({"ESPER_TRACEBACK": "yes"})
+        read_environment({"ESPER_TRACEBACK": "yes"})

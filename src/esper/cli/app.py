@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from esper.contracts.errors import EsperError
-from esper.services.settings import Settings, read_settings
+from esper.services.settings import Environment, read_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,14 +77,14 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of 20 updates.")] = 60,
 ) -> None:
     """Grow a digit classifier, beside its controls, and report what growth did and did not do."""
-    with _one_line_errors() as settings:
+    with _one_line_errors() as environment:
         from esper.cli.progress import ProgressDisplay
         from esper.cli.tables import print_demo
         from esper.resilience.clock import MonotonicClock
         from esper.services.demo import run_demo
 
         seeds = parse_random_seeds(random_seeds)
-        folder = run_dir or settings.run_dir / "demo"
+        folder = run_dir or environment.run_dir / "demo"
         with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
             report = run_demo(
                 random_seeds=seeds,
@@ -101,12 +101,12 @@ def demo(
 @app.command()
 def grow(target: Target, run_dir: RunDir = None) -> None:
     """Train your own job and grow its model where the evidence allows it."""
-    with _one_line_errors() as settings:
+    with _one_line_errors() as environment:
         from esper.cli.progress import ProgressDisplay
         from esper.resilience.clock import MonotonicClock
         from esper.services.run_job import run_job
 
-        folder = run_dir or settings.run_dir / "grow"
+        folder = run_dir or environment.run_dir / "grow"
         _see_working_folder()
         with (
             _settings_said(),
@@ -136,11 +136,11 @@ def suggest(target: Target) -> None:
 @app.command()
 def doctor(run_dir: RunDir = None) -> None:
     """Look at the environment, and exit with 1 where something is wrong."""
-    with _one_line_errors() as settings:
+    with _one_line_errors() as environment:
         from esper.cli.doctor import examine
         from esper.cli.tables import print_checks
 
-        checks = examine(run_dir or settings.run_dir)
+        checks = examine(run_dir or environment.run_dir)
         print_checks(_console(), checks)
         if any(check.cure for check in checks):
             raise typer.Exit(EXIT_PROBLEM)
@@ -160,19 +160,19 @@ def parse_random_seeds(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[Settings]:
-    """Yield the settings; turn errors that a user can mend into one line and an exit status."""
-    settings = Settings()
+def _one_line_errors() -> Iterator[Environment]:
+    """Yield the environment; turn errors that a user can mend into one line and an exit status."""
+    environment = Environment()
     try:
-        settings = read_settings()
-        yield settings
+        environment = read_environment()
+        yield environment
     except (EsperError, ValueError, OSError) as error:
-        if settings.traceback:
+        if environment.traceback:
             raise
         typer.echo(f"esper: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from error
     except ModuleNotFoundError as error:
-        if settings.traceback or error.name != "sklearn":
+        if environment.traceback or error.name != "sklearn":
             raise
         typer.echo("esper: the demo needs its extra: pip install 'esper-morph[demo]'", err=True)
         raise typer.Exit(EXIT_ERROR) from error

@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from esper.observability.wording import measured_text
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -112,25 +114,26 @@ def _picture(progress: Progress, line: str) -> Group:
 def _rows_table(rows: tuple[ProgressRow, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("run")
-    for head in ("update", "accuracy", "parameters"):
+    measured = [measured_text(row) for row in rows]
+    names = list(dict.fromkeys(name for texts in measured for name in texts))
+    for head in ("update", *names, "parameters"):
         table.add_column(head, justify="right")
     table.add_column("seeds")
-    for row in rows:
-        accuracy = "" if row.accuracy is None else f"{row.accuracy:.1f} %"
+    for row, texts in zip(rows, measured, strict=True):
         parameters = "" if row.parameters is None else f"{row.parameters:,}"
-        cells = (row.name, f"{row.update:,}", accuracy, parameters, _stages_text(row))
+        found = [texts.get(name, "") for name in names]
+        cells = (row.name, f"{row.update:,}", *found, parameters, _grafts_text(row))
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def _row_text(row: ProgressRow) -> str:
     parts = [f"{row.name} at update {row.update:,}"]
-    if row.accuracy is not None:
-        parts.append(f"{row.accuracy:.1f} %")
+    parts += [f"{name} {text}" for name, text in measured_text(row).items()]
     if row.parameters is not None:
         parts.append(f"{row.parameters:,} parameters")
-    return ", ".join([*parts, _stages_text(row)])
+    return ", ".join([*parts, _grafts_text(row)])
 
 
-def _stages_text(row: ProgressRow) -> str:
-    return ", ".join(row.stages) or "dormant"
+def _grafts_text(row: ProgressRow) -> str:
+    return ", ".join(map(str, row.grafts)) or "dormant"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from esper.cli.doctor import Check
     from esper.contracts.report import DemoReport
-    from esper.growth.grower import Suggestion
+    from esper.growth.suggestion import Suggestion
 
     Rows = tuple[Sequence[str], list[Sequence[str]]]
 

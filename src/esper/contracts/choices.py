@@ -38,3 +38,7 @@ GraftVerdict = Literal[
 ]
 """What became of a graft."""
 GRAFT_VERDICTS: Final[tuple[GraftVerdict, ...]] = get_args(GraftVerdict)
+
+Verification = Literal["snapshot", "fork"]
+"""What an admitted graft is held against: the run at its admission, or twins in training."""
+VERIFICATIONS: Final[tuple[Verification, ...]] = get_args(Verification)

@@ -65,10 +65,11 @@ _G = GraftStage
 
 ALLOWED_STAGES: Final[dict[GraftStage, frozenset[GraftStage]]] = {
     _G.GERMINATED: frozenset({_G.AUDITION, _G.CULLED}),
-    _G.AUDITION: frozenset({_G.BLENDING, _G.HOLDING, _G.CULLED}),
+    _G.AUDITION: frozenset({_G.BLENDING, _G.CULLED}),
     _G.BLENDING: frozenset({_G.HOLDING, _G.CULLED}),
     _G.HOLDING: frozenset({_G.FOSSILIZED, _G.CULLED}),
     _G.FOSSILIZED: frozenset(),
     _G.CULLED: frozenset(),
 }
-"""From a stage to the stages that may follow it. After CULLED the *site* is under embargo."""
+"""From a stage to the stages that may follow it. After a refusal a slot and a blueprint
+of the site sit out."""

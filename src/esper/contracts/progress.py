@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from esper.contracts.lifecycle import GraftStage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraftStatus:
+    """Where a graft is.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer.
+        stage: Stage of the graft.
+    """
+
+    site: str
+    seed_idx: int
+    stage: GraftStage
+
+    def __str__(self) -> str:
+        return f"{self.site}.{self.seed_idx} {self.stage.value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressRow:
-    """Where one run is.
+    """Where one run is: what a terminal, a page and a callback of the owner's are all given.
 
     Attributes:
         name: What runs, for example ``"random seed 3, grown"``.
         update: Optimizer updates done.
-        accuracy: Percent on the gate split, as last read; None before the first reading.
+        gate_loss: Loss on the gate split, as last read; None before the first reading.
+        metrics: Whatever else was measured on the gate split, by name, as last read.
         parameters: Parameters of the model now; None before they are known.
-        stages: Stage of each seed that is not dormant, for example ``"0.0 audition"``.
+        grafts: The grafts that are under way.
     """
 
     name: str
     update: int
-    accuracy: float | None = None
+    gate_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
-    stages: tuple[str, ...] = ()
+    grafts: tuple[GraftStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts.intervals import Interval, mean_interval
 from esper.contracts.lifecycle import GraftStage
+from esper.contracts.progress import GraftStatus, ProgressRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import GraftVerdict
 
 REPORT_FORMAT_VERSION: Final = 1
 ARMS: Final = ("host", "grown", "random", "scratch")
@@ -51,7 +55,7 @@ class GraftRecord:
         blueprint: Human name of the kernel's blueprint.
         artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
         stage: Where the graft is; ``fossilized`` and ``culled`` are final.
-        verdict: What was decided, in a word or three: ``"fossilized"``, ``"culled at admission"``.
+        verdict: What was decided, in a word or three.
         reason: Why, in a sentence.
         parameters: Parameters of the kernel.
         germinated_at: Update at which the graft was chosen.
@@ -71,7 +75,7 @@ class GraftRecord:
     blueprint: str
     artifact_id: str
     stage: GraftStage
-    verdict: str
+    verdict: GraftVerdict
     reason: str
     parameters: int
     germinated_at: int
@@ -87,7 +91,17 @@ class GraftRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineEntry:
-    """One change of stage. ``before`` is None at germination."""
+    """One change of stage.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run.
+        site: Dotted name of the layer.
+        blueprint: Human name of the kernel's blueprint.
+        before: The stage that it left; None at germination.
+        after: The stage that it entered.
+        reason: Why, in a sentence.
+    """
 
     update: int
     graft: int
@@ -100,7 +114,13 @@ class TimelineEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlphaPoint:
-    """A graft's alpha from an update on, in [0, 1]."""
+    """A graft's alpha from an update on.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run.
+        alpha: Share of the kernel's output, in [0, 1].
+    """
 
     update: int
     graft: int
@@ -128,7 +148,7 @@ class RunReport:
         overhead_share: All work spent on growing over all work, in [0, 1].
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     updates: int
     evaluations: tuple[Evaluation, ...] = ()
     grafts: tuple[GraftRecord, ...] = ()
@@ -147,6 +167,26 @@ class RunReport:
         total = sum(self.work.values())
         share = (total - self.work.get("training", 0.0)) / total if total else 0.0
         object.__setattr__(self, "overhead_share", share)
+
+    def progress_row(self, name: str = "run") -> ProgressRow:
+        """Return where the run is, as it was told while it went on.
+
+        Args:
+            name: What runs.
+        """
+        last = self.evaluations[-1] if self.evaluations else None
+        return ProgressRow(
+            name=name,
+            update=self.updates,
+            gate_loss=None if last is None else last.gate_loss,
+            metrics={} if last is None else last.metrics,
+            parameters=self.parameters_after,
+            grafts=tuple(
+                GraftStatus(site=graft.site, seed_idx=graft.seed_idx, stage=graft.stage)
+                for graft in self.grafts
+                if graft.decided_at is None
+            ),
+        )
 
     @property
     def optimistic(self) -> bool:
@@ -322,8 +362,8 @@ class DemoReport:
     ranking_spearman: float | None = None
     export_max_rel_diff: float | None = None
     dormant_identical: bool | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     runs: tuple[ArmRun, ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()

@@ -8,38 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final, Literal
+from typing import Final
 
-Verdict = Literal[
-    "diminishing",
-    "deadline",
-    "overfitting",
-    "too_early",
-    "too_late",
-    "improving",
-    "scheduled",
-    "waiting",
-]
+from esper.growth.reading import Decision, PolicyState, Reading
 
 _STATE_VERSION: Final = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """Whether to grow now, and why.
-
-    Attributes:
-        grow: Whether to grow now.
-        verdict: The rule that decided. ``"scheduled"`` and ``"waiting"`` come from policies that
-            look at no loss.
-        reason: One sentence for the log.
-    """
-
-    grow: bool
-    verdict: Verdict
-    reason: str
 
 
 class Detector:
@@ -99,38 +73,25 @@ class Detector:
         self._gate: list[float] = []
         self._train: list[float | None] = []
 
-    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> bool:
+    def observe(self, reading: Reading) -> bool:
         """Take one evaluation.
-
-        Args:
-            update: Number of updates done.
-            train_loss: Mean training loss since the last evaluation; None where unknown.
-            gate_loss: Loss on the gate split.
 
         Returns:
             False where the gate loss is not finite: such an evaluation tells nothing about
             returns and is left out.
         """
-        if not math.isfinite(gate_loss):
+        if reading.gate_loss is None or not math.isfinite(reading.gate_loss):
             return False
+        train_loss = reading.train_loss
         known = train_loss is not None and math.isfinite(train_loss)
-        self._updates.append(update)
-        self._gate.append(float(gate_loss))
+        self._updates.append(reading.update)
+        self._gate.append(float(reading.gate_loss))
         self._train.append(train_loss if known else None)
         return True
 
-    def decide(
-        self, update: int, horizon: int | None, last_change_update: int | None = None
-    ) -> Decision:
-        """Apply the rules.
-
-        Args:
-            update: Number of updates done.
-            horizon: Length of the run in updates; None where unknown.
-            last_change_update: When the last graft ended, by a verdict or a removal; None where
-                there was none.
-        """
-        outside = out_of_time(update, horizon) or self._too_early(update, horizon)
+    def decide(self, reading: Reading) -> Decision:
+        """Apply the rules to the evaluations so far; of the reading only times count."""
+        outside = out_of_time(reading) or self._too_early(reading)
         if outside:
             return outside
         enough = len(self._gate) > self.window
@@ -138,9 +99,9 @@ class Detector:
             decision = self._overfitting() or self._diminishing()
             if decision:
                 return decision
-        return self._deadline(update, horizon, last_change_update) or self._not_yet(enough=enough)
+        return self._deadline(reading) or self._not_yet(enough=enough)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PolicyState:
         """Return what was observed, as JSON-able values of its own."""
         return {
             "format_version": _STATE_VERSION,
@@ -149,7 +110,7 @@ class Detector:
             "train": list(self._train),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Take over what another detector observed; the settings stay this one's.
 
         Raises:
@@ -165,16 +126,16 @@ class Detector:
         self._gate = list(state["gate"])
         self._train = list(state["train"])
 
-    def _too_early(self, update: int, horizon: int | None) -> Decision | None:
+    def _too_early(self, reading: Reading) -> Decision | None:
         start = self.EARLY_UPDATES
-        if horizon is not None:
-            start = min(start, math.ceil(self.EARLY_FRACTION * horizon))
-        if update >= start:
+        if reading.horizon is not None:
+            start = min(start, math.ceil(self.EARLY_FRACTION * reading.horizon))
+        if reading.update >= start:
             return None
         return Decision(
             grow=False,
             verdict="too_early",
-            reason=f"update {update}: nothing grows before update {start}",
+            reason=f"update {reading.update}: nothing grows before update {start}",
         )
 
     def _overfitting(self) -> Decision | None:
@@ -215,12 +176,13 @@ class Detector:
             f"evaluations, by {in_all:.3g} since the start",
         )
 
-    def _deadline(
-        self, update: int, horizon: int | None, last_change_update: int | None
-    ) -> Decision | None:
-        if horizon is None or update - (last_change_update or 0) < self.deadline * horizon:
+    def _deadline(self, reading: Reading) -> Decision | None:
+        change = reading.last_change_update
+        if reading.horizon is None:
             return None
-        since = "the start" if last_change_update is None else f"update {last_change_update}"
+        if reading.update - (change or 0) < self.deadline * reading.horizon:
+            return None
+        since = "the start" if change is None else f"update {change}"
         return Decision(
             grow=True,
             verdict="deadline",
@@ -237,13 +199,9 @@ class Detector:
         )
 
 
-def out_of_time(update: int, horizon: int | None) -> Decision | None:
-    """Decline in the last 20 % of a run of known length; None otherwise.
-
-    Args:
-        update: Number of updates done.
-        horizon: Length of the run in updates; None where unknown.
-    """
+def out_of_time(reading: Reading) -> Decision | None:
+    """Decline in the last 20 % of a run of known length; None otherwise."""
+    update, horizon = reading.update, reading.horizon
     if horizon is None or update < Detector.LATE_FRACTION * horizon:
         return None
     return Decision(

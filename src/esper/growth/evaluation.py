@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
-from esper.growth.gates import Evaluation, parse_evaluation
+from esper.growth.batch import num_samples
+from esper.growth.measurement import Measurement, parse_measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+
+    from esper.contracts.choices import Goal
 
 
 class Evaluator:
@@ -31,15 +33,13 @@ class Evaluator:
         goal: ``"min"`` where lower is better, ``"max"`` where higher is.
     """
 
-    def __init__(
-        self, evaluate: Callable[[nn.Module], Any], *, goal: Literal["min", "max"] = "min"
-    ) -> None:
+    def __init__(self, evaluate: Callable[[nn.Module], Any], *, goal: Goal = "min") -> None:
         self._evaluate = evaluate
         self._goal = goal
         self._repeats = False
         self.samples_seen = 0
 
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, model: nn.Module) -> Measurement:
         """Measure the model as it stands.
 
         Raises:
@@ -49,11 +49,11 @@ class Evaluator:
             self._check_order(model)
         return self._read(model)
 
-    def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Evaluation:
+    def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
         with measuring(model), _counting(model) as counted:
             if random_seed is not None:
                 torch.manual_seed(random_seed)
-            result = parse_evaluation(self._evaluate(model), goal=self._goal)
+            result = parse_measurement(self._evaluate(model), goal=self._goal)
         self.samples_seen += counted[0]
         return result
 
@@ -75,7 +75,7 @@ class Evaluator:
         self._repeats = True
 
 
-def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
+def averaged(evaluations: Sequence[Measurement]) -> Measurement:
     """Return the mean of several evaluations of one split, sample by sample.
 
     A run at a constant rate wobbles from update to update; the mean of a few looks is the model's
@@ -86,7 +86,7 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
     """
     arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
     whole = len(arrays) == len(evaluations)
-    return Evaluation(
+    return Measurement(
         loss=float(np.mean([e.loss for e in evaluations])),
         per_sample=np.mean(arrays, axis=0) if whole else None,
         metrics=evaluations[-1].metrics,
@@ -121,16 +121,3 @@ def _counting(model: nn.Module) -> Iterator[list[int]]:
         yield counted
     finally:
         handle.remove()
-
-
-def num_samples(batch: Any) -> int:
-    """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
-    if isinstance(batch, torch.Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, (tuple, list)):
-        for item in batch:
-            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
-                return num_samples(item)
-    return 1

@@ -15,20 +15,18 @@ for at least, the two quantiles differ by less than 0.03 at every level above 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from esper.growth.measurement import Losses, Measurement
 
 FAMILY_LEVEL: Final = 0.05
 MIN_SAMPLES: Final = 200
-
-Goal = Literal["min", "max"]
-Losses = NDArray[np.float64]
+NO_SAMPLES: Final = "evaluate gives no per-sample losses, so luck cannot be told from gain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,36 +55,22 @@ class GateVerdict:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evaluation:
-    """The owner's measure, read once. Lower is better, whatever the owner's goal.
-
-    Attributes:
-        loss: Mean loss; may be non-finite where the model is.
-        per_sample: float64, shape (samples,), in the owner's order; None where the owner
-            returns a scalar.
-        metrics: The owner's other figures by name, as returned (not negated).
-    """
-
-    loss: float
-    per_sample: Losses | None
-    metrics: dict[str, float]
-
-
 def test_level(k: int) -> float:
-    """Return the level of both gates of the k-th germinated graft, ``0.05 / (k (k + 1))``.
+    """Return the level of the k-th reading of one kind of gate, ``0.05 / (k (k + 1))``.
 
-    The levels of all grafts, however many, sum to 0.05: the chance that a run ever admits a
-    useless graft is at most 5 %.
+    The levels of all readings, however many, sum to 0.05: the chance that a run ever admits a
+    useless graft is at most 5 %, and so is the chance that it ever keeps one. The admission gate
+    counts auditions, whose contenders share a level between them; the fossilization gate counts
+    admissions.
 
     Args:
-        k: Number of the graft in its Grower, from 1.
+        k: Number of the audition, or of the admission, in its Grower, from 1.
 
     Raises:
         ValueError: ``k`` is less than 1.
     """
     if k < 1:
-        msg = f"grafts are counted from 1, got {k}"
+        msg = f"auditions and admissions are counted from 1, got {k}"
         raise ValueError(msg)
     return FAMILY_LEVEL / (k * (k + 1))
 
@@ -121,7 +105,7 @@ def read_gate(
         ValueError: A number is outside its range, or the two are not one loss per sample of the
             same samples.
     """
-    _check_settings(level=level, tau=tau, min_effect=min_effect, min_samples=min_samples)
+    _check_numbers(level=level, tau=tau, min_effect=min_effect, min_samples=min_samples)
     differences = _paired_differences(reference_losses, candidate_losses)
     refusal = _refuse_to_read(differences, min_samples)
     if refusal is None and not math.isfinite(tau):
@@ -165,7 +149,7 @@ def not_worse(
     Raises:
         ValueError: As :func:`read_gate`.
     """
-    _check_settings(level=level, tau=0.0, min_effect=0.0, min_samples=min_samples)
+    _check_numbers(level=level, tau=0.0, min_effect=0.0, min_samples=min_samples)
     differences = _paired_differences(reference_losses, candidate_losses)
     refusal = _refuse_to_read(differences, min_samples)
     if refusal:
@@ -186,70 +170,44 @@ def not_worse(
     )
 
 
-def parse_evaluation(result: Any, *, goal: Goal = "min") -> Evaluation:
-    """Read what the owner's ``evaluate`` returned.
+def judge(
+    reference: Measurement,
+    candidate: Measurement,
+    *,
+    level: float,
+    tau: float = 0.0,
+    min_effect: float = 0.0,
+) -> GateVerdict:
+    """Read a gate on two evaluations; without per-sample losses it does not pass.
 
     Args:
-        result: A number; one loss per sample (tensor, array or sequence of numbers); a dict
-            whose first entry is either of these and decides; or a pair of either and a dict of
-            further figures.
-        goal: ``"max"`` where higher is better: the deciding figure is negated.
-
-    Raises:
-        TypeError: The result is none of these.
-        ValueError: It is empty, has another shape than one loss per sample, or ``goal`` is
-            unknown.
+        reference: The gate split without the graft.
+        candidate: The gate split with it.
+        level: One-sided level, in (0, 0.5).
+        tau: Spread between models that ought to be equal, in units of the loss.
+        min_effect: Smallest fall of the loss that counts, in units of the loss.
     """
-    if goal not in ("min", "max"):
-        msg = f"goal is 'min' or 'max', got {goal!r}"
-        raise ValueError(msg)
-    deciding, others = _split_result(result)
-    sign = 1.0 if goal == "min" else -1.0
-    values = sign * _as_float64(deciding, "evaluate")
-    if values.ndim > 1 or values.size == 0:
-        msg = (
-            f"evaluate returned an array of shape {values.shape}; expected a number or one loss "
-            "per sample, shape (samples,): reduce every other axis (a sequence's tokens to their "
-            "mean, for example)"
-        )
-        raise ValueError(msg)
-    metrics = {name: float(_as_float64(value, name).mean()) for name, value in others.items()}
-    per_sample = values if values.ndim == 1 else None
-    return Evaluation(loss=float(values.mean()), per_sample=per_sample, metrics=metrics)
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(NO_SAMPLES, level=level)
+    return read_gate(
+        reference.per_sample, candidate.per_sample, level=level, tau=tau, min_effect=min_effect
+    )
 
 
-def _split_result(result: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Part the deciding figure from the others."""
-    if isinstance(result, Mapping):
-        if not result:
-            msg = "evaluate returned an empty dict; its first entry decides"
-            raise ValueError(msg)
-        name, *others = result
-        return result[name], {str(other): result[other] for other in others}
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
-        return result[0], {str(name): value for name, value in result[1].items()}
-    return result, {}
+def judge_not_worse(reference: Measurement, candidate: Measurement, *, level: float) -> GateVerdict:
+    """Say whether one measurement is not worse than another; unmeasured is worse.
+
+    Args:
+        reference: The gate split before.
+        candidate: The gate split after.
+        level: Level of the graft's gates, recorded beside the verdict; in (0, 0.5).
+    """
+    if reference.per_sample is None or candidate.per_sample is None:
+        return _unmeasured(NO_SAMPLES, level=level)
+    return not_worse(reference.per_sample, candidate.per_sample, level=level)
 
 
-def _as_float64(value: Any, name: str) -> Losses:
-    """Bring a figure of the owner's to a float64 array of its own."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().to("cpu", torch.float64).numpy()
-    try:
-        array = np.array(value)
-    except ValueError as error:  # lists of several lengths
-        msg = f"{name} returned a {type(value).__name__} that is no array of numbers: {error}"
-        raise TypeError(msg) from error
-    if array.dtype.kind not in "biuf":
-        msg = (
-            f"{name} returned {type(value).__name__}; expected a number, one loss per sample, "
-            "a dict whose first entry is one of these, or a pair (losses, metrics)"
-        )
-        raise TypeError(msg)
-    return array.astype(np.float64)
-
-
-def _check_settings(*, level: float, tau: float, min_effect: float, min_samples: int) -> None:
+def _check_numbers(*, level: float, tau: float, min_effect: float, min_samples: int) -> None:
     if not 0.0 < level < 0.5:
         msg = f"level is a one-sided test level in (0, 0.5), got {level}"
         raise ValueError(msg)
@@ -286,7 +244,9 @@ def _refuse_to_read(differences: Losses, min_samples: int) -> str | None:
     return None
 
 
-def _unmeasured(reason: str, *, level: float, tau: float, samples: int) -> GateVerdict:
+def _unmeasured(
+    reason: str, *, level: float, tau: float = math.inf, samples: int = 0
+) -> GateVerdict:
     return GateVerdict(
         passed=False,
         effect=None,

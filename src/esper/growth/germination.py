@@ -12,12 +12,11 @@ from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
-from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import GraftRecord
 from esper.growth.audition import Audition
-from esper.growth.budget import FORWARD, Cost, count_parameters, forward_flops
-from esper.growth.lookahead import is_causal
-from esper.growth.ranking import Candidate
+from esper.growth.budget import Cost, count_parameters, forward_flops
+from esper.growth.causality import is_causal
+from esper.growth.graft import Germination, Graft
+from esper.growth.ranking import Candidate, RefusedCandidate
 from esper.seeds.probe import probe
 from esper.state.host_parts import host_parameters
 from esper.state.kernel import prepare_kernel
@@ -30,48 +29,50 @@ if TYPE_CHECKING:
 
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.policies import Choice
     from esper.growth.ranking import RankedCandidate
+    from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
     from esper.state.kernel import PreparedKernel
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contender:
     """A candidate in its audition.
 
     Attributes:
-        graft: Number of the graft.
-        site: Name of the layer.
+        graft: The graft that it is a try of.
         blueprint: The kernel's blueprint.
         audition: Its audition.
         null: The audition of the same-treatment null beside it; None under
             ``verify="snapshot"``.
-        cost: What the kernel costs; its latency once it was measured.
     """
 
-    graft: int
-    site: str
+    graft: Graft
     blueprint: BlueprintIR
     audition: Audition
     null: Audition | None
-    cost: Cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ranked:
-    """Candidates best first, their blueprints by site and name, and what was refused before."""
+    """A ranking of what is on offer.
+
+    Attributes:
+        order: Candidates, best first.
+        blueprints: Their blueprints by site and name.
+        refused: What was refused before.
+    """
 
     order: list[RankedCandidate]
     blueprints: dict[tuple[str, str], BlueprintIR]
-    refused: list[dict[str, str]]
+    refused: list[RefusedCandidate]
 
 
 def free_seed(run: GrowthRun, site: str) -> int | None:
     """Return the first seed of a site that is dormant and under no embargo, or None."""
     dormant = run.layers[site].state_layout.get_dormant_seeds().nonzero().flatten().tolist()
-    return next((i for i in dormant if not run.is_embargoed(site, i)), None)
+    return next((i for i in dormant if not run.embargoes.covers(site, i)), None)
 
 
 def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
@@ -82,23 +83,23 @@ def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
 def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
     """Rank every catalog kernel at every recorded site, within the budget. Changes nothing."""
     candidates: list[Candidate] = []
-    refused: list[dict[str, str]] = []
+    refused: list[RefusedCandidate] = []
     blueprints: dict[tuple[str, str], BlueprintIR] = {}
     for name, seen in observations.items():
         if not seen.inputs:
             reason = "nothing was recorded: the layer was not called in a training step"
-            refused.append({"site": name, "blueprint": "", "reason": reason})
+            refused.append(RefusedCandidate(site=name, blueprint="", reason=reason))
             continue
         for blueprint in _offered(run, name, seen):
             candidate = make_candidate(run.layers[name], name, blueprint, seen)
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
-            over = _over_budget(run, cost)
+            over = run.over_budget(cost)
             if over is None:
                 candidates.append(candidate)
                 blueprints[name, blueprint.id] = blueprint
-                run.meter.add("ranking", seen.num_samples, FORWARD)
+                run.ledger.count_forward("ranking", seen.num_samples)
             else:
-                refused.append({"site": name, "blueprint": blueprint.id, "reason": over})
+                refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
     order = run.ranking.rank(observations, candidates)
     return Ranked(order=order, blueprints=blueprints, refused=refused)
 
@@ -134,7 +135,7 @@ def germinate_best(
     """Germinate the best candidates from distinct sites that pass the probe."""
     contenders: list[Contender] = []
     for entry in ranked.order:
-        taken = {contender.site for contender in contenders}
+        taken = {contender.graft.site for contender in contenders}
         if len(contenders) == limit or entry.gain is None:
             break
         if entry.site in taken or entry.gain <= 0:
@@ -169,7 +170,7 @@ def germinate_choice(
     blueprint = _named(run, layer, choice, observations[choice.site])
     candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
     cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
-    reason = _over_budget(run, cost)
+    reason = run.over_budget(cost)
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
         return None
@@ -193,39 +194,25 @@ def germinate(
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
     layer.reserve(seed_idx)
-    run.num_grafts += 1
-    cost = Cost(
-        parameters=count_parameters(kernel.module), flops=_flops(kernel.module, seen, kernel)
+    graft = run.grafts.germinate(
+        Germination(
+            site=site,
+            seed_idx=seed_idx,
+            blueprint=blueprint.id,
+            artifact_id=kernel.artifact_id or "",
+            reason=reason,
+            update=run.updates,
+            cost=Cost(
+                parameters=count_parameters(kernel.module),
+                flops=_flops(kernel.module, seen, kernel),
+            ),
+        )
     )
-    record = GraftRecord(
-        graft=run.num_grafts,
-        site=site,
-        seed_idx=seed_idx,
-        blueprint=blueprint.id,
-        artifact_id=kernel.artifact_id or "",
-        stage=GraftStage.GERMINATED,
-        verdict="in progress",
-        reason=reason,
-        parameters=cost.parameters,
-        germinated_at=run.updates,
-    )
-    run.journal.germinated(record, reason)
     return Contender(
-        graft=run.num_grafts,
-        site=site,
+        graft=graft,
         blueprint=blueprint,
         audition=_audition(run, layer, seed_idx, kernel),
         null=_null_audition(run, layer, seed_idx, seen),
-        cost=cost,
-    )
-
-
-def _over_budget(run: GrowthRun, cost: Cost) -> str | None:
-    return run.budget.check(
-        host=run.host_cost,
-        candidate=cost,
-        admitted=run.admitted_cost,
-        grafts=len(run.admitted),
     )
 
 
@@ -246,7 +233,7 @@ def _audition(
     run: GrowthRun, layer: KasminaLayer, seed_idx: int, kernel: PreparedKernel
 ) -> Audition:
     group = host_group(run.optimizer, host_parameters(layer))
-    rate = rate_for_new(group, lr_new=run.settings.lr_new, peak=run.peak_of(layer))
+    rate = rate_for_new(group, lr_new=run.settings.lr_new, peak=run.watcher.peak_of(layer))
     random_seed = run.settings.random_seed * 1_000_003 + run.updates
     return Audition.begin(
         layer, seed_idx, kernel, run.optimizer, rate=rate, random_seed=random_seed
@@ -269,7 +256,7 @@ def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[Blueprint
     except ValueError:
         return []  # a convolution that pads unequally, which no kernel of the catalog does
     offered = run.catalog.blueprints_for(spec)
-    return [_seeded(run, b) for b in offered if not run.is_embargoed(site, b.id)]
+    return [_seeded(run, b) for b in offered if not run.embargoes.covers(site, b.id)]
 
 
 def _described(layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:

@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections import deque
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from esper.bus.in_process import EventBus
-from esper.compiler.catalog import default_catalog
-from esper.continuity.optimizer import busy_layers, check_supported, sync_optimizer
-from esper.continuity.warmup import UpdateCounter, UpdateFactor
+from esper.continuity.optimizer import busy_layers
 from esper.contracts.errors import GrowthError
+from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
-from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
-from esper.growth.budget import (
-    FORWARD_BACKWARD,
-    Budget,
-    Cost,
-    count_parameters,
-    forward_latency_s,
-)
-from esper.growth.evaluation import Evaluator, num_samples
-from esper.growth.gates import MIN_SAMPLES
-from esper.growth.germination import open_sites, rank
-from esper.growth.joining import Joining
-from esper.growth.journal import Journal
-from esper.growth.policies import ByHand, DiminishingReturns
-from esper.growth.ranking import FirstOrderGain
-from esper.growth.recording import Recorder, record_beside
-from esper.growth.run import GrowthRun, Settings
-from esper.growth.stages import Recording, num_affordable
-from esper.growth.twins import lockstep_update, owner_update
-from esper.observability.event_log import EventLog
-from esper.registry.open import open as open_registry
-from esper.resilience.clock import MonotonicClock
+from esper.growth.assembly import begin_run
+from esper.growth.budget import count_parameters
+from esper.growth.obstacles import missing_evidence, obstacle
+from esper.growth.options import GrowerOptions, show_options
+from esper.growth.probation import Probation
+from esper.growth.reading import Reading
+from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
+from esper.growth.stages import Recording
+from esper.growth.suggestion import suggestions
 from esper.seeds.maintenance import maintain_layers
-from esper.seeds.shadow import shadow_pass
-from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from esper.compiler.catalog import Catalog
-    from esper.contracts.ports import Clock, EventSink, Registry
-    from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.policies import Policy
-    from esper.growth.ranking import RankedCandidate, Ranking
-    from esper.growth.recording import SiteObservation
+    from esper.contracts.progress import GraftStatus
+    from esper.growth.batch import Batch
     from esper.growth.stages import Stage
+    from esper.growth.suggestion import Suggestion
 
-EVALUATE_EVERY = 50
-"""Updates between two evaluations where the owner says nothing and calls no ``end_epoch``."""
-KEPT_BATCHES = 8
+KEPT_BATCHES: Final = 8
 """Recent batches that :meth:`Grower.suggest` may rank on."""
 
 
@@ -69,148 +41,68 @@ class Grower:
     epoch if there are epochs, and :meth:`close` at the end, or use it as a context manager. Until
     a kernel is admitted, the run is bit-identical to one without a Grower.
 
+    Every option is a keyword. The numbers, in italics below, are told one by one in
+    :class:`GrowthSettings`.
+
+    What is trained, and what it is judged by:
+        ``compute_loss``: ``(model, batch)`` to the scalar training loss. Without it the Grower
+        ranks and advises, and grafts nothing.
+        ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
+        shape (samples,), at least 200 of them; or a dict whose first entry decides; or
+        ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
+        ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
+        with the recorded rates where None.
+        Numbers: *horizon*, *goal*, *random_seed*.
+
+    When to grow, where, and what:
+        ``policy``: When; :class:`DiminishingReturns` where None.
+        ``ranking``: Where and what; :class:`FirstOrderGain` where None.
+        ``catalog``: The kernels on offer; the default catalog where None.
+        ``registry``: Where compiled kernels are stored and fetched from; one in memory where None.
+
+    What it may cost:
+        ``budget``: Limits on parameters, FLOPs, latency and the number of grafts.
+        Numbers: *overhead*, *evaluate_every*.
+
+    The course of a graft:
+        Numbers: *record_updates*, *candidates*, *audition_updates*, *min_effect*, *embargo*,
+        *ramp_updates*, *warmup_updates*, *lr_new*, *hold_updates*, *looks*, *verify*.
+
+    What is written down:
+        ``run_dir``: Where ``events.jsonl`` is written; None writes no files.
+        ``sink``: Takes every event as well.
+        ``clock``: Dates the events.
+
     Args:
         model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``.
         optimizer: Its optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``.
-        compute_loss: ``(model, batch)`` to the scalar training loss. Without it the Grower ranks
-            and advises, and grafts nothing.
-        evaluate: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
-            shape (samples,), at least 200 of them; or a dict whose first entry decides; or
-            ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
-        policy: When to grow; :class:`DiminishingReturns` where None.
-        ranking: Where and what; :class:`FirstOrderGain` where None.
-        catalog: The kernels on offer; the default catalog where None.
-        registry: Where compiled kernels are stored and fetched from; one in memory where None.
-        budget: What growth may cost.
-        horizon: Length of the run in updates; None where unknown.
-        goal: ``"min"`` where lower is better, ``"max"`` where higher is.
-        evaluate_every: Updates between two evaluations. None: at every :meth:`end_epoch`, or
-            every 50 updates where it is never called; less often where that would take more
-            than half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
-            every graft of the budget is given one audition all the same, and the report says
-            what that cost.
-        audition_updates: Shadow passes of an audition.
-        ramp_updates: Updates over which alpha rises from 0 to 1.
-        hold_updates: Updates at alpha 1 before the verdict.
-        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
-        warmup_updates: Updates over which the factor on new parameters rises to 1.
-        lr_new: Share of the peak rate that new parameters start at where the rate is spent.
-        record_updates: Updates that are recorded for a ranking.
-        candidates: Auditions side by side, at most.
-        min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Auditions that a slot and a blueprint sit out after a refusal.
-        verify: ``"snapshot"``: a graft stays if the gate split is not worse than at its
-            admission. ``"fork"``: if it also beats a twin that got the same treatment with a
-            kernel that adds nothing; costs three more models in training while it lasts.
-        update: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step with
-            the recorded rates where None.
-        run_dir: Where ``events.jsonl`` is written; None writes no files.
-        random_seed: Starts every generator of the controller's own.
-        clock: Dates the events.
-        sink: Takes every event as well.
+        options: As above.
 
     Raises:
         ValueError: A setting is out of its range, or the model has no layer with seeds.
-        TypeError: The optimizer is not supported.
+        TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
     """
 
+    @show_options
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        compute_loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        evaluate: Callable[[nn.Module], Any] | None = None,
-        policy: Policy | None = None,
-        ranking: Ranking | None = None,
-        catalog: Catalog | None = None,
-        registry: Registry | None = None,
-        budget: Budget | None = None,
-        horizon: int | None = None,
-        goal: Literal["min", "max"] = "min",
-        evaluate_every: int | None = None,
-        overhead: float = 0.10,
-        audition_updates: int = 100,
-        ramp_updates: int = 100,
-        hold_updates: int = 100,
-        looks: int = 5,
-        warmup_updates: int = 100,
-        lr_new: float = 0.3,
-        record_updates: int = 16,
-        candidates: int = 3,
-        min_effect: float = 0.001,
-        embargo: int = 3,
-        verify: Literal["snapshot", "fork"] = "snapshot",
-        update: Callable[[nn.Module, Optimizer, Any], None] | None = None,
-        run_dir: str | Path | None = None,
-        random_seed: int = 0,
-        clock: Clock | None = None,
-        sink: EventSink | None = None,
+        self, model: nn.Module, optimizer: Optimizer, **options: Unpack[GrowerOptions]
     ) -> None:
-        settings = Settings(
-            horizon=horizon,
-            goal=goal,
-            evaluate_every=evaluate_every,
-            overhead=overhead,
-            audition_updates=audition_updates,
-            ramp_updates=ramp_updates,
-            hold_updates=hold_updates,
-            looks=looks,
-            warmup_updates=warmup_updates,
-            lr_new=lr_new,
-            record_updates=record_updates,
-            candidates=candidates,
-            min_effect=min_effect,
-            embargo=embargo,
-            verify=verify,
-            random_seed=random_seed,
+        self._run = begin_run(model, optimizer, options)
+        settings = self._run.settings
+        self._schedule = EvaluationSchedule(
+            every=settings.evaluate_every, overhead=settings.overhead
         )
-        check_supported(optimizer)
-        bare = _unwrapped(model)
-        found = layers(bare)
-        if not found:
-            msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
-            raise ValueError(msg)
-        _check_choices(policy, found)
-        sync_optimizer(bare, optimizer)
-        clock = clock or MonotonicClock()
-        registry = open_registry("memory:") if registry is None else registry
-        self._log = None if run_dir is None else EventLog(Path(run_dir) / "events.jsonl")
-        bus = EventBus([s for s in (self._log, sink) if s is not None])
-        self._counter = UpdateCounter(optimizer)
-        self._run = GrowthRun(
-            model=bare,
-            layers=found,
-            optimizer=optimizer,
-            factor=UpdateFactor(optimizer, warmup_updates=warmup_updates, lr_new=lr_new),
-            settings=settings,
-            budget=budget or Budget(),
-            policy=policy or DiminishingReturns(),
-            ranking=ranking or FirstOrderGain(random_seed=random_seed),
-            catalog=catalog or default_catalog(),
-            registry=registry,
-            cache=EnhancedKernelCache(source=registry),
-            clock=clock,
-            journal=Journal(bus, clock, lambda: self._run.updates),
-            compute_loss=compute_loss,
-            evaluator=None if evaluate is None else Evaluator(evaluate, goal=goal),
-            twin_update=owner_update(update) if update else _lockstep(compute_loss),
-            host_cost=Cost(parameters=count_parameters(bare)),
-        )
-        self._rates_hook = optimizer.register_step_pre_hook(self._before_step)
         self._stage: Stage | None = None
-        self._micro_batches: list[Any] = []
-        self._recent: list[Any] = []
-        self._epoch_ended = self._has_epochs = False
-        self._dropped = False
-        self._per_update: int | None = None
-        self._evaluation_work = 0
-        self._advised_at: int | None = None
-        self._closed = False
+        self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
+        self._reading = Reading(update=0, horizon=settings.horizon)
+        self._has_advised = self._closed = False
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
-        self._warn(own_update=update is not None)
+        if settings.verify == "fork" and options.get("update") is None:
+            self._run.journal.note(
+                "twins are updated by loss, backward and step with the recorded rates; give "
+                "update= if your own update does more"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -224,14 +116,14 @@ class Grower:
         return self._run.updates
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
-        """Site, seed and stage of each graft that is under way."""
-        return () if self._stage is None else self._stage.stages
+    def stages(self) -> tuple[GraftStatus, ...]:
+        """Where each graft is that is under way: its site, its seed and its stage."""
+        return () if self._stage is None else self._stage.statuses
 
     @property
     def host_twin(self) -> nn.Module | None:
         """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
-        return self._stage.host_twin if isinstance(self._stage, Joining) else None
+        return self._stage.host_twin if isinstance(self._stage, Probation) else None
 
     @property
     def last_metrics(self) -> dict[str, float]:
@@ -239,7 +131,23 @@ class Grower:
         evaluations = self._run.journal.evaluations
         return dict(evaluations[-1].metrics) if evaluations else {}
 
-    def step(self, loss: Tensor | None = None, batch: Any = None) -> None:
+    def progress_row(self, name: str = "run") -> ProgressRow:
+        """Return where the run is: updates, what was measured last, and what is under way.
+
+        Args:
+            name: What runs, for a table of several.
+        """
+        evaluations = self._run.journal.evaluations
+        return ProgressRow(
+            name=name,
+            update=self.updates,
+            gate_loss=evaluations[-1].gate_loss if evaluations else None,
+            metrics=self.last_metrics,
+            parameters=count_parameters(self._run.model),
+            grafts=self.stages,
+        )
+
+    def step(self, loss: Tensor | None = None, batch: Batch = None) -> None:
         """Take note of one training step; call it after the optimizer's.
 
         Args:
@@ -253,25 +161,17 @@ class Grower:
         if self._closed:
             msg = "this Grower is closed; make another one to go on growing"
             raise GrowthError(msg)
-        run = self._run
         if loss is not None:
-            run.losses.append(loss.detach())
-        if batch is not None:
-            self._micro_batches.append(batch)
-        if self._counter.count == run.updates:
-            if self._dropped:  # a step whose gradients were thrown away is no update
-                self._micro_batches.clear()
-            self._dropped = False
-            return
-        run.updates = self._counter.count
-        self._dropped = False
-        self._after_update(self._batches_of_update())
+            self._run.losses.add(loss)
+        batches = self._run.watcher.step(batch)
+        if batches is not None:
+            self._after_update(batches)
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
-        self._epoch_ended = self._has_epochs = True
-        if not self._closed and self._run.updates:
-            self._look(asked=False)
+        self._schedule.end_epoch()
+        if not self._closed and self._run.updates and self._look():
+            self._decide()
 
     def suggest(self) -> list[Suggestion]:
         """Rank every kernel on offer on the recent batches; changes nothing.
@@ -282,26 +182,7 @@ class Grower:
         Raises:
             GrowthError: There is no ``compute_loss``, or no batch was passed to :meth:`step`.
         """
-        run = self._run
-        if run.compute_loss is None or not self._recent:
-            msg = (
-                "suggest() ranks on recent batches: give the Grower compute_loss= and call "
-                "step(loss, batch=batch) in the training loop first"
-            )
-            raise GrowthError(msg)
-        compute_loss = run.compute_loss
-        recorder = Recorder(
-            open_sites(run), random_seed=run.settings.random_seed, records_shadow_passes=True
-        )
-        with recorder:
-            for batch in self._recent:
-                record_beside(recorder, run.model, lambda model, b=batch: compute_loss(model, b))  # type: ignore[misc] # mypy cannot type a default of a lambda
-                run.count_pass("ranking", [batch])
-        ranked = rank(run, recorder.observations)
-        return [
-            Suggestion.of(entry, recorder.observations[entry.site], run.clock)
-            for entry in ranked.order
-        ]
+        return suggestions(self._run, self._recent)
 
     def report(self) -> RunReport:
         """Return what happened so far; ``print`` it, or ask for its JSON."""
@@ -310,10 +191,10 @@ class Grower:
             settings=run.settings.as_dict(),
             updates=run.updates,
             evaluations=tuple(run.journal.evaluations),
-            grafts=run.journal.grafts,
+            grafts=run.grafts.records,
             timeline=tuple(run.journal.timeline),
             alphas=tuple(run.journal.alphas),
-            work={name: float(work) for name, work in run.meter.state_dict().items()},
+            work=run.ledger.by_category(),
             parameters_before=run.host_cost.parameters,
             parameters_after=count_parameters(run.model),
             notes=tuple(run.journal.notes),
@@ -329,39 +210,26 @@ class Grower:
             return
         self._closed = True
         stage, self._stage = self._stage, None
+        run = self._run
         try:
             if stage is not None:
                 stage.close(f"{reason} before its verdict")
         finally:
-            self._run.factor.close()
-            self._counter.close()
-            self._rates_hook.remove()
+            run.factor.close()
+            run.watcher.close()
             self._recent.clear()
-            self._run.journal.ended(reason)
-            if self._log is not None:
-                self._log.close()
+            run.journal.ended(reason, run.grafts.records)
+            if run.log is not None:
+                run.log.close()
 
-    def _before_step(self, *_: Any) -> None:
-        self._run.note_rates()
-        self._dropped = True  # until the update is counted
-
-    def _batches_of_update(self) -> list[Any]:
-        """Return the batches of the update that was just counted.
-
-        A step that GradScaler skipped calls no hook; its batches are left out by their number.
-        """
-        batches, self._micro_batches = self._micro_batches, []
-        usual = len(batches) if self._per_update is None else self._per_update
-        self._per_update = min(usual, len(batches)) or None
-        return batches[-usual:] if usual else batches
-
-    def _after_update(self, batches: list[Any]) -> None:
+    def _after_update(self, batches: list[Batch]) -> None:
+        """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
-        run.samples_per_update = sum(num_samples(b) for b in batches) or run.samples_per_update
-        run.count_pass("training", batches)
-        self._recent = [*self._recent, *batches][-KEPT_BATCHES:]
-        self._count_flops(batches)
-        self._maintain()
+        run.ledger.count_update(batches)
+        run.count_host_flops(batches)
+        self._recent.extend(batches)
+        for fault in maintain_layers(busy_layers(run.optimizer)).faults:
+            run.journal.faulted(fault)
         if self._stage is not None:
             if not batches and self._stage.needs_batches:
                 msg = (
@@ -370,201 +238,74 @@ class Grower:
                 )
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
-        self._look(asked=not run.policy.reads_losses)
+        self._look()
+        self._decide()
 
-    def _look(self, *, asked: bool) -> None:
-        """Evaluate where that is due, and ask the policy where it has something to say."""
-        if self._evaluation_is_due():
-            self._evaluate()
-            asked = True
-        elif self._run.evaluator is None and self._run.updates % EVALUATE_EVERY == 0:
-            asked = self._look_at_training_loss() or asked
-        if asked and self._stage is None:
-            self._decide()
+    def _look(self) -> bool:
+        """Let the policy see an evaluation where one is due; say whether it saw one."""
+        run = self._run
+        if run.evaluator is None:
+            return run.updates % EVALUATE_EVERY == 0 and self._look_at_training_loss()
+        if not self._schedule.is_due(run.updates, run.ledger.samples_per_update):
+            return False
+        before = run.ledger.work("evaluation")
+        found = run.last_measurement = run.measure()
+        self._schedule.evaluated(run.updates, run.ledger.work("evaluation") - before)
+        train_loss = run.losses.mean()
+        run.journal.evaluated(found, train_loss)
+        self._observe(train_loss=train_loss, gate_loss=found.loss, metrics=found.metrics)
+        return True
 
     def _look_at_training_loss(self) -> bool:
         """Let the policy see the training loss where there is no measure: for advice only."""
-        loss = self._run.train_loss()
+        loss = self._run.losses.mean()
         if loss is not None:
-            self._run.policy.observe(self._run.updates, loss, loss)
+            self._observe(train_loss=loss, gate_loss=loss, metrics={})
         return loss is not None
 
-    def _evaluation_is_due(self) -> bool:
-        run = self._run
-        if run.evaluator is None or run.evaluated_at == run.updates:
-            return False
-        if run.evaluated_at < 0:
-            return True
-        since = run.updates - run.evaluated_at
-        if run.settings.evaluate_every is not None:
-            return since >= run.settings.evaluate_every
-        due = self._epoch_ended or (not self._has_epochs and since >= EVALUATE_EVERY)
-        return due and since >= self._least_gap()
+    def _observe(
+        self, *, train_loss: float | None, gate_loss: float, metrics: dict[str, float]
+    ) -> None:
+        """Show the policy an evaluation, which it sees again whenever it is asked."""
+        self._reading = replace(
+            self._reading_now(), train_loss=train_loss, gate_loss=gate_loss, metrics=metrics
+        )
+        self._run.policy.observe(self._reading)
 
-    def _least_gap(self) -> int:
-        """Updates between evaluations that keep them within half of the overhead."""
+    def _reading_now(self) -> Reading:
         run = self._run
-        share = run.settings.overhead / 2
-        per_update = FORWARD_BACKWARD * max(run.samples_per_update, 1) * share / (1 - share)
-        return math.ceil(self._evaluation_work / per_update) if per_update else EVALUATE_EVERY
-
-    def _evaluate(self) -> None:
-        run = self._run
-        self._epoch_ended = False
-        before = run.meter.work("evaluation")
-        evaluation = run.measure()
-        first = run.evaluated_at < 0
-        self._evaluation_work = (run.meter.work("evaluation") - before) // (3 if first else 1)
-        run.evaluated_at, run.last_gate = run.updates, evaluation
-        train_loss = run.train_loss()
-        run.journal.evaluated(evaluation, train_loss)
-        run.policy.observe(run.updates, train_loss, evaluation.loss)
+        return replace(
+            self._reading,
+            update=run.updates,
+            rates=tuple(run.watcher.rates),
+            last_change_update=run.last_change_update,
+        )
 
     def _decide(self) -> None:
+        """Ask the policy where nothing is under way, and begin to record where it says yes."""
         run = self._run
-        decision = run.policy.decide(run.updates, run.settings.horizon, run.last_change)
-        if decision.grow or run.evaluated_at == run.updates:
+        if self._stage is not None:
+            return
+        decision = run.policy.decide(self._reading_now())
+        if decision.grow or self._schedule.last == run.updates:
             run.journal.detected(decision)
         if not decision.grow:
             return
-        run.turns += 1
-        obstacle = self._obstacle()
-        if obstacle is not None:
-            run.journal.note(obstacle)
+        run.embargoes.count_decision()
+        against = obstacle(run)
+        if against is not None:
+            run.journal.note(against)
             return
-        missing = self._missing()
-        if missing is not None:
-            run.journal.note(
-                f"{missing}: nothing is grafted; candidates are ranked, and the ranking is in "
-                "the log"
-            )
-            if self._advised_at is not None:
-                return
-            self._advised_at = run.updates
-        elif num_affordable(run) == 0:
-            run.num_over += 1
-        self._stage = Recording(run, run.policy.choice(), advise_only=missing is not None)
+        missing = missing_evidence(run, has_batches=bool(self._recent))
+        if missing is None and run.num_affordable == 0:
+            run.ledger.count_overdraft()
+        if missing is None or self._advises(missing):
+            self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
-    def _missing(self) -> str | None:
-        """Say what is missing for a graft ever to be admitted, or None."""
-        run = self._run
-        if run.compute_loss is None or run.evaluator is None or not self._recent:
-            return "without compute_loss, evaluate and batch= there is no evidence"
-        if run.last_gate is None or run.last_gate.per_sample is None:
-            return "evaluate gives no per-sample losses, so luck cannot be told from gain"
-        if len(run.last_gate.per_sample) < MIN_SAMPLES:
-            found = len(run.last_gate.per_sample)
-            return f"too little power: {found} samples, at least {MIN_SAMPLES} needed"
-        return None
-
-    def _obstacle(self) -> str | None:
-        """Say why nothing can germinate now although the policy would, or None."""
-        run = self._run
-        horizon, needed = run.settings.horizon, run.settings.graft_updates
-        if horizon is not None and run.updates + needed > horizon:
-            return f"a graft takes {needed} updates; too few are left of {horizon}"
-        if run.budget.grafts is not None and len(run.admitted) >= run.budget.grafts:
-            return f"the budget's {run.budget.grafts} grafts were admitted"
-        if num_affordable(run) == 0 and run.num_over >= (run.budget.grafts or 1):
-            share = run.settings.overhead
-            return f"the overhead of {share:.0%} is spent, one audition per graft included"
-        if not open_sites(run):
-            return "no site has a seed that is dormant and under no embargo"
-        return None
-
-    def _maintain(self) -> None:
-        """Read the seeds' counters and put faults into the log."""
-        for fault in maintain_layers(busy_layers(self._run.optimizer)).faults:
-            self._run.journal.faulted(
-                fault.layer, fault.seed_idx, fault.faults, fault.state.name.lower(), fault.reason
-            )
-
-    def _count_flops(self, batches: list[Any]) -> None:
-        """Count the host's FLOPs once, where the budget compares with them."""
-        run = self._run
-        relative = run.budget.flops is not None
-        small = run.host_cost.parameters < run.budget.small_host
-        if run.host_cost.flops is not None or run.compute_loss is None or not batches:
-            return
-        if relative and not small:
-            with shadow_pass(run.model), torch.no_grad(), FlopCounterMode(display=False) as flops:
-                run.compute_loss(run.model, batches[0])
-            per_sample = flops.get_total_flops() / num_samples(batches[0])
-            run.host_cost = replace(run.host_cost, flops=per_sample)
-
-    def _warn(self, *, own_update: bool) -> None:
-        run = self._run
-        if run.settings.verify == "fork" and not own_update:
-            run.journal.note(
-                "twins are updated by loss, backward and step with the recorded rates; give "
-                "update= if your own update does more"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
-    """One row of what :meth:`Grower.suggest` returns.
-
-    Attributes:
-        site: Name of the layer.
-        blueprint: Name of the kernel.
-        gain: Predicted first-order gain, in units of the training loss; None without a score.
-        stderr: Its standard error; None where it has none.
-        parameters: Parameters that the kernel adds.
-        flops: FLOPs that it adds to a forward of one sample.
-        latency_us: Microseconds of a forward of the kernel on a recorded batch.
-        reason: Why there is no score; empty where there is one.
-    """
-
-    site: str
-    blueprint: str
-    gain: float | None
-    stderr: float | None
-    parameters: int
-    flops: float | None
-    latency_us: float
-    reason: str
-
-    @classmethod
-    def of(cls, entry: RankedCandidate, seen: SiteObservation, clock: Clock) -> Suggestion:
-        """Time the candidate's kernel and put the row together."""
-        parallel = entry.candidate.position == "parallel"
-        example = seen.inputs[0] if parallel else seen.outputs[0]
-        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=clock)
-        return cls(
-            site=entry.site,
-            blueprint=entry.blueprint,
-            gain=entry.gain,
-            stderr=entry.stderr,
-            parameters=entry.parameters,
-            flops=entry.flops,
-            latency_us=latency_s * 1e6,
-            reason=entry.reason,
+    def _advises(self, missing: str) -> bool:
+        """Say once what is missing; a ranking goes to the log the first time only."""
+        self._run.journal.note(
+            f"{missing}: nothing is grafted; candidates are ranked, and the ranking is in the log"
         )
-
-
-def _check_choices(policy: Policy | None, found: dict[str, KasminaLayer]) -> None:
-    """Refuse a site named by hand that there is not, before anything is trained."""
-    for choice in policy.choices if isinstance(policy, ByHand) else ():
-        if choice.site not in found:
-            msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(found)}"
-            raise GrowthError(msg)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP and ``torch.compile``."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def _lockstep(
-    compute_loss: Callable[[nn.Module, Any], Tensor] | None,
-) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
-    if compute_loss is None:
-        return lambda *_: None  # nothing is ever admitted, so there is never a twin
-    return lockstep_update(compute_loss)
+        advises, self._has_advised = not self._has_advised, True
+        return advises

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
+from esper.continuity.optimizer import check_supported
 from esper.contracts.errors import GrowthError
-from esper.contracts.progress import Progress, ProgressRow
+from esper.contracts.progress import Progress
 from esper.growth.evaluation import measuring
 from esper.growth.grower import Grower
-from esper.growth.policies import EveryN
+from esper.growth.options import GrowerOptions, check_options
+from esper.growth.policies import Never
+from esper.growth.settings import GrowthSettings
 from esper.wrapping.wrap import wrap
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from esper.contracts.report import RunReport
-    from esper.growth.grower import Suggestion
+    from esper.growth.suggestion import Suggestion
 
 SUGGEST_SHARE = 0.2
 """Share of a job that is trained before its suggestions are ranked."""
@@ -49,11 +52,15 @@ class GrowthJob:
         schedule: Whether ``scheduler`` steps after each ``"epoch"`` or each ``"update"``.
         select: What to wrap, as for :func:`esper.wrap`; None for the default.
         num_seeds: Seeds of each wrapped layer, at least 1.
-        grower: Further arguments of the Grower by name.
+        grower: Further arguments of the Grower: by name, as it takes them, or
+            :class:`GrowthSettings`. ``compute_loss``, ``evaluate`` and ``horizon`` follow from the
+            job where they are not among them.
 
     Raises:
-        TypeError: A field is of the wrong type.
-        ValueError: ``epochs`` is less than 1, or a loader is known to be empty.
+        TypeError: A field is of the wrong type, the optimizer is not supported, or the Grower
+            has no argument of that name.
+        ValueError: ``epochs`` is less than 1, a loader is known to be empty, or a setting is out
+            of its range.
     """
 
     model: nn.Module
@@ -68,7 +75,7 @@ class GrowthJob:
     schedule: Literal["epoch", "update"] = "epoch"
     select: Any = None
     num_seeds: int = 4
-    grower: Mapping[str, Any] = field(default_factory=dict)
+    grower: GrowerOptions | GrowthSettings = field(default_factory=GrowerOptions)
 
     def __post_init__(self) -> None:
         """Refuse a job that cannot run, before anything is trained."""
@@ -78,6 +85,7 @@ class GrowthJob:
             "train": (Iterable, "an iterable of batches"),
             "gate": (Iterable, "an iterable of batches"),
             "epochs": (int, "a number of epochs"),
+            "grower": (Mapping | GrowthSettings, "the Grower's arguments, or GrowthSettings"),
         }
         for name, (kind, words) in expected.items():
             value = getattr(self, name)
@@ -94,6 +102,8 @@ class GrowthJob:
             loader = getattr(self, name)
             if isinstance(loader, Sized) and len(loader) == 0:
                 raise ValueError(_empty(name))
+        check_supported(self.optimizer)
+        check_options(_options_of(self.grower))
 
     @property
     def horizon(self) -> int | None:
@@ -163,7 +173,10 @@ def grow(
     """
     wrap(job.model, select=job.select, num_seeds=job.num_seeds)
     job.model.train()
-    grower = _grower(job, run_dir=run_dir)
+    options = _grower_options(job)
+    if run_dir is not None:
+        options["run_dir"] = run_dir
+    grower = Grower(job.model, job.optimizer, **options)
     interrupted = False
     with grower:
         try:
@@ -193,19 +206,32 @@ def suggest(
     """
     wrap(job.model, select=job.select, num_seeds=job.num_seeds)
     job.model.train()
-    with _grower(job, policy=EveryN(updates=2**62)) as grower:
+    options = _grower_options(job)
+    options["policy"] = Never()
+    with Grower(job.model, job.optimizer, **options) as grower:
         for epoch in range(max(1, round(SUGGEST_SHARE * job.epochs))):
             _train_epoch(job, grower, epoch, on_progress)
         return grower.suggest()
 
 
-def _grower(job: GrowthJob, **more: Any) -> Grower:
-    settings: dict[str, Any] = {
+def _options_of(grower: GrowerOptions | GrowthSettings) -> GrowerOptions:
+    """Return the Grower's arguments that a job was given."""
+    if not isinstance(grower, GrowthSettings):
+        return grower
+    options = cast("GrowerOptions", grower.as_options())  # settings are options, the parts unset
+    if grower.horizon is None:
+        options.pop("horizon")  # the job knows better
+    return options
+
+
+def _grower_options(job: GrowthJob) -> GrowerOptions:
+    """Return the Grower's arguments, what follows from the job among them."""
+    return {
         "compute_loss": job.compute_loss,
         "evaluate": job.evaluate,
         "horizon": job.horizon,
+        **_options_of(job.grower),
     }
-    return Grower(job.model, job.optimizer, **{**settings, **job.grower, **more})
 
 
 def _train_epoch(
@@ -236,21 +262,9 @@ def _train_epoch(
 def _progress(job: GrowthJob, grower: Grower, epoch: int, batch: int) -> Progress:
     total = job.horizon
     done = grower.updates if total is not None else epoch
-    row = ProgressRow(
-        name="run",
-        update=grower.updates,
-        accuracy=_accuracy(grower),
-        parameters=sum(p.numel() for p in job.model.parameters()),
-        stages=tuple(f"{site}.{seed} {stage}" for site, seed, stage in grower.stages),
-    )
     doing = f"epoch {epoch + 1} of {job.epochs}, batch {batch}"
-    return Progress(done=done, total=total or job.epochs, doing=doing, rows=(row,))
-
-
-def _accuracy(grower: Grower) -> float | None:
-    """Return the last accuracy in percent, where the owner measures one as a share."""
-    share = grower.last_metrics.get("accuracy")
-    return None if share is None else 100 * share
+    rows = (grower.progress_row(),)
+    return Progress(done=done, total=total or job.epochs, doing=doing, rows=rows)
 
 
 def _empty(name: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from esper.contracts.events import (
     AlphaChanged,
@@ -21,29 +20,47 @@ from esper.contracts.events import (
     SeedFaulted,
     StageChanged,
 )
-from esper.contracts.lifecycle import ALLOWED_STAGES, GraftStage
-from esper.contracts.report import AlphaPoint, Evaluation, GraftRecord, TimelineEntry
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report import AlphaPoint, Evaluation, TimelineEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
-    from esper.growth.detector import Decision
-    from esper.growth.gates import Evaluation as GateEvaluation
+    from esper.contracts.report import GraftRecord
     from esper.growth.gates import GateVerdict
-    from esper.growth.ranking import RankedCandidate
+    from esper.growth.graft import Graft
+    from esper.growth.measurement import Measurement
+    from esper.growth.ranking import RankedCandidate, RefusedCandidate
+    from esper.growth.reading import Decision
+    from esper.seeds.isolation import SeedFault
 
 
 _LOG = logging.getLogger(__name__)
 
 
+class _When(TypedDict):
+    """What every event begins with."""
+
+    update: int
+    time_s: float
+
+
 class Journal:
-    """Publishes what happens and keeps what the report needs.
+    """Publishes what happens and keeps what the report needs. It listens to the grafts.
 
     Args:
         sink: Takes every event.
         clock: Dates them.
         updates: Returns the number of updates done.
+
+    Attributes:
+        evaluations: Readings of the gate split, in order.
+        timeline: Every stage of every graft, in order.
+        alphas: Every alpha that was recorded, in order.
+        notes: Words to the owner, each once.
     """
 
     def __init__(self, sink: EventSink, clock: Clock, updates: Callable[[], int]) -> None:
@@ -55,129 +72,80 @@ class Journal:
         self.timeline: list[TimelineEntry] = []
         self.alphas: list[AlphaPoint] = []
         self.notes: list[str] = []
-        self._grafts: dict[int, GraftRecord] = {}
 
-    @property
-    def grafts(self) -> tuple[GraftRecord, ...]:
-        """The grafts so far, in the order in which they germinated."""
-        return tuple(self._grafts.values())
-
-    def started(self, settings: dict[str, Any]) -> None:
+    def started(self, settings: JsonObject) -> None:
         """Record the effective settings of the run, and say them."""
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         _LOG.info("growing with %s", told)
-        self._publish(RunStarted, settings=settings)
+        self._sink.publish(RunStarted(**self._now(), settings=settings))
 
-    def ended(self, reason: str) -> None:
-        """Record that the controller let go of the model."""
-        self._publish(
-            RunEnded,
-            grafts_admitted=sum(g.admitted_at is not None for g in self.grafts),
-            grafts_fossilized=sum(g.stage is GraftStage.FOSSILIZED for g in self.grafts),
-            reason=reason,
+    def ended(self, reason: str, grafts: Sequence[GraftRecord]) -> None:
+        """Record that the controller let go of the model, and of which grafts."""
+        self._sink.publish(
+            RunEnded(
+                **self._now(),
+                grafts_admitted=sum(g.admitted_at is not None for g in grafts),
+                grafts_fossilized=sum(g.stage is GraftStage.FOSSILIZED for g in grafts),
+                reason=reason,
+            )
         )
 
     def note(self, text: str) -> None:
         """Say a word to the owner, once: a text that was said is not repeated."""
         if text not in self.notes:
             self.notes.append(text)
-            self._publish(Noted, text=text)
+            self._sink.publish(Noted(**self._now(), text=text))
 
-    def evaluated(self, evaluation: GateEvaluation, train_loss: float | None) -> None:
+    def evaluated(self, measurement: Measurement, train_loss: float | None) -> None:
         """Record a reading of the gate split; one that is not finite is a note."""
-        if not math.isfinite(evaluation.loss):
-            self.note(f"the gate loss was {evaluation.loss} at update {self._updates()}")
+        if not math.isfinite(measurement.loss):
+            self.note(f"the gate loss was {measurement.loss} at update {self._updates()}")
             return
-        metrics = {k: v for k, v in evaluation.metrics.items() if math.isfinite(v)}
+        metrics = {k: v for k, v in measurement.metrics.items() if math.isfinite(v)}
         known = None if train_loss is None or not math.isfinite(train_loss) else train_loss
         kept = Evaluation(
-            update=self._updates(), gate_loss=evaluation.loss, train_loss=known, metrics=metrics
+            update=self._updates(), gate_loss=measurement.loss, train_loss=known, metrics=metrics
         )
         self.evaluations.append(kept)
-        self._publish(Evaluated, gate_loss=kept.gate_loss, train_loss=known, metrics=metrics)
+        self._sink.publish(
+            Evaluated(
+                **self._now(), gate_loss=kept.gate_loss, train_loss=known, metrics=kept.metrics
+            )
+        )
 
     def detected(self, decision: Decision) -> None:
         """Record what the policy answered."""
-        self._publish(
-            Detected, grow=decision.grow, verdict=decision.verdict, reason=decision.reason
+        self._sink.publish(
+            Detected(
+                **self._now(),
+                grow=decision.grow,
+                verdict=decision.verdict,
+                reason=decision.reason,
+            )
         )
 
-    def ranked(self, ranked: list[RankedCandidate], refused: list[dict[str, str]]) -> None:
+    def ranked(self, order: Sequence[RankedCandidate], refused: Sequence[RefusedCandidate]) -> None:
         """Record the ranking, and what was refused before it."""
-        rows = [
+        rows: list[JsonObject] = [
             {
-                "site": r.site,
-                "blueprint": r.blueprint,
-                "gain": r.gain,
-                "stderr": r.stderr,
-                "parameters": r.parameters,
-                "flops": r.flops,
-                "reason": r.reason,
+                "site": entry.site,
+                "blueprint": entry.blueprint,
+                "gain": entry.gain,
+                "stderr": entry.stderr,
+                "parameters": entry.parameters,
+                "flops": entry.flops,
+                "reason": entry.reason,
             }
-            for r in ranked
+            for entry in order
         ]
-        self._publish(Ranked, rows=rows, refused=refused)
+        others: list[JsonObject] = [
+            {"site": entry.site, "blueprint": entry.blueprint, "reason": entry.reason}
+            for entry in refused
+        ]
+        self._sink.publish(Ranked(**self._now(), rows=rows, refused=others))
 
-    def germinated(self, record: GraftRecord, reason: str) -> None:
-        """Record a graft that germinated."""
-        self._grafts[record.graft] = record
-        self._record_stage(record, None, reason)
-
-    def moved(self, graft: int, stage: GraftStage, reason: str, **changes: Any) -> None:
-        """Record a change of stage; ``changes`` are further fields of its record."""
-        record = self._grafts[graft]
-        assert stage in ALLOWED_STAGES[record.stage], f"{record.stage} -> {stage}"
-        before = record.stage
-        if stage in (GraftStage.FOSSILIZED, GraftStage.CULLED):
-            changes = {"decided_at": self._updates(), **changes}
-        changed = replace(record, stage=stage, reason=reason, **changes)
-        self._grafts[graft] = changed
-        self._record_stage(changed, before, reason)
-
-    def amend(self, graft: int, **changes: Any) -> None:
-        """Add what was measured to a graft's record."""
-        self._grafts[graft] = replace(self._grafts[graft], **changes)
-
-    def gate(self, graft: int, gate: str, verdict: GateVerdict) -> None:
-        """Record a gate that was read."""
-        self._publish(
-            GateRead,
-            graft=graft,
-            gate=gate,
-            passed=verdict.passed,
-            effect=verdict.effect,
-            stderr=verdict.stderr,
-            tau=verdict.tau,
-            z=verdict.z,
-            level=verdict.level,
-            samples=verdict.samples,
-            reason=verdict.reason,
-        )
-
-    def alpha(self, graft: int, alpha: float) -> None:
-        """Record a graft's alpha at the start or the end of a ramp."""
-        self.alphas.append(AlphaPoint(update=self._updates(), graft=graft, alpha=alpha))
-        self._publish(AlphaChanged, graft=graft, alpha=alpha)
-
-    def fossilized(
-        self, graft: int, site: str, *, folded: bool, rel_diff: float | None, why: str
-    ) -> None:
-        """Record the certificate of a graft that was made permanent."""
-        self._publish(
-            Fossilized, graft=graft, site=site, folded=folded, rel_diff=rel_diff, reason=why
-        )
-
-    def rolled_back(self, graft: int, updates_lost: int, reason: str) -> None:
-        """Record a removal after admission."""
-        self._publish(RolledBack, graft=graft, updates_lost=updates_lost, reason=reason)
-
-    def faulted(self, site: str, seed_idx: int, faults: int, state: str, reason: str) -> None:
-        """Record a seed whose kernel failed."""
-        self._publish(
-            SeedFaulted, site=site, seed_idx=seed_idx, faults=faults, state=state, reason=reason
-        )
-
-    def _record_stage(self, record: GraftRecord, before: GraftStage | None, reason: str) -> None:
+    def stage_changed(self, record: GraftRecord, before: GraftStage | None) -> None:
+        """Record a graft's stage; ``before`` is None where it has just germinated."""
         self.timeline.append(
             TimelineEntry(
                 update=self._updates(),
@@ -186,21 +154,77 @@ class Journal:
                 blueprint=record.blueprint,
                 before=before,
                 after=record.stage,
-                reason=reason,
+                reason=record.reason,
             )
         )
-        self._publish(
-            StageChanged,
-            graft=record.graft,
-            site=record.site,
-            seed_idx=record.seed_idx,
-            blueprint=record.blueprint,
-            artifact_id=record.artifact_id,
-            before="" if before is None else before.value,
-            after=record.stage.value,
-            reason=reason,
+        self._sink.publish(
+            StageChanged(
+                **self._now(),
+                graft=record.graft,
+                site=record.site,
+                seed_idx=record.seed_idx,
+                blueprint=record.blueprint,
+                artifact_id=record.artifact_id,
+                before="" if before is None else before.value,
+                after=record.stage.value,
+                reason=record.reason,
+            )
         )
 
-    def _publish(self, event: type[Any], **fields: Any) -> None:
-        time_s = self._clock.now() - self._start_s
-        self._sink.publish(event(update=self._updates(), time_s=time_s, **fields))
+    def gate(self, graft: Graft, gate: Gate, verdict: GateVerdict) -> None:
+        """Record a gate that was read."""
+        self._sink.publish(
+            GateRead(
+                **self._now(),
+                graft=graft.number,
+                gate=gate,
+                passed=verdict.passed,
+                effect=verdict.effect,
+                stderr=verdict.stderr,
+                tau=verdict.tau,
+                z=verdict.z,
+                level=verdict.level,
+                samples=verdict.samples,
+                reason=verdict.reason,
+            )
+        )
+
+    def alpha(self, graft: Graft, alpha: float) -> None:
+        """Record a graft's alpha at the start or the end of a ramp."""
+        self.alphas.append(AlphaPoint(update=self._updates(), graft=graft.number, alpha=alpha))
+        self._sink.publish(AlphaChanged(**self._now(), graft=graft.number, alpha=alpha))
+
+    def fossilized(self, graft: Graft, *, folded: bool, rel_diff: float | None, why: str) -> None:
+        """Record the certificate of a graft that was made permanent."""
+        self._sink.publish(
+            Fossilized(
+                **self._now(),
+                graft=graft.number,
+                site=graft.site,
+                folded=folded,
+                rel_diff=rel_diff,
+                reason=why,
+            )
+        )
+
+    def rolled_back(self, graft: Graft, updates_lost: int, reason: str) -> None:
+        """Record a removal after admission."""
+        self._sink.publish(
+            RolledBack(**self._now(), graft=graft.number, updates_lost=updates_lost, reason=reason)
+        )
+
+    def faulted(self, fault: SeedFault) -> None:
+        """Record a seed whose kernel failed."""
+        self._sink.publish(
+            SeedFaulted(
+                **self._now(),
+                site=fault.layer,
+                seed_idx=fault.seed_idx,
+                faults=fault.faults,
+                state=fault.state.name.lower(),
+                reason=fault.reason,
+            )
+        )
+
+    def _now(self) -> _When:
+        return {"update": self._updates(), "time_s": self._clock.now() - self._start_s}

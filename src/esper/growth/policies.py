@@ -3,103 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from esper.contracts.blueprint import BlueprintIR
-from esper.growth.detector import Decision, Detector, out_of_time
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """A graft that the owner named.
-
-    Attributes:
-        site: Name of the layer in the wrapped model.
-        blueprint: The blueprint itself, or the id of one in the catalog.
-        update: Earliest update at which to germinate it, at least 0.
-    """
-
-    site: str
-    blueprint: BlueprintIR | str
-    update: int = 0
+from esper.growth.detector import Detector, out_of_time
+from esper.growth.reading import Choice, Decision, PolicyState, Reading
 
 
 class Policy(Protocol):
-    """Says when to grow. Three questions, no more: the ranking says where, the gates whether.
+    """Says when to grow; the ranking says where, the gates whether.
 
-    Attributes:
-        reads_losses: Whether it decides by the losses; then it is asked after an evaluation only,
-            otherwise after every update.
+    One's own is as short as this::
+
+        class WhenRateIsSpent(Policy):
+            def decide(self, reading: Reading) -> Decision:
+                if max(reading.rates, default=1.0) > 1e-4:
+                    return Decision(grow=False, verdict="waiting", reason="the rate is high")
+                return Decision(grow=True, verdict="scheduled", reason="the rate is spent")
+
+    The other four methods are for a policy that remembers something. Since ``decide`` is asked
+    after every update, a policy that goes by losses or metrics says yes only at an update that it
+    has just observed: between two evaluations they are the last one's.
     """
 
-    reads_losses: bool
+    def observe(self, reading: Reading) -> None:  # noqa: ARG002 - for one that remembers
+        """Take one evaluation; by default nothing is remembered."""
+        return
 
-    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> object:
-        """Take one evaluation."""
+    def decide(self, reading: Reading) -> Decision:
+        """Say whether to grow now; asked only while nothing is under way. Changes nothing."""
         ...
 
-    def decide(
-        self, update: int, horizon: int | None, last_change_update: int | None = None
-    ) -> Decision:
-        """Say whether to grow now. Asked only while there is room; changes nothing."""
-        ...
+    def germinated(self, update: int, choice: Choice | None) -> None:  # noqa: ARG002 - for one that remembers
+        """Learn that a decision to grow was carried out, or refused for good.
 
-    def choice(self) -> Choice | None:
-        """Return the graft that the owner named, or None where the ranking is to choose."""
-        ...
+        Args:
+            update: Optimizer updates done.
+            choice: The graft that the decision named; None where the ranking chose.
+        """
+        return
 
-    def germinated(self, update: int) -> None:
-        """Learn that a decision to grow was carried out, or refused for good."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PolicyState:
         """Return the policy's memory as JSON-able values."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:  # noqa: ARG002 - for one that remembers
         """Take over the memory of a policy of the same class and settings."""
-        ...
+        return
 
 
-class DiminishingReturns:
+class DiminishingReturns(Policy):
     """Grows where a run has reached diminishing returns; the default.
+
+    It says yes at evaluations only, where its losses are fresh.
 
     Args:
         detector: Holds the rules; the default one where None.
     """
 
-    reads_losses: bool = True
-
     def __init__(self, detector: Detector | None = None) -> None:
         self.detector = Detector() if detector is None else detector
+        self._observed_at: int | None = None
 
-    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> bool:
-        """Pass an evaluation to the detector; False where it was not finite."""
-        return self.detector.observe(update, train_loss, gate_loss)
+    def observe(self, reading: Reading) -> None:
+        """Pass an evaluation to the detector, which leaves out one that is not finite."""
+        self._observed_at = reading.update
+        self.detector.observe(reading)
 
-    def decide(
-        self, update: int, horizon: int | None, last_change_update: int | None = None
-    ) -> Decision:
+    def decide(self, reading: Reading) -> Decision:
         """Return the detector's decision."""
-        return self.detector.decide(update, horizon, last_change_update)
+        if reading.update != self._observed_at:
+            return Decision(grow=False, verdict="waiting", reason="the next evaluation decides")
+        return self.detector.decide(reading)
 
-    def choice(self) -> None:
-        """Leave the choice to the ranking."""
-
-    def germinated(self, update: int) -> None:
-        """Remember nothing: the detector looks at the losses only."""
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PolicyState:
         """Return the detector's observations."""
-        return self.detector.state_dict()
+        return {**self.detector.state_dict(), "observed_at": self._observed_at}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Take over a detector's observations."""
         self.detector.load_state_dict(state)
+        self._observed_at = state["observed_at"]
 
 
-class EveryN:
+class EveryN(Policy):
     """Grows every so many updates, whatever the losses, but not in the last 20 % of a run.
 
     Args:
@@ -109,8 +97,6 @@ class EveryN:
         ValueError: ``updates`` is less than 1.
     """
 
-    reads_losses: bool = False
-
     def __init__(self, updates: int) -> None:
         if updates < 1:
             msg = f"updates is the distance between two grafts, at least 1, got {updates}"
@@ -118,41 +104,30 @@ class EveryN:
         self.updates = updates
         self._last = 0
 
-    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> None:
-        """Look at no loss."""
-
-    def decide(
-        self,
-        update: int,
-        horizon: int | None,
-        last_change_update: int | None = None,  # noqa: ARG002 - the protocol's signature
-    ) -> Decision:
+    def decide(self, reading: Reading) -> Decision:
         """Say yes once ``updates`` have passed since the start or the last germination."""
-        late = out_of_time(update, horizon)
+        late = out_of_time(reading)
         if late:
             return late
         due = self._last + self.updates
-        if update < due:
+        if reading.update < due:
             return Decision(grow=False, verdict="waiting", reason=f"the next graft is due at {due}")
         return Decision(grow=True, verdict="scheduled", reason=f"a graft was due at {due}")
 
-    def choice(self) -> None:
-        """Leave the choice to the ranking."""
-
-    def germinated(self, update: int) -> None:
+    def germinated(self, update: int, choice: Choice | None) -> None:  # noqa: ARG002 - the protocol's signature
         """Count the next distance from here."""
         self._last = update
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PolicyState:
         """Return when the last graft germinated."""
         return {"last": self._last}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Take over when the last graft germinated."""
         self._last = int(state["last"])
 
 
-class ByHand:
+class ByHand(Policy):
     """Grows what the owner names, in the order named.
 
     It skips the ranking and the capacity filter; never the probe, the budget or the gates.
@@ -164,8 +139,6 @@ class ByHand:
         ValueError: An entry is none of these, or its update is negative.
     """
 
-    reads_losses: bool = False
-
     def __init__(
         self,
         choices: Iterable[
@@ -175,39 +148,140 @@ class ByHand:
         self.choices = tuple(_as_choice(entry) for entry in choices)
         self._num_done = 0
 
-    def observe(self, update: int, train_loss: float | None, gate_loss: float) -> None:
-        """Look at no loss."""
-
-    def decide(
-        self,
-        update: int,
-        horizon: int | None,  # noqa: ARG002 - the protocol's signature
-        last_change_update: int | None = None,  # noqa: ARG002 - the protocol's signature
-    ) -> Decision:
+    def decide(self, reading: Reading) -> Decision:
         """Say yes once the next choice is due."""
-        choice = self.choice()
+        choice = self._next()
         if choice is None:
             return Decision(grow=False, verdict="waiting", reason="nothing more was named")
-        if update < choice.update:
+        if reading.update < choice.update:
             reason = f"{choice.site!r} is due at update {choice.update}"
             return Decision(grow=False, verdict="waiting", reason=reason)
-        return Decision(grow=True, verdict="scheduled", reason=f"{choice.site!r} was named by hand")
+        reason = f"{choice.site!r} was named by hand"
+        return Decision(grow=True, verdict="scheduled", reason=reason, choice=choice)
 
-    def choice(self) -> Choice | None:
-        """Return the next choice, or None where all are done."""
-        return self.choices[self._num_done] if self._num_done < len(self.choices) else None
+    def germinated(self, update: int, choice: Choice | None) -> None:  # noqa: ARG002 - the protocol's signature
+        """Go on to the next choice, where it was this policy's own that germinated."""
+        if choice is not None and choice == self._next():
+            self._num_done += 1
 
-    def germinated(self, update: int) -> None:  # noqa: ARG002 - the protocol's signature
-        """Go on to the next choice."""
-        self._num_done += 1
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PolicyState:
         """Return how many choices are done."""
         return {"num_done": self._num_done}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Take over how many choices are done."""
         self._num_done = int(state["num_done"])
+
+    def _next(self) -> Choice | None:
+        return self.choices[self._num_done] if self._num_done < len(self.choices) else None
+
+
+class Never(Policy):
+    """Never grows: the run is only watched, and ranked where the owner asks for suggestions."""
+
+    def decide(self, reading: Reading) -> Decision:  # noqa: ARG002 - the protocol's signature
+        """Say no."""
+        return Decision(grow=False, verdict="waiting", reason="the policy never grows")
+
+
+class _Composed(Policy):
+    """Several policies as one: each observes, and learns what germinated, for itself.
+
+    Args:
+        policies: At least one.
+
+    Raises:
+        TypeError: There is none, or one is no policy.
+    """
+
+    def __init__(self, *policies: Policy) -> None:
+        if not policies:
+            msg = f"{type(self).__name__} is made of one policy or more, got none"
+            raise TypeError(msg)
+        for policy in policies:
+            if isinstance(policy, type) or not hasattr(policy, "decide"):
+                msg = f"{type(self).__name__} is made of policies, got {policy!r}"
+                raise TypeError(msg)
+        self.policies = policies
+
+    def observe(self, reading: Reading) -> None:
+        """Let each take the evaluation."""
+        for policy in self.policies:
+            policy.observe(reading)
+
+    def germinated(self, update: int, choice: Choice | None) -> None:
+        """Let each learn it, whichever of them wanted it."""
+        for policy in self.policies:
+            policy.germinated(update, choice)
+
+    def state_dict(self) -> PolicyState:
+        """Return the memory of each, in their order."""
+        return {"policies": [policy.state_dict() for policy in self.policies]}
+
+    def load_state_dict(self, state: PolicyState) -> None:
+        """Take over the memory of as many policies, in the same order.
+
+        Raises:
+            ValueError: It is the memory of more policies, or of fewer.
+        """
+        states = state["policies"]
+        if len(states) != len(self.policies):
+            msg = f"the state is of {len(states)} policies, this is made of {len(self.policies)}"
+            raise ValueError(msg)
+        for policy, own in zip(self.policies, states, strict=True):
+            policy.load_state_dict(own)
+
+
+class AnyOf(_Composed):
+    """Grows where one of several policies would; the first that says yes names the graft.
+
+    Args:
+        policies: At least one.
+
+    Raises:
+        TypeError: There is none, or one is no policy.
+    """
+
+    def decide(self, reading: Reading) -> Decision:
+        """Return the first yes, or every reason against."""
+        decisions = []
+        for policy in self.policies:
+            decision = policy.decide(reading)
+            if decision.grow:
+                return decision
+            decisions.append(decision)
+        return replace(decisions[0], reason="; ".join(d.reason for d in decisions))
+
+
+class AllOf(_Composed):
+    """Grows where each of several policies would; the first that names a graft is followed.
+
+    Args:
+        policies: At least one.
+
+    Raises:
+        TypeError: There is none, or one is no policy.
+    """
+
+    def decide(self, reading: Reading) -> Decision:
+        """Return the first no, or every reason for."""
+        decisions = []
+        for policy in self.policies:
+            decision = policy.decide(reading)
+            if not decision.grow:
+                return decision
+            decisions.append(decision)
+        choice = next((d.choice for d in decisions if d.choice is not None), None)
+        return replace(decisions[0], reason="; ".join(d.reason for d in decisions), choice=choice)
+
+
+def choices_of(policy: Policy) -> tuple[Choice, ...]:
+    """Return every graft that a policy, or one that it is made of, was told by hand."""
+    if isinstance(policy, ByHand):
+        return policy.choices
+    if isinstance(policy, _Composed):
+        return tuple(choice for part in policy.policies for choice in choices_of(part))
+    return ()
 
 
 def _as_choice(entry: object) -> Choice:

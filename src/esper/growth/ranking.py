@@ -105,6 +105,21 @@ class RankedCandidate:
         return self.candidate.flops
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedCandidate:
+    """A kernel that was refused before it was ranked.
+
+    Attributes:
+        site: Name of the layer.
+        blueprint: Name of the kernel's blueprint; empty where it was the site that was refused.
+        reason: Why.
+    """
+
+    site: str
+    blueprint: str
+    reason: str
+
+
 class Ranking(Protocol):
     """Orders candidates. One method: what a candidate may cost is the budget's question."""
 

@@ -7,7 +7,7 @@ recorder's own, so that the run stays bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.host_output import blendable
+from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
@@ -212,19 +213,20 @@ def _can_be_recorded(x: Any, h: Tensor) -> bool:
 
 
 def record_beside(
-    recorder: Recorder, model: nn.Module, loss_of: Callable[[nn.Module], Tensor]
+    recorder: Recorder, model: nn.Module, compute_loss: LossFunction, batch: Batch
 ) -> None:
     """Record a pass of its own, which the run does not notice.
 
     Args:
         recorder: One that records shadow passes.
         model: The model, outside DDP and ``torch.compile``.
-        loss_of: Returns its training loss.
+        compute_loss: ``(model, batch)`` to the scalar training loss.
+        batch: The batch of the pass.
     """
     assert recorder.records_shadow_passes
     parameters = [p for p in model.parameters() if p.requires_grad]
     with shadow_pass(model), torch.enable_grad():
-        torch.autograd.grad(loss_of(model), parameters, allow_unused=True)
+        torch.autograd.grad(compute_loss(model, batch), parameters, allow_unused=True)
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from esper.continuity.optimizer import host_group
-from esper.continuity.warmup import peak_rate
 from esper.contracts.errors import GrowthError
-from esper.growth.budget import FORWARD, FORWARD_BACKWARD, Cost, WorkMeter, overhead_allowance
-from esper.growth.evaluation import num_samples
-from esper.state.host_parts import host_parameters
+from esper.growth.batch import num_samples
+from esper.growth.budget import Cost
+from esper.growth.losses import TrainingLosses
+from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
     from esper.compiler.catalog import Catalog
@@ -26,96 +25,19 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
+    from esper.growth.batch import Batch, LossFunction, TwinUpdate
     from esper.growth.budget import Budget, Category
+    from esper.growth.embargoes import Embargoes
     from esper.growth.evaluation import Evaluator
-    from esper.growth.gates import Evaluation
+    from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
+    from esper.growth.ledger import WorkLedger
+    from esper.growth.measurement import Measurement
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
-
-LOSS_WINDOW = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The numbers of a growth run; each is an argument of the Grower.
-
-    Attributes:
-        horizon: Length of the run in updates; None where unknown.
-        goal: ``"min"`` or ``"max"`` of what ``evaluate`` returns.
-        evaluate_every: Updates between two evaluations; None for the default.
-        overhead: Share of the run's counted work that growing may take, in [0, 1).
-        audition_updates: Shadow passes of an audition.
-        ramp_updates: Updates over which alpha rises from 0 to 1.
-        hold_updates: Updates at alpha 1 before the verdict.
-        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on.
-        warmup_updates: Updates over which the factor on new parameters rises to 1.
-        lr_new: Share of the peak rate that new parameters start at where the rate is spent.
-        record_updates: Updates that are recorded for a ranking.
-        candidates: Auditions side by side, at most.
-        min_effect: Smallest fall of the gate loss at admission, as a share of it.
-        embargo: Auditions that a slot and a blueprint sit out after a refusal.
-        verify: ``"snapshot"`` or ``"fork"``.
-        random_seed: Starts every generator of the controller's own.
-    """
-
-    horizon: int | None = None
-    goal: Literal["min", "max"] = "min"
-    evaluate_every: int | None = None
-    overhead: float = 0.10
-    audition_updates: int = 100
-    ramp_updates: int = 100
-    hold_updates: int = 100
-    looks: int = 5
-    warmup_updates: int = 100
-    lr_new: float = 0.3
-    record_updates: int = 16
-    candidates: int = 3
-    min_effect: float = 0.001
-    embargo: int = 3
-    verify: Literal["snapshot", "fork"] = "snapshot"
-    random_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        least = {
-            "audition_updates": 1,
-            "ramp_updates": 1,
-            "hold_updates": 0,
-            "looks": 1,
-            "warmup_updates": 0,
-            "record_updates": 1,
-            "candidates": 1,
-            "embargo": 0,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                msg = f"{name} is a count, at least {bound}; got {getattr(self, name)}"
-                raise ValueError(msg)
-        for name in ("horizon", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                msg = f"{name} is a number of updates, at least 1, or None; got {value}"
-                raise ValueError(msg)
-        if self.verify not in ("snapshot", "fork"):
-            msg = f'verify is "snapshot" or "fork", got {self.verify!r}'
-            raise ValueError(msg)
-        if not 0.0 <= self.overhead < 1.0:
-            msg = f"overhead is a share of the run's work in [0, 1), got {self.overhead}"
-            raise ValueError(msg)
-        if self.min_effect < 0:
-            msg = f"min_effect is a share of the gate loss, at least 0; got {self.min_effect}"
-            raise ValueError(msg)
-
-    @property
-    def graft_updates(self) -> int:
-        """Updates from a decision to grow until the verdict."""
-        joint = self.ramp_updates + self.hold_updates
-        return self.record_updates + self.audition_updates + joint
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the values by name."""
-        return asdict(self)
+    from esper.growth.settings import GrowthSettings
+    from esper.growth.updates import UpdateWatcher
+    from esper.observability.event_log import EventLog
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -126,31 +48,37 @@ class GrowthRun:
         model: The wrapped model, outside DDP and ``torch.compile``.
         layers: Its layers with seeds, by name.
         optimizer: Its optimizer.
-        factor: Warm-up of parameters that appear.
+        settings: The numbers of the run.
+        budget: What growth may cost.
+        policy: Says when to grow.
+        ranking: Says where and what.
+        catalog: The kernels on offer.
+        registry: Where compiled kernels are stored.
+        cache: Through which they are fetched.
+        clock: Measures latencies, and dates the events.
         compute_loss: ``(model, batch)`` to a scalar loss; None where the owner gave none.
         evaluator: Reads the gate split; None where the owner gave no measure.
-        twin_update: One update of a twin, ``(model, optimizer, batches)``.
-        updates: Optimizer updates done.
-        rates: Learning rate of each group at the last update.
-        peaks: Highest learning rate of each group so far.
-        rounds: Germinations so far, several contenders side by side being one; the k-th is
+        twin_update: One update of a twin.
+        watcher: Knows the updates, and their rates.
+        factor: Warm-up of parameters that appear.
+        journal: Publishes what happens, and keeps it for the report.
+        log: The file that it goes to; None where the owner wants none.
+        ledger: Counts the work.
+        embargoes: What sits out, counted in decisions to grow.
+        grafts: All grafts so far.
+        host_cost: What the model cost before any graft.
+        losses: Recent training losses.
+        num_auditions: Auditions so far, several contenders side by side being one; the k-th is
             tested at the k-th level, which its contenders share.
-        num_grafts: Grafts so far, every contender being one.
-        turns: Decisions to grow so far, also where nothing could germinate; embargoes are
-            counted in them, so that they end.
-        num_over: Auditions that were given although the overhead was spent.
-        admitted: What each admitted graft costs; nothing once it was removed.
-        embargoes: (site, slot) and (site, blueprint) to the last turn that they sit out.
-        last_change: Update of the last verdict on an admitted graft.
-        last_gate: The last evaluation of the model as it is.
-        losses: Recent training losses, on their device.
+        last_change_update: When the last graft ended, by a verdict or a removal, or none was to
+            be had; None before.
+        last_measurement: The last evaluation of the model as it is.
     """
 
     model: nn.Module
     layers: dict[str, KasminaLayer]
     optimizer: Optimizer
-    factor: UpdateFactor
-    settings: Settings
+    settings: GrowthSettings
     budget: Budget
     policy: Policy
     ranking: Ranking
@@ -158,67 +86,39 @@ class GrowthRun:
     registry: Registry
     cache: KernelCache
     clock: Clock
-    journal: Journal
-    compute_loss: Callable[[nn.Module, Any], Tensor] | None
+    compute_loss: LossFunction | None
     evaluator: Evaluator | None
-    twin_update: Callable[[nn.Module, Optimizer, list[Any]], None]
+    twin_update: TwinUpdate
+    watcher: UpdateWatcher
+    factor: UpdateFactor
+    journal: Journal
+    log: EventLog | None
+    ledger: WorkLedger
+    embargoes: Embargoes
+    grafts: Grafts
     host_cost: Cost
-    meter: WorkMeter = field(default_factory=WorkMeter)
-    updates: int = 0
-    rates: list[float] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)
-    rounds: int = 0
-    num_grafts: int = 0
-    turns: int = 0
-    num_over: int = 0
-    admitted: dict[int, Cost] = field(default_factory=dict)
-    embargoes: dict[tuple[str, int | str], int] = field(default_factory=dict)
-    last_change: int | None = None
-    last_gate: Evaluation | None = None
-    evaluated_at: int = -1
-    samples_per_update: int = 0
-    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
+    losses: TrainingLosses = field(default_factory=TrainingLosses)
+    num_auditions: int = 0
+    last_change_update: int | None = None
+    last_measurement: Measurement | None = None
 
     @property
-    def admitted_cost(self) -> Cost:
-        """What the admitted grafts add together."""
-        flops = [c.flops for c in self.admitted.values() if c.flops is not None]
-        latency = [c.latency_s for c in self.admitted.values() if c.latency_s is not None]
-        return Cost(
-            parameters=sum(c.parameters for c in self.admitted.values()),
-            flops=sum(flops),
-            latency_s=sum(latency),
-        )
+    def updates(self) -> int:
+        """Optimizer updates done."""
+        return self.watcher.updates
 
-    def is_embargoed(self, site: str, what: int | str) -> bool:
-        """Say whether a slot (a number) or a blueprint (its id) of a site sits out for now."""
-        return self.embargoes.get((site, what), -1) >= self.turns
+    @property
+    def num_affordable(self) -> int:
+        """How many auditions side by side the overhead still allows; 0 where it is spent."""
+        return self.ledger.num_affordable(self.updates)
 
-    def embargo(self, site: str, seed_idx: int, blueprint: str) -> None:
-        """Let a slot and a blueprint sit out the next decisions to grow."""
-        until = self.turns + self.settings.embargo
-        self.embargoes[site, seed_idx] = self.embargoes[site, blueprint] = until
-
-    def note_rates(self) -> None:
-        """Keep the learning rates of the update that is about to happen."""
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        groups = self.optimizer.param_groups
-        before = [*self.peaks, *(peak_rate(group) for group in groups[len(self.peaks) :])]
-        self.peaks[:] = [max(pair) for pair in zip(self.rates, before, strict=False)]
-
-    def peak_of(self, layer: KasminaLayer) -> float:
-        """Return the highest rate that the layer's group has had."""
-        group = host_group(self.optimizer, host_parameters(layer))
-        index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
-        return self.peaks[index] if self.peaks else peak_rate(group)
-
-    def measure(self) -> Evaluation:
+    def measure(self) -> Measurement:
         """Read the gate split for the model as it is."""
         return self.measured(lambda evaluator: evaluator(self.model))
 
     def measured(
-        self, read: Callable[[Evaluator], Evaluation], category: Category = "evaluation"
-    ) -> Evaluation:
+        self, read: Callable[[Evaluator], Measurement], category: Category = "evaluation"
+    ) -> Measurement:
         """Read the gate split in the way that ``read`` says, and count the work.
 
         Raises:
@@ -229,27 +129,27 @@ class GrowthRun:
             raise GrowthError(msg)
         before = self.evaluator.samples_seen
         result = read(self.evaluator)
-        self.meter.add(category, self.evaluator.samples_seen - before, FORWARD)
+        self.ledger.count_forward(category, self.evaluator.samples_seen - before)
         return result
 
-    def count_pass(self, category: Category, batches: list[Any]) -> None:
-        """Count one forward and backward over the batches."""
-        self.meter.add(category, sum(num_samples(b) for b in batches), FORWARD_BACKWARD)
-
-    def allowance_left(self) -> float:
-        """Return how much work growing may still take.
-
-        It follows from the horizon where there is one, and from the updates done where not; no
-        clock is read, so that a run can be replayed.
-        """
-        horizon = self.settings.horizon or max(self.updates, 1)
-        allowed = overhead_allowance(
-            horizon=horizon,
-            samples_per_update=self.samples_per_update,
-            overhead=self.settings.overhead,
+    def over_budget(self, cost: Cost) -> str | None:
+        """Say why a kernel of such a cost does not fit beside what was admitted, or None."""
+        return self.budget.check(
+            host=self.host_cost,
+            candidate=cost,
+            admitted=self.grafts.added_cost,
+            grafts=self.grafts.num_admitted,
         )
-        return allowed - self.meter.overhead
 
-    def train_loss(self) -> float | None:
-        """Mean of the recent training losses; None before the first."""
-        return float(torch.stack(tuple(self.losses)).mean()) if self.losses else None
+    def count_host_flops(self, batches: list[Batch]) -> None:
+        """Count the host's FLOPs once, where the budget compares with them."""
+        compared = (
+            self.budget.flops is not None and self.host_cost.parameters >= self.budget.small_host
+        )
+        known = self.host_cost.flops is not None
+        if known or not compared or self.compute_loss is None or not batches:
+            return
+        with shadow_pass(self.model), torch.no_grad(), FlopCounterMode(display=False) as flops:
+            self.compute_loss(self.model, batches[0])
+        per_sample = flops.get_total_flops() / num_samples(batches[0])
+        self.host_cost = replace(self.host_cost, flops=per_sample)

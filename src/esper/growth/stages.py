@@ -1,6 +1,6 @@
 """The stages of a graft before its admission, each advanced once per update of the run.
 
-    Recording -> Auditioning -> Joining
+    Recording -> Auditioning -> Probation
 
 ``advance`` returns the stage that follows, or None where there is nothing more to do; ``close``
 takes away everything that the stage put anywhere.
@@ -9,11 +9,12 @@ takes away everything that the stage put anywhere.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from esper.contracts.lifecycle import GraftStage
-from esper.growth.budget import FORWARD_BACKWARD, Cost, synchronize
-from esper.growth.gates import test_level
+import torch
+
+from esper.growth.budget import Cost, synchronize
+from esper.growth.gates import judge, test_level
 from esper.growth.germination import (
     Contender,
     germinate_best,
@@ -21,16 +22,18 @@ from esper.growth.germination import (
     open_sites,
     rank,
 )
-from esper.growth.joining import Joining, judge
+from esper.growth.probation import Probation
 from esper.growth.recording import Recorder, record_beside
 from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
-    from esper.growth.gates import Evaluation, GateVerdict
-    from esper.growth.policies import Choice
+    from esper.contracts.choices import GraftVerdict
+    from esper.contracts.progress import GraftStatus
+    from esper.growth.batch import Batch
+    from esper.growth.gates import GateVerdict
+    from esper.growth.measurement import Measurement
+    from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
-
-NUM_TWINS = 3
 
 
 class Stage(Protocol):
@@ -42,11 +45,11 @@ class Stage(Protocol):
         ...
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
-        """Site, seed and stage of each graft that is under way."""
+    def statuses(self) -> tuple[GraftStatus, ...]:
+        """Where each graft is that is under way."""
         ...
 
-    def advance(self, batches: list[Any]) -> Stage | None:
+    def advance(self, batches: list[Batch]) -> Stage | None:
         """Follow one update, given the batches that it was made of."""
         ...
 
@@ -75,7 +78,7 @@ class Recording:
             layers = {choice.site: layers[choice.site]}
         self._recorder = Recorder(
             layers,
-            random_seed=run.settings.random_seed + run.turns,
+            random_seed=run.settings.random_seed + run.embargoes.num_decisions,
             records_shadow_passes=True,
         )
         self._updates_left = run.settings.record_updates if choice is None else 1
@@ -86,11 +89,11 @@ class Recording:
         return False
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
+    def statuses(self) -> tuple[GraftStatus, ...]:
         """Nothing has germinated yet."""
         return ()
 
-    def advance(self, batches: list[Any]) -> Stage | None:
+    def advance(self, batches: list[Batch]) -> Stage | None:
         """Count one recorded update; after the last, rank and germinate."""
         self._updates_left -= 1
         self._make_up_for_compiled_steps(batches)
@@ -99,18 +102,18 @@ class Recording:
         self._recorder.close()
         observations = self._recorder.observations
         if self._choice is not None:
-            self._run.policy.germinated(self._run.updates)
+            self._run.policy.germinated(self._run.updates, self._choice)
             contender = germinate_choice(self._run, self._choice, observations)
             return None if contender is None else Auditioning(self._run, [contender])
         ranked = rank(self._run, observations)
         self._run.journal.ranked(ranked.order, ranked.refused)
-        self._run.policy.germinated(self._run.updates)
+        self._run.policy.germinated(self._run.updates, None)
         if self._advise_only:
             return None
-        limit = max(1, min(self._run.settings.candidates, num_affordable(self._run)))
+        limit = max(1, min(self._run.settings.candidates, self._run.num_affordable))
         contenders = germinate_best(self._run, ranked, observations, limit)
         if not contenders:
-            self._run.last_change = self._run.updates
+            self._run.last_change_update = self._run.updates
             self._run.journal.note("no candidate with a predicted gain passed budget and probe")
             return None
         return Auditioning(self._run, contenders)
@@ -119,31 +122,21 @@ class Recording:
         """Remove the hooks."""
         self._recorder.close()
 
-    def _make_up_for_compiled_steps(self, batches: list[Any]) -> None:
+    def _make_up_for_compiled_steps(self, batches: list[Batch]) -> None:
         """Record a pass of its own where the step called no hook, as compiled graphs do."""
         run, recorder = self._run, self._recorder
         compute_loss = run.compute_loss
         seen = any(o.inputs for o in recorder.observations.values())
         if seen or compute_loss is None or not batches:
             return
-        record_beside(recorder, run.model, lambda model: compute_loss(model, batches[-1]))
-        run.count_pass("ranking", batches[-1:])
-
-
-def num_affordable(run: GrowthRun) -> int:
-    """Return how many auditions side by side the overhead still allows; 0 where it is spent."""
-    forked = run.settings.verify == "fork"
-    one_pass = FORWARD_BACKWARD * max(run.samples_per_update, 1)
-    joint = run.settings.ramp_updates + run.settings.hold_updates
-    left = run.allowance_left() - (NUM_TWINS * joint * one_pass if forked else 0)
-    one = run.settings.audition_updates * one_pass * (2 if forked else 1)
-    return max(0, int(left // one))
+        record_beside(recorder, run.model, compute_loss, batches[-1])
+        run.ledger.count_pass("ranking", batches[-1:])
 
 
 class Auditioning:
     """Trains the contenders by shadow passes and reads the gate of each, once.
 
-    Of those that pass, the one with the largest z joins: the surest gain, not the largest.
+    Of those that pass, the one with the largest z is admitted: the surest gain, not the largest.
     Contenders of one audition share its level, so that a look at each of them is paid for.
 
     Args:
@@ -156,11 +149,11 @@ class Auditioning:
         self._contenders = contenders
         self._auditions = [c.audition for c in contenders]
         self._auditions += [c.null for c in contenders if c.null is not None]
-        run.rounds += 1
+        run.num_auditions += 1
         trained = any(c.audition.optimizer is not None for c in contenders)
         self._passes_left = run.settings.audition_updates if trained else 0
         for contender in contenders:
-            run.journal.moved(contender.graft, GraftStage.AUDITION, "compiled, fetched, probed")
+            contender.graft.begin_audition("compiled, fetched, probed")
 
     @property
     def needs_batches(self) -> bool:
@@ -168,12 +161,11 @@ class Auditioning:
         return True
 
     @property
-    def stages(self) -> tuple[tuple[str, int, str], ...]:
+    def statuses(self) -> tuple[GraftStatus, ...]:
         """Every contender is in its audition."""
-        stage = GraftStage.AUDITION.value
-        return tuple((c.site, c.audition.seed_idx, stage) for c in self._contenders)
+        return tuple(contender.graft.status for contender in self._contenders)
 
-    def advance(self, batches: list[Any]) -> Stage | None:
+    def advance(self, batches: list[Batch]) -> Stage | None:
         """Do one shadow pass per contender; after the last, read the admission gate."""
         if self._passes_left > 0:
             self._passes_left -= 1
@@ -182,7 +174,7 @@ class Auditioning:
             for audition in self._auditions:
                 if audition.optimizer is not None:
                     audition.shadow_update(self._run.model, batches[-1], compute_loss)
-                    self._run.count_pass("shadow", batches[-1:])
+                    self._run.ledger.count_pass("shadow", batches[-1:])
         return self if self._passes_left > 0 else self._judge(batches)
 
     def close(self, reason: str) -> None:
@@ -190,8 +182,8 @@ class Auditioning:
         for contender in self._contenders:
             self._cull(contender, reason, "culled in audition")
 
-    def _judge(self, batches: list[Any]) -> Stage | None:
-        """Read the admission gate of every contender, each once; the best that passes joins."""
+    def _judge(self, batches: list[Batch]) -> Stage | None:
+        """Read the admission gate of every contender, each once; the best that passes goes on."""
         before = self._run.measure()
         passed: list[tuple[float, Contender, str]] = []
         for contender in self._contenders:
@@ -202,56 +194,55 @@ class Auditioning:
             if refusal is None and verdict.z is not None:
                 passed.append((verdict.z, contender, verdict.reason))
                 continue
-            audition = contender.audition
-            self._run.embargo(contender.site, audition.seed_idx, contender.blueprint.id)
+            graft = contender.graft
+            self._run.embargoes.lay(graft.site, graft.seed_idx, contender.blueprint.id)
             self._cull(contender, refusal or verdict.reason, "culled at admission")
         if not passed:
             return None
         _, best, reason = max(passed, key=lambda entry: entry[0])
         for _, other, _ in passed:
             if other is not best:
-                better = f"{best.blueprint.id} at {best.site} helped more"
+                better = f"{best.blueprint.id} at {best.graft.site} helped more"
                 self._cull(other, better, "culled in audition")
-        return Joining(self._run, best, before, reason)
+        return Probation(self._run, best, before, reason)
 
-    def _admission(self, contender: Contender, before: Evaluation) -> GateVerdict:
+    def _admission(self, contender: Contender, before: Measurement) -> GateVerdict:
         """Compare the host as it is, seed on, with seed off; one look."""
         run = self._run
         after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))
-        level = test_level(run.rounds) / len(self._contenders)
+        level = test_level(run.num_auditions) / len(self._contenders)
         min_effect = run.settings.min_effect * abs(before.loss)
         return judge(before, after, level=level, min_effect=min_effect)
 
-    def _over_latency(self, best: Contender, batches: list[Any]) -> str | None:
+    def _over_latency(self, best: Contender, batches: list[Batch]) -> str | None:
         """Measure what the kernel adds to a forward, where the budget asks for it."""
         run = self._run
         if run.budget.latency is None or run.host_cost.parameters < run.budget.small_host:
             return None
         now_s = _forward_s(run, batches[-1])
-        host_s = now_s - (run.admitted_cost.latency_s or 0.0)
+        host_s = now_s - (run.grafts.added_cost.latency_s or 0.0)
         with best.audition.layer.shadow(best.audition.seed_idx, best.audition.kernel):
             grown_s = _forward_s(run, batches[-1])
         added_s = max(0.0, grown_s - now_s)
-        best.cost = replace(best.cost, latency_s=added_s)
+        graft = best.graft
+        graft.cost = replace(graft.cost, latency_s=added_s)
         run.journal.note(
-            f"graft {best.graft} adds {added_s * 1e6:.0f} us to a forward of {now_s * 1e6:.0f} us"
+            f"graft {graft.number} adds {added_s * 1e6:.0f} us to a forward of {now_s * 1e6:.0f} us"
         )
         return run.budget.check(
             host=Cost(parameters=run.host_cost.parameters, latency_s=host_s),
-            candidate=Cost(parameters=best.cost.parameters, latency_s=added_s),
-            admitted=run.admitted_cost,
-            grafts=len(run.admitted),
+            candidate=Cost(parameters=graft.cost.parameters, latency_s=added_s),
+            admitted=run.grafts.added_cost,
+            grafts=run.grafts.num_admitted,
         )
 
-    def _cull(self, contender: Contender, reason: str, verdict: str) -> None:
-        contender.audition.layer.cancel(contender.audition.seed_idx)
-        self._run.journal.moved(contender.graft, GraftStage.CULLED, reason, verdict=verdict)
+    def _cull(self, contender: Contender, reason: str, verdict: GraftVerdict) -> None:
+        contender.audition.layer.cancel(contender.graft.seed_idx)
+        contender.graft.cull(reason, update=self._run.updates, verdict=verdict)
 
 
-def _forward_s(run: GrowthRun, batch: Any, repeats: int = 9) -> float:
+def _forward_s(run: GrowthRun, batch: Batch, repeats: int = 9) -> float:
     """Return the median time of a forward on the batch, in seconds, without a trace."""
-    import torch
-
     compute_loss = run.compute_loss
     assert compute_loss is not None
     times = []

@@ -13,12 +13,10 @@ from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
-    from esper.growth.audition import Joined
+    from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
 
 PERTURBATION = 1e-3
 """Relative size of the perturbation whose effect on the gate loss is tau."""
@@ -45,17 +43,16 @@ class Twin:
         model: nn.Module,
         optimizer: Optimizer,
         factor: UpdateFactor,
-        update: Callable[[nn.Module, Optimizer, list[Any]], None],
+        update: TwinUpdate,
     ) -> None:
         memo: dict[int, Any] = {}
         self.model = copy.deepcopy(model, memo)
         self.optimizer = _copied_optimizer(optimizer, memo)
         self.factor = _copied_factor(factor, self.optimizer, model, memo)
-        self.joined: Joined | None = None
         self._update = update
         self._random_state = random_state(model)
 
-    def update(self, batches: list[Any], rates: list[float]) -> None:
+    def update(self, batches: list[Batch], rates: list[float]) -> None:
         """Do the update that the live run has just done: same batches, same rates."""
         # a group that the owner added to the live run later is not the twin's
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
@@ -78,15 +75,27 @@ class Twin:
                     p.mul_((1 + PERTURBATION * noise).to(p))
 
 
-def lockstep_update(
-    compute_loss: Callable[[nn.Module, Any], Tensor],
-) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
+def twin_update(own: OwnUpdate | None, compute_loss: LossFunction | None) -> TwinUpdate:
+    """Return how a twin is updated.
+
+    Args:
+        own: The owner's update; None where the owner gave none.
+        compute_loss: The owner's loss; None where the owner gave none.
+    """
+    if own is not None:
+        return owner_update(own)
+    if compute_loss is not None:
+        return lockstep_update(compute_loss)
+    return lambda *_: None  # nothing is ever admitted, so there is never a twin
+
+
+def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
     """Return the update a twin does where the owner gave none: loss, backward, step.
 
     Several micro-batches of one update are averaged.
     """
 
-    def update(model: nn.Module, optimizer: Optimizer, batches: list[Any]) -> None:
+    def update(model: nn.Module, optimizer: Optimizer, batches: list[Batch]) -> None:
         optimizer.zero_grad()
         for batch in batches:
             (compute_loss(model, batch) / len(batches)).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
@@ -95,16 +104,14 @@ def lockstep_update(
     return update
 
 
-def owner_update(
-    update: Callable[[nn.Module, Optimizer, Any], None],
-) -> Callable[[nn.Module, Optimizer, list[Any]], None]:
+def owner_update(update: OwnUpdate) -> TwinUpdate:
     """Adapt the owner's ``update(model, optimizer, batch)``.
 
     The returned function raises GrowthError where an update took several micro-batches: only the
     owner knows how to weigh them.
     """
 
-    def call(model: nn.Module, optimizer: Optimizer, batches: list[Any]) -> None:
+    def call(model: nn.Module, optimizer: Optimizer, batches: list[Batch]) -> None:
         if len(batches) != 1:
             msg = (
                 f"update= takes one batch, but {len(batches)} micro-batches were given to "

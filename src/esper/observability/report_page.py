@@ -34,6 +34,8 @@ from esper.observability.wording import (
     CONTROL_NAMES,
     flops_text,
     interval_text,
+    measured_text,
+    metric_text,
     not_beaten,
     not_beaten_in_run,
     number_text,
@@ -398,7 +400,13 @@ def _run_facts(report: RunReport) -> Markup:
         "Parameters after": f"{report.parameters_after:,}",
         "Work spent on growing": f"{report.overhead_share:.1%}",
     }
-    return facts(pairs | {f"Test {n}": f"{v:.4g}" for n, v in report.test_metrics.items()})
+    gate = {
+        name.removeprefix("gate "): text
+        for name, text in measured_text(report.progress_row()).items()
+    }
+    test = {name: metric_text(name, value) for name, value in report.test_metrics.items()}
+    splits = (("Gate", gate), ("Test", test))
+    return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
 
 
 def _loss_figure(report: RunReport) -> Markup:

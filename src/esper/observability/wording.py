@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.intervals import Interval
+    from esper.contracts.progress import ProgressRow
     from esper.contracts.report import DemoReport, RunReport
 
 NOT_MEASURED: Final = "\u2013"
@@ -29,6 +30,9 @@ CONTROL_NAMES: Final = {
     "random_features": "frozen random features",
 }
 """Short names of the kinds of control grafts."""
+
+_SHARES: Final = frozenset({"accuracy"})
+"""Metrics that are shares in [0, 1], and shown in percent."""
 
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
@@ -90,6 +94,21 @@ def interval_text(interval: Interval, *, sign: bool = False) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.mean:{form}} (one run, no interval)"
     return f"{interval.mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
+def measured_text(row: ProgressRow) -> dict[str, str]:
+    """Return everything that was measured in a run so far, as text by name.
+
+    The gate loss comes first, then the owner's metrics in their order; what was not read yet is
+    left out.
+    """
+    loss = {} if row.gate_loss is None else {"gate loss": f"{row.gate_loss:.4g}"}
+    return loss | {name: metric_text(name, value) for name, value in row.metrics.items()}
+
+
+def metric_text(name: str, value: float) -> str:
+    """Return a metric with its unit: ``"93.2 %"`` for a share, else four digits."""
+    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4g}"
 
 
 def number_text(value: float | None, form: str = ",.2f", unit: str = "") -> str:

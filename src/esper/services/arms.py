@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from esper.compiler.lowering import LoweredKernel, lower
+from esper.contracts.progress import ProgressRow
 from esper.contracts.report import ArmRun
 from esper.growth.budget import FORWARD_BACKWARD, count_parameters, forward_flops, forward_latency_s
 from esper.growth.evaluation import measuring
@@ -30,6 +30,7 @@ from esper.wrapping.unwrap import unwrap
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -43,8 +44,16 @@ OVERHEAD: Final = 0.8
 """The demo's own: twins beside a run this short cost more than the run itself."""
 
 
-Tell = Callable[..., None]
-"""Takes the share done and, by name, what :class:`ProgressRow` has; may raise Stopped."""
+class Tell(Protocol):
+    """What a step of the demo calls now and then."""
+
+    def __call__(self, share: float | None = None, row: ProgressRow | None = None) -> None:
+        """Take the share of the step that is done, in [0, 1], and where its run is.
+
+        Raises:
+            Stopped: The reader asked to stop.
+        """
+        ...
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -189,13 +198,8 @@ def grown_arm(
     looks, flops = Looks(), 0.0
     with grower:
         for epoch in range(epochs):
-            tell(
-                epoch / epochs,
-                update=grower.updates,
-                accuracy=_last(looks),
-                parameters=count_parameters(model),
-                stages=tuple(f"{site}.{seed} {stage}" for site, seed, stage in grower.stages),
-            )
+            row = grower.progress_row(arm)
+            tell(epoch / epochs, replace(row, metrics={**row.metrics, **_last(looks)}))
             per_sample = _flops(model, digits)
             for batch in batches(digits.train, random_seed, epoch):
                 loss = train_on(model, optimizer, batch)
@@ -282,7 +286,10 @@ def _plain_arm(
     start = time.perf_counter()
     looks, update = Looks(), 0
     for epoch in range(epochs):
-        tell(epoch / epochs, update=update, accuracy=_last(looks))
+        row = ProgressRow(
+            name=arm, update=update, metrics=_last(looks), parameters=count_parameters(model)
+        )
+        tell(epoch / epochs, row)
         for batch in batches(digits.train, random_seed, epoch):
             train_on(model, optimizer, batch)
             update += 1
@@ -337,8 +344,10 @@ def _result(
     )
 
 
-def _last(looks: Looks) -> float | None:
-    return next(reversed(looks.accuracy.values()), None)
+def _last(looks: Looks) -> dict[str, float]:
+    """Return the accuracy of the last look, as a share; nothing before the first."""
+    percent = next(reversed(looks.accuracy.values()), None)
+    return {} if percent is None else {"accuracy": percent / 100}
 
 
 def _flops(model: nn.Module, digits: Digits) -> float:

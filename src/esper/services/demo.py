@@ -10,11 +10,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from esper.services.arms import (
     OVERHEAD,
     ArmResult,
     Stopped,
+    Tell,
     grown_arm,
     host_arm,
     optimizer_for,
@@ -55,8 +57,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.contracts.canonical_json import JsonObject
+
 EPOCHS: Final = 60
 DEFAULT_RANDOM_SEEDS: Final = tuple(range(10))
+
+Message = tuple[int, float, ProgressRow]
+"""A random seed, the share of it that is done, and where it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +97,7 @@ class _Task:
         epochs: Epochs of every arm.
         run_dir: Where the grown arm's log and export go.
         exports: Whether this random seed exports its grown model.
-        messages: Queue of ``(random_seed, share done, row)``.
+        messages: Queue to the parent.
         stop: Event that asks to stop.
     """
 
@@ -98,8 +105,8 @@ class _Task:
     epochs: int
     run_dir: Path
     exports: bool
-    messages: Any
-    stop: Any
+    messages: queue.Queue[Message]
+    stop: threading.Event
 
 
 def run_demo(
@@ -240,7 +247,7 @@ def _begin_process() -> None:
 
 def _follow(
     futures: list[Future[SeedResult]],
-    messages: Any,
+    messages: queue.Queue[Message],
     num_tasks: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
@@ -329,32 +336,22 @@ class _Teller:
         self._task = task
         self._before = 0.0
 
-    def step(self, name: str) -> Callable[..., None]:
+    def step(self, name: str) -> Tell:
         """Return what a step calls now and then, with what it knows of its progress."""
         start, weight = _begin_and_weight(name)
         looks = 0
 
-        def told(
-            share: float | None = None,
-            *,
-            update: int = 0,
-            accuracy: float | None = None,
-            parameters: int | None = None,
-            stages: tuple[str, ...] = (),
-        ) -> None:
+        def told(share: float | None = None, row: ProgressRow | None = None) -> None:
             nonlocal looks
             looks += 1
             if self._task.stop.is_set():
                 raise Stopped
             known = share if share is not None else 1 - 0.98**looks
-            row = ProgressRow(
+            named = replace(
+                row or ProgressRow(name=name, update=0),
                 name=f"random seed {self._task.random_seed}, {name}",
-                update=update,
-                accuracy=accuracy,
-                parameters=parameters,
-                stages=stages,
             )
-            self._task.messages.put((self._task.random_seed, start + weight * known, row))
+            self._task.messages.put((self._task.random_seed, start + weight * known, named))
 
         return told
 
@@ -472,7 +469,7 @@ def _summed(rows: list[ControlRow]) -> ControlRow:
     )
 
 
-def _environment(processes: int) -> dict[str, Any]:
+def _environment(processes: int) -> JsonObject:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

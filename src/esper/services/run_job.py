@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.progress import Progress
     from esper.contracts.report import RunReport
-    from esper.growth.grower import Suggestion
+    from esper.growth.suggestion import Suggestion
 
 
 def run_job(

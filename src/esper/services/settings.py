@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Environment:
     """What the commands take from the environment.
 
     Attributes:
@@ -26,19 +26,19 @@ class Settings:
     traceback: bool = False
 
 
-def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read the settings, an empty variable being one that is not set.
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Read what is set, an empty variable being one that is not set.
 
     Args:
-        environment: Variables by name; None reads the process's own.
+        variables: By name; None reads the process's own.
 
     Raises:
         EsperError: A variable has a value that it cannot have.
     """
-    values = os.environ if environment is None else environment
+    values = os.environ if variables is None else variables
     traceback = values.get("ESPER_TRACEBACK", "") or "0"
     if traceback not in ("0", "1"):
         msg = f"ESPER_TRACEBACK is 0 or 1, got {traceback!r}; unset it or set one of them"
         raise EsperError(msg)
     run_dir = Path(values.get("ESPER_RUN_DIR", "") or "runs")
-    return Settings(run_dir=run_dir, traceback=traceback == "1")
+    return Environment(run_dir=run_dir, traceback=traceback == "1")

@@ -1,0 +1,40 @@
+"""A batch of the owner's, of which Esper knows no more than how many samples it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Batch = Any
+"""Whatever the owner's loader yields and the owner's ``compute_loss`` takes."""
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+"""``(model, batch)`` to a loss: a scalar to train on, or one loss per sample to judge by."""
+
+OwnUpdate = Callable[[nn.Module, Optimizer, Batch], None]
+"""The owner's own update, ``(model, optimizer, batch)``."""
+
+TwinUpdate = Callable[[nn.Module, Optimizer, list[Batch]], None]
+"""One update of a twin, ``(model, optimizer, batches)``: all the batches of one live update."""
+
+
+def num_samples(batch: Batch) -> int:
+    """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
+    if isinstance(batch, torch.Tensor):
+        return int(batch.shape[0]) if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for item in batch:
+            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
+                return num_samples(item)
+    return 1
+
+
+def num_samples_in(batches: list[Batch]) -> int:
+    """Return the number of samples in several batches together."""
+    return sum(num_samples(batch) for batch in batches)

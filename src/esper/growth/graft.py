@@ -1,0 +1,240 @@
+"""A graft: one try to grow, from germination to verdict, and all the grafts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from esper.contracts.lifecycle import ALLOWED_STAGES, GraftStage
+from esper.contracts.progress import GraftStatus
+from esper.contracts.report import GraftRecord
+from esper.growth.budget import Cost
+
+if TYPE_CHECKING:
+    from esper.contracts.choices import GraftVerdict
+
+NO_COST: Final = Cost(parameters=0, flops=0.0, latency_s=0.0)
+"""What a graft adds to a model that it is not part of."""
+_IN_THE_MODEL: Final = (GraftStage.BLENDING, GraftStage.HOLDING, GraftStage.FOSSILIZED)
+
+
+class GraftListener(Protocol):
+    """Hears what becomes of grafts."""
+
+    def stage_changed(self, record: GraftRecord, before: GraftStage | None) -> None:
+        """Hear of a graft's stage and of the one before; None where it has just germinated."""
+        ...
+
+
+class Graft:
+    """One try to grow. It owns its stage, and lets only those follow that may.
+
+    Args:
+        record: What is known of it; at its germination.
+        cost: What its kernel costs.
+        listener: Told of the germination, and of every stage that follows.
+    """
+
+    def __init__(self, record: GraftRecord, cost: Cost, listener: GraftListener) -> None:
+        self._record = record
+        self._listener = listener
+        self.cost = cost
+        listener.stage_changed(record, None)
+
+    @property
+    def record(self) -> GraftRecord:
+        """What is known of the graft now."""
+        return self._record
+
+    @property
+    def number(self) -> int:
+        """Number of the graft in its run, from 1."""
+        return self._record.graft
+
+    @property
+    def site(self) -> str:
+        """Name of the layer."""
+        return self._record.site
+
+    @property
+    def seed_idx(self) -> int:
+        """The slot there."""
+        return self._record.seed_idx
+
+    @property
+    def stage(self) -> GraftStage:
+        """Where the graft is."""
+        return self._record.stage
+
+    @property
+    def status(self) -> GraftStatus:
+        """Where the graft is, as a value."""
+        return GraftStatus(site=self.site, seed_idx=self.seed_idx, stage=self.stage)
+
+    @property
+    def added_cost(self) -> Cost:
+        """What the graft adds to the model now."""
+        return self.cost if self.stage in _IN_THE_MODEL else NO_COST
+
+    def begin_audition(self, reason: str) -> None:
+        """Go on to the audition.
+
+        Raises:
+            ValueError: The graft has another stage than germinated.
+        """
+        self._go_on(replace(self._record, stage=GraftStage.AUDITION, reason=reason))
+
+    def admit(self, reason: str, *, update: int) -> None:
+        """Become part of the model.
+
+        Raises:
+            ValueError: The graft is in no audition.
+        """
+        self._go_on(
+            replace(self._record, stage=GraftStage.BLENDING, reason=reason, admitted_at=update)
+        )
+
+    def hold(self, reason: str) -> None:
+        """Be held at alpha 1.
+
+        Raises:
+            ValueError: The graft is not blending.
+        """
+        self._go_on(replace(self._record, stage=GraftStage.HOLDING, reason=reason))
+
+    def fossilize(self, reason: str, *, update: int, folded: bool) -> None:
+        """Become permanent.
+
+        Raises:
+            ValueError: The graft is not held.
+        """
+        self._go_on(
+            replace(
+                self._record,
+                stage=GraftStage.FOSSILIZED,
+                reason=reason,
+                verdict="fossilized",
+                decided_at=update,
+                folded=folded,
+            )
+        )
+
+    def cull(
+        self, reason: str, *, update: int, verdict: GraftVerdict, updates_lost: int = 0
+    ) -> None:
+        """Go.
+
+        Raises:
+            ValueError: There is a verdict already.
+        """
+        self._go_on(
+            replace(
+                self._record,
+                stage=GraftStage.CULLED,
+                reason=reason,
+                verdict=verdict,
+                decided_at=update,
+                updates_lost=updates_lost,
+            )
+        )
+
+    def record_dependence(self, dependence: float) -> None:
+        """Add what switching the seed off costs, in units of the gate loss."""
+        self._record = replace(self._record, dependence=dependence)
+
+    def record_contribution(
+        self, contribution: float | None, *, stderr: float | None, host_only: float
+    ) -> None:
+        """Add what the graft brought against its twins, in units of the gate loss."""
+        self._record = replace(
+            self._record,
+            contribution=contribution,
+            contribution_stderr=stderr,
+            host_only_contribution=host_only,
+        )
+
+    def _go_on(self, changed: GraftRecord) -> None:
+        before = self.stage
+        allowed = ALLOWED_STAGES[before]
+        if changed.stage not in allowed:
+            may = ", ".join(sorted(stage.value for stage in allowed)) or "nothing"
+            msg = (
+                f"graft {self.number} at {self.site!r} is {before.value}, after which {may} may "
+                f"follow; got {changed.stage.value}"
+            )
+            raise ValueError(msg)
+        self._record = changed
+        self._listener.stage_changed(changed, before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Germination:
+    """What a graft begins with.
+
+    Attributes:
+        site: Name of the layer.
+        seed_idx: The slot there.
+        blueprint: Name of the kernel's blueprint.
+        artifact_id: The sha256 of the kernel's bytes; empty where it was not compiled.
+        reason: Why it germinates.
+        update: Optimizer updates done.
+        cost: What the kernel costs.
+    """
+
+    site: str
+    seed_idx: int
+    blueprint: str
+    artifact_id: str
+    reason: str
+    update: int
+    cost: Cost
+
+
+class Grafts:
+    """All grafts of a run, in the order in which they germinated.
+
+    Args:
+        listener: Told of every stage of each.
+    """
+
+    def __init__(self, listener: GraftListener) -> None:
+        self._listener = listener
+        self._grafts: list[Graft] = []
+
+    @property
+    def records(self) -> tuple[GraftRecord, ...]:
+        """What is known of each."""
+        return tuple(graft.record for graft in self._grafts)
+
+    @property
+    def num_admitted(self) -> int:
+        """How many were ever admitted."""
+        return sum(record.admitted_at is not None for record in self.records)
+
+    @property
+    def added_cost(self) -> Cost:
+        """What those in the model add together; a figure that was not taken counts as 0."""
+        added = [graft.added_cost for graft in self._grafts]
+        return Cost(
+            parameters=sum(cost.parameters for cost in added),
+            flops=sum(cost.flops or 0.0 for cost in added),
+            latency_s=sum(cost.latency_s or 0.0 for cost in added),
+        )
+
+    def germinate(self, germination: Germination) -> Graft:
+        """Number a graft, keep it, and return it."""
+        record = GraftRecord(
+            graft=len(self._grafts) + 1,
+            site=germination.site,
+            seed_idx=germination.seed_idx,
+            blueprint=germination.blueprint,
+            artifact_id=germination.artifact_id,
+            stage=GraftStage.GERMINATED,
+            verdict="in progress",
+            reason=germination.reason,
+            parameters=germination.cost.parameters,
+            germinated_at=germination.update,
+        )
+        graft = Graft(record, germination.cost, self._listener)
+        self._grafts.append(graft)
+        return graft

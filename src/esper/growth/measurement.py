@@ -1,0 +1,94 @@
+"""What the owner's ``evaluate`` returned, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from esper.contracts.choices import Goal
+
+Losses = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measurement:
+    """The owner's measure, read once. Lower is better, whatever the owner's goal.
+
+    Attributes:
+        loss: Mean loss; may be non-finite where the model is.
+        per_sample: float64, shape (samples,), in the owner's order; None where the owner
+            returns a scalar.
+        metrics: The owner's other figures by name, as returned (not negated).
+    """
+
+    loss: float
+    per_sample: Losses | None
+    metrics: dict[str, float]
+
+
+def parse_measurement(result: Any, *, goal: Goal = "min") -> Measurement:
+    """Read what the owner's ``evaluate`` returned.
+
+    Args:
+        result: A number; one loss per sample (tensor, array or sequence of numbers); a dict
+            whose first entry is either of these and decides; or a pair of either and a dict of
+            further figures.
+        goal: ``"max"`` where higher is better: the deciding figure is negated.
+
+    Raises:
+        TypeError: The result is none of these.
+        ValueError: It is empty, has another shape than one loss per sample, or ``goal`` is
+            unknown.
+    """
+    if goal not in ("min", "max"):
+        msg = f"goal is 'min' or 'max', got {goal!r}"
+        raise ValueError(msg)
+    deciding, others = _split_result(result)
+    sign = 1.0 if goal == "min" else -1.0
+    values = sign * _as_float64(deciding, "evaluate")
+    if values.ndim > 1 or values.size == 0:
+        msg = (
+            f"evaluate returned an array of shape {values.shape}; expected a number or one loss "
+            "per sample, shape (samples,): reduce every other axis (a sequence's tokens to their "
+            "mean, for example)"
+        )
+        raise ValueError(msg)
+    metrics = {name: float(_as_float64(value, name).mean()) for name, value in others.items()}
+    per_sample = values if values.ndim == 1 else None
+    return Measurement(loss=float(values.mean()), per_sample=per_sample, metrics=metrics)
+
+
+def _split_result(result: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Part the deciding figure from the others."""
+    if isinstance(result, Mapping):
+        if not result:
+            msg = "evaluate returned an empty dict; its first entry decides"
+            raise ValueError(msg)
+        name, *others = result
+        return result[name], {str(other): result[other] for other in others}
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result[0], {str(name): value for name, value in result[1].items()}
+    return result, {}
+
+
+def _as_float64(value: Any, name: str) -> Losses:
+    """Bring a figure of the owner's to a float64 array of its own."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().to("cpu", torch.float64).numpy()
+    try:
+        array = np.array(value)
+    except ValueError as error:  # lists of several lengths
+        msg = f"{name} returned a {type(value).__name__} that is no array of numbers: {error}"
+        raise TypeError(msg) from error
+    if array.dtype.kind not in "biuf":
+        msg = (
+            f"{name} returned {type(value).__name__}; expected a number, one loss per sample, "
+            "a dict whose first entry is one of these, or a pair (losses, metrics)"
+        )
+        raise TypeError(msg)
+    return array.astype(np.float64)

@@ -1,0 +1,138 @@
+"""Every keyword of the Grower: the numbers of :class:`GrowthSettings`, and parts to put in."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
+
+from esper.growth.budget import Budget
+from esper.growth.settings import GrowthOptions, GrowthSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from esper.compiler.catalog import Catalog
+    from esper.contracts.ports import Clock, EventSink, Registry
+    from esper.growth.batch import LossFunction, OwnUpdate
+    from esper.growth.policies import Policy
+    from esper.growth.ranking import Ranking
+
+
+P = ParamSpec("P")
+
+
+class GrowerOptions(GrowthOptions, total=False):
+    """What :class:`esper.Grower` takes by keyword, and what ``GrowthJob(grower=...)`` may hold.
+
+    What each means is told in :class:`esper.Grower`.
+    """
+
+    compute_loss: LossFunction | None
+    evaluate: Callable[[nn.Module], object] | None
+    update: OwnUpdate | None
+    policy: Policy | None
+    ranking: Ranking | None
+    catalog: Catalog | None
+    registry: Registry | None
+    budget: Budget | None
+    run_dir: str | Path | None
+    clock: Clock | None
+    sink: EventSink | None
+
+
+PARTS: Final = tuple(
+    name for name in GrowerOptions.__annotations__ if name not in GrowthOptions.__annotations__
+)
+"""Names of the options that are no numbers; None leaves each at its default."""
+
+_CALLABLE: Final = ("compute_loss", "evaluate", "update")
+_METHODS: Final = {
+    "policy": ("observe", "decide", "germinated"),
+    "ranking": ("rank",),
+    "catalog": ("blueprints_for",),
+    "registry": ("put", "get"),
+    "clock": ("now",),
+    "sink": ("publish",),
+}
+"""What a part is asked for; one that lacks a method is refused before anything is trained."""
+
+
+def check_options(options: Mapping[str, object]) -> GrowthSettings:
+    """Refuse options that the Grower does not take, and return the settings among them.
+
+    Args:
+        options: Values by name.
+
+    Raises:
+        TypeError: A name is unknown, or a value is of the wrong type.
+        ValueError: A setting is out of its range.
+    """
+    known = [*PARTS, *GrowthOptions.__annotations__]
+    for name in options:
+        if name not in known:
+            raise TypeError(_unknown(name, known))
+    for name in PARTS:
+        part = options.get(name)
+        if part is not None:
+            _check_part(name, part)
+    return GrowthSettings.of(options)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    cure = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(sorted(known))}"
+    return f"{name!r} is none of the Grower's arguments; {cure}"
+
+
+def _check_part(name: str, part: object) -> None:
+    """Refuse a part that cannot do its work."""
+    if name in _CALLABLE and not callable(part):
+        msg = f"{name} is a function; got {part!r} (a {type(part).__name__})"
+        raise TypeError(msg)
+    if name == "budget" and not isinstance(part, Budget):
+        msg = f"budget is an esper.Budget; got {part!r} (a {type(part).__name__})"
+        raise TypeError(msg)
+    if name == "run_dir" and not isinstance(part, (str, os.PathLike)):
+        msg = f"run_dir is a path; got {part!r} (a {type(part).__name__})"
+        raise TypeError(msg)
+    methods = _METHODS.get(name, ())
+    if methods and isinstance(part, type):
+        msg = f"{name} is an object, got the class {part.__name__}; make one of it"
+        raise TypeError(msg)
+    missing = [method for method in methods if not hasattr(part, method)]
+    if missing:
+        msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none"
+        raise TypeError(msg)
+
+
+def show_options(init: Callable[P, None]) -> Callable[P, None]:
+    """Let ``help`` and ``inspect.signature`` show every option by name in place of ``**options``.
+
+    Args:
+        init: A constructor whose last parameter is ``**options: Unpack[GrowerOptions]``.
+    """
+    written = inspect.signature(init)
+    own = [p for p in written.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    defaults = dict.fromkeys(PARTS) | {f.name: f.default for f in fields(GrowthSettings)}
+    shown = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=_written_type(GrowerOptions.__annotations__[name]),
+        )
+        for name, default in defaults.items()
+    ]
+    init.__dict__["__signature__"] = written.replace(parameters=[*own, *shown])
+    return init
+
+
+def _written_type(annotation: object) -> str:
+    """Return an annotation as it stands in the source."""
+    return annotation.__forward_arg__ if isinstance(annotation, ForwardRef) else str(annotation)

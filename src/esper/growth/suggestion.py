@@ -1,0 +1,91 @@
+"""What growing would bring, said and not done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.contracts.errors import GrowthError
+from esper.growth.budget import forward_latency_s
+from esper.growth.germination import open_sites, rank
+from esper.growth.recording import Recorder, record_beside
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from esper.contracts.ports import Clock
+    from esper.growth.batch import Batch
+    from esper.growth.ranking import RankedCandidate
+    from esper.growth.recording import SiteObservation
+    from esper.growth.run import GrowthRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """One row of what :meth:`esper.Grower.suggest` returns.
+
+    Attributes:
+        site: Name of the layer.
+        blueprint: Name of the kernel.
+        gain: Predicted first-order gain, in units of the training loss; None without a score.
+        stderr: Its standard error; None where it has none.
+        parameters: Parameters that the kernel adds.
+        flops: FLOPs that it adds to a forward of one sample.
+        latency_us: Microseconds of a forward of the kernel on a recorded batch.
+        reason: Why there is no score; empty where there is one.
+    """
+
+    site: str
+    blueprint: str
+    gain: float | None
+    stderr: float | None
+    parameters: int
+    flops: float | None
+    latency_us: float
+    reason: str
+
+    @classmethod
+    def of(cls, entry: RankedCandidate, seen: SiteObservation, clock: Clock) -> Suggestion:
+        """Time the candidate's kernel and put the row together."""
+        parallel = entry.candidate.position == "parallel"
+        example = seen.inputs[0] if parallel else seen.outputs[0]
+        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=clock)
+        return cls(
+            site=entry.site,
+            blueprint=entry.blueprint,
+            gain=entry.gain,
+            stderr=entry.stderr,
+            parameters=entry.parameters,
+            flops=entry.flops,
+            latency_us=latency_s * 1e6,
+            reason=entry.reason,
+        )
+
+
+def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
+    """Rank every kernel on offer on some batches; the run does not notice.
+
+    Returns:
+        Best first; those that the ranking cannot score come last.
+
+    Raises:
+        GrowthError: There is no ``compute_loss``, or no batch.
+    """
+    compute_loss = run.compute_loss
+    if compute_loss is None or not batches:
+        msg = (
+            "suggest() ranks on recent batches: give the Grower compute_loss= and call "
+            "step(loss, batch=batch) in the training loop first"
+        )
+        raise GrowthError(msg)
+    recorder = Recorder(
+        open_sites(run), random_seed=run.settings.random_seed, records_shadow_passes=True
+    )
+    with recorder:
+        for batch in batches:
+            record_beside(recorder, run.model, compute_loss, batch)
+            run.ledger.count_pass("ranking", [batch])
+    ranked = rank(run, recorder.observations)
+    return [
+        Suggestion.of(entry, recorder.observations[entry.site], run.clock) for entry in ranked.order
+    ]

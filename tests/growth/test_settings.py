@@ -1,0 +1,166 @@
+"""Settings: each told once, and refused with its name, what it may be and what was found."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+from growing import growing, wrapped
+
+from esper.growth.grower import Grower
+from esper.growth.options import PARTS, GrowerOptions, check_options
+from esper.growth.settings import GrowthOptions, GrowthSettings
+
+NAMES = [field.name for field in fields(GrowthSettings)]
+JUST_INSIDE = {
+    "horizon": [1, None],
+    "goal": ["min", "max"],
+    "evaluate_every": [1, None],
+    "overhead": [0.0, 0, 0.999],
+    "audition_updates": [1],
+    "ramp_updates": [1],
+    "hold_updates": [0],
+    "looks": [1],
+    "warmup_updates": [0],
+    "lr_new": [0.0, 1.0, 1],
+    "record_updates": [1],
+    "candidates": [1],
+    "min_effect": [0.0, 1e9],
+    "embargo": [0],
+    "verify": ["snapshot", "fork"],
+    "random_seed": [-1, 2**40],
+}
+JUST_OUTSIDE = {
+    "horizon": [0],
+    "goal": ["mean"],
+    "evaluate_every": [0],
+    "overhead": [-0.001, 1.0, float("nan")],
+    "audition_updates": [0],
+    "ramp_updates": [0],
+    "hold_updates": [-1],
+    "looks": [0],
+    "warmup_updates": [-1],
+    "lr_new": [-0.001, 1.001, float("inf")],
+    "record_updates": [0],
+    "candidates": [0],
+    "min_effect": [-0.001, float("inf")],
+    "embargo": [-1],
+    "verify": ["hope"],
+    "random_seed": [],
+}
+WRONG_TYPE = {name: ["3", 2.5, True] for name in NAMES} | {
+    "goal": [1, None],
+    "verify": [True, None],
+    "overhead": ["0.1", None, False],
+    "lr_new": ["0.1", None, False],
+    "min_effect": ["0.1", None, False],
+}
+
+
+def each(table):
+    return [(name, value) for name in NAMES for value in table[name]]
+
+
+@pytest.mark.parametrize(("name", "value"), each(JUST_INSIDE))
+def test_every_bound_is_inside_or_outside_as_told(name, value):
+    """What lies at a bound that is included is taken as it is."""
+    assert getattr(GrowthSettings(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), each(JUST_OUTSIDE))
+def test_a_value_out_of_range_is_named(name, value):
+    """The error has the argument, what it may be, and what was found."""
+    with pytest.raises(ValueError, match=rf"^{name} is .*; got .?{value}.?$"):
+        GrowthSettings(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), each(WRONG_TYPE))
+def test_a_value_of_the_wrong_type_is_named(name, value):
+    """A bool is no number, a float no count and a string neither; the type found is told."""
+    with pytest.raises(TypeError, match=rf"^{name} is .*; got .* \(a {type(value).__name__}\)$"):
+        GrowthSettings(**{name: value})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """They are what a user's arithmetic ends in, and JSON would not take them."""
+    settings = GrowthSettings(horizon=np.int64(100), overhead=np.float32(0.5))
+    assert (type(settings.horizon), type(settings.overhead)) == (int, float)
+    assert (settings.horizon, settings.overhead) == (100, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vverify", "did you mean verify"),
+        ("rregistry", "did you mean registry"),
+        ("hold_update", "did you mean hold_updates"),
+        ("learning_rate_of_the_host", "they are audition_updates, budget, "),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest_one(name, words):
+    """At the Grower's own door."""
+    with pytest.raises(TypeError, match=f"'{name}' is none of the Grower's arguments; {words}"):
+        growing(*wrapped(), **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("compute_loss", 3, r"compute_loss is a function; got 3 \(a int\)"),
+        ("evaluate", "loss", "evaluate is a function"),
+        ("budget", {"grafts": 3}, r"budget is an esper\.Budget"),
+        ("run_dir", 3, "run_dir is a path"),
+        ("policy", object(), r"policy has the method observe\(\); object has none"),
+        ("clock", GrowthSettings, "clock is an object, got the class GrowthSettings"),
+    ],
+)
+def test_a_part_that_cannot_do_its_work_is_refused(name, part, words):
+    """Before anything is trained, not when it is first asked."""
+    with pytest.raises(TypeError, match=words):
+        check_options({name: part})
+
+
+def test_settings_are_those_among_the_options():
+    """Parts are passed over, and what is missing is at its default."""
+    settings = check_options({"looks": 3, "budget": None, "run_dir": "somewhere"})
+    assert settings == GrowthSettings(looks=3)
+
+
+def test_a_type_checker_is_told_the_same_settings():
+    """The TypedDict has the names and types of the dataclass, which it cannot be derived from."""
+    told = {name: without_bounds(hint) for name, hint in hints(GrowthSettings).items()}
+    assert get_type_hints(GrowthOptions) == told
+
+
+def hints(cls):
+    return get_type_hints(cls, include_extras=True)
+
+
+def without_bounds(hint):
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[0]
+    alternatives = get_args(hint)
+    if type(None) in alternatives:
+        return get_args(alternatives[0])[0] | None
+    return hint
+
+
+def test_help_shows_every_option_with_its_default():
+    """What a user sees in ``help(Grower)`` are the names, as if each were written there."""
+    shown = inspect.signature(Grower).parameters
+    assert list(shown) == ["model", "optimizer", *PARTS, *NAMES]
+    assert {name: shown[name].default for name in NAMES} == GrowthSettings().as_dict()
+    assert all(shown[name].default is None for name in PARTS)
+    assert shown["looks"].annotation == "int"
+    assert shown["horizon"].annotation == "int | None"
+
+
+def test_every_option_is_documented():
+    """Each part and each number is in the Grower's groups, and each number among the settings."""
+    assert set(GrowerOptions.__annotations__) == {*PARTS, *NAMES}
+    assert [name for name in PARTS if f"``{name}``:" not in Grower.__doc__] == []
+    assert [name for name in NAMES if f"*{name}*" not in Grower.__doc__] == []
+    assert [name for name in NAMES if f"\n        {name}: " not in GrowthSettings.__doc__] == []
