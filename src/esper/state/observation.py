@@ -46,7 +46,8 @@ class Call:
     """One eager call of a kernel.
 
     Attributes:
-        sums: What :func:`esper.forward.guard.observe` gave; None for a clean call without guard.
+        sums: :data:`Sums` of the host's output and of that with the share; None where the call was
+            clean and had no guard.
         raised: Whether the fence took it; ``sums`` then has the host's only.
         incoming: Sum of the gradient that reached its output, if one has.
         leaving: Sums of the gradients that left towards its inputs.
