@@ -1,1 +1,4 @@
-"""How events travel from who makes them to who reads them."""
+"""Events, from publishers to sinks, within one process.
+
+What an event says is no business of this room. The door is ``in_process``.
+"""

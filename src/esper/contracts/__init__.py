@@ -1,1 +1,5 @@
-"""What crosses a wall: blueprints, artifacts and their bytes, lifecycle, events, ports, errors."""
+"""What crosses a wall between rooms: blueprints, artifacts, kinds of layers, events, reports, ports.
+
+Values and their checks only: nothing here does I/O, imports torch or imports another room. The door
+is whichever file has the name of the thing; ``ports`` has what rooms ask of each other.
+"""

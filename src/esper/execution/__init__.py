@@ -1,4 +1,9 @@
-"""The execution engine: layers with seeds, their state, and the kernels in them."""
+"""The specification's face: layers with seeds under the names that it gave them.
+
+What the layers stand on lives in the rooms below (``seeds``, ``forward``, ``state``), and so do the
+caches, the executor and the streams whose names are kept here. The door is ``kasmina_layer``;
+``host_class`` makes a layer of a module.
+"""
 
 from __future__ import annotations
 

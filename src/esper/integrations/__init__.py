@@ -1,1 +1,4 @@
-"""Callbacks for training frameworks. None is here yet; the room is where each will live."""
+"""Callbacks for training frameworks, an adapter each. There is none yet.
+
+An adapter translates a framework's moments into calls of ``growth`` and decides nothing.
+"""
