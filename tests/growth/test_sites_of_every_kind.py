@@ -117,3 +117,27 @@ def test_the_grower_ranks_kernels_at_every_kind_of_site():
     assert {row.site for row in depth} == {"encoder"}
     assert not any("causal" in row.blueprint for row in depth)
     assert all(row.gain is not None for row in rows)
+
+
+def test_a_layer_that_cannot_be_run_again_counts_as_causal_and_is_named():
+    """Nothing fails, kernels that look ahead are not offered there, and the owner is told why."""
+    model = wrapped()
+    optimizer, grower = grower_of(model)
+
+    def fail(*_args):
+        if esper.in_shadow_pass() and not torch.is_grad_enabled():
+            raise RuntimeError("only once")
+
+    model.encoder.dropout.register_forward_hook(fail)
+    loss = model(tokens(32)).square().mean()
+    loss.backward()
+    optimizer.step()
+    grower.step(batch=tokens(32))
+    rows = grower.suggest()
+    blocks = [row.blueprint for row in rows if row.site == "encoder" and "block-" in row.blueprint]
+    assert blocks
+    assert all(name.endswith("-causal") for name in blocks)
+    (note,) = [note for note in grower.report().notes if "could not be run again" in note]
+    assert note.startswith("encoder could not")
+    assert note.endswith("RuntimeError: only once")
+    grower.close()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from esper.contracts.ports import EventSink
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
@@ -59,14 +60,12 @@ def begin_run(model: nn.Module, optimizer: Optimizer, options: GrowerOptions) ->
     policy = options.get("policy") or DiminishingReturns()
     found = _layers_to_grow(bare, policy)
     sync_optimizer(bare, optimizer)
-    log, sink = _log_in(options.get("run_dir")), options.get("sink")
-    clock = options.get("clock") or MonotonicClock()
     registry = options.get("registry")
     registry = open_registry("memory:") if registry is None else registry
-    compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
+    log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
     watcher = UpdateWatcher(optimizer)
-    bus = EventBus([each for each in (log, sink) if each is not None])
-    journal = Journal(bus, clock, lambda: watcher.updates)
+    journal = Journal(_bus(log, options.get("sink")), clock, lambda: watcher.updates)
+    compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
     return GrowthRun(
         model=bare,
         layers=found,
@@ -93,6 +92,10 @@ def begin_run(model: nn.Module, optimizer: Optimizer, options: GrowerOptions) ->
         grafts=Grafts(journal),
         host_cost=Cost(parameters=count_parameters(bare)),
     )
+
+
+def _bus(*sinks: EventSink | None) -> EventBus:
+    return EventBus([sink for sink in sinks if sink is not None])
 
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:

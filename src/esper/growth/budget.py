@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -184,7 +184,7 @@ def overhead_allowance(*, horizon: int, samples_per_update: int, overhead: float
     return math.floor(training * overhead / (1.0 - overhead))
 
 
-def forward_flops(model: nn.Module, *example: Any) -> int:
+def forward_flops(model: nn.Module, *example: object) -> int:
     """Count the FLOPs of one forward (a multiply-add is two), in evaluation mode.
 
     The model is left as it was: modes, buffers and the random state.
@@ -199,7 +199,7 @@ def forward_flops(model: nn.Module, *example: Any) -> int:
 
 
 def forward_latency_s(
-    model: nn.Module, *example: Any, clock: Clock, repeats: int = 15, warmup: int = 3
+    model: nn.Module, *example: object, clock: Clock, repeats: int = 15, warmup: int = 3
 ) -> float:
     """Measure the median time of a forward in seconds, in evaluation mode.
 
@@ -234,7 +234,7 @@ def _exceeds(
     return f"{what}: {share:+.1%} of the host, the budget has {limit:+.1%}"
 
 
-def _time_once(model: Callable[..., Any], example: tuple[Any, ...], clock: Clock) -> float:
+def _time_once(model: nn.Module, example: tuple[object, ...], clock: Clock) -> float:
     synchronize()
     start = clock.now()
     model(*example)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Evaluator:
         goal: ``"min"`` where lower is better, ``"max"`` where higher is.
     """
 
-    def __init__(self, evaluate: Callable[[nn.Module], Any], *, goal: Goal = "min") -> None:
+    def __init__(self, evaluate: Callable[[nn.Module], object], *, goal: Goal = "min") -> None:
         self._evaluate = evaluate
         self._goal = goal
         self._repeats = False
@@ -113,7 +113,7 @@ def _counting(model: nn.Module) -> Iterator[list[int]]:
     """Count the samples that pass the model's forward, for the accounting of work."""
     counted = [0]
 
-    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         counted[0] += num_samples((*args, *kwargs.values()))
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)

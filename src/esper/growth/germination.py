@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate
+from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.host_parts import host_parameters
 from esper.state.kernel import prepare_kernel
@@ -246,24 +248,32 @@ def _null_audition(
     """Set up the same-treatment null: a zeroed affine layer of the site's own shape."""
     if run.settings.verify != "fork":
         return None
-    null = prepare_kernel(layer, own_shape_zeroed(_described(layer, seen)))
+    null = prepare_kernel(layer, own_shape_zeroed(_described(run, layer, seen)))
     return _audition(run, layer, seed_idx, null)
 
 
 def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:
     try:
-        spec = _described(run.layers[site], seen)
+        spec = _described(run, run.layers[site], seen)
     except ValueError:
         return []  # a convolution that pads unequally, which no kernel of the catalog does
     offered = run.catalog.blueprints_for(spec)
     return [_seeded(run, b) for b in offered if not run.embargoes.covers(site, b.id)]
 
 
-def _described(layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:
+def _described(run: GrowthRun, layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:
+    """Describe a site; one that cannot be run again to see what it looks at counts as causal."""
     spec = describe_site(layer, seen.inputs[0], seen.outputs[0])
-    if spec.is_sequence and not is_causal(layer, seen.example):
-        return replace(spec, is_causal=False)
-    return spec
+    if not spec.is_sequence:
+        return spec
+    causal = attempt(functools.partial(is_causal, layer, seen.example))
+    if isinstance(causal, Failed):
+        run.journal.note(
+            f"{seen.site} could not be run again to see whether it looks at later inputs, so only "
+            f"kernels that do not are offered there: {causal}"
+        )
+        return spec
+    return spec if causal.value else replace(spec, is_causal=False)
 
 
 def _named(
@@ -271,7 +281,7 @@ def _named(
 ) -> BlueprintIR:
     if isinstance(choice.blueprint, BlueprintIR):
         return choice.blueprint
-    offered = run.catalog.blueprints_for(_described(layer, seen), capacity_only=False)
+    offered = run.catalog.blueprints_for(_described(run, layer, seen), capacity_only=False)
     for blueprint in offered:
         if blueprint.id == choice.blueprint:
             return _seeded(run, blueprint)

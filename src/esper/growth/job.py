@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from esper.contracts.report import RunReport
+    from esper.growth.batch import Batch, LossFunction
     from esper.growth.suggestion import Suggestion
+    from esper.wrapping.select import Select
 
 SUGGEST_SHARE = 0.2
 """Share of a job that is trained before its suggestions are ranked."""
@@ -65,15 +67,15 @@ class GrowthJob:
 
     model: nn.Module
     optimizer: Optimizer
-    train: Iterable[Any]
-    gate: Iterable[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
+    train: Iterable[Batch]
+    gate: Iterable[Batch]
+    loss: LossFunction
     epochs: int
-    test: Iterable[Any] | None = None
-    metrics: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
+    test: Iterable[Batch] | None = None
+    metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     scheduler: LRScheduler | None = None
     schedule: Literal["epoch", "update"] = "epoch"
-    select: Any = None
+    select: Select | None = None
     num_seeds: int = 4
     grower: GrowerOptions | GrowthSettings = field(default_factory=GrowerOptions)
 
@@ -110,7 +112,7 @@ class GrowthJob:
         """Updates of the whole run; None where ``train`` does not know its length."""
         return self.epochs * len(self.train) if isinstance(self.train, Sized) else None
 
-    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch."""
         return self.loss(model, batch).mean()
 
@@ -128,7 +130,7 @@ class GrowthJob:
         return {"loss": float(losses.double().mean()), **means}
 
     def _read(
-        self, model: nn.Module, loader: Iterable[Any], name: str
+        self, model: nn.Module, loader: Iterable[Batch], name: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
         losses: list[Tensor] = []
         metrics: dict[str, list[Tensor]] = {}

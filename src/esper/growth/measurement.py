@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class Measurement:
     metrics: dict[str, float]
 
 
-def parse_measurement(result: Any, *, goal: Goal = "min") -> Measurement:
+def parse_measurement(result: object, *, goal: Goal = "min") -> Measurement:
     """Read what the owner's ``evaluate`` returned.
 
     Args:
@@ -63,7 +62,7 @@ def parse_measurement(result: Any, *, goal: Goal = "min") -> Measurement:
     return Measurement(loss=float(values.mean()), per_sample=per_sample, metrics=metrics)
 
 
-def _split_result(result: Any) -> tuple[Any, Mapping[str, Any]]:
+def _split_result(result: object) -> tuple[object, Mapping[str, object]]:
     """Part the deciding figure from the others."""
     if isinstance(result, Mapping):
         if not result:
@@ -76,7 +75,7 @@ def _split_result(result: Any) -> tuple[Any, Mapping[str, Any]]:
     return result, {}
 
 
-def _as_float64(value: Any, name: str) -> Losses:
+def _as_float64(value: object, name: str) -> Losses:
     """Bring a figure of the owner's to a float64 array of its own."""
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()

@@ -7,9 +7,9 @@ recorder's own, so that the run stays bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
+
+Hook = Callable[[nn.Module, object, object, object], None]
 
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
@@ -170,7 +172,7 @@ class _AfterForward:
         self._observation = observation
 
     def __call__(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         wanted = self._recorder.records_shadow_passes or not in_shadow_pass()
         if not wanted or not torch.is_grad_enabled():
@@ -183,26 +185,26 @@ class _AfterForward:
         if len(args) + len(kwargs) > 1 and self._observation.call is None:
             self._observation.call = call.detached()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
         return _no_hook, ()
 
 
-def _no_hook() -> Any:
+def _no_hook() -> Hook:
     return _nothing
 
 
-def _nothing(_layer: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+def _nothing(_layer: nn.Module, _args: object, _kwargs: object, _output: object) -> None:
     """Stand for a hook in a copy."""
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def _first_tensor(output: object) -> Tensor | None:
     try:
         return blendable(output)
     except TypeError:
         return None
 
 
-def _can_be_recorded(x: Any, h: Tensor) -> bool:
+def _can_be_recorded(x: object, h: Tensor) -> bool:
     """Tell a training forward of one tensor per sample from everything else."""
     return (
         isinstance(x, Tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -13,7 +13,9 @@ from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
@@ -45,7 +47,7 @@ class Twin:
         factor: UpdateFactor,
         update: TwinUpdate,
     ) -> None:
-        memo: dict[int, Any] = {}
+        memo: dict[int, object] = {}
         self.model = copy.deepcopy(model, memo)
         self.optimizer = _copied_optimizer(optimizer, memo)
         self.factor = _copied_factor(factor, self.optimizer, model, memo)
@@ -135,7 +137,7 @@ def tau_of(one: float | None, other: float | None) -> float:
     return abs(one - other)
 
 
-def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+def _copied_optimizer(optimizer: Optimizer, memo: dict[int, object]) -> Optimizer:
     groups = []
     for group in optimizer.param_groups:
         missing = [p for p in group["params"] if id(p) not in memo]
@@ -146,22 +148,30 @@ def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
                 'Use verify="snapshot", or give the Grower the module that owns them all'
             )
             raise GrowthError(msg)
-        groups.append({**group, "params": [memo[id(p)] for p in group["params"]]})
-    twin = cast("Any", type(optimizer))(groups)
+        groups.append({**group, "params": [_copy_of(p, memo) for p in group["params"]]})
+    make = cast("Callable[[list[dict[str, object]]], Optimizer]", type(optimizer))  # one of three
+    twin = make(groups)
     for p, state in optimizer.state.items():
-        twin.state[memo[id(p)]] = {
+        twin.state[_copy_of(p, memo)] = {
             k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()
         }
-    return cast("Optimizer", twin)
+    return twin
+
+
+def _copy_of(p: Tensor, memo: dict[int, object]) -> Tensor:
+    """Return the copy of a parameter that ``deepcopy`` left in its memo."""
+    copied = memo[id(p)]
+    assert isinstance(copied, torch.Tensor)
+    return copied
 
 
 def _copied_factor(
     factor: UpdateFactor,
     optimizer: Optimizer,
     model: nn.Module,
-    memo: dict[int, Any],
+    memo: dict[int, object],
 ) -> UpdateFactor:
     parameters = list(model.parameters())
     twin = UpdateFactor(optimizer, warmup_updates=factor.warmup_updates, lr_new=factor.lr_new)
-    twin.load_state_dict(factor.state_dict(parameters), [memo[id(p)] for p in parameters])
+    twin.load_state_dict(factor.state_dict(parameters), [_copy_of(p, memo) for p in parameters])
     return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.report import RunReport
+    from esper.growth.options import GrowerOptions
 
 LOOK_EVERY: Final = 10
 DIP_UPDATES: Final = 200
@@ -107,7 +108,7 @@ class Looks:
     twin: dict[int, float] = field(default_factory=dict)
 
 
-def compute_loss(model: nn.Module, batch: Any) -> Tensor:
+def compute_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross entropy of a batch."""
     x_N1HW, y_N = batch
     return F.cross_entropy(model(x_N1HW), y_N)
@@ -180,41 +181,22 @@ def grown_arm(
     model = wrap(demo_host(random_seed))
     optimizer = optimizer_for(model)
     start = time.perf_counter()
-    settings: dict[str, Any] = {}
+    options = _growing_options(digits, random_seed, epochs)
+    options["run_dir"] = run_dir
     if random_choice:
-        settings = {"ranking": RandomChoice(random_seed), "candidates": 1}
-    grower = Grower(
-        model,
-        optimizer,
-        compute_loss=compute_loss,
-        evaluate=measure_on(digits.gate),
-        horizon=epochs * UPDATES_PER_EPOCH,
-        overhead=OVERHEAD,
-        verify="fork",
-        random_seed=random_seed,
-        run_dir=run_dir,
-        **settings,
-    )
+        options["ranking"], options["candidates"] = RandomChoice(random_seed), 1
+    grower = Grower(model, optimizer, **options)
     looks, flops = Looks(), 0.0
     with grower:
         for epoch in range(epochs):
             row = grower.progress_row(arm)
             tell(epoch / epochs, replace(row, metrics={**row.metrics, **_last(looks)}))
-            per_sample = _flops(model, digits)
+            flops += FORWARD_BACKWARD * _flops(model, digits) * BATCH_SIZE * UPDATES_PER_EPOCH
             for batch in batches(digits.train, random_seed, epoch):
-                loss = train_on(model, optimizer, batch)
-                grower.step(loss, batch=batch)
+                grower.step(train_on(model, optimizer, batch), batch=batch)
                 _look(looks, grower.updates, model, digits, grower.host_twin)
-            flops += FORWARD_BACKWARD * per_sample * BATCH_SIZE * UPDATES_PER_EPOCH
             grower.end_epoch()
-    report = grower.report()
-    kernels = tuple(
-        (name, kernel.blueprint)
-        for name, layer in layers(model).items()
-        for kernel in map(layer.seed_kernel, range(layer.num_seeds))
-        if isinstance(kernel, LoweredKernel)
-    )
-    plain = unwrap(model)
+    report, kernels, plain = grower.report(), _standing_kernels(model), unwrap(model)
     growing = sum(work for name, work in report.work.items() if name != "training")
     result = _result(
         arm,
@@ -245,6 +227,28 @@ def scratch_arm(
         example = inputs_of(model, layer, digits)
         layer.graft(seed_idx, lower(blueprint), alpha=1.0, example=example)
     return _plain_arm("scratch", unwrap(model), digits, random_seed, epochs, tell)[0]
+
+
+def _growing_options(digits: Digits, random_seed: int, epochs: int) -> GrowerOptions:
+    """Return how the demo grows, whoever chooses the kernels."""
+    return {
+        "compute_loss": compute_loss,
+        "evaluate": measure_on(digits.gate),
+        "horizon": epochs * UPDATES_PER_EPOCH,
+        "overhead": OVERHEAD,
+        "verify": "fork",
+        "random_seed": random_seed,
+    }
+
+
+def _standing_kernels(model: nn.Module) -> tuple[tuple[str, BlueprintIR], ...]:
+    """Return site and blueprint of every kernel that stands in a model."""
+    return tuple(
+        (name, kernel.blueprint)
+        for name, layer in layers(model).items()
+        for kernel in map(layer.seed_kernel, range(layer.num_seeds))
+        if isinstance(kernel, LoweredKernel)
+    )
 
 
 def worst_dip(report: RunReport, looks: Looks, host: Looks) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from esper.contracts.errors import GrowthError
 
@@ -70,7 +70,7 @@ def _module(name: str) -> ModuleType:
         raise GrowthError(msg) from error
 
 
-def _attribute(module: ModuleType, name: str) -> Any:
+def _attribute(module: ModuleType, name: str) -> object:
     try:
         return getattr(module, name)
     except AttributeError as error:
