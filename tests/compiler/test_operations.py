@@ -13,7 +13,7 @@ from torch import nn
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.graph import plan
 from esper.compiler.lowering import instantiate, lower
-from esper.compiler.operations import OPERATIONS, read_settings
+from esper.compiler.operations import OPERATIONS, read_attributes
 from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
 from esper.contracts.errors import BlueprintError
 
@@ -84,7 +84,7 @@ def _blueprint(op, attributes, shape_in, shape_out, num_inputs, **changes):
     edges += [BlueprintEdge(node.id, "op", i) for i, node in enumerate(scales, start=1)]
     operation = OPERATIONS[op]
     draws = operation.draws_random(
-        read_settings(operation, BlueprintNode("n", op, attributes).attributes)
+        read_attributes(operation, BlueprintNode("n", op, attributes).attributes)
     )
     fields = {
         "id": op,

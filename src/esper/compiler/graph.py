@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from esper.compiler.operations import OPERATIONS, Operation, read_settings
+from esper.compiler.operations import OPERATIONS, Operation, read_attributes
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import INPUT, OUTPUT, BlueprintEdge, BlueprintIR, BlueprintNode
 from esper.contracts.errors import BlueprintError
@@ -134,7 +134,7 @@ def _settings_of(node: BlueprintNode) -> dict[str, Any]:
         msg = f"node {node.id!r}: no operation {node.op_type!r}; known: {', '.join(OPERATIONS)}"
         raise BlueprintError(msg)
     try:
-        return read_settings(operation, node.attributes)
+        return read_attributes(operation, node.attributes)
     except ValueError as error:
         msg = f"node {node.id!r} ({node.op_type}): {error}"
         raise BlueprintError(msg) from error

@@ -16,7 +16,7 @@ from typing import Any, Final
 from torch import nn
 
 from esper.compiler import parts, shape_rules
-from esper.compiler.shape_rules import Settings, Shape, ShapeRule
+from esper.compiler.shape_rules import Shape, ShapeRule, StepSettings
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK
 
 REQUIRED: Final = object()
@@ -40,15 +40,15 @@ class Attribute:
     spread: int = 0
 
 
-def _one_input(_settings: Settings, _inputs: tuple[Shape, ...], output: Shape) -> int:
+def _one_input(_settings: StepSettings, _inputs: tuple[Shape, ...], output: Shape) -> int:
     return math.prod(output)
 
 
-def _no_weights(_settings: Settings) -> int:
+def _no_weights(_settings: StepSettings) -> int:
     return 0
 
 
-def _never(_settings: Settings) -> bool:
+def _never(_settings: StepSettings) -> bool:
     return False
 
 
@@ -77,11 +77,11 @@ class Operation:
     num_inputs: tuple[int, int] = (1, 1)
     exchangeable: bool = False
     affine: bool = False
-    weights: Callable[[Settings], int] = _no_weights
+    weights: Callable[[StepSettings], int] = _no_weights
     has_tensors: bool = False
-    draws_random: Callable[[Settings], bool] = _never
-    work: Callable[[Settings, tuple[Shape, ...], Shape], int] = _one_input
-    rank: Callable[[Settings], int] | None = None
+    draws_random: Callable[[StepSettings], bool] = _never
+    work: Callable[[StepSettings, tuple[Shape, ...], Shape], int] = _one_input
+    rank: Callable[[StepSettings], int] | None = None
     shape: ShapeRule | None = None
 
 
@@ -160,7 +160,7 @@ def _linear() -> Operation:
 
 
 def _conv(build: type[nn.Module], axes: int) -> Operation:
-    def fan_in(s: Settings) -> int:
+    def fan_in(s: StepSettings) -> int:
         return int(s["in_channels"] // s["groups"] * math.prod(s["kernel_size"]))
 
     return Operation(
@@ -187,7 +187,7 @@ def _conv(build: type[nn.Module], axes: int) -> Operation:
 
 
 def _conv_transpose() -> Operation:
-    def work(s: Settings, inputs: tuple[Shape, ...], _output: Shape) -> int:
+    def work(s: StepSettings, inputs: tuple[Shape, ...], _output: Shape) -> int:
         each = s["out_channels"] // s["groups"] * math.prod(s["kernel_size"])
         return int(math.prod(inputs[0]) * each)
 
@@ -321,10 +321,10 @@ def _batch_norm() -> Operation:
 
 
 def _multihead_attention() -> Operation:
-    def weights(s: Settings) -> int:
+    def weights(s: StepSettings) -> int:
         return int(4 * s["embed_dim"] * (s["embed_dim"] + s["bias"]))
 
-    def work(s: Settings, inputs: tuple[Shape, ...], output: Shape) -> int:
+    def work(s: StepSettings, inputs: tuple[Shape, ...], output: Shape) -> int:
         return math.prod(output) * (4 * int(s["embed_dim"]) + 2 * inputs[-1][1])
 
     return Operation(
@@ -481,7 +481,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 """Every operation by its ``op_type``."""
 
 
-def read_settings(operation: Operation, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def read_attributes(operation: Operation, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings of an operation, defaults filled in, in the table's order.
 
     Raises:
@@ -510,12 +510,12 @@ def _read(name: str, attribute: Attribute, value: Any) -> Any:
     return value
 
 
-def build_module(operation: Operation, settings: Settings, **factory: Any) -> nn.Module:
+def build_module(operation: Operation, settings: StepSettings, **factory: Any) -> nn.Module:
     """Build the module of one step.
 
     Args:
         operation: From the table.
-        settings: As :func:`read_settings` returns them.
+        settings: As :func:`read_attributes` returns them.
         **factory: ``device`` and ``dtype``, for modules that have tensors.
 
     Raises:

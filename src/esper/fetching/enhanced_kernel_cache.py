@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import CacheError, KernelCorruptError, KernelRefusedError
-from esper.fetching.guarded_source import GuardedSource, guarded
+from esper.fetching.breaker_source import SourceBehindBreaker, behind_breaker
 from esper.fetching.kernel_cache import KernelCache
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class EnhancedKernelCache(KernelCache):
 
     Args:
         args: As for :class:`KernelCache`.
-        breaker: Guards the source; without one it is the one breaker of that source in this
-            process.
+        breaker: Counts the failures of the source; without one it is the one breaker of that
+            source in this process.
         quarantine_after: Failures in a row, at least 1.
         settings: As for :class:`KernelCache`.
 
@@ -65,7 +65,7 @@ class EnhancedKernelCache(KernelCache):
             raise ValueError(msg)
         self._own_breaker = breaker
         self._quarantine_after = quarantine_after
-        self._guard = _guard(self._source, breaker)
+        self._breaker_source = _behind(self._source, breaker)
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._quarantine: dict[str, str] = {}
         self._num_fetches = 0
@@ -77,12 +77,12 @@ class EnhancedKernelCache(KernelCache):
     @property
     def breaker(self) -> CircuitBreaker | None:
         """The breaker of the source; None where there is no source."""
-        return None if self._guard is None else self._guard.breaker
+        return None if self._breaker_source is None else self._breaker_source.breaker
 
     @property
     def retry_budget(self) -> RetryBudget | None:
         """What bounds the retries of all who ask the source; None where there is no source."""
-        return None if self._guard is None else self._guard.retry_budget
+        return None if self._breaker_source is None else self._breaker_source.retry_budget
 
     async def prewarm_async(
         self, artifact_ids: Iterable[str], *, num_at_once: int = 8
@@ -224,8 +224,8 @@ class EnhancedKernelCache(KernelCache):
             raise KernelRefusedError(msg, check="quarantine")
 
     def _ask_source(self, artifact_id: str) -> bytes:
-        assert self._guard is not None
-        return self._guard.fetch(artifact_id)
+        assert self._breaker_source is not None
+        return self._breaker_source.fetch(artifact_id)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
         began_s = self._clock.now()
@@ -315,10 +315,12 @@ def shared_cache(source: KernelSource | None) -> EnhancedKernelCache:
         return cache
 
 
-def _guard(source: KernelSource | None, breaker: CircuitBreaker | None) -> GuardedSource | None:
+def _behind(
+    source: KernelSource | None, breaker: CircuitBreaker | None
+) -> SourceBehindBreaker | None:
     if source is None:
         return None
-    return guarded(source) if breaker is None else GuardedSource(source, breaker)
+    return behind_breaker(source) if breaker is None else SourceBehindBreaker(source, breaker)
 
 
 _SHARED_LOCK: Final = threading.Lock()

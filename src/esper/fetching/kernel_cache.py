@@ -1,6 +1,6 @@
 """A cache of compiled kernels: each is fetched once, however many ask for it at a time.
 
-Entries are immutable artifacts; every seed makes its own parameters from them. One lock guards
+Entries are immutable artifacts; every seed makes its own parameters from them. One lock is for
 the tables and is never held while something is fetched, hashed or decoded. Waiting is for a
 *flight*: one fetch under way, a future that threads and event loops wait for alike.
 """

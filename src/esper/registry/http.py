@@ -27,7 +27,7 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.contracts.reference import check_digest
-from esper.registry.admission import MAX_ARTIFACT_BYTES
+from esper.registry.screening import MAX_ARTIFACT_BYTES
 from esper.registry.timed_transport import TimedTransport
 from esper.resilience.clock import MonotonicClock
 
