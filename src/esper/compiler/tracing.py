@@ -69,7 +69,7 @@ def _trace(kernel: nn.Module, input_spec: TensorSpec) -> None:
     try:
         with fake, torch.no_grad():
             functional_call(kernel, state, (x,))
-    except Exception as error:
+    except Exception as error:  # anybody's forward, and whatever torch makes of symbols in it
         msg = f"{_name_of(kernel)} does not trace over symbolic sizes: {error!s:.500}"
         raise KernelCompilationError(msg) from error
     _check_still_symbolic(kernel, input_spec, tuple(x.shape))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from esper.compiler.codec import decode_artifact
 from esper.contracts.errors import CacheError, KernelNotFoundError, KernelSourceUnavailable
 from esper.contracts.reference import check_digest
+from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
@@ -276,14 +277,11 @@ class KernelCache:
             if flight.is_claimed:
                 return  # it was called off
             flight.is_claimed = True
-        answer: CompiledKernelArtifact | _CalledOff | None = _CALLED_OFF
-        failure: Exception | None = None
+        outcome: _Outcome = Done(_CALLED_OFF)
         try:
-            answer = self._fetch(artifact_id)
-        except Exception as error:  # noqa: BLE001 - raised again for everyone who waits
-            failure = error
+            outcome = attempt(functools.partial(self._fetch, artifact_id))
         finally:  # an interrupt lands the flight as called off, and one who waits takes over
-            self._land(artifact_id, flight, answer, failure)
+            self._land(artifact_id, flight, outcome)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
         try:
@@ -296,24 +294,25 @@ class KernelCache:
         assert self._source is not None
         return self._source.fetch(artifact_id)
 
-    def _land(
-        self,
-        artifact_id: str,
-        flight: _Flight,
-        answer: CompiledKernelArtifact | _CalledOff | None,
-        failure: Exception | None,
-    ) -> None:
+    def _land(self, artifact_id: str, flight: _Flight, outcome: _Outcome) -> None:
+        """End a flight: keep what came of it, and tell everyone who waits."""
         now = self._clock.now()
         with self._lock:
             self._flights.pop(artifact_id, None)
-            if failure is None and answer is None:
-                self._remember_absent(artifact_id, until_s=now + self._negative_ttl_s)
-            elif answer is not None and not isinstance(answer, _CalledOff):
-                self._keep(artifact_id, answer)
-        if failure is None:
-            flight.landed.set_result(answer)
+            if isinstance(outcome, Done):
+                self._remember(artifact_id, outcome.value, now)
+        if isinstance(outcome, Failed):
+            flight.landed.set_exception(outcome.error)
         else:
-            flight.landed.set_exception(failure)
+            flight.landed.set_result(outcome.value)
+
+    def _remember(
+        self, artifact_id: str, answer: CompiledKernelArtifact | _CalledOff | None, now: float
+    ) -> None:
+        if answer is None:
+            self._remember_absent(artifact_id, until_s=now + self._negative_ttl_s)
+        elif not isinstance(answer, _CalledOff):
+            self._keep(artifact_id, answer)
 
     def _call_off_if_not_begun(self, artifact_id: str, flight: _Flight) -> None:
         """Let those who wait choose another to fetch, where the thread never came to run."""
@@ -378,6 +377,7 @@ class _CalledOff:
 
 
 _CALLED_OFF: Final = _CalledOff()
+_Outcome = Done["CompiledKernelArtifact | _CalledOff | None"] | Failed
 
 
 class _Flight:

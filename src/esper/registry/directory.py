@@ -18,7 +18,7 @@ import json
 import secrets
 import sqlite3
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,12 +84,11 @@ class DirectoryRegistry:
                 self._make_directory(directory)
             lock, alone = self._disk.lock(self._root / "lock")
             self._closing = weakref.finalize(self, _close, self._disk, self._index, lock)
-            try:
+            with ExitStack() as undo:
+                undo.callback(self.close)
                 self._recover(alone=alone)
                 self._disk.share(lock)
-            except BaseException:
-                self.close()
-                raise
+                undo.pop_all()
 
     @property
     def root(self) -> Path:
@@ -273,7 +272,8 @@ class DirectoryRegistry:
     def _store(self, data: bytes, screened: Screened) -> None:
         digest = screened.digest
         part = self._blobs / f".{digest}.{secrets.token_hex(8)}{_PART}"
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._clear_up, part)
             self._write(part, data)
             with self._index.transaction():
                 self._disk.rename(part, self._blobs / digest)
@@ -287,10 +287,11 @@ class DirectoryRegistry:
                     json.dumps(screened.metadata.to_document(), sort_keys=True),
                     screened.record,
                 )
-        except BaseException:
-            with suppress(OSError):  # it is cleared up when the registry is opened again
-                self._disk.remove(part)
-            raise
+            undo.pop_all()
+
+    def _clear_up(self, part: Path) -> None:
+        with suppress(OSError):  # what stays is removed when the registry is opened again
+            self._disk.remove(part)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write a file whose bytes survive a power failure, though its name may not."""
