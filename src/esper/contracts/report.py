@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts.intervals import Interval, mean_interval
 from esper.contracts.lifecycle import GraftStage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import GraftVerdict
 
 REPORT_FORMAT_VERSION: Final = 1
 ARMS: Final = ("host", "grown", "random", "scratch")
@@ -71,7 +74,7 @@ class GraftRecord:
     blueprint: str
     artifact_id: str
     stage: GraftStage
-    verdict: str
+    verdict: GraftVerdict
     reason: str
     parameters: int
     germinated_at: int
@@ -128,7 +131,7 @@ class RunReport:
         overhead_share: All work spent on growing over all work, in [0, 1].
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     updates: int
     evaluations: tuple[Evaluation, ...] = ()
     grafts: tuple[GraftRecord, ...] = ()
@@ -322,8 +325,8 @@ class DemoReport:
     ranking_spearman: float | None = None
     export_max_rel_diff: float | None = None
     dormant_identical: bool | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     runs: tuple[ArmRun, ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
