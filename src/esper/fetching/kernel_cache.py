@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 
 from esper.compiler.codec import decode_artifact
 from esper.contracts.errors import CacheError, KernelNotFoundError, KernelSourceUnavailable
@@ -23,7 +23,7 @@ from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import Clock, KernelSource
@@ -38,6 +38,50 @@ class Decode(Protocol):
     def __call__(self, data: bytes, *, artifact_id: str) -> CompiledKernelArtifact:
         """Decode one artifact."""
         ...
+
+
+class CacheSettings(TypedDict, total=False):
+    """What a :class:`KernelCache` is made of, by keyword; see there."""
+
+    max_cache_size_mb: float
+    max_entries: int
+    source: KernelSource | None
+    decode: Decode
+    clock: Clock | None
+    negative_ttl_s: float
+
+
+class CacheStats(TypedDict):
+    """What :meth:`KernelCache.get_stats` returns.
+
+    Every call of ``load_kernel`` adds one to one of the first four, and one more where a fetch
+    that it waited for was called off.
+
+    Attributes:
+        hits: Calls that were served from the cache.
+        negative_hits: Calls that were told from memory that there is no such kernel.
+        misses: Calls that fetched.
+        single_flight_waits: Calls that waited for another's fetch.
+        evictions: Entries that had to go to make room.
+        oversize: Artifacts that were served and not kept.
+        entries: Artifacts held now.
+        max_entries: How many may be held.
+        size_bytes: Bytes of all artifacts held.
+        max_size_bytes: How many bytes may be held.
+        pinned: Ids that are pinned now.
+    """
+
+    hits: int
+    negative_hits: int
+    misses: int
+    single_flight_waits: int
+    evictions: int
+    oversize: int
+    entries: int
+    max_entries: int
+    size_bytes: int
+    max_size_bytes: int
+    pinned: int
 
 
 class KernelCache:
@@ -198,14 +242,8 @@ class KernelCache:
             else:
                 del self._pins[artifact_id]
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return counts since the start, and what is held now.
-
-        Every call of ``load_kernel`` adds one to ``hits``, ``negative_hits``, ``misses`` (it
-        fetched) or ``single_flight_waits`` (it waited for another's fetch), and one more where
-        that fetch was called off. ``oversize`` counts what was served and not kept, ``pinned``
-        the ids that are pinned, ``size_bytes`` the bytes of all artifacts held.
-        """
+    def get_stats(self) -> CacheStats:
+        """Return counts since the start, and what is held now."""
         with self._lock:
             return {
                 "hits": self._num_hits,
@@ -224,16 +262,15 @@ class KernelCache:
     def __copy__(self) -> KernelCache:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> KernelCache:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(
-            type(self), self.max_cache_size_mb, self.max_entries, **self._settings()
-        )
-        return make, ()
+    def __reduce__(self) -> tuple[object, ...]:
+        build: Callable[..., KernelCache] = type(self)
+        sizes = (self.max_cache_size_mb, self.max_entries)
+        return functools.partial(build, *sizes, **self._settings()), ()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         """Return the keyword arguments that make a cache like this one."""
         return {
             "source": self._source,

@@ -20,7 +20,7 @@ import sqlite3
 import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format, reference
 from esper.contracts.artifact import KernelMetadata
@@ -100,7 +100,7 @@ class DirectoryRegistry:
         data: bytes,
         *,
         digest: str | None = None,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
     ) -> str:
         """Publish one artifact; see :class:`~esper.contracts.ports.Registry`."""
         screened = screen(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
@@ -208,7 +208,9 @@ class DirectoryRegistry:
         removed = []
         with self._reporting("collect"), self._index.transaction():
             now = self._wall_s()
-            condemned = dict(self._index.rows("SELECT digest, since_s FROM condemned"))
+            condemned: dict[str, float] = dict(
+                self._index.rows("SELECT digest, since_s FROM condemned")
+            )
             unreferenced = self._stored() - self._published()
             for digest in sorted(unreferenced & condemned.keys()):
                 if now - condemned[digest] >= grace_s:
@@ -238,7 +240,7 @@ class DirectoryRegistry:
         """Give back files and connections; see :class:`~esper.contracts.ports.Registry`."""
         self._closing()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Travel as an address: a copy opens the same directory."""
         return DirectoryRegistry, (self._root,)
 

@@ -10,13 +10,13 @@ import os
 import sqlite3
 import threading
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from esper.registry.disk import Disk
+    from esper.registry.disk import Disk, Row
 
 FORMAT_VERSION: Final = 1
 
@@ -73,7 +73,7 @@ class Index:
                 for statement in _SCHEMA:
                     self.rows(statement)
 
-    def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, *values: object) -> list[Row]:
         """Run one statement and return its rows.
 
         Raises:

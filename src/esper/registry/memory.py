@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from esper.contracts import reference
 from esper.contracts.ports import RegistryCheck, RegistryEntry, TagMove
@@ -47,7 +47,7 @@ class MemoryRegistry:
         data: bytes,
         *,
         digest: str | None = None,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
     ) -> str:
         """Publish one artifact; see :class:`~esper.contracts.ports.Registry`."""
         screened = screen(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
@@ -147,10 +147,10 @@ class MemoryRegistry:
     def close(self) -> None:
         """Do nothing: there is nothing to give back."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
     def _expect_published(self, digest: str) -> None:

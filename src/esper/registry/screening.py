@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format
 from esper.contracts.artifact import KernelMetadata
@@ -34,7 +34,7 @@ class Screened:
 
 
 def screen(
-    data: bytes, *, digest: str | None, record: Mapping[str, Any] | None, max_bytes: int
+    data: bytes, *, digest: str | None, record: Mapping[str, object] | None, max_bytes: int
 ) -> Screened:
     """Check an artifact from end to end.
 
@@ -60,7 +60,7 @@ def screen(
     return Screened(digest=found, metadata=metadata, record=_as_json(record or {}))
 
 
-def _as_json(record: Mapping[str, Any]) -> str:
+def _as_json(record: Mapping[str, object]) -> str:
     try:
         return json.dumps(dict(record), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -20,7 +20,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, Self, TypeVar
 
 from esper.contracts.errors import CircuitOpenError
 from esper.resilience.attempt import Failed, attempt
@@ -249,18 +249,18 @@ class CircuitBreaker:
         self._tell(moves)
         return stats
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         now = self._clock.now()
         with self._lock:
             state = self.__dict__ | {
                 "_outcomes": self._outcomes.copy(),
                 "_counts": {**self._counts},
             }
+            left_s = self._until_s - now
         del state["_lock"]
-        left_s = state["_until_s"] - now
         return state | {"_until_s": left_s, "_probes_out": 0, "_moves": [], "_on_transition": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._until_s += self._clock.now()
         self._lock = threading.Lock()
