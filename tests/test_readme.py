@@ -1,5 +1,6 @@
 """The documents: what they show runs, and what they name exists."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -72,12 +73,47 @@ def test_documents_name_files_that_exist(name):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_architecture_has_every_file_of_every_room():
-    """The map names each module in its room's row, and none that is not there."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 200
-    rows = re.findall(r"^\| `(\w+)` \|(.*)$", text, flags=re.MULTILINE)
-    named = {room: set(re.findall(r"`(\w+)`", row)) for room, row in rows}
-    rooms = [path.parent for path in (ROOT / "src" / "esper").glob("*/__init__.py")]
-    found = {room.name: {path.stem for path in room.glob("[!_]*.py")} for room in rooms}
-    assert {room: named.get(room) for room in found} == found
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+SOURCES = ROOT / "src" / "esper"
+
+
+def _map():
+    """Return the files that the map names, by room, in its order; a file named twice is twice."""
+    text = ARCHITECTURE.partition("## The map")[2].partition("To change ...")[0]
+    rooms = re.findall(
+        r"^- \*\*(\w+)\*\*:(.*?)(?=^- \*\*|\Z)", text, flags=re.DOTALL | re.MULTILINE
+    )
+    return {room: re.findall(r"`(\w+)`", body) for room, body in rooms}
+
+
+def test_the_map_names_every_file_once_and_none_that_is_not_there():
+    """Room by room, the map has each module exactly once."""
+    assert len(ARCHITECTURE.splitlines()) < 200
+    found = {
+        path.parent.name: sorted(each.stem for each in path.parent.glob("[!_]*.py"))
+        for path in SOURCES.glob("*/__init__.py")
+    }
+    assert {room: sorted(files) for room, files in _map().items()} == found
+
+
+def test_the_map_leads_from_ten_changes_to_files_that_it_names():
+    """A newcomer's change has a line that says where it goes, and the map knows that place."""
+    table = ARCHITECTURE.partition("To change ...")[2].partition("\n\n[")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \|$", table, flags=re.MULTILINE)
+    named = [path for _, paths in rows for path in re.findall(r"`(\w+)/(\w+)\.py`", paths)]
+    assert len(rows) >= 10
+    assert [f"{room}/{file}" for room, file in named if file not in _map()[room]] == []
+
+
+def test_no_cell_or_paragraph_of_the_map_is_a_wall_of_text():
+    """Nobody reads a cell of two thousand characters."""
+    assert max(len(line) for line in ARCHITECTURE.splitlines()) <= 120
+    assert max(map(len, ARCHITECTURE.split("\n\n- **")[1].split("\n\n")[0].split("\n- **"))) <= 700
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in SOURCES.glob("*/__init__.py")))
+def test_each_room_says_what_lives_there_and_where_its_door_is(room):
+    """In at most ten lines, before any code."""
+    doc = ast.get_docstring(ast.parse((SOURCES / room / "__init__.py").read_text()))
+    assert len(doc.splitlines()) <= 10
+    assert "door" in doc or _map()[room] == []

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.compiler.operations import OPERATIONS, build_module, read_settings
+from esper.compiler.operations import OPERATIONS, build_module, read_attributes
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -16,7 +16,7 @@ def _really(op, attributes, shapes):
     """Run the module on real tensors; None where it refuses them."""
     operation = OPERATIONS[op]
     try:
-        module = build_module(operation, read_settings(operation, attributes), **CPU)
+        module = build_module(operation, read_attributes(operation, attributes), **CPU)
         return tuple(module(*(torch.zeros(shape) for shape in shapes)).shape)
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return None
@@ -25,7 +25,7 @@ def _really(op, attributes, shapes):
 def _by_rule(op, attributes, shapes):
     operation = OPERATIONS[op]
     try:
-        return operation.shape(read_settings(operation, attributes), tuple(shapes))
+        return operation.shape(read_attributes(operation, attributes), tuple(shapes))
     except ValueError:
         return None
 

@@ -20,8 +20,8 @@ from esper.contracts.errors import (
     KernelSourceSuspended,
     KernelSourceUnavailable,
 )
+from esper.fetching.breaker_source import ANSWERS, behind_breaker
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache, shared_cache
-from esper.fetching.guarded_source import ANSWERS, guarded
 from esper.fetching.kernel_cache import KernelCache
 from esper.resilience.circuit_breaker import CircuitBreaker
 from esper.resilience.clock import ManualClock
@@ -176,7 +176,7 @@ def test_a_digest_mismatch_is_no_failure_of_the_source(cache, shelf):
 def test_one_breaker_for_one_source(shelf, clock):
     """Caches of one source share its breaker, those of another have another's."""
     first, second = EnhancedKernelCache(source=shelf), EnhancedKernelCache(source=shelf)
-    assert first.breaker is second.breaker is guarded(shelf).breaker
+    assert first.breaker is second.breaker is behind_breaker(shelf).breaker
     assert EnhancedKernelCache(source=Shelf(clock)).breaker is not first.breaker
     assert EnhancedKernelCache().breaker is None
     assert EnhancedKernelCache().get_stats()["breaker_state"] is None

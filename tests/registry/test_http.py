@@ -388,11 +388,11 @@ def test_numbers_out_of_range_are_refused(settings):
 
 
 def test_an_address_says_which_source():
-    """open_source gives a source for HTTP, and the registry for what open takes."""
-    source = registry.open_source("HTTPS://kernels.example/prefix/")
+    """open_registry gives a source for HTTP, and the registry for what open takes."""
+    source = registry.open_registry("HTTPS://kernels.example/prefix/")
 
     assert isinstance(source, HttpKernelSource)
     assert source.base_url == "HTTPS://kernels.example/prefix"
-    assert isinstance(registry.open_source("memory:"), MemoryRegistry)
-    with pytest.raises(ValueError, match="open_source"):
+    assert isinstance(registry.open_registry("memory:"), MemoryRegistry)
+    with pytest.raises(ValueError, match="open_registry"):
         registry.open("http://kernels.example")

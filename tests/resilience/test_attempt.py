@@ -1,8 +1,10 @@
 """The fence around foreign code tells what came of it, and lets an interrupt through."""
 
+import asyncio
+
 import pytest
 
-from esper.resilience.attempt import Done, Failed, attempt
+from esper.resilience.attempt import Done, Failed, attempt, attempt_async
 
 
 def test_a_value_comes_back_as_done():
@@ -29,3 +31,21 @@ def test_an_interrupt_is_no_answer(error):
 
     with pytest.raises(error):
         attempt(interrupted)
+
+
+def test_awaited_code_has_the_same_fence():
+    """A value, an error and a cancellation come through as they do around a plain function."""
+
+    async def returns():
+        return 3
+
+    async def fails():
+        raise ConnectionError("gone")
+
+    async def is_cancelled():
+        raise asyncio.CancelledError
+
+    assert asyncio.run(attempt_async(returns)) == Done(3)
+    assert str(asyncio.run(attempt_async(fails))) == "ConnectionError: gone"
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(attempt_async(is_cancelled))

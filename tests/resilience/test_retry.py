@@ -62,14 +62,14 @@ def retry(clock, slept):
     return Retry(POLICIES, budget=budget, sleep=sleep, sleep_async=sleep_async, rng=LongestRandom())
 
 
-def call(retry, endpoint, how, deadline=None):
+def call(retry, endpoint, how, **settings):
     if how == "sync":
-        return retry.call(endpoint, deadline=deadline)
+        return retry.call(endpoint, **settings)
 
     async def endpoint_async():
         return endpoint()
 
-    return asyncio.run(retry.call_async(endpoint_async, deadline=deadline))
+    return asyncio.run(retry.call_async(endpoint_async, **settings))
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
@@ -79,6 +79,28 @@ def test_transient_errors_are_retried_until_the_answer(retry, slept, how):
     assert call(retry, endpoint, how) == "answer"
     assert endpoint.num_calls == 4
     assert slept == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_who_asked_is_told_of_each_retry(retry, how):
+    """Its number, from 1, and the error that it answers; of an error without a retry, nothing."""
+    first, second = ConnectionError("first"), ConnectionResetError("second")
+    told = []
+    endpoint = Endpoint(first, second, ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        call(retry, endpoint, how, on_retry=lambda number, error: told.append((number, error)))
+    assert told == [(1, first), (2, second)]
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_an_interrupt_is_never_repeated(slept, how):
+    """Whatever has a policy: what is no Exception goes through at once."""
+    retry = Retry({Exception: RetryPolicy()}, sleep=slept.append)
+    endpoint = Endpoint(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        call(retry, endpoint, how)
+    assert endpoint.num_calls == 1
+    assert slept == []
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
@@ -126,7 +148,7 @@ def test_no_wait_ends_after_the_deadline(retry, slept, clock, how):
     deadline = Deadline.after(3.0, clock)
     endpoint = Endpoint(*[ConnectionError() for _ in range(9)])
     with pytest.raises(ConnectionError):
-        call(retry, endpoint, how, deadline)
+        call(retry, endpoint, how, deadline=deadline)
     assert slept == [1.0]  # 1 and then 2 would be 3
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
 from typing import TYPE_CHECKING
+
+from esper.resilience.attempt import Failed, attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -50,10 +53,9 @@ class EventBus:
             self._num_published += 1
             sinks = tuple(self._sinks.values())
         for sink in sinks:
-            try:
-                sink.publish(event)
-            except Exception:  # noqa: BLE001 - foreign code; counted, never the publisher's
-                self._count_failure(sink, event)
+            taken = attempt(functools.partial(sink.publish, event))
+            if isinstance(taken, Failed):
+                self._count_failure(sink, event, taken.error)
 
     def subscribe(self, sink: EventSink) -> Callable[[], None]:
         """Add a sink at the end.
@@ -71,8 +73,9 @@ class EventBus:
 
         return unsubscribe
 
-    def _count_failure(self, sink: EventSink, event: Event) -> None:
-        """Count and log the exception that is being handled."""
+    def _count_failure(self, sink: EventSink, event: Event, error: Exception) -> None:
+        """Count an exception and log it with its traceback."""
         with self._lock:
             self._num_failures += 1
-        _LOG.exception("%s failed on a %r event; the run goes on", type(sink).__name__, event.kind)
+        msg = "%s failed on a %r event; the run goes on"
+        _LOG.error(msg, type(sink).__name__, event.kind, exc_info=error)

@@ -7,7 +7,7 @@ decoded gives the same bytes. Whatever breaks a rule is refused before it become
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from esper.contracts import artifact_format, canonical_json
 from esper.contracts.artifact import CompiledKernelArtifact, KernelMetadata
 from esper.contracts.artifact_format import TensorBytes
 from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.canonical_json import JsonObject
 from esper.contracts.errors import BlueprintError, KernelCorruptError
 
 _HEADER_KEYS: Final = {"format_version", "kind", "blueprint", "metadata"}
@@ -92,7 +93,7 @@ def decode_artifact(data: bytes, *, artifact_id: str | None = None) -> CompiledK
     )
 
 
-def _read_header(header: dict[str, Any]) -> tuple[BlueprintIR, KernelMetadata]:
+def _read_header(header: JsonObject) -> tuple[BlueprintIR, KernelMetadata]:
     if header.keys() != _HEADER_KEYS or header["kind"] != _KIND:
         msg = f"an artifact's header has the fields {sorted(_HEADER_KEYS)}, found {sorted(header)}"
         raise KernelCorruptError(msg)

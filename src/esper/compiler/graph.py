@@ -12,9 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
-from esper.compiler.operations import OPERATIONS, Operation, read_settings
+from esper.compiler.operations import OPERATIONS, Operation, read_attributes
+from esper.compiler.shape_rules import StepSettings
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import INPUT, OUTPUT, BlueprintEdge, BlueprintIR, BlueprintNode
 from esper.contracts.errors import BlueprintError
@@ -36,7 +37,7 @@ class Step:
 
     id: str
     op_type: str
-    settings: Mapping[str, Any]
+    settings: StepSettings
     inputs: tuple[int, ...]
 
     @property
@@ -128,13 +129,13 @@ def _nodes_by_id(blueprint: BlueprintIR) -> dict[str, BlueprintNode]:
     return nodes
 
 
-def _settings_of(node: BlueprintNode) -> dict[str, Any]:
+def _settings_of(node: BlueprintNode) -> StepSettings:
     operation = OPERATIONS.get(node.op_type)
     if operation is None:
         msg = f"node {node.id!r}: no operation {node.op_type!r}; known: {', '.join(OPERATIONS)}"
         raise BlueprintError(msg)
     try:
-        return read_settings(operation, node.attributes)
+        return read_attributes(operation, node.attributes)
     except ValueError as error:
         msg = f"node {node.id!r} ({node.op_type}): {error}"
         raise BlueprintError(msg) from error

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, final
+from typing import Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from esper.contracts.artifact import CompiledKernelArtifact
 from esper.contracts.artifact_format import TensorBytes
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, KernelCorruptError
+
+T = TypeVar("T")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 META: Final = torch.device("meta")
 CPU: Final = torch.device("cpu")
@@ -137,13 +140,16 @@ def instantiate(
 
 def duplicate(kernel: LoweredKernel) -> LoweredKernel:
     """Return a copy with tensors of its own, at a third of what ``copy.deepcopy`` takes."""
-    made: LoweredKernel = _structure_of(kernel)
+    made = _structure_of(kernel)
     for module in made.modules():
-        for table in (module._parameters, module._buffers):  # noqa: SLF001 - past properties
-            tensors: Any = table
-            for name, tensor in tensors.items():
-                tensors[name] = copy.deepcopy(tensor)
+        _copy_values_(module._parameters)  # noqa: SLF001 - past properties
+        _copy_values_(module._buffers)  # noqa: SLF001 - past properties
     return made
+
+
+def _copy_values_(table: dict[str, T]) -> None:
+    for name, value in table.items():
+        table[name] = copy.deepcopy(value)
 
 
 def tensor_of(stored: TensorBytes) -> Tensor:
@@ -231,8 +237,7 @@ def _assign_(kernel: LoweredKernel, tensors: Mapping[str, Tensor]) -> None:
 
 def _meta_kernel(made: Plan) -> LoweredKernel:
     """Return a kernel without memory: a copy of one that was built, which costs a tenth of that."""
-    kernel: LoweredKernel = _structure_of(_prototype(made.blueprint))
-    return kernel
+    return _structure_of(_prototype(made.blueprint))
 
 
 @lru_cache(maxsize=256)
@@ -242,11 +247,14 @@ def _prototype(blueprint: BlueprintIR) -> LoweredKernel:
     return LoweredKernel(blueprint, wiring, _meta_modules(made))
 
 
-def _structure_of(module: Any) -> Any:
+def _structure_of(module: ModuleT) -> ModuleT:
     """Return a copy of a module that shares its tensors, which are to be replaced, and no table."""
     made = object.__new__(type(module))
     tables = {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()}
-    children = {name: _structure_of(child) for name, child in module._modules.items()}  # noqa: SLF001 - past properties
+    children = {
+        name: child if child is None else _structure_of(child)
+        for name, child in module._modules.items()  # noqa: SLF001 - past properties
+    }
     made.__dict__.update(tables, _modules=children)
     return made
 

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from torch import nn
 
 from esper.compiler import parts, shape_rules
-from esper.compiler.shape_rules import Settings, Shape, ShapeRule
+from esper.compiler.shape_rules import Shape, ShapeRule, StepSettings
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK
 
 REQUIRED: Final = object()
@@ -35,20 +35,20 @@ class Attribute:
     """
 
     words: str
-    accepts: Callable[[Any], bool]
-    default: Any = REQUIRED
+    accepts: Callable[[object], bool]
+    default: object = REQUIRED
     spread: int = 0
 
 
-def _one_input(_settings: Settings, _inputs: tuple[Shape, ...], output: Shape) -> int:
+def _one_input(_settings: StepSettings, _inputs: tuple[Shape, ...], output: Shape) -> int:
     return math.prod(output)
 
 
-def _no_weights(_settings: Settings) -> int:
+def _no_weights(_settings: StepSettings) -> int:
     return 0
 
 
-def _never(_settings: Settings) -> bool:
+def _never(_settings: StepSettings) -> bool:
     return False
 
 
@@ -77,26 +77,26 @@ class Operation:
     num_inputs: tuple[int, int] = (1, 1)
     exchangeable: bool = False
     affine: bool = False
-    weights: Callable[[Settings], int] = _no_weights
+    weights: Callable[[StepSettings], int] = _no_weights
     has_tensors: bool = False
-    draws_random: Callable[[Settings], bool] = _never
-    work: Callable[[Settings, tuple[Shape, ...], Shape], int] = _one_input
-    rank: Callable[[Settings], int] | None = None
+    draws_random: Callable[[StepSettings], bool] = _never
+    work: Callable[[StepSettings, tuple[Shape, ...], Shape], int] = _one_input
+    rank: Callable[[StepSettings], int] | None = None
     shape: ShapeRule | None = None
 
 
-def _integer(low: int, high: int, default: Any = REQUIRED) -> Attribute:
-    def accepts(value: Any) -> bool:
+def _integer(low: int, high: int, default: object = REQUIRED) -> Attribute:
+    def accepts(value: object) -> bool:
         return type(value) is int and low <= value <= high
 
     return Attribute(words=f"an integer from {low} to {high}", accepts=accepts, default=default)
 
 
-def _number(low: float, high: float, default: Any = REQUIRED) -> Attribute:
+def _number(low: float, high: float, default: object = REQUIRED) -> Attribute:
     """A number above or at ``low``, below or at ``high``; an integer is taken as a float."""
 
-    def accepts(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high
+    def accepts(value: object) -> bool:
+        return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
     return Attribute(words=f"a number from {low:g} to {high:g}", accepts=accepts, default=default)
 
@@ -105,7 +105,7 @@ def _flag(default: bool) -> Attribute:  # noqa: FBT001 - the default is the one 
     return Attribute(words="true or false", accepts=lambda v: type(v) is bool, default=default)
 
 
-def _choice(*options: str, default: Any = REQUIRED) -> Attribute:
+def _choice(*options: str, default: object = REQUIRED) -> Attribute:
     return Attribute(
         words=f"one of {', '.join(options)}",
         accepts=lambda v: type(v) is str and v in options,
@@ -114,13 +114,15 @@ def _choice(*options: str, default: Any = REQUIRED) -> Attribute:
 
 
 def _integers(
-    low: int, high: int, default: Any = REQUIRED, *, count: int = 0, words: tuple[str, ...] = ()
+    low: int, high: int, default: object = REQUIRED, *, count: int = 0, words: tuple[str, ...] = ()
 ) -> Attribute:
     """A list of integers: ``count`` of them (a single one is repeated), or 1 to 8 if 0."""
 
-    def accepts(value: Any) -> bool:
-        if type(value) is str:
+    def accepts(value: object) -> bool:
+        if isinstance(value, str):
             return value in words
+        if not isinstance(value, tuple):
+            return False
         right = len(value) == count if count else 1 <= len(value) <= MAX_RANK
         return right and all(type(v) is int and low <= v <= high for v in value)
 
@@ -128,7 +130,7 @@ def _integers(
     described = " or ".join([f"{many} from {low} to {high}", *map(repr, words)])
     return Attribute(
         words=described,
-        accepts=lambda v: type(v) in (tuple, str) and accepts(v),
+        accepts=accepts,
         default=default,
         spread=count or 1,
     )
@@ -160,7 +162,7 @@ def _linear() -> Operation:
 
 
 def _conv(build: type[nn.Module], axes: int) -> Operation:
-    def fan_in(s: Settings) -> int:
+    def fan_in(s: StepSettings) -> int:
         return int(s["in_channels"] // s["groups"] * math.prod(s["kernel_size"]))
 
     return Operation(
@@ -187,7 +189,7 @@ def _conv(build: type[nn.Module], axes: int) -> Operation:
 
 
 def _conv_transpose() -> Operation:
-    def work(s: Settings, inputs: tuple[Shape, ...], _output: Shape) -> int:
+    def work(s: StepSettings, inputs: tuple[Shape, ...], _output: Shape) -> int:
         each = s["out_channels"] // s["groups"] * math.prod(s["kernel_size"])
         return int(math.prod(inputs[0]) * each)
 
@@ -321,10 +323,10 @@ def _batch_norm() -> Operation:
 
 
 def _multihead_attention() -> Operation:
-    def weights(s: Settings) -> int:
+    def weights(s: StepSettings) -> int:
         return int(4 * s["embed_dim"] * (s["embed_dim"] + s["bias"]))
 
-    def work(s: Settings, inputs: tuple[Shape, ...], output: Shape) -> int:
+    def work(s: StepSettings, inputs: tuple[Shape, ...], output: Shape) -> int:
         return math.prod(output) * (4 * int(s["embed_dim"]) + 2 * inputs[-1][1])
 
     return Operation(
@@ -353,7 +355,7 @@ def _pool(kind: str) -> Operation:
     if kind == "Max":
         classes[1] = parts.MaxPool1d
 
-    def build(*, dims: int, stride: int, **settings: Any) -> nn.Module:
+    def build(*, dims: int, stride: int, **settings: object) -> nn.Module:
         module: nn.Module = classes[dims](**settings, stride=stride or None)
         return module
 
@@ -481,7 +483,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 """Every operation by its ``op_type``."""
 
 
-def read_settings(operation: Operation, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def read_attributes(operation: Operation, attributes: Mapping[str, object]) -> StepSettings:
     """Return all settings of an operation, defaults filled in, in the table's order.
 
     Raises:
@@ -498,7 +500,7 @@ def read_settings(operation: Operation, attributes: Mapping[str, Any]) -> dict[s
     }
 
 
-def _read(name: str, attribute: Attribute, value: Any) -> Any:
+def _read(name: str, attribute: Attribute, value: object) -> object:
     if value is REQUIRED:
         msg = f"attribute {name!r} is missing; give {attribute.words}"
         raise ValueError(msg)
@@ -510,12 +512,12 @@ def _read(name: str, attribute: Attribute, value: Any) -> Any:
     return value
 
 
-def build_module(operation: Operation, settings: Settings, **factory: Any) -> nn.Module:
+def build_module(operation: Operation, settings: StepSettings, **factory: object) -> nn.Module:
     """Build the module of one step.
 
     Args:
         operation: From the table.
-        settings: As :func:`read_settings` returns them.
+        settings: As :func:`read_attributes` returns them.
         **factory: ``device`` and ``dtype``, for modules that have tensors.
 
     Raises:

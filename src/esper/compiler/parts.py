@@ -6,7 +6,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import nn
@@ -184,12 +184,20 @@ class MaxPool1d(nn.Module):
     not.
 
     Args:
-        **settings: Those of torch.nn.MaxPool1d.
+        kernel_size: Length of a window.
+        stride: From one window to the next; ``kernel_size`` if None.
+        padding: Elements before and after, at most half of ``kernel_size``.
+        dilation: From one element of a window to the next.
+        ceil_mode: Whether a last window that is not whole counts.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(
+        self, *, kernel_size: int, stride: int | None, padding: int, dilation: int, ceil_mode: bool
+    ) -> None:
         super().__init__()
-        self.pool = nn.MaxPool1d(**settings, return_indices=True)
+        self.pool = nn.MaxPool1d(
+            kernel_size, stride, padding, dilation, return_indices=True, ceil_mode=ceil_mode
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the maximum of each window of x, shape (batch, channels, length)."""

@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
-Settings = Mapping[str, Any]
+StepSettings = Mapping[str, Any]
+"""All attributes of one operation, defaults filled in."""
 Shape = tuple[int, ...]
-ShapeRule = Callable[[Settings, tuple[Shape, ...]], Shape]
+ShapeRule = Callable[[StepSettings, tuple[Shape, ...]], Shape]
 
 
-def unchanged(_settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def unchanged(_settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the only input."""
     return inputs[0]
 
 
-def broadcast(_settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def broadcast(_settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape that all inputs broadcast to: axes from the end, equal or 1."""
     axes = list(zip_longest(*(reversed(shape) for shape in inputs), fillvalue=1))
     for sizes in axes:
@@ -33,13 +34,13 @@ def broadcast(_settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return tuple(max(sizes) for sizes in reversed(axes))
 
 
-def linear(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def linear(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The input's shape with its last axis replaced."""
     _expect_axis(inputs[0], -1, settings["in_features"])
     return (*inputs[0][:-1], int(settings["out_features"]))
 
 
-def trailing_norm(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def trailing_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the input, which ends in ``normalized_shape``."""
     wanted = settings["normalized_shape"]
     if inputs[0][-len(wanted) :] != wanted:
@@ -48,14 +49,14 @@ def trailing_norm(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return inputs[0]
 
 
-def group_norm(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def group_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the input, whose channels the groups divide."""
     _expect_divides("num_groups", settings["num_groups"], settings["num_channels"])
     _expect_axis(inputs[0], 1, settings["num_channels"])
     return inputs[0]
 
 
-def batch_norm(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def batch_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the input: (batch, channels, *dims axes), or (batch, channels) for one."""
     dims = settings["dims"]
     if len(inputs[0]) not in ({2, 3} if dims == 1 else {dims + 2}):
@@ -65,7 +66,7 @@ def batch_norm(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return inputs[0]
 
 
-def attention(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def attention(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the query; key and value are alike in batch, length and features."""
     _expect_divides("num_heads", settings["num_heads"], settings["embed_dim"])
     for shape in inputs:
@@ -76,7 +77,7 @@ def attention(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return inputs[0]
 
 
-def convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """Batch, ``out_channels``, and per axis floor((n + 2p - d (k - 1) - 1) / s) + 1."""
     batch, _, *sizes = inputs[0]
     _expect_divides("groups", settings["groups"], settings["in_channels"])
@@ -95,7 +96,7 @@ def convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
     return (batch, settings["out_channels"], *spatial)
 
 
-def transposed_convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def transposed_convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """Batch, ``out_channels``, and per axis (n - 1) s - 2p + d (k - 1) + output padding + 1."""
     batch, _, *sizes = inputs[0]
     _expect_divides("groups", settings["groups"], settings["in_channels"])
@@ -115,13 +116,13 @@ def transposed_convolution(settings: Settings, inputs: tuple[Shape, ...]) -> Sha
     return (batch, settings["out_channels"], *spatial)
 
 
-def diagonal(settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def diagonal(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """The shape of the input, whose axis ``dim`` has ``num_features``."""
     _expect_axis(inputs[0], settings["dim"], settings["num_features"])
     return inputs[0]
 
 
-def _paddings(settings: Settings) -> list[tuple[int, int]]:
+def _paddings(settings: StepSettings) -> list[tuple[int, int]]:
     """Elements before and after each axis; torch puts the odd one of "same" behind."""
     padding = settings["padding"]
     if padding == "same":

@@ -16,7 +16,7 @@ import torch
 
 from esper.compiler.graph import Plan, Step
 from esper.compiler.operations import Operation, build_module
-from esper.compiler.shape_rules import Settings, Shape
+from esper.compiler.shape_rules import Shape, StepSettings
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK, OUTPUT, BlueprintIR, TensorSpec
 from esper.contracts.errors import BlueprintError
 
@@ -129,7 +129,7 @@ def _shape_after(step: Step, inputs: tuple[Shape, ...]) -> Shape:
         raise BlueprintError(msg) from error
 
 
-def _ask_meta(operation: Operation, settings: Settings, inputs: tuple[Shape, ...]) -> Shape:
+def _ask_meta(operation: Operation, settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     module = build_module(operation, settings)
     with torch.no_grad():
         return tuple(module(*(torch.empty(shape, device="meta") for shape in inputs)).shape)

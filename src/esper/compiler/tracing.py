@@ -8,7 +8,7 @@ values: a branch on a value fails, and a branch on a size turns its symbol into 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def _trace(kernel: nn.Module, input_spec: TensorSpec) -> None:
     try:
         with fake, torch.no_grad():
             functional_call(kernel, state, (x,))
-    except Exception as error:
+    except Exception as error:  # anybody's forward, and whatever torch makes of symbols in it
         msg = f"{_name_of(kernel)} does not trace over symbolic sizes: {error!s:.500}"
         raise KernelCompilationError(msg) from error
     _check_still_symbolic(kernel, input_spec, tuple(x.shape))
@@ -83,7 +83,7 @@ def _symbolic_input(fake: FakeTensorMode, spec: TensorSpec) -> Tensor:
     fixed = [size for size in spec.shape if size not in ("*", "N")]
     leading = [DimDynamic.DYNAMIC] * (len(shape) - len(fixed))
     named = [DimDynamic.DYNAMIC if isinstance(s, str) else DimDynamic.STATIC for s in fixed]
-    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+    context: StatelessSymbolicContext[..., object] = StatelessSymbolicContext(
         dynamic_sizes=leading + named
     )
     real = torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")

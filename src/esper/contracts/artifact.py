@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 from esper.contracts.blueprint import BlueprintIR, TensorSpec, spec_from_document
+from esper.contracts.choices import MODES, POSITIONS, Mode, Position
 from esper.contracts.errors import BlueprintError, KernelCorruptError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from esper.contracts.canonical_json import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +38,15 @@ class KernelMetadata:
     blueprint_digest: str
     input_spec: TensorSpec
     output_spec: TensorSpec
-    mode: str
-    position: str
+    mode: Mode
+    position: Position
     parameter_count: int
     draws_random: bool
     adds_capacity: bool
     zeroed: str | None
     lineage: tuple[str, ...] = ()
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form."""
         document = asdict(self)
         document["input_spec"] = self.input_spec.to_document()
@@ -48,33 +54,48 @@ class KernelMetadata:
         return {**document, "lineage": list(self.lineage)}
 
     @classmethod
-    def from_document(cls, document: Any) -> KernelMetadata:
+    def from_document(cls, document: object) -> KernelMetadata:
         """Read the JSON form; the inverse of :meth:`to_document`.
 
         Raises:
             KernelCorruptError: It has other fields, or a field of another type.
         """
         known = {f.name for f in fields(cls)}
-        if type(document) is not dict or document.keys() != known:
+        if not isinstance(document, dict) or document.keys() != known:
             msg = f"an artifact's metadata has the fields {sorted(known)}, found {document!r:.300}"
             raise KernelCorruptError(msg)
         for name, expected in _FIELD_TYPES.items():
             if type(document[name]) not in expected:
                 msg = f"metadata field {name!r} cannot be {document[name]!r:.200}"
                 raise KernelCorruptError(msg)
-        try:
-            specs = {name: spec_from_document(document[name]) for name in _SPECS}
-        except BlueprintError as error:
-            msg = f"an artifact's metadata holds a malformed spec: {error}"
-            raise KernelCorruptError(msg) from error
-        lineage = tuple(document["lineage"])
-        if not all(type(parent) is str for parent in lineage):
-            msg = f"an artifact's lineage is a list of ids, found {lineage!r:.200}"
-            raise KernelCorruptError(msg)
-        return cls(**{**document, **specs, "lineage": lineage})
+        for name, choices in _CHOICES.items():
+            if document[name] not in choices:
+                msg = f"metadata field {name!r} is one of {choices}, found {document[name]!r:.200}"
+                raise KernelCorruptError(msg)
+        build: Callable[..., KernelMetadata] = cls  # every field was looked at
+        return build(**{**document, **_read_specs(document), "lineage": _read_lineage(document)})
+
+
+def _read_specs(document: JsonObject) -> dict[str, TensorSpec]:
+    try:
+        return {name: spec_from_document(document[name]) for name in _SPECS}
+    except BlueprintError as error:
+        msg = f"an artifact's metadata holds a malformed spec: {error}"
+        raise KernelCorruptError(msg) from error
+
+
+def _read_lineage(document: JsonObject) -> tuple[str, ...]:
+    lineage = document["lineage"]
+    assert isinstance(lineage, list)
+    parents = tuple(parent for parent in lineage if isinstance(parent, str))
+    if len(parents) != len(lineage):
+        msg = f"an artifact's lineage is a list of ids, found {lineage!r:.200}"
+        raise KernelCorruptError(msg)
+    return parents
 
 
 _SPECS = ("input_spec", "output_spec")
+_CHOICES: dict[str, tuple[str, ...]] = {"mode": MODES, "position": POSITIONS}
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "blueprint_id": (str,),
     "blueprint_digest": (str,),
@@ -106,7 +127,7 @@ class CompileRecord:
     optimization_level: str = "none"
     toolchain: str = ""
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form."""
         return asdict(self)
 

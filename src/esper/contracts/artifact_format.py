@@ -20,11 +20,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import MAX_RANK
 from esper.contracts.errors import KernelCorruptError
+
+if TYPE_CHECKING:
+    from esper.contracts.canonical_json import JsonObject, JsonValue
 
 ARTIFACT_FORMAT_VERSION: Final = 1
 MAX_HEADER_BYTES: Final = 1 << 20
@@ -60,7 +63,7 @@ class ParsedArtifact:
         tensors: By name, sorted; views of the bytes that were parsed.
     """
 
-    header: dict[str, Any]
+    header: JsonObject
     tensors: dict[str, TensorBytes]
 
 
@@ -88,7 +91,7 @@ def verify(data: bytes, digest: str) -> None:
         raise KernelCorruptError(msg)
 
 
-def encode(header: Mapping[str, Any], tensors: Mapping[str, TensorBytes]) -> bytes:
+def encode(header: Mapping[str, object], tensors: Mapping[str, TensorBytes]) -> bytes:
     """Write an artifact.
 
     Args:
@@ -151,7 +154,7 @@ def _split(data: bytes) -> tuple[memoryview, memoryview]:
     return view[8 : 8 + size], view[8 + size :]
 
 
-def _parse_json(text: bytes | memoryview, what: str) -> dict[str, Any]:
+def _parse_json(text: bytes | memoryview, what: str) -> JsonObject:
     try:
         value = canonical_json.parse(text, max_bytes=MAX_HEADER_BYTES)
     except ValueError as error:
@@ -163,7 +166,7 @@ def _parse_json(text: bytes | memoryview, what: str) -> dict[str, Any]:
     return value
 
 
-def _read_header(raw: dict[str, Any]) -> dict[str, Any]:
+def _read_header(raw: JsonObject) -> JsonObject:
     metadata = raw.get(_METADATA)
     if type(metadata) is not dict or list(metadata) != [_KEY] or type(metadata[_KEY]) is not str:
         msg = f"an artifact's {_METADATA} is one string under {_KEY!r}, found {metadata!r:.200}"
@@ -182,7 +185,7 @@ def _read_header(raw: dict[str, Any]) -> dict[str, Any]:
     return header
 
 
-def _read_tensors(entries: dict[str, Any], body: memoryview) -> dict[str, TensorBytes]:
+def _read_tensors(entries: JsonObject, body: memoryview) -> dict[str, TensorBytes]:
     tensors: dict[str, TensorBytes] = {}
     offset = 0
     for name in sorted(entries):
@@ -196,25 +199,24 @@ def _read_tensors(entries: dict[str, Any], body: memoryview) -> dict[str, Tensor
     return tensors
 
 
-def _read_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
+def _read_entry(name: str, entry: JsonValue) -> tuple[str, tuple[int, ...]]:
     """Read dtype and shape; the offsets follow from them and are compared with the header."""
-    fields: dict[str, Any] = entry if type(entry) is dict else {}
-    dtype: Any = fields.get("dtype")
-    shape: Any = fields.get("shape")
-    fits = type(dtype) is str and dtype in DTYPE_SIZES
-    fits = fits and type(shape) is list and len(shape) <= MAX_RANK
-    if not fits or not all(type(size) is int and size >= 1 for size in shape):
-        msg = (
-            f"tensor {name!r} of the artifact has a dtype of {sorted(DTYPE_SIZES)} and a shape of "
-            f"at most {MAX_RANK} positive sizes, found {entry!r:.200}"
-        )
-        raise KernelCorruptError(msg)
-    return dtype, tuple(shape)
+    fields: JsonObject = entry if type(entry) is dict else {}
+    dtype, shape = fields.get("dtype"), fields.get("shape")
+    if isinstance(dtype, str) and dtype in DTYPE_SIZES and isinstance(shape, list):
+        sizes = tuple(size for size in shape if type(size) is int and size >= 1)
+        if len(sizes) == len(shape) <= MAX_RANK:
+            return dtype, sizes
+    msg = (
+        f"tensor {name!r} of the artifact has a dtype of {sorted(DTYPE_SIZES)} and a shape of "
+        f"at most {MAX_RANK} positive sizes, found {entry!r:.200}"
+    )
+    raise KernelCorruptError(msg)
 
 
-def _header_text(header: Mapping[str, Any], tensors: Mapping[str, TensorBytes]) -> bytes:
+def _header_text(header: Mapping[str, object], tensors: Mapping[str, TensorBytes]) -> bytes:
     """Return the canonical header of these tensors laid one after the other."""
-    document: dict[str, Any] = {}
+    document: JsonObject = {}
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from esper.contracts import canonical_json
 from esper.contracts.choices import MODES, POSITIONS, Mode, Position
 from esper.contracts.errors import BlueprintError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from esper.contracts.canonical_json import JsonObject, JsonValue
+
+T = TypeVar("T")
+
+AttributeValue = bool | int | float | str | Sequence["AttributeValue"] | None
+"""What an attribute of a node may be: what JSON says, objects left out."""
 
 BLUEPRINT_FORMAT_VERSION: Final = 1
 INPUT: Final = "input"
@@ -52,12 +62,12 @@ class TensorSpec:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        shape: Any = self.shape
-        if not isinstance(shape, list | tuple) or not 1 <= len(shape) <= MAX_RANK:
-            msg = f"a spec's shape is a list of 1 to {MAX_RANK} sizes, found {shape!r}"
+        sizes = _listed(self.shape)
+        if sizes is None or not 1 <= len(sizes) <= MAX_RANK:
+            msg = f"a spec's shape is a list of 1 to {MAX_RANK} sizes, found {self.shape!r}"
             raise BlueprintError(msg)
-        object.__setattr__(self, "shape", tuple(shape))
-        for axis, size in enumerate(shape):
+        object.__setattr__(self, "shape", sizes)
+        for axis, size in enumerate(sizes):
             _check_size(size, axis=axis)
         _expect_one_of("a spec's dtype", self.dtype, DTYPES)
 
@@ -79,7 +89,7 @@ class TensorSpec:
         rest = self.shape[1:] if self.shape[0] in ("*", "N") else self.shape
         return front + tuple(sizes[size] if isinstance(size, str) else size for size in rest)
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form."""
         return {"shape": list(self.shape), "dtype": self.dtype}
 
@@ -100,7 +110,7 @@ class BlueprintNode:
 
     id: str
     op_type: str
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _expect_match("a node's id", self.id, _NODE_ID)
@@ -108,11 +118,7 @@ class BlueprintNode:
             msg = f"node {self.id!r}: this id is reserved for the graph's end; choose another"
             raise BlueprintError(msg)
         _expect_type(f"node {self.id!r}: op_type", self.op_type, str)
-        attributes: Any = self.attributes
-        if not isinstance(attributes, Mapping):
-            msg = f"node {self.id!r}: attributes are a mapping, found {attributes!r}"
-            raise BlueprintError(msg)
-        frozen = {key: _frozen(value) for key, value in attributes.items()}
+        frozen = _frozen_items(f"node {self.id!r}", self.attributes)
         try:
             canonical_json.encode(frozen)
         except ValueError as error:
@@ -120,15 +126,16 @@ class BlueprintNode:
             raise BlueprintError(msg) from error
         object.__setattr__(self, "attributes", MappingProxyType(frozen))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return BlueprintNode, (self.id, self.op_type, dict(self.attributes))
 
     def __hash__(self) -> int:
         return hash((self.id, self.op_type))
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form."""
-        return {"id": self.id, "op_type": self.op_type, "attributes": dict(self.attributes)}
+        attributes = {key: _thawed(value) for key, value in self.attributes.items()}
+        return {"id": self.id, "op_type": self.op_type, "attributes": attributes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,7 @@ class BlueprintEdge:
             )
             raise BlueprintError(msg)
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form."""
         return {"source": self.source, "target": self.target, "position": self.position}
 
@@ -222,10 +229,10 @@ class BlueprintIR:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlueprintIR:
+    def __deepcopy__(self, memo: dict[int, object]) -> BlueprintIR:
         return self  # nothing in it can change
 
-    def to_document(self) -> dict[str, Any]:
+    def to_document(self) -> JsonObject:
         """Return the JSON form as plain dicts and lists."""
         return {
             "format_version": BLUEPRINT_FORMAT_VERSION,
@@ -261,41 +268,40 @@ class BlueprintIR:
         return cls.from_document(document)
 
     @classmethod
-    def from_document(cls, document: Any) -> BlueprintIR:
+    def from_document(cls, document: object) -> BlueprintIR:
         """Read a blueprint from its JSON form; the inverse of :meth:`to_document`.
 
         Raises:
             BlueprintError: It has other fields than a blueprint, or is of a newer format.
         """
-        _expect_type("a blueprint", document, dict)
-        _check_version(document.get("format_version"))
-        fields = _expect_keys("a blueprint", document, _BLUEPRINT_KEYS)
-        nodes, edges = fields.pop("nodes"), fields.pop("edges")
-        _expect_type("a blueprint's nodes", nodes, list)
-        _expect_type("a blueprint's edges", edges, list)
+        body = _expect_type("a blueprint", document, dict)
+        _check_version(body.get("format_version"))
+        fields = _expect_keys("a blueprint", body, _BLUEPRINT_KEYS)
+        nodes = _expect_type("a blueprint's nodes", fields.pop("nodes"), list)
+        edges = _expect_type("a blueprint's edges", fields.pop("edges"), list)
         del fields["format_version"]
-        return cls(
-            **{
-                **fields,
-                "nodes": tuple(
-                    BlueprintNode(**_expect_keys("a node", n, _NODE_KEYS)) for n in nodes
-                ),
-                "edges": tuple(
-                    BlueprintEdge(**_expect_keys("an edge", e, _EDGE_KEYS)) for e in edges
-                ),
-                "input_spec": spec_from_document(fields["input_spec"]),
-                "output_spec": spec_from_document(fields["output_spec"]),
-            }
-        )
+        parts = {
+            "nodes": tuple(_built(BlueprintNode, "a node", node, _NODE_KEYS) for node in nodes),
+            "edges": tuple(_built(BlueprintEdge, "an edge", edge, _EDGE_KEYS) for edge in edges),
+            "input_spec": spec_from_document(fields["input_spec"]),
+            "output_spec": spec_from_document(fields["output_spec"]),
+        }
+        build: Callable[..., BlueprintIR] = cls  # it looks at every field itself
+        return build(**{**fields, **parts})
 
 
-def spec_from_document(document: Any) -> TensorSpec:
+def spec_from_document(document: object) -> TensorSpec:
     """Read a spec from its JSON form; the inverse of :meth:`TensorSpec.to_document`.
 
     Raises:
         BlueprintError: It is no spec.
     """
-    return TensorSpec(**_expect_keys("a spec", document, _SPEC_KEYS))
+    return _built(TensorSpec, "a spec", document, _SPEC_KEYS)
+
+
+def _built(build: Callable[..., T], what: str, document: object, keys: frozenset[str]) -> T:
+    """Build a value that looks at every field itself from its JSON form."""
+    return build(**_expect_keys(what, document, keys))
 
 
 _BLUEPRINT_KEYS: Final = frozenset(
@@ -309,11 +315,30 @@ _EDGE_KEYS: Final = frozenset({"source", "target", "position"})
 _SPEC_KEYS: Final = frozenset({"shape", "dtype"})
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+def _listed(values: object) -> tuple[object, ...] | None:
+    """Return the items of a list or tuple; None for anything else."""
+    return tuple(values) if isinstance(values, list | tuple) else None
 
 
-def _check_version(version: Any) -> None:
+def _frozen_items(where: str, attributes: object) -> dict[str, object]:
+    if not isinstance(attributes, Mapping):
+        msg = f"{where}: attributes are a mapping, found {attributes!r}"
+        raise BlueprintError(msg)
+    return {key: _frozen(value) for key, value in attributes.items()}
+
+
+def _frozen(value: object) -> object:
+    items = _listed(value)
+    return value if items is None else tuple(map(_frozen, items))
+
+
+def _thawed(value: AttributeValue) -> JsonValue:
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    return [_thawed(item) for item in value]
+
+
+def _check_version(version: object) -> None:
     if type(version) is int and version > BLUEPRINT_FORMAT_VERSION:
         msg = (
             f"blueprint format {version} is newer than this Esper, which reads up to "
@@ -325,7 +350,7 @@ def _check_version(version: Any) -> None:
         raise BlueprintError(msg)
 
 
-def _check_size(size: Any, *, axis: int) -> None:
+def _check_size(size: object, *, axis: int) -> None:
     if type(size) is int and 1 <= size <= MAX_DIMENSION:
         return
     if size in ("*", "N") and type(size) is str and axis == 0:
@@ -339,40 +364,39 @@ def _check_size(size: Any, *, axis: int) -> None:
     raise BlueprintError(msg)
 
 
-def _expect_keys(what: str, document: Any, keys: frozenset[str]) -> dict[str, Any]:
-    _expect_type(what, document, dict)
-    if document.keys() != keys:
-        missing, odd = sorted(keys - document.keys()), sorted(document.keys() - keys)
+def _expect_keys(what: str, document: object, keys: frozenset[str]) -> dict[str, object]:
+    found = _expect_type(what, document, dict)
+    if found.keys() != keys:
+        missing, odd = sorted(keys - found.keys()), sorted(found.keys() - keys)
         msg = f"{what} has the fields {sorted(keys)}; missing: {missing}, not known: {odd}"
         raise BlueprintError(msg)
-    return dict(document)
+    return dict(found)
 
 
-def _expect_type(what: str, value: Any, expected: type) -> None:
-    if type(value) is not expected:  # exact: True is no int
+def _expect_type(what: str, value: object, expected: type[T]) -> T:
+    if not isinstance(value, expected) or type(value) is not expected:  # exact: True is no int
         msg = f"{what} is of type {expected.__name__}, found {value!r}"
         raise BlueprintError(msg)
+    return value
 
 
-def _expect_items(what: str, values: Any, expected: type, *, at_most: int) -> None:
-    if not isinstance(values, list | tuple) or len(values) > at_most:
-        msg = f"{what} are a list of at most {at_most}, found {_length(values)}"
+def _expect_items(what: str, values: object, expected: type, *, at_most: int) -> None:
+    items = _listed(values)
+    if items is None or len(items) > at_most:
+        found = repr(values) if items is None else len(items)
+        msg = f"{what} are a list of at most {at_most}, found {found}"
         raise BlueprintError(msg)
-    for value in values:
+    for value in items:
         _expect_type(f"each of {what}", value, expected)
 
 
-def _length(values: Any) -> str:
-    return str(len(values)) if isinstance(values, list | tuple) else repr(values)
-
-
-def _expect_match(what: str, value: Any, pattern: re.Pattern[str]) -> None:
+def _expect_match(what: str, value: object, pattern: re.Pattern[str]) -> None:
     if type(value) is not str or not pattern.fullmatch(value):
         msg = f"{what} matches {pattern.pattern}, found {value!r}"
         raise BlueprintError(msg)
 
 
-def _expect_one_of(what: str, value: Any, options: tuple[str, ...]) -> None:
+def _expect_one_of(what: str, value: object, options: tuple[str, ...]) -> None:
     if type(value) is not str or value not in options:
         msg = f"{what} is one of {', '.join(options)}, found {value!r}"
         raise BlueprintError(msg)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 JsonValue = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"] | None
 """What JSON text can say, as Python's own values."""
@@ -24,7 +24,7 @@ MAX_VALUES: Final = 1 << 15
 _MAX_INT: Final = (1 << 63) - 1
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """Return the one canonical text of a value.
 
     Args:
@@ -40,7 +40,7 @@ def encode(value: Any) -> bytes:
     return text.encode()
 
 
-def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> Any:
+def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> JsonValue:
     """Read a JSON text, canonical or not, and refuse whatever two readers could see differently.
 
     Args:
@@ -63,7 +63,7 @@ def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> Any:
     return _plain(value, depth=0, left=[MAX_VALUES])
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -78,7 +78,7 @@ def _no_constant(word: str) -> None:
     raise ValueError(msg)
 
 
-def _plain(value: Any, *, depth: int, left: list[int]) -> Any:
+def _plain(value: object, *, depth: int, left: list[int]) -> JsonValue:
     """Check a value and turn its tuples and mappings into lists and dicts.
 
     Args:
@@ -103,7 +103,7 @@ def _plain(value: Any, *, depth: int, left: list[int]) -> Any:
     return _scalar(value)
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: object) -> JsonValue:
     if value is None or type(value) is bool:
         return value
     if type(value) is str:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from esper.contracts.lifecycle import GraftStage
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import Gate
 
 EVENT_FORMAT_VERSION: Final = 1
 
@@ -29,15 +37,27 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
-    """A controller took charge of a model; ``settings`` are the effective values."""
+    """A controller took charge of a model.
+
+    Attributes:
+        settings: Effective value of every setting of the controller, by name.
+    """
 
     kind: ClassVar[str] = "run_started"
-    settings: dict[str, Any]
+    settings: JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """The owner's measure was read on the gate split (losses: lower is better)."""
+    """The owner's measure was read on the gate split.
+
+    Attributes:
+        gate_loss: Mean loss on the gate split, in the owner's unit, finite; lower is better,
+            whatever the owner's goal.
+        train_loss: Smoothed training loss, in its own unit; None where there is none yet, or it
+            is not finite.
+        metrics: Whatever else ``evaluate`` returned, by name; what is not finite is left out.
+    """
 
     kind: ClassVar[str] = "evaluated"
     gate_loss: float
@@ -47,7 +67,15 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detected(Event):
-    """The detector was asked whether to grow now, and answered with its reason."""
+    """The policy was asked whether to grow now.
+
+    Attributes:
+        grow: What it answered.
+        verdict: The rule that decided, in a word: ``"diminishing"``, ``"deadline"``,
+            ``"overfitting"``, ``"too_early"``, ``"too_late"``, ``"improving"``, ``"scheduled"``,
+            ``"waiting"``, or a word of the owner's policy.
+        reason: Why, in a sentence.
+    """
 
     kind: ClassVar[str] = "detected"
     grow: bool
@@ -57,16 +85,39 @@ class Detected(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked(Event):
-    """Candidates were ranked. ``rows`` best first; ``refused`` with a reason each."""
+    """Candidates were ranked.
+
+    Attributes:
+        rows: One per candidate, best first. Each has ``site`` and ``blueprint``; ``gain``, the
+            predicted gain in the ranking's own unit, and its ``stderr``, both None without a
+            score; ``parameters`` of the kernel; ``flops`` of a forward of one sample, None where
+            not counted; and ``reason``, why there is no score.
+        refused: One per place or kernel that was not scored, with ``site``, ``blueprint`` (empty
+            where the whole site was refused) and ``reason``.
+    """
 
     kind: ClassVar[str] = "ranked"
-    rows: list[dict[str, Any]]
-    refused: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[JsonObject]
+    refused: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChanged(Event):
-    """A graft moved from one stage to the next. ``before`` is empty at germination."""
+    """A graft moved from one stage to the next.
+
+    Attributes:
+        graft: Number of the graft in its run, from 1.
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        blueprint: Human name of the kernel's blueprint.
+        artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
+        before: Stage that was left; empty at germination.
+        after: Stage that was entered.
+        reason: Why, in a sentence.
+
+    Raises:
+        ValueError: A stage is none.
+    """
 
     kind: ClassVar[str] = "stage_changed"
     graft: int
@@ -74,18 +125,39 @@ class StageChanged(Event):
     seed_idx: int
     blueprint: str
     artifact_id: str
-    before: str
-    after: str
+    before: GraftStage | Literal[""]
+    after: GraftStage
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "after", GraftStage(self.after))
+        if self.before:
+            object.__setattr__(self, "before", GraftStage(self.before))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRead(Event):
-    """A gate was read, once. ``effect`` is the fall of the gate loss; positive is better."""
+    """A gate was read, once.
+
+    Attributes:
+        graft: Number of the graft, from 1.
+        gate: ``"admission"`` or ``"fossilization"``.
+        passed: Whether the graft may go on.
+        effect: Mean fall of the gate loss, reference minus candidate, in units of the loss;
+            positive is better. None where it was not measured.
+        stderr: Standard error of ``effect`` with tau in it, in units of the loss, at least 0;
+            None where it was not measured.
+        tau: Spread between models that ought to be equal, in units of the loss, at least 0; None
+            where it was not measured.
+        z: ``effect / stderr``; None where one is missing or the error is 0.
+        level: One-sided level of the test, in (0, 0.5).
+        samples: Number of paired samples of the gate split, at least 0.
+        reason: What was decided and on what, in a sentence.
+    """
 
     kind: ClassVar[str] = "gate_read"
     graft: int
-    gate: str
+    gate: Gate
     passed: bool
     effect: float | None
     stderr: float | None
@@ -98,7 +170,12 @@ class GateRead(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlphaChanged(Event):
-    """A seed's alpha was set; along a ramp only its start and its end are events."""
+    """A seed's alpha was set; along a ramp only its start and its end are events.
+
+    Attributes:
+        graft: Number of the graft, from 1.
+        alpha: Its share from now on, in [0, 1].
+    """
 
     kind: ClassVar[str] = "alpha_changed"
     graft: int
@@ -107,9 +184,15 @@ class AlphaChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fossilized(Event):
-    """A graft was made permanent; ``folded`` says whether into the host's own weights.
+    """A graft was made permanent.
 
-    ``rel_diff`` is the measured difference of the layer's output; None where nothing was folded.
+    Attributes:
+        graft: Number of the graft, from 1.
+        site: Dotted name of the layer.
+        folded: Whether its weights went into the host's own.
+        rel_diff: Largest difference of the layer's outputs before and after folding, relative to
+            the largest output, at least 0; None where it was not measured.
+        reason: Why it was not folded, in a few words; empty where it was.
     """
 
     kind: ClassVar[str] = "fossilized"
@@ -122,7 +205,13 @@ class Fossilized(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack(Event):
-    """A graft was removed after admission. ``updates_lost`` is 0 where the host was kept."""
+    """A graft was removed after admission.
+
+    Attributes:
+        graft: Number of the graft, from 1.
+        updates_lost: Optimizer updates that were undone, at least 0; 0 where the host was kept.
+        reason: Why, in a sentence.
+    """
 
     kind: ClassVar[str] = "rolled_back"
     graft: int
@@ -132,7 +221,16 @@ class RolledBack(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedFaulted(Event):
-    """A seed's kernel failed in a forward or a backward; ``state`` is where the seed is now."""
+    """A seed's kernel failed in a forward or a backward.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        faults: Calls that were faulty since the last look, at least 1.
+        state: Lifecycle state that the seed is in now, in lower case, for example ``"active"``
+            or ``"error_recovery"``.
+        reason: What the last fault was.
+    """
 
     kind: ClassVar[str] = "seed_faulted"
     site: str
@@ -144,7 +242,11 @@ class SeedFaulted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noted(Event):
-    """A word to the owner: advice, a fallback that was taken, a limit that was met."""
+    """A word to the owner: advice, a fallback that was taken, a limit that was met.
+
+    Attributes:
+        text: The word, in a sentence or more.
+    """
 
     kind: ClassVar[str] = "noted"
     text: str
@@ -152,7 +254,13 @@ class Noted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded(Event):
-    """The controller let go of the model; every hook is removed."""
+    """The controller let go of the model; every hook is removed.
+
+    Attributes:
+        grafts_admitted: Grafts that entered the model, at least 0.
+        grafts_fossilized: Those of them that were made permanent.
+        reason: What ended the run, in a sentence.
+    """
 
     kind: ClassVar[str] = "run_ended"
     grafts_admitted: int

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Unpack
 
     from esper.contracts.artifact import KernelMetadata
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import Mode, Position
     from esper.contracts.events import Event
 
 
@@ -48,7 +50,7 @@ class RegistryEntry:
     digest: str
     size_bytes: int
     metadata: KernelMetadata
-    record: Mapping[str, Any]
+    record: JsonObject
     tags: tuple[str, ...]
 
 
@@ -87,8 +89,8 @@ class SearchCriteria(TypedDict, total=False):
 
     blueprint_id: str
     blueprint_digest: str
-    mode: str
-    position: str
+    mode: Mode
+    position: Position
     adds_capacity: bool
     draws_random: bool
     min_parameter_count: int
@@ -108,7 +110,7 @@ class Registry(KernelSource, Protocol):
         data: bytes,
         *,
         digest: str | None = None,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
     ) -> str:
         """Publish one artifact. When this returns, the bytes survive any crash.
 

@@ -11,20 +11,55 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import CacheError, KernelCorruptError, KernelRefusedError
-from esper.fetching.guarded_source import GuardedSource, guarded
-from esper.fetching.kernel_cache import KernelCache
+from esper.fetching.breaker_source import SourceBehindBreaker, behind_breaker
+from esper.fetching.kernel_cache import CacheStats, KernelCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Unpack
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
+    from esper.fetching.kernel_cache import CacheSettings
     from esper.resilience.circuit_breaker import CircuitBreaker
     from esper.resilience.retry import RetryBudget
 
 _MAX_RECORDS: Final = 4096
 
 _logger = logging.getLogger(__name__)
+
+
+class EnhancedCacheStats(CacheStats):
+    """What :meth:`EnhancedKernelCache.get_stats` returns.
+
+    The last four belong to the source, and are shared by the caches that ask it; they are None
+    without a source.
+
+    Attributes:
+        hit_rate: Hits over loads, in [0, 1]; None before the first load.
+        fetches: Fetches that brought a kernel.
+        mean_fetch_s: What such a fetch took on average, in seconds; None before the first.
+        max_fetch_s: What the longest of them took, in seconds; None before the first.
+        recorded_successes: How often kernels were said to have done their work.
+        recorded_failures: How often they were said to have failed.
+        quarantined: Kernels in quarantine now.
+        breaker_state: ``"closed"``, ``"open"`` or ``"half_open"``.
+        breaker_openings: How often the breaker opened.
+        breaker_rejected: Fetches that were not made because it was open.
+        source_failures: Fetches that failed.
+    """
+
+    hit_rate: float | None
+    fetches: int
+    mean_fetch_s: float | None
+    max_fetch_s: float | None
+    recorded_successes: int
+    recorded_failures: int
+    quarantined: int
+    breaker_state: str | None
+    breaker_openings: int | None
+    breaker_rejected: int | None
+    source_failures: int | None
 
 
 class EnhancedKernelCache(KernelCache):
@@ -43,10 +78,10 @@ class EnhancedKernelCache(KernelCache):
 
     Args:
         args: As for :class:`KernelCache`.
-        breaker: Guards the source; without one it is the one breaker of that source in this
-            process.
+        breaker: Counts the failures of the source; without one it is the one breaker of that
+            source in this process.
         quarantine_after: Failures in a row, at least 1.
-        settings: As for :class:`KernelCache`.
+        settings: As there.
 
     Raises:
         ValueError: A number is out of its range.
@@ -57,7 +92,7 @@ class EnhancedKernelCache(KernelCache):
         *args: Any,
         breaker: CircuitBreaker | None = None,
         quarantine_after: int = 3,
-        **settings: Any,
+        **settings: Unpack[CacheSettings],
     ) -> None:
         super().__init__(*args, **settings)
         if quarantine_after < 1:
@@ -65,7 +100,7 @@ class EnhancedKernelCache(KernelCache):
             raise ValueError(msg)
         self._own_breaker = breaker
         self._quarantine_after = quarantine_after
-        self._guard = _guard(self._source, breaker)
+        self._breaker_source = _behind(self._source, breaker)
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._quarantine: dict[str, str] = {}
         self._num_fetches = 0
@@ -77,12 +112,12 @@ class EnhancedKernelCache(KernelCache):
     @property
     def breaker(self) -> CircuitBreaker | None:
         """The breaker of the source; None where there is no source."""
-        return None if self._guard is None else self._guard.breaker
+        return None if self._breaker_source is None else self._breaker_source.breaker
 
     @property
     def retry_budget(self) -> RetryBudget | None:
         """What bounds the retries of all who ask the source; None where there is no source."""
-        return None if self._guard is None else self._guard.retry_budget
+        return None if self._breaker_source is None else self._breaker_source.retry_budget
 
     async def prewarm_async(
         self, artifact_ids: Iterable[str], *, num_at_once: int = 8
@@ -175,23 +210,15 @@ class EnhancedKernelCache(KernelCache):
             num_used_later = list(reversed(self._entries)).index(artifact_id)
             return self._worth(artifact_id, num_used_later)
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return the counts of :meth:`KernelCache.get_stats`, and more beside them.
-
-        These are ``fetches`` that brought a kernel, ``mean_fetch_s`` and ``max_fetch_s`` (None
-        before the first), ``hit_rate`` (hits / loads, in [0, 1]; None before the first load),
-        ``recorded_successes``, ``recorded_failures``, ``quarantined`` (kernels now), and, None
-        without a source, ``breaker_state``, ``breaker_openings``, ``breaker_rejected`` (fetches
-        not made because it was open) and ``source_failures``. The last four belong to the
-        source, and are shared by the caches that ask it.
-        """
+    def get_stats(self) -> EnhancedCacheStats:
+        """Return the counts of :meth:`KernelCache.get_stats`, and more beside them."""
         stats = super().get_stats()
         breaker = None if self.breaker is None else self.breaker.stats()
-        num_loads = sum(
-            stats[key] for key in ("hits", "negative_hits", "misses", "single_flight_waits")
-        )
+        served = stats["hits"] + stats["negative_hits"]
+        num_loads = served + stats["misses"] + stats["single_flight_waits"]
         with self._lock:
-            return stats | {
+            return {
+                **stats,
                 "hit_rate": stats["hits"] / num_loads if num_loads else None,
                 "fetches": self._num_fetches,
                 "mean_fetch_s": self._fetching_s / self._num_fetches if self._num_fetches else None,
@@ -199,19 +226,22 @@ class EnhancedKernelCache(KernelCache):
                 "recorded_successes": self._num_successes,
                 "recorded_failures": self._num_failures,
                 "quarantined": len(self._quarantine),
-                "breaker_state": breaker and str(breaker.state),
-                "breaker_openings": breaker and breaker.openings,
-                "breaker_rejected": breaker and breaker.rejected,
-                "source_failures": breaker and breaker.failed,
+                "breaker_state": None if breaker is None else str(breaker.state),
+                "breaker_openings": None if breaker is None else breaker.openings,
+                "breaker_rejected": None if breaker is None else breaker.rejected,
+                "source_failures": None if breaker is None else breaker.failed,
             }
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         if _SHARED.get(id(self._source)) is self:
             return shared_cache, (self._source,)
         return super().__reduce__()
 
-    def _settings(self) -> dict[str, Any]:
-        own = {"breaker": self._own_breaker, "quarantine_after": self._quarantine_after}
+    def _settings(self) -> dict[str, object]:
+        own: dict[str, object] = {
+            "breaker": self._own_breaker,
+            "quarantine_after": self._quarantine_after,
+        }
         return super()._settings() | own
 
     def _check_can_fetch(self, artifact_id: str) -> None:
@@ -224,8 +254,8 @@ class EnhancedKernelCache(KernelCache):
             raise KernelRefusedError(msg, check="quarantine")
 
     def _ask_source(self, artifact_id: str) -> bytes:
-        assert self._guard is not None
-        return self._guard.fetch(artifact_id)
+        assert self._breaker_source is not None
+        return self._breaker_source.fetch(artifact_id)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
         began_s = self._clock.now()
@@ -315,10 +345,12 @@ def shared_cache(source: KernelSource | None) -> EnhancedKernelCache:
         return cache
 
 
-def _guard(source: KernelSource | None, breaker: CircuitBreaker | None) -> GuardedSource | None:
+def _behind(
+    source: KernelSource | None, breaker: CircuitBreaker | None
+) -> SourceBehindBreaker | None:
     if source is None:
         return None
-    return guarded(source) if breaker is None else GuardedSource(source, breaker)
+    return behind_breaker(source) if breaker is None else SourceBehindBreaker(source, breaker)
 
 
 _SHARED_LOCK: Final = threading.Lock()

@@ -11,7 +11,7 @@ import threading
 import time
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Self, TypeVar, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
+from esper.resilience.attempt import Failed, attempt, attempt_async
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.deadline import Deadline
 from esper.resilience.health_monitor import HealthLimits, HealthMonitor
@@ -37,6 +38,7 @@ from esper.resilience.retry import Retry, RetryBudget, RetryPolicy
 if TYPE_CHECKING:
     import random
     from collections.abc import Awaitable, Callable, Mapping
+    from types import TracebackType
 
     from esper.contracts.ports import Clock
 
@@ -78,13 +80,14 @@ class ErrorType(Enum):
     @classmethod
     def of(cls, error: BaseException) -> ErrorType:
         """Return the type of the nearest base class of ``error`` that has one."""
-        return next(_TYPES[each] for each in type(error).__mro__ if each in _TYPES)
+        found = (_TYPES[each] for each in type(error).__mro__ if each in _TYPES)
+        return next(found, cls.KERNEL_EXECUTION_ERROR)
 
 
 _T: Final = ErrorType
 
-_TYPES: Final[dict[type[BaseException], ErrorType]] = {
-    BaseException: _T.KERNEL_EXECUTION_ERROR,
+_TYPES: Final[dict[type[Exception], ErrorType]] = {
+    Exception: _T.KERNEL_EXECUTION_ERROR,
     EsperError: _T.KERNEL_EXECUTION_ERROR,
     BlueprintError: _T.VALIDATION_ERROR,
     CacheError: _T.VALIDATION_ERROR,
@@ -162,10 +165,13 @@ class ErrorRecoveryManager:
         self._timeout_s = timeout_s
         self._clock = clock or MonotonicClock()
         self._budget = budget or RetryBudget(clock=self._clock)
-        self._sleep = sleep
-        self._sleep_async = sleep_async
-        policies = _policies(max_retries, base_delay, max_delay)
-        self._retry = Retry(policies, budget=self._budget, rng=rng)
+        self._retry = Retry(
+            _policies(max_retries, base_delay, max_delay),
+            budget=self._budget,
+            sleep=sleep,
+            sleep_async=sleep_async,
+            rng=rng,
+        )
         self._lock = threading.Lock()
         self._error_counts = dict.fromkeys(ErrorType, 0)
         self._recovery_success = dict.fromkeys(ErrorType, 0)
@@ -187,7 +193,7 @@ class ErrorRecoveryManager:
     async def recover_from_error(
         self,
         error: Exception,
-        context: Mapping[str, Any],
+        context: Mapping[str, object],
         recovery_fn: Callable[[], Awaitable[R] | R],
         *,
         deadline: Deadline | None = None,
@@ -206,22 +212,17 @@ class ErrorRecoveryManager:
                 with ``error`` at the end of its causes.
         """
         recovery = self._begin(error, context, deadline)
-        while (delay_s := recovery.next_delay_s()) is not None:
-            await self._sleep_async(delay_s)
-            recovery.prepare()
-            try:
-                found = await recovery.deadline.call_async("a recovery", _attempt(recovery_fn))
-            except Exception as latest:  # noqa: BLE001 - its class decides, in next_delay_s
-                recovery.latest = latest
-            else:
-                recovery.count_success()
-                return found
-        raise recovery.outcome()
+        with recovery:
+            return await self._retry.call_async(
+                lambda: recovery.try_async(recovery_fn),
+                deadline=recovery.deadline,
+                on_retry=recovery.prepare,
+            )
 
     def recover_in_background(
         self,
         error: Exception,
-        context: Mapping[str, Any],
+        context: Mapping[str, object],
         recovery_fn: Callable[[], R],
         *,
         deadline: Deadline | None = None,
@@ -232,22 +233,21 @@ class ErrorRecoveryManager:
             What a retry will return, or the error.
         """
         recovery = self._begin(error, context, deadline)
-        delay_s = recovery.next_delay_s()
         future: Future[R] = Future()
         future.set_running_or_notify_cancel()
-        if delay_s is None:
-            future.set_exception(recovery.outcome())
-        else:
-            work = (recovery, recovery_fn, delay_s, future)
-            threading.Thread(
-                target=self._retry_on_thread, args=work, name="esper-recovery", daemon=True
-            ).start()
+        if not self._retry.repeats(error):
+            self._complete(recovery, recovery_fn, future)
+            return future
+        work = (recovery, recovery_fn, future)
+        threading.Thread(
+            target=self._complete, args=work, name="esper-recovery", daemon=True
+        ).start()
         return future
 
     def recover_from_error_sync(
         self,
         error: Exception,
-        context: Mapping[str, Any],
+        context: Mapping[str, object],
         recovery_fn: Callable[[], R],
         *,
         deadline: Deadline | None = None,
@@ -269,25 +269,23 @@ class ErrorRecoveryManager:
             msg = "the time for a recovery is over"
             raise DeadlineExceededError(msg) from error
 
-    async def run(self, fn: Callable[[], Awaitable[R]], context: Mapping[str, Any]) -> R:
+    async def run(self, fn: Callable[[], Awaitable[R]], context: Mapping[str, object]) -> R:
         """Await ``fn``, and recover from its error; see :meth:`recover_from_error`."""
-        try:
-            found = await fn()
-        except Exception as error:  # noqa: BLE001 - its class decides
-            return await self.recover_from_error(error, context, fn)
+        first = await attempt_async(fn)
+        if isinstance(first, Failed):
+            return await self.recover_from_error(first.error, context, fn)
         self._budget.count_call()
-        return found
+        return first.value
 
-    def run_sync(self, fn: Callable[[], R], context: Mapping[str, Any]) -> R:
+    def run_sync(self, fn: Callable[[], R], context: Mapping[str, object]) -> R:
         """Call ``fn``, and recover from its error; see :meth:`recover_from_error_sync`."""
-        try:
-            found = fn()
-        except Exception as error:  # noqa: BLE001 - its class decides
-            return self.recover_from_error_sync(error, context, fn)
+        first = attempt(fn)
+        if isinstance(first, Failed):
+            return self.recover_from_error_sync(first.error, context, fn)
         self._budget.count_call()
-        return found
+        return first.value
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> dict[str, dict[str, int] | int]:
         """Return counts since the start.
 
         ``errors``, ``recovered`` and ``failed`` are by the values of :class:`ErrorType`;
@@ -302,9 +300,8 @@ class ErrorRecoveryManager:
             }
 
     def _begin(
-        self, error: Exception, context: Mapping[str, Any], deadline: Deadline | None
+        self, error: Exception, context: Mapping[str, object], deadline: Deadline | None
     ) -> _Recovery:
-        self._budget.count_call()
         self._count(self._error_counts, ErrorType.of(error))
         return _Recovery(
             self, error, context, deadline or Deadline.after(self._timeout_s, self._clock)
@@ -314,78 +311,88 @@ class ErrorRecoveryManager:
         with self._lock:
             counts[error_type] += 1
 
-    def _retry_on_thread(
-        self,
-        recovery: _Recovery,
-        recovery_fn: Callable[[], R],
-        delay_s: float | None,
-        future: Future[R],
+    def _complete(
+        self, recovery: _Recovery, recovery_fn: Callable[[], R], future: Future[R]
     ) -> None:
-        while delay_s is not None:
-            self._sleep(delay_s)
-            recovery.prepare()
-            try:
-                found = recovery.deadline.call("a recovery", lambda _: recovery_fn())
-            except BaseException as latest:  # noqa: BLE001 - a waiter has to hear of all
-                recovery.latest = latest
-                delay_s = recovery.next_delay_s()
-            else:
-                recovery.count_success()
-                future.set_result(found)
-                return
-        future.set_exception(recovery.outcome())
+        """Retry on this thread, and hand what comes of it to who waits."""
+        try:
+            with recovery:
+                found = self._retry.call(
+                    lambda: recovery.try_sync(recovery_fn),
+                    deadline=recovery.deadline,
+                    on_retry=recovery.prepare,
+                )
+        except BaseException as error:  # noqa: BLE001 - raised again where the future is waited for
+            future.set_exception(error)
+        else:
+            future.set_result(found)
 
 
 class _Recovery:
-    """One operation that is tried again."""
+    """One operation that is tried again, its first try being the error that there is already.
+
+    As a context manager it counts what came of it, and puts the original error behind the last.
+    """
 
     def __init__(
         self,
         manager: ErrorRecoveryManager,
         original: Exception,
-        context: Mapping[str, Any],
+        context: Mapping[str, object],
         deadline: Deadline,
     ) -> None:
         self._manager = manager
         self._original = original
         self._context = context
-        self._retry = 0
+        self._num_retries = 0
         self.deadline = deadline
-        self.latest: BaseException = original
 
-    def next_delay_s(self) -> float | None:
-        """Return the wait before the next retry, or None where there is to be none."""
-        if not isinstance(self.latest, Exception):
-            return None
-        retry = self._manager._retry  # noqa: SLF001 - the other half of it
-        return retry.next_delay_s(self.latest, self._retry, self.deadline)
+    def try_sync(self, recovery_fn: Callable[[], R]) -> R:
+        """Raise the original error the first time; call the operation after that."""
+        if not self._num_retries:
+            raise self._original
+        return self.deadline.call("a recovery", lambda _: recovery_fn())
 
-    def prepare(self) -> None:
+    async def try_async(self, recovery_fn: Callable[[], Awaitable[R] | R]) -> R:
+        """Raise the original error the first time; await the operation after that."""
+        if not self._num_retries:
+            raise self._original
+        return await self.deadline.call_async("a recovery", _awaited(recovery_fn))
+
+    def prepare(self, number: int, latest: Exception) -> None:
         """Do what a retry after the latest error needs, and count the retry."""
-        self._retry += 1
+        self._num_retries = number
         with self._manager._lock:  # noqa: SLF001 - the other half of it
             self._manager._num_retries += 1  # noqa: SLF001 - the other half of it
-        _logger.info("retry %d after %r, %s", self._retry, self.latest, dict(self._context))
-        if ErrorType.of(self.latest) is ErrorType.OUT_OF_MEMORY:
+        _logger.info("retry %d after %r, %s", number, latest, dict(self._context))
+        if ErrorType.of(latest) is ErrorType.OUT_OF_MEMORY:
             _free_memory()
 
-    def count_success(self) -> None:
-        manager = self._manager
-        manager._count(manager._recovery_success, ErrorType.of(self._original))  # noqa: SLF001 - as above
+    def __enter__(self) -> Self:
+        return self
 
-    def outcome(self) -> BaseException:
-        """Return what is raised: the latest error, with the original at the end of its causes."""
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         manager = self._manager
-        manager._count(manager._recovery_failure, ErrorType.of(self._original))  # noqa: SLF001 - as above
+        counts = manager._recovery_success if error is None else manager._recovery_failure  # noqa: SLF001 - as above
+        manager._count(counts, ErrorType.of(self._original))  # noqa: SLF001 - as above
+        if error is not None:
+            self._give_up(error)
+
+    def _give_up(self, latest: BaseException) -> None:
+        """Log the latest error, and put the original at the end of its causes."""
         _logger.warning(
-            "gave up after %d retries: %r, %s", self._retry, self.latest, dict(self._context)
+            "gave up after %d retries: %r, %s", self._num_retries, latest, dict(self._context)
         )
-        last = self.latest
+        last = latest
         while last is not self._original and last.__cause__ is not None:
             last = last.__cause__
         if last is not self._original:
             last.__cause__ = self._original
-        return self.latest
 
 
 def _policies(
@@ -402,19 +409,19 @@ def _policies(
     once = RetryPolicy(max_retries=min(1, max_retries), max_first_delay_s=MAX_FIRST_DELAY_S)
     by_type = dict.fromkeys(_TRANSIENT, often) | {ErrorType.OUT_OF_MEMORY: once}
     by_class = {each: by_type.get(error_type, never) for each, error_type in _TYPES.items()}
-    return cast("dict[type[Exception], RetryPolicy]", by_class | dict.fromkeys(_PERMANENT, never))
+    return by_class | dict.fromkeys(_PERMANENT, never)
 
 
-def _attempt(recovery_fn: Callable[[], Awaitable[R] | R]) -> Callable[[Deadline], Awaitable[R]]:
-    """Return one attempt as a coroutine function."""
+def _awaited(recovery_fn: Callable[[], Awaitable[R] | R]) -> Callable[[Deadline], Awaitable[R]]:
+    """Return one try as a coroutine function; one that is none runs on a thread."""
 
-    async def attempt(_: Deadline) -> R:
+    async def once(_: Deadline) -> R:
         if inspect.iscoroutinefunction(recovery_fn):
             return cast("R", await recovery_fn())
         found = await asyncio.to_thread(recovery_fn)
         return await found if inspect.isawaitable(found) else found
 
-    return attempt
+    return once
 
 
 def _free_memory() -> None:

@@ -1,6 +1,6 @@
 """A cache of compiled kernels: each is fetched once, however many ask for it at a time.
 
-Entries are immutable artifacts; every seed makes its own parameters from them. One lock guards
+Entries are immutable artifacts; every seed makes its own parameters from them. One lock is for
 the tables and is never held while something is fetched, hashed or decoded. Waiting is for a
 *flight*: one fetch under way, a future that threads and event loops wait for alike.
 """
@@ -14,15 +14,16 @@ import threading
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 
 from esper.compiler.codec import decode_artifact
 from esper.contracts.errors import CacheError, KernelNotFoundError, KernelSourceUnavailable
 from esper.contracts.reference import check_digest
+from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import Clock, KernelSource
@@ -37,6 +38,50 @@ class Decode(Protocol):
     def __call__(self, data: bytes, *, artifact_id: str) -> CompiledKernelArtifact:
         """Decode one artifact."""
         ...
+
+
+class CacheSettings(TypedDict, total=False):
+    """What a :class:`KernelCache` is made of, by keyword; see there."""
+
+    max_cache_size_mb: float
+    max_entries: int
+    source: KernelSource | None
+    decode: Decode
+    clock: Clock | None
+    negative_ttl_s: float
+
+
+class CacheStats(TypedDict):
+    """What :meth:`KernelCache.get_stats` returns.
+
+    Every call of ``load_kernel`` adds one to one of the first four, and one more where a fetch
+    that it waited for was called off.
+
+    Attributes:
+        hits: Calls that were served from the cache.
+        negative_hits: Calls that were told from memory that there is no such kernel.
+        misses: Calls that fetched.
+        single_flight_waits: Calls that waited for another's fetch.
+        evictions: Entries that had to go to make room.
+        oversize: Artifacts that were served and not kept.
+        entries: Artifacts held now.
+        max_entries: How many may be held.
+        size_bytes: Bytes of all artifacts held.
+        max_size_bytes: How many bytes may be held.
+        pinned: Ids that are pinned now.
+    """
+
+    hits: int
+    negative_hits: int
+    misses: int
+    single_flight_waits: int
+    evictions: int
+    oversize: int
+    entries: int
+    max_entries: int
+    size_bytes: int
+    max_size_bytes: int
+    pinned: int
 
 
 class KernelCache:
@@ -197,14 +242,8 @@ class KernelCache:
             else:
                 del self._pins[artifact_id]
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return counts since the start, and what is held now.
-
-        Every call of ``load_kernel`` adds one to ``hits``, ``negative_hits``, ``misses`` (it
-        fetched) or ``single_flight_waits`` (it waited for another's fetch), and one more where
-        that fetch was called off. ``oversize`` counts what was served and not kept, ``pinned``
-        the ids that are pinned, ``size_bytes`` the bytes of all artifacts held.
-        """
+    def get_stats(self) -> CacheStats:
+        """Return counts since the start, and what is held now."""
         with self._lock:
             return {
                 "hits": self._num_hits,
@@ -223,16 +262,15 @@ class KernelCache:
     def __copy__(self) -> KernelCache:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> KernelCache:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(
-            type(self), self.max_cache_size_mb, self.max_entries, **self._settings()
-        )
-        return make, ()
+    def __reduce__(self) -> tuple[object, ...]:
+        build: Callable[..., KernelCache] = type(self)
+        sizes = (self.max_cache_size_mb, self.max_entries)
+        return functools.partial(build, *sizes, **self._settings()), ()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         """Return the keyword arguments that make a cache like this one."""
         return {
             "source": self._source,
@@ -276,14 +314,11 @@ class KernelCache:
             if flight.is_claimed:
                 return  # it was called off
             flight.is_claimed = True
-        answer: CompiledKernelArtifact | _CalledOff | None = _CALLED_OFF
-        failure: Exception | None = None
+        outcome: _Outcome = Done(_CALLED_OFF)
         try:
-            answer = self._fetch(artifact_id)
-        except Exception as error:  # noqa: BLE001 - raised again for everyone who waits
-            failure = error
+            outcome = attempt(functools.partial(self._fetch, artifact_id))
         finally:  # an interrupt lands the flight as called off, and one who waits takes over
-            self._land(artifact_id, flight, answer, failure)
+            self._land(artifact_id, flight, outcome)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
         try:
@@ -296,24 +331,25 @@ class KernelCache:
         assert self._source is not None
         return self._source.fetch(artifact_id)
 
-    def _land(
-        self,
-        artifact_id: str,
-        flight: _Flight,
-        answer: CompiledKernelArtifact | _CalledOff | None,
-        failure: Exception | None,
-    ) -> None:
+    def _land(self, artifact_id: str, flight: _Flight, outcome: _Outcome) -> None:
+        """End a flight: keep what came of it, and tell everyone who waits."""
         now = self._clock.now()
         with self._lock:
             self._flights.pop(artifact_id, None)
-            if failure is None and answer is None:
-                self._remember_absent(artifact_id, until_s=now + self._negative_ttl_s)
-            elif answer is not None and not isinstance(answer, _CalledOff):
-                self._keep(artifact_id, answer)
-        if failure is None:
-            flight.landed.set_result(answer)
+            if isinstance(outcome, Done):
+                self._remember(artifact_id, outcome.value, now)
+        if isinstance(outcome, Failed):
+            flight.landed.set_exception(outcome.error)
         else:
-            flight.landed.set_exception(failure)
+            flight.landed.set_result(outcome.value)
+
+    def _remember(
+        self, artifact_id: str, answer: CompiledKernelArtifact | _CalledOff | None, now: float
+    ) -> None:
+        if answer is None:
+            self._remember_absent(artifact_id, until_s=now + self._negative_ttl_s)
+        elif not isinstance(answer, _CalledOff):
+            self._keep(artifact_id, answer)
 
     def _call_off_if_not_begun(self, artifact_id: str, flight: _Flight) -> None:
         """Let those who wait choose another to fetch, where the thread never came to run."""
@@ -378,6 +414,7 @@ class _CalledOff:
 
 
 _CALLED_OFF: Final = _CalledOff()
+_Outcome = Done["CompiledKernelArtifact | _CalledOff | None"] | Failed
 
 
 class _Flight:

@@ -165,8 +165,8 @@ class Journal:
                 seed_idx=record.seed_idx,
                 blueprint=record.blueprint,
                 artifact_id=record.artifact_id,
-                before="" if before is None else before.value,
-                after=record.stage.value,
+                before="" if before is None else before,
+                after=record.stage,
                 reason=record.reason,
             )
         )

@@ -151,6 +151,6 @@ def _seed_of(event: StageChanged, before: ReplayedSeed | None) -> ReplayedSeed:
         graft=event.graft,
         blueprint=event.blueprint,
         artifact_id=event.artifact_id,
-        stage=GraftStage(event.after),
+        stage=event.after,
         folded=before.folded if before else False,
     )

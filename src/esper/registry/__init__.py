@@ -6,6 +6,6 @@ must do is the port in ``contracts.ports``.
 
 from __future__ import annotations
 
-from esper.registry.open import open, open_source  # noqa: A004 - registry.open() is how it is called
+from esper.registry.open import open, open_registry  # noqa: A004 - registry.open() is how it is called
 
-__all__ = ["open", "open_source"]
+__all__ = ["open", "open_registry"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ _FIELDS: Final[dict[str, tuple[str, str]]] = {
 }
 """Criterion -> field of the metadata, and how the field compares with what was asked."""
 
-_OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+_OPERATORS: Final[dict[str, Callable[..., bool]]] = {
     "=": operator.eq,
     ">=": operator.ge,
     "<=": operator.le,
 }
 
 
-def check(criteria: Mapping[str, Any]) -> None:
+def check(criteria: Mapping[str, object]) -> None:
     """Refuse what nobody can search for.
 
     Raises:
@@ -41,7 +41,7 @@ def check(criteria: Mapping[str, Any]) -> None:
         raise TypeError(msg)
 
 
-def matches(metadata: KernelMetadata, criteria: Mapping[str, Any]) -> bool:
+def matches(metadata: KernelMetadata, criteria: Mapping[str, object]) -> bool:
     """Say whether a kernel meets every criterion. They have been checked."""
     return all(
         _OPERATORS[sign](getattr(metadata, field), criteria[name])
@@ -50,7 +50,7 @@ def matches(metadata: KernelMetadata, criteria: Mapping[str, Any]) -> bool:
     )
 
 
-def as_sql(criteria: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+def as_sql(criteria: Mapping[str, object]) -> tuple[str, tuple[object, ...]]:
     """Return a condition on a column ``metadata`` of JSON text, and the values of its ``?``.
 
     The criteria have been checked.

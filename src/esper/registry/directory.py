@@ -18,18 +18,18 @@ import json
 import secrets
 import sqlite3
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format, reference
 from esper.contracts.artifact import KernelMetadata
 from esper.contracts.errors import KernelCorruptError, KernelSourceUnavailable
 from esper.contracts.ports import RegistryCheck, RegistryEntry, TagMove
-from esper.registry import answers, criteria
-from esper.registry.admission import MAX_ARTIFACT_BYTES, Admitted, admit
+from esper.registry import criteria, refusals
 from esper.registry.disk import Disk
 from esper.registry.index import Index
+from esper.registry.screening import MAX_ARTIFACT_BYTES, Screened, screen
 from esper.resilience.clock import wall_time_s
 
 if TYPE_CHECKING:
@@ -84,12 +84,11 @@ class DirectoryRegistry:
                 self._make_directory(directory)
             lock, alone = self._disk.lock(self._root / "lock")
             self._closing = weakref.finalize(self, _close, self._disk, self._index, lock)
-            try:
+            with ExitStack() as undo:
+                undo.callback(self.close)
                 self._recover(alone=alone)
                 self._disk.share(lock)
-            except BaseException:
-                self.close()
-                raise
+                undo.pop_all()
 
     @property
     def root(self) -> Path:
@@ -101,14 +100,14 @@ class DirectoryRegistry:
         data: bytes,
         *,
         digest: str | None = None,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
     ) -> str:
         """Publish one artifact; see :class:`~esper.contracts.ports.Registry`."""
-        admitted = admit(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
-        with self._reporting(f"put {admitted.digest}"):
-            if not self._holds(admitted.digest):
-                self._store(data, admitted)
-        return admitted.digest
+        screened = screen(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
+        with self._reporting(f"put {screened.digest}"):
+            if not self._holds(screened.digest):
+                self._store(data, screened)
+        return screened.digest
 
     def get(self, digest: str) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.Registry`."""
@@ -116,10 +115,10 @@ class DirectoryRegistry:
         with self._reporting(f"get {digest}"):
             size = self._published_size(digest)
             if size is None:
-                raise answers.not_published(digest)
+                raise refusals.not_published(digest)
             data = self._read_intact(digest, size)
             if data is None and self._published_size(digest) is None:
-                raise answers.not_published(digest)  # withdrawn and collected in between
+                raise refusals.not_published(digest)  # withdrawn and collected in between
         if data is None:
             msg = (
                 f"the stored bytes of {digest} were damaged or are gone; what was left of them is "
@@ -159,7 +158,7 @@ class DirectoryRegistry:
         reference.check_digest(digest)
         with self._reporting(f"tag {name}:{tag}"), self._index.transaction():
             if self._published_size(digest) is None:
-                raise answers.not_published(digest)
+                raise refusals.not_published(digest)
             if self._pointed_to(key) != digest:
                 self._index.rows("REPLACE INTO tags VALUES (?, ?, ?)", *key, digest)
                 self._remember(key, digest)
@@ -169,7 +168,7 @@ class DirectoryRegistry:
         key = reference.check_name(name), reference.check_name(tag, what="tag")
         with self._reporting(f"untag {name}:{tag}"), self._index.transaction():
             if self._pointed_to(key) is None:
-                raise answers.no_such_tag(*key)
+                raise refusals.no_such_tag(*key)
             self._index.rows("DELETE FROM tags WHERE name = ? AND tag = ?", *key)
             self._remember(key, None)
 
@@ -179,7 +178,7 @@ class DirectoryRegistry:
         with self._reporting(f"resolve {name_and_tag}"):
             digest = self._pointed_to(key)
         if digest is None:
-            raise answers.no_such_tag(*key)
+            raise refusals.no_such_tag(*key)
         return digest
 
     def history(self, name: str, tag: str) -> list[TagMove]:
@@ -197,19 +196,21 @@ class DirectoryRegistry:
         reference.check_digest(digest)
         with self._reporting(f"delete {digest}"), self._index.transaction():
             if self._published_size(digest) is None:
-                raise answers.not_published(digest)
+                raise refusals.not_published(digest)
             ((tags,),) = self._index.rows(_TAGS, digest)
             if tags:
-                raise answers.still_tagged(digest, _as_tags(tags))
+                raise refusals.still_tagged(digest, _as_tags(tags))
             self._index.rows("DELETE FROM artifacts WHERE digest = ?", digest)
 
     def collect(self, *, grace_s: float = 86_400.0) -> tuple[str, ...]:
         """Remove unreferenced bytes; see :class:`~esper.contracts.ports.Registry`."""
-        answers.check_grace(grace_s)
+        refusals.check_grace(grace_s)
         removed = []
         with self._reporting("collect"), self._index.transaction():
             now = self._wall_s()
-            condemned = dict(self._index.rows("SELECT digest, since_s FROM condemned"))
+            condemned: dict[str, float] = dict(
+                self._index.rows("SELECT digest, since_s FROM condemned")
+            )
             unreferenced = self._stored() - self._published()
             for digest in sorted(unreferenced & condemned.keys()):
                 if now - condemned[digest] >= grace_s:
@@ -239,7 +240,7 @@ class DirectoryRegistry:
         """Give back files and connections; see :class:`~esper.contracts.ports.Registry`."""
         self._closing()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Travel as an address: a copy opens the same directory."""
         return DirectoryRegistry, (self._root,)
 
@@ -270,10 +271,11 @@ class DirectoryRegistry:
         for digest in self._stored():
             self._read_intact(digest)
 
-    def _store(self, data: bytes, admitted: Admitted) -> None:
-        digest = admitted.digest
+    def _store(self, data: bytes, screened: Screened) -> None:
+        digest = screened.digest
         part = self._blobs / f".{digest}.{secrets.token_hex(8)}{_PART}"
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._clear_up, part)
             self._write(part, data)
             with self._index.transaction():
                 self._disk.rename(part, self._blobs / digest)
@@ -284,13 +286,14 @@ class DirectoryRegistry:
                     "VALUES (?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
                     digest,
                     len(data),
-                    json.dumps(admitted.metadata.to_document(), sort_keys=True),
-                    admitted.record,
+                    json.dumps(screened.metadata.to_document(), sort_keys=True),
+                    screened.record,
                 )
-        except BaseException:
-            with suppress(OSError):  # it is cleared up when the registry is opened again
-                self._disk.remove(part)
-            raise
+            undo.pop_all()
+
+    def _clear_up(self, part: Path) -> None:
+        with suppress(OSError):  # what stays is removed when the registry is opened again
+            self._disk.remove(part)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write a file whose bytes survive a power failure, though its name may not."""

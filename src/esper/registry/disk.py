@@ -14,6 +14,9 @@ from typing import Any, Final
 
 _BUSY_TIMEOUT_S: Final = 30.0
 
+Row = tuple[Any, ...]
+"""What SQLite gives for a row; its statement says of what types."""
+
 
 class Disk:
     """The machine's own file system. Every method may raise ``OSError``."""
@@ -98,7 +101,7 @@ class Disk:
         )
 
     def execute(
-        self, connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]
-    ) -> list[tuple[Any, ...]]:
+        self, connection: sqlite3.Connection, statement: str, values: tuple[object, ...]
+    ) -> list[Row]:
         """Run one statement and return its rows. Raises ``sqlite3.Error`` too."""
         return connection.execute(statement, values).fetchall()

@@ -16,7 +16,7 @@ import os
 import re
 import weakref
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 from urllib.parse import urlsplit
 
 import httpx2
@@ -27,7 +27,7 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.contracts.reference import check_digest
-from esper.registry.admission import MAX_ARTIFACT_BYTES
+from esper.registry.screening import MAX_ARTIFACT_BYTES
 from esper.registry.timed_transport import TimedTransport
 from esper.resilience.clock import MonotonicClock
 
@@ -123,10 +123,10 @@ class HttpKernelSource:
     def __copy__(self) -> HttpKernelSource:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HttpKernelSource:
+    def __deepcopy__(self, memo: dict[int, object]) -> HttpKernelSource:
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         if self._given_client is not None:
             msg = f"the source of {self.base_url} has a client that cannot be pickled with it"
             raise TypeError(msg)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from esper.registry.disk import Disk
+    from esper.registry.disk import Disk, Row
 
 FORMAT_VERSION: Final = 1
 
@@ -73,7 +73,7 @@ class Index:
                 for statement in _SCHEMA:
                     self.rows(statement)
 
-    def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, *values: object) -> list[Row]:
         """Run one statement and return its rows.
 
         Raises:
@@ -89,14 +89,12 @@ class Index:
         After any exception the connection is dropped, which undoes what it had begun: there is
         no statement left whose own failure would have to be handled.
         """
-        with self._lock:
-            try:
-                self.rows("BEGIN IMMEDIATE")
-                yield
-                self.rows("COMMIT")
-            except BaseException:
-                self.close()
-                raise
+        with self._lock, ExitStack() as undo:
+            undo.callback(self.close)
+            self.rows("BEGIN IMMEDIATE")
+            yield
+            self.rows("COMMIT")
+            undo.pop_all()
 
     def close(self) -> None:
         """Drop the connection. The next statement opens another."""
@@ -116,11 +114,10 @@ class Index:
         if self._connection is None:
             self._process = os.getpid()
             connection = self._disk.connect(self._path)
-            try:
+            with ExitStack() as undo:
+                undo.callback(connection.close)
                 for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
                     self._disk.execute(connection, f"PRAGMA {pragma}", ())
-            except BaseException:
-                connection.close()
-                raise
+                undo.pop_all()
             self._connection = connection
         return self._connection

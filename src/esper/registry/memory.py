@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from esper.contracts import reference
 from esper.contracts.ports import RegistryCheck, RegistryEntry, TagMove
-from esper.registry import answers, criteria
-from esper.registry.admission import MAX_ARTIFACT_BYTES, Admitted, admit
+from esper.registry import criteria, refusals
+from esper.registry.screening import MAX_ARTIFACT_BYTES, Screened, screen
 from esper.resilience.clock import wall_time_s
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class MemoryRegistry:
         self._max_artifact_bytes = max_artifact_bytes
         self._lock = threading.Lock()
         self._bytes: dict[str, bytes] = {}
-        self._published: dict[str, Admitted] = {}
+        self._published: dict[str, Screened] = {}
         self._tags: dict[tuple[str, str], str] = {}
         self._moves: dict[tuple[str, str], list[TagMove]] = {}
         self._condemned: dict[str, float] = {}
@@ -47,15 +47,15 @@ class MemoryRegistry:
         data: bytes,
         *,
         digest: str | None = None,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
     ) -> str:
         """Publish one artifact; see :class:`~esper.contracts.ports.Registry`."""
-        admitted = admit(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
+        screened = screen(data, digest=digest, record=record, max_bytes=self._max_artifact_bytes)
         with self._lock:
-            self._bytes.setdefault(admitted.digest, bytes(data))
-            self._published.setdefault(admitted.digest, admitted)
-            self._condemned.pop(admitted.digest, None)
-        return admitted.digest
+            self._bytes.setdefault(screened.digest, bytes(data))
+            self._published.setdefault(screened.digest, screened)
+            self._condemned.pop(screened.digest, None)
+        return screened.digest
 
     def get(self, digest: str) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.Registry`."""
@@ -75,9 +75,9 @@ class MemoryRegistry:
         criteria.check(wanted)
         with self._lock:
             return [
-                self._entry(admitted)
-                for admitted in self._published.values()
-                if criteria.matches(admitted.metadata, wanted)
+                self._entry(screened)
+                for screened in self._published.values()
+                if criteria.matches(screened.metadata, wanted)
             ]
 
     def tag(self, name: str, tag: str, digest: str) -> None:
@@ -95,7 +95,7 @@ class MemoryRegistry:
         key = reference.check_name(name), reference.check_name(tag, what="tag")
         with self._lock:
             if self._tags.pop(key, None) is None:
-                raise answers.no_such_tag(*key)
+                raise refusals.no_such_tag(*key)
             self._remember(key, None)
 
     def resolve(self, name_and_tag: str) -> str:
@@ -103,7 +103,7 @@ class MemoryRegistry:
         key = reference.split_reference(name_and_tag)
         digest = self._tags.get(key)
         if digest is None:
-            raise answers.no_such_tag(*key)
+            raise refusals.no_such_tag(*key)
         return digest
 
     def history(self, name: str, tag: str) -> list[TagMove]:
@@ -119,12 +119,12 @@ class MemoryRegistry:
             self._expect_published(digest)
             tags = self._tags_of(digest)
             if tags:
-                raise answers.still_tagged(digest, tags)
+                raise refusals.still_tagged(digest, tags)
             del self._published[digest]
 
     def collect(self, *, grace_s: float = 86_400.0) -> tuple[str, ...]:
         """Remove unreferenced bytes; see :class:`~esper.contracts.ports.Registry`."""
-        answers.check_grace(grace_s)
+        refusals.check_grace(grace_s)
         with self._lock:
             now = self._wall_s()
             due = sorted(d for d, since in self._condemned.items() if now - since >= grace_s)
@@ -147,15 +147,15 @@ class MemoryRegistry:
     def close(self) -> None:
         """Do nothing: there is nothing to give back."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
     def _expect_published(self, digest: str) -> None:
         if digest not in self._published:
-            raise answers.not_published(digest)
+            raise refusals.not_published(digest)
 
     def _remember(self, key: tuple[str, str], digest: str | None) -> None:
         move = TagMove(digest=digest, moved_at_s=self._wall_s())
@@ -164,11 +164,11 @@ class MemoryRegistry:
     def _tags_of(self, digest: str) -> tuple[str, ...]:
         return tuple(sorted(f"{n}:{t}" for (n, t), found in self._tags.items() if found == digest))
 
-    def _entry(self, admitted: Admitted) -> RegistryEntry:
+    def _entry(self, screened: Screened) -> RegistryEntry:
         return RegistryEntry(
-            digest=admitted.digest,
-            size_bytes=len(self._bytes[admitted.digest]),
-            metadata=admitted.metadata,
-            record=json.loads(admitted.record),
-            tags=self._tags_of(admitted.digest),
+            digest=screened.digest,
+            size_bytes=len(self._bytes[screened.digest]),
+            metadata=screened.metadata,
+            record=json.loads(screened.record),
+            tags=self._tags_of(screened.digest),
         )

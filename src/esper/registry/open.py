@@ -35,13 +35,13 @@ def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
         msg = (
             f"{address!r} is no registry: expected memory:, a directory, or file:///path; to fetch "
-            "kernels from http(s)://host, use open_source"
+            "kernels from http(s)://host, use open_registry"
         )
         raise ValueError(msg)
     return DirectoryRegistry(address)
 
 
-def open_source(url: str | Path) -> KernelSource:
+def open_registry(url: str | Path) -> KernelSource:
     """Open what kernels are fetched from, without the right to change it.
 
     Args:

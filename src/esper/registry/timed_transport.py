@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import httpcore2
 import httpx2
@@ -160,7 +160,7 @@ class _DeadlineStream(httpcore2.NetworkStream):
         stream = self._inner.start_tls(ssl_context, server_hostname, left_s)
         return _DeadlineStream(stream, self._clock)
 
-    def get_extra_info(self, info: str) -> Any:
+    def get_extra_info(self, info: str) -> object:
         return self._inner.get_extra_info(info)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 R = TypeVar("R")
 
@@ -49,4 +49,12 @@ def attempt(fn: Callable[[], R]) -> Done[R] | Failed:
     try:
         return Done(fn())
     except Exception as error:  # noqa: BLE001 - the one broad fence outside of a forward
+        return Failed(error)
+
+
+async def attempt_async(fn: Callable[[], Awaitable[R]]) -> Done[R] | Failed:
+    """Await foreign code; else as :func:`attempt`. A cancellation passes through."""
+    try:
+        return Done(await fn())
+    except Exception as error:  # noqa: BLE001 - the same fence, in an event loop
         return Failed(error)

@@ -10,17 +10,20 @@ One breaker stands for one endpoint. What a call was worth is decided by the cla
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import os
 import random
 import threading
 import weakref
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, Self, TypeVar
 
 from esper.contracts.errors import CircuitOpenError
+from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
@@ -227,12 +230,11 @@ class CircuitBreaker:
             permit = Permit(self, self._generation)
             wait_s = self._until_s - now if self._state is BreakerState.OPEN else 0.0
             moves = self._take_moves()
-        try:
-            self._tell(moves)
-        except BaseException:
+        with ExitStack() as undo:
             if is_admitted:
-                permit.release()
-            raise
+                undo.callback(permit.release)
+            self._tell(moves)
+            undo.pop_all()
         if not is_admitted:
             raise CircuitOpenError(self.name, retry_after_s=wait_s)
         return permit
@@ -247,18 +249,18 @@ class CircuitBreaker:
         self._tell(moves)
         return stats
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         now = self._clock.now()
         with self._lock:
             state = self.__dict__ | {
                 "_outcomes": self._outcomes.copy(),
                 "_counts": {**self._counts},
             }
+            left_s = self._until_s - now
         del state["_lock"]
-        left_s = state["_until_s"] - now
         return state | {"_until_s": left_s, "_probes_out": 0, "_moves": [], "_on_transition": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._until_s += self._clock.now()
         self._lock = threading.Lock()
@@ -354,12 +356,13 @@ class CircuitBreaker:
         return not isinstance(error, self._answers)
 
     def _tell(self, moves: list[BreakerTransition]) -> None:
+        listener = self._on_transition
+        if listener is None:
+            return
         for move in moves:
-            try:
-                if self._on_transition is not None:
-                    self._on_transition(move)
-            except Exception:
-                _logger.warning("breaker %r: its listener failed", self.name, exc_info=True)
+            told = attempt(functools.partial(listener, move))
+            if isinstance(told, Failed):
+                _logger.warning("breaker %r: its listener failed", self.name, exc_info=told.error)
 
     def _start_again_in_child(self) -> None:
         """Forget, after a fork, the lock and the permits of threads that are not here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypedDict
 
 CRITICAL_SCORE: Final = 0.3
 """Below it somebody has to step in."""
@@ -39,6 +39,30 @@ class HealthLimits:
         if not is_valid:
             msg = f"limits are in (0, 1), above 0 and in (0, 100), found {self}"
             raise ValueError(msg)
+
+
+class HealthStats(TypedDict):
+    """What :meth:`HealthMonitor.get_stats` returns.
+
+    Attributes:
+        health_score: In [0, 1].
+        error_rate: In [0, 1]; None where it was not measured, like the next two.
+        latency_ms: Median latency in milliseconds.
+        memory_percent: Median use of memory, in [0, 100].
+        updates: Updates in the window.
+        calls: Calls in the window.
+        should_intervene: Whether somebody has to step in.
+        reason: Why; "Healthy" where nobody has to.
+    """
+
+    health_score: float
+    error_rate: float | None
+    latency_ms: float | None
+    memory_percent: float | None
+    updates: int
+    calls: int
+    should_intervene: bool
+    reason: str
 
 
 class HealthMonitor:
@@ -118,12 +142,8 @@ class HealthMonitor:
         """Return whether somebody has to step in, and why; "Healthy" where nobody has to."""
         return self._reason is not None, self._reason or "Healthy"
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return ``health_score``, what it is made of, and whether somebody has to step in.
-
-        ``error_rate`` in [0, 1], ``latency_ms`` and ``memory_percent`` are None where they were
-        not measured; ``updates`` and ``calls`` are those in the window.
-        """
+    def get_stats(self) -> HealthStats:
+        """Return the score, what it is made of, and whether somebody has to step in."""
         found = self._measured()
         must, reason = self.should_intervene()
         return {

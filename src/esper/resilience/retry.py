@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from esper.contracts.ports import Clock
 
+    OnRetry = Callable[[int, Exception], None]
+
 R = TypeVar("R")
 
 _NUM_SPANS: Final = 10
@@ -144,6 +146,7 @@ class Retry:
     """Repeats a call after errors whose class says that another try may help.
 
     A last error is raised as it came. There is no retry that would begin after the deadline.
+    Threads and event loops differ in how they call and wait, and in nothing that is decided.
 
     Args:
         policies: What to do after an error: the entry of its class, or of the nearest base class
@@ -165,45 +168,62 @@ class Retry:
         rng: random.Random | None = None,
     ) -> None:
         self._policies = dict(policies)
+        self._classes = tuple(self._policies)
         self._budget = budget or RetryBudget()
         self._sleep = sleep
         self._sleep_async = sleep_async
         self._rng = rng or random.Random()  # noqa: S311 - spreads waits, guards no secret
 
-    def call(self, fn: Callable[[], R], *, deadline: Deadline | None = None) -> R:
+    def call(
+        self,
+        fn: Callable[[], R],
+        *,
+        deadline: Deadline | None = None,
+        on_retry: OnRetry | None = None,
+    ) -> R:
         """Call ``fn`` until it returns, or until nothing speaks for another try.
 
         Args:
             fn: What is called.
             deadline: When all tries and waits have to be over.
+            on_retry: Told of each retry, from 1, and of the error before it, before the wait.
         """
-        self._budget.count_call()
-        retry = 0
+        tries = self._begin(deadline, on_retry)
         while True:
             try:
                 return fn()
-            except Exception as error:
-                delay_s = self.next_delay_s(error, retry, deadline or Deadline.never())
+            except self._classes as error:
+                delay_s = tries.delay_s_after(error)
                 if delay_s is None:
                     raise
             self._sleep(delay_s)
-            retry += 1
 
     async def call_async(
-        self, fn: Callable[[], Awaitable[R]], *, deadline: Deadline | None = None
+        self,
+        fn: Callable[[], Awaitable[R]],
+        *,
+        deadline: Deadline | None = None,
+        on_retry: OnRetry | None = None,
     ) -> R:
-        """Await ``fn`` until it returns, or until nothing speaks for another try."""
-        self._budget.count_call()
-        retry = 0
+        """Await ``fn`` until it returns, or until nothing speaks for another try; as above."""
+        tries = self._begin(deadline, on_retry)
         while True:
             try:
                 return await fn()
-            except Exception as error:
-                delay_s = self.next_delay_s(error, retry, deadline or Deadline.never())
+            except self._classes as error:
+                delay_s = tries.delay_s_after(error)
                 if delay_s is None:
                     raise
             await self._sleep_async(delay_s)
-            retry += 1
+
+    def _begin(self, deadline: Deadline | None, on_retry: OnRetry | None) -> _Tries:
+        self._budget.count_call()
+        return _Tries(self, deadline or Deadline.never(), on_retry)
+
+    def repeats(self, error: Exception) -> bool:
+        """Say whether an error of this class is repeated at all, time and budget left aside."""
+        policy = self.policy_for(error)
+        return policy is not None and policy.max_retries > 0
 
     def next_delay_s(self, error: Exception, retry: int, deadline: Deadline) -> float | None:
         """Take retry number ``retry``, from 0, from the budget, and return the wait before it.
@@ -225,3 +245,22 @@ class Retry:
             if error_class in self._policies:
                 return self._policies[error_class]
         return None
+
+
+class _Tries:
+    """The tries of one call: what a thread and an event loop decide alike."""
+
+    def __init__(self, retry: Retry, deadline: Deadline, on_retry: OnRetry | None) -> None:
+        self._retry = retry
+        self._deadline = deadline
+        self._on_retry = on_retry
+        self._num_retries = 0
+
+    def delay_s_after(self, error: Exception) -> float | None:
+        """Return the wait before the next try, in seconds; None where there is to be none."""
+        delay_s = self._retry.next_delay_s(error, self._num_retries, self._deadline)
+        if delay_s is not None:
+            self._num_retries += 1
+            if self._on_retry is not None:
+                self._on_retry(self._num_retries, error)
+        return delay_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
+from typing import TYPE_CHECKING, Final, Protocol, cast, final
 
 import torch
 from torch import nn
@@ -11,9 +11,11 @@ from torch import nn
 from esper.compiler.lowering import instantiate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from esper.contracts.artifact import CompiledKernelArtifact
 
-_ISOLATION: Final[dict[str, Any]] = {
+_ISOLATION: Final[dict[str, bool]] = {
     name: True
     for name in ("isolate_recompiles",)
     if name in inspect.signature(torch.compile).parameters
@@ -75,4 +77,5 @@ class TorchCompileBackend:
     def build(self, artifact: CompiledKernelArtifact, *, device: torch.device) -> nn.Module:
         """Return the compiled kernel; as :meth:`KernelBackend.build`."""
         module = EagerBackend().build(artifact, device=device)
-        return cast("nn.Module", torch.compile(module, backend=self._compiler, **_ISOLATION))
+        compile_: Callable[..., object] = torch.compile  # whose options depend on its version
+        return cast("nn.Module", compile_(module, backend=self._compiler, **_ISOLATION))

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, TypedDict, final
 
 import numpy as np
 import torch
@@ -34,9 +34,31 @@ _KERNEL_FAILURES: Final = (RuntimeError, ValueError, IndexError, AssertionError)
 """What operations of torch raise for an input that they do not take."""
 
 
+class PerformanceStats(TypedDict):
+    """What :meth:`RealKernelExecutor.get_performance_stats` returns.
+
+    The first two hold ``count``, the successes since the start, ``failed``, and over the last
+    ``window`` successes ``mean``, ``p50``, ``p95``, ``p99`` and ``last`` with their unit behind
+    them, each None before the first.
+
+    Attributes:
+        compilation: In milliseconds (``mean_ms`` and so on), making the module ready included.
+        execution: In microseconds (``mean_us`` and so on).
+        cache: That of the modules; see :meth:`ModuleCache.get_stats`.
+        device: The device that executed last; None before the first execution.
+        backend: The back end's name.
+    """
+
+    compilation: dict[str, float | None]
+    execution: dict[str, float | None]
+    cache: dict[str, float]
+    device: str | None
+    backend: str
+
+
 @final
 class RealKernelExecutor:
-    """Compiles blueprints and executes kernels. Any number of threads may use one.
+    """Compiles blueprints and executes kernels, for as many threads as there are.
 
     It keeps one module for each artifact and device, in evaluation mode, and all its callers
     share it: the result depends on the artifact and the input alone, but for kernels that draw
@@ -67,13 +89,14 @@ class RealKernelExecutor:
         if window < 1:
             msg = f"statistics need a window of at least 1 duration, found {window}"
             raise ValueError(msg)
-        self._settings: dict[str, Any] = {
-            "backend": backend,
-            "max_cache_size_mb": max_cache_size_mb,
-            "clock": clock,
-            "window": window,
-            "device_timing": device_timing,
-        }
+        self._build_equal = functools.partial(
+            type(self),
+            backend=backend,
+            max_cache_size_mb=max_cache_size_mb,
+            clock=clock,
+            window=window,
+            device_timing=device_timing,
+        )
         self.backend: KernelBackend = EagerBackend() if backend is None else backend
         self._clock = MonotonicClock() if clock is None else clock
         self._device_timing = device_timing
@@ -191,15 +214,8 @@ class RealKernelExecutor:
         build = functools.partial(self.backend.build, kernel_artifact, device=target)
         return self._modules.get((kernel_artifact.artifact_id, target), build)
 
-    def get_performance_stats(self) -> dict[str, Any]:
-        """Return what was measured, in the specification's keys.
-
-        ``compilation`` (milliseconds) and ``execution`` (microseconds) hold ``count``, the
-        successes since the start, ``failed``, and over the last ``window`` successes ``mean``,
-        ``p50``, ``p95``, ``p99`` and ``last``, each None before the first. Compilation includes
-        making the module ready. ``cache`` is the modules', ``device`` the one that executed last
-        or None, ``backend`` the back end's name.
-        """
+    def get_performance_stats(self) -> PerformanceStats:
+        """Return what was measured, in the specification's keys."""
         with self._lock:
             compilation = self._compilations.summary("ms", per_second=1e3)
             execution = self._executions.summary("us", per_second=1e6)
@@ -214,13 +230,13 @@ class RealKernelExecutor:
     def __copy__(self) -> RealKernelExecutor:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RealKernelExecutor:
+    def __deepcopy__(self, memo: dict[int, object]) -> RealKernelExecutor:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         if self is _SHARED:
             return shared_executor, ()
-        return functools.partial(type(self), **self._settings), ()
+        return self._build_equal, ()
 
     def _timed(self, module: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
         """Return the output, and the seconds that it took."""
@@ -267,7 +283,7 @@ class _Durations:
         return {**counts, **dict(zip(names, values, strict=True))}
 
 
-def _expect(who: str, value: Any, kind: type) -> None:
+def _expect(who: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         msg = f"{who} takes a {kind.__name__}, got {type(value).__name__}"
         raise TypeError(msg)

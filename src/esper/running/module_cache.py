@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class ModuleCache:
     """Modules by artifact and device, counted by the bytes of their parameters and buffers.
 
-    One lock guards the table and is never held while a module is built. Threads that miss the
+    One lock is for the table and is never held while a module is built. Threads that miss the
     same module at once each build one, and all of them get the one that was put in first. A
     module larger than the budget is served and not kept, and evicts nobody.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 from torch.nn import functional as F
@@ -12,6 +12,9 @@ from esper.streams.device_streams import run_on_side, streams_of
 from esper.streams.gradient_sync import GradientFuture
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Unpack
+
     from torch import Tensor
 
     from esper.streams.device_streams import Streams
@@ -19,11 +22,24 @@ if TYPE_CHECKING:
 _Pair = int | tuple[int, int]
 
 
+class ConvSettings(TypedDict):
+    """How a convolution goes over its input, as ``torch.nn.functional.conv2d`` has it."""
+
+    stride: _Pair
+    padding: _Pair | str
+    dilation: _Pair
+    groups: int
+
+
 class ConvFunction(Protocol):
     """A convolution that autograd can follow, with the arguments of ``F.conv2d``."""
 
     def __call__(
-        self, input_tensor: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any
+        self,
+        input_tensor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        **settings: Unpack[ConvSettings],
     ) -> Tensor:
         """Return the output; ``settings`` are stride, padding, dilation and groups."""
         ...
@@ -74,8 +90,8 @@ class AsyncConv2dKernel:
         if not streams.is_inline and side.device != device:
             msg = f"stream: expected one of {device}, where the input is; found {side.device}"
             raise ValueError(msg)
-        settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        convolve: Any = kernel_fn or F.conv2d
+        settings = ConvSettings(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        convolve: Callable[..., object] = kernel_fn or F.conv2d
         inputs = [tensor for tensor in (input_tensor, weight, bias) if tensor is not None]
         ready = streams.record(streams.current(device))
         output = run_on_side(

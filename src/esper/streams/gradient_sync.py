@@ -8,7 +8,7 @@ read on another stream than that. This is what the futures here are for.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -42,7 +42,7 @@ class GradientFuture:
 
     def _expect(self, gradient: Tensor) -> None:  # noqa: ARG002 - a hook's signature
         """Ask autograd to say when this backward is over; one that fails never says it."""
-        engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001 - as DDP and FSDP do
+        engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 - as DDP and FSDP do
         engine.queue_callback(self._note)
 
     def _note(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from esper.streams.device_streams import default_device, streams_of
 
@@ -10,6 +10,23 @@ if TYPE_CHECKING:
     import torch
 
     from esper.streams.device_streams import Streams
+
+
+class StreamStats(TypedDict):
+    """What :meth:`StreamManager.get_stats` returns.
+
+    Attributes:
+        num_streams: Streams on each device.
+        stream_usage: Requests for each stream, over all devices.
+        total_usage: Requests in all.
+        is_inline: Whether no stream handed out (or, before the first, the default device) runs
+            beside another.
+    """
+
+    num_streams: int
+    stream_usage: list[int]
+    total_usage: int
+    is_inline: bool
 
 
 class StreamManager:
@@ -79,12 +96,8 @@ class StreamManager:
             streams = self.streams_of(device)
             streams.wait(streams.current(device), streams.record(side))
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return ``num_streams``, ``stream_usage``, ``total_usage`` and ``is_inline``.
-
-        ``stream_usage`` has the requests for each stream, over all devices; ``is_inline`` says
-        that no stream handed out (or, before the first, the default device) runs beside another.
-        """
+    def get_stats(self) -> StreamStats:
+        """Return how the streams were used since the manager was made."""
         devices = {device for device, _ in self._made} or {default_device()}
         return {
             "num_streams": self.num_streams,
@@ -93,10 +106,10 @@ class StreamManager:
             "is_inline": all(self.streams_of(device).is_inline for device in devices),
         }
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, int]:
         """Return what copies keep: streams belong to the process, and counts to the original."""
         return {"num_streams": self.num_streams}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, int]) -> None:
         """Start without streams."""
         self.__init__(**state)  # type: ignore[misc] # a copy begins as a constructed one does

@@ -26,7 +26,7 @@ ANSWERS: Final = (KernelNotFoundError, KernelCorruptError, KernelRefusedError)
 _logger = logging.getLogger(__name__)
 
 
-class GuardedSource:
+class SourceBehindBreaker:
     """A source that is not asked for a while after it has failed too often.
 
     Args:
@@ -58,13 +58,13 @@ class GuardedSource:
             return self.source.fetch(digest)
 
 
-def guarded(source: KernelSource) -> GuardedSource:
-    """Return this process's guard of a source; the same object while anyone holds it."""
-    with _GUARDS_LOCK:
-        guard = _GUARDS.get(id(source))
-        if guard is None:
-            guard = _GUARDS[id(source)] = GuardedSource(source)
-        return guard
+def behind_breaker(source: KernelSource) -> SourceBehindBreaker:
+    """Return a source behind its breaker of this process; one object while anyone holds it."""
+    with _KNOWN_LOCK:
+        known = _KNOWN.get(id(source))
+        if known is None:
+            known = _KNOWN[id(source)] = SourceBehindBreaker(source)
+        return known
 
 
 def _log(move: BreakerTransition) -> None:
@@ -74,6 +74,6 @@ def _log(move: BreakerTransition) -> None:
         _logger.info("%s: %s", move.name, move.after)
 
 
-_GUARDS_LOCK: Final = threading.Lock()
-_GUARDS: Final[weakref.WeakValueDictionary[int, GuardedSource]] = weakref.WeakValueDictionary()
-"""By the identity of the source, which its guard keeps alive."""
+_KNOWN_LOCK: Final = threading.Lock()
+_KNOWN: Final[weakref.WeakValueDictionary[int, SourceBehindBreaker]] = weakref.WeakValueDictionary()
+"""By the identity of the source, which the value keeps alive."""

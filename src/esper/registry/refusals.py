@@ -1,4 +1,4 @@
-"""The answers that both registries give in the same words."""
+"""What registries refuse, and the words that all of them say it in."""
 
 from __future__ import annotations
 

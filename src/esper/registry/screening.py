@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format
 from esper.contracts.artifact import KernelMetadata
@@ -19,7 +19,7 @@ MAX_ARTIFACT_BYTES: Final = 2**26 * 8 + 2**23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
+class Screened:
     """What is known of an artifact that may be stored.
 
     Attributes:
@@ -33,9 +33,9 @@ class Admitted:
     record: str
 
 
-def admit(
-    data: bytes, *, digest: str | None, record: Mapping[str, Any] | None, max_bytes: int
-) -> Admitted:
+def screen(
+    data: bytes, *, digest: str | None, record: Mapping[str, object] | None, max_bytes: int
+) -> Screened:
     """Check an artifact from end to end.
 
     Args:
@@ -57,10 +57,10 @@ def admit(
         raise KernelCorruptError(msg)
     header = artifact_format.parse(data).header
     metadata = KernelMetadata.from_document(header.get("metadata"))
-    return Admitted(digest=found, metadata=metadata, record=_as_json(record or {}))
+    return Screened(digest=found, metadata=metadata, record=_as_json(record or {}))
 
 
-def _as_json(record: Mapping[str, Any]) -> str:
+def _as_json(record: Mapping[str, object]) -> str:
     try:
         return json.dumps(dict(record), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
