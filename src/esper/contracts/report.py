@@ -54,7 +54,7 @@ class GraftRecord:
         blueprint: Human name of the kernel's blueprint.
         artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
         stage: Where the graft is; ``fossilized`` and ``culled`` are final.
-        verdict: What was decided, in a word or three: ``"fossilized"``, ``"culled at admission"``.
+        verdict: What was decided, in a word or three; one of ``GRAFT_VERDICTS``.
         reason: Why, in a sentence.
         parameters: Parameters of the kernel.
         germinated_at: Update at which the graft was chosen.
@@ -90,7 +90,17 @@ class GraftRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineEntry:
-    """One change of stage. ``before`` is None at germination."""
+    """One change of stage.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run, from 1.
+        site: Dotted name of the layer.
+        blueprint: Human name of the kernel's blueprint.
+        before: Stage that was left; None at germination.
+        after: Stage that was entered.
+        reason: Why, in a sentence.
+    """
 
     update: int
     graft: int
@@ -103,7 +113,13 @@ class TimelineEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlphaPoint:
-    """A graft's alpha from an update on, in [0, 1]."""
+    """A graft's alpha from an update on.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run, from 1.
+        alpha: Its share, in [0, 1].
+    """
 
     update: int
     graft: int
@@ -129,6 +145,7 @@ class RunReport:
         notes: Words to the owner.
         interrupted: Whether the run was stopped before its end.
         overhead_share: All work spent on growing over all work, in [0, 1].
+        format_version: Of the JSON form.
     """
 
     settings: JsonObject
@@ -316,6 +333,7 @@ class DemoReport:
         worst_dip_points: That of the grown arm.
         fossilized: Grafts of the grown arm that were made permanent, over all random seeds.
         culled: Grafts of the grown arm that were removed, over all random seeds.
+        format_version: Of the JSON form.
     """
 
     random_seeds: tuple[int, ...]

@@ -44,7 +44,10 @@ OVERHEAD: Final = 0.8
 
 
 Tell = Callable[..., None]
-"""Takes the share done and, by name, what :class:`ProgressRow` has; may raise Stopped."""
+"""Takes the share done and, by name, what :class:`~esper.contracts.progress.ProgressRow` has.
+
+It may raise Stopped.
+"""
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -42,7 +42,7 @@ class Call:
     """One eager call of a kernel.
 
     Attributes:
-        sums: What :func:`esper.forward.guard.observe` gave; None for a clean call without guard.
+        sums: What the forward summed up on the way; None for a clean call without guard.
         raised: Whether the fence took it; ``sums`` then has the host's only.
         incoming: Sum of the gradient that reached its output, if one has.
         leaving: Sums of the gradients that left towards its inputs.

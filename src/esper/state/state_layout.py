@@ -110,7 +110,8 @@ class KasminaStateLayout:
     def _allocate(self) -> None:
         for name, dtype, code, _, birth in _ARRAYS:
             memory = bytearray(struct.pack(code, birth)) * self.num_seeds
-            view: memoryview[Any] = memoryview(memory).cast(code)  # type: ignore[call-overload]
+            cast = memoryview(memory).cast
+            view: memoryview[Any] = cast(code)  # type: ignore[call-overload] # no literal, as it asks
             setattr(self, name, torch.frombuffer(memory, dtype=dtype))
             setattr(self, "_" + name, view)
 
