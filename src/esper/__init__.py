@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from esper.compiler.catalog import Catalog, default_catalog
+    from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
     from esper.continuity.optimizer import sync_optimizer
     from esper.contracts.artifact import CompiledKernelArtifact
@@ -32,10 +32,27 @@ if TYPE_CHECKING:
         SeedLifecycleError,
     )
     from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
+    from esper.contracts.progress import GraftStatus
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.budget import Budget
+    from esper.growth.gates import GateVerdict
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
+    from esper.growth.measurement import Measurement
+    from esper.growth.policies import (
+        AllOf,
+        AnyOf,
+        ByHand,
+        DiminishingReturns,
+        EveryN,
+        Never,
+        Policy,
+    )
+    from esper.growth.ranking import FirstOrderGain, RandomChoice, Ranking
+    from esper.growth.reading import Choice, Decision, Reading
+    from esper.growth.settings import GrowthSettings
+    from esper.growth.suggestion import Suggestion
+    from esper.registry.open import open_registry
     from esper.seeds.maintenance import maintain
     from esper.seeds.shadow import in_shadow_pass
     from esper.wrapping.export import export
@@ -48,21 +65,33 @@ __version__ = "0.1.0"
 """Version of the distribution, ``esper-morph``."""
 
 _HOME: Final = {
+    "AllOf": "esper.growth.policies",
+    "AnyOf": "esper.growth.policies",
     "AsyncExecutionError": "esper.contracts.errors",
     "BlueprintEdge": "esper.contracts.blueprint",
     "BlueprintError": "esper.contracts.errors",
     "BlueprintIR": "esper.contracts.blueprint",
     "BlueprintNode": "esper.contracts.blueprint",
     "Budget": "esper.growth.budget",
+    "ByHand": "esper.growth.policies",
     "CacheError": "esper.contracts.errors",
     "Catalog": "esper.compiler.catalog",
+    "CatalogEntry": "esper.compiler.catalog",
+    "Choice": "esper.growth.reading",
     "CompiledKernelArtifact": "esper.contracts.artifact",
+    "Decision": "esper.growth.reading",
+    "DiminishingReturns": "esper.growth.policies",
     "EsperError": "esper.contracts.errors",
+    "EveryN": "esper.growth.policies",
+    "FirstOrderGain": "esper.growth.ranking",
+    "GateVerdict": "esper.growth.gates",
     "GradientSyncError": "esper.contracts.errors",
     "GraftStage": "esper.contracts.lifecycle",
+    "GraftStatus": "esper.contracts.progress",
     "Grower": "esper.growth.grower",
     "GrowthError": "esper.contracts.errors",
     "GrowthJob": "esper.growth.job",
+    "GrowthSettings": "esper.growth.settings",
     "KasminaException": "esper.contracts.errors",
     "KasminaLayer": "esper.execution.kasmina_layer",
     "KernelCompilationError": "esper.contracts.errors",
@@ -72,10 +101,17 @@ _HOME: Final = {
     "KernelNotFoundError": "esper.contracts.errors",
     "KernelRefusedError": "esper.contracts.errors",
     "KernelSourceUnavailable": "esper.contracts.errors",
+    "Measurement": "esper.growth.measurement",
+    "Never": "esper.growth.policies",
+    "Policy": "esper.growth.policies",
+    "RandomChoice": "esper.growth.ranking",
+    "Ranking": "esper.growth.ranking",
+    "Reading": "esper.growth.reading",
     "RestoreResult": "esper.wrapping.restore",
     "SeedLifecycleError": "esper.contracts.errors",
     "SeedLifecycleState": "esper.contracts.lifecycle",
     "SkippedModule": "esper.wrapping.select",
+    "Suggestion": "esper.growth.suggestion",
     "TensorSpec": "esper.contracts.blueprint",
     "compile_blueprint": "esper.compiler.compile",
     "default_catalog": "esper.compiler.catalog",
@@ -83,6 +119,7 @@ _HOME: Final = {
     "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
     "maintain": "esper.seeds.maintenance",
+    "open_registry": "esper.registry.open",
     "restore": "esper.wrapping.restore",
     "skipped": "esper.wrapping.wrap",
     "sync_optimizer": "esper.continuity.optimizer",
@@ -92,21 +129,33 @@ _HOME: Final = {
 """Each public name and the module that it lives in."""
 
 __all__ = [
+    "AllOf",
+    "AnyOf",
     "AsyncExecutionError",
     "BlueprintEdge",
     "BlueprintError",
     "BlueprintIR",
     "BlueprintNode",
     "Budget",
+    "ByHand",
     "CacheError",
     "Catalog",
+    "CatalogEntry",
+    "Choice",
     "CompiledKernelArtifact",
+    "Decision",
+    "DiminishingReturns",
     "EsperError",
+    "EveryN",
+    "FirstOrderGain",
+    "GateVerdict",
     "GradientSyncError",
     "GraftStage",
+    "GraftStatus",
     "Grower",
     "GrowthError",
     "GrowthJob",
+    "GrowthSettings",
     "KasminaException",
     "KasminaLayer",
     "KernelCompilationError",
@@ -116,10 +165,17 @@ __all__ = [
     "KernelNotFoundError",
     "KernelRefusedError",
     "KernelSourceUnavailable",
+    "Measurement",
+    "Never",
+    "Policy",
+    "RandomChoice",
+    "Ranking",
+    "Reading",
     "RestoreResult",
     "SeedLifecycleError",
     "SeedLifecycleState",
     "SkippedModule",
+    "Suggestion",
     "TensorSpec",
     "__version__",
     "compile_blueprint",
@@ -128,6 +184,7 @@ __all__ = [
     "in_shadow_pass",
     "layers",
     "maintain",
+    "open_registry",
     "restore",
     "skipped",
     "sync_optimizer",

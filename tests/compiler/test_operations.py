@@ -199,7 +199,8 @@ def test_initial_weights_follow_torchs_distributions(op, attributes, factory):
     """Bounds and spread of every tensor are those of torch.nn's own initialisation.
 
     Two samples of n numbers from one uniform distribution: their spreads differ by a standard error
-    of sqrt(0.4 / n), and the largest of one lies below 1 / (1 + 12 / n) of the bound once in 160,000.
+    of sqrt(0.4 / n), and the largest of one is less than 1 / (1 + 12 / n) of the bound once in
+    160,000.
     """
     shape = {"linear": ("*", 400), "conv2d": (40, "H", "W")}.get(op, ("L", 128))
     out = {"linear": ("*", 300), "conv2d": (60, "OH", "OW")}.get(op, ("L", 128))

@@ -53,7 +53,7 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def esper(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Grow a PyTorch model in place while it trains, on evidence.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,11 +56,4 @@ def compile_blueprint(
         compilation_time_ms=(now() - start_s) * 1000,
         toolchain=f"torch {torch.__version__}",
     )
-    return CompiledKernelArtifact(
-        artifact_id=decoded.artifact_id,
-        blueprint_id=decoded.blueprint_id,
-        blueprint=blueprint,
-        kernel_binary=data,
-        metadata=decoded.metadata,
-        record=record,
-    )
+    return replace(decoded, blueprint=blueprint, record=record)

@@ -25,7 +25,11 @@ def unchanged(_settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def broadcast(_settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape that all inputs broadcast to: axes from the end, equal or 1."""
+    """The shape that all inputs broadcast to: axes from the end, equal or 1.
+
+    Raises:
+        ValueError: Two sizes of an axis differ, and neither is 1.
+    """
     axes = list(zip_longest(*(reversed(shape) for shape in inputs), fillvalue=1))
     for sizes in axes:
         if len(set(sizes) - {1}) > 1:
@@ -35,13 +39,21 @@ def broadcast(_settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def linear(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The input's shape with its last axis replaced."""
+    """The input's shape with its last axis replaced.
+
+    Raises:
+        ValueError: The last axis has not ``in_features``.
+    """
     _expect_axis(inputs[0], -1, settings["in_features"])
     return (*inputs[0][:-1], int(settings["out_features"]))
 
 
 def trailing_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the input, which ends in ``normalized_shape``."""
+    """The shape of the input, which ends in ``normalized_shape``.
+
+    Raises:
+        ValueError: It does not.
+    """
     wanted = settings["normalized_shape"]
     if inputs[0][-len(wanted) :] != wanted:
         msg = f"the last axes are not normalized_shape {wanted}"
@@ -50,14 +62,22 @@ def trailing_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def group_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the input, whose channels the groups divide."""
+    """The shape of the input, whose channels the groups divide.
+
+    Raises:
+        ValueError: They do not, or axis 1 has not ``num_channels``.
+    """
     _expect_divides("num_groups", settings["num_groups"], settings["num_channels"])
     _expect_axis(inputs[0], 1, settings["num_channels"])
     return inputs[0]
 
 
 def batch_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the input: (batch, channels, *dims axes), or (batch, channels) for one."""
+    """The shape of the input: (batch, channels, *dims axes), or (batch, channels) for one.
+
+    Raises:
+        ValueError: It has other axes, or axis 1 has not ``num_features``.
+    """
     dims = settings["dims"]
     if len(inputs[0]) not in ({2, 3} if dims == 1 else {dims + 2}):
         msg = f"dims {dims} takes {dims} axes behind batch and channels"
@@ -67,7 +87,11 @@ def batch_norm(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def attention(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the query; key and value are alike in batch, length and features."""
+    """The shape of the query; key and value are alike in batch, length and features.
+
+    Raises:
+        ValueError: They are not, or the heads do not divide the features.
+    """
     _expect_divides("num_heads", settings["num_heads"], settings["embed_dim"])
     for shape in inputs:
         _expect_axis(shape, -1, settings["embed_dim"])
@@ -78,7 +102,12 @@ def attention(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """Batch, ``out_channels``, and per axis floor((n + 2p - d (k - 1) - 1) / s) + 1."""
+    """Batch, ``out_channels``, and per axis floor((n + 2p - d (k - 1) - 1) / s) + 1.
+
+    Raises:
+        ValueError: Groups do not divide the channels, axis 1 has not ``in_channels``, an axis is
+            shorter than its window, or cannot be padded by so much.
+    """
     batch, _, *sizes = inputs[0]
     _expect_divides("groups", settings["groups"], settings["in_channels"])
     _expect_divides("groups", settings["groups"], settings["out_channels"])
@@ -97,7 +126,12 @@ def convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
 
 
 def transposed_convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """Batch, ``out_channels``, and per axis (n - 1) s - 2p + d (k - 1) + output padding + 1."""
+    """Batch, ``out_channels``, and per axis (n - 1) s - 2p + d (k - 1) + output padding + 1.
+
+    Raises:
+        ValueError: Groups do not divide the channels, axis 1 has not ``in_channels``, output
+            padding is not below the stride, or nothing of an axis would be left.
+    """
     batch, _, *sizes = inputs[0]
     _expect_divides("groups", settings["groups"], settings["in_channels"])
     _expect_divides("groups", settings["groups"], settings["out_channels"])
@@ -117,13 +151,21 @@ def transposed_convolution(settings: StepSettings, inputs: tuple[Shape, ...]) ->
 
 
 def diagonal(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the input, whose axis ``dim`` has ``num_features``."""
+    """The shape of the input, whose axis ``dim`` has ``num_features``.
+
+    Raises:
+        ValueError: It has not.
+    """
     _expect_axis(inputs[0], settings["dim"], settings["num_features"])
     return inputs[0]
 
 
 def _paddings(settings: StepSettings) -> list[tuple[int, int]]:
-    """Elements before and after each axis; torch puts the odd one of "same" behind."""
+    """Elements before and after each axis; torch puts the odd one of "same" behind.
+
+    Raises:
+        ValueError: Padding is "same" and a stride is not 1.
+    """
     padding = settings["padding"]
     if padding == "same":
         if set(settings["stride"]) != {1}:

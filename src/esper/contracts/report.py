@@ -55,7 +55,7 @@ class GraftRecord:
         blueprint: Human name of the kernel's blueprint.
         artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
         stage: Where the graft is; ``fossilized`` and ``culled`` are final.
-        verdict: What was decided, in a word or three.
+        verdict: What was decided, in a word or three; one of ``GRAFT_VERDICTS``.
         reason: Why, in a sentence.
         parameters: Parameters of the kernel.
         germinated_at: Update at which the graft was chosen.
@@ -95,11 +95,11 @@ class TimelineEntry:
 
     Attributes:
         update: Optimizer updates done.
-        graft: Number of the graft in its run.
+        graft: Number of the graft in its run, from 1.
         site: Dotted name of the layer.
         blueprint: Human name of the kernel's blueprint.
-        before: The stage that it left; None at germination.
-        after: The stage that it entered.
+        before: Stage that was left; None at germination.
+        after: Stage that was entered.
         reason: Why, in a sentence.
     """
 
@@ -118,8 +118,8 @@ class AlphaPoint:
 
     Attributes:
         update: Optimizer updates done.
-        graft: Number of the graft in its run.
-        alpha: Share of the kernel's output, in [0, 1].
+        graft: Number of the graft in its run, from 1.
+        alpha: Its share, in [0, 1].
     """
 
     update: int
@@ -146,6 +146,7 @@ class RunReport:
         notes: Words to the owner.
         interrupted: Whether the run was stopped before its end.
         overhead_share: All work spent on growing over all work, in [0, 1].
+        format_version: Of the JSON form.
     """
 
     settings: JsonObject
@@ -353,6 +354,7 @@ class DemoReport:
         worst_dip_points: That of the grown arm.
         fossilized: Grafts of the grown arm that were made permanent, over all random seeds.
         culled: Grafts of the grown arm that were removed, over all random seeds.
+        format_version: Of the JSON form.
     """
 
     random_seeds: tuple[int, ...]

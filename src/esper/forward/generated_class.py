@@ -179,13 +179,13 @@ def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, object]:
         own = ((k, m) for k, m in self._modules.items() if k != SEEDS and m is not None)
         return OrderedDict(own)
 
-    def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807
+    def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807 - becomes a method
         return iter(items(self).values())
 
-    def __len__(self: nn.Sequential) -> int:  # noqa: N807
+    def __len__(self: nn.Sequential) -> int:  # noqa: N807 - becomes a method
         return len(items(self))
 
-    def __getitem__(self: nn.Sequential, index: int | slice) -> nn.Module:  # noqa: N807
+    def __getitem__(self: nn.Sequential, index: int | slice) -> nn.Module:  # noqa: N807 - becomes a method
         return host_class(items(self))[index]
 
     return {f.__name__: f for f in (__iter__, __len__, __getitem__)}
@@ -203,7 +203,7 @@ def host_class_of(layer: nn.Module) -> type[nn.Module]:
 
 def key_of(layer: nn.Module) -> ClassKey:
     """Return family, host class and kind of a layer's class."""
-    return cast("ClassKey", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001
+    return cast("ClassKey", type(layer)._esper_key)  # type: ignore[attr-defined] # noqa: SLF001 - made by us
 
 
 def rebuild(family: LayerClass, host_class: type[nn.Module], kind: Kind) -> nn.Module:

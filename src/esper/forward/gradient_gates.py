@@ -94,7 +94,7 @@ def gate_parameters(seed: Seed) -> None:
             if parameter is not None and parameter.requires_grad:
                 hook = _ParameterHook(seed, len(seed.gated))
                 seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
-                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001
+                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001 - as above
 
 
 def ungate_parameters(seed: Seed) -> None:

@@ -42,7 +42,7 @@ class Grower:
     a kernel is admitted, the run is bit-identical to one without a Grower.
 
     Every option is a keyword. The numbers, in italics below, are told one by one in
-    :class:`GrowthSettings`.
+    :class:`~esper.growth.settings.GrowthSettings`.
 
     What is trained, and what it is judged by:
         ``compute_loss``: ``(model, batch)`` to the scalar training loss. Without it the Grower
@@ -55,8 +55,8 @@ class Grower:
         Numbers: *horizon*, *goal*, *random_seed*.
 
     When to grow, where, and what:
-        ``policy``: When; :class:`DiminishingReturns` where None.
-        ``ranking``: Where and what; :class:`FirstOrderGain` where None.
+        ``policy``: When; ``DiminishingReturns`` where None.
+        ``ranking``: Where and what; ``FirstOrderGain`` where None.
         ``catalog``: The kernels on offer; the default catalog where None.
         ``registry``: Where compiled kernels are stored and fetched from; one in memory where None.
 

@@ -80,7 +80,7 @@ class GrowthSettings:
         horizon: Length of the run in updates, at least 1; None where unknown.
         goal: ``"min"`` where lower is better of what ``evaluate`` returns, ``"max"`` where higher.
         evaluate_every: Updates between two evaluations, at least 1. None: at every
-            :meth:`Grower.end_epoch`, or every 50 updates where it is never called; less often
+            ``Grower.end_epoch``, or every 50 updates where it is never called; less often
             where that would take more than half of ``overhead``.
         overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
             every graft of the budget is given one audition all the same, and the report says

@@ -83,7 +83,14 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A symbol at a point. ``kind`` is a key of :data:`MARK_SHAPES`; ``text`` is its tooltip."""
+    """A symbol at a point.
+
+    Attributes:
+        kind: A key of :data:`MARK_SHAPES`.
+        x: Where, in values of the horizontal axis.
+        y: Where, in values of the vertical axis.
+        text: Its tooltip.
+    """
 
     kind: str
     x: float
@@ -122,7 +129,14 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """The map from a value to a coordinate, ``start`` at ``low`` and ``end`` at ``high``."""
+    """The map from a value to a coordinate.
+
+    Attributes:
+        low: Value at ``start``.
+        high: Value at ``end``.
+        start: Coordinate, in SVG units.
+        end: Coordinate, in SVG units.
+    """
 
     low: float
     high: float
@@ -138,7 +152,14 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A stage of a graft: ``stage`` from update ``start`` to ``end``; ``text`` is its tooltip."""
+    """A stage of a graft.
+
+    Attributes:
+        stage: A key of :data:`STAGE_HEIGHTS`.
+        start: Update at which it began.
+        end: Update at which it was over.
+        text: Its tooltip.
+    """
 
     stage: str
     start: float
@@ -148,7 +169,13 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """One graft's life: its bars, and how it ended (``""`` if it has not)."""
+    """One graft's life.
+
+    Attributes:
+        label: Written at its end.
+        bars: Its stages, in order.
+        verdict: How it ended, ``"fossilized"`` or ``"culled"``; empty if it has not.
+    """
 
     label: str
     bars: tuple[Bar, ...]

@@ -146,27 +146,14 @@ class CircuitBreaker:
         rng: random.Random | None = None,
         on_transition: Callable[[BreakerTransition], None] | None = None,
     ) -> None:
+        _check("min_calls", min_calls, "in [1, window_size]", holds=1 <= min_calls <= window_size)
+        _check("failure_rate", failure_rate, "in (0, 1]", holds=0 < failure_rate <= 1)
         _check(
-            "min_calls",
-            min_calls,
-            is_valid=1 <= min_calls <= window_size,
-            expected="in [1, window_size]",
+            "base_wait_s", base_wait_s, "in (0, max_wait_s]", holds=0 < base_wait_s <= max_wait_s
         )
-        _check("failure_rate", failure_rate, is_valid=0 < failure_rate <= 1, expected="in (0, 1]")
-        _check(
-            "base_wait_s",
-            base_wait_s,
-            is_valid=0 < base_wait_s <= max_wait_s,
-            expected="in (0, max_wait_s]",
-        )
-        _check("jitter", jitter, is_valid=0 <= jitter <= 1, expected="in [0, 1]")
-        _check("num_probes", num_probes, is_valid=num_probes >= 1, expected="at least 1")
-        _check(
-            "half_open_limit_s",
-            half_open_limit_s,
-            is_valid=half_open_limit_s > 0,
-            expected="above 0",
-        )
+        _check("jitter", jitter, "in [0, 1]", holds=0 <= jitter <= 1)
+        _check("num_probes", num_probes, "at least 1", holds=num_probes >= 1)
+        _check("half_open_limit_s", half_open_limit_s, "above 0", holds=half_open_limit_s > 0)
         self.name = name
         self._window_size = window_size
         self._min_calls = min_calls
@@ -181,18 +168,21 @@ class CircuitBreaker:
         self._clock = clock or MonotonicClock()
         self._rng = rng or random.Random()  # noqa: S311 - spreads waits, guards no secret
         self._on_transition = on_transition
+        self._next_wait_s = base_wait_s
+        self._begin_closed()
+        _register(self)
+
+    def _begin_closed(self) -> None:
         self._lock = threading.Lock()
         self._state = BreakerState.CLOSED
         self._generation = 0
         self._outcomes: deque[bool] = deque()
         self._num_failures = 0
-        self._next_wait_s = base_wait_s
         self._until_s = 0.0
         self._probes_out = 0
         self._probes_passed = 0
         self._moves: list[BreakerTransition] = []
         self._counts = dict.fromkeys(_COUNTS, 0)
-        _register(self)
 
     @property
     def state(self) -> BreakerState:
@@ -412,8 +402,8 @@ class Permit:
         breaker._settle(self, has_failed=has_failed)  # noqa: SLF001 - the other half of it
 
 
-def _check(name: str, value: float, *, is_valid: bool, expected: str) -> None:
-    if not is_valid:
+def _check(name: str, value: float, expected: str, *, holds: bool) -> None:
+    if not holds:
         msg = f"{name} must be {expected}, found {value}"
         raise ValueError(msg)
 

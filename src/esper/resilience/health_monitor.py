@@ -193,7 +193,14 @@ class HealthMonitor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sample:
-    """One update."""
+    """One update.
+
+    Attributes:
+        errors: Calls that failed.
+        total: Calls.
+        latency_ms: Latency of a call in milliseconds; None if not measured.
+        memory_percent: Memory in use, in [0, 100]; None if not measured.
+    """
 
     errors: int
     total: int
@@ -203,7 +210,14 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """The window as a whole; None where nothing was measured."""
+    """The window as a whole; None where nothing was measured.
+
+    Attributes:
+        calls: Calls.
+        error_rate: Failed share of them, in [0, 1].
+        latency_ms: Median latency in milliseconds.
+        memory_percent: Median use of memory, in [0, 100].
+    """
 
     calls: int
     error_rate: float | None

@@ -174,7 +174,7 @@ class _Probe:
             self._refuse("grad_mode", "gradients on, as it found them", "gradients off")
         if isinstance(k, tuple) and k:
             k = k[0]
-        if [t._version for t in self._entered] != versions:  # noqa: SLF001
+        if [t._version for t in self._entered] != versions:  # noqa: SLF001 - torch has no public one
             self._refuse("in_place", "an input that is only read", "an input that was modified")
         if not self._kernel.draws_random and not torch.equal(state, _random_states(self._call.x)):
             self._refuse("random", "no random numbers drawn", "a random state that moved")

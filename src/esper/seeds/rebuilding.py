@@ -37,7 +37,7 @@ def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
 
     Args:
         layer: A wrapped layer.
-        described: What :func:`structure` returned.
+        described: What ``structure.structure`` returned.
 
     Raises:
         KernelLoadError: A kernel was written by hand and is not there, so that nothing can build

@@ -102,7 +102,7 @@ def _set_aside_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
                 if id(buffer) not in clones:
                     clones[id(buffer)] = buffer.detach().clone()
     for module, name, buffer in kept:
-        module._buffers[name] = clones[id(buffer)]  # noqa: SLF001
+        module._buffers[name] = clones[id(buffer)]  # noqa: SLF001 - as above
     return kept
 
 

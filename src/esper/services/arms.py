@@ -101,7 +101,13 @@ class Grown:
 
 @dataclass(slots=True, kw_only=True)
 class Looks:
-    """Gate accuracy in percent at every tenth update, of a model and of a twin beside it."""
+    """Gate accuracy in percent at every tenth update, of a model and of a twin beside it.
+
+    Attributes:
+        accuracy: Percent by update.
+        parameters: Parameters of the model by update.
+        twin: Percent of the twin by update, while there is one.
+    """
 
     accuracy: dict[int, float] = field(default_factory=dict)
     parameters: dict[int, int] = field(default_factory=dict)

@@ -171,7 +171,7 @@ def _accepted_naively(
     fork: HostFork,
     site: str,
     blueprint: BlueprintIR,
-    trains: bool,  # noqa: FBT001
+    trains: bool,  # noqa: FBT001 - the one thing that differs
 ) -> bool:
     """Join a kernel at once, train, and switch it off: what an on/off gate would say."""
     model, optimizer = fork.copy()

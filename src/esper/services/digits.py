@@ -40,7 +40,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digits:
-    """The three splits: 640 images to train on, 500 for the gates, the other 657 to test."""
+    """The three splits: 640 images to train on, 500 for the gates, the other 657 to test.
+
+    Attributes:
+        train: For training, and for ranking.
+        gate: Held out, for the gates.
+        test: Read once, at the end.
+    """
 
     train: Split
     gate: Split

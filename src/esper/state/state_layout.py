@@ -110,7 +110,7 @@ class KasminaStateLayout:
     def _allocate(self) -> None:
         for name, dtype, code, _, birth in _ARRAYS:
             memory = bytearray(struct.pack(code, birth)) * self.num_seeds
-            view: memoryview[int] = memoryview(memory).cast(code)  # type: ignore[call-overload]
+            view: memoryview[int] = memoryview(memory).cast(code)  # type: ignore[call-overload] # no literal
             setattr(self, name, torch.frombuffer(memory, dtype=dtype))
             setattr(self, "_" + name, view)
 

@@ -86,10 +86,7 @@ class AsyncConv2dKernel:
         """
         device = input_tensor.device
         streams = streams or streams_of(device)
-        side = stream or streams.side(device)
-        if not streams.is_inline and side.device != device:
-            msg = f"stream: expected one of {device}, where the input is; found {side.device}"
-            raise ValueError(msg)
+        side = _side_of(streams, device, stream)
         settings = ConvSettings(stride=stride, padding=padding, dilation=dilation, groups=groups)
         convolve: Callable[..., object] = kernel_fn or F.conv2d
         inputs = [tensor for tensor in (input_tensor, weight, bias) if tensor is not None]
@@ -103,3 +100,11 @@ class AsyncConv2dKernel:
         future = GradientFuture(streams, device)
         future.follow(output)
         return output, future
+
+
+def _side_of(streams: Streams, device: torch.device, stream: torch.Stream | None) -> torch.Stream:
+    side = stream or streams.side(device)
+    if not streams.is_inline and side.device != device:
+        msg = f"stream: expected one of {device}, where the input is; found {side.device}"
+        raise ValueError(msg)
+    return side

@@ -1,0 +1,70 @@
+"""What is ignored is ignored for a reason that stands beside it."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import esper
+
+ROOT = Path(esper.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+BEING_WRITTEN = {
+    "seeds/affine.py",
+}
+"""Files that have a reason or more to write yet. Nothing is ever added here."""
+
+IGNORES = re.compile(r"#\s*(noqa|type:\s*ignore|ruff:\s*noqa|mypy:|pragma:|fmt:)", re.IGNORECASE)
+CODES = r"[A-Z]+[0-9]+(, [A-Z]+[0-9]+)*"
+WITH_REASON = re.compile(
+    rf"# (ruff: )?noqa: {CODES} - \w.*"
+    rf"|# type: ignore\[[a-z-]+(, [a-z-]+)*\] # (noqa: {CODES} - |(?!noqa))\w.*"
+)
+"""One directive with its codes, or one of each kind for the same reason; then the reason."""
+
+
+def _without_reason(source: str) -> list[str]:
+    """Return every comment that silences a check, and does not say which and why."""
+    comments = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    ignores = [comment for comment in comments if IGNORES.match(comment)]
+    return [comment for comment in ignores if not WITH_REASON.fullmatch(comment)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_ignore_says_why(path):
+    """Who reads the line need not guess whether the check was wrong or the code."""
+    if str(path.relative_to(ROOT)) not in BEING_WRITTEN:
+        assert _without_reason(path.read_text(encoding="utf-8")) == []
+
+
+def test_control_an_ignore_without_a_reason_is_found():
+    """Bare ones, blanket ones, and those that name a check but no reason; no others."""
+    bad = [
+        "# noqa",
+        "# noqa: S101",
+        "# noqa: S101 -",
+        "# type: ignore",
+        "# type: ignore[arg-type]",
+        "# type: ignore # because",
+        "# type: ignore[arg-type] # noqa: S101",
+        "# ruff: noqa: S101",
+        "# pragma: no cover",
+    ]
+    good = [
+        "# noqa: S101 - a reason",
+        "# noqa: S101, SLF001 - a reason",
+        "# type: ignore[arg-type] # a reason",
+        "# type: ignore[arg-type] # noqa: S101 - a reason",
+        "# ruff: noqa: S101 - a reason",
+        "# a comment",
+    ]
+    lines = "".join(f"x = 1  {comment}\n" for comment in bad + good)
+    assert _without_reason(f'text = "# noqa"\n{lines}') == bad
