@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from esper.execution.kasmina_layer import KasminaLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Unpack
+
+    from esper.execution.kasmina_layer import LayerOptions
 
 _BY_DIMENSIONS: Final[dict[int, type[nn.Module]]] = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -37,8 +40,6 @@ class KasminaBatchNormLayer(KasminaLayer):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = ("serial",)
-
     @classmethod
     def _construct(  # type: ignore[override] # the specification's constructor
         cls,
@@ -49,7 +50,7 @@ class KasminaBatchNormLayer(KasminaLayer):
         track_running_stats: bool = True,
         input_shape: Sequence[int] = (),
         original_layer: nn.Module | None = None,
-        **layer_options: Any,
+        **layer_options: Unpack[LayerOptions],
     ) -> nn.Module:
         host = original_layer
         if host is None:

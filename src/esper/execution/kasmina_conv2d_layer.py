@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from esper.execution.kasmina_layer import KasminaLayer
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from esper.execution.kasmina_layer import LayerOptions
 
 _Pair = int | tuple[int, int]
 
@@ -46,7 +51,7 @@ class KasminaConv2dLayer(KasminaLayer):
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         original_layer: nn.Module | None = None,
-        **layer_options: Any,
+        **layer_options: Unpack[LayerOptions],
     ) -> nn.Module:
         host = original_layer
         if host is None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from esper.execution.kasmina_layer import KasminaLayer
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from esper.execution.kasmina_layer import LayerOptions
 
 
 class KasminaEmbeddingLayer(KasminaLayer):
@@ -26,8 +31,6 @@ class KasminaEmbeddingLayer(KasminaLayer):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = ("serial",)
-
     @classmethod
     def _construct(  # type: ignore[override] # a constructor of its host's arguments
         cls,
@@ -35,7 +38,7 @@ class KasminaEmbeddingLayer(KasminaLayer):
         embedding_dim: int,
         padding_idx: int | None = None,
         original_layer: nn.Module | None = None,
-        **layer_options: Any,
+        **layer_options: Unpack[LayerOptions],
     ) -> nn.Module:
         host = original_layer
         if host is None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from torch import nn
 
-from esper.contracts.choices import POSITIONS
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.statistics import layer_statistics
@@ -45,6 +44,15 @@ if TYPE_CHECKING:
     from esper.state.layer_call import Example
 
 
+class LayerOptions(TypedDict, total=False):
+    """What every constructor of a layer passes on; see :class:`KasminaLayer`."""
+
+    num_seeds: int
+    cache_size_mb: int
+    telemetry_enabled: bool
+    source: KernelSource | None
+
+
 class _ConstructorSignature:
     """What ``inspect.signature`` and ``help`` show of a class whose ``__new__`` passes all on."""
 
@@ -76,8 +84,6 @@ class KasminaLayer(nn.Module):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = POSITIONS
-    """What kernels of this kind of layer may be; the first is the default of a module."""
     complete_call: ClassVar[Any] = None
     """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
     open_run: ClassVar[Any] = None

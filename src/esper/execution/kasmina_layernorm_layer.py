@@ -11,6 +11,9 @@ from esper.execution.kasmina_layer import KasminaLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Unpack
+
+    from esper.execution.kasmina_layer import LayerOptions
 
 
 class KasminaLayerNormLayer(KasminaLayer):
@@ -38,7 +41,7 @@ class KasminaLayerNormLayer(KasminaLayer):
         elementwise_affine: bool = True,
         bias: bool = True,
         original_layer: nn.Module | None = None,
-        **layer_options: Any,
+        **layer_options: Unpack[LayerOptions],
     ) -> nn.Module:
         host = original_layer
         if host is None:
