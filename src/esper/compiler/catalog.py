@@ -1,18 +1,19 @@
 """The catalog: which kernels are tried at which layer, and the controls that they are held against.
 
 Every kernel of the catalog adds, and gives exactly the shape of the host's output. It reads the
-host's input (parallel); behind a norm, an embedding or a whole block its output (serial). Each ends
-in one zeroed affine layer, ``"out"``, so that it is the identity at birth and only its own last
-layer is zero. Two widths each: about a quarter of the layer, at least 32, and twice that; half as
-much for the bottleneck.
+host's input (parallel); behind a norm, an embedding or a whole block its output
+(serial). Each ends in one zeroed affine layer, ``"out"``, so that it is the identity at birth and
+only its own last layer is zero. Two widths each: about a quarter of the layer, at least 32, and
+twice that; half as much for the bottleneck.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 from esper.contracts.blueprint import (
     INPUT,
@@ -22,15 +23,20 @@ from esper.contracts.blueprint import (
     BlueprintNode,
     TensorSpec,
 )
+from esper.contracts.layer_kind import LAYER_KINDS
 from esper.contracts.site import SiteSpec
 
-LINEAR: Final = frozenset({"linear"})
-CONVOLUTIONS: Final = frozenset({"conv1d", "conv2d", "conv3d"})
-TRANSPOSED: Final = frozenset({"conv_transpose2d"})
-ATTENTION: Final = frozenset({"attention"})
-NORMS: Final = frozenset({"norm", "channel_norm"})
-READ_BEHIND: Final = NORMS | {"embedding", "block"}
-"""Kinds whose kernels read the host's output: its input says less, or is no tensor of features."""
+Settings = Mapping[str, bool | int | float | str | tuple[int, ...]]
+"""What an operation of a blueprint is told."""
+
+Layer = tuple[str, Settings]
+"""An operation and its settings."""
+
+Step = tuple[str, str, Settings]
+"""A node of a chain: its id, its operation and its settings."""
+
+Build = Callable[[SiteSpec, int], BlueprintIR | None]
+"""Makes a blueprint for a site and a width, or None where the family does not fit."""
 
 _FREE_SIZES: Final = ((), ("L",), ("H", "W"), ("D", "H", "W"))
 _LEAST_WIDTH: Final = 32
@@ -43,16 +49,17 @@ class CatalogEntry:
 
     Attributes:
         name: Begins the id of each of its blueprints.
-        kinds: Kinds of layers that it fits.
+        kinds: Kinds of sites that it fits, as ``SiteSpec`` names them.
         adds_capacity: Whether its kernels compute what a trainable host layer alone cannot.
-        build: Makes a blueprint for a site and a width, or None where the family does not fit.
+        build: Makes a blueprint for a site and a width in features or channels, or None where the
+            family does not fit.
         zeroed: Name of the tensor that is zero at birth.
     """
 
     name: str
     kinds: frozenset[str]
     adds_capacity: bool
-    build: Callable[[SiteSpec, int], BlueprintIR | None]
+    build: Build
     zeroed: str = "out.weight"
 
     def blueprints_for(self, site: SiteSpec) -> list[BlueprintIR]:
@@ -91,26 +98,22 @@ def default_catalog() -> Catalog:
     """Return the catalog that the controller uses unless it is given another."""
     return Catalog(
         entries=(
-            _entry("mlp", LINEAR | ATTENTION, _mlp),
-            _entry("gated-mlp", LINEAR | ATTENTION, _gated_mlp),
-            _entry("low-rank", LINEAR, _low_rank, adds_capacity=False),
-            _entry("bottleneck", CONVOLUTIONS | TRANSPOSED, _bottleneck),
-            _entry("conv-block", CONVOLUTIONS | TRANSPOSED, _conv_block),
-            _entry("separable", CONVOLUTIONS | TRANSPOSED, _separable),
-            _entry("pointwise", CONVOLUTIONS, _pointwise, adds_capacity=False),
-            _entry("mlp-behind", READ_BEHIND | ATTENTION, _mlp_behind),
-            _entry("block", frozenset({"block"}), _block),
+            _entry("mlp", _mlp),
+            _entry("gated-mlp", _gated_mlp),
+            _entry("low-rank", _low_rank, adds_capacity=False),
+            _entry("bottleneck", _bottleneck),
+            _entry("conv-block", _conv_block),
+            _entry("separable", _separable),
+            _entry("pointwise", _pointwise, adds_capacity=False),
+            _entry("mlp-behind", _mlp_behind),
+            _entry("block", _block),
         )
     )
 
 
-def _entry(
-    name: str,
-    kinds: frozenset[str],
-    build: Callable[[SiteSpec, int], BlueprintIR | None],
-    *,
-    adds_capacity: bool = True,
-) -> CatalogEntry:
+def _entry(name: str, build: Build, *, adds_capacity: bool = True) -> CatalogEntry:
+    """Return a family for the kinds whose rows in ``LAYER_KINDS`` ask for it."""
+    kinds = frozenset(kind.site for kind in LAYER_KINDS if name in kind.kernels)
     return CatalogEntry(name=name, kinds=kinds, adds_capacity=adds_capacity, build=build)
 
 
@@ -229,7 +232,9 @@ def _mlp_behind(site: SiteSpec, width: int) -> BlueprintIR | None:
 
 
 def _block(site: SiteSpec, width: int) -> BlueprintIR | None:
-    """One more block behind a block: its MLP reads what its own attention has added.
+    """One more block behind a sequence: its MLP reads what its own attention has added.
+
+    Behind a block it is offered where that keeps the width, as one of several in a row does.
 
     Only the MLP's last layer is zero: attention and MLP in one row, as two zeroed branches would
     be two zeroed layers. It looks at earlier positions only, unless the host is known to look at
@@ -290,31 +295,21 @@ def capacity_free(site: SiteSpec) -> BlueprintIR:
     feature; behind an embedding or an attention, which end in a matrix, a matrix. Behind a block,
     of which nothing is known, a matrix too, and there it says ``adds_capacity``.
     """
-    return _own_shape(site, "capacity-free")
+    return CONTROLS[site.kind].own_shape(site, "capacity-free")
 
 
 def own_shape_zeroed(site: SiteSpec) -> BlueprintIR:
     """The same-treatment null of a twin: what :func:`capacity_free` is."""
-    return _own_shape(site, "own-shape")
+    return CONTROLS[site.kind].own_shape(site, "own-shape")
 
 
 def random_features(site: SiteSpec) -> BlueprintIR:
     """Control: random features with a random readout, every tensor frozen; enters at alpha 0."""
     width = widths_for(site)[0]
-    build = next(build for kinds, build in _FEATURES if site.kind in kinds)
-    trained = build(site, width)
+    trained = CONTROLS[site.kind].features(site, width)
     assert trained is not None, "these families fit every site of their kinds"
     nodes = tuple(_frozen(node) for node in trained.nodes)
     return replace(trained, id=f"random-features-{_size(site)}-w{width}", nodes=nodes)
-
-
-_FEATURES: Final[
-    tuple[tuple[frozenset[str], Callable[[SiteSpec, int], BlueprintIR | None]], ...]
-] = (
-    (LINEAR | ATTENTION, _mlp),
-    (CONVOLUTIONS | TRANSPOSED, _conv_block),
-    (READ_BEHIND, _mlp_behind),
-)
 
 
 def _frozen(node: BlueprintNode) -> BlueprintNode:
@@ -324,52 +319,93 @@ def _frozen(node: BlueprintNode) -> BlueprintNode:
     return BlueprintNode(node.id, node.op_type, settings)
 
 
-def _own_shape(site: SiteSpec, name: str) -> BlueprintIR:
-    name = f"{name}-{_size(site)}"
-    if site.kind in NORMS:
-        return _serial(site, name, [("out", *_zeroed(_diagonal(site)))])
-    if site.kind in READ_BEHIND | ATTENTION:
-        layer = _pointwise_layer(site, site.out_features, site.out_features)
-        return _serial(site, name, [("out", *_zeroed(layer))], adds_capacity=site.kind == "block")
-    if site.kind == "linear":
-        layer = _linear(site.in_features, site.out_features, bias=site.bias)
-    else:
-        layer = _conv_like_host(
-            site, site.in_features, site.out_features, groups=site.groups, bias=site.bias
-        )
-    return replace(_chain(site, name, [("out", *_zeroed(layer))]), adds_capacity=False)
+def _own_linear(site: SiteSpec, name: str) -> BlueprintIR:
+    layer = _linear(site.in_features, site.out_features, bias=site.bias)
+    return _own_layer(site, name, layer)
 
 
-def _zeroed(layer: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+def _own_convolution(site: SiteSpec, name: str) -> BlueprintIR:
+    layer = _conv_like_host(
+        site, site.in_features, site.out_features, groups=site.groups, bias=site.bias
+    )
+    return _own_layer(site, name, layer)
+
+
+def _own_layer(site: SiteSpec, name: str, layer: Layer) -> BlueprintIR:
+    chain = _chain(site, f"{name}-{_size(site)}", [("out", *_zeroed(layer))])
+    return replace(chain, adds_capacity=False)
+
+
+def _own_diagonal(site: SiteSpec, name: str) -> BlueprintIR:
+    return _serial(site, f"{name}-{_size(site)}", [("out", *_zeroed(_diagonal(site)))])
+
+
+def _own_matrix(site: SiteSpec, name: str, *, adds_capacity: bool = False) -> BlueprintIR:
+    layer = _pointwise_layer(site, site.out_features, site.out_features)
+    steps = [("out", *_zeroed(layer))]
+    return _serial(site, f"{name}-{_size(site)}", steps, adds_capacity=adds_capacity)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controls:
+    """What a kernel at one kind of site is held against.
+
+    Attributes:
+        own_shape: Makes, for a site and the beginning of a name, what the host could be by itself.
+        features: Makes the family whose hidden layer has the random features.
+    """
+
+    own_shape: Callable[[SiteSpec, str], BlueprintIR]
+    features: Build
+
+
+_OF_CONVOLUTIONS: Final = Controls(own_shape=_own_convolution, features=_conv_block)
+_OF_NORMS: Final = Controls(own_shape=_own_diagonal, features=_mlp_behind)
+_BEYOND_A_MATRIX: Final = Controls(
+    own_shape=partial(_own_matrix, adds_capacity=True), features=_mlp_behind
+)
+
+CONTROLS: Final[Mapping[str, Controls]] = {
+    "linear": Controls(own_shape=_own_linear, features=_mlp),
+    "conv1d": _OF_CONVOLUTIONS,
+    "conv2d": _OF_CONVOLUTIONS,
+    "conv3d": _OF_CONVOLUTIONS,
+    "conv_transpose2d": _OF_CONVOLUTIONS,
+    "attention": Controls(own_shape=_own_matrix, features=_mlp),
+    "embedding": Controls(own_shape=_own_matrix, features=_mlp_behind),
+    "norm": _OF_NORMS,
+    "channel_norm": _OF_NORMS,
+    "block": _BEYOND_A_MATRIX,
+}
+"""By the kind of a site, as the rows of ``LAYER_KINDS`` have it."""
+
+
+def _zeroed(layer: Layer) -> Layer:
     return layer[0], {**layer[1], "init": "zeros"}
 
 
-def _diagonal(site: SiteSpec) -> tuple[str, dict[str, Any]]:
+def _diagonal(site: SiteSpec) -> Layer:
     dim = -1 if _axes(site) is None else 1
     return "diagonal", {"num_features": site.out_features, "dim": dim, "bias": site.bias}
 
 
-def _pointwise_layer(
-    site: SiteSpec, features_in: int, features_out: int
-) -> tuple[str, dict[str, Any]]:
+def _pointwise_layer(site: SiteSpec, features_in: int, features_out: int) -> Layer:
     """An affine layer on the features or channels of what the host gives, at each position."""
     if not _axes(site):
         return _linear(features_in, features_out)
     return _conv_1x1(site, features_in, features_out)
 
 
-def _linear(
-    in_features: int, out_features: int, *, bias: bool = True
-) -> tuple[str, dict[str, Any]]:
+def _linear(in_features: int, out_features: int, *, bias: bool = True) -> Layer:
     sizes = {"in_features": in_features, "out_features": out_features}
     return "linear", {**sizes, "bias": bias}
 
 
-def _act(name: str) -> tuple[str, dict[str, Any]]:
+def _act(name: str) -> Layer:
     return "activation", {"type": name}
 
 
-def _conv_1x1(site: SiteSpec, channels_in: int, channels_out: int) -> tuple[str, dict[str, Any]]:
+def _conv_1x1(site: SiteSpec, channels_in: int, channels_out: int) -> Layer:
     sizes = {"in_channels": channels_in, "out_channels": channels_out, "kernel_size": 1}
     return f"conv{_axes(site)}d", sizes
 
@@ -381,9 +417,9 @@ def _axes(site: SiteSpec) -> int | None:
 
 def _conv_like_host(
     site: SiteSpec, channels_in: int, channels_out: int, *, groups: int = 1, bias: bool = True
-) -> tuple[str, dict[str, Any]]:
+) -> Layer:
     """A convolution with the host's window, so that its output has the host's spatial size."""
-    settings = {
+    settings: Settings = {
         "in_channels": channels_in,
         "out_channels": channels_out,
         "kernel_size": site.kernel_size,
@@ -393,12 +429,12 @@ def _conv_like_host(
         "groups": groups,
         "bias": bias,
     }
-    if site.kind in TRANSPOSED:
+    if _is_transposed(site):
         return site.kind, {**settings, "output_padding": site.output_padding}
     return site.kind, {**settings, "padding_mode": site.padding_mode}
 
 
-def _readout(site: SiteSpec, width: int) -> tuple[str, dict[str, Any]]:
+def _readout(site: SiteSpec, width: int) -> Layer:
     """The zeroed last layer: from ``width`` to the host's outputs."""
     return _zeroed(_pointwise_layer(site, width, site.out_features))
 
@@ -412,9 +448,7 @@ def _size(site: SiteSpec) -> str:
     return "-".join(parts)
 
 
-def _chain(
-    site: SiteSpec, name: str, steps: Iterable[tuple[str, str, dict[str, Any]]]
-) -> BlueprintIR:
+def _chain(site: SiteSpec, name: str, steps: Iterable[Step]) -> BlueprintIR:
     nodes = [BlueprintNode(*step) for step in steps]
     return _blueprint(site, name, nodes, _edges_along(nodes))
 
@@ -439,7 +473,7 @@ def _blueprint(
 def _serial(
     site: SiteSpec,
     name: str,
-    steps: Iterable[tuple[str, str, dict[str, Any]]],
+    steps: Iterable[Step],
     *,
     draws_random: bool = False,
     adds_capacity: bool = False,
@@ -465,9 +499,13 @@ def _spec(site: SiteSpec, features: int, *, prefix: str = "") -> TensorSpec:
     return TensorSpec((features, *free), site.dtype)
 
 
+def _is_transposed(site: SiteSpec) -> bool:
+    return site.kind.startswith("conv_transpose")
+
+
 def _keeps_size(site: SiteSpec) -> bool:
     """Whether the host's output has the spatial size of its input."""
-    if site.kind in TRANSPOSED:
+    if _is_transposed(site):
         return False
     axes = zip(site.kernel_size, site.stride, site.padding, site.dilation, strict=True)
     return all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in axes)

@@ -10,9 +10,10 @@ class SiteSpec:
     """One wrappable layer, described without the layer.
 
     Attributes:
-        kind: ``"linear"``, ``"conv1d"``, ``"conv2d"``, ``"conv3d"``, ``"conv_transpose2d"``,
-            ``"attention"``, ``"embedding"``, ``"norm"`` (over the last axis), ``"channel_norm"``
-            (channels in axis 1) or ``"block"`` (any other module).
+        kind: What the rows of ``LAYER_KINDS`` have as their ``site``: ``"linear"``, ``"conv1d"``,
+            ``"conv2d"``, ``"conv3d"``, ``"conv_transpose2d"``, ``"attention"``,
+            ``"embedding"``, ``"norm"`` (over the last axis), ``"channel_norm"`` (channels in
+            axis 1) or ``"block"`` (any other module).
         in_features: Input features or channels, for an embedding those that it gives; 0 where not
             known.
         out_features: Output features or channels; 0 where what the layer gives is not known.

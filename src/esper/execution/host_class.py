@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.contracts.errors import SeedLifecycleError
+from esper.contracts.layer_kind import kind_of
 from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
 from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
@@ -20,15 +21,18 @@ from esper.state.layer_record import record_of
 if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
 
-FAMILIES: Final[dict[type[nn.Module], type[KasminaLayer]]] = {
-    nn.Conv2d: KasminaConv2dLayer,
-    nn.MultiheadAttention: KasminaAttentionLayer,
-    nn.LayerNorm: KasminaLayerNormLayer,
-    _BatchNorm: KasminaBatchNormLayer,
-    nn.Embedding: KasminaEmbeddingLayer,
-    nn.EmbeddingBag: KasminaEmbeddingLayer,
+FAMILIES: Final[Mapping[str, type[KasminaLayer]]] = {
+    family.__name__: family
+    for family in (
+        KasminaLayer,
+        KasminaConv2dLayer,
+        KasminaAttentionLayer,
+        KasminaLayerNormLayer,
+        KasminaBatchNormLayer,
+        KasminaEmbeddingLayer,
+    )
 }
-"""From a host class to the layer class of its instances; the rest are ``KasminaLayer``."""
+"""The layer classes by the names that ``LAYER_KINDS`` has for them."""
 
 
 def adopt(
@@ -42,7 +46,7 @@ def adopt(
     """Change the class of ``module`` itself to one with seeds, all dormant, and return it.
 
     Args:
-        module: The host. Its output must be one floating tensor.
+        module: The host. Its output must be a floating tensor, or a tuple that begins with one.
         name: Its name in the model.
         num_seeds: Number of seeds, at least 1.
         telemetry_enabled: Whether calls are counted and kernels are timed.
@@ -85,7 +89,5 @@ def refusal(module: nn.Module) -> str | None:
     return class_change.refusal(module, _family_of(module))
 
 
-def _family_of(module: nn.Module) -> type[KasminaLayer]:
-    return next(
-        (family for host, family in FAMILIES.items() if isinstance(module, host)), KasminaLayer
-    )
+def _family_of(module: object) -> type[KasminaLayer]:
+    return FAMILIES[kind_of(module).family] if isinstance(module, nn.Module) else KasminaLayer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Unpack
 
-    from esper.contracts.choices import Position
     from esper.execution.kasmina_layer import LayerOptions
 
 _BY_DIMENSIONS: Final[dict[int, type[nn.Module]]] = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -40,8 +39,6 @@ class KasminaBatchNormLayer(KasminaLayer):
     Raises:
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
-
-    POSITIONS: ClassVar[tuple[Position, ...]] = ("serial",)
 
     @classmethod
     def _construct(  # type: ignore[override] # the specification's constructor

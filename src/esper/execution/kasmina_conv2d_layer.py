@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from esper.execution.kasmina_layer import LayerOptions
 
-
 _Pair = int | tuple[int, int]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,7 +11,6 @@ from esper.execution.kasmina_layer import KasminaLayer
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from esper.contracts.choices import Position
     from esper.execution.kasmina_layer import LayerOptions
 
 
@@ -31,8 +30,6 @@ class KasminaEmbeddingLayer(KasminaLayer):
     Raises:
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
-
-    POSITIONS: ClassVar[tuple[Position, ...]] = ("serial",)
 
     @classmethod
     def _construct(  # type: ignore[override] # a constructor of its host's arguments

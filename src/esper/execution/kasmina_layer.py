@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from torch import nn
 
-from esper.contracts.choices import POSITIONS
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.statistics import layer_statistics
@@ -92,8 +91,6 @@ class KasminaLayer(nn.Module):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
-    POSITIONS: ClassVar[tuple[Position, ...]] = POSITIONS
-    """What kernels of this kind of layer may be; the first is the default of a module."""
     complete_call: ClassVar[CompleteCall | None] = None
     """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
     open_run: ClassVar[OpenRun | None] = None

@@ -30,9 +30,10 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
 from esper.state.host_parts import host_parameters
-from esper.state.site import feature_axis, is_transposed_linear, widths
+from esper.state.site import feature_axis, widths
 
 NUM_SPLITS: Final = 8
 MAX_ROWS: Final = 8192
@@ -423,7 +424,7 @@ def _features(layer: nn.Module, inputs: Tensor, rows: Rows, random_seed: int) ->
     Wider features are cut to ``MAX_FEATURES`` drawn at random. A layer that is not affine has
     none that is known.
     """
-    if isinstance(layer, nn.Linear) or is_transposed_linear(layer):
+    if kind_of(layer).site == "linear":
         num_outputs = widths(layer)[1]
         yield _at_most(_rows_of(layer, inputs, rows), random_seed), slice(0, num_outputs)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from types import EllipsisType
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from esper.compiler.lowering import LoweredKernel
 from esper.compiler.parts import Add, Diagonal, Scale, Sub
@@ -19,8 +21,6 @@ from esper.state.site import convolution_padding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class NotFoldable(Exception):  # noqa: N818 - an answer, not an error; never leaves folding
@@ -95,15 +95,16 @@ def _apply(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     return rule(step, inputs)
 
 
-def _linear(step: Any, inputs: tuple[Affine, ...]) -> Affine:
-    return after(inputs[0], step.weight.detach().double(), _bias(step))
+def _linear(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
+    assert isinstance(step, nn.Linear)
+    return after(inputs[0], step.weight.detach().double(), _term(step.bias, step.weight))
 
 
-def _bias(step: Any) -> Tensor:
-    if step.bias is None:
-        zeros: Tensor = step.weight.new_zeros(step.weight.shape[0], dtype=torch.float64)
-        return zeros
-    return step.bias.detach().double()  # type: ignore[no-any-return]
+def _term(bias: Tensor | None, rows: Tensor) -> Tensor:
+    """Return a bias in float64: zeros, one for each row, where there is none."""
+    if bias is None:
+        return rows.new_zeros(len(rows), dtype=torch.float64)
+    return bias.detach().double()
 
 
 def after(inner: Affine, matrix: Tensor, bias: Tensor) -> Affine:
@@ -118,13 +119,14 @@ def after(inner: Affine, matrix: Tensor, bias: Tensor) -> Affine:
     return replace(inner, weight=weight, bias=matrix @ inner.bias + bias)
 
 
-def _convolution(step: Any, inputs: tuple[Affine, ...]) -> Affine:
-    inner = inputs[0]
+def _convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
+    assert isinstance(step, _ConvNd)
+    inner, bias = inputs[0], _term(step.bias, step.weight)
     weight = dense(step.weight.detach().double(), step.groups)
     geometry = geometry_of(step)
     padded = any(geometry.padding)
     if all(size == 1 for size in step.kernel_size) and set(geometry.stride) == {1} and not padded:
-        return after(inner, weight.flatten(1), _bias(step))
+        return after(inner, weight.flatten(1), bias)
     if inner.geometry is not None:
         msg = "a convolution after a convolution with a geometry of its own"
         raise NotFoldable(msg)
@@ -132,19 +134,19 @@ def _convolution(step: Any, inputs: tuple[Affine, ...]) -> Affine:
         msg = "a bias before a convolution that pads would act at the borders too"
         raise NotFoldable(msg)
     composed = torch.einsum("om...,mi->oi...", weight, inner.weight)
-    bias = weight.flatten(2).sum(2) @ inner.bias + _bias(step)
+    bias = weight.flatten(2).sum(2) @ inner.bias + bias
     return Affine(weight=composed, bias=bias, geometry=geometry)
 
 
-def _transposed_convolution(step: Any, inputs: tuple[Affine, ...]) -> Affine:
+def _transposed_convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
+    assert isinstance(step, nn.ConvTranspose2d)
     inner = inputs[0]
     if inner.geometry is not None or bool(inner.bias.any()):
         msg = "a transposed convolution after a bias or a geometry, which overlap unequally"
         raise NotFoldable(msg)
     rows = dense(exchanged(step.weight.detach().double(), step.groups), step.groups)
     composed = torch.einsum("om...,mi->oi...", rows, inner.weight)
-    bias = rows.new_zeros(len(rows)) if step.bias is None else step.bias.detach().double()
-    return Affine(weight=composed, bias=bias, geometry=geometry_of(step))
+    return Affine(weight=composed, bias=_term(step.bias, rows), geometry=geometry_of(step))
 
 
 def exchanged(weight: Tensor, groups: int) -> Tensor:
@@ -158,12 +160,13 @@ def exchanged(weight: Tensor, groups: int) -> Tensor:
     return parts.reshape(groups * second_each, first_each, *weight.shape[2:])
 
 
-def _diagonal(step: Any, inputs: tuple[Affine, ...]) -> Affine:
-    bias = _bias(step)
-    return after(inputs[0], torch.diag(step.weight.detach().double()), bias)
+def _diagonal(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
+    assert isinstance(step, Diagonal)
+    factors = step.weight.detach().double()
+    return after(inputs[0], torch.diag(factors), _term(step.bias, factors))
 
 
-def geometry_of(conv: Any) -> Geometry:
+def geometry_of(conv: _ConvNd) -> Geometry:
     """Return the geometry of a convolution.
 
     Raises:
@@ -212,20 +215,21 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     return narrow
 
 
-def _scale(step: Any, inputs: tuple[Affine, ...]) -> Affine:
+def _scale(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
+    assert isinstance(step, Scale)
     inner = inputs[0]
     return replace(inner, weight=inner.weight * step.factor, bias=inner.bias * step.factor)
 
 
-def _identity(step: Any, inputs: tuple[Affine, ...]) -> Affine:  # noqa: ARG001 - a rule
+def _identity(_step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     return inputs[0]
 
 
-def _add(step: Any, inputs: tuple[Affine, ...]) -> Affine:  # noqa: ARG001 - a rule
+def _add(_step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     return _sum(inputs, (1.0,) * len(inputs))
 
 
-def _sub(step: Any, inputs: tuple[Affine, ...]) -> Affine:  # noqa: ARG001 - a rule
+def _sub(_step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     return _sum(inputs, (1.0, -1.0))
 
 
@@ -240,9 +244,9 @@ def _sum(inputs: tuple[Affine, ...], signs: tuple[float, ...]) -> Affine:
     return replace(first, weight=weight, bias=bias)
 
 
-_RULES: Final[dict[type[nn.Module], Callable[[Any, tuple[Affine, ...]], Affine]]] = {
+_RULES: Final[dict[type[nn.Module], Callable[[nn.Module, tuple[Affine, ...]], Affine]]] = {
     nn.Linear: _linear,
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     nn.ConvTranspose2d: _transposed_convolution,
     Diagonal: _diagonal,
     nn.Identity: _identity,
@@ -252,7 +256,7 @@ _RULES: Final[dict[type[nn.Module], Callable[[Any, tuple[Affine, ...]], Affine]]
 }
 
 
-def on_taps_of(kernel: Affine, host: Any) -> Tensor:
+def on_taps_of(kernel: Affine, host: _ConvNd) -> Tensor:
     """Return a kernel's weight on the taps of a host convolution: ``[out, in, *host's taps]``.
 
     Args:
@@ -286,13 +290,13 @@ def on_taps_of(kernel: Affine, host: Any) -> Tensor:
     ]
     out = weight.new_zeros(*weight.shape[:2], *host.kernel_size)
     for taps in itertools.product(*(range(len(p)) for p in places)):
-        there: tuple[Any, ...] = tuple(places[a][tap] for a, tap in enumerate(taps))
-        here: tuple[Any, ...] = (..., *taps)
-        out[(..., *there)] = weight[here]
+        there: list[int | EllipsisType] = [..., *(places[a][tap] for a, tap in enumerate(taps))]
+        here: list[int | EllipsisType] = [..., *taps]
+        out[tuple(there)] = weight[tuple(here)]
     return out
 
 
-def _on_transposed_taps(kernel: Affine, host: Any, target: Geometry) -> Tensor:
+def _on_transposed_taps(kernel: Affine, host: _ConvNd, target: Geometry) -> Tensor:
     """Return a kernel's weight as it is, where its taps are the host's one by one."""
     if kernel.geometry != target or kernel.weight.shape[2:] != host.kernel_size:
         msg = "beside a transposed convolution only one of the same settings folds"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Final, NoReturn, final
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from esper.compiler.lowering import LoweredKernel
 from esper.compiler.operations import ACTIVATIONS
 from esper.compiler.parts import Add, Diagonal, Mul, Scale, Sub
+from esper.contracts.choices import POSITIONS
+from esper.contracts.layer_kind import kind_of_class
 from esper.forward.generated_class import host_class_of
 from esper.seeds.affine import (
-    CONVOLUTIONS,
+    Affine,
     NotFoldable,
     affine_of,
     dense,
@@ -27,9 +29,9 @@ from esper.seeds.affine import (
     grouped,
     on_taps_of,
 )
-from esper.state.site import is_transposed_linear
 
 if TYPE_CHECKING:
+    from esper.contracts.choices import Position
     from esper.state.seed_slot import Seed
 
 _SAMPLES: Final = 8
@@ -42,16 +44,31 @@ Folded = tuple[Tensor, Tensor | None]
 class FoldTarget(ABC):
     """A host that a kernel may become part of.
 
+    Args:
+        layer: The wrapped layer.
+
     Attributes:
-        owner: The module that has the tensors: the host, or a part of it.
+        owner: The module that has the tensors: the host, or a part of it. Its weight is a
+            parameter, as whoever folds has checked.
         positions: What kernels it can take in.
     """
 
-    positions: tuple[str, ...] = ("parallel", "serial")
+    positions: ClassVar[tuple[Position, ...]] = POSITIONS
 
     def __init__(self, layer: nn.Module) -> None:
-        self.owner: Any = layer
+        self.owner = layer
         self._host_name = host_class_of(layer).__name__
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The owner's weight, as it is stored."""
+        return self.owner.get_parameter("weight")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The owner's bias; None where it has none."""
+        bias: nn.Parameter | None = getattr(self.owner, "bias", None)
+        return bias
 
     def folded(self, seed: Seed) -> Folded:
         """Return weight and bias with the seed in them; the bias None where there is none.
@@ -63,19 +80,19 @@ class FoldTarget(ABC):
         if position not in self.positions:
             msg = f"into a {self._host_name} only {self.positions[0]} kernels fold"
             raise NotFoldable(msg)
-        weight = self.owner.weight.detach().double()
-        return self._with(seed, weight, self._bias())
-
-    def _bias(self) -> Tensor | None:
-        bias = getattr(self.owner, "bias", None)
-        return None if bias is None else bias.detach().double()
+        bias = None if self.bias is None else self.bias.detach().double()
+        return self._with(seed, self.weight.detach().double(), bias)
 
     @abstractmethod
     def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded: ...
 
     @abstractmethod
     def random_input(self, seed: Seed) -> Tensor:
-        """Return an input to measure with, float64 unless the host takes integers."""
+        """Return an input to measure with, float64 unless the host takes integers.
+
+        Raises:
+            NotFoldable: Nothing says what the host takes.
+        """
 
     @abstractmethod
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -86,15 +103,11 @@ def target_of(layer: nn.Module) -> FoldTarget:
     """Return the target that a layer's host is.
 
     Raises:
-        NotFoldable: It is none.
+        NotFoldable: It is none; a class derived from a host class may compute something else.
     """
     host_class = host_class_of(layer)
-    if host_class.__name__ == "Conv1D" and is_transposed_linear(layer):
-        return _TransposedLinear(layer)
-    make = _TARGETS.get(host_class)
-    if make is None:
-        msg = f"a {host_class.__name__} is not known to be affine in one weight"
-        raise NotFoldable(msg)
+    kind = kind_of_class(host_class)
+    make = FOLD_TARGETS[kind.name] if kind.is_host(host_class) else _unknown
     return make(layer)
 
 
@@ -140,14 +153,14 @@ class _AffineTarget(FoldTarget):
     def _stored(self, rows: Tensor) -> Tensor:
         return rows
 
-    def _on_taps(self, kernel: Any) -> Tensor:
+    def _on_taps(self, kernel: Affine) -> Tensor:
         if kernel.geometry is not None:
             msg = "a convolution beside a layer that is none"
             raise NotFoldable(msg)
-        return kernel.weight  # type: ignore[no-any-return] # an Affine's
+        return kernel.weight
 
     def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
-        return _random((_ROWS, self._rows(self.owner.weight).shape[1]), self.owner)
+        return _random((_ROWS, self._rows(self.weight).shape[1]), self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._rows(weight), bias)
@@ -177,37 +190,39 @@ class _OutputProjection(_AffineTarget):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        self.owner = self.owner.out_proj
-
-
-class _AnyConvolution(_AffineTarget):
-    """A convolution: grouped rows with taps."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
-        self.groups = self.owner.groups
-
-    def _on_taps(self, kernel: Any) -> Tensor:
-        return grouped(on_taps_of(kernel, self.owner), self.groups)
-
-    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
-        host = self.owner
-        span = [d * (k - 1) + 1 for d, k in zip(host.dilation, host.kernel_size, strict=True)]
-        return _random((2, host.in_channels, *(s + _SAMPLES for s in span)), host)
+        self.owner = layer.get_submodule("out_proj")
 
 
 @final
-class _Convolution(_AnyConvolution):
-    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+class _Convolution(_AffineTarget):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: grouped rows with taps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        self._conv = layer
+        self.groups = layer.groups
+
+    def _on_taps(self, kernel: Affine) -> Tensor:
+        return grouped(on_taps_of(kernel, self._conv), self.groups)
+
+    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+        return _random_image(self._conv, self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        y: Tensor = self.owner._conv_forward(x, weight, bias)  # noqa: SLF001 - does the padding modes
+        y: Tensor = self._conv._conv_forward(x, weight, bias)  # noqa: SLF001 - does the padding modes
         return y
 
 
 @final
-class _TransposedConvolution(_AnyConvolution):
+class _TransposedConvolution(_AffineTarget):
     """``nn.ConvTranspose2d``: ``[in, out / groups, *taps]``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        assert isinstance(layer, nn.ConvTranspose2d)
+        self._conv = layer
+        self.groups = layer.groups
 
     def _rows(self, weight: Tensor) -> Tensor:
         return exchanged(weight, self.groups)
@@ -215,10 +230,25 @@ class _TransposedConvolution(_AnyConvolution):
     def _stored(self, rows: Tensor) -> Tensor:
         return exchanged(rows, self.groups)
 
+    def _on_taps(self, kernel: Affine) -> Tensor:
+        return grouped(on_taps_of(kernel, self._conv), self.groups)
+
+    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+        return _random_image(self._conv, self.weight)
+
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        host = self.owner
-        settings = (host.stride, host.padding, host.output_padding, host.groups, host.dilation)
-        return nn.functional.conv_transpose2d(x, weight, bias, *settings)
+        conv = self._conv
+        assert not isinstance(conv.padding, str), "transposed convolutions pad by numbers"
+        return nn.functional.conv_transpose2d(
+            x,
+            weight,
+            bias,
+            conv.stride,
+            conv.padding,
+            conv.output_padding,
+            conv.groups,
+            conv.dilation,
+        )
 
 
 @final
@@ -247,7 +277,7 @@ class _Norm(FoldTarget):
         if not isinstance(seen, Tensor):
             msg = "no input of the norm was seen, so that the axis of its features is not known"
             raise NotFoldable(msg)
-        return _random(tuple(seen.shape), self.owner)
+        return _random(tuple(seen.shape), self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         host = self.owner
@@ -257,6 +287,7 @@ class _Norm(FoldTarget):
             return nn.functional.rms_norm(x, host.normalized_shape, weight, host.eps)
         if isinstance(host, nn.GroupNorm):
             return nn.functional.group_norm(x, host.num_groups, weight, bias, host.eps)
+        assert isinstance(host, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - the base has no other name
         mean, var = x.new_zeros(len(weight)), x.new_ones(len(weight))
         return nn.functional.batch_norm(x, mean, var, weight, bias, eps=host.eps)
 
@@ -267,12 +298,17 @@ class _Table(FoldTarget):
 
     positions = ("serial",)
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        assert isinstance(layer, nn.Embedding)
+        self._table = layer
+
     def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
-        if self.owner.max_norm is not None:
+        if self._table.max_norm is not None:
             msg = "an embedding with max_norm changes its rows when it is called"
             raise NotFoldable(msg)
-        kernel: Any = seed.slot.kernel
-        steps = kernel.steps if isinstance(kernel, LoweredKernel) else [kernel]
+        kernel = seed.slot.kernel
+        steps = list(kernel.steps) if isinstance(kernel, LoweredKernel) else [kernel]
         mixing = next((step for step in steps if not _is_row_by_row(step)), None)
         if mixing is not None:
             msg = f"{type(mixing).__name__} is no operation that works row by row"
@@ -282,10 +318,9 @@ class _Table(FoldTarget):
             return kept * weight + alpha * in_float64(seed)(weight), bias
 
     def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
-        num_rows = self.owner.num_embeddings
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randperm(num_rows, generator=generator)[:_TABLE_ROWS]
-        return drawn.to(self.owner.weight.device)
+        drawn = torch.randperm(self._table.num_embeddings, generator=generator)[:_TABLE_ROWS]
+        return drawn.to(self.weight.device)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:  # noqa: ARG002 - none
         return weight[x]
@@ -308,27 +343,43 @@ def _is_row_by_row(step: nn.Module) -> bool:
     return type(step) in _ROW_BY_ROW or (type(step) is Diagonal and step.dim == -1)
 
 
-def _random(shape: tuple[int, ...], owner: Any) -> Tensor:
+def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(owner.weight.device)
+    return x.to(like.device)
 
 
-_TARGETS: Final[dict[type, Callable[[nn.Module], FoldTarget]]] = {
-    nn.Linear: _Linear,
-    nn.MultiheadAttention: _OutputProjection,
-    **dict.fromkeys(CONVOLUTIONS, _Convolution),
-    nn.ConvTranspose2d: _TransposedConvolution,
-    **dict.fromkeys(
-        (
-            nn.LayerNorm,
-            nn.RMSNorm,
-            nn.GroupNorm,
-            nn.BatchNorm1d,
-            nn.BatchNorm2d,
-            nn.BatchNorm3d,
-        ),
-        _Norm,
-    ),
-    nn.Embedding: _Table,
+def _random_image(
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d, like: Tensor
+) -> Tensor:
+    span = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return _random((2, conv.in_channels, *(s + _SAMPLES for s in span)), like)
+
+
+def _unknown(layer: nn.Module) -> NoReturn:
+    msg = f"a {host_class_of(layer).__name__} is not known to be affine in one weight"
+    raise NotFoldable(msg)
+
+
+FOLD_TARGETS: Final[Mapping[str, Callable[[nn.Module], FoldTarget]]] = {
+    "linear": _Linear,
+    "transposed_linear": _TransposedLinear,
+    "conv1d": _Convolution,
+    "conv2d": _Convolution,
+    "conv3d": _Convolution,
+    "conv_transpose2d": _TransposedConvolution,
+    "attention": _OutputProjection,
+    "embedding": _Table,
+    "embedding_bag": _unknown,
+    "layer_norm": _Norm,
+    "rms_norm": _Norm,
+    "group_norm": _Norm,
+    "batch_norm": _Norm,
+    "batch_norm2d": _Norm,
+    "batch_norm3d": _Norm,
+    "block": _unknown,
 }
+"""What makes the target of a layer, by the name of its row in ``LAYER_KINDS``.
+
+A kind that takes in no kernel has a function that raises ``NotFoldable`` with the reason.
+"""

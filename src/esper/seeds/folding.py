@@ -68,13 +68,14 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
     try:
         _check_neighbours(layer, seed)
         target = target_of(layer)
-        owner = target.owner
-        _check_tensors(owner)
-        tolerance = _tolerance(owner.weight)
+        _check_tensors(target.owner)
+        tolerance = _tolerance(target.weight)
         exact_weight, exact_bias = target.folded(seed)
-        _check_owner(owner)  # late: it looks at every object that there is
-        weight = exact_weight.to(owner.weight.dtype)
-        bias = None if exact_bias is None else exact_bias.to(owner.bias.dtype)
+        _check_owner(target.owner)  # late: it looks at every object that there is
+        weight = exact_weight.to(target.weight.dtype)
+        bias = None
+        if exact_bias is not None and target.bias is not None:
+            bias = exact_bias.to(target.bias.dtype)
         rel_diff = _rel_diff(target, seed, weight, bias)
     except NotFoldable as refused:
         return FoldCertificate(
@@ -84,9 +85,9 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         reason = f"relative difference {rel_diff:.3g} exceeds {tolerance:.3g}"
         return FoldCertificate(folded=False, rel_diff=rel_diff, tolerance=tolerance, reason=reason)
     with torch.no_grad():
-        owner.weight.copy_(weight)
-        if bias is not None:
-            owner.bias.copy_(bias)
+        target.weight.copy_(weight)
+        if bias is not None and target.bias is not None:
+            target.bias.copy_(bias)
     return FoldCertificate(folded=True, rel_diff=rel_diff, tolerance=tolerance)
 
 
@@ -137,10 +138,9 @@ def _is_module_table(table: dict[object, object]) -> bool:
 
 def _rel_diff(target: FoldTarget, seed: Seed, weight: Tensor, bias: Tensor | None) -> float:
     """Measure the fold on random inputs, in float64, against the formula."""
-    owner = target.owner
     with torch.no_grad():
         x = target.random_input(seed)
-        h = target.run(*_in_float64(owner.weight, getattr(owner, "bias", None)), x)
+        h = target.run(*_in_float64(target.weight, target.bias), x)
         k = _output(seed, h if seed.is_serial else x)
         if k.shape != h.shape:
             _refuse(f"the kernel gives {tuple(k.shape)} beside the host's {tuple(h.shape)}")

@@ -12,6 +12,7 @@ from esper.compiler.lowering import LoweredKernel, instantiate, lower
 from esper.contracts.artifact import CompiledKernelArtifact
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.choices import MODES, POSITIONS
+from esper.contracts.layer_kind import kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def prepare_kernel(
         return kernel
     if isinstance(kernel, nn.Module) and not isinstance(kernel, LoweredKernel):
         module = kernel.to(reference_tensor(layer).device)
-        position = position or _positions(layer)[0]
+        position = position or kind_of(layer).positions[0]
         _check_position(layer, position)
         return PreparedKernel(
             module=module, mode=mode or "add", position=position, draws_random=True
@@ -134,15 +135,11 @@ def reference_tensor(layer: nn.Module) -> Tensor:
     return torch.empty(0)
 
 
-def _positions(layer: nn.Module) -> tuple[Position, ...]:
-    positions: tuple[Position, ...] = getattr(type(layer), "POSITIONS", POSITIONS)
-    return positions
-
-
 def _check_position(layer: nn.Module, position: str) -> None:
-    if position not in _positions(layer):
+    positions = kind_of(layer).positions
+    if position not in positions:
         msg = (
-            f"a {type(layer).__name__} takes {' and '.join(_positions(layer))} kernels only, "
+            f"a {type(layer).__name__} takes {' and '.join(positions)} kernels only, "
             f"this one is {position}"
         )
         raise ValueError(msg)

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from esper.contracts.layer_kind import kind_of
 from esper.contracts.site import SiteSpec
 from esper.state.host_parts import host_modules
 from esper.state.kernel import reference_tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-CHANNEL_NORMS: Final = (_BatchNorm, nn.GroupNorm)
-LAST_AXIS_NORMS: Final = (nn.LayerNorm, nn.RMSNorm)
-
-_CONVOLUTION_KINDS: Final[dict[type[nn.Module], str]] = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-}
-_KINDS: Final[tuple[tuple[tuple[type[nn.Module], ...], str], ...]] = (
-    ((nn.Linear,), "linear"),
-    ((nn.MultiheadAttention,), "attention"),
-    ((nn.Embedding,), "embedding"),
-    (LAST_AXIS_NORMS, "norm"),
-    (CHANNEL_NORMS, "channel_norm"),
-)
-_NORM_AXES: Final[dict[type[nn.Module], int]] = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-_CHANNELS_SECOND: Final = (*_CONVOLUTION_KINDS, *CHANNEL_NORMS)
+    from esper.contracts.layer_kind import LayerKind
 
 
-def describe_site(
-    module: nn.Module,
-    x: Tensor | None = None,
-    h: Tensor | None = None,
-    *,
-    is_causal: bool = True,
-) -> SiteSpec:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a layer was seen to read and give; None where it was not seen.
+
+    Attributes:
+        x: Its first input, with any number of samples.
+        h: Its output for it, the first one where there are several.
+    """
+
+    x: Tensor | None
+    h: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReader:
+    """How one kind of layer is read.
+
+    Attributes:
+        widths: Returns input and output features or channels; 0 where the layer does not say.
+        describe: Fills in what a description of the layer says beyond its widths.
+    """
+
+    widths: Callable[[nn.Module], tuple[int, int]]
+    describe: Callable[[SiteSpec, nn.Module, Seen], SiteSpec]
+
+
+def describe_site(module: nn.Module, x: Tensor | None = None, h: Tensor | None = None) -> SiteSpec:
     """Return what the catalog needs to know about a layer.
 
     Args:
@@ -48,30 +52,21 @@ def describe_site(
         x: Its first input as it was seen, with any number of samples, or None. What a GroupNorm,
             a BatchNorm1d or a block gives is known from an example only.
         h: The output for it, the first one where there are several; given if ``x`` is.
-        is_causal: Whether an output may not depend on later inputs.
 
     Raises:
         ValueError: The convolution pads unequally before and after.
     """
-    kind = _kind(module)
-    common: dict[str, Any] = {
-        "kind": kind,
-        "dtype": str(reference_tensor(module).dtype).removeprefix("torch."),
-        "bias": getattr(module, "bias", None) is not None,
-        "host_is_trainable": _is_trainable(module),
-        "is_causal": is_causal,
-    }
-    if kind.startswith("conv"):
-        return SiteSpec(**common, **_convolution_fields(module))
-    if kind == "block":
-        return SiteSpec(**common, **_block_fields(module, x, h))
-    num_in, num_out = widths(module)
-    axes = _norm_axes(module, h) if kind == "channel_norm" else None
-    if kind == "embedding":
-        num_in = num_out
-    if kind == "channel_norm" and axes is None:
-        num_out = 0
-    return SiteSpec(**common, in_features=num_in, out_features=num_out, axes=axes)
+    reader = SITE_READERS[kind_of(module).name]
+    num_in, num_out = reader.widths(module)
+    bare = SiteSpec(
+        kind=kind_of(module).site,
+        in_features=num_in,
+        out_features=num_out,
+        bias=_has_bias(module),
+        dtype=str(reference_tensor(module).dtype).removeprefix("torch."),
+        host_is_trainable=_is_trainable(module),
+    )
+    return reader.describe(bare, module, Seen(x, h))
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
@@ -79,36 +74,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
     The input of an embedding is counted in rows of its table.
     """
-    host: Any = module
-    if is_transposed_linear(module):
-        return int(host.weight.shape[0]), int(host.weight.shape[1])
-    for names in _WIDTH_NAMES:
-        if all(isinstance(getattr(host, name, None), int) for name in names):
-            return int(getattr(host, names[0])), int(getattr(host, names[-1]))
-    if isinstance(module, LAST_AXIS_NORMS):
-        return int(module.normalized_shape[-1]), int(module.normalized_shape[-1])
-    return 0, 0
-
-
-_WIDTH_NAMES: Final = (
-    ("in_features", "out_features"),
-    ("in_channels", "out_channels"),
-    ("num_embeddings", "embedding_dim"),
-    ("embed_dim",),
-    ("num_features",),
-    ("num_channels",),
-)
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Say whether a module is ``transformers``' ``Conv1D``: linear, its weight ``[in, out]``.
-
-    That package is not imported to find out.
-    """
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-        for cls in type(module).__mro__
-    )
+    return SITE_READERS[kind_of(module).name].widths(module)
 
 
 def feature_axis(module: nn.Module, h: Tensor) -> int:
@@ -118,13 +84,13 @@ def feature_axis(module: nn.Module, h: Tensor) -> int:
         module: The layer.
         h: What it gives, at least two axes.
     """
-    kind = _kind(module)
-    if kind == "block":
-        return 1 if _gives_channels(module, h) else h.ndim - 1
-    return 1 if isinstance(module, _CHANNELS_SECOND) else h.ndim - 1
+    axis = kind_of(module).feature_axis
+    if axis is None:
+        axis = 1 if _gives_channels(module, h) else -1
+    return axis % h.ndim
 
 
-def convolution_padding(conv: Any) -> tuple[int, ...]:
+def convolution_padding(conv: _ConvNd) -> tuple[int, ...]:
     """Return a convolution's padding in elements per side; ``"same"`` and ``"valid"`` resolved.
 
     Raises:
@@ -141,59 +107,128 @@ def convolution_padding(conv: Any) -> tuple[int, ...]:
     return tuple(span // 2 for span in spans)
 
 
-def _kind(module: nn.Module) -> str:
-    if is_transposed_linear(module):
-        return "linear"
-    for host_class, kind in _CONVOLUTION_KINDS.items():
-        if isinstance(module, host_class):
-            return kind
-    return next((kind for classes, kind in _KINDS if isinstance(module, classes)), "block")
+def _named(*names: str) -> Callable[[nn.Module], tuple[int, int]]:
+    """Return what reads the widths off attributes: the first names the input, the last the output.
+
+    A subclass may have made something else of them.
+    """
+
+    def read(module: nn.Module) -> tuple[int, int]:
+        values = [getattr(module, name, None) for name in names]
+        numbers = [value for value in values if isinstance(value, int)]
+        return (numbers[0], numbers[-1]) if len(numbers) == len(names) else (0, 0)
+
+    return read
 
 
-def _convolution_fields(conv: Any) -> dict[str, Any]:
-    return {
-        "in_features": conv.in_channels,
-        "out_features": conv.out_channels,
-        "kernel_size": tuple(conv.kernel_size),
-        "stride": tuple(conv.stride),
-        "padding": convolution_padding(conv),
-        "output_padding": tuple(conv.output_padding) if conv.transposed else (),
-        "dilation": tuple(conv.dilation),
-        "groups": conv.groups,
-        "padding_mode": conv.padding_mode,
-    }
+_FEATURES: Final = _named("in_features", "out_features")
+_CHANNELS: Final = _named("in_channels", "out_channels")
+_TABLE: Final = _named("num_embeddings", "embedding_dim")
+_EMBED_DIM: Final = _named("embed_dim")
+_NUM_FEATURES: Final = _named("num_features")
+_NUM_CHANNELS: Final = _named("num_channels")
 
 
-def _norm_axes(norm: nn.Module, h: Tensor | None) -> int | None:
-    """Return how many axes stand behind the channels, or None where only an example could say."""
-    if h is not None:
-        return h.ndim - 2
-    return next((axes for kind, axes in _NORM_AXES.items() if isinstance(norm, kind)), None)
+def _block_widths(block: nn.Module) -> tuple[int, int]:
+    """Read widths off a module of anybody's that calls them as torch's own layers do."""
+    readers = (_FEATURES, _CHANNELS, _TABLE, _EMBED_DIM, _NUM_FEATURES, _NUM_CHANNELS)
+    return next((found for read in readers if any(found := read(block))), (0, 0))
 
 
-def _block_fields(block: nn.Module, x: Tensor | None, h: Tensor | None) -> dict[str, Any]:
+def _transposed_widths(linear: nn.Module) -> tuple[int, int]:
+    weight = linear.weight
+    assert isinstance(weight, Tensor), "its class has one"
+    return weight.shape[0], weight.shape[1]
+
+
+def _normalised_widths(norm: nn.Module) -> tuple[int, int]:
+    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    return norm.normalized_shape[-1], norm.normalized_shape[-1]
+
+
+def _as_it_is(spec: SiteSpec, _module: nn.Module, _seen: Seen) -> SiteSpec:
+    return spec
+
+
+def _describe_convolution(spec: SiteSpec, conv: nn.Module, _seen: Seen) -> SiteSpec:
+    assert isinstance(conv, _ConvNd)
+    return replace(
+        spec,
+        kernel_size=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        padding=convolution_padding(conv),
+        output_padding=tuple(conv.output_padding) if conv.transposed else (),
+        dilation=tuple(conv.dilation),
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+    )
+
+
+def _describe_channel_norm(spec: SiteSpec, norm: nn.Module, seen: Seen) -> SiteSpec:
+    axes = kind_of(norm).num_axes if seen.h is None else seen.h.ndim - 2
+    return replace(spec, axes=axes, out_features=0 if axes is None else spec.out_features)
+
+
+def _describe_table(spec: SiteSpec, _table: nn.Module, _seen: Seen) -> SiteSpec:
+    return replace(spec, in_features=spec.out_features)
+
+
+def _describe_block(spec: SiteSpec, block: nn.Module, seen: Seen) -> SiteSpec:
     """Describe a module by what it was seen to read and give."""
+    x, h = seen.x, seen.h
     if x is None or h is None or min(x.ndim, h.ndim) < 2:
-        return {"in_features": 0, "out_features": 0}
+        return replace(spec, in_features=0, out_features=0)
     if _gives_channels(block, h):
-        return {"in_features": x.shape[1], "out_features": h.shape[1], "axes": h.ndim - 2}
-    return {
-        "in_features": x.shape[-1],
-        "out_features": h.shape[-1],
-        "is_sequence": h.ndim == 3 and _is_batch_first(block),
-    }
+        return replace(spec, in_features=x.shape[1], out_features=h.shape[1], axes=h.ndim - 2)
+    is_sequence = h.ndim == 3 and _is_batch_first(block)
+    return replace(spec, in_features=x.shape[-1], out_features=h.shape[-1], is_sequence=is_sequence)
 
 
 def _gives_channels(block: nn.Module, h: Tensor) -> bool:
     """Guess by the last layer with a place for channels whether they are in axis 1."""
-    layers = [m for m in host_modules(block) if _kind(m) not in ("block", "embedding")]
-    return h.ndim > 2 and bool(layers) and isinstance(layers[-1], _CHANNELS_SECOND)
+    kinds = [kind for part in host_modules(block) if _has_a_place(kind := kind_of(part))]
+    return h.ndim > 2 and bool(kinds) and kinds[-1].feature_axis == 1
+
+
+def _has_a_place(kind: LayerKind) -> bool:
+    return kind.feature_axis is not None and not kind.takes_integers
 
 
 def _is_batch_first(block: nn.Module) -> bool:
     return all(getattr(part, "batch_first", True) for part in host_modules(block))
 
 
+def _has_bias(module: nn.Module) -> bool:
+    """Say whether a layer has a bias: a tensor, or a recurrent layer's word for several."""
+    bias = getattr(module, "bias", None)
+    return bias is not None and bias is not False
+
+
 def _is_trainable(module: nn.Module) -> bool:
     parameters = (p for part in host_modules(module) for p in part.parameters(recurse=False))
     return any(p.requires_grad for p in parameters)
+
+
+_CONVOLUTION: Final = SiteReader(widths=_CHANNELS, describe=_describe_convolution)
+_LAST_AXIS_NORM: Final = SiteReader(widths=_normalised_widths, describe=_as_it_is)
+_BATCH_NORM: Final = SiteReader(widths=_NUM_FEATURES, describe=_describe_channel_norm)
+
+SITE_READERS: Final[Mapping[str, SiteReader]] = {
+    "linear": SiteReader(widths=_FEATURES, describe=_as_it_is),
+    "transposed_linear": SiteReader(widths=_transposed_widths, describe=_as_it_is),
+    "conv1d": _CONVOLUTION,
+    "conv2d": _CONVOLUTION,
+    "conv3d": _CONVOLUTION,
+    "conv_transpose2d": _CONVOLUTION,
+    "attention": SiteReader(widths=_EMBED_DIM, describe=_as_it_is),
+    "embedding": SiteReader(widths=_TABLE, describe=_describe_table),
+    "embedding_bag": SiteReader(widths=_TABLE, describe=_describe_block),
+    "layer_norm": _LAST_AXIS_NORM,
+    "rms_norm": _LAST_AXIS_NORM,
+    "group_norm": SiteReader(widths=_NUM_CHANNELS, describe=_describe_channel_norm),
+    "batch_norm": _BATCH_NORM,
+    "batch_norm2d": _BATCH_NORM,
+    "batch_norm3d": _BATCH_NORM,
+    "block": SiteReader(widths=_block_widths, describe=_describe_block),
+}
+"""How each kind of layer is read, by the name of its row in ``LAYER_KINDS``."""

@@ -9,37 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from esper.contracts.layer_kind import host_class_name, kind_of
 from esper.execution.host_class import refusal
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.state.host_parts import SEEDS
-from esper.state.site import is_transposed_linear
 
 Pattern = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
 Select = Pattern | Predicate | Iterable[Pattern]
 
 _NOTHING: Final = nn.ModuleDict()
-
-DEFAULT_KINDS: Final[tuple[type[nn.Module], ...]] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose2d,
-    nn.MultiheadAttention,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    _BatchNorm,
-)
-"""What is taken when nobody says otherwise. Subclasses count, and ``transformers``' ``Conv1D``."""
-
-UNCALLED_CHILDREN: Final[dict[type[nn.Module], tuple[str, ...]]] = {
-    nn.MultiheadAttention: ("out_proj",),
-}
-"""Children whose parent reads their tensors and never calls their forward."""
 
 QUANTISED_PACKAGES: Final = (
     "torch.ao",
@@ -93,13 +73,13 @@ def choose(model: nn.Module, select: Select | None = None) -> Selection:
 
     Args:
         model: The model.
-        select: What to take. ``None`` takes every module of ``DEFAULT_KINDS`` that is not tied,
-            quantised or owned by another wrapper. A name takes that module. A glob takes the
-            matching modules that have parameters; ``*`` and ``?`` stay within one part of a
-            dotted name and ``**`` stands for any number of parts. A type takes its instances.
-            A predicate ``(name, module) -> bool`` takes what it is true for. An iterable of
-            names, globs and types takes what any of them takes. Whatever is asked for by
-            ``select`` is taken if a seed could work there at all.
+        select: What to take. ``None`` takes every module of a kind that ``LAYER_KINDS`` takes by
+            default and that is not tied, quantised or owned by another wrapper. A name takes that
+            module. A glob takes the matching modules that have parameters; ``*`` and ``?`` stay
+            within one part of a dotted name and ``**`` stands for any number of parts. A type
+            takes its instances. A predicate ``(name, module) -> bool`` takes what it is true for.
+            An iterable of names, globs and types takes what any of them takes. Whatever is asked
+            for by ``select`` is taken if a seed could work there at all.
 
     Returns:
         The sites, and the modules that were left with the reasons.
@@ -167,7 +147,7 @@ class _Context:
     def _why_not_by_default(self, name: str, module: nn.Module) -> str | None:
         if isinstance(module, KasminaLayer):
             return None
-        if not _is_of_default_kind(module):
+        if not kind_of(module).is_default:
             return "not of a kind that is taken by default; name it in select= to take it"
         return self._why_impossible(module) or self._why_unwise(name, module)
 
@@ -202,10 +182,9 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _uncalled(model: nn.Module) -> Iterator[tuple[int, str]]:
     for parent in model.modules():
-        for kind, children in UNCALLED_CHILDREN.items():
-            if isinstance(parent, kind):
-                reason = f"its parent, a {kind.__name__}, never calls its forward"
-                yield from ((id(parent.get_submodule(child)), reason) for child in children)
+        for child in kind_of(parent).uncalled_children:
+            name = host_class_name(type(parent)).rpartition(".")[2]
+            yield id(parent.get_submodule(child)), f"its parent, a {name}, never calls its forward"
 
 
 def _owned_by_wrappers(model: nn.Module) -> Iterator[tuple[int, str]]:
@@ -238,12 +217,8 @@ def _why_quantised(module: nn.Module) -> str | None:
 
 def _is_reported(name: str, module: nn.Module, wanted: _Wanted | None) -> bool:
     """Say whether leaving a module is worth a line: it has tensors, or somebody asked for it."""
-    asked = _is_of_default_kind(module) if wanted is None else name in wanted.names
+    asked = kind_of(module).is_default if wanted is None else name in wanted.names
     return asked or next(module.parameters(recurse=False), None) is not None
-
-
-def _is_of_default_kind(module: nn.Module) -> bool:
-    return isinstance(module, DEFAULT_KINDS) or is_transposed_linear(module)
 
 
 def _wanted(model: nn.Module, select: Select) -> _Wanted:
