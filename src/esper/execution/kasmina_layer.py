@@ -84,8 +84,12 @@ class KasminaLayer(nn.Module):
         ValueError: ``num_seeds`` is less than 1, or ``original_layer`` cannot be a site.
     """
 
+    LEFT_TO_HOST: ClassVar[frozenset[str]] = frozenset()
+    """Names of the layer that the host has too and keeps, meaning the same by them."""
     complete_call: ClassVar[Any] = None
     """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
+    passes_on: ClassVar[Any] = None
+    """``(output) -> bool``: whether the host's output is left as it is; None: never."""
     open_run: ClassVar[Any] = None
     """``(record, call) -> run``: begins a call, returns what runs kernels; None: ``run_kernel``.
     """

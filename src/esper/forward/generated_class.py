@@ -93,7 +93,7 @@ def _counting(family: Any, host_class: Any) -> Callable[..., Any]:
 
 def _active(family: Any, host_class: Any) -> Callable[..., Any]:
     host_forward, complete = host_class.forward, family.complete_call
-    open_run = family.open_run
+    open_run, passes_on = family.open_run, family.passes_on
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +103,10 @@ def _active(family: Any, host_class: Any) -> Callable[..., Any]:
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
+        if passes_on is not None and passes_on(output):
+            if record.telemetry_enabled and not torch.compiler.is_compiling():
+                record.native_count += 1
+            return output
         h = blendable(output)
         y = _blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)
@@ -194,7 +198,8 @@ def has_foreign_forward(module: nn.Module) -> bool:
 def _names_of(family: type) -> set[str]:
     ours = family.__mro__[: family.__mro__.index(nn.Module)]
     names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
-    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys()
+    kept: frozenset[str] = getattr(family, "LEFT_TO_HOST", frozenset())
+    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys() - kept
 
 
 def _names_held(module: nn.Module) -> set[str]:
@@ -329,7 +334,7 @@ def blendable(output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple) and output else output
     if isinstance(first, Tensor) and first.is_floating_point():
         return first
-    found = first.dtype if isinstance(first, Tensor) else type(output).__name__
+    found = first.dtype if isinstance(first, Tensor) else type(first).__name__
     msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
     raise TypeError(msg)
 
