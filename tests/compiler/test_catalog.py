@@ -89,6 +89,7 @@ BEHIND = [
     SiteSpec(kind="block", in_features=8, out_features=8, is_sequence=True, is_causal=False),
     SiteSpec(kind="block", in_features=3, out_features=8, is_sequence=True),
     SiteSpec(kind="block", in_features=4, out_features=6, axes=2),
+    SiteSpec(kind="recurrent", in_features=3, out_features=8, is_sequence=True),
 ]
 """Kinds whose kernels read behind the host; what stands for the host keeps what it is given."""
 ALL = LINEARS + OTHERS + LIFTS + BEHIND
@@ -286,7 +287,7 @@ def test_own_shape_kernels_behind_a_host_are_affine_and_zero(site):
         ]
         assert not any(p.any() for p in lower(control(site)).parameters())
         assert control(site).position == "serial"
-        assert control(site).adds_capacity == (site.kind == "block")
+        assert control(site).adds_capacity == (site.kind in ("block", "recurrent"))
 
 
 def test_a_block_sees_later_inputs_only_where_the_host_does():

@@ -94,6 +94,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
+@torch._dynamo.config.patch(allow_rnn=True)  # torch breaks the graph at recurrent layers otherwise
 def test_every_kind_is_one_graph_dormant_and_one_active(name):
     """No graph breaks; alpha, going dormant and coming back make none; the numbers are eager's."""
     torch.compiler.reset()
@@ -121,6 +122,24 @@ def test_every_kind_is_one_graph_dormant_and_one_active(name):
         graphs.append(counter.frame_count)
     assert all(p.grad is not None for p in net.site.seed_kernel(0).parameters())
     assert graphs == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it behind any break
+def test_a_recurrent_layer_breaks_the_graph_and_grows():
+    """As torch is set, it is called between two graphs; its kernel is compiled once."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    net = Around(adopt(nn.GRU(5, 6), name="site"))
+    fast, x = torch.compile(net, backend=counter), torch.randn(4, 3, 5)
+    fast(x)
+    before = counter.frame_count
+    net.site.graft(0, nn.Linear(6, 6), alpha=0.5, example=x)
+    for alpha in (0.5, 0.75):
+        net.site.set_alpha(0, alpha)
+        y = fast(x)
+        assert torch.allclose(y, net(x), atol=1e-6)
+        y.square().sum().backward()
+    assert counter.frame_count == before + 1
 
 
 def test_twenty_different_kernels_leave_the_model_compiled():

@@ -11,12 +11,13 @@ from esper.growth.recording import Recorder
 
 
 class Sequences(nn.Module):
-    """Tokens, an encoder layer, a norm over channels and a readout; (N, 5) to (N, 3)."""
+    """Tokens, an encoder layer, a recurrent one, a norm, a readout; (N, 5) to (N, 3)."""
 
     def __init__(self, *, batch_first=True):
         super().__init__()
         self.embed = nn.Embedding(9, 8)
         self.encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first)
+        self.rnn = nn.GRU(8, 8, batch_first=batch_first)
         self.norm = nn.GroupNorm(2, 8)
         self.head = nn.Linear(8, 3)
         self.batch_first = batch_first
@@ -24,6 +25,7 @@ class Sequences(nn.Module):
     def forward(self, tokens, *, mask=None):
         x = self.embed(tokens if self.batch_first else tokens.T)
         y = self.encoder(x, src_mask=mask)
+        y, _ = self.rnn(y)
         y = y if self.batch_first else y.transpose(0, 1)
         return self.head(self.norm(y.transpose(1, 2)).mean(-1))
 
@@ -42,7 +44,7 @@ def recorded(model, sites):
     return recorder.observations
 
 
-SITES = ["embed", "encoder", "encoder.self_attn", "encoder.norm1", "norm", "head"]
+SITES = ["embed", "encoder", "encoder.self_attn", "encoder.norm1", "rnn", "norm", "head"]
 
 
 def wrapped(**options):
@@ -114,8 +116,8 @@ def test_the_grower_ranks_kernels_at_every_kind_of_site():
     grower.close()
     assert {row.site for row in rows} == {*SITES} - {"embed"}
     depth = [row for row in rows if row.blueprint.startswith("block-")]
-    assert {row.site for row in depth} == {"encoder"}
-    assert not any("causal" in row.blueprint for row in depth)
+    assert {row.site for row in depth} == {"encoder", "rnn"}
+    assert {row.site for row in depth if "causal" in row.blueprint} == {"rnn"}
     assert all(row.gain is not None for row in rows)
 
 

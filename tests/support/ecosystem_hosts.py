@@ -55,6 +55,7 @@ class Host:
         make_kernel: Makes a kernel that contributes something.
         position: Where the kernel reads.
         takes_integers: Whether the host's input can have no gradient.
+        can_be_mapped: Whether torch can map over it.
     """
 
     make: Callable[[], nn.Module]
@@ -62,6 +63,7 @@ class Host:
     make_kernel: Callable[[], nn.Module]
     position: str = "parallel"
     takes_integers: bool = False
+    can_be_mapped: bool = True
 
 
 def _vectors():
@@ -102,6 +104,13 @@ HOSTS = {
         make_kernel=lambda: Bottleneck(6, 6),
         position="serial",
         takes_integers=True,
+    ),
+    "gru": Host(
+        make=lambda: nn.GRU(6, 6),
+        make_call=lambda: (torch.randn(5, 2, 6),),
+        make_kernel=lambda: Bottleneck(6, 6),
+        position="serial",
+        can_be_mapped=False,
     ),
     "layer_norm": Host(
         make=lambda: nn.LayerNorm(6), make_call=_vectors, make_kernel=lambda: Bottleneck(6, 6)

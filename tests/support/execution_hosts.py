@@ -213,6 +213,15 @@ KINDS = {
     "batch_norm3d": _channels(lambda: nn.BatchNorm3d(4), 3),
     "embedding": _giving_six(lambda: nn.Embedding(9, 6), lambda: torch.randint(9, (3, 4))),
     "embedding_bag": _giving_six(lambda: nn.EmbeddingBag(9, 6), lambda: torch.randint(9, (3, 4))),
+    "lstm": _giving_six(lambda: nn.LSTM(5, 6, batch_first=True), lambda: torch.randn(3, 4, 5)),
+    "lstm_of_two_layers": _giving_six(
+        lambda: nn.LSTM(5, 6, num_layers=2), lambda: torch.randn(4, 3, 5)
+    ),
+    "gru_both_ways": _giving_six(
+        lambda: nn.GRU(5, 3, bidirectional=True),
+        lambda: LayerCall((torch.randn(4, 3, 5), torch.randn(2, 3, 3)), {}),
+    ),
+    "rnn_without_batch": _giving_six(lambda: nn.RNN(5, 6, bias=False), lambda: torch.randn(4, 5)),
     "block": _square(Block),
     "sequential": _square(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))),
     "encoder_layer": _square(

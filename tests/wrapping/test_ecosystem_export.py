@@ -107,6 +107,7 @@ def test_onnx_runs_a_grown_model(name):
 
 
 @pytest.mark.parametrize("name_of_host", HOSTS)
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.*_flat_weights")  # bare ones too
 def test_every_kind_of_host_is_exported(name_of_host):
     """A dormant layer of each kind, and a grown one unwrapped, give their own numbers."""
     host = HOSTS[name_of_host]

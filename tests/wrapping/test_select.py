@@ -24,13 +24,14 @@ def every_kind():
             "rms_norm": nn.RMSNorm(4),
             "group_norm": nn.GroupNorm(2, 4),
             **{f"batch_norm{n}d": getattr(nn, f"BatchNorm{n}d")(4) for n in (1, 2, 3)},
+            **{name: getattr(nn, name)(4, 4) for name in ("LSTM", "GRU", "RNN")},
             "embedding": nn.Embedding(5, 4),
             "prelu": nn.PReLU(),
         }
     )
 
 
-def test_linear_layers_convolutions_attention_and_norms_are_taken_by_default():
+def test_layers_of_the_usual_kinds_are_taken_by_default():
     """The default takes each of these kinds and says why the others were left."""
     model = esper.wrap(every_kind())
 

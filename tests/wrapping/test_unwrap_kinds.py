@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import fx, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from wrapping_grown import blueprint, load_grafts
 
 import esper
@@ -112,6 +113,13 @@ CASES = {
         "serial",
         lambda: call(torch.randint(9, (3, 4))),
     ),
+    "lstm": (lambda: nn.LSTM(6, 6, batch_first=True), Bend, "serial", lambda: call(hidden())),
+    "gru_with_hidden": (
+        lambda: nn.GRU(6, 3, bidirectional=True),
+        Bend,
+        "serial",
+        lambda: call(hidden(), hx=torch.zeros(2, 4, 3)),
+    ),
     "layer_norm": (lambda: nn.LayerNorm(6), Bend, "serial", lambda: call(hidden())),
     "batch_norm": (lambda: nn.BatchNorm1d(6), Bend, "serial", lambda: call(torch.randn(5, 6))),
     "conv_transpose2d": (
@@ -180,6 +188,27 @@ def test_an_exported_site_gives_what_it_gave(name, tmp_path):
     assert_same(rebuilt(*given.args, **given.kwargs), expected)
 
 
+def test_a_packed_sequence_passes_through_a_plain_recurrent_site(tmp_path):
+    """As through the layer: unwrapped, copied, saved and loaded, exported; then steps again."""
+    model, given, expected = grown("lstm")
+    packed = pack_padded_sequence(given.x, [4, 3, 2], batch_first=True)
+    (wanted, *_), state = model(packed)
+    esper.export(model, tmp_path)
+    rebuilt = load_grafts(tmp_path).build(Net(CASES["lstm"][0]())).eval()
+    rebuilt.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    plain = esper.unwrap(model)
+    file = io.BytesIO()
+    torch.save(plain.site, file)
+    file.seek(0)
+    loaded = Net(torch.load(file, weights_only=False))
+    for each in (plain, copy.deepcopy(plain), loaded, rebuilt):
+        (found, *_), its_state = each(packed)
+        assert torch.equal(found, wanted)
+        assert torch.equal(its_state[0], state[0])
+        assert_same(each(*given.args), expected)
+    assert "h if is_packed else" in (tmp_path / "grafts.py").read_text()
+
+
 def test_a_replaced_attention_keeps_its_weights():
     """At alpha 1 the host is idle but for the attention weights, which are passed on."""
     model, given, _ = grown("attention", "replace")
@@ -214,9 +243,14 @@ def test_a_site_that_was_loaded_and_never_called_is_a_graph_too():
     """Without a call that was seen, what the host declares says whether it gives a tuple."""
     torch.manual_seed(0)
     x = hidden()
-    for name, given in [("encoder_layer", (x,)), ("attention", (x, x, x))]:
+    for name, position, given in [
+        ("encoder_layer", "parallel", (x,)),
+        ("attention", "parallel", (x, x, x)),
+        ("lstm", "serial", (x,)),
+    ]:
         model = esper.wrap(Net(CASES[name][0]()), select="site").eval()
-        model.site.graft(0, blueprint(6), alpha=0.5, example=call(*given))
+        kernel = blueprint(6, position=position)
+        model.site.graft(0, kernel, alpha=0.5, example=call(*given))
         other = esper.wrap(Net(CASES[name][0]()), select="site").eval()
         other.load_state_dict(model.state_dict())
         assert_same(esper.unwrap(other)(*given), model(*given))

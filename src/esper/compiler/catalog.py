@@ -1,7 +1,7 @@
 """The catalog: which kernels are tried at which layer, and the controls that they are held against.
 
 Every kernel of the catalog adds, and gives exactly the shape of the host's output. It reads the
-host's input (parallel); behind a norm, an embedding or a whole block its output
+host's input (parallel); behind a norm, an embedding, a recurrent layer or a whole block its output
 (serial). Each ends in one zeroed affine layer, ``"out"``, so that it is the identity at birth and
 only its own last layer is zero. Two widths each: about a quarter of the layer, at least 32, and
 twice that; half as much for the bottleneck.
@@ -241,7 +241,7 @@ def _block(site: SiteSpec, width: int) -> BlueprintIR | None:
     later ones: a kernel that sees what it is to predict gains much and learns nothing.
     """
     features = site.out_features
-    if not site.is_sequence or features != site.in_features:
+    if not site.is_sequence or (site.kind == "block" and features != site.in_features):
         return None
     heads = [h for h in range(1, 17) if features % h == 0 and features // h >= _LEAST_HEAD]
     norm = {"normalized_shape": features}
@@ -292,8 +292,9 @@ def capacity_free(site: SiteSpec) -> BlueprintIR:
     """Control: what the host layer can learn by itself, zeroed; trains, and can add nothing.
 
     A linear layer or convolution of the host's own settings; behind a norm a factor and a term a
-    feature; behind an embedding or an attention, which end in a matrix, a matrix. Behind a block,
-    of which nothing is known, a matrix too, and there it says ``adds_capacity``.
+    feature; behind an embedding or an attention, which end in a matrix, a matrix. Behind a
+    recurrent layer, which ends in no matrix, and a block, of which nothing is known, a matrix
+    too, and there it says ``adds_capacity``.
     """
     return CONTROLS[site.kind].own_shape(site, "capacity-free")
 
@@ -372,6 +373,7 @@ CONTROLS: Final[Mapping[str, Controls]] = {
     "conv3d": _OF_CONVOLUTIONS,
     "conv_transpose2d": _OF_CONVOLUTIONS,
     "attention": Controls(own_shape=_own_matrix, features=_mlp),
+    "recurrent": _BEYOND_A_MATRIX,
     "embedding": Controls(own_shape=_own_matrix, features=_mlp_behind),
     "norm": _OF_NORMS,
     "channel_norm": _OF_NORMS,

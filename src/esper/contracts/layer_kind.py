@@ -42,6 +42,8 @@ class LayerKind:
         num_axes: How many axes a norm gives behind its channels, where its class says so.
         takes_integers: Whether its input is integers, which no kernel reads.
         gives_tuple: Whether it gives a tuple that begins with the tensor that is grafted.
+        may_pack: Whether it also takes packed sequences, which it gives as it takes them; no
+            kernel reads one.
         uncalled_children: Names of children whose tensors it reads without calling their forward,
             where a seed would never be asked.
     """
@@ -57,6 +59,7 @@ class LayerKind:
     num_axes: int | None = None
     takes_integers: bool = False
     gives_tuple: bool = False
+    may_pack: bool = False
     uncalled_children: tuple[str, ...] = ()
 
     def is_host(self, cls: type) -> bool:
@@ -118,6 +121,20 @@ LAYER_KINDS: Final[tuple[LayerKind, ...]] = (
         kernels=("mlp", "gated-mlp", *_BEHIND),
         gives_tuple=True,
         uncalled_children=("out_proj",),
+    ),
+    LayerKind(
+        name="recurrent",
+        site="recurrent",
+        host_classes=(
+            "torch.nn.modules.rnn.LSTM",
+            "torch.nn.modules.rnn.GRU",
+            "torch.nn.modules.rnn.RNN",
+        ),
+        family="KasminaRecurrentLayer",
+        positions=_SERIAL,
+        kernels=(*_BEHIND, "block"),
+        gives_tuple=True,
+        may_pack=True,
     ),
     LayerKind(
         name="embedding",

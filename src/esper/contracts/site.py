@@ -11,7 +11,7 @@ class SiteSpec:
 
     Attributes:
         kind: What the rows of ``LAYER_KINDS`` have as their ``site``: ``"linear"``, ``"conv1d"``,
-            ``"conv2d"``, ``"conv3d"``, ``"conv_transpose2d"``, ``"attention"``,
+            ``"conv2d"``, ``"conv3d"``, ``"conv_transpose2d"``, ``"attention"``, ``"recurrent"``,
             ``"embedding"``, ``"norm"`` (over the last axis), ``"channel_norm"`` (channels in
             axis 1) or ``"block"`` (any other module).
         in_features: Input features or channels, for an embedding those that it gives; 0 where not

@@ -15,6 +15,7 @@ from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
 from esper.execution.kasmina_embedding_layer import KasminaEmbeddingLayer
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kasmina_layernorm_layer import KasminaLayerNormLayer
+from esper.execution.kasmina_recurrent_layer import KasminaRecurrentLayer
 from esper.forward import class_change
 from esper.state.layer_record import record_of
 
@@ -30,6 +31,7 @@ FAMILIES: Final[Mapping[str, type[KasminaLayer]]] = {
         KasminaLayerNormLayer,
         KasminaBatchNormLayer,
         KasminaEmbeddingLayer,
+        KasminaRecurrentLayer,
     )
 }
 """The layer classes by the names that ``LAYER_KINDS`` has for them."""

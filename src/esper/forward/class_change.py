@@ -44,7 +44,8 @@ def refusal(module: object, family: type) -> str | None:
 def _names_of(family: type) -> set[str]:
     ours = family.__mro__[: family.__mro__.index(nn.Module)]
     names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
-    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys()
+    kept: frozenset[str] = getattr(family, "LEFT_TO_HOST", frozenset())
+    return (names | {RECORD, SEEDS}) - vars(nn.Module).keys() - kept
 
 
 def _names_held(module: nn.Module) -> set[str]:

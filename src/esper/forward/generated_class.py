@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Arguments = tuple[tuple[object, ...], dict[str, object]]
     CompleteCall = Callable[[tuple[object, ...], dict[str, object]], Arguments]
     OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
+    PassesOn = Callable[[object], bool]
 
 
 Kind = Literal["dormant", "counting", "active"]
@@ -52,11 +53,13 @@ class Family(Protocol):
     Attributes:
         complete_call: ``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out;
             None: nothing.
+        passes_on: ``(output) -> bool``: whether the host's output is left as it is; None: never.
         open_run: ``(record, call) -> run``: begins a call, and returns what runs kernels; None:
             ``run_kernel``.
     """
 
     complete_call: ClassVar[CompleteCall | None]
+    passes_on: ClassVar[PassesOn | None]
     open_run: ClassVar[OpenRun | None]
 
 
@@ -137,7 +140,7 @@ def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
-    open_run = family.open_run
+    open_run, passes_on = family.open_run, family.passes_on
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -147,6 +150,10 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
+        if passes_on is not None and passes_on(output):
+            if record.telemetry_enabled and not torch.compiler.is_compiling():
+                record.native_count += 1
+            return output
         h = blendable(output)
         y = _blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)

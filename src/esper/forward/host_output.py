@@ -14,7 +14,7 @@ def blendable(output: object) -> Tensor:
     first = output[0] if isinstance(output, tuple) and output else output
     if isinstance(first, Tensor) and first.is_floating_point():
         return first
-    found = first.dtype if isinstance(first, Tensor) else type(output).__name__
+    found = first.dtype if isinstance(first, Tensor) else type(first).__name__
     msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
     raise TypeError(msg)
 

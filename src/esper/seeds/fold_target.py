@@ -361,6 +361,14 @@ def _unknown(layer: nn.Module) -> NoReturn:
     raise NotFoldable(msg)
 
 
+def _recurrent(layer: nn.Module) -> NoReturn:
+    msg = (
+        f"a {host_class_of(layer).__name__} reads at each step what it gave at the one before, "
+        "where a kernel that became part of its weights would act too"
+    )
+    raise NotFoldable(msg)
+
+
 FOLD_TARGETS: Final[Mapping[str, Callable[[nn.Module], FoldTarget]]] = {
     "linear": _Linear,
     "transposed_linear": _TransposedLinear,
@@ -369,6 +377,7 @@ FOLD_TARGETS: Final[Mapping[str, Callable[[nn.Module], FoldTarget]]] = {
     "conv3d": _Convolution,
     "conv_transpose2d": _TransposedConvolution,
     "attention": _OutputProjection,
+    "recurrent": _recurrent,
     "embedding": _Table,
     "embedding_bag": _unknown,
     "layer_norm": _Norm,

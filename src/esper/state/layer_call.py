@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 _POSITIONAL: Final = (
@@ -42,7 +43,7 @@ class LayerCall(NamedTuple):
         """
         if isinstance(example, LayerCall):
             return example
-        if isinstance(example, Tensor):
+        if isinstance(example, Tensor | PackedSequence):
             return cls((example,), {})
         if isinstance(example, tuple):
             return cls(example, {})

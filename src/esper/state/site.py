@@ -146,6 +146,12 @@ def _normalised_widths(norm: nn.Module) -> tuple[int, int]:
     return norm.normalized_shape[-1], norm.normalized_shape[-1]
 
 
+def _recurrent_widths(layer: nn.Module) -> tuple[int, int]:
+    assert isinstance(layer, nn.RNNBase)
+    num_directions = 2 if layer.bidirectional else 1
+    return layer.input_size, num_directions * (layer.proj_size or layer.hidden_size)
+
+
 def _as_it_is(spec: SiteSpec, _module: nn.Module, _seen: Seen) -> SiteSpec:
     return spec
 
@@ -171,6 +177,13 @@ def _describe_channel_norm(spec: SiteSpec, norm: nn.Module, seen: Seen) -> SiteS
 
 def _describe_table(spec: SiteSpec, _table: nn.Module, _seen: Seen) -> SiteSpec:
     return replace(spec, in_features=spec.out_features)
+
+
+def _describe_recurrent(spec: SiteSpec, layer: nn.Module, seen: Seen) -> SiteSpec:
+    """A later step has a part in an earlier output where the layer also reads backwards."""
+    assert isinstance(layer, nn.RNNBase)
+    is_sequence = layer.batch_first and seen.h is not None and seen.h.ndim == 3
+    return replace(spec, is_sequence=is_sequence, is_causal=not layer.bidirectional)
 
 
 def _describe_block(spec: SiteSpec, block: nn.Module, seen: Seen) -> SiteSpec:
@@ -221,6 +234,7 @@ SITE_READERS: Final[Mapping[str, SiteReader]] = {
     "conv3d": _CONVOLUTION,
     "conv_transpose2d": _CONVOLUTION,
     "attention": SiteReader(widths=_EMBED_DIM, describe=_as_it_is),
+    "recurrent": SiteReader(widths=_recurrent_widths, describe=_describe_recurrent),
     "embedding": SiteReader(widths=_TABLE, describe=_describe_table),
     "embedding_bag": SiteReader(widths=_TABLE, describe=_describe_block),
     "layer_norm": _LAST_AXIS_NORM,

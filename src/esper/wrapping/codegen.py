@@ -6,6 +6,7 @@ what it makes must print the same and hold tensors of the same names and shapes.
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 import textwrap
@@ -28,6 +29,11 @@ _CLEAN_UP: Final = re.compile(r";  (?:\w+ = )+None$")
 _RENAMING: Final = re.compile(r"^    ((\w+)_1) = \2$", re.MULTILINE)
 _ARITHMETIC: Final = re.compile(r"^    (\w+) = ([\w.]+(?: [*+] [\w.]+)+)$", re.MULTILINE)
 _LAST: Final = re.compile(r"^    (\w+) = (.*)\n    return \1$", re.MULTILINE)
+_CHOICE: Final = re.compile(
+    r"^    (\w+) = \w+\[slice\(None, 0, None\)\]\n    (\w+) = \1 \+ \((\w+), (\w+)\)\n"
+    r"    (\w+) = \2\[(\w+)\]$",
+    re.MULTILINE,
+)
 _BUILTIN: Final = re.compile(r"\btorch\._C\._nn\.(\w+)")
 _HOST_CALL: Final = re.compile(r"^(    \w+ = self\.host\()(.*)\)$", re.MULTILINE)
 _INDENT: Final = "    "
@@ -134,13 +140,17 @@ class SourceWriter:
             text = text.replace(f"{_INDENT}{name} = {name}\n", "")
         for name, value in code.globals.items():
             if re.search(rf"\b{name}\b", text):
+                if getattr(builtins, name, None) is value:
+                    continue
                 if name not in _IMPORTS:
                     raise ValueError(
                         f"{type(graph_module).__name__} calls {value!r}: generated code may "
                         f"import torch only; give the kernel as a BlueprintIR"
                     )
                 self._imports.add(_IMPORTS[name])
+        text = _CHOICE.sub(r"    \5 = \4 if \6 else \3", text)
         text = text.replace("[slice(1, None, None)]", "[1:]")
+        text = text.replace("[(slice(None, 1, None), None)]", "[:1, None]")
         text = _BUILTIN.sub(_public_name, _inlined(text) if is_site else text)
         for star, names in graph_module.meta.get(SPREAD, {}).items():
             text = _spread(text, star, names)

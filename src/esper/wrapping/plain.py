@@ -73,6 +73,7 @@ class PlainHost:
             what was seen: a graph cannot pass on what it has no name for.
         gives_tuple: Whether it gives a tuple, of which the first element is grafted.
         first_field: Name of that element in a named tuple, else None.
+        may_pack: Whether that element may be a packed sequence, which no kernel reads.
     """
 
     module: nn.Module
@@ -81,6 +82,7 @@ class PlainHost:
     seen: LayerCall | None = None
     gives_tuple: bool = False
     first_field: str | None = None
+    may_pack: bool = False
 
 
 def is_grafted(module: nn.Module) -> bool:
@@ -156,26 +158,92 @@ def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     given = _Given.of(graph, host)
     weight = _rounded(_host_weight(seeds), host.dtype)
     parts: dict[str, nn.Module] = {}
-    out: fx.Node | None = None
-    h: fx.Node | None = None
+    called: _Called | None = None
     if weight != 0.0 or host.gives_tuple or any(seed.is_serial for seed in seeds):
         parts["host"] = host.module
-        name = "out" if host.gives_tuple else "h"
-        out = h = graph.create_node(
-            "call_module", "host", given.args, dict(given.kwargs), name=name
-        )
-    if out is not None and host.gives_tuple:
-        h = graph.create_node("call_function", operator.getitem, (out, 0), name="h")
+        called = _Called.of(graph, host, given)
+    h = None if called is None else called.h
     y = _scaled(graph, h, weight) if h is not None and weight != 0.0 else None
     for seed in seeds:
         parts[seed.name] = seed.kernel
         k = _kernel_node(graph, given, seed, h)
         term = _scaled(graph, k, _rounded(seed.alpha, host.dtype))
         y = term if y is None else graph.call_function(operator.add, (y, term))
-    graph.output(y if out is None or not host.gives_tuple else _with_first(graph, host, out, y))
+    graph.output(y if called is None else called.output(graph, host, y))
     made = _graph_module(parts, graph, "Grafted", training=host.module.training)
     made.meta[SPREAD] = given.spread
     return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Called:
+    """The host's part of a graph.
+
+    Attributes:
+        out: What the host gives.
+        h: What of that the kernels read.
+        packed: Whether what it gives is a packed sequence, and that; None where it never is.
+    """
+
+    out: fx.Node
+    h: fx.Node
+    packed: tuple[fx.Node, fx.Node] | None = None
+
+    @classmethod
+    def of(cls, graph: fx.Graph, host: PlainHost, given: _Given) -> _Called:
+        """Call the host."""
+        name = "out" if host.gives_tuple else "h"
+        out = graph.create_node("call_module", "host", given.args, dict(given.kwargs), name=name)
+        if not host.gives_tuple:
+            return cls(out=out, h=out)
+        h = graph.create_node("call_function", operator.getitem, (out, 0), name="h")
+        if not host.may_pack:
+            return cls(out=out, h=h)
+        is_packed = graph.create_node(
+            "call_function", hasattr, (h, "batch_sizes"), name="is_packed"
+        )
+        is_packed.meta["is_wrapped"] = True  # so that reading the graph back does not evaluate it
+        steps = _unpacked(graph, out, h, is_packed)
+        return cls(out=out, h=steps, packed=(is_packed, h))
+
+    def output(self, graph: fx.Graph, host: PlainHost, y: fx.Node | None) -> fx.node.Argument:
+        """Return what the graph gives: ``y``, or the host's tuple with ``y`` as its first."""
+        if not host.gives_tuple:
+            return y
+        if self.packed is not None:
+            is_packed, h = self.packed
+            y = _either(graph, self.out, (y, h), is_packed, name="y")
+        return _with_first(graph, host, self.out, y)
+
+
+def _unpacked(graph: fx.Graph, out: fx.Node, h: fx.Node, is_packed: fx.Node) -> fx.Node:
+    """Return what the kernels read: of a packed sequence one step, as a batch of one sequence.
+
+    A graph has no branches. What they make of that step is not used; a packed sequence is passed
+    on as the host gave it.
+    """
+    data = graph.create_node("call_function", getattr, (h, "data"), name="data")
+    index = (slice(None, 1), None)
+    step = graph.create_node("call_function", operator.getitem, (data, index), name="step")
+    return _either(graph, out, (h, step), is_packed, name="steps")
+
+
+def _either(
+    graph: fx.Graph,
+    out: fx.Node,
+    choice: tuple[fx.Node | None, fx.Node],
+    is_second: fx.Node,
+    *,
+    name: str,
+) -> fx.Node:
+    """Return the first or the second of two, by a node that is false or true.
+
+    The pair is made of nothing and of a tuple that a graph knows: a bare one would be indexed, in
+    vain, when the graph is read back.
+    """
+    nothing = graph.call_function(operator.getitem, (out, slice(None, 0)))
+    pair = graph.call_function(operator.add, (nothing, choice))
+    return graph.create_node("call_function", operator.getitem, (pair, is_second), name=name)
 
 
 def _kernel_node(graph: fx.Graph, given: _Given, seed: PlainSeed, h: fx.Node | None) -> fx.Node:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from esper.compiler.lowering import LoweredKernel
+from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
 from esper.forward.host_view import host_view
@@ -52,7 +53,8 @@ def unwrap(model: Model) -> Model:
     The graph is called as its host is. A graph can pass on only what it has a name for: where the
     host takes ``*args`` or ``**kwargs``, it takes what a call was seen to have there, None where
     it is left out, and refuses any other with a TypeError. (``export`` writes such a site as
-    code, which passes everything on.) A plain attention needs its key and value.
+    code, which passes everything on.) A plain attention needs its key and value. A plain recurrent
+    layer passes a packed sequence on as the host gives it, as the layer does.
 
     Args:
         model: A model; one that is not wrapped is returned as it is.
@@ -106,20 +108,23 @@ def _as_graph(layer: KasminaLayer) -> fx.GraphModule | None:
 def _plain_host(layer: KasminaLayer, seen: LayerCall | None, output: Any) -> PlainHost:
     """Describe how a layer's host is called and what it gives, by a call that a probe has seen."""
     signature = inspect.signature(layer.default_layer.forward)
+    kind = kind_of(layer)
     is_declared = str(signature.return_annotation).lower().startswith("tuple")
+    is_known = kind.gives_tuple or is_declared
     return PlainHost(
         module=layer,
         signature=signature,
         dtype=reference_tensor(layer).dtype,
         seen=seen,
-        gives_tuple=is_declared if output is None else isinstance(output, tuple),
+        gives_tuple=is_known if output is None else isinstance(output, tuple),
         first_field=next(iter(getattr(output, "_fields", ())), None),
+        may_pack=kind.may_pack,
     )
 
 
 def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output: Any) -> PlainSeed:
     kernel = seed.slot.kernel
-    gives_tuple = isinstance(kernel, nn.MultiheadAttention)
+    gives_tuple = kind_of(kernel).gives_tuple
     if output is not None and not isinstance(kernel, LoweredKernel):
         assert seen is not None, "the output is that of a call"
         reads = LayerCall.of(blendable(output)) if seed.is_serial else LayerCall.of(seen.x)

@@ -35,9 +35,9 @@ def wrap(
         model: The model; it may itself be a layer.
         select: Names, globs, types or a predicate ``(name, module) -> bool``; see
             ``esper.wrapping.select.choose``. By default every linear layer, convolution,
-            attention and norm that is not tied, quantised or owned by another wrapper. A site
-            may be inside another: each has seeds of its own, and the kernels of the outer one
-            read what comes in and out of it, the inner one's grafts included.
+            attention, recurrent layer and norm that is not tied, quantised or owned by another
+            wrapper. A site may be inside another: each has seeds of its own, and the kernels of
+            the outer one read what comes in and out of it, the inner one's grafts included.
         num_seeds: Seeds in each layer, at least 1.
         telemetry_enabled: Whether the layers time their seeds.
         source: Where ``layer.load_kernel`` fetches from.
