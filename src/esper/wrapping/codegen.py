@@ -29,10 +29,14 @@ _CLEAN_UP: Final = re.compile(r";  (?:\w+ = )+None$")
 _RENAMING: Final = re.compile(r"^    ((\w+)_1) = \2$", re.MULTILINE)
 _ARITHMETIC: Final = re.compile(r"^    (\w+) = ([\w.]+(?: [*+] [\w.]+)+)$", re.MULTILINE)
 _LAST: Final = re.compile(r"^    (\w+) = (.*)\n    return \1$", re.MULTILINE)
+_WHOLE: Final = r"slice\(None, None, None\)"
 _CHOICE: Final = re.compile(
-    r"^    (\w+) = \w+\[slice\(None, 0, None\)\]\n    (\w+) = \1 \+ \((\w+), (\w+)\)\n"
+    rf"^    (\w+) = \w+\[slice\(None, 0, None\)\]\n    (\w+) = \1 \+ \(({_WHOLE}|\w+), (.+)\)\n"
     r"    (\w+) = \2\[(\w+)\]$",
     re.MULTILINE,
+)
+_INDEXED: Final = re.compile(
+    rf"^    (\w+) = (.+) if (\w+) else {_WHOLE}\n    (\w+) = (\w+)\[\1\]$", re.MULTILINE
 )
 _BUILTIN: Final = re.compile(r"\btorch\._C\._nn\.(\w+)")
 _HOST_CALL: Final = re.compile(r"^(    \w+ = self\.host\()(.*)\)$", re.MULTILINE)
@@ -149,6 +153,7 @@ class SourceWriter:
                     )
                 self._imports.add(_IMPORTS[name])
         text = _CHOICE.sub(r"    \5 = \4 if \6 else \3", text)
+        text = _INDEXED.sub(r"    \4 = \5[\2] if \3 else \5", text)
         text = text.replace("[slice(1, None, None)]", "[1:]")
         text = text.replace("[(slice(None, 1, None), None)]", "[:1, None]")
         text = _BUILTIN.sub(_public_name, _inlined(text) if is_site else text)

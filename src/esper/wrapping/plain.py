@@ -222,16 +222,17 @@ def _unpacked(graph: fx.Graph, out: fx.Node, h: fx.Node, is_packed: fx.Node) -> 
     A graph has no branches. What they make of that step is not used; a packed sequence is passed
     on as the host gave it.
     """
-    data = graph.create_node("call_function", getattr, (h, "data"), name="data")
-    index = (slice(None, 1), None)
-    step = graph.create_node("call_function", operator.getitem, (data, index), name="step")
-    return _either(graph, out, (h, step), is_packed, name="steps")
+    whole, first_step = slice(None), (slice(None, 1), None)
+    which = _either(graph, out, (whole, 0), is_packed, name="which")  # the data come first
+    data = graph.create_node("call_function", operator.getitem, (h, which), name="data")
+    where = _either(graph, out, (whole, first_step), is_packed, name="where")
+    return graph.create_node("call_function", operator.getitem, (data, where), name="steps")
 
 
 def _either(
     graph: fx.Graph,
     out: fx.Node,
-    choice: tuple[fx.Node | None, fx.Node],
+    choice: tuple[fx.node.Argument, fx.node.Argument],
     is_second: fx.Node,
     *,
     name: str,
