@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from esper.contracts.lifecycle import GraftStage
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraftStatus:
+class GraftStatus(NamedTuple):
     """Where a graft is.
 
     Attributes:
