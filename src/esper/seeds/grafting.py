@@ -158,6 +158,7 @@ def _install(
     kernel = request.kernel
     _check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
+    forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
     if layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         layout.transition_seed_state(seed_idx, _S.LOADING)
@@ -239,7 +240,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
     if layout.state(seed_idx) == _S.DORMANT:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
-    record_of(layer).load_tickets[seed_idx] += 1
+    record_of(layer).loads[seed_idx].give_up()
     forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True
