@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.seeds.grafting import finish_waiting
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
@@ -64,6 +65,7 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         TypeError: The optimizer is not a torch SGD, Adam or AdamW.
     """
     check_supported(optimizer)
+    _finish_waiting(model)
     link = _link(optimizer)
     live = {id(p): p for layer in _layers(model) for _, p in kernel_parameters(layer)}
     remove_parameters(optimizer, [p for key, p in link.kernels.items() if key not in live])
@@ -80,6 +82,20 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     link.watch_steps(model, optimizer)
     if replicated is not None:
         _warn_of_lone_isolation(link.roster.busy())
+
+
+def _finish_waiting(model: nn.Module) -> None:
+    """Make live what waits and has seen a call; say of what has not that it is left out."""
+    for layer in _layers(model):
+        finish_waiting(layer)
+        for seed_idx in record_of(layer).waiting:
+            _logger.warning(
+                "seed %d of layer %r waits for a call of its layer, so that the optimizer does not "
+                "have its kernel yet: call sync_optimizer again behind the next forward, or pass "
+                "example= to graft",
+                seed_idx,
+                record_of(layer).name,
+            )
 
 
 def _warn_of_lone_isolation(layers: Iterable[nn.Module]) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.optim import Optimizer
 
+from esper.continuity.step_hooks import StepHooks
+
 if TYPE_CHECKING:
     from esper.continuity.optimizer import ParamGroup
 
@@ -36,13 +38,13 @@ class UpdateCounter:
 
     def __init__(self, optimizer: Optimizer, *, start: int = 0) -> None:
         self.count = start
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._hooks = StepHooks(optimizer, after=self._after_step)
 
     def close(self) -> None:
         """Remove the hook; the count stays."""
-        self._handle.remove()
+        self._hooks.close()
 
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
         if overflow is not None and bool(overflow):
             return
@@ -74,7 +76,7 @@ class UpdateFactor:
     ``lr_new * peak / rate``, so that the parameter starts at ``lr_new`` of the peak and decays
     with the schedule; should the schedule rise again, it falls back to 1.
 
-    Hooks are on the optimizer only while a parameter needs them.
+    The optimizer has two hooks until :meth:`close`; they do nothing while no parameter needs them.
 
     Args:
         optimizer: A torch SGD, Adam or AdamW.
@@ -104,12 +106,12 @@ class UpdateFactor:
         self.lr_new = lr_new
         self._optimizer = optimizer
         self._entries: dict[int, _Entry] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
         self.add(params)
 
     @property
     def active(self) -> bool:
-        """Whether any parameter is on its first steps, and hooks are therefore on."""
+        """Whether any parameter is on its first steps."""
         return bool(self._entries)
 
     def add(self, params: Iterable[torch.Tensor], *, peak: float | None = None) -> None:
@@ -131,11 +133,6 @@ class UpdateFactor:
                 raise ValueError(msg)
             self._entries[id(p)] = self._begin(p, where[id(p)], peak)
         self._drop_finished()
-        if self._entries and not self._handles:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
 
     def remove(self, params: Iterable[torch.Tensor]) -> None:
         """Forget parameters; one that is not on its first steps is passed over."""
@@ -145,7 +142,8 @@ class UpdateFactor:
 
     def close(self) -> None:
         """Forget all parameters and remove the hooks."""
-        self.remove([entry.param for entry in self._entries.values()])
+        self._entries.clear()
+        self._hooks.close()
 
     def factor(self, param: torch.Tensor) -> float:
         """Return the factor on the parameter's next update; 1 where it needs none."""
@@ -167,7 +165,7 @@ class UpdateFactor:
         if len(state) != len(params):
             msg = f"state of {len(state)} parameters for {len(params)}"
             raise ValueError(msg)
-        self.close()
+        self._entries.clear()
         going = [(p, saved) for p, saved in zip(params, state, strict=True) if saved is not None]
         for p, saved in going:
             self.add([p])
@@ -194,12 +192,12 @@ class UpdateFactor:
             return 1.0
         return entry.num_updates / self.warmup_updates
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, _optimizer: Optimizer) -> None:
         for entry in self._entries.values():
             entry.before = entry.param.detach().clone()
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self, _optimizer: Optimizer) -> None:
         for entry in self._entries.values():
             before, entry.before = entry.before, None
             if before is None or entry.param.grad is None:
@@ -211,16 +209,12 @@ class UpdateFactor:
         self._drop_finished()
 
     def _drop_finished(self) -> None:
-        """Let go of what needs no factor any more, and of the hooks after the last."""
+        """Let go of what needs no factor any more."""
         self._entries = {
             key: entry
             for key, entry in self._entries.items()
             if entry.num_updates < self.warmup_updates or entry.ceiling
         }
-        if not self._entries:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
 
 
 def _saved(entry: _Entry | None) -> dict[str, float] | None:

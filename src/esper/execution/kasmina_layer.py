@@ -282,9 +282,12 @@ class KasminaLayer(nn.Module):
             position: ``"parallel"``, ``"serial"``, or None for what the kernel carries.
             guard: ``"always"``, ``"step"`` (needs :meth:`enable_step_guard`) or ``"off"``.
             example: An input of the layer for the probe: a tensor, a tuple of positional
-                arguments, or a ``LayerCall``. None: a kernel that has been in shadow
-                at this layer and whose alpha is given was seen to work; otherwise the seed waits
-                in LOADING, and the layer's next forward is observed.
+                arguments, or a ``LayerCall``. None: a kernel that has been in shadow at this layer
+                and whose alpha is given was seen to work; otherwise an input is made from what the
+                layer says it takes (linear, convolution, norm, attention, recurrent, embedding).
+                Where it does not say, the seed waits in LOADING: the next forward only notes its
+                input, and the kernel is probed and made live behind the outermost forward, or at
+                ``esper.maintain``, ``esper.sync_optimizer`` or the Grower's next step.
 
         Raises:
             KernelRefusedError: The probe refused the kernel; nothing was inserted.

@@ -17,6 +17,7 @@ from esper.state.roster import update_roster
 
 if TYPE_CHECKING:
     from esper.forward.generated_class import Kind, LayerClass
+    from esper.state.layer_record import LayerRecord
 
 
 _derived: dict[tuple[type, type], type] = {}
@@ -57,7 +58,7 @@ def _names_held(module: nn.Module) -> set[str]:
 
 
 def become(layer: nn.Module, kind: Kind) -> None:
-    """Change a layer's class to another of its three; a class derived from ours follows."""
+    """Change a layer's class to another of its four; a class derived from ours follows."""
     key = key_of(layer)
     if kind != key.kind:
         _change_class(layer, generated_class(key.family, key.host_class, kind))
@@ -128,7 +129,14 @@ def choose_forward(layer: nn.Module) -> None:
         if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
     } | record.shadows
     record.plan = tuple(seeds[i] for i in sorted(seeds))
-    idle: Kind = "counting" if record.telemetry_enabled else "dormant"
-    become(layer, "active" if record.plan else idle)
-    allow_graph_of(layer, record.plan)
+    become(layer, _kind_for(record))
+    allow_graph_of(layer, record.plan, is_noting=record.note is not None)
     update_roster(layer)
+
+
+def _kind_for(record: LayerRecord) -> Kind:
+    if record.note is not None:
+        return "noting"
+    if record.plan:
+        return "active"
+    return "counting" if record.telemetry_enabled else "dormant"

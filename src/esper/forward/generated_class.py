@@ -1,9 +1,9 @@
 """Classes made for a host class: how a host object becomes a layer, and gets its class back.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are three classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are four classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
-counter, for telemetry; *active*, whose forward follows the plan. A transition changes
-``__class__`` of the host object.
+counter, for telemetry; *active*, whose forward follows the plan; *noting*, which keeps its input
+for a graft that waits for one. A transition changes ``__class__`` of the host object.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from esper.forward.blending import blend
 from esper.forward.fence import run_kernel
 from esper.forward.host_output import blendable, with_first
+from esper.forward.noting import take_note
 from esper.state.host_parts import SEEDS
 from esper.state.layer_call import LayerCall
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     PassesOn = Callable[[object], bool]
 
 
-Kind = Literal["dormant", "counting", "active"]
-"""Whether a class runs the host's function, the same counted, or the plan."""
+Kind = Literal["dormant", "counting", "active", "noting"]
+"""Whether a class runs the host's function, the same counted, the plan, or what is noted first."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -69,7 +70,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the three it is.
+        kind: Which of the four it is.
     """
 
     family: LayerClass
@@ -87,7 +88,7 @@ def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind)
     Args:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class of the host object, which the result derives from.
-        kind: ``"dormant"``, ``"counting"`` or ``"active"``.
+        kind: ``"dormant"``, ``"counting"``, ``"active"`` or ``"noting"``.
     """
     key = ClassKey(family, host_class, kind)
     with _lock:
@@ -161,6 +162,23 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return forward
 
 
+def _noting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    """Return what notes the call for a graft that waits, and then does what is done without one."""
+    active, counting = _active(family, host_class), _counting(family, host_class)
+    native = native_forward(family, host_class)
+
+    @functools.wraps(host_class.forward)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
+        take_note(record, args, kwargs)
+        if record.plan:
+            return active(self, *args, **kwargs)
+        idle = counting if record.telemetry_enabled else native
+        return idle(self, *args, **kwargs)
+
+    return forward
+
+
 def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel) -> Tensor:
     """Blend padded tensors, which kernels are made for, and give the padding up again.
 
@@ -176,6 +194,7 @@ _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] =
     "dormant": native_forward,
     "counting": _counting,
     "active": _active,
+    "noting": _noting,
 }
 
 

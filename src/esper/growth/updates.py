@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.continuity.optimizer import host_group
+from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateCounter, peak_rate
 from esper.state.host_parts import host_parameters
 
@@ -29,7 +30,7 @@ class UpdateWatcher:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._counter = UpdateCounter(optimizer)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = StepHooks(optimizer, before=self._before_step)
         self._micro_batches: list[Batch] = []
         self._per_update: int | None = None
         self._stepped = False
@@ -66,9 +67,9 @@ class UpdateWatcher:
     def close(self) -> None:
         """Remove the hooks."""
         self._counter.close()
-        self._handle.remove()
+        self._hooks.close()
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, _optimizer: Optimizer) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
         groups = self._optimizer.param_groups

@@ -10,6 +10,7 @@ from torch import nn
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.recompilation import grant
+from esper.seeds.grafting import finish_waiting
 from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
 from esper.seeds.layer_health import (
     UnhealthyLayer,
@@ -73,6 +74,8 @@ class MaintenanceReport:
 def maintain(model: nn.Module) -> MaintenanceReport:
     """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
 
+    What waits for a call of its layer, and has seen one, becomes live.
+
     Looks at every module of the model, and makes one transfer for each contributing seed.
 
     Args:
@@ -93,6 +96,7 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
     unhealthy: list[UnhealthyLayer] = []
     grant()
     for layer in layers:
+        finish_waiting(layer)
         outcomes: list[bool] = []
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
             outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)

@@ -1,7 +1,5 @@
 """Making a layer's seeds those of a structure: after loading, copying, unpickling."""
 
-# ruff: noqa: SLF001 - slots are named by digits, which only a module's tables take
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -17,6 +15,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
 from esper.seeds.structure import STRUCTURE_FORMAT_VERSION, describe, read_structure
+from esper.seeds.watching import take_off
 from esper.state.kernel import PreparedKernel, prepare_kernel
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import Seed
@@ -173,9 +172,8 @@ def attach_hooks(layer: nn.Module) -> None:
 def _end_waiting(layer: nn.Module) -> None:
     """End the grafts for which the original waits; the copy has their hooks."""
     record = record_of(layer)
-    for seed_idx, hook_id in record.hooks_of_original.items():
-        layer._forward_pre_hooks.pop(hook_id, None)
-        layer._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+    take_off(layer)
+    for seed_idx in record.waiting_in_original:
         if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
             record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
-    record.hooks_of_original = {}
+    record.waiting_in_original = ()

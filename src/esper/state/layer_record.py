@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.ports import KernelSource
     from esper.state.seed_slot import Seed
-    from esper.state.waiting import WaitingGraft
+    from esper.state.waiting import Note, WaitingGraft
 
 T = TypeVar("T")
 
@@ -59,9 +59,9 @@ class LayerRecord:
         seeds: Records of the seeds that hold a kernel or wait for one's probe, by index.
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
-        waiting: Grafts that wait for an example, by seed index.
-        hooks_of_original: In a copy, the ids of the hooks of the original's waiting grafts, by seed
-            index; the copy takes them away.
+        waiting: Grafts that wait for a call of the layer, by seed index.
+        note: What the forward notes for them; None while none waits.
+        waiting_in_original: In a copy, the seeds at which the original waits; they become dormant.
         refusals: Why a graft that had waited was refused, by seed index.
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
@@ -96,7 +96,8 @@ class LayerRecord:
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()
         self.waiting: dict[int, WaitingGraft] = {}
-        self.hooks_of_original: dict[int, int] = {}
+        self.note: Note | None = None
+        self.waiting_in_original: tuple[int, ...] = ()
         self.refusals: dict[int, str] = {}
         self.native_count = 0
         self.active_count = 0
@@ -142,7 +143,8 @@ class LayerRecord:
         return {
             "shadows": {},
             "waiting": {},
-            "hooks_of_original": {i: w.handle.id for i, w in self.waiting.items()},
+            "note": None,
+            "waiting_in_original": tuple(self.waiting),
             "has_step_guard": False,
             "keep_buffers": None,
             "loads": defaultdict(LoadOrder),
