@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
 
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.blending import blend
+from esper.forward.container_items import hiding_seeds
 from esper.forward.fence import run_kernel
 from esper.forward.host_output import blendable, with_first
 from esper.forward.noting import take_note
-from esper.state.host_parts import SEEDS
 from esper.state.layer_call import LayerCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from esper.forward.blending import RunKernel
     from esper.state.layer_record import LayerRecord
@@ -105,8 +104,7 @@ def _make(key: ClassKey) -> type:
         "_esper_key": key,
         "forward": _FORWARDS[kind](family, host_class),
     }
-    if issubclass(host_class, nn.Sequential):
-        body.update(_hiding_seeds(host_class))
+    body.update(hiding_seeds(host_class))
     return type(f"Kasmina{host_class.__name__}", (cast("type", family), host_class), body)
 
 
@@ -196,25 +194,6 @@ _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] =
     "active": _active,
     "noting": _noting,
 }
-
-
-def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, object]:
-    """Return methods that keep a container's slots out of its items."""
-
-    def items(self: nn.Sequential) -> OrderedDict[str, nn.Module]:
-        own = ((k, m) for k, m in self._modules.items() if k != SEEDS and m is not None)
-        return OrderedDict(own)
-
-    def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807 - becomes a method
-        return iter(items(self).values())
-
-    def __len__(self: nn.Sequential) -> int:  # noqa: N807 - becomes a method
-        return len(items(self))
-
-    def __getitem__(self: nn.Sequential, index: int | slice) -> nn.Module:  # noqa: N807 - becomes a method
-        return host_class(items(self))[index]
-
-    return {f.__name__: f for f in (__iter__, __len__, __getitem__)}
 
 
 def generated_base(cls: type) -> type | None:
