@@ -160,7 +160,7 @@ def test_peak_that_was_watched_takes_precedence():
     """A peak that no scheduler left in the group can be handed over."""
     param, optimizer = spent_run(peak=0.01)
     factor = UpdateFactor(optimizer, warmup_updates=0)
-    factor.add([param], peak=1.0)
+    factor.add([param], peaks=[1.0])
     assert factor.factor(param) == pytest.approx(30.0)
 
 

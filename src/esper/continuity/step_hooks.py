@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from esper.continuity.ensemble import members_of
+
 if TYPE_CHECKING:
     from types import FrameType
+
+    from torch.utils.hooks import RemovableHandle
+
+    from esper.continuity.ensemble import AnyOptimizer
 
 StepHook = Callable[[Optimizer], None]
 
@@ -25,33 +31,36 @@ class StepHooks:
     """A hook before and one behind every step, from now until :meth:`close`.
 
     Args:
-        optimizer: The optimizer.
-        before: Called with it before each step; None: nothing is.
-        after: Called with it behind each step; None: nothing is.
+        optimizer: What trains the model.
+        before: Called before each step with the optimizer that makes it; None: nothing is.
+        after: Called behind each step with the optimizer that made it; None: nothing is.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         *,
         before: StepHook | None = None,
         after: StepHook | None = None,
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)
         self._before, self._after = before, after
-        self._handles = []
-        if before is not None:
-            self._handles.append(optimizer.register_step_pre_hook(self._call_before))
-        if after is not None:
-            self._handles.append(optimizer.register_step_post_hook(self._call_after))
+        self._handles: weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]]
+        self._handles = weakref.WeakKeyDictionary()
+        for member in members_of(optimizer):
+            handles = self._handles[member] = []
+            if before is not None:
+                handles.append(member.register_step_pre_hook(self._call_before))
+            if after is not None:
+                handles.append(member.register_step_post_hook(self._call_after))
 
     def close(self) -> None:
         """Call nothing any more; the hooks go, or stay idle where a step is under way."""
         self._before = self._after = None
-        if not _is_stepping(self._optimizer()):
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+        for member, handles in list(self._handles.items()):
+            if not _is_stepping(member):
+                for handle in handles:
+                    handle.remove()
+                del self._handles[member]
 
     def _call_before(self, optimizer: Optimizer, *_: object) -> None:
         if self._before is not None:
@@ -62,7 +71,7 @@ class StepHooks:
             self._after(optimizer)
 
 
-def _is_stepping(optimizer: Optimizer | None) -> bool:
+def _is_stepping(optimizer: Optimizer) -> bool:
     """Return whether a step of the optimizer is under way on this thread."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads source files
     while frame is not None:

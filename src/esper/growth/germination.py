@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
-from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
@@ -20,7 +19,6 @@ from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
-from esper.state.host_parts import host_parameters
 from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
 
@@ -234,11 +232,18 @@ def _fetched(
 def _audition(
     run: GrowthRun, layer: KasminaLayer, seed_idx: int, kernel: PreparedKernel
 ) -> Audition:
-    group = host_group(run.optimizer, host_parameters(layer))
-    rate = rate_for_new(group, lr_new=run.settings.lr_new, peak=run.watcher.peak_of(layer))
+    rates = [
+        rate_for_new(group, lr_new=run.settings.lr_new, peak=peak)
+        for group, peak in zip(run.optimizer.param_groups, run.watcher.peaks, strict=True)
+    ]
     random_seed = run.settings.random_seed * 1_000_003 + run.updates
     return Audition.begin(
-        layer, seed_idx, kernel, run.optimizer, rate=rate, random_seed=random_seed
+        layer,
+        seed_idx,
+        kernel,
+        placement=run.placement(),
+        rates=rates,
+        random_seed=random_seed,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.continuity.placement import Placement
 from esper.contracts.errors import GrowthError
 from esper.growth.batch import num_samples
 from esper.growth.budget import Cost
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
-    from torch.optim import Optimizer
 
     from esper.compiler.catalog import Catalog
+    from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.placement import GroupFor
     from esper.continuity.warmup import UpdateFactor
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
@@ -46,8 +48,10 @@ class GrowthRun:
 
     Attributes:
         model: The wrapped model, outside DDP and ``torch.compile``.
-        layers: Its layers with seeds, by name.
-        optimizer: Its optimizer.
+        given: The model as it was handed over, maybe inside of them.
+        layers: Its layers with seeds, by name, as far as the optimizer trains them.
+        optimizer: What trains it.
+        group_for: Where the owner wants parameters of kernels, by group number; None: by the rule.
         settings: The numbers of the run.
         budget: What growth may cost.
         policy: Says when to grow.
@@ -76,8 +80,10 @@ class GrowthRun:
     """
 
     model: nn.Module
+    given: nn.Module
     layers: dict[str, KasminaLayer]
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
+    group_for: GroupFor | None
     settings: GrowthSettings
     budget: Budget
     policy: Policy
@@ -111,6 +117,10 @@ class GrowthRun:
     def num_affordable(self) -> int:
         """How many auditions side by side the overhead still allows; 0 where it is spent."""
         return self.ledger.num_affordable(self.updates)
+
+    def placement(self) -> Placement:
+        """Look at whose the parameters are now."""
+        return Placement(self.model, self.optimizer, self.group_for)
 
     def measure(self) -> Measurement:
         """Read the gate split for the model as it is."""
