@@ -7,6 +7,7 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
+import torch
 from torch import nn
 
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import SupportsIndex, Unpack
+
+    from torch import Tensor
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.choices import Guard, Mode, Position
@@ -510,6 +513,16 @@ class KasminaLayer(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return a reduction that makes the class anew from the host's, which can be imported."""
         return reduce_layer(cast("tuple[object, ...]", super().__reduce_ex__(protocol)), type(self))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
+        """Follow the model; a host without tensors has no other way to know device and dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has none
+        before = self._kasmina.surroundings
+        here = torch.empty(0) if before is None else before
+        moved = fn(here)
+        if moved is not here:
+            self._kasmina.surroundings = moved
+        return self
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, and put hooks where the original has them."""

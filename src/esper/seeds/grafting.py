@@ -41,8 +41,13 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
+    example = options.get("example")
     prepared = prepare_kernel(
-        layer, kernel, mode=options.get("mode"), position=options.get("position")
+        layer,
+        kernel,
+        mode=options.get("mode"),
+        position=options.get("position"),
+        example=None if example is None else LayerCall.of(example).floating,
     )
     _check_weight(layer, seed_idx, prepared, alpha or 0.0)
     request = GraftRequest(
@@ -51,7 +56,6 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
         guard=guard,
         is_pristine=not isinstance(kernel, PreparedKernel | nn.Module),
     )
-    example = options.get("example")
     if example is not None:
         _probe_and_install(layer, seed_idx, request, LayerCall.of(example))
         return

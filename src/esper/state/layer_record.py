@@ -70,6 +70,8 @@ class LayerRecord:
         load_tickets: Number that a load of a seed must still hold when it is done, by index; it
             rises wherever the seed is given up meanwhile.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
+        surroundings: An empty tensor with device and dtype of the model around a host without
+            tensors of its own, which follows them; None where nothing is known.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -105,6 +107,7 @@ class LayerRecord:
         self.keep_buffers: Callable[[], None] | None = None
         self.load_tickets: Counter[int] = Counter()
         self.in_shadow = False
+        self.surroundings: torch.Tensor | None = None
 
     @property
     def forward_count(self) -> int:
