@@ -19,6 +19,7 @@ from esper.fetching.kernel_cache import KernelCache
 from esper.forward.class_change import adopt_class, choose_forward, refusal, return_class
 from esper.forward.generated_class import generated_base, reduce_layer
 from esper.forward.host_view import host_view
+from esper.forward.written_alphas import take_written_alphas
 from esper.running.kernel_executor import RealKernelExecutor, shared_executor
 from esper.seeds import folding, grafting, maintenance, rebuilding, shadow
 from esper.seeds.layer_health import monitor_of
@@ -205,6 +206,7 @@ class KasminaLayer(nn.Module):
     @property
     def state_layout(self) -> KasminaStateLayout:
         """State of the seeds."""
+        self.take_written_alphas()
         return self._kasmina.layout
 
     @property
@@ -480,6 +482,14 @@ class KasminaLayer(nn.Module):
         """
         return shadow.shadow(self, seed_idx, prepare_kernel(self, kernel), alpha)
 
+    def take_written_alphas(self) -> None:
+        """Let state and plan follow the alphas that others have written to the buffers.
+
+        Averaged models, loads in place and broadcasts do. Whoever asks the layer gets the alpha
+        that its forward multiplies with; a forward that passes by kernels at alpha 0 looks too.
+        """
+        take_written_alphas(self)
+
     # ---- what there is
 
     def seed_kernel(self, seed_idx: int) -> nn.Module | None:
@@ -494,6 +504,7 @@ class KasminaLayer(nn.Module):
 
     def structure(self) -> list[SeedStructure]:
         """Return the seeds that are not dormant as JSON values, for :meth:`build`."""
+        self.take_written_alphas()
         return structure_of(self)
 
     def build(self, structure: Sequence[SeedStructure]) -> None:
@@ -512,6 +523,7 @@ class KasminaLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return a reduction that makes the class anew from the host's, which can be imported."""
+        self.take_written_alphas()
         return reduce_layer(cast("tuple[object, ...]", super().__reduce_ex__(protocol)), type(self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
@@ -522,6 +534,7 @@ class KasminaLayer(nn.Module):
         moved = fn(here)
         if moved is not here:
             self._kasmina.surroundings = moved
+        self.take_written_alphas()
         return self
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -17,6 +17,7 @@ from esper.state.roster import update_roster
 
 if TYPE_CHECKING:
     from esper.forward.generated_class import Kind, LayerClass
+    from esper.state.layer_record import LayerRecord
 
 
 _derived: dict[tuple[type, type], type] = {}
@@ -128,7 +129,19 @@ def choose_forward(layer: nn.Module) -> None:
         if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
     } | record.shadows
     record.plan = tuple(seeds[i] for i in sorted(seeds))
-    idle: Kind = "counting" if record.telemetry_enabled else "dormant"
-    become(layer, "active" if record.plan else idle)
-    allow_graph_of(layer, record.plan)
+    record.watched = tuple(
+        seed.slot
+        for i, seed in record.seeds.items()
+        if i not in seeds and record.layout.contributes(i)
+    )
+    become(layer, _kind_of_forward(record))
+    allow_graph_of(layer, record.plan, is_watched=bool(record.watched))
     update_roster(layer)
+
+
+def _kind_of_forward(record: LayerRecord) -> Kind:
+    if record.plan:
+        return "active"
+    if record.watched:
+        return "watching"
+    return "counting" if record.telemetry_enabled else "dormant"

@@ -1,9 +1,10 @@
 """Classes made for a host class: how a host object becomes a layer, and gets its class back.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are three classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are four classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
-counter, for telemetry; *active*, whose forward follows the plan. A transition changes
-``__class__`` of the host object.
+counter, for telemetry; *watching*, the same where kernels stand at alpha 0, which others may
+write; *active*, whose forward follows the plan. A transition changes ``__class__`` of the host
+object.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     PassesOn = Callable[[object], bool]
 
 
-Kind = Literal["dormant", "counting", "active"]
-"""Whether a class runs the host's function, the same counted, or the plan."""
+Kind = Literal["dormant", "counting", "watching", "active"]
+"""Whether a class runs the host's function, the same counted or watched, or the plan."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -62,6 +63,9 @@ class Family(Protocol):
     passes_on: ClassVar[PassesOn | None]
     open_run: ClassVar[OpenRun | None]
 
+    def take_written_alphas(self) -> None:
+        """Let state and plan follow the alphas that others have written to the buffers."""
+
 
 class ClassKey(NamedTuple):
     """What a generated class was made from.
@@ -69,7 +73,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the three it is.
+        kind: Which of the four it is.
     """
 
     family: LayerClass
@@ -87,7 +91,7 @@ def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind)
     Args:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class of the host object, which the result derives from.
-        kind: ``"dormant"``, ``"counting"`` or ``"active"``.
+        kind: One of ``KINDS``.
     """
     key = ClassKey(family, host_class, kind)
     with _lock:
@@ -137,6 +141,38 @@ def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return forward
 
 
+def _watching(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    native = native_forward(family, host_class)
+
+    @functools.wraps(native)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        if not torch.compiler.is_compiling():
+            record: LayerRecord = self.__dict__["_kasmina"]
+            if _is_written(record):
+                return _look_again(self)(*args, **kwargs)
+            if record.telemetry_enabled:
+                record.native_count += 1
+        return native(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_written(record: LayerRecord) -> bool:
+    """Say whether somebody wrote an alpha that was 0; compiled graphs do not look."""
+    if not torch.compiler.is_compiling():
+        for slot in record.watched:
+            if slot.differs:
+                return True
+    return False
+
+
+def _look_again(layer: nn.Module) -> Callable[..., object]:
+    """Let a layer follow its alphas, and return its forward from then on."""
+    cast("Family", layer).take_written_alphas()
+    forward: Callable[..., object] = layer.forward
+    return forward
+
+
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
@@ -147,6 +183,8 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         if complete is not None:
             args, kwargs = complete(args, kwargs)
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
+        if record.watched and _is_written(record):
+            return _look_again(self)(*args, **kwargs)
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
@@ -175,6 +213,7 @@ def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKerne
 _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] = {
     "dormant": native_forward,
     "counting": _counting,
+    "watching": _watching,
     "active": _active,
 }
 

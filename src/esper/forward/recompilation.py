@@ -28,17 +28,18 @@ _granted: Final[ContextVar[int]] = ContextVar("granted", default=0)
 _lock: Final = threading.Lock()
 
 
-def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...]) -> None:
+def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...], *, is_watched: bool = False) -> None:
     """Raise the limits by one where a layer's plan makes an arrangement that is not known yet.
 
     Args:
         layer: The layer.
         plan: Its seeds that contribute.
+        is_watched: Whether it has others, at alpha 0, which make a class of its own.
     """
     with _lock:
         before = _plans.pop(layer, None)
-        if plan:
-            _plans[layer] = hash((id(layer), *map(_kind, plan)))
+        if plan or is_watched:
+            _plans[layer] = hash((id(layer), is_watched, *map(_kind, plan)))
         if _plans.get(layer) != before:
             _seen.add(hash(frozenset(_plans.values())))
     grant()

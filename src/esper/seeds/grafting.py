@@ -13,6 +13,7 @@ from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.forward.host_view import has_foreign_forward
+from esper.forward.written_alphas import ALPHA_ROUNDING, take_written_alphas
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from esper.state.waiting import GraftOptions
 
 _S: Final = SeedLifecycleState
-_ALPHA_ROUNDING: Final = 2.0**-23
-"""Alphas are float32: 0.6 and 0.4, which sum to 1, are stored as a little more."""
 
 _logger = logging.getLogger(__name__)
 
@@ -125,13 +124,14 @@ def check_guard(layer: nn.Module, guard: Guard) -> None:
 
 
 def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+    take_written_alphas(layer)
     record = record_of(layer)
     others = sum(
         record.layout.alpha(i)
         for i, seed in record.seeds.items()
         if i != seed_idx and seed.replaces and record.layout.contributes(i)
     )
-    if kernel.mode == "replace" and others + alpha > 1.0 + _ALPHA_ROUNDING:
+    if kernel.mode == "replace" and others + alpha > 1.0 + ALPHA_ROUNDING:
         msg = (
             f"replacing seeds of layer {record.name!r} would have alphas that sum to "
             f"{others + alpha}; at most 1 is possible (the others have {others})"

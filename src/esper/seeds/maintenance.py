@@ -10,6 +10,7 @@ from torch import nn
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.recompilation import grant
+from esper.forward.written_alphas import take_written_alphas
 from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
 from esper.seeds.layer_health import (
     UnhealthyLayer,
@@ -94,6 +95,7 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
     grant()
     for layer in layers:
         outcomes: list[bool] = []
+        take_written_alphas(layer)
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
             outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
         unhealthy += update_health(record_of(layer), outcomes)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.contracts.ports import KernelSource
-    from esper.state.seed_slot import Seed
+    from esper.state.seed_slot import Seed, SeedSlot
     from esper.state.waiting import WaitingGraft
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ class LayerRecord:
         seeds: Records of the seeds that hold a kernel or wait for one's probe, by index.
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
+        watched: Slots of the seeds that would be in the plan if their alpha were not 0.
         waiting: Grafts that wait for an example, by seed index.
         hooks_of_original: In a copy, the ids of the hooks of the original's waiting grafts, by seed
             index; the copy takes them away.
@@ -96,6 +97,7 @@ class LayerRecord:
         self.seeds: dict[int, Seed] = {}
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()
+        self.watched: tuple[SeedSlot, ...] = ()
         self.waiting: dict[int, WaitingGraft] = {}
         self.hooks_of_original: dict[int, int] = {}
         self.refusals: dict[int, str] = {}

@@ -70,6 +70,7 @@ def unwrap(model: Model) -> Model:
     sites = layers(model)
     refuse_shadows(sites)
     for layer in sites.values():
+        layer.take_written_alphas()
         _as_graph(layer)  # whatever cannot be written raises here, before anything is changed
     modules = dict(model.named_modules(remove_duplicate=False))
     plain: nn.Module = model
