@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
@@ -64,6 +65,8 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         TypeError: The optimizer is not a torch SGD, Adam or AdamW.
     """
     check_supported(optimizer)
+    for loss in losses(model):
+        _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
     link = _link(optimizer)
     live = {id(p): p for layer in _layers(model) for _, p in kernel_parameters(layer)}
     remove_parameters(optimizer, [p for key, p in link.kernels.items() if key not in live])

@@ -537,6 +537,29 @@ class KasminaLayer(nn.Module):
         self.take_written_alphas()
         return self
 
+    def __copy__(self) -> KasminaLayer:
+        """Return a layer that shares tensors, kernels included, and has seeds of its own."""
+        self.take_written_alphas()
+        copied: KasminaLayer = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        rebuilding.share_kernels(self, copied)
+        return copied
+
+    def _replicate_for_data_parallel(self) -> KasminaLayer:
+        """Make a replica for another device, where kernels would not follow.
+
+        Raises:
+            SeedLifecycleError: A seed holds a kernel.
+        """
+        if self._kasmina.seeds:
+            msg = (
+                f"layer {self.name!r} holds kernels, which torch.nn.DataParallel does not "
+                "replicate: use torch.nn.parallel.DistributedDataParallel"
+            )
+            raise SeedLifecycleError(msg)
+        replica: KasminaLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call] # torch has none
+        return replica
+
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, and put hooks where the original has them."""
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch has none
@@ -551,7 +574,11 @@ class KasminaLayer(nn.Module):
             error_messages.append(str(error))
             for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:
                 del state_dict[key]  # torch's own copy: nothing may reach the slots that are there
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._kasmina.is_loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._kasmina.is_loading = False
 
 
 def _cache(source: KernelSource | None, cache_size_mb: int | None) -> KernelCache:

@@ -103,7 +103,7 @@ def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind)
 def _make(key: ClassKey) -> type:
     family, host_class, kind = key
     body: dict[str, object] = {
-        "__module__": __name__,
+        "__module__": host_class.__module__,  # by it, tools tell which layers they know
         "__doc__": f"{host_class.__qualname__} with seeds; {kind}.",
         "_esper_key": key,
         "forward": _FORWARDS[kind](family, host_class),

@@ -70,6 +70,7 @@ class LayerRecord:
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         load_tickets: Number that a load of a seed must still hold when it is done, by index; it
             rises wherever the seed is given up meanwhile.
+        is_loading: Whether a ``state_dict`` is being loaded, which may exchange parameters.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
@@ -108,6 +109,7 @@ class LayerRecord:
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
         self.load_tickets: Counter[int] = Counter()
+        self.is_loading = False
         self.in_shadow = False
         self.surroundings: torch.Tensor | None = None
 
@@ -115,6 +117,16 @@ class LayerRecord:
     def forward_count(self) -> int:
         """Calls since birth, counted where telemetry is on."""
         return self.native_count + self.active_count
+
+    def __copy__(self) -> LayerRecord:
+        """Return the record of a layer that shares its tensors with this one; it has no seeds."""
+        copied = LayerRecord.__new__(LayerRecord)
+        copied.__dict__.update(self.__dict__ | self._cleared_in_copies())
+        copied.layout, copied.own = copy.deepcopy(self.layout), Companions()
+        copied.seeds, copied.plan, copied.watched = {}, (), ()
+        copied.hooks_of_original = {}  # the tables of hooks are one in shallow copies
+        copied.refusals, copied.load_tickets = dict(self.refusals), Counter()
+        return copied
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
@@ -142,6 +154,7 @@ class LayerRecord:
             "hooks_of_original": {i: w.handle.id for i, w in self.waiting.items()},
             "has_step_guard": False,
             "keep_buffers": None,
+            "is_loading": False,
             "in_shadow": False,
         }
 
