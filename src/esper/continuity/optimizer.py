@@ -32,6 +32,7 @@ from esper.continuity.placement import (
 from esper.continuity.replicas import bare, replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
+from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
@@ -75,6 +76,8 @@ def sync_optimizer(
     """
     every = joined(optimizer)
     _finish_waiting(model)
+    for loss in losses(model):
+        _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
     link, inner = _link(every), bare(model)
     live = {id(p): p for layer in _layers(inner) for p in _kernel_parameters(layer)}
     placement = Placement(inner, every, group_for)

@@ -7,6 +7,7 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
+import torch
 from torch import nn
 
 from esper.contracts.errors import KernelLoadError, SeedLifecycleError
@@ -18,6 +19,7 @@ from esper.fetching.kernel_cache import KernelCache
 from esper.forward.class_change import adopt_class, choose_forward, refusal, return_class
 from esper.forward.generated_class import generated_base, reduce_layer
 from esper.forward.host_view import host_view
+from esper.forward.written_alphas import take_written_alphas
 from esper.running.kernel_executor import RealKernelExecutor, shared_executor
 from esper.seeds import folding, grafting, maintenance, rebuilding, shadow
 from esper.seeds.layer_health import monitor_of
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import SupportsIndex, Unpack
+
+    from torch import Tensor
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.choices import Guard, Mode, Position
@@ -202,6 +206,7 @@ class KasminaLayer(nn.Module):
     @property
     def state_layout(self) -> KasminaStateLayout:
         """State of the seeds."""
+        self.take_written_alphas()
         return self._kasmina.layout
 
     @property
@@ -490,6 +495,14 @@ class KasminaLayer(nn.Module):
         """
         return shadow.shadow(self, seed_idx, prepare_kernel(self, kernel), alpha)
 
+    def take_written_alphas(self) -> None:
+        """Let state and plan follow the alphas that others have written to the buffers.
+
+        Averaged models, loads in place and broadcasts do. Whoever asks the layer gets the alpha
+        that its forward multiplies with; a forward that passes by kernels at alpha 0 looks too.
+        """
+        take_written_alphas(self)
+
     # ---- what there is
 
     def seed_kernel(self, seed_idx: int) -> nn.Module | None:
@@ -504,6 +517,7 @@ class KasminaLayer(nn.Module):
 
     def structure(self) -> list[SeedStructure]:
         """Return the seeds that are not dormant as JSON values, for :meth:`build`."""
+        self.take_written_alphas()
         return structure_of(self)
 
     def build(self, structure: Sequence[SeedStructure]) -> None:
@@ -522,7 +536,42 @@ class KasminaLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Return a reduction that makes the class anew from the host's, which can be imported."""
+        self.take_written_alphas()
         return reduce_layer(cast("tuple[object, ...]", super().__reduce_ex__(protocol)), type(self))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
+        """Follow the model; a host without tensors has no other way to know device and dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has none
+        before = self._kasmina.surroundings
+        here = torch.empty(0) if before is None else before
+        moved = fn(here)
+        if moved is not here:
+            self._kasmina.surroundings = moved
+        self.take_written_alphas()
+        return self
+
+    def __copy__(self) -> KasminaLayer:
+        """Return a layer that shares tensors, kernels included, and has seeds of its own."""
+        self.take_written_alphas()
+        copied: KasminaLayer = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        rebuilding.share_kernels(self, copied)
+        return copied
+
+    def _replicate_for_data_parallel(self) -> KasminaLayer:
+        """Make a replica for another device, where kernels would not follow.
+
+        Raises:
+            SeedLifecycleError: A seed holds a kernel.
+        """
+        if self._kasmina.seeds:
+            msg = (
+                f"layer {self.name!r} holds kernels, which torch.nn.DataParallel does not "
+                "replicate: use torch.nn.parallel.DistributedDataParallel"
+            )
+            raise SeedLifecycleError(msg)
+        replica: KasminaLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call] # torch has none
+        return replica
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, and put hooks where the original has them."""
@@ -538,7 +587,11 @@ class KasminaLayer(nn.Module):
             error_messages.append(str(error))
             for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:
                 del state_dict[key]  # torch's own copy: nothing may reach the slots that are there
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._kasmina.is_loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._kasmina.is_loading = False
 
 
 def _cache(source: KernelSource | None, cache_size_mb: int | None) -> KernelCache:

@@ -129,8 +129,18 @@ def choose_forward(layer: nn.Module) -> None:
         if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
     } | record.shadows
     record.plan = tuple(seeds[i] for i in sorted(seeds))
+    record.watched = tuple(
+        seed.slot
+        for i, seed in record.seeds.items()
+        if i not in seeds and record.layout.contributes(i)
+    )
     become(layer, _kind_for(record))
-    allow_graph_of(layer, record.plan, is_noting=record.note is not None)
+    allow_graph_of(
+        layer,
+        record.plan,
+        is_noting=record.note is not None,
+        is_watched=bool(record.watched),
+    )
     update_roster(layer)
 
 
@@ -139,4 +149,6 @@ def _kind_for(record: LayerRecord) -> Kind:
         return "noting"
     if record.plan:
         return "active"
+    if record.watched:
+        return "watching"
     return "counting" if record.telemetry_enabled else "dormant"

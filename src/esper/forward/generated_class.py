@@ -1,9 +1,10 @@
 """Classes made for a host class: how a host object becomes a layer, and gets its class back.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are four classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are five classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
-counter, for telemetry; *active*, whose forward follows the plan; *noting*, which keeps its input
-for a graft that waits for one. A transition changes ``__class__`` of the host object.
+counter, for telemetry; *watching*, the same where kernels stand at alpha 0, which others may
+write; *active*, whose forward follows the plan; *noting*, which keeps its input for a graft that
+waits for one. A transition changes ``__class__`` of the host object.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     PassesOn = Callable[[object], bool]
 
 
-Kind = Literal["dormant", "counting", "active", "noting"]
-"""Whether a class runs the host's function, the same counted, the plan, or what is noted first."""
+Kind = Literal["dormant", "counting", "watching", "active", "noting"]
+"""Whether a class runs the host's function, the same counted or watched, the plan, or either of
+them with its input noted."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -62,6 +64,9 @@ class Family(Protocol):
     passes_on: ClassVar[PassesOn | None]
     open_run: ClassVar[OpenRun | None]
 
+    def take_written_alphas(self) -> None:
+        """Let state and plan follow the alphas that others have written to the buffers."""
+
 
 class ClassKey(NamedTuple):
     """What a generated class was made from.
@@ -69,7 +74,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the four it is.
+        kind: Which of the five it is.
     """
 
     family: LayerClass
@@ -87,7 +92,7 @@ def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind)
     Args:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class of the host object, which the result derives from.
-        kind: ``"dormant"``, ``"counting"``, ``"active"`` or ``"noting"``.
+        kind: One of ``KINDS``.
     """
     key = ClassKey(family, host_class, kind)
     with _lock:
@@ -99,7 +104,7 @@ def generated_class(family: LayerClass, host_class: type[nn.Module], kind: Kind)
 def _make(key: ClassKey) -> type:
     family, host_class, kind = key
     body: dict[str, object] = {
-        "__module__": __name__,
+        "__module__": host_class.__module__,  # by it, tools tell which layers they know
         "__doc__": f"{host_class.__qualname__} with seeds; {kind}.",
         "_esper_key": key,
         "forward": _FORWARDS[kind](family, host_class),
@@ -136,6 +141,38 @@ def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return forward
 
 
+def _watching(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    native = native_forward(family, host_class)
+
+    @functools.wraps(native)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        if not torch.compiler.is_compiling():
+            record: LayerRecord = self.__dict__["_kasmina"]
+            if _is_written(record):
+                return _look_again(self)(*args, **kwargs)
+            if record.telemetry_enabled:
+                record.native_count += 1
+        return native(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_written(record: LayerRecord) -> bool:
+    """Say whether somebody wrote an alpha that was 0; compiled graphs do not look."""
+    if not torch.compiler.is_compiling():
+        for slot in record.watched:
+            if slot.differs:
+                return True
+    return False
+
+
+def _look_again(layer: nn.Module) -> Callable[..., object]:
+    """Let a layer follow its alphas, and return its forward from then on."""
+    cast("Family", layer).take_written_alphas()
+    forward: Callable[..., object] = layer.forward
+    return forward
+
+
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
@@ -146,6 +183,8 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         if complete is not None:
             args, kwargs = complete(args, kwargs)
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
+        if record.watched and _is_written(record):
+            return _look_again(self)(*args, **kwargs)
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
@@ -162,17 +201,14 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
 
 def _noting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     """Return what notes the call for a graft that waits, and then does what is done without one."""
-    active, counting = _active(family, host_class), _counting(family, host_class)
-    native = native_forward(family, host_class)
+    active, watching = _active(family, host_class), _watching(family, host_class)
 
     @functools.wraps(host_class.forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
         take_note(record, args, kwargs)
-        if record.plan:
-            return active(self, *args, **kwargs)
-        idle = counting if record.telemetry_enabled else native
-        return idle(self, *args, **kwargs)
+        follow = active if record.plan else watching
+        return follow(self, *args, **kwargs)
 
     return forward
 
@@ -191,6 +227,7 @@ def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKerne
 _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] = {
     "dormant": native_forward,
     "counting": _counting,
+    "watching": _watching,
     "active": _active,
     "noting": _noting,
 }

@@ -35,18 +35,25 @@ _granted: Final[ContextVar[int]] = ContextVar("granted", default=0)
 _lock: Final = threading.Lock()
 
 
-def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...], *, is_noting: bool = False) -> None:
+def allow_graph_of(
+    layer: nn.Module,
+    plan: tuple[Seed, ...],
+    *,
+    is_noting: bool = False,
+    is_watched: bool = False,
+) -> None:
     """Raise the limits by one where a layer's plan makes an arrangement that is not known yet.
 
     Args:
         layer: The layer.
         plan: Its seeds that contribute.
         is_noting: Whether its forward notes its input too: one graph before, and one after it has.
+        is_watched: Whether it has others, at alpha 0, which make a class of its own.
     """
     with _lock:
         before = _plans.pop(layer, None)
-        if plan or is_noting:
-            _plans[layer] = hash((id(layer), is_noting, *map(_kind, plan)))
+        if plan or is_noting or is_watched:
+            _plans[layer] = hash((id(layer), is_noting, is_watched, *map(_kind, plan)))
         if _plans.get(layer) != before:
             _seen.add(hash(frozenset(_plans.values())))
             if is_noting:

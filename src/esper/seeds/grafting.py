@@ -16,6 +16,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.forward.host_output import blendable
 from esper.forward.host_view import has_foreign_forward, host_forward
+from esper.forward.written_alphas import ALPHA_ROUNDING, take_written_alphas
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example, shadow_pass
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from esper.state.waiting import GraftOptions
 
 _S: Final = SeedLifecycleState
-_ALPHA_ROUNDING: Final = 2.0**-23
-"""Alphas are float32: 0.6 and 0.4, which sum to 1, are stored as a little more."""
 
 _LOOKS_IN_SILENCE: Final = 3
 """After so many looks without a call of its layer a waiting graft is told."""
@@ -49,8 +48,13 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
+    example = options.get("example")
     prepared = prepare_kernel(
-        layer, kernel, mode=options.get("mode"), position=options.get("position")
+        layer,
+        kernel,
+        mode=options.get("mode"),
+        position=options.get("position"),
+        example=None if example is None else LayerCall.of(example).floating,
     )
     _check_weight(layer, seed_idx, prepared, alpha or 0.0)
     request = GraftRequest(
@@ -59,7 +63,6 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
         guard=guard,
         is_pristine=not isinstance(kernel, PreparedKernel | nn.Module),
     )
-    example = options.get("example")
     if example is not None:
         _probe_and_install(layer, seed_idx, request, LayerCall.of(example))
         return
@@ -130,13 +133,14 @@ def check_guard(layer: nn.Module, guard: Guard) -> None:
 
 
 def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+    take_written_alphas(layer)
     record = record_of(layer)
     others = sum(
         record.layout.alpha(i)
         for i, seed in record.seeds.items()
         if i != seed_idx and seed.replaces and record.layout.contributes(i)
     )
-    if kernel.mode == "replace" and others + alpha > 1.0 + _ALPHA_ROUNDING:
+    if kernel.mode == "replace" and others + alpha > 1.0 + ALPHA_ROUNDING:
         msg = (
             f"replacing seeds of layer {record.name!r} would have alphas that sum to "
             f"{others + alpha}; at most 1 is possible (the others have {others})"

@@ -10,6 +10,7 @@ from torch import nn
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.recompilation import grant
+from esper.forward.written_alphas import take_written_alphas
 from esper.seeds.grafting import finish_waiting
 from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
 from esper.seeds.layer_health import (
@@ -17,6 +18,7 @@ from esper.seeds.layer_health import (
     report_success,
     update_health,
 )
+from esper.seeds.out_of_use import bypassed, take_losses
 from esper.seeds.probe import probe
 from esper.seeds.slots import insert, withdraw
 from esper.state.kernel import reference_tensor
@@ -74,9 +76,10 @@ class MaintenanceReport:
 def maintain(model: nn.Module) -> MaintenanceReport:
     """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
 
-    What waits for a call of its layer, and has seen one, becomes live.
-
-    Looks at every module of the model, and makes one transfer for each contributing seed.
+    What waits for a call of its layer, and has seen one, becomes live. Looks at every module of the
+    model, and makes one transfer for each contributing seed. Kernels that others have put out of
+    use, as by exchanging their layer or its forward, are among the faults, with 0 faulty calls and
+    the reason.
 
     Args:
         model: A model with wrapped layers, or one such layer.
@@ -85,12 +88,22 @@ def maintain(model: nn.Module) -> MaintenanceReport:
         KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
             be isolated. Every layer has been looked at.
     """
-    return maintain_layers(_layers(model))
+    return _maintain(_layers(model), take_losses(model), again=True)
 
 
 def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
-    """Do what :func:`maintain` does, for layers that are known (``Roster.busy``)."""
-    faults: list[SeedFault] = []
+    """Do what :func:`maintain` does, for layers that are known (``Roster.busy``).
+
+    What bypasses a layer's kernels is told once.
+    """
+    found = list(layers)
+    return _maintain(found, [loss for layer in found for loss in take_losses(layer)], again=False)
+
+
+def _maintain(
+    layers: Iterable[nn.Module], lost: list[SeedFault], *, again: bool
+) -> MaintenanceReport:
+    faults = list(lost)
     transitions: list[SeedTransition] = []
     failing: list[SeedFault] = []
     unhealthy: list[UnhealthyLayer] = []
@@ -98,6 +111,8 @@ def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
     for layer in layers:
         finish_waiting(layer)
         outcomes: list[bool] = []
+        take_written_alphas(layer)
+        faults += bypassed(layer, again=again)
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
             outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
         unhealthy += update_health(record_of(layer), outcomes)

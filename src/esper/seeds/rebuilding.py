@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from esper.forward.class_change import choose_forward
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
 from esper.seeds.structure import STRUCTURE_FORMAT_VERSION, describe, read_structure
 from esper.seeds.watching import take_off
+from esper.state.host_parts import SEEDS
 from esper.state.kernel import PreparedKernel, prepare_kernel
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import Seed
@@ -159,21 +161,31 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Tensor], pr
         _restore(layer, idx, entry, seed)
 
 
+def share_kernels(layer: nn.Module, copied: nn.Module) -> None:
+    """Give a shallow copy of a layer seeds of its own, over the same kernels.
+
+    Args:
+        layer: The layer.
+        copied: Its copy, with the layer's attributes.
+    """
+    record, own = record_of(layer), copy.copy(record_of(layer))
+    copied.__dict__[RECORD] = own
+    copied.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k != SEEDS}  # noqa: SLF001 - of a shallow copy it is one with the layer's
+    for seed_idx, seed in record.seeds.items():
+        made = make_seed(copied, seed_idx, seed.kernel, guard=seed.guard, example=seed.example)
+        if own.layout.contributes(seed_idx):
+            insert(copied, made, own.layout.alpha(seed_idx))
+        else:
+            own.seeds[seed_idx] = made
+            made.readings_to_wait, made.num_retries = seed.readings_to_wait, seed.num_retries
+    choose_forward(copied)
+
+
 def attach_hooks(layer: nn.Module) -> None:
     """Put the hooks of a copied or unpickled layer where its original has them."""
     if RECORD in layer.__dict__:
-        _end_waiting(layer)
+        take_off(layer)
         for seed_idx, seed in record_of(layer).seeds.items():
             if record_of(layer).layout.contributes(seed_idx):
                 apply_guard(layer, seed)
         choose_forward(layer)
-
-
-def _end_waiting(layer: nn.Module) -> None:
-    """End the grafts for which the original waits; the copy has their hooks."""
-    record = record_of(layer)
-    take_off(layer)
-    for seed_idx in record.waiting_in_original:
-        if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
-            record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
-    record.waiting_in_original = ()

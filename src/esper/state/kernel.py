@@ -13,6 +13,7 @@ from esper.contracts.artifact import CompiledKernelArtifact
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.choices import MODES, POSITIONS
 from esper.contracts.layer_kind import kind_of
+from esper.state.host_parts import is_in_a_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,12 @@ Kernel = nn.Module | BlueprintIR | CompiledKernelArtifact | PreparedKernel
 
 
 def prepare_kernel(
-    layer: nn.Module, kernel: Kernel, *, mode: Mode | None = None, position: Position | None = None
+    layer: nn.Module,
+    kernel: Kernel,
+    *,
+    mode: Mode | None = None,
+    position: Position | None = None,
+    example: Tensor | None = None,
 ) -> PreparedKernel:
     """Build a kernel for a layer. Nothing is inserted and nothing is probed yet.
 
@@ -65,6 +71,8 @@ def prepare_kernel(
         mode: ``"add"``, ``"replace"``, or None for what the kernel carries; a module adds.
         position: ``"parallel"``, ``"serial"``, or None for what the kernel carries; a module is
             parallel, or serial where the layer's kind takes no other.
+        example: A floating tensor that the layer was seen to read or give; says device and dtype
+            where the host has no tensor that does.
 
     Raises:
         TypeError: ``kernel`` is something else.
@@ -79,13 +87,13 @@ def prepare_kernel(
         _check_agrees(kernel.mode, mode, kernel.position, position)
         return kernel
     if isinstance(kernel, nn.Module) and not isinstance(kernel, LoweredKernel):
-        module = kernel.to(reference_tensor(layer).device)
+        module = kernel.to(reference_tensor(layer, example).device)
         position = position or kind_of(layer).positions[0]
         _check_position(layer, position)
         return PreparedKernel(
             module=module, mode=mode or "add", position=position, draws_random=True
         )
-    return _from_blueprint(layer, kernel, mode, position)
+    return _from_blueprint(layer, kernel, mode, position, reference_tensor(layer, example))
 
 
 def _from_blueprint(
@@ -93,6 +101,7 @@ def _from_blueprint(
     kernel: LoweredKernel | BlueprintIR | CompiledKernelArtifact,
     mode: Mode | None,
     position: Position | None,
+    like: Tensor,
 ) -> PreparedKernel:
     blueprint = kernel if isinstance(kernel, BlueprintIR) else getattr(kernel, "blueprint", None)
     if not isinstance(blueprint, BlueprintIR):
@@ -103,7 +112,6 @@ def _from_blueprint(
         raise TypeError(msg)
     _check_agrees(blueprint.mode, mode, blueprint.position, position)
     _check_position(layer, blueprint.position)
-    like = reference_tensor(layer)
     return PreparedKernel(
         module=_build(kernel, like),
         mode=blueprint.mode,
@@ -124,15 +132,27 @@ def _build(
     return module.to(device=like.device, dtype=like.dtype)
 
 
-def reference_tensor(layer: nn.Module) -> Tensor:
-    """Return a tensor whose device and dtype are the layer's: its first floating parameter.
+def reference_tensor(layer: nn.Module, seen: Tensor | None = None) -> Tensor:
+    """Return a tensor whose device and dtype are the layer's.
 
-    A layer without one is on the CPU in float32, as far as anyone can tell.
+    That is the host's first floating parameter, else its first floating buffer. A norm without
+    parameters may have neither: it is as the model around it was when it was wrapped and has been
+    moved since, and as what it was seen to read or give, in the wider of the two dtypes (autocast
+    narrows what a layer reads). Where nothing says more it is on the CPU in float32.
+
+    Args:
+        layer: A layer, wrapped or not.
+        seen: A tensor that it was seen to read or give, or None.
     """
-    for tensor in layer.parameters():
-        if tensor.is_floating_point():
-            return tensor
-    return torch.empty(0)
+    for named in (layer.named_parameters(), layer.named_buffers()):
+        for name, tensor in named:
+            if tensor.is_floating_point() and not is_in_a_seed(name):
+                return tensor
+    around = getattr(layer.__dict__.get("_kasmina"), "surroundings", None)
+    if seen is None or not seen.is_floating_point():
+        return torch.empty(0) if around is None else around
+    dtype = seen.dtype if around is None else torch.promote_types(seen.dtype, around.dtype)
+    return torch.empty(0, dtype=dtype, device=seen.device)
 
 
 def _check_position(layer: nn.Module, position: str) -> None:

@@ -58,6 +58,11 @@ class LayerCall(NamedTuple):
         """The first argument, which kernels of one input read; None where there is none."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
+    @property
+    def floating(self) -> Tensor | None:
+        """The first floating tensor among the arguments, or None."""
+        return next((t for t in self.tensors() if t.is_floating_point()), None)
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments."""
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.contracts.ports import KernelSource
-    from esper.state.seed_slot import Seed
+    from esper.state.seed_slot import Seed, SeedSlot
     from esper.state.waiting import Note, WaitingGraft
 
 T = TypeVar("T")
@@ -59,9 +59,9 @@ class LayerRecord:
         seeds: Records of the seeds that hold a kernel or wait for one's probe, by index.
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
+        watched: Slots of the seeds that would be in the plan if their alpha were not 0.
         waiting: Grafts that wait for a call of the layer, by seed index.
         note: What the forward notes for them; None while none waits.
-        waiting_in_original: In a copy, the seeds at which the original waits; they become dormant.
         refusals: Why a graft that had waited was refused, by seed index.
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
@@ -70,7 +70,10 @@ class LayerRecord:
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         loads: Order of a seed's loads, by index; a copy has none under way.
+        is_loading: Whether a ``state_dict`` is being loaded, which may exchange parameters.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
+        surroundings: An empty tensor with device and dtype of the model around a host without
+            tensors of its own, which follows them; None where nothing is known.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -95,9 +98,9 @@ class LayerRecord:
         self.seeds: dict[int, Seed] = {}
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()
+        self.watched: tuple[SeedSlot, ...] = ()
         self.waiting: dict[int, WaitingGraft] = {}
         self.note: Note | None = None
-        self.waiting_in_original: tuple[int, ...] = ()
         self.refusals: dict[int, str] = {}
         self.native_count = 0
         self.active_count = 0
@@ -106,12 +109,26 @@ class LayerRecord:
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
         self.loads: defaultdict[int, LoadOrder] = defaultdict(LoadOrder)
+        self.is_loading = False
         self.in_shadow = False
+        self.surroundings: torch.Tensor | None = None
 
     @property
     def forward_count(self) -> int:
         """Calls since birth, counted where telemetry is on."""
         return self.native_count + self.active_count
+
+    def __copy__(self) -> LayerRecord:
+        """Return the record of a layer that shares its tensors with this one; it has no seeds."""
+        copied = LayerRecord.__new__(LayerRecord)
+        own = {
+            "layout": copy.deepcopy(self.layout),
+            "own": Companions(),
+            "refusals": dict(self.refusals),
+        }
+        none: dict[str, object] = {"seeds": {}, "plan": (), "watched": ()}
+        copied.__setstate__(self.__dict__ | self._cleared_in_copies() | own | none)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
@@ -144,10 +161,10 @@ class LayerRecord:
             "shadows": {},
             "waiting": {},
             "note": None,
-            "waiting_in_original": tuple(self.waiting),
             "has_step_guard": False,
             "keep_buffers": None,
             "loads": defaultdict(LoadOrder),
+            "is_loading": False,
             "in_shadow": False,
         }
 

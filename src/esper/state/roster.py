@@ -27,6 +27,12 @@ def update_roster(layer: nn.Module) -> None:
             _busy.discard(layer)
 
 
+def layers_with_kernels() -> list[nn.Module]:
+    """Return the layers of this process that hold kernels, in no order."""
+    with _lock:
+        return [layer for layer in _busy if RECORD in layer.__dict__]
+
+
 class Roster:
     """The layers of one model, and those of them that hold kernels.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +28,14 @@ class SeedSlot(nn.Module):
     Attributes:
         kernel: The kernel itself.
         alpha: 0-dim float32 buffer in [0, 1] on the kernel's device, a copy of the layout's;
-            replaced when it changes and never written in place.
+            replaced when it changes and never written in place by us. Others write to it
+            (averaged models, loads in place), and :meth:`read_alpha` and :attr:`differs` see it.
         structure: uint8 buffer, canonical JSON of what is needed to build the kernel again.
     """
 
     alpha: Tensor
     structure: Tensor
+    _noted: _Noted
 
     def __init__(self, kernel: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -46,6 +50,31 @@ class SeedSlot(nn.Module):
         self._alpha = alpha
         self._fill_alpha(self.alpha.device)
 
+    def read_alpha(self) -> float:
+        """Return what the buffer holds, whoever wrote it; it is NaN or out of range if they did.
+
+        The device is asked only where the buffer was exchanged or its version has risen. On the
+        CPU its memory is looked at, where a write through ``.data`` leaves no version.
+        """
+        buffer = self._buffers["alpha"]
+        if (buffer is not self._noted.buffer or self._noted.is_written(self._alpha)) and (
+            buffer is not None and not buffer.is_meta
+        ):
+            self._alpha = float(buffer)
+            if buffer.dtype != torch.float32:
+                self._fill_alpha(buffer.device)
+            self._noted = _Noted.of(self._buffers["alpha"])
+        return self._alpha
+
+    @property
+    def differs(self) -> bool:
+        """Whether the buffer was written and is not 0; no device is asked.
+
+        For forwards, which pass by a kernel whose alpha is 0. A buffer that stands in for ours
+        during one call (``torch.func``) is not looked at.
+        """
+        return self._alpha != 0.0 or self._noted.is_written(0.0)
+
     def set_structure(self, structure: bytes) -> None:
         """Replace the description that travels with ``state_dict``: canonical JSON."""
         self._structure = bytearray(structure)
@@ -53,7 +82,8 @@ class SeedSlot(nn.Module):
 
     def _fill_alpha(self, device: torch.device) -> None:
         with torch.inference_mode(mode=False):  # autograd may save it
-            self._buffers["alpha"] = torch.tensor(self._alpha, dtype=torch.float32, device=device)
+            made = torch.tensor(self._alpha, dtype=torch.float32, device=device)
+        self._buffers["alpha"], self._noted = made, _Noted.of(made)
 
     def _fill_structure(self, device: torch.device) -> None:
         with torch.inference_mode(mode=False):
@@ -67,10 +97,24 @@ class SeedSlot(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:  # noqa: FBT001, FBT002 - torch's signature
         """Follow the host to another device or dtype; alpha stays float32, whatever ``fn`` does."""
+        self.read_alpha()
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has none
-        self._fill_alpha(self.alpha.device)
-        self._fill_structure(self.alpha.device)
+        if self._buffers["alpha"] is not before["alpha"]:
+            self._fill_alpha(self.alpha.device)
+        if self._buffers["structure"] is not before["structure"]:
+            self._fill_structure(self.alpha.device)
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what copies keep: what is known of the buffer is known of the original's."""
+        self.read_alpha()
+        return {key: value for key, value in self.__dict__.items() if key != "_noted"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take the state of a copy, whose buffer is as the original's was."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # torch has none
+        self._noted = _Noted.of(self._buffers["alpha"])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object
@@ -81,6 +125,49 @@ class SeedSlot(nn.Module):
             if given is not None and buffer is not None:
                 self._buffers[name] = torch.empty_like(given, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_alpha()
+        self._fill_structure(self.alpha.device)
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001 - torch's signature
+        """Save the description as it is, also where averaging has written to its bytes."""
+        if not self.structure.is_meta and bytes(self.structure.tolist()) != self._structure:
+            self._fill_structure(self.alpha.device)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Noted:
+    """An alpha buffer as it was when it was last read or made.
+
+    Attributes:
+        buffer: The buffer.
+        version: Its version then.
+        memory: The memory of a buffer in CPU memory; None for any other.
+    """
+
+    buffer: Tensor | None
+    version: int
+    memory: np.ndarray[tuple[()], np.dtype[np.float32]] | None
+
+    @classmethod
+    def of(cls, buffer: Tensor | None) -> _Noted:
+        """Return a note of a buffer as it is now."""
+        if buffer is None or buffer.is_inference():
+            return cls(buffer=buffer, version=0, memory=None)
+        is_near = type(buffer) is Tensor and buffer.device.type == "cpu"
+        return cls(
+            buffer=buffer,
+            version=buffer._version,  # noqa: SLF001 - torch has no other name for it
+            memory=buffer.detach().numpy() if is_near else None,
+        )
+
+    def is_written(self, alpha: float) -> bool:
+        """Return whether the buffer was written since; where that can be seen, to another alpha."""
+        if self.memory is not None:
+            return bool(self.memory[()] != alpha)
+        if self.buffer is None or self.buffer.is_inference():
+            return False
+        return self.buffer._version != self.version  # noqa: SLF001 - torch has no other name for it
 
 
 class SeedContainer(nn.Module):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from esper.contracts.layer_kind import kind_of
+from esper.contracts.layer_kind import dotted_name, host_class_name, kind_of
 from esper.contracts.site import SiteSpec
-from esper.state.host_parts import host_modules
+from esper.state.host_parts import host_modules, is_in_a_seed
 from esper.state.kernel import reference_tensor
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ class SiteReader:
 def describe_site(module: nn.Module, x: Tensor | None = None, h: Tensor | None = None) -> SiteSpec:
     """Return what the catalog needs to know about a layer.
 
+    Its class says what it is, unless what it was seen to give says otherwise: a norm may be over
+    channels although its class is over the last axis, and a layer whose output has other features
+    than its class would give is described as a block.
+
     Args:
         module: The layer, wrapped or not.
         x: Its first input as it was seen, with any number of samples, or None. What a GroupNorm,
@@ -63,10 +69,14 @@ def describe_site(module: nn.Module, x: Tensor | None = None, h: Tensor | None =
         in_features=num_in,
         out_features=num_out,
         bias=_has_bias(module),
-        dtype=str(reference_tensor(module).dtype).removeprefix("torch."),
+        dtype=str(reference_tensor(module, h).dtype).removeprefix("torch."),
         host_is_trainable=_is_trainable(module),
     )
-    return reader.describe(bare, module, Seen(x, h))
+    seen = Seen(x, h)
+    spec = reader.describe(bare, module, seen)
+    if _gives_something_else(spec, h):  # a subclass makes something of its own of it
+        return _describe_block(replace(bare, kind="block"), module, seen)
+    return spec
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
@@ -84,10 +94,7 @@ def feature_axis(module: nn.Module, h: Tensor) -> int:
         module: The layer.
         h: What it gives, at least two axes.
     """
-    axis = kind_of(module).feature_axis
-    if axis is None:
-        axis = 1 if _gives_channels(module, h) else -1
-    return axis % h.ndim
+    return 1 if _gives_channels(module, h) else h.ndim - 1
 
 
 def convolution_padding(conv: _ConvNd) -> tuple[int, ...]:
@@ -170,7 +177,20 @@ def _describe_convolution(spec: SiteSpec, conv: nn.Module, _seen: Seen) -> SiteS
     )
 
 
+def _describe_last_axis_norm(spec: SiteSpec, norm: nn.Module, seen: Seen) -> SiteSpec:
+    """Describe a norm over the last axis; a subclass may be over the channels of maps."""
+    if seen.h is not None:
+        is_first = _gives_channels(norm, seen.h)
+    else:
+        is_first = _has_own_forward(norm) and _takes_channels(norm, 4, default=False)
+    if not is_first:
+        return spec
+    return _describe_channel_norm(replace(spec, kind="channel_norm"), norm, seen)
+
+
 def _describe_channel_norm(spec: SiteSpec, norm: nn.Module, seen: Seen) -> SiteSpec:
+    if seen.h is not None and not _gives_channels(norm, seen.h):
+        return replace(spec, kind="norm")
     axes = kind_of(norm).num_axes if seen.h is None else seen.h.ndim - 2
     return replace(spec, axes=axes, out_features=0 if axes is None else spec.out_features)
 
@@ -197,10 +217,93 @@ def _describe_block(spec: SiteSpec, block: nn.Module, seen: Seen) -> SiteSpec:
     return replace(spec, in_features=x.shape[-1], out_features=h.shape[-1], is_sequence=is_sequence)
 
 
+def _gives_something_else(spec: SiteSpec, h: Tensor | None) -> bool:
+    """Say whether what a layer gave has other features than its class says."""
+    if h is None or h.ndim < 2 or spec.kind == "block" or spec.out_features == 0:
+        return False
+    axis = -1 if spec.axes is None and not spec.kernel_size else 1
+    return h.shape[axis] != spec.out_features
+
+
 def _gives_channels(block: nn.Module, h: Tensor) -> bool:
-    """Guess by the last layer with a place for channels whether they are in axis 1."""
-    kinds = [kind for part in host_modules(block) if _has_a_place(kind := kind_of(part))]
-    return h.ndim > 2 and bool(kinds) and kinds[-1].feature_axis == 1
+    """Say whether features are in axis 1 of what a module gave, not in the last.
+
+    The last layer in it with a place for features says how many there are, and so where, unless
+    both axes are of that size. Then its class says where, or, where a subclass has a forward of
+    its own, whether that takes maps whose other axes are of other sizes.
+    """
+    parts = [part for part in host_modules(block) if _has_a_place(kind_of(part))]
+    if not parts:
+        return h.ndim > 2 and _has_channel_parameters(block, h)
+    last = parts[-1]
+    by_class = kind_of(last).feature_axis == 1
+    if h.ndim < 3:
+        return by_class and h.ndim == 2
+    width = widths(last)[1]
+    if (h.shape[1] == width) != (h.shape[-1] == width):
+        return h.shape[1] == width
+    if not _has_own_forward(last):
+        return by_class
+    return _takes_channels(last, h.ndim, default=by_class)
+
+
+def _has_channel_parameters(block: nn.Module, h: Tensor) -> bool:
+    """Say whether a module without layers in it has a parameter for each channel, as norms have."""
+    for name, parameter in block.named_parameters():
+        wide = [i for i, size in enumerate(parameter.shape) if size > 1]
+        if len(wide) != 1 or is_in_a_seed(name):
+            continue
+        if parameter.ndim > 1:  # shaped to be broadcast from the right
+            return wide[0] - parameter.ndim + h.ndim == 1
+        size = len(parameter)
+        if h.shape[1] == h.shape[-1] == size:
+            return _takes_channels(block, h.ndim, size=size, default=False)
+        return h.shape[1] == size
+    return False
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Say whether a subclass of a kind's host class has a forward of its own."""
+    name = host_class_name(type(module))
+    stock = next(cls for cls in type(module).__mro__ if dotted_name(cls) == name)
+    return _host_forward(module) is not cast("type[nn.Module]", stock).forward
+
+
+def _takes_channels(
+    module: nn.Module, num_axes: int, *, size: int | None = None, default: bool
+) -> bool:
+    """Try whether a module takes small maps with features in axis 1, or such with them last.
+
+    Args:
+        module: The module.
+        num_axes: Axes of what it takes.
+        size: How many features it takes; None for what it says.
+        default: The answer where it takes both, or none.
+    """
+    size = widths(module)[0] if size is None else size
+    others = (size + 1,) * (num_axes - 2)  # a size that no axis of features has
+    like = reference_tensor(module)
+    takes_first = _works_on(module, like.new_zeros(1, size, *others))
+    takes_last = _works_on(module, like.new_zeros(1, *others, size))
+    return default if takes_first == takes_last else takes_first
+
+
+def _works_on(module: nn.Module, x: Tensor) -> bool:
+    """Say whether a copy of a module takes an input; the module itself is not called."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copied = copy.deepcopy(module)
+            _host_forward(copied)(copied, x)
+    except Exception:  # noqa: BLE001 - anybody's own, on what it may not be made for
+        return False
+    return True
+
+
+def _host_forward(module: nn.Module) -> Callable[..., object]:
+    """Return the forward of a module's own class, without seeds."""
+    own = (c for c in type(module).__mro__ if not hasattr(c, "_esper_key") and "forward" in vars(c))
+    forward: Callable[..., object] = vars(next(own))["forward"]
+    return forward
 
 
 def _has_a_place(kind: LayerKind) -> bool:
@@ -223,7 +326,7 @@ def _is_trainable(module: nn.Module) -> bool:
 
 
 _CONVOLUTION: Final = SiteReader(widths=_CHANNELS, describe=_describe_convolution)
-_LAST_AXIS_NORM: Final = SiteReader(widths=_normalised_widths, describe=_as_it_is)
+_LAST_AXIS_NORM: Final = SiteReader(widths=_normalised_widths, describe=_describe_last_axis_norm)
 _BATCH_NORM: Final = SiteReader(widths=_NUM_FEATURES, describe=_describe_channel_norm)
 
 SITE_READERS: Final[Mapping[str, SiteReader]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import torch
@@ -13,7 +14,9 @@ from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
 from esper.forward.host_view import host_view
+from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
+from esper.seeds.slots import withdraw
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
@@ -29,10 +32,14 @@ from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.state.seed_slot import Seed
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_logger = logging.getLogger(__name__)
 
 CALL_HOOKS: Final = (
     "_forward_hooks",
@@ -68,6 +75,9 @@ def unwrap(model: Model) -> Model:
     code, which passes everything on.) A plain attention needs its key and value. A plain recurrent
     layer passes a packed sequence on as the host gives it, as the layer does.
 
+    A kernel that does not fit its host any more, since somebody has given that another size, is
+    left out; what others have put out of use is named. Both are logged.
+
     Args:
         model: A model; one that is not wrapped is returned as it is.
 
@@ -81,11 +91,17 @@ def unwrap(model: Model) -> Model:
     """
     sites = layers(model)
     refuse_shadows(sites)
-    for layer in sites.values():
-        _as_graph(layer)  # whatever cannot be written raises here, before anything is changed
+    _tell_losses(model)
+    unfit = {name: misfits(layer) for name, layer in sites.items()}
+    for name, layer in sites.items():
+        layer.take_written_alphas()
+        _as_graph(
+            layer, unfit[name]
+        )  # whatever cannot be written raises here, before anything is changed
     modules = dict(model.named_modules(remove_duplicate=False))
     plain: nn.Module = model
-    for layer in sites.values():
+    for name, layer in sites.items():
+        _leave_out(layer, unfit[name])
         _fold(layer)
         site = _as_graph(layer)
         make_bare(layer)
@@ -99,6 +115,28 @@ def unwrap(model: Model) -> Model:
     return cast("Model", plain)
 
 
+def _tell_losses(model: nn.Module) -> None:
+    """Log which kernels somebody has put out of use, or bypasses: the result is without the first.
+
+    A graph runs the others, whatever forward its layer had been given.
+    """
+    for loss in losses(model):
+        _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
+    for layer in layers(model).values():
+        bypassed(layer, again=False)
+
+
+def _leave_out(layer: KasminaLayer, unfit: Mapping[int, str]) -> None:
+    for seed_idx, reason in unfit.items():
+        _logger.warning(
+            "seed %d of layer %r is left out, as its kernel does not fit its host any more: %s",
+            seed_idx,
+            layer.name,
+            reason,
+        )
+        withdraw(layer, seed_idx)
+
+
 def _fold(layer: KasminaLayer) -> None:
     """Fold what folds exactly; the rest stays in the plan as fossils."""
     for seed in record_of(layer).plan:
@@ -106,9 +144,10 @@ def _fold(layer: KasminaLayer) -> None:
             layer.fossilize(seed.seed_idx)
 
 
-def _as_graph(layer: KasminaLayer) -> fx.GraphModule | None:
+def _as_graph(layer: KasminaLayer, unfit: Collection[int] = ()) -> fx.GraphModule | None:
     """Return a layer with its contributing seeds as a graph, or None where there is no such."""
-    seeds = [seed for seed in record_of(layer).plan if not seed.is_shadow]
+    plan = record_of(layer).plan
+    seeds = [seed for seed in plan if not seed.is_shadow and seed.seed_idx not in unfit]
     if not seeds:
         return None
     examples = (seed.example for seed in record_of(layer).seeds.values())

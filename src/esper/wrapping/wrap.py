@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from esper.execution.exchange import watch_exchanges
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.state.layer_record import RECORD
+from esper.state.layer_record import RECORD, record_of
 from esper.wrapping.select import Select, SkippedModule, choose, host_modules
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
     from esper.contracts.ports import KernelSource
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,6 +59,7 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
+    watch_exchanges()
     selection = choose(model, select)
     _refuse_wrapped(selection.taken)
     if not selection.taken:
@@ -67,6 +74,7 @@ def wrap(
                 telemetry_enabled=telemetry_enabled,
                 source=source,
             )
+        _tell_surroundings(model, selection.taken)
     except Exception as error:
         _put_back(selection.taken)
         raise ValueError(_why_not(name, selection.taken[name], error)) from error
@@ -93,6 +101,28 @@ def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:
     if not layers(model):
         return choose(model).skipped
     return choose(model, lambda _, module: isinstance(module, KasminaLayer)).skipped
+
+
+def _tell_surroundings(model: nn.Module, taken: dict[str, nn.Module]) -> None:
+    """Tell the layers without tensors of their own what those around them are like."""
+    for name, module in taken.items():
+        if next(_floating(module), None) is None:
+            record_of(module).surroundings = _like_around(model, name)
+
+
+def _like_around(model: nn.Module, name: str) -> Tensor | None:
+    """Return an empty tensor like the first of the nearest parent that has one, or None."""
+    while name:
+        name = name.rpartition(".")[0]
+        tensor = next(_floating(model.get_submodule(name)), None)
+        if tensor is not None:
+            return tensor.new_empty(0)
+    return None
+
+
+def _floating(module: nn.Module) -> Iterator[Tensor]:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return (tensor for tensor in tensors if tensor.is_floating_point())
 
 
 def _put_back(taken: dict[str, nn.Module]) -> None:
