@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from esper.growth.evaluation import Evaluator
     from esper.growth.measurement import Measurement
     from esper.state.kernel import PreparedKernel
+    from esper.state.layer_call import Example
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,6 +37,7 @@ class Audition:
         optimizer: Of the same class and settings as the host layer's group; None where the
             kernel has nothing to train.
         random_seed: Starts the random state of every shadow pass, with the pass's number.
+        example: A call of the layer as it was recorded; None: the shadow passes have one.
         num_passes: Shadow passes done.
     """
 
@@ -44,6 +46,7 @@ class Audition:
     kernel: PreparedKernel
     optimizer: Optimizer | None
     random_seed: int
+    example: Example | None = None
     num_passes: int = 0
 
     @classmethod
@@ -56,6 +59,7 @@ class Audition:
         *,
         rate: float,
         random_seed: int,
+        example: Example | None = None,
     ) -> Audition:
         """Set up the audition of ``kernel``; the run's ``optimizer`` is only read.
 
@@ -66,13 +70,19 @@ class Audition:
             optimizer: The run's optimizer, whose class and settings the audition's takes.
             rate: Learning rate of the audition.
             random_seed: Starts the random state of every shadow pass.
+            example: A call of the layer as it was recorded.
         """
         parameters = trainable(kernel.module)
         own = None
         if parameters:
             own = audition_optimizer(optimizer, host_parameters(layer), parameters, lr=rate)
         return cls(
-            layer=layer, seed_idx=seed_idx, kernel=kernel, optimizer=own, random_seed=random_seed
+            layer=layer,
+            seed_idx=seed_idx,
+            kernel=kernel,
+            optimizer=own,
+            random_seed=random_seed,
+            example=example,
         )
 
     def shadow_update(self, model: nn.Module, batch: Batch, compute_loss: LossFunction) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from esper.continuity.optimizer import append_parameters, remove_parameters
 from esper.growth.audition import trainable
+from esper.seeds.shadow import seen_example
 from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def graft_kernel(
         factor: Its warm-up of parameters that appear.
         peak: Highest rate that the host layer's group has had.
     """
-    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0)
+    seen = seen_example(layer, audition.kernel)  # none where the owner's own loss runs compiled
+    example = audition.example if seen is None else None
+    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0, example=example)
     parameters = trainable(audition.kernel.module)
     if parameters:
         state = None if audition.optimizer is None else audition.optimizer.state
