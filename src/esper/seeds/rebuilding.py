@@ -48,7 +48,7 @@ def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
     seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
-        record.load_tickets[i] += 1
+        record.loads[i].give_up()
         if i not in entries and (i in record.seeds or record.layout.state(i)):
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)
@@ -162,18 +162,8 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Tensor], pr
 def attach_hooks(layer: nn.Module) -> None:
     """Put the hooks of a copied or unpickled layer where its original has them."""
     if RECORD in layer.__dict__:
-        _end_waiting(layer)
+        take_off(layer)
         for seed_idx, seed in record_of(layer).seeds.items():
             if record_of(layer).layout.contributes(seed_idx):
                 apply_guard(layer, seed)
         choose_forward(layer)
-
-
-def _end_waiting(layer: nn.Module) -> None:
-    """End the grafts for which the original waits; the copy has their hooks."""
-    record = record_of(layer)
-    take_off(layer)
-    for seed_idx in record.waiting_in_original:
-        if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
-            record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
-    record.waiting_in_original = ()
