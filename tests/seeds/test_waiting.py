@@ -362,6 +362,42 @@ def test_under_checkpointing_the_observed_step_is_the_hosts(reentrant):
     assert state(net) == S.ACTIVE
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_checkpointed_whole_is_live_at_the_step_behind(reentrant):
+    """What a step runs and what its backward runs again are alike, with and without the kernel."""
+    net, plain, x = waiting_net()
+    graft(net)
+    x.requires_grad_()
+    for _ in range(2):
+        ours, theirs = (checkpoint(m, x, use_reentrant=reentrant) for m in (net, plain))
+        is_live = state(net) == S.ACTIVE
+        assert torch.equal(ours, theirs) != is_live
+        direct = net(x) if is_live else plain(x)
+        (wanted,) = torch.autograd.grad(direct.sum(), x)
+        x.grad = None
+        ours.sum().backward()
+        assert torch.equal(x.grad, wanted)
+    assert is_live
+
+
+def test_a_probe_is_saved_as_usual_inside_of_hooks_on_saved_tensors():
+    """Hooks of the owner's see the model's tensors and none of ours."""
+    seen = {True: [], False: []}
+    for grafts, shapes in seen.items():
+        net, _, x = waiting_net()
+        if grafts:
+            graft(net)
+
+        def pack(tensor, shapes=shapes):
+            shapes.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(x).sum().backward()
+        assert (state(net) == S.ACTIVE) == grafts
+    assert seen[True] == seen[False]
+
+
 def compiled(net, how, **options):
     """Compile a net; return what is called."""
     options = {"backend": "eager", **options}
@@ -424,18 +460,12 @@ def _per_sample(net, x):
     torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
 
 
-def _on_the_cpu(net, x):
-    with torch.autograd.graph.save_on_cpu():
-        net(x).sum().backward()
-
-
 ELSEWHERE = {
     "grad": _gradient,
     "per_sample": _per_sample,
     "vmap": lambda net, x: torch.func.vmap(net)(x),
     "jvp": lambda net, x: torch.func.jvp(net, (x,), (x,)),
     "jacrev": lambda net, x: torch.func.jacrev(net)(x),
-    "saved_elsewhere": _on_the_cpu,
     "checkpointed_whole": lambda net, x: checkpoint(net, x, use_reentrant=False).sum().backward(),
 }
 

@@ -291,7 +291,8 @@ class KasminaLayer(nn.Module):
                 and whose alpha is given was seen to work; otherwise an input is made from what the
                 layer says it takes (linear, convolution, norm, attention, recurrent, embedding).
                 Where it does not say, the seed waits in LOADING: the next forward only notes its
-                input, and the kernel is probed and made live behind the outermost forward, or at
+                input, and the kernel is probed and made live behind the outermost forward (under
+                activation checkpointing before the one that follows its backward), or at
                 ``esper.maintain``, ``esper.sync_optimizer`` or the Grower's next step.
 
         Raises:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from esper.growth.evaluation import Evaluator
     from esper.growth.measurement import Measurement
     from esper.state.kernel import PreparedKernel
+    from esper.state.layer_call import Example
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,6 +37,7 @@ class Audition:
         optimizer: Of the same class and settings as what trains the host layer; None where the
             kernel has nothing to train.
         random_seed: Starts the random state of every shadow pass, with the pass's number.
+        example: A call of the layer as it was recorded; None: the shadow passes have one.
         num_passes: Shadow passes done.
     """
 
@@ -44,6 +46,7 @@ class Audition:
     kernel: PreparedKernel
     optimizer: AnyOptimizer | None
     random_seed: int
+    example: Example | None = None
     num_passes: int = 0
 
     @classmethod
@@ -56,6 +59,7 @@ class Audition:
         placement: Placement,
         rates: Sequence[float],
         random_seed: int,
+        example: Example | None = None,
     ) -> Audition:
         """Set up the audition of ``kernel``; the run's optimizer is only read.
 
@@ -67,12 +71,18 @@ class Audition:
                 whose class and settings the audition's takes.
             rates: Learning rate of the audition for each group of the run's optimizer.
             random_seed: Starts the random state of every shadow pass.
+            example: A call of the layer as it was recorded.
         """
         places, _ = placement.places(layer, seed_idx, kernel.module)
         run = placement.optimizer
         own = audition_optimizer(run, places, rates=rates) if places else None
         return cls(
-            layer=layer, seed_idx=seed_idx, kernel=kernel, optimizer=own, random_seed=random_seed
+            layer=layer,
+            seed_idx=seed_idx,
+            kernel=kernel,
+            optimizer=own,
+            random_seed=random_seed,
+            example=example,
         )
 
     def shadow_update(self, model: nn.Module, batch: Batch, compute_loss: LossFunction) -> None:

@@ -87,7 +87,7 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
     blueprints: dict[tuple[str, str], BlueprintIR] = {}
     for name, seen in observations.items():
         if not seen.inputs:
-            reason = "nothing was recorded: the layer was not called in a training step"
+            reason = f"nothing was recorded: {seen.silence}"
             refused.append(RefusedCandidate(site=name, blueprint="", reason=reason))
             continue
         for blueprint in _offered(run, name, seen):
@@ -165,7 +165,10 @@ def germinate_choice(
         msg = f"{choice.site!r} has no seed that is free; wrap with a larger num_seeds"
         raise GrowthError(msg)
     if not observations[choice.site].inputs:
-        run.journal.note(f"{choice.site} was not called in a training step: nothing germinated")
+        silence = observations[choice.site].silence
+        run.journal.note(
+            f"nothing germinated at {choice.site}, where nothing was recorded: {silence}"
+        )
         return None
     blueprint = _named(run, layer, choice, observations[choice.site])
     candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
@@ -211,7 +214,7 @@ def germinate(
     return Contender(
         graft=graft,
         blueprint=blueprint,
-        audition=_audition(run, layer, seed_idx, kernel),
+        audition=_audition(run, layer, seed_idx, kernel, seen),
         null=_null_audition(run, layer, seed_idx, seen),
     )
 
@@ -230,7 +233,11 @@ def _fetched(
 
 
 def _audition(
-    run: GrowthRun, layer: KasminaLayer, seed_idx: int, kernel: PreparedKernel
+    run: GrowthRun,
+    layer: KasminaLayer,
+    seed_idx: int,
+    kernel: PreparedKernel,
+    seen: SiteObservation,
 ) -> Audition:
     rates = [
         rate_for_new(group, lr_new=run.settings.lr_new, peak=peak)
@@ -244,6 +251,7 @@ def _audition(
         placement=run.placement(),
         rates=rates,
         random_seed=random_seed,
+        example=seen.example,
     )
 
 
@@ -254,7 +262,7 @@ def _null_audition(
     if run.settings.verify != "fork":
         return None
     null = prepare_kernel(layer, own_shape_zeroed(_described(run, layer, seen)))
-    return _audition(run, layer, seed_idx, null)
+    return _audition(run, layer, seed_idx, null, seen)
 
 
 def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esper.continuity.optimizer import append_parameters, remove_parameters
+from esper.seeds.shadow import seen_example
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +61,9 @@ def graft_kernel(
         placement: Of that model and what trains it, as they are before the graft.
         peaks: Highest rate that each of its groups has had.
     """
-    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0)
+    seen = seen_example(layer, audition.kernel)  # none where the owner's own loss runs compiled
+    example = audition.example if seen is None else None
+    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0, example=example)
     places, _ = placement.places(layer, audition.seed_idx, audition.kernel.module)
     parameters = tuple(place.parameter for place in places)
     if parameters:

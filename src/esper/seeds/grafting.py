@@ -220,7 +220,6 @@ def _install(
 ) -> None:
     kernel = request.kernel
     _check_weight(layer, seed_idx, kernel, alpha)
-    forget_waiting(layer, seed_idx)  # what was asked for before this
     layout = record_of(layer).layout
     forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())

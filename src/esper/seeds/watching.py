@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from esper.forward.finiteness import in_transform
@@ -23,6 +24,7 @@ from esper.state.waiting import Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     Finish = Callable[[nn.Module], None]
 
@@ -85,20 +87,26 @@ def _holders(layer: nn.Module) -> list[nn.Module]:
 
 def _put_hooks(module: nn.Module, hook: _AroundCall, note: Note) -> None:
     note.handles.append(module.register_forward_pre_hook(hook))
-    note.handles.append(module.register_forward_hook(hook))
+    note.handles.append(module.register_forward_hook(_AfterCall(hook)))
 
 
 class _AroundCall:
-    """Both hooks of a module that holds a waiting layer. In a copy they take themselves away."""
+    """The hook before a module that holds a waiting layer. In a copy it takes itself away."""
 
     def __init__(self, layer: nn.Module, finish: Finish) -> None:
         self._layer = weakref.ref(layer)
         self._finish = finish
 
-    def __call__(self, module: nn.Module, *_: object) -> None:
-        """Finish the graft if the layer was called, and this is the outermost forward."""
-        if torch.compiler.is_compiling():
-            return
+    def __call__(self, module: nn.Module, _args: object) -> None:
+        """Finish the graft if the layer was called before, and this is the outermost forward.
+
+        Inside a checkpoint, too: what runs now and what the backward runs again are alike.
+        """
+        if not torch.compiler.is_compiling():
+            self.look(module)
+
+    def look(self, module: nn.Module) -> None:
+        """Finish the graft if nobody is at work who could notice."""
         layer = self._layer()
         note = None if layer is None else record_of(layer).note
         if layer is None or note is None or note.call is None or not is_between_calls():
@@ -106,14 +114,30 @@ class _AroundCall:
         outermost = _outermost()
         if outermost is not None and outermost is not module:
             self._follow(outermost, layer, note)
-        elif not (note.num_to_recompute or _is_saved_by_others()):
-            self._finish(layer)
+        elif not note.num_to_recompute:
+            with _unnoticed_saving():
+                self._finish(layer)
 
     def _follow(self, outermost: nn.Module, layer: nn.Module, note: Note) -> None:
         """Wait at the outermost module too, if that has come to hold the layer since."""
-        hooks = outermost._forward_hooks.values()  # noqa: SLF001 - there is no public look
+        hooks = outermost._forward_pre_hooks.values()  # noqa: SLF001 - there is no public look
         if not any(isinstance(h, _AroundCall) and h._layer() is layer for h in hooks):  # noqa: SLF001 - its own class
             _put_hooks(outermost, self, note)
+
+    def __reduce__(self) -> tuple[type[LeftBehind], tuple[()]]:
+        return LeftBehind, ()
+
+
+class _AfterCall:
+    """The hook behind a module that holds a waiting layer. In a copy it takes itself away."""
+
+    def __init__(self, around: _AroundCall) -> None:
+        self.around = around
+
+    def __call__(self, module: nn.Module, _args: object, _output: object) -> None:
+        """Finish the graft where no backward will run this forward again."""
+        if not torch.compiler.is_compiling() and not _is_checkpointed():
+            self.around.look(module)
 
     def __reduce__(self) -> tuple[type[LeftBehind], tuple[()]]:
         return LeftBehind, ()
@@ -141,7 +165,17 @@ def _outermost() -> nn.Module | None:
     return next(reversed([m for m in calls if isinstance(m, nn.Module)]), None)
 
 
-def _is_saved_by_others() -> bool:
-    """Return whether somebody saves tensors on terms of their own, or will run this part again."""
+def _is_checkpointed() -> bool:
+    return any(frame.f_code.co_filename == CHECKPOINT_FILE for frame in frames())
+
+
+def _unnoticed_saving() -> AbstractContextManager[object]:
+    """Save what a probe saves as usual, whatever hooks somebody has on saved tensors here."""
     hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001, FBT003 - no public one
-    return hooks is not None or any(f.f_code.co_filename == CHECKPOINT_FILE for f in frames())
+    if hooks is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
