@@ -474,6 +474,24 @@ def test_an_index_out_of_range_is_refused(kind, seed_idx):
         layer.graft(seed_idx, kind.make_kernel(), example=kind.make_input())
 
 
+@pytest.mark.parametrize(
+    ("alpha", "error"),
+    [(1.5, ValueError), (-0.1, ValueError), (float("nan"), ValueError), ("x", TypeError)],
+)
+def test_an_alpha_is_a_number_from_zero_to_one(kind, alpha, error):
+    """Refused by name, at the graft and later, and nothing has changed."""
+    _, layer = bare_and_wrapped(kind)
+    x = kind.make_input()
+    layer.graft(0, kind.make_kernel(), example=x, alpha=0.5)
+    for change in (
+        lambda: layer.graft(1, kind.make_kernel(), example=x, alpha=alpha),
+        lambda: layer.set_alpha(0, alpha),
+    ):
+        with pytest.raises(error, match=r"alpha must be a number in \[0, 1\], got"):
+            change()
+    assert [layer.alpha(i) for i in (0, 1)] == [0.5, 0.0]
+
+
 def test_replacing_alphas_sum_to_one_at_most(kind):
     """An alpha that would let replacing seeds weigh more than 1 is refused, and changes nothing."""
     _, layer = bare_and_wrapped(kind)

@@ -46,6 +46,16 @@ def test_other_addresses_are_refused(address, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", [3, None, b"memory:"])
+def test_an_address_of_another_type_is_refused(address, tmp_path, monkeypatch):
+    """What is no address is not made into the name of a directory."""
+    monkeypatch.chdir(tmp_path)
+    for opener in (registry.open, registry.open_registry):
+        with pytest.raises(TypeError, match="the address of a registry is a str or a Path; got"):
+            opener(address)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path):
     """Where the disk does not do its part, the error says so and names the place."""
     (tmp_path / "file").write_text("in the way")

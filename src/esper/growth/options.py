@@ -107,7 +107,8 @@ def _check_part(name: str, part: object) -> None:
         raise TypeError(msg)
     missing = [method for method in methods if not hasattr(part, method)]
     if missing:
-        msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none"
+        cure = "; esper.registry.open(address) opens one" if name == "registry" else ""
+        msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none{cure}"
         raise TypeError(msg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -25,17 +26,18 @@ def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it
 
     Raises:
         KernelSourceUnavailable: The directory cannot be made, read or written.
+        TypeError: The address is neither text nor a path.
         ValueError: The address is of another kind, or the directory of a newer Esper.
     """
-    address = str(url)
+    address = _checked(url)
     if address == "memory:":
         return MemoryRegistry()
     if address.startswith("file:"):
         return DirectoryRegistry(_path_of(address))
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
         msg = (
-            f"{address!r} is no registry: expected memory:, a directory, or file:///path; to fetch "
-            "kernels from http(s)://host, use open_registry"
+            f"{address!r} is no registry: expected memory:, a directory, or file:///path; kernels "
+            "are only fetched from http:// and https://, by open_registry"
         )
         raise ValueError(msg)
     return DirectoryRegistry(address)
@@ -50,13 +52,21 @@ def open_registry(url: str | Path) -> KernelSource:
 
     Raises:
         KernelSourceUnavailable: The directory cannot be made, read or written.
+        TypeError: The address is neither text nor a path.
         ValueError: The address is of another kind, or the directory of a newer Esper.
     """
-    if re.match(r"https?://", str(url), re.IGNORECASE):
+    if re.match(r"https?://", _checked(url), re.IGNORECASE):
         from esper.registry.http import HttpKernelSource  # an HTTP client comes with it: late
 
         return HttpKernelSource(str(url))
     return open(url)
+
+
+def _checked(url: object) -> str:
+    if not isinstance(url, (str, PurePath)):
+        msg = f"the address of a registry is a str or a Path; got {url!r} (a {type(url).__name__})"
+        raise TypeError(msg)
+    return str(url)
 
 
 def _path_of(address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from numbers import Real
 from typing import TYPE_CHECKING, Final
 
 from torch import Tensor, nn
@@ -68,11 +69,19 @@ def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: Guard) -
     if record.layout.state(seed_idx) == _S.FOSSILIZED:
         msg = f"seed {seed_idx} of layer {record.name!r} is a fossil; graft into another seed"
         raise SeedLifecycleError(msg)
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        msg = f"alpha must be None or in [0, 1], got {alpha}"
-        raise ValueError(msg)
+    if alpha is not None:
+        _check_alpha(alpha)
     check_guard(layer, guard)
     _check_is_called(layer)
+
+
+def _check_alpha(alpha: object) -> None:
+    if not isinstance(alpha, Real):
+        msg = f"alpha must be a number in [0, 1], got {alpha!r} (a {type(alpha).__name__})"
+        raise TypeError(msg)
+    if not 0.0 <= float(alpha) <= 1.0:
+        msg = f"alpha must be a number in [0, 1], got {alpha}"
+        raise ValueError(msg)
 
 
 def _check_is_called(layer: nn.Module) -> None:
@@ -149,6 +158,7 @@ def _install(
     kernel = request.kernel
     _check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
+    forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
     if layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         layout.transition_seed_state(seed_idx, _S.LOADING)
@@ -230,7 +240,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
     if layout.state(seed_idx) == _S.DORMANT:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
-    record_of(layer).load_tickets[seed_idx] += 1
+    record_of(layer).loads[seed_idx].give_up()
     forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True
@@ -239,9 +249,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
 def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     """Set the alpha of an ACTIVE seed; see ``KasminaLayer.set_alpha``."""
     seed = active_seed(layer, seed_idx)
-    if not 0.0 <= alpha <= 1.0:
-        msg = f"alpha must be in [0, 1], got {alpha}"
-        raise ValueError(msg)
+    _check_alpha(alpha)
     _check_weight(layer, seed_idx, seed.kernel, alpha)
     layout = record_of(layer).layout
     before = layout.alpha(seed_idx)
