@@ -14,6 +14,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.forward.host_view import has_foreign_forward
 from esper.resilience.attempt import Failed, attempt
+from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from esper.state.waiting import GraftOptions
 
 _S: Final = SeedLifecycleState
-_ALPHA_ROUNDING: Final = 2.0**-23
+ALPHA_ROUNDING: Final = 2.0**-23
 """Alphas are float32: 0.6 and 0.4, which sum to 1, are stored as a little more."""
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
+    refuse_shared_modules(layer, kernel)
     prepared = prepare_kernel(
         layer, kernel, mode=options.get("mode"), position=options.get("position")
     )
@@ -127,7 +129,7 @@ def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha
         for i, seed in record.seeds.items()
         if i != seed_idx and seed.replaces and record.layout.contributes(i)
     )
-    if kernel.mode == "replace" and others + alpha > 1.0 + _ALPHA_ROUNDING:
+    if kernel.mode == "replace" and others + alpha > 1.0 + ALPHA_ROUNDING:
         msg = (
             f"replacing seeds of layer {record.name!r} would have alphas that sum to "
             f"{others + alpha}; at most 1 is possible (the others have {others})"

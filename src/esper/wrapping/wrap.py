@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.state.layer_record import RECORD
+from esper.state.layer_record import RECORD, record_of
 from esper.wrapping.select import Select, SkippedModule, choose, host_modules
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def wrap(
     except BaseException:
         _put_back(selection.taken)
         raise
+    for module in selection.taken.values():
+        record_of(module).model = weakref.ref(model)
     return model
 
 
