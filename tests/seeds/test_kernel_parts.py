@@ -98,12 +98,15 @@ def test_the_refusal_says_which_module_it_is():
 
 
 def test_a_layer_of_its_own_part_is_refused_where_the_model_is_unknown():
-    """Unpickled, a layer still knows itself, what is inside it, and what is wrapped."""
+    """Unpickled, a layer still knows itself and what is inside it; the rest where it is listed."""
     model = esper.wrap(nn.Sequential(nn.Linear(6, 6), Block()), select=["0", "1"])
     model = pickle.loads(pickle.dumps(model))
-    for kernel in (model[1], Holds(model[1]), model[1].fc, model[0]):
+    for kernel in (model[1], Holds(model[1]), model[1].fc):
         with pytest.raises(ValueError, match="cannot be a kernel"):
             model[1].graft(0, kernel, example=torch.randn(2, 6))
+    esper.layers(model)
+    with pytest.raises(ValueError, match="it is '0' of the same model"):
+        model[1].graft(0, model[0], example=torch.randn(2, 6))
     assert model[1].structure() == []
 
 

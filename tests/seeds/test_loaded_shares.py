@@ -151,3 +151,43 @@ def test_adding_kernels_may_sum_to_any():
         target[0].graft(seed, mlp_blueprint(), alpha=0.9, example=torch.randn(2, 6))
     other.load_state_dict(model.state_dict(), strict=False)
     assert [other[0].alpha(i) for i in (0, 1)] == [pytest.approx(0.9)] * 2
+
+
+class Fails(nn.Module):
+    """A kernel that raises while it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+        self.is_broken = False
+
+    def forward(self, x):
+        if self.is_broken:
+            raise RuntimeError("broken")
+        return torch.tanh(self.up(x))
+
+
+@pytest.mark.parametrize("alpha", [0.7, 0.3])
+def test_an_isolated_kernel_comes_back_only_where_there_is_room(alpha):
+    """What was grafted meanwhile keeps its share; the kernel that waits is told why it does."""
+    torch.manual_seed(0)
+    model, x, kernel = esper.wrap(nn.Sequential(nn.Linear(6, 6))), torch.randn(3, 6), Fails()
+    layer = model[0]
+    layer.graft(0, kernel, alpha=0.7, mode="replace", example=x)
+    kernel.is_broken = True
+    while layer.state_layout.state(0) == SeedLifecycleState.ACTIVE:
+        model(x)
+        esper.maintain(model)
+    kernel.is_broken = False
+    layer.graft(1, Fails(), alpha=alpha, mode="replace", example=x)
+    for _ in range(200):
+        esper.maintain(model)
+    came_back = layer.state_layout.state(0) == SeedLifecycleState.ACTIVE
+    assert came_back == (alpha == 0.3)
+    assert layer.state_layout.contributes(1)
+    shares = [layer.alpha(i) for i in (0, 1) if layer.state_layout.contributes(i)]
+    assert sum(shares) <= 1.0 + 1e-6
+    h = layer.default_layer(x)
+    kernels = [layer.seed_kernel(i) for i in (0, 1) if layer.state_layout.contributes(i)]
+    expected = (1 - sum(shares)) * h + sum(a * k(x) for a, k in zip(shares, kernels, strict=True))
+    torch.testing.assert_close(layer(x), expected)

@@ -46,7 +46,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     prepared = prepare_kernel(
         layer, kernel, mode=options.get("mode"), position=options.get("position")
     )
-    _check_weight(layer, seed_idx, prepared, alpha or 0.0)
+    check_weight(layer, seed_idx, prepared, alpha or 0.0)
     request = GraftRequest(
         kernel=prepared,
         alpha=alpha,
@@ -122,7 +122,12 @@ def check_guard(layer: nn.Module, guard: Guard) -> None:
         raise ValueError(msg)
 
 
-def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+def check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+    """Refuse a replacing alpha for which the layer's other seeds leave no room.
+
+    Raises:
+        ValueError: As said.
+    """
     record = record_of(layer)
     others = sum(
         record.layout.alpha(i)
@@ -158,7 +163,7 @@ def _install(
     layer: nn.Module, seed_idx: int, request: GraftRequest, alpha: float, example: LayerCall
 ) -> None:
     kernel = request.kernel
-    _check_weight(layer, seed_idx, kernel, alpha)
+    check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
     forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
@@ -252,7 +257,7 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     """Set the alpha of an ACTIVE seed; see ``KasminaLayer.set_alpha``."""
     seed = active_seed(layer, seed_idx)
     _check_alpha(alpha)
-    _check_weight(layer, seed_idx, seed.kernel, alpha)
+    check_weight(layer, seed_idx, seed.kernel, alpha)
     layout = record_of(layer).layout
     before = layout.alpha(seed_idx)
     after = layout.set_alpha(seed_idx, alpha)

@@ -9,7 +9,7 @@ from torch import nn
 from esper.compiler.lowering import LoweredKernel
 from esper.state.host_parts import host_modules
 from esper.state.kernel import PreparedKernel
-from esper.state.layer_record import RECORD, record_of
+from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ def refuse_shared_modules(layer: nn.Module, kernel: object) -> None:
     one of its names only, and one that holds its own layer would never end.
 
     Raises:
-        ValueError: One is, or is wrapped; nothing has changed.
+        ValueError: One is; nothing has changed.
     """
     kernel = kernel.module if isinstance(kernel, PreparedKernel) else kernel
     if not isinstance(kernel, nn.Module) or isinstance(kernel, LoweredKernel):
@@ -31,9 +31,9 @@ def refuse_shared_modules(layer: nn.Module, kernel: object) -> None:
     if what is not None:
         msg = (
             f"a {type(kernel).__name__} cannot be a kernel at layer {record_of(layer).name!r}: "
-            f"{what}. The modules of a kernel are its own: graft copy.deepcopy of it (a copy that "
-            f"holds wrapped layers through esper.restore), or a fresh one; to share weights, tie "
-            f"its parameters"
+            f"{what}. The modules of a kernel are its own: graft copy.deepcopy of it (through "
+            f"esper.restore where it is wrapped), or a fresh one; to share weights, tie its "
+            f"parameters"
         )
         raise ValueError(msg)
 
@@ -52,5 +52,3 @@ def _shared(layer: nn.Module, kernel: nn.Module) -> Iterator[str]:
             yield f"{verb} the whole model"
         elif id(part) in taken:
             yield f"{verb} {names.get(id(part), 'a part of the layer')!r} of the same model"
-        elif RECORD in part.__dict__:
-            yield f"{verb} the wrapped layer {record_of(part).name!r}"

@@ -74,8 +74,7 @@ def wrap(
     except BaseException:
         _put_back(selection.taken)
         raise
-    for module in selection.taken.values():
-        record_of(module).model = weakref.ref(model)
+    layers(model)
     return model
 
 
@@ -84,7 +83,11 @@ def layers(model: nn.Module) -> dict[str, KasminaLayer]:
 
     A layer that is there under two names has the first. Empty if nothing is wrapped.
     """
-    return {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+    found = {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+    for record in map(record_of, found.values()):
+        if record.find_model() is None:  # fresh, or unpickled
+            record.model = weakref.ref(model)
+    return found
 
 
 def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:
