@@ -1,5 +1,6 @@
 """What stands in a host's place after unwrap answers as the host."""
 
+import abc
 import copy
 import io
 import os
@@ -362,6 +363,66 @@ def test_a_plain_model_that_asks_is_compiled_and_exported():
     torch.testing.assert_close(fx.symbolic_trace(plain)(x), expected)
     file = io.BytesIO()
     torch.export.save(torch.export.export(plain, (x,)), file)
+
+
+class Mixin:
+    tag = "mixed"
+
+    def describe(self):
+        return f"{self.tag} {self.size}"
+
+
+class Abstract(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def width(self):
+        """Return a number."""
+
+
+class Peculiar(Mixin, Abstract):
+    """A host that does all that a class of a module may do."""
+
+    size = 3
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+
+    def __getattr__(self, name):
+        return 42 if name == "magic" else super().__getattr__(name)
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+    def width(self):
+        return self.fc.out_features
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.fc.eval()
+        return self
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+
+def test_a_peculiar_host_is_answered_for():
+    """Mixins, abstract bases, attributes made up, calls and modes of one's own."""
+    torch.manual_seed(0)
+    model, x = esper.wrap(nn.ModuleDict({"site": Peculiar()}), select="site"), torch.randn(3, 4)
+    model["site"].graft(0, bend(), alpha=0.5, example=x)
+    expected = model["site"](x)
+    site = esper.unwrap(model)["site"]
+    for each in (site, copy.deepcopy(site), copy.copy(site), pickle.loads(pickle.dumps(site))):
+        assert isinstance(each, Peculiar)
+        assert (each.describe(), each.magic, each.width(), each.scale.item()) == (
+            "mixed 3",
+            42,
+            4,
+            2,
+        )
+        assert not each.train().fc.training
+        torch.testing.assert_close(each(x), expected)
 
 
 def test_hooks_still_see_what_the_owner_sees():

@@ -18,6 +18,7 @@ from esper.forward.host_output import blendable
 from esper.forward.host_view import has_foreign_forward, host_forward
 from esper.forward.written_alphas import ALPHA_ROUNDING, take_written_alphas
 from esper.resilience.attempt import Failed, attempt
+from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example, shadow_pass
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
@@ -49,6 +50,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
     example = options.get("example")
+    refuse_shared_modules(layer, kernel)
     prepared = prepare_kernel(
         layer,
         kernel,
@@ -56,7 +58,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
         position=options.get("position"),
         example=None if example is None else LayerCall.of(example).floating,
     )
-    _check_weight(layer, seed_idx, prepared, alpha or 0.0)
+    check_weight(layer, seed_idx, prepared, alpha or 0.0)
     request = GraftRequest(
         kernel=prepared,
         alpha=alpha,
@@ -132,7 +134,12 @@ def check_guard(layer: nn.Module, guard: Guard) -> None:
         raise ValueError(msg)
 
 
-def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+def check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+    """Refuse a replacing alpha for which the layer's other seeds leave no room.
+
+    Raises:
+        ValueError: As said.
+    """
     take_written_alphas(layer)
     record = record_of(layer)
     others = sum(
@@ -219,7 +226,7 @@ def _install(
     layer: nn.Module, seed_idx: int, request: GraftRequest, alpha: float, example: LayerCall
 ) -> None:
     kernel = request.kernel
-    _check_weight(layer, seed_idx, kernel, alpha)
+    check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
     forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
@@ -335,7 +342,7 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     """Set the alpha of an ACTIVE seed; see ``KasminaLayer.set_alpha``."""
     seed = active_seed(layer, seed_idx)
     _check_alpha(alpha)
-    _check_weight(layer, seed_idx, seed.kernel, alpha)
+    check_weight(layer, seed_idx, seed.kernel, alpha)
     layout = record_of(layer).layout
     before = layout.alpha(seed_idx)
     after = layout.set_alpha(seed_idx, alpha)

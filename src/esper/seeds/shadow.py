@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from esper.forward.class_change import choose_forward
 from esper.forward.recompilation import put_back_compiled, set_aside_compiled
+from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.slots import make_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import no_hook
@@ -164,8 +165,10 @@ def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float
     the same seed makes room meanwhile. Several layers may be in shadow at once.
 
     Raises:
-        ValueError: ``seed_idx`` or ``alpha`` is out of range, or the seed is in shadow already.
+        ValueError: ``seed_idx`` or ``alpha`` is out of range, the seed is in shadow already, or the
+            kernel is, or holds, a module of the model.
     """
+    refuse_shared_modules(layer, kernel)
     record = record_of(layer)
     record.layout.check_index(seed_idx)
     if not 0.0 < alpha <= 1.0:

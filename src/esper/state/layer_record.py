@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final, TypeVar
+
+from torch import nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.state.load_order import LoadOrder
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from torch import nn
 
     from esper.contracts.ports import KernelSource
     from esper.state.seed_slot import Seed, SeedSlot
@@ -74,6 +76,7 @@ class LayerRecord:
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
+        model: The model that was wrapped, weakly; a pickle does not keep it.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -112,6 +115,11 @@ class LayerRecord:
         self.is_loading = False
         self.in_shadow = False
         self.surroundings: torch.Tensor | None = None
+        self.model: weakref.ref[nn.Module] | None = None
+
+    def find_model(self) -> nn.Module | None:
+        """Return the model that was wrapped, where it is known and still there."""
+        return None if self.model is None else self.model()
 
     @property
     def forward_count(self) -> int:
@@ -137,6 +145,8 @@ class LayerRecord:
         shared = {"source": self.source, "shared": self.shared}
         own = {k: v for k, v in self.__dict__.items() if k not in cleared and k not in shared}
         copied.__setstate__(copy.deepcopy(own, memo) | shared | cleared)
+        model = memo.get(id(self.find_model()))  # there, if it is all copied
+        copied.model = weakref.ref(model) if isinstance(model, nn.Module) else None
         return copied
 
     def __getstate__(self) -> dict[str, object]:
@@ -166,6 +176,7 @@ class LayerRecord:
             "loads": defaultdict(LoadOrder),
             "is_loading": False,
             "in_shadow": False,
+            "model": None,
         }
 
 

@@ -191,7 +191,7 @@ def standing_in(site: fx.GraphModule, host: nn.Module) -> fx.GraphModule:
         A graph module of a class of its own, made of torch alone; see ``stand_in``.
     """
     given = {"__name__": "grafts", "SOURCE": _STAND_IN}
-    made: fx.GraphModule = _method_from_src("grafted", _STAND_IN, given)(site, host)
+    made: fx.GraphModule = _method_from_src("GRAFTED", _STAND_IN, given)(site, host)
     return made
 
 
