@@ -11,7 +11,7 @@ import torch
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.growth.batch import num_samples
-from esper.growth.measurement import Measurement, parse_measurement
+from esper.growth.measurement import Measurement, mean_of, parse_measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +86,11 @@ def averaged(evaluations: Sequence[Measurement]) -> Measurement:
     """
     arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
     whole = len(arrays) == len(evaluations)
+    with np.errstate(invalid="ignore", over="ignore"):  # a gate refuses what is not finite
+        per_sample = np.mean(arrays, axis=0) if whole else None
     return Measurement(
-        loss=float(np.mean([e.loss for e in evaluations])),
-        per_sample=np.mean(arrays, axis=0) if whole else None,
+        loss=mean_of([e.loss for e in evaluations]),
+        per_sample=per_sample,
         metrics=evaluations[-1].metrics,
     )
 

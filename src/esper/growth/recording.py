@@ -51,7 +51,9 @@ class SiteObservation:
     @property
     def example(self) -> LayerCall | Tensor:
         """A call of the layer, to probe kernels with; at least one step has been recorded."""
-        return self.inputs[0] if self.call is None else self.call
+        if self.call is not None:
+            return self.call
+        return next((x for x, _, _ in finite_steps(self)), self.inputs[0])
 
     @property
     def num_samples(self) -> int:

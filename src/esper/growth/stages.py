@@ -8,6 +8,7 @@ takes away everything that the stage put anywhere.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -211,7 +212,8 @@ class Auditioning:
         run = self._run
         after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))
         level = test_level(run.num_auditions) / len(self._contenders)
-        min_effect = run.settings.min_effect * abs(before.loss)
+        known = math.isfinite(before.loss)  # where it is not, the gate refuses the samples
+        min_effect = run.settings.min_effect * abs(before.loss) if known else 0.0
         return judge(before, after, level=level, min_effect=min_effect)
 
     def _over_latency(self, best: Contender, batches: list[Batch]) -> str | None:

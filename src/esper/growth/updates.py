@@ -57,6 +57,11 @@ class UpdateWatcher:
         self.updates = self._counter.count
         return self._batches_of_update()
 
+    @property
+    def num_steps_of_optimizer(self) -> int:
+        """Updates that the optimizer made, whether :meth:`step` was called after them or not."""
+        return self._counter.count
+
     def peak_of(self, layer: nn.Module) -> float:
         """Return the highest rate that the param group of a layer has had."""
         group = host_group(self._optimizer, host_parameters(layer))
