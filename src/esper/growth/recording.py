@@ -35,8 +35,9 @@ class SiteObservation:
         layer: The layer itself, as it is now.
         inputs: Per recorded step, samples of the layer's input, on its device.
         outputs: The same samples of its output.
-        gradients: The same samples of the gradient of the loss at the output, times the number
-            of samples in the step's batch: of each sample's own loss, where the loss is a mean.
+        gradients: The same samples of the gradient of the loss at the output, float32 at least,
+            times the number of samples in the update that the step was part of, and without the
+            scale of mixed precision: of each sample's own loss, where the update's is a mean.
         call: The first recorded call with all of its samples, where it had more than one
             argument; else None.
     """
@@ -99,6 +100,8 @@ class Recorder:
         self._max_elements = max_elements
         self.records_shadow_passes = records_shadow_passes
         self._capacity = dict.fromkeys(layers, max_samples)
+        self._num_backwards = dict.fromkeys(layers, 0)
+        self._num_settled = dict.fromkeys(layers, 0)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
             layer.register_forward_hook(
@@ -117,6 +120,32 @@ class Recorder:
     def done(self) -> bool:
         """Whether every site has all the samples that it may keep."""
         return all(self._room(o) < 1 for o in self.observations.values())
+
+    def end_update(
+        self, *, num_batches: int = 1, loss_scale: float = 1.0, share_kept: float = 1.0
+    ) -> None:
+        """Bring what was recorded since the last update to the units of that update's loss.
+
+        Micro-batches are backwards of their own, each of a part of the update's loss. Their number
+        is that of the backwards through the site that had fewest: a layer that is called twice
+        in a forward has twice as many.
+
+        Args:
+            num_batches: Calls of the owner's step that the update was made of, at least 0.
+            loss_scale: By what the losses were multiplied, above 0.
+            share_kept: Share of the backwards, the last ones, that went into the update, in (0, 1].
+        """
+        fewest = min((n for n in self._num_backwards.values() if n), default=0)
+        num_passes = max(1, num_batches, round(fewest * share_kept))
+        for name, seen in self.observations.items():
+            start = self._num_settled[name]
+            num_thrown = round((len(seen.gradients) - start) * (1.0 - share_kept))
+            for values in (seen.inputs, seen.outputs, seen.gradients):
+                del values[start : start + num_thrown]
+            for i in range(start, len(seen.gradients)):
+                seen.gradients[i] = seen.gradients[i] * (num_passes / loss_scale)
+            self._num_settled[name] = len(seen.gradients)
+        self._num_backwards = dict.fromkeys(self._num_backwards, 0)
 
     def close(self) -> None:
         """Remove every hook; the observations stay."""
@@ -148,17 +177,22 @@ class Recorder:
         kept_x, kept_h = (_kept(value, index, dtype) for value in (x, h))
 
         def after_backward(gradient: Tensor) -> None:
+            self._num_backwards[observation.site] += 1
             if self._handles and self._room(observation) >= num_kept:
                 observation.inputs.append(kept_x)
                 observation.outputs.append(kept_h)
                 gradient = gradient.detach().movedim(batch_axis, 0)
-                scaled = gradient.index_select(0, index) * len(gradient)
-                observation.gradients.append(scaled)
+                observation.gradients.append(_wide(gradient.index_select(0, index)) * len(gradient))
 
         hooked.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
 
     def _room(self, observation: SiteObservation) -> int:
         return self._capacity[observation.site] - observation.num_samples
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """Return a gradient in float32 at least: a product of half precision overflows."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _kept(value: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,6 +265,7 @@ def record_beside(
     parameters = [p for p in model.parameters() if p.requires_grad]
     with shadow_pass(model), torch.enable_grad():
         torch.autograd.grad(compute_loss(model, batch), parameters, allow_unused=True)
+    recorder.end_update()
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -83,6 +83,7 @@ class Recording:
             records_shadow_passes=True,
         )
         self._updates_left = run.settings.record_updates if choice is None else 1
+        run.watcher.reads_scale = True
 
     @property
     def needs_batches(self) -> bool:
@@ -97,10 +98,16 @@ class Recording:
     def advance(self, batches: list[Batch]) -> Stage | None:
         """Count one recorded update; after the last, rank and germinate."""
         self._updates_left -= 1
+        watcher = self._run.watcher
+        self._recorder.end_update(
+            num_batches=len(batches),
+            loss_scale=watcher.loss_scale,
+            share_kept=watcher.share_kept,
+        )
         self._make_up_for_compiled_steps(batches)
         if self._updates_left > 0 and not self._recorder.done:
             return self
-        self._recorder.close()
+        self.close("recorded")
         observations = self._recorder.observations
         if self._choice is not None:
             self._run.policy.germinated(self._run.updates, self._choice)
@@ -122,6 +129,7 @@ class Recording:
     def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
         """Remove the hooks."""
         self._recorder.close()
+        self._run.watcher.reads_scale = False
 
     def _make_up_for_compiled_steps(self, batches: list[Batch]) -> None:
         """Record a pass of its own where the step called no hook, as compiled graphs do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from esper.continuity.loss_scale import loss_scale_of_step
 from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import UpdateCounter, peak_rate
 from esper.state.host_parts import host_parameters
@@ -24,6 +25,12 @@ class UpdateWatcher:
     Attributes:
         updates: Optimizer updates that were seen in :meth:`step`.
         rates: Learning rate of each param group at the last update; empty before the first.
+        reads_scale: Whether the scale of the loss is read at every step, for which the device is
+            waited for.
+        loss_scale: By what the loss of the last update was multiplied; 1 where nothing did, or
+            it was not read.
+        share_kept: Share of the calls of :meth:`step` since the update before that the last
+            update was made of; the others' gradients were thrown away.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -36,6 +43,8 @@ class UpdateWatcher:
         self._peaks: list[float] = []
         self.updates = 0
         self.rates: list[float] = []
+        self.reads_scale = False
+        self.loss_scale = self.share_kept = 1.0
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
         """Take note of a training step.
@@ -76,6 +85,7 @@ class UpdateWatcher:
     def _before_step(self, *_: object) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
+        self.loss_scale = loss_scale_of_step() if self.reads_scale else 1.0
         groups = self._optimizer.param_groups
         self.rates = [float(group["lr"]) for group in groups]
         before = [*self._peaks, *(peak_rate(group) for group in groups[len(self._peaks) :])]
@@ -89,4 +99,6 @@ class UpdateWatcher:
         batches, self._micro_batches = self._micro_batches, []
         usual = len(batches) if self._per_update is None else self._per_update
         self._per_update = min(usual, len(batches)) or None
-        return batches[-usual:] if usual else batches
+        kept = batches[-usual:] if usual else batches
+        self.share_kept = len(kept) / len(batches) if batches else 1.0
+        return kept
