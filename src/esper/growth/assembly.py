@@ -79,7 +79,9 @@ def begin_run(model: nn.Module, optimizer: Optimizer, options: GrowerOptions) ->
         cache=EnhancedKernelCache(source=registry),
         clock=clock,
         compute_loss=compute_loss,
-        evaluator=None if evaluate is None else Evaluator(evaluate, goal=settings.goal),
+        evaluator=None
+        if evaluate is None
+        else Evaluator(evaluate, goal=settings.goal, functions=(compute_loss,)),
         twin_update=twin_update(options.get("update"), compute_loss),
         watcher=watcher,
         factor=UpdateFactor(

@@ -71,7 +71,8 @@ def try_compute_loss(run: GrowthRun, batch: Batch) -> None:
     if compute_loss is None:
         return
     try:
-        with shadow_pass(run.model), torch.enable_grad():
+        apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
+        with apart, torch.enable_grad():
             check_loss(compute_loss(run.model, batch))
     except Exception as error:
         error.add_note("(compute_loss was tried on the first batch that grower.step was given)")

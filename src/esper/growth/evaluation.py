@@ -12,6 +12,7 @@ from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.growth.batch import num_samples
 from esper.growth.measurement import Measurement, mean_of, parse_measurement
+from esper.state.set_aside import set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,18 @@ class Evaluator:
         evaluate: Takes the model; returns a scalar, per-sample losses, a dict whose first key
             decides, or ``(losses, metrics)``.
         goal: ``"min"`` where lower is better, ``"max"`` where higher is.
+        functions: The owner's functions that train: what they keep is not the measure's to change.
     """
 
-    def __init__(self, evaluate: Callable[[nn.Module], object], *, goal: Goal = "min") -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], object],
+        *,
+        goal: Goal = "min",
+        functions: Sequence[object] = (),
+    ) -> None:
         self._evaluate = evaluate
+        self._functions = functions
         self._goal = goal
         self._repeats = False
         self.samples_seen = 0
@@ -50,7 +59,8 @@ class Evaluator:
         return self._read(model)
 
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
-        with measuring(model), _counting(model) as counted:
+        apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
+        with apart, _counting(model) as counted:
             if random_seed is not None:
                 torch.manual_seed(random_seed)
             result = parse_measurement(self._evaluate(model), goal=self._goal)
@@ -96,18 +106,27 @@ def averaged(evaluations: Sequence[Measurement]) -> Measurement:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode under ``no_grad``; put modes and random state back."""
-    modes = [(module, module.training) for module in model.modules()]
+def measuring(
+    model: nn.Module, *, measures: Sequence[object] = (), functions: Sequence[object] = ()
+) -> Iterator[None]:
+    """Hold the model in evaluation mode under ``no_grad``, and leave no trace in it.
+
+    Modes, buffers, whatever else modules keep and the random state are put back; of the measures,
+    their random generators.
+
+    Args:
+        model: The model.
+        measures: Functions of the owner's that read it; what they keep is the owner's.
+        functions: Functions of the owner's that train it; what they keep is put back.
+    """
     state = random_state(model)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        set_random_state(state)
+    with set_aside(model, functions=functions, draws=measures, with_buffers=True):
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            set_random_state(state)
 
 
 @contextmanager

@@ -263,7 +263,8 @@ def record_beside(
     """
     assert recorder.records_shadow_passes
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with shadow_pass(model), torch.enable_grad():
+    apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
+    with apart, torch.enable_grad():
         torch.autograd.grad(compute_loss(model, batch), parameters, allow_unused=True)
     recorder.end_update()
 
