@@ -125,7 +125,8 @@ def test_poisoned_run_goes_back_to_the_admission():
     assert str(status) == "0.0 blending"
     with torch.no_grad():
         model[4].weight.fill_(float("nan"))
-    train(model, optimizer, 10, grower, random_seed=1)
+    with pytest.warns(UserWarning, match="loss was nan at update"):
+        train(model, optimizer, 10, grower, random_seed=1)
     graft = grower.report().grafts[0]
     assert graft.verdict == "culled after admission"
     assert 0 < graft.updates_lost <= 40
@@ -140,13 +141,16 @@ def test_poisoned_run_goes_back_to_the_admission():
         (lambda m: evaluate(m)[:199], "199 samples, at least 200"),
     ],
 )
-def test_measure_that_cannot_tell_gain_from_luck_only_advises(measure, words):
-    """Nothing is even auditioned on it, and the owner is told why."""
+def test_measure_that_cannot_tell_gain_from_luck_costs_nothing(measure, words):
+    """Nothing is ranked or auditioned on it, and the owner is told why at the first update."""
     model, optimizer = wrapped()
     grower = growing(model, optimizer, evaluate=measure, policy=EveryN(5))
+    with pytest.warns(UserWarning, match=words):
+        train(model, optimizer, 1, grower)
     train(model, optimizer, 60, grower)
     report = grower.report()
     assert not report.grafts
+    assert not report.work["ranking"]
     assert any(words in note for note in report.notes)
 
 
@@ -167,7 +171,8 @@ def test_without_compute_loss_it_only_advises():
             events.append(event)
 
     model, optimizer = wrapped()
-    grower = growing(model, optimizer, compute_loss=None, policy=EveryN(5), sink=Sink())
+    with pytest.warns(UserWarning, match="without compute_loss="):
+        grower = growing(model, optimizer, compute_loss=None, policy=EveryN(5), sink=Sink())
     train(model, optimizer, 40, grower)
     assert not grower.report().grafts
     assert [e.kind for e in events].count("ranked") == 1
@@ -407,7 +412,8 @@ def test_overhead_bounds_the_auditions():
 def test_advice_needs_no_batch():
     """Without compute_loss the batch is not asked for either."""
     model, optimizer = wrapped()
-    grower = growing(model, optimizer, compute_loss=None, policy=EveryN(5))
+    with pytest.warns(UserWarning, match="without compute_loss="):
+        grower = growing(model, optimizer, compute_loss=None, policy=EveryN(5))
     for index in range(20):
         loss = compute_loss(model, torch.arange(index, index + 32))
         optimizer.zero_grad()

@@ -79,7 +79,8 @@ def test_schedule_per_update_is_followed():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.99)
     this = job(model=model, optimizer=optimizer, scheduler=scheduler, schedule="update", epochs=1)
-    grow(this)
+    with pytest.warns(UserWarning, match="a graft takes 54 updates"):
+        grow(this)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.99**29)
 
 
@@ -114,7 +115,8 @@ def test_unsupported_optimizer_is_refused_before_anything_is_wrapped():
 def test_settings_of_a_job_may_be_a_value():
     """They stand for the mapping; the horizon is the job's where they have none."""
     settings = GrowthSettings(evaluate_every=10, hold_updates=7)
-    report = grow(job(grower=settings, epochs=1))
+    with pytest.warns(UserWarning, match="horizon is 29"):
+        report = grow(job(grower=settings, epochs=1))
     assert report.settings["hold_updates"] == 7
     assert report.settings["horizon"] == 29
     assert grow(job(grower=replace(settings, horizon=500), epochs=1)).settings["horizon"] == 500

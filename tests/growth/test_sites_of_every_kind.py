@@ -95,7 +95,7 @@ def grower_of(model):
         model,
         optimizer,
         compute_loss=lambda model, batch: model(batch).square().mean(),
-        evaluate=lambda model: model(tokens(64, 7)).square().mean(1),
+        evaluate=lambda model: model(tokens(200, 7)).square().mean(1),
         budget=esper.Budget(parameters=5.0, flops=50.0, latency=None),
         **SHORT,
     )

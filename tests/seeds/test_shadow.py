@@ -1,6 +1,7 @@
 """A shadow pass leaves no trace: the run is bit-equal to one that never auditioned."""
 
 import copy
+import queue
 import random
 
 import numpy as np
@@ -135,12 +136,12 @@ def test_layers_may_be_in_shadow_at_once_and_leave_it_by_exception():
 
 def test_hooks_are_told():
     """Forward hooks run in a shadow pass, and in_shadow_pass() is True there only."""
-    net, seen = make_net(), []
-    net.norm.register_forward_hook(lambda *_: seen.append(in_shadow_pass()))
+    net, seen = make_net(), queue.SimpleQueue()
+    net.norm.register_forward_hook(lambda *_: seen.put(in_shadow_pass()))
     net(torch.randn(6, 4))
     with shadow_pass(net):
         net(torch.randn(6, 4))
-    assert seen == [False, True]
+    assert [seen.get_nowait(), seen.get_nowait()] == [False, True]
 
 
 def test_shared_buffers_stay_shared_and_come_back():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from esper.state.seed_slot import SeedSlot
@@ -59,21 +62,36 @@ class RunSnapshot:
         set_random_state(self._random_state)
 
 
-def random_state(model: nn.Module) -> dict[str, Tensor]:
-    """Read the random state of the CPU and of every device that the model is on.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RandomState:
+    """Where random numbers go on from.
 
-    Returns:
-        One tensor per device, keyed by the device's name.
+    Attributes:
+        devices: torch's state of the CPU and of each device of the model, by the device's name.
+        python: That of the module ``random``.
+        numpy: That of ``numpy.random``.
     """
-    state: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
+
+    devices: dict[str, Tensor]
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """Read the random state of torch, on the CPU and wherever the model is, numpy and Python."""
+    devices: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
     for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
-        state[str(device)] = torch.get_device_module(device).get_rng_state(device)
-    return state
+        devices[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return RandomState(
+        devices=devices, python=random.getstate(), numpy=np.random.get_state(legacy=False)
+    )
 
 
-def set_random_state(state: dict[str, Tensor]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Set what :func:`random_state` read."""
-    for name, value in state.items():
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    for name, value in state.devices.items():
         if name == "cpu":
             torch.set_rng_state(value)
         else:

@@ -45,6 +45,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotFinite:
+    """A figure of a run that was NaN or infinite for a while.
+
+    Attributes:
+        what: The figure: ``"gate loss"``, ``"training loss"``, or a metric's name.
+        value: What it was first: ``"nan"``, ``"inf"`` or ``"-inf"``.
+        since: Update at which it was first seen so.
+        until: Update at which it was seen finite again; None while it was not.
+    """
+
+    what: str
+    value: str
+    since: int
+    until: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraftRecord:
     """One try to grow, from germination to verdict. Losses are those of the gate split.
 
@@ -134,7 +151,8 @@ class RunReport:
     Attributes:
         settings: The effective values of every setting.
         updates: Optimizer updates done.
-        evaluations: In the order in which they were made.
+        evaluations: Those with a finite gate loss, in the order in which they were made.
+        not_finite: What was NaN or infinite, and when, in order.
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
@@ -152,6 +170,7 @@ class RunReport:
     settings: JsonObject
     updates: int
     evaluations: tuple[Evaluation, ...] = ()
+    not_finite: tuple[NotFinite, ...] = ()
     grafts: tuple[GraftRecord, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
     alphas: tuple[AlphaPoint, ...] = ()
@@ -179,7 +198,7 @@ class RunReport:
         return ProgressRow(
             name=name,
             update=self.updates,
-            gate_loss=None if last is None else last.gate_loss,
+            gate_loss=self._gate_loss_now(),
             metrics={} if last is None else last.metrics,
             parameters=self.parameters_after,
             grafts=tuple(
@@ -188,6 +207,20 @@ class RunReport:
                 if graft.decided_at is None
             ),
         )
+
+    def is_lost(self, what: str) -> NotFinite | None:
+        """Return since when a figure has not been finite; None where it is, or was never read.
+
+        Args:
+            what: As in :class:`NotFinite`.
+        """
+        return next((n for n in self.not_finite if n.what == what and n.until is None), None)
+
+    def _gate_loss_now(self) -> float | None:
+        lost = self.is_lost("gate loss")
+        if lost is not None:
+            return float(lost.value)
+        return self.evaluations[-1].gate_loss if self.evaluations else None
 
     @property
     def optimistic(self) -> bool:
@@ -441,10 +474,22 @@ def _run_lines(report: RunReport) -> Iterator[str]:
 
 
 def _loss_lines(report: RunReport) -> Iterator[str]:
+    hint = f" ({OPTIMISTIC})" if report.optimistic else ""
+    lost = report.is_lost("gate loss")
     if report.evaluations:
         first, last = report.evaluations[0], report.evaluations[-1]
-        hint = f" ({OPTIMISTIC})" if report.optimistic else ""
-        yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {last.gate_loss:.4g} at the end."
+        if lost is None:
+            end = f"{last.gate_loss:.4g} at the end"
+        else:
+            seen = f"{last.gate_loss:.4g} at update {last.update:,}"
+            end = f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
+        yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {end}."
+    elif lost is not None:
+        yield f"Gate loss{hint}: {lost.value} at first, {lost.value} at the end."
+    for other in report.not_finite:
+        if other.what != "gate loss" and other.until is None:
+            name = other.what[0].upper() + other.what[1:]
+            yield f"{name}: {other.value} at the end, since update {other.since:,}."
     for name, value in report.test_metrics.items():
         yield f"Test {name}: {value:.4g}"
 

@@ -90,7 +90,9 @@ def begin_run(
         cache=EnhancedKernelCache(source=registry),
         clock=clock,
         compute_loss=compute_loss,
-        evaluator=None if evaluate is None else Evaluator(evaluate, goal=settings.goal),
+        evaluator=None
+        if evaluate is None
+        else Evaluator(evaluate, goal=settings.goal, functions=(compute_loss,)),
         twin_update=twin_update(options.get("update"), compute_loss),
         watcher=watcher,
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),

@@ -90,7 +90,8 @@ class Audition:
         if self.optimizer is None:
             return
         parameters = trainable(self.kernel.module)
-        with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
+        apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
+        with apart, self.layer.shadow(self.seed_idx, self.kernel):
             seed_random_state(model, self.random_seed + self.num_passes)
             loss = compute_loss(model, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

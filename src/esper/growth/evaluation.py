@@ -12,7 +12,8 @@ from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
 from esper.growth.batch import num_samples
-from esper.growth.measurement import Measurement, parse_measurement
+from esper.growth.measurement import Measurement, mean_of, parse_measurement
+from esper.state.set_aside import set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +33,18 @@ class Evaluator:
         evaluate: Takes the model; returns a scalar, per-sample losses, a dict whose first key
             decides, or ``(losses, metrics)``.
         goal: ``"min"`` where lower is better, ``"max"`` where higher is.
+        functions: The owner's functions that train: what they keep is not the measure's to change.
     """
 
-    def __init__(self, evaluate: Callable[[nn.Module], object], *, goal: Goal = "min") -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], object],
+        *,
+        goal: Goal = "min",
+        functions: Sequence[object] = (),
+    ) -> None:
         self._evaluate = evaluate
+        self._functions = functions
         self._goal = goal
         self._repeats = False
         self.samples_seen = 0
@@ -51,7 +60,8 @@ class Evaluator:
         return self._read(model)
 
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
-        with measuring(model), _counting(model) as counted:
+        apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
+        with apart, _counting(model) as counted:
             if random_seed is not None:
                 torch.manual_seed(random_seed)
             result = parse_measurement(self._evaluate(model), goal=self._goal)
@@ -87,29 +97,38 @@ def averaged(evaluations: Sequence[Measurement]) -> Measurement:
     """
     arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
     whole = len(arrays) == len(evaluations)
+    with np.errstate(invalid="ignore", over="ignore"):  # a gate refuses what is not finite
+        per_sample = np.mean(arrays, axis=0) if whole else None
     return Measurement(
-        loss=float(np.mean([e.loss for e in evaluations])),
-        per_sample=np.mean(arrays, axis=0) if whole else None,
+        loss=mean_of([e.loss for e in evaluations]),
+        per_sample=per_sample,
         metrics=evaluations[-1].metrics,
     )
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode under ``no_grad``; put modes and random state back.
+def measuring(
+    model: nn.Module, *, measures: Sequence[object] = (), functions: Sequence[object] = ()
+) -> Iterator[None]:
+    """Hold the model in evaluation mode under ``no_grad``, and leave no trace in it.
 
-    What was compiled in place runs eagerly, as in the shadow passes that it is compared with.
+    Modes, buffers, whatever else modules keep and the random state are put back; of the measures,
+    their random generators. What was compiled in place runs eagerly, as in the shadow passes that
+    it is compared with.
+
+    Args:
+        model: The model.
+        measures: Functions of the owner's that read it; what they keep is the owner's.
+        functions: Functions of the owner's that train it; what they keep is put back.
     """
-    modes = [(module, module.training) for module in model.modules()]
     state = random_state(model)
-    model.eval()
-    try:
-        with torch.no_grad(), uncompiled(model):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        set_random_state(state)
+    with set_aside(model, functions=functions, draws=measures, with_buffers=True):
+        model.eval()
+        try:
+            with torch.no_grad(), uncompiled(model):
+                yield
+        finally:
+            set_random_state(state)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from esper.growth.audition import Audition
 from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
-from esper.growth.ranking import Candidate, RefusedCandidate
+from esper.growth.ranking import Candidate, RefusedCandidate, finite_score
+from esper.growth.recording import finite_steps
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
@@ -90,6 +91,7 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             reason = f"nothing was recorded: {seen.silence}"
             refused.append(RefusedCandidate(site=name, blueprint="", reason=reason))
             continue
+        _tell_of_lost_steps(run, seen)
         for blueprint in _offered(run, name, seen):
             candidate = make_candidate(run.layers[name], name, blueprint, seen)
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
@@ -100,8 +102,20 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
                 run.ledger.count_forward("ranking", seen.num_samples)
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
-    order = run.ranking.rank(observations, candidates)
+    scored = map(finite_score, run.ranking.rank(observations, candidates))
+    order = sorted(scored, key=lambda entry: entry.gain is None)
     return Ranked(order=order, blueprints=blueprints, refused=refused)
+
+
+def _tell_of_lost_steps(run: GrowthRun, seen: SiteObservation) -> None:
+    """Say how much of what was recorded a ranking cannot use."""
+    num_recorded = len(seen.inputs)
+    num_lost = num_recorded - sum(1 for _ in finite_steps(seen))
+    if num_lost:
+        run.journal.note(
+            f"{num_lost} of {num_recorded} steps recorded at {seen.site} had values that are not "
+            "finite, and the ranking is without them"
+        )
 
 
 def make_candidate(

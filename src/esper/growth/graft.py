@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -140,7 +141,7 @@ class Graft:
 
     def record_dependence(self, dependence: float) -> None:
         """Add what switching the seed off costs, in units of the gate loss."""
-        self._record = replace(self._record, dependence=dependence)
+        self._record = replace(self._record, dependence=_measured(dependence))
 
     def record_contribution(
         self, contribution: float | None, *, stderr: float | None, host_only: float
@@ -150,7 +151,7 @@ class Graft:
             self._record,
             contribution=contribution,
             contribution_stderr=stderr,
-            host_only_contribution=host_only,
+            host_only_contribution=_measured(host_only),
         )
 
     def _go_on(self, changed: GraftRecord) -> None:
@@ -165,6 +166,11 @@ class Graft:
             raise ValueError(msg)
         self._record = changed
         self._listener.stage_changed(changed, before)
+
+
+def _measured(difference: float) -> float | None:
+    """Return a difference of losses; None where one of them was not finite."""
+    return difference if math.isfinite(difference) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final, Self, Unpack
@@ -12,13 +13,22 @@ from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
-from esper.growth.obstacles import missing_evidence, obstacle
+from esper.growth.callbacks import asked, try_compute_loss
+from esper.growth.obstacles import (
+    NEVER_STEPPED,
+    missing_evidence,
+    missing_part,
+    never_grows,
+    obstacle,
+)
 from esper.growth.options import GrowerOptions, show_options
+from esper.growth.policies import Never
 from esper.growth.probation import Probation
 from esper.growth.reading import Reading
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
+from esper.resilience.attempt import Done, attempt
 from esper.seeds.maintenance import maintain_layers
 
 if TYPE_CHECKING:
@@ -34,6 +44,9 @@ if TYPE_CHECKING:
 
 KEPT_BATCHES: Final = 8
 """Recent batches that :meth:`Grower.suggest` may rank on."""
+
+STEPS_WITHOUT_UPDATE: Final = 100
+"""Calls of ``step`` without one update of the optimizer, after which something must be wrong."""
 
 
 class Grower:
@@ -107,8 +120,10 @@ class Grower:
         self._stage: Stage | None = None
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
-        self._has_advised = self._closed = False
+        self._has_advised = self._closed = self._tried_loss = False
+        self._num_steps = 0
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
+        self._warn(never_grows(self._run) or missing_part(self._run))
         if settings.verify == "fork" and options.get("update") is None:
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the recorded rates; give "
@@ -148,38 +163,51 @@ class Grower:
         Args:
             name: What runs, for a table of several.
         """
-        evaluations = self._run.journal.evaluations
+        found = self._run.last_measurement
         return ProgressRow(
             name=name,
             update=self.updates,
-            gate_loss=evaluations[-1].gate_loss if evaluations else None,
+            gate_loss=None if found is None else found.loss,
             metrics=self.last_metrics,
             parameters=count_parameters(self._run.model),
             grafts=self.stages,
         )
 
-    def step(self, loss: Tensor | None = None, batch: Batch = None) -> None:
+    def step(self, loss: Tensor | float | None = None, batch: Batch = None) -> None:
         """Take note of one training step; call it after the optimizer's.
 
+        At the first step with a batch ``compute_loss`` is tried on it, and after the first update
+        ``evaluate`` is; both leave no trace in the run.
+
         Args:
-            loss: The training loss, a scalar tensor; it stays on its device.
+            loss: The training loss: a scalar tensor, which stays on its device, or a number.
             batch: What ``compute_loss`` takes: the batch that the loss was computed on.
 
         Raises:
             GrowthError: A graft is under way and ``batch`` is missing, or the Grower is closed.
             KernelExecutionError: A fossil's kernel keeps failing.
+            TypeError: ``loss`` is neither a tensor nor a number, or what ``compute_loss``,
+                ``evaluate`` or the policy returned is none of what each may return.
+            ValueError: The loss, given or computed, is not a scalar.
         """
         if self._closed:
             msg = "this Grower is closed; make another one to go on growing"
             raise GrowthError(msg)
+        self._num_steps += 1
         if loss is not None:
-            self._run.losses.add(loss)
+            self._hear(self._run.losses.add(loss))
+        if batch is not None and not self._tried_loss:
+            self._tried_loss = True
+            try_compute_loss(self._run, batch)
         batches = self._run.watcher.step(batch)
         if batches is not None:
             self._after_update(batches)
+        elif self._num_steps == STEPS_WITHOUT_UPDATE:
+            self._say_what_is_never_called()
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
+        self._say_what_is_never_called()
         self._schedule.end_epoch()
         if not self._closed and self._run.updates and self._look():
             self._decide()
@@ -209,6 +237,7 @@ class Grower:
             parameters_before=run.host_cost.parameters,
             parameters_after=count_parameters(run.model),
             notes=tuple(run.journal.notes),
+            not_finite=tuple(run.journal.not_finite),
         )
 
     def close(self, reason: str = "the run ended") -> None:
@@ -225,6 +254,9 @@ class Grower:
         try:
             if stage is not None:
                 stage.close(f"{reason} before its verdict")
+            self._look_once_more()
+            if run.watcher.num_steps_of_optimizer:
+                self._say_what_is_never_called()
         finally:
             run.factor.close()
             run.watcher.close()
@@ -250,7 +282,43 @@ class Grower:
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
         self._look()
+        if run.updates == 1 and missing_part(run) is None:
+            self._warn(self._missing_evidence())
         self._decide()
+
+    def _warn(self, text: str | None) -> None:
+        """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
+        if text is not None and not isinstance(self._run.policy, Never):
+            self._run.journal.warn(text)
+
+    def _hear(self, loss: float | None) -> None:
+        """Follow whether the training loss is finite, where it could be read."""
+        if loss is not None:
+            cure = "look for NaN or infinity in the training data, or lower the learning rate"
+            self._run.journal.read("training loss", loss, cure)
+
+    def _say_what_is_never_called(self) -> None:
+        """Warn where ``step`` is never called, or the optimizer's step never seen."""
+        if not self._num_steps:
+            self._warn(NEVER_STEPPED)
+        elif not self.updates:
+            self._warn(
+                f"grower.step was called {self._num_steps} times, and the optimizer that the "
+                "Grower was given has made no update: give it the optimizer that the loop steps, "
+                "and call grower.step after optimizer.step"
+            )
+
+    def _missing_evidence(self) -> str | None:
+        return missing_evidence(self._run, has_batches=bool(self._recent))
+
+    def _look_once_more(self) -> None:
+        """Read the gate split at the end where the run has been lost since it was last read."""
+        run = self._run
+        is_lost = any(n.what == "training loss" and n.until is None for n in run.journal.not_finite)
+        if run.evaluator is not None and is_lost and self._schedule.last != run.updates:
+            found = attempt(run.measure)
+            if isinstance(found, Done):
+                run.journal.evaluated(found.value, None)
 
     def _look(self) -> bool:
         """Let the policy see an evaluation where one is due; say whether it saw one."""
@@ -297,21 +365,31 @@ class Grower:
         run = self._run
         if self._stage is not None:
             return
-        decision = run.policy.decide(self._reading_now())
+        decision = asked(run.policy, self._reading_now())
         if decision.grow or self._schedule.last == run.updates:
             run.journal.detected(decision)
-        if not decision.grow:
+        if not decision.grow or self._is_hopeless():
             return
         run.embargoes.count_decision()
         against = obstacle(run)
         if against is not None:
             run.journal.note(against)
             return
-        missing = missing_evidence(run, has_batches=bool(self._recent))
+        missing = missing_part(run)
         if missing is None and run.num_affordable == 0:
             run.ledger.count_overdraft()
         if missing is None or self._advises(missing):
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
+
+    def _is_hopeless(self) -> bool:
+        """Whether no gate could pass now: then nothing is recorded and nothing is ranked."""
+        if missing_part(self._run) is not None:
+            return False  # an owner who left a part out wants the advice, which is given once
+        missing = self._missing_evidence()
+        if missing is not None:
+            self._run.journal.note(missing)
+        found = self._run.last_measurement
+        return missing is not None or (found is not None and not math.isfinite(found.loss))
 
     def _advises(self, missing: str) -> bool:
         """Say once what is missing; a ranking goes to the log the first time only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
 from esper.contracts.events import (
@@ -21,7 +22,8 @@ from esper.contracts.events import (
     StageChanged,
 )
 from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import AlphaPoint, Evaluation, TimelineEntry
+from esper.contracts.owner_warning import warn_owner
+from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +63,7 @@ class Journal:
         timeline: Every stage of every graft, in order.
         alphas: Every alpha that was recorded, in order.
         notes: Words to the owner, each once.
+        not_finite: What was NaN or infinite, and when, in order.
     """
 
     def __init__(self, sink: EventSink, clock: Clock, updates: Callable[[], int]) -> None:
@@ -72,6 +75,7 @@ class Journal:
         self.timeline: list[TimelineEntry] = []
         self.alphas: list[AlphaPoint] = []
         self.notes: list[str] = []
+        self.not_finite: list[NotFinite] = []
 
     def started(self, settings: JsonObject) -> None:
         """Record the effective settings of the run, and say them."""
@@ -96,10 +100,40 @@ class Journal:
             self.notes.append(text)
             self._sink.publish(Noted(**self._now(), text=text))
 
+    def warn(self, text: str) -> None:
+        """Say a word to the owner, once, and at once: as a note, and as a warning."""
+        if text not in self.notes:
+            self.note(text)
+            warn_owner(text)
+
+    def read(self, what: str, value: float, cure: str) -> None:
+        """Follow whether a figure is finite; the first time that it is not, the owner is warned.
+
+        Args:
+            what: The figure, as in :class:`NotFinite`.
+            value: What was read.
+            cure: What to do where it is not finite.
+        """
+        place = next(
+            (i for i, n in enumerate(self.not_finite) if n.what == what and n.until is None), None
+        )
+        if math.isfinite(value):
+            if place is not None:
+                back = replace(self.not_finite[place], until=self._updates())
+                self.not_finite[place] = back
+        elif place is None:
+            is_first = all(n.what != what for n in self.not_finite)
+            lost = NotFinite(what=what, value=str(float(value)), since=self._updates())
+            self.not_finite.append(lost)
+            if is_first:
+                self.warn(f"the {what} was {lost.value} at update {lost.since}: {cure}")
+
     def evaluated(self, measurement: Measurement, train_loss: float | None) -> None:
-        """Record a reading of the gate split; one that is not finite is a note."""
+        """Record a reading of the gate split; of what is not finite the owner is warned."""
+        self.read("gate loss", measurement.loss, measurement.blame)
+        for name, value in measurement.metrics.items():
+            self.read(name, value, "evaluate returned it so; it is left out of the log")
         if not math.isfinite(measurement.loss):
-            self.note(f"the gate loss was {measurement.loss} at update {self._updates()}")
             return
         metrics = {k: v for k, v in measurement.metrics.items() if math.isfinite(v)}
         known = None if train_loss is None or not math.isfinite(train_loss) else train_loss

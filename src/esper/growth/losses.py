@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
 LOSS_WINDOW: Final = 50
 """Losses that are kept."""
@@ -23,13 +25,34 @@ class TrainingLosses:
 
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=LOSS_WINDOW)
+        self._num_unread = 0
 
     def __len__(self) -> int:
         return len(self._losses)
 
-    def add(self, loss: Tensor) -> None:
-        """Keep a loss, a scalar tensor, without its graph."""
-        self._losses.append(loss.detach())
+    def add(self, loss: Tensor | float) -> float | None:
+        """Keep a loss without its graph.
+
+        Args:
+            loss: A number, or a tensor of one element; it stays on its device.
+
+        Returns:
+            The loss where reading it costs nothing: it is a number, or on the CPU. From any other
+            device the mean of the last fifty, once in fifty losses; else None.
+
+        Raises:
+            TypeError: It is neither a number nor a tensor.
+            ValueError: The tensor has more than one element, or none.
+        """
+        kept = _scalar(loss)
+        self._losses.append(kept)
+        self._num_unread += 1
+        if kept.device.type == "cpu":
+            return float(kept)
+        if self._num_unread < LOSS_WINDOW:
+            return None
+        self._num_unread = 0
+        return self.mean()
 
     def clear(self) -> None:
         """Forget all."""
@@ -39,12 +62,35 @@ class TrainingLosses:
         """Return the mean of the last losses; None where there is none."""
         if not self._losses:
             return None
-        return float(torch.stack(tuple(self._losses)[-num_last:]).mean())
+        return float(_together(tuple(self._losses)[-num_last:]).mean())
 
     def range(self) -> tuple[float, float]:
         """Return the lowest and the highest; there is one at least."""
-        losses = torch.stack(tuple(self._losses))
+        losses = _together(tuple(self._losses))
         return float(losses.min()), float(losses.max())
+
+
+def _scalar(loss: object) -> Tensor:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            msg = (
+                f"the loss given to grower.step is a scalar, got a tensor of shape "
+                f"{tuple(loss.shape)}; pass the mean that was trained on"
+            )
+            raise ValueError(msg)
+        return loss.detach().reshape(())
+    if isinstance(loss, bool) or not isinstance(loss, Real):
+        kind = type(loss).__name__
+        msg = f"the loss given to grower.step is a scalar tensor or a number, got {kind}"
+        raise TypeError(msg)
+    return torch.tensor(float(loss))
+
+
+def _together(losses: Sequence[Tensor]) -> Tensor:
+    """Return losses as one tensor, on the device of the last; float32 where their types differ."""
+    device, dtypes = losses[-1].device, {loss.dtype for loss in losses}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return torch.stack([loss.to(device, dtype) for loss in losses])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,25 @@ class Measurement:
     per_sample: Losses | None
     metrics: dict[str, float]
 
+    @property
+    def num_not_finite(self) -> int:
+        """How many per-sample losses are NaN or infinite; 0 where there are none."""
+        if self.per_sample is None:
+            return 0
+        return int(np.count_nonzero(~np.isfinite(self.per_sample)))
+
+    @property
+    def blame(self) -> str:
+        """Where to look for what is not finite, in a sentence."""
+        if self.per_sample is None or not self.num_not_finite:
+            return "look for NaN or infinity in the held-out data and in the model's weights"
+        first = int(np.argmin(np.isfinite(self.per_sample)))
+        return (
+            f"{self.num_not_finite} of {len(self.per_sample)} held-out losses are not finite, the "
+            f"first is that of sample {first}, and no graft can pass a gate while they are so; "
+            "look for NaN or infinity in the held-out data and in the model's weights"
+        )
+
 
 def parse_measurement(result: object, *, goal: Goal = "min") -> Measurement:
     """Read what the owner's ``evaluate`` returned.
@@ -57,9 +76,15 @@ def parse_measurement(result: object, *, goal: Goal = "min") -> Measurement:
             "mean, for example)"
         )
         raise ValueError(msg)
-    metrics = {name: float(_as_float64(value, name).mean()) for name, value in others.items()}
+    metrics = {name: mean_of(_as_float64(value, name)) for name, value in others.items()}
     per_sample = values if values.ndim == 1 else None
-    return Measurement(loss=float(values.mean()), per_sample=per_sample, metrics=metrics)
+    return Measurement(loss=mean_of(values), per_sample=per_sample, metrics=metrics)
+
+
+def mean_of(values: Losses | list[float]) -> float:
+    """Return a mean; infinities of both signs make NaN, without numpy's warning."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.mean(values))
 
 
 def _split_result(result: object) -> tuple[object, Mapping[str, object]]:

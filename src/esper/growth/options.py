@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
 from esper.growth.budget import Budget
+from esper.growth.callbacks import TAKES, check_function
 from esper.growth.settings import GrowthOptions, GrowthSettings
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ PARTS: Final = tuple(
 )
 """Names of the options that are no numbers; None leaves each at its default."""
 
-_CALLABLE: Final = ("compute_loss", "evaluate", "update", "group_for")
 _METHODS: Final = {
     "policy": ("observe", "decide", "germinated"),
     "ranking": ("rank",),
@@ -94,9 +94,8 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _check_part(name: str, part: object) -> None:
     """Refuse a part that cannot do its work."""
-    if name in _CALLABLE and not callable(part):
-        msg = f"{name} is a function; got {part!r} (a {type(part).__name__})"
-        raise TypeError(msg)
+    if name in TAKES:
+        check_function(name, part)
     if name == "budget" and not isinstance(part, Budget):
         msg = f"budget is an esper.Budget; got {part!r} (a {type(part).__name__})"
         raise TypeError(msg)

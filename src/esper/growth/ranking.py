@@ -22,9 +22,10 @@ of disjoint splits come out negative for every kernel that resembles the host.)
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -291,14 +292,36 @@ def _ranked(
                 RankedCandidate(candidate=candidate, gain=None, stderr=None, reason=reason)
             )
         else:
-            gain, stderr = score(site, found)
-            ranked.append(RankedCandidate(candidate=candidate, gain=gain, stderr=stderr))
+            ranked.append(_scored(candidate, functools.partial(score, site, found)))
     return in_order(ranked)
+
+
+def _scored(
+    candidate: Candidate, score: Callable[[], tuple[float, float | None]]
+) -> RankedCandidate:
+    """Score a candidate, or say why that cannot be done."""
+    try:
+        gain, stderr = score()
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # torch lists it not
+        reason = f"its features cannot be whitened: {error}"
+        return RankedCandidate(candidate=candidate, gain=None, stderr=None, reason=reason)
+    return finite_score(RankedCandidate(candidate=candidate, gain=gain, stderr=stderr))
+
+
+def finite_score(entry: RankedCandidate) -> RankedCandidate:
+    """Return an entry as it is, or without a score where its score is not finite."""
+    if entry.gain is not None and not math.isfinite(entry.gain):
+        return replace(entry, gain=None, stderr=None, reason=f"its predicted gain is {entry.gain}")
+    if entry.stderr is not None and not math.isfinite(entry.stderr):
+        return replace(entry, stderr=None)
+    return entry
 
 
 def _observe(seen: SiteObservation | None, random_seed: int) -> _Site | str:
     """Gather a site's rows, or say why there are none."""
     steps = list(finite_steps(seen)) if seen is not None else []
+    if seen is not None and seen.inputs and not steps:
+        return f"each of {len(seen.inputs)} recorded steps had values that are not finite"
     if seen is None or not steps:
         return "nothing was recorded at the site"
     if len({tuple(value.shape[1:] for value in step) for step in steps}) > 1:
@@ -366,7 +389,10 @@ def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> li
         kernel(source.to(readout.weight.dtype))
     if [output.shape for _, output in seen] != [site.outputs.shape]:
         return "its zeroed layer does not give the site's output position by position"
-    return list(_features(readout, seen[0][0], site.rows, random_seed))
+    blocks = list(_features(readout, seen[0][0], site.rows, random_seed))
+    if not all(bool(f_RF.isfinite().all()) for f_RF, _ in blocks):
+        return "its features are not finite on what was recorded at the site"
+    return blocks
 
 
 def _whitened_moments(

@@ -35,8 +35,9 @@ class SiteObservation:
         layer: The layer itself, as it is now.
         inputs: Per recorded step, samples of the layer's input, on its device.
         outputs: The same samples of its output.
-        gradients: The same samples of the gradient of the loss at the output, times the number
-            of samples in the step's batch: of each sample's own loss, where the loss is a mean.
+        gradients: The same samples of the gradient of the loss at the output, float32 at least,
+            times the number of samples in the update that the step was part of, and without the
+            scale of mixed precision: of each sample's own loss, where the update's is a mean.
         call: The first recorded call with all of its samples, where it had more than one
             argument; else None.
         obstacle: Why the latest call that could not be recorded could not; None before one.
@@ -64,7 +65,9 @@ class SiteObservation:
     @property
     def example(self) -> LayerCall | Tensor:
         """A call of the layer, to probe kernels with; at least one step has been recorded."""
-        return self.inputs[0] if self.call is None else self.call
+        if self.call is not None:
+            return self.call
+        return next((x for x, _, _ in finite_steps(self)), self.inputs[0])
 
     @property
     def num_samples(self) -> int:
@@ -118,6 +121,8 @@ class Recorder:
         self.beside: frozenset[str] = frozenset()
         self.leaves: list[Tensor] = []
         self._capacity = dict.fromkeys(layers, max_samples)
+        self._num_backwards = dict.fromkeys(layers, 0)
+        self._num_settled = dict.fromkeys(layers, 0)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
             layer.register_forward_hook(
@@ -136,6 +141,32 @@ class Recorder:
     def done(self) -> bool:
         """Whether every site has all the samples that it may keep."""
         return all(self._room(o) < 1 for o in self.observations.values())
+
+    def end_update(
+        self, *, num_batches: int = 1, loss_scale: float = 1.0, share_kept: float = 1.0
+    ) -> None:
+        """Bring what was recorded since the last update to the units of that update's loss.
+
+        Micro-batches are backwards of their own, each of a part of the update's loss. Their number
+        is that of the backwards through the site that had fewest: a layer that is called twice
+        in a forward has twice as many.
+
+        Args:
+            num_batches: Calls of the owner's step that the update was made of, at least 0.
+            loss_scale: By what the losses were multiplied, above 0.
+            share_kept: Share of the backwards, the last ones, that went into the update, in (0, 1].
+        """
+        fewest = min((n for n in self._num_backwards.values() if n), default=0)
+        num_passes = max(1, num_batches, round(fewest * share_kept))
+        for name, seen in self.observations.items():
+            start = self._num_settled[name]
+            num_thrown = round((len(seen.gradients) - start) * (1.0 - share_kept))
+            for values in (seen.inputs, seen.outputs, seen.gradients):
+                del values[start : start + num_thrown]
+            for i in range(start, len(seen.gradients)):
+                seen.gradients[i] = seen.gradients[i] * (num_passes / loss_scale)
+            self._num_settled[name] = len(seen.gradients)
+        self._num_backwards = dict.fromkeys(self._num_backwards, 0)
 
     def close(self) -> None:
         """Remove every hook; the observations stay."""
@@ -167,17 +198,22 @@ class Recorder:
         kept_x, kept_h = (_kept(value, index, dtype) for value in (x, h))
 
         def after_backward(gradient: Tensor) -> None:
+            self._num_backwards[observation.site] += 1
             if self._handles and self._room(observation) >= num_kept:
                 observation.inputs.append(kept_x)
                 observation.outputs.append(kept_h)
                 gradient = gradient.detach().movedim(batch_axis, 0)
-                scaled = gradient.index_select(0, index) * len(gradient)
-                observation.gradients.append(scaled)
+                observation.gradients.append(_wide(gradient.index_select(0, index)) * len(gradient))
 
         hooked.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
 
     def _room(self, observation: SiteObservation) -> int:
         return self._capacity[observation.site] - observation.num_samples
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """Return a gradient in float32 at least: a product of half precision overflows."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _kept(value: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -277,8 +313,9 @@ def record_beside(
     assert recorder.records_shadow_passes
     parameters = [p for p in model.parameters() if p.requires_grad]
     recorder.beside = frozenset(recorder.observations if sites is None else sites)
+    apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
     try:
-        with shadow_pass(model), torch.enable_grad():
+        with apart, torch.enable_grad():
             loss = compute_loss(model, batch)
             inputs = [*parameters, *recorder.leaves]
             if loss.requires_grad and inputs:
@@ -286,6 +323,7 @@ def record_beside(
     finally:
         recorder.beside = frozenset()
         recorder.leaves.clear()
+    recorder.end_update()
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -159,7 +159,9 @@ class GrowthRun:
         known = self.host_cost.flops is not None
         if known or not compared or self.compute_loss is None or not batches:
             return
-        with shadow_pass(self.model), torch.no_grad(), FlopCounterMode(display=False) as flops:
-            self.compute_loss(self.model, batches[0])
+        compute_loss, batch = self.compute_loss, batches[0]
+        apart = shadow_pass(self.model, functions=(compute_loss,), values=(batch,))
+        with apart, torch.no_grad(), FlopCounterMode(display=False) as flops:
+            compute_loss(self.model, batch)
         per_sample = flops.get_total_flops() / num_samples(batches[0])
         self.host_cost = replace(self.host_cost, flops=per_sample)

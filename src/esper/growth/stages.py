@@ -8,6 +8,7 @@ takes away everything that the stage put anywhere.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -83,6 +84,7 @@ class Recording:
         )
         self._updates_left = run.settings.record_updates if choice is None else 1
         self._has_made_up = False
+        run.watcher.reads_scale = True
 
     @property
     def needs_batches(self) -> bool:
@@ -97,10 +99,16 @@ class Recording:
     def advance(self, batches: list[Batch]) -> Stage | None:
         """Count one recorded update; after the last, rank and germinate."""
         self._updates_left -= 1
+        watcher = self._run.watcher
+        self._recorder.end_update(
+            num_batches=len(batches),
+            loss_scale=watcher.loss_scale,
+            share_kept=watcher.share_kept,
+        )
         self._make_up_for_silent_sites(batches)
         if self._updates_left > 0 and not self._recorder.done:
             return self
-        self._recorder.close()
+        self.close("recorded")
         observations = self._recorder.observations
         if self._choice is not None:
             self._run.policy.germinated(self._run.updates, self._choice)
@@ -122,6 +130,7 @@ class Recording:
     def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
         """Remove the hooks."""
         self._recorder.close()
+        self._run.watcher.reads_scale = False
 
     def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
         """Record one pass beside the run of the sites that the step had nothing of.
@@ -215,7 +224,8 @@ class Auditioning:
         run = self._run
         after = run.measured(lambda evaluator: contender.audition.evaluate(run.model, evaluator))
         level = test_level(run.num_auditions) / len(self._contenders)
-        min_effect = run.settings.min_effect * abs(before.loss)
+        known = math.isfinite(before.loss)  # where it is not, the gate refuses the samples
+        min_effect = run.settings.min_effect * abs(before.loss) if known else 0.0
         return judge(before, after, level=level, min_effect=min_effect)
 
     def _over_latency(self, best: Contender, batches: list[Batch]) -> str | None:
@@ -250,7 +260,8 @@ def _forward_s(run: GrowthRun, batch: Batch, repeats: int = 9) -> float:
     compute_loss = run.compute_loss
     assert compute_loss is not None
     times = []
-    with shadow_pass(run.model), torch.no_grad():
+    apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
+    with apart, torch.no_grad():
         for _ in range(repeats):
             synchronize()
             start = run.clock.now()

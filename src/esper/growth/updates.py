@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.continuity.ensemble import members_of
+from esper.continuity.loss_scale import loss_scale_of_step
 from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateCounter, peak_rate
 
@@ -26,6 +27,12 @@ class UpdateWatcher:
     Attributes:
         updates: Optimizer updates that were seen in :meth:`step`; of several optimizers, those of
             the one that makes most.
+        reads_scale: Whether the scale of the loss is read at every step, for which the device is
+            waited for.
+        loss_scale: By what the loss of the last update was multiplied; 1 where nothing did, or
+            it was not read.
+        share_kept: Share of the calls of :meth:`step` since the update before that the last
+            update was made of; the others' gradients were thrown away.
     """
 
     def __init__(self, optimizer: AnyOptimizer) -> None:
@@ -38,6 +45,8 @@ class UpdateWatcher:
         self._peaks: dict[int, list[float]] = {}
         self._rates: dict[int, list[float]] = {}
         self.updates = 0
+        self.reads_scale = False
+        self.loss_scale = self.share_kept = 1.0
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
         """Take note of a training step.
@@ -79,6 +88,11 @@ class UpdateWatcher:
             found += [*own, *map(else_read, member.param_groups[len(own) :])]
         return found
 
+    @property
+    def num_steps_of_optimizer(self) -> int:
+        """Updates that the optimizer made, whether :meth:`step` was called after them or not."""
+        return self._counter.count
+
     def close(self) -> None:
         """Remove the hooks."""
         self._counter.close()
@@ -87,6 +101,7 @@ class UpdateWatcher:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
+        self.loss_scale = loss_scale_of_step() if self.reads_scale else 1.0
         groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
         rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
@@ -100,4 +115,6 @@ class UpdateWatcher:
         batches, self._micro_batches = self._micro_batches, []
         usual = len(batches) if self._per_update is None else self._per_update
         self._per_update = min(usual, len(batches)) or None
-        return batches[-usual:] if usual else batches
+        kept = batches[-usual:] if usual else batches
+        self.share_kept = len(kept) / len(batches) if batches else 1.0
+        return kept

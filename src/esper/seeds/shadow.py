@@ -19,9 +19,10 @@ from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.slots import make_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import no_hook
+from esper.state.set_aside import set_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import LayerCall
@@ -47,18 +48,33 @@ def in_shadow_pass() -> bool:
 
 
 @contextmanager
-def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
+def shadow_pass(
+    model: nn.Module,
+    *others: nn.Module,
+    functions: Iterable[object] = (),
+    values: Iterable[object] = (),
+) -> Iterator[None]:
     """Run forwards that leave the model, the random state and the run as they were.
 
     Forwards inside write to clones of the buffers; the buffers themselves come back untouched,
     also where the forward raises, and so does what the seeds had observed of their calls. The
-    random states of torch, numpy and Python are put back. What was compiled in place runs eagerly.
-    Parameters are not protected: take gradients with ``torch.autograd.grad``.
+    random states of torch, numpy and Python are put back, and so is whatever modules and functions
+    keep elsewhere, as far as :func:`~esper.state.set_aside.set_aside` can: the rest is named by a
+    warning. What was compiled in place runs eagerly. Gradients are to be taken with
+    ``torch.autograd.grad``.
 
     Args:
         model: The model whose buffers are set aside: unwrapped, not compiled.
         others: Modules beside it that run too.
+        functions: Functions of the owner's that are called.
+        values: What they are called with: a batch.
     """
+    with set_aside(model, *others, functions=functions, values=values):
+        yield from _pass_with_clones(model, *others)
+
+
+def _pass_with_clones(model: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """Yield once, with clones of the buffers in their places and a random state that goes."""
     token = _in_shadow_pass.set(True)
     buffers = [kept for module in (model, *others) for kept in _set_aside_buffers(module)]
     observed = _set_aside_observations(model)
