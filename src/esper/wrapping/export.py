@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from safetensors.torch import save
 from torch import Tensor, fx, nn
 
+from esper.resilience.whole_file import write_whole
 from esper.wrapping.codegen import SourceWriter, is_numbered, is_torch_layer
 from esper.wrapping.plain import fused_paths, is_grafted, trace
 from esper.wrapping.unwrap import unwrap
@@ -38,7 +39,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: A kernel given as a module of the user's own cannot be written as code, or
             the model's ``state_dict`` holds something that is no tensor. Nothing is written.
-        OSError: The folder cannot be written.
+        OSError: A file cannot be written, and is named; one that was there before is unchanged.
     """
     grown = unwrap(copy.deepcopy(model))
     _make_writable_(grown)
@@ -46,16 +47,9 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     weights = save(_tensors(grown))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / WEIGHTS_FILE, weights)
-    _write(path / GRAFTS_FILE, source)
+    write_whole(path / WEIGHTS_FILE, weights)
+    write_whole(path / GRAFTS_FILE, source)
     return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
