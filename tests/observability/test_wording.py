@@ -93,11 +93,18 @@ def test_a_metric_is_shown_by_its_name(name, value, expected):
     assert metric_text(name, value) == expected
 
 
-def test_what_was_measured_begins_with_the_loss():
+def test_what_was_measured_begins_with_the_losses():
     """Then come the owner's metrics, in their order; before an evaluation there is nothing."""
-    row = ProgressRow(name="run", update=3, gate_loss=0.5, metrics={"b": 1.0, "accuracy": 0.25})
+    row = ProgressRow(
+        name="run",
+        update=3,
+        gate_loss=0.5,
+        train_loss=0.25,
+        metrics={"b": 1.0, "accuracy": 0.25},
+    )
     assert list(measured_text(row).items()) == [
         ("gate loss", "0.5"),
+        ("training loss", "0.25"),
         ("b", "1"),
         ("accuracy", "25.0 %"),
     ]

@@ -206,6 +206,7 @@ class RunReport:
             name=name,
             update=self.updates,
             gate_loss=None if last is None else last.gate_loss,
+            train_loss=None if last is None else last.train_loss,
             metrics={} if last is None else last.metrics,
             parameters=self.parameters_after,
             grafts=tuple(
@@ -494,6 +495,9 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
         first, last = report.evaluations[0], report.evaluations[-1]
         hint = f" ({OPTIMISTIC})" if report.optimistic else ""
         yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {last.gate_loss:.4g} at the end."
+        for name in [name for name in first.metrics if name in last.metrics]:
+            values = f"{first.metrics[name]:.4g} at first, {last.metrics[name]:.4g} at the end"
+            yield f"Gate {name}{hint}: {values}."
     for name, value in report.test_metrics.items():
         yield f"Test {name}: {value:.4g}"
 

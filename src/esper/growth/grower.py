@@ -156,10 +156,12 @@ class Grower:
             name: What runs, for a table of several.
         """
         evaluations = self._run.journal.evaluations
+        last = evaluations[-1] if evaluations else None
         return ProgressRow(
             name=name,
             update=self.updates,
-            gate_loss=evaluations[-1].gate_loss if evaluations else None,
+            gate_loss=None if last is None else last.gate_loss,
+            train_loss=None if last is None else last.train_loss,
             metrics=self.last_metrics,
             parameters=count_parameters(self._run.model),
             grafts=self.stages,

@@ -99,11 +99,12 @@ def interval_text(interval: Interval, *, sign: bool = False) -> str:
 def measured_text(row: ProgressRow) -> dict[str, str]:
     """Return everything that was measured in a run so far, as text by name.
 
-    The gate loss comes first, then the owner's metrics in their order; what was not read yet is
-    left out.
+    The losses come first, then the owner's metrics in their order; what was not read yet is left
+    out.
     """
-    loss = {} if row.gate_loss is None else {"gate loss": f"{row.gate_loss:.4g}"}
-    return loss | {name: metric_text(name, value) for name, value in row.metrics.items()}
+    losses = {"gate loss": row.gate_loss, "training loss": row.train_loss}
+    known = {name: f"{loss:.4g}" for name, loss in losses.items() if loss is not None}
+    return known | {name: metric_text(name, value) for name, value in row.metrics.items()}
 
 
 def metric_text(name: str, value: float) -> str:
