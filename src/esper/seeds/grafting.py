@@ -13,6 +13,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.forward.host_view import has_foreign_forward
 from esper.resilience.attempt import Failed, attempt
+from esper.seeds.naming import kernel_named
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
@@ -36,10 +37,14 @@ _ALPHA_ROUNDING: Final = 2.0**-23
 _logger = logging.getLogger(__name__)
 
 
-def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[GraftOptions]) -> None:
+def graft(
+    layer: nn.Module, seed_idx: int, kernel: Kernel | str, **options: Unpack[GraftOptions]
+) -> None:
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
+    if isinstance(kernel, str):
+        kernel = kernel_named(layer, kernel, options.get("example"))
     prepared = prepare_kernel(
         layer, kernel, mode=options.get("mode"), position=options.get("position")
     )
