@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch
     from esper.growth.stages import Stage
     from esper.growth.suggestion import Suggestion
+    from esper.state.layer_call import LayerCall
 
 _LOG = logging.getLogger(__name__)
 
@@ -142,6 +143,11 @@ class Grower:
     def host_twin(self) -> nn.Module | None:
         """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
         return self._stage.host_twin if isinstance(self._stage, Probation) else None
+
+    @property
+    def example(self) -> LayerCall | None:
+        """What ``evaluate`` first gave the model, on the device ``meta``; for ``esper.export``."""
+        return None if self._run.evaluator is None else self._run.evaluator.example
 
     @property
     def last_metrics(self) -> dict[str, float]:

@@ -104,7 +104,7 @@ text.graft-8, .mark.graft-8 { fill: var(--graft-8); }
 .fossil-life { stroke: var(--scratch); stroke-width: 2; }
 @media (max-width: 40rem) { main { padding: 1.25rem 1rem 3rem; }
   .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
-  .facts { grid-template-columns: 1fr 1fr; } }
+  .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
 """)
 

@@ -17,6 +17,8 @@ from esper.wrapping.export import export
 if TYPE_CHECKING:
     from torch import nn
 
+    from esper.state.layer_call import LayerCall
+
 STATE_FILE: Final = "state_dict.pt"
 
 
@@ -33,7 +35,7 @@ class Kept:
     problems: tuple[str, ...] = ()
 
 
-def keep_model(model: nn.Module, folder: Path) -> Kept:
+def keep_model(model: nn.Module, folder: Path, *, example: LayerCall | None = None) -> Kept:
     """Write a trained model to a folder, and by no means lose it. The model is not changed.
 
     Where it cannot be written as code, its ``state_dict`` is written, which loads into a model
@@ -42,11 +44,12 @@ def keep_model(model: nn.Module, folder: Path) -> Kept:
     Args:
         model: A wrapped model.
         folder: Where to write; made if it is not there.
+        example: An input of the model, as :func:`esper.export` takes it.
     """
     problems: list[str] = []
     for place in (folder, None):
         target = place or Path(tempfile.mkdtemp(prefix="esper-model-"))
-        for write in (export, _write_state):
+        for write in (partial(export, example=example), _write_state):
             outcome = attempt(partial(write, model, target))
             if not isinstance(outcome, Failed):
                 return Kept(folder=target, problems=(*problems, *_found(model, target, problems)))

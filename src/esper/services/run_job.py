@@ -117,7 +117,7 @@ def _train(
         interrupts.hold()
         if error is not None and grower.updates == 0:
             raise error
-        kept = keep_model(job.model, grower.run_dir / "model")
+        kept = keep_model(job.model, grower.run_dir / "model", example=grower.example)
     report = replace(grower.report(), interrupted=stopped or error is not None)
     run = JobRun(report=report, folder=grower.run_dir, problems=kept.problems, error=error)
     return run if error is not None or interrupts.num_held else _tested(job, run)
