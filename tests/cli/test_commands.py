@@ -241,6 +241,16 @@ def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
     assert not list((folder / "out").glob(".*"))
 
 
+def test_reader_that_goes_away_costs_no_page(folder):
+    """Where nobody reads what is printed, as behind ``| head``, model and pages are there."""
+    command = [sys.executable, "-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.close()
+    assert process.wait(timeout=100) != 0
+    assert (folder / "out" / "report.html").exists()
+    assert {path.name for path in (folder / "out" / "model").iterdir()} == MODEL_FILES
+
+
 def test_second_run_leaves_the_first_one_alone(folder):
     """Runs into one folder are numbered, by default as by name, and say where they are."""
     for more in ((), ("--run-dir", "out")):

@@ -165,6 +165,14 @@ def test_each_graft_of_a_run_has_a_colour_of_its_own(make_run):
         assert page.count(f"--graft-{number}: #") == 2
 
 
+def test_a_narrow_screen_names_the_lines_above_their_chart(page):
+    """The names at the ends of the lines are out of sight there; a key says them in colour."""
+    for figure in re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL):
+        names = re.findall(r'<text class="name ([\w-]+)"[^>]*>([^<]*)<', figure)
+        key = re.findall(r'<li class="([\w-]+)">([^<]*)</li>', figure)
+        assert sorted(key) == sorted(names) or "seed-" in figure
+
+
 def test_a_small_host_is_told_with_its_budget(make_run):
     """The settings have the budget, limit by limit, and say that shares do not hold."""
     budget = {"parameters": 0.1, "small_host": 100_000, "small_graft": 10_000}

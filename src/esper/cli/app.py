@@ -129,8 +129,10 @@ def demo(
                 epochs=epochs,
                 on_held=_ask_for_patience,
             )
-        print_demo(_console(), run.report)
-        _write_pages(run.report, run.folder)
+        try:
+            print_demo(_console(), run.report)
+        finally:  # a reader that has gone away, as `| head` does, costs no page
+            _write_pages(run.report, run.folder)
         _exit_if_stopped(interrupted=run.report.interrupted)
 
 
@@ -175,10 +177,12 @@ def grow(
 
 def _tell(run: JobRun) -> None:
     """Print what a run has to say, then write its pages; its model is kept by now."""
-    typer.echo(str(run.report))
-    for problem in run.problems:
-        typer.echo(f"esper: {problem}", err=True)
-    _write_pages(run.report, run.folder)
+    try:
+        typer.echo(str(run.report))
+        for problem in run.problems:
+            typer.echo(f"esper: {problem}", err=True)
+    finally:  # a reader that has gone away, as `| head` does, costs no page
+        _write_pages(run.report, run.folder)
     if run.error is not None:
         raise run.error
     _exit_if_stopped(interrupted=run.report.interrupted)

@@ -244,6 +244,15 @@ def _fitting(chart: Chart, low: float, high: float) -> Frame:
     )
 
 
+def legend(chart: Chart) -> Markup:
+    """Return the names of a chart's lines in their colours, for screens that cut the chart off."""
+    named = [line for line in chart.series if line.label and line.points]
+    if not named:
+        return Markup("")
+    keys = (element("li", line.label, class_=line.style) for line in named)
+    return element("ul", *keys, class_="legend")
+
+
 def draw_lanes(
     name: str, title: str, description: str, lanes: Sequence[Lane], last_update: float
 ) -> Markup:

@@ -39,6 +39,7 @@ figure { margin: 1rem 0; }
 svg { display: block; width: 100%; min-width: 38rem; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .75rem 0; }
 figure.table figcaption { margin-bottom: .35rem; max-width: 46rem; }
+.legend { display: none; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 1.25rem 0;
   padding: .6rem 0; border: solid var(--rule); border-width: 1px 0; }
 a { color: var(--grown); }
@@ -72,37 +73,41 @@ svg .middle { text-anchor: middle; } svg .name { font-weight: 600; }
 .line.scratch { stroke: var(--scratch); stroke-dasharray: 9 3 2 3; }
 text.host { fill: var(--host); } text.grown { fill: var(--grown); }
 text.random { fill: var(--random); } text.scratch { fill: var(--scratch); }
+li.host { color: var(--host); } li.grown { color: var(--grown); }
+li.random { color: var(--random); } li.scratch { color: var(--scratch); }
 .mark { stroke: var(--paper); stroke-width: 1; }
 .mark.admitted { fill: var(--grown); } .mark.fossilized { fill: var(--scratch); }
 .mark.culled { fill: none; stroke: var(--random); stroke-width: 2.5; }
 .line.graft-1 { stroke: var(--graft-1); }
-text.graft-1, .mark.graft-1 { fill: var(--graft-1); }
+text.graft-1, .mark.graft-1 { fill: var(--graft-1); } li.graft-1 { color: var(--graft-1); }
 .mark.culled.graft-1 { fill: none; stroke: var(--graft-1); }
 .line.graft-2 { stroke: var(--graft-2); stroke-dasharray: 9 4; }
-text.graft-2, .mark.graft-2 { fill: var(--graft-2); }
+text.graft-2, .mark.graft-2 { fill: var(--graft-2); } li.graft-2 { color: var(--graft-2); }
 .mark.culled.graft-2 { fill: none; stroke: var(--graft-2); }
 .line.graft-3 { stroke: var(--graft-3); stroke-dasharray: 9 3 2 3; }
-text.graft-3, .mark.graft-3 { fill: var(--graft-3); }
+text.graft-3, .mark.graft-3 { fill: var(--graft-3); } li.graft-3 { color: var(--graft-3); }
 .mark.culled.graft-3 { fill: none; stroke: var(--graft-3); }
 .line.graft-4 { stroke: var(--graft-4); stroke-dasharray: 2 4; }
-text.graft-4, .mark.graft-4 { fill: var(--graft-4); }
+text.graft-4, .mark.graft-4 { fill: var(--graft-4); } li.graft-4 { color: var(--graft-4); }
 .mark.culled.graft-4 { fill: none; stroke: var(--graft-4); }
 .line.graft-5 { stroke: var(--graft-5); stroke-dasharray: 14 4; }
-text.graft-5, .mark.graft-5 { fill: var(--graft-5); }
+text.graft-5, .mark.graft-5 { fill: var(--graft-5); } li.graft-5 { color: var(--graft-5); }
 .mark.culled.graft-5 { fill: none; stroke: var(--graft-5); }
 .line.graft-6 { stroke: var(--graft-6); stroke-dasharray: 6 3; }
-text.graft-6, .mark.graft-6 { fill: var(--graft-6); }
+text.graft-6, .mark.graft-6 { fill: var(--graft-6); } li.graft-6 { color: var(--graft-6); }
 .mark.culled.graft-6 { fill: none; stroke: var(--graft-6); }
 .line.graft-7 { stroke: var(--graft-7); stroke-dasharray: 12 3 3 3 3 3; }
-text.graft-7, .mark.graft-7 { fill: var(--graft-7); }
+text.graft-7, .mark.graft-7 { fill: var(--graft-7); } li.graft-7 { color: var(--graft-7); }
 .mark.culled.graft-7 { fill: none; stroke: var(--graft-7); }
 .line.graft-8 { stroke: var(--graft-8); stroke-dasharray: 4 4; }
-text.graft-8, .mark.graft-8 { fill: var(--graft-8); }
+text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--graft-8); }
 .mark.culled.graft-8 { fill: none; stroke: var(--graft-8); }
 .stage.germinated, .stage.audition { fill: var(--host); } .stage.blending { fill: var(--random); }
 .stage.holding { fill: var(--grown); }
 .fossil-life { stroke: var(--scratch); stroke-width: 2; }
-@media (max-width: 40rem) { main { padding: 1.25rem 1rem 3rem; }
+@media (max-width: 40rem) { .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0;
+    padding: 0; list-style: none; font-size: .9rem; font-weight: 600; }
+  main { padding: 1.25rem 1rem 3rem; }
   .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
   .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
@@ -192,9 +197,15 @@ def paragraph(text: str, style: str | None = None) -> Markup:
     return element("p", text, class_=style)
 
 
-def figure(drawing: Markup, caption: str) -> Markup:
-    """Return a drawing with its caption; it scrolls sideways where the screen is narrow."""
-    return element("figure", _scrolling(drawing, caption), element("figcaption", caption))
+def figure(drawing: Markup, caption: str, key: str = "") -> Markup:
+    """Return a drawing with its caption; it scrolls sideways where the screen is narrow.
+
+    Args:
+        drawing: The drawing.
+        caption: What it shows.
+        key: The names of its lines, which a narrow screen shows above it.
+    """
+    return element("figure", key, _scrolling(drawing, caption), element("figcaption", caption))
 
 
 def table(

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from esper.contracts.report import ARMS, OPTIMISTIC
-from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines
+from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
     alpha_series,
@@ -271,7 +271,7 @@ def _accuracy_figure(report: DemoReport) -> Markup:
         "Bold: mean over random seeds. Faint: each random seed of the host and the grown arm, with "
         f"the lifecycle marked on it. {MARK_CAPTION}{cut}"
     )
-    return figure(draw_lines(chart), caption)
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _run_marks(run: ArmRun) -> list[Mark]:
@@ -352,7 +352,7 @@ def _alpha_chart(series: tuple[Series, ...], report: DemoReport | RunReport, wor
         y_range=(-0.04, 1.04),
     )
     caption = f"How far each admitted graft is blended in, from 0 (not at all) to 1. {words}"
-    return figure(draw_lines(chart), caption)
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _parameter_figure(report: DemoReport) -> Markup:
@@ -372,7 +372,7 @@ def _parameter_figure(report: DemoReport) -> Markup:
         "Bold: mean over random seeds. A fold puts a kernel into the host's own weights, so that "
         "its parameters are gone again and what they learned stays."
     )
-    return figure(draw_lines(chart), caption)
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _demo_graft_tables(report: DemoReport) -> list[Markup]:
@@ -475,7 +475,7 @@ def _loss_figure(report: RunReport) -> Markup:
         )
     if report.optimistic:
         captions.append(f"There is no test split, so every figure was {OPTIMISTIC}.")
-    return figure(draw_lines(chart), " ".join(captions))
+    return figure(draw_lines(chart), " ".join(captions), legend(chart))
 
 
 def _gate_points(report: RunReport) -> tuple[tuple[float, float], ...]:
