@@ -49,7 +49,7 @@ def test_job_grows_with_default_settings(tmp_path, monkeypatch):
     from esper.services.run_job import run_job
 
     monkeypatch.syspath_prepend(str(EXAMPLES.parent))
-    grown = run_job("examples.job:job", run_dir=tmp_path)
+    grown = run_job("examples.job:job", run_dir=tmp_path).report
     sys.modules.pop("examples.job")
     assert [g.verdict for g in grown.grafts].count("fossilized") >= 1
     assert (tmp_path / "events.jsonl").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ from esper.cli.app import app, parse_random_seeds
 from esper.contracts.errors import EsperError
 
 JOB = """
+import os
+import signal
 import torch
 from torch import nn
 from esper.growth.job import GrowthJob
 
-def job(train=None, model=None):
+def job(train=None, model=None, test=None, loss=None):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     x_NF = torch.randn(264, 4)
@@ -27,26 +30,50 @@ def job(train=None, model=None):
     return GrowthJob(
         model=model,
         optimizer=torch.optim.SGD(parameters, lr=0.1),
-        train=batches if train is None else train,
+        train=batches if train is None else train(batches),
         gate=[(x_NF[64:], y_N[64:])],
-        loss=lambda model, batch: nn.functional.cross_entropy(
+        test=None if test is None else test(batches),
+        loss=loss or (lambda model, batch: nn.functional.cross_entropy(
             model(batch[0]), batch[1], reduction="none"
-        ),
+        )),
         epochs=3,
     )
 
-def empty(): return job(train=[])
-def exhausted(): return job(train=iter(()))
+class Loader:
+    # gives some batches, then does something else
+    def __init__(self, batches, num, then):
+        self.batches, self.num, self.then = batches, num, then
+    def __iter__(self):
+        yield from self.batches[: self.num]
+        self.then()
+        yield from self.batches[self.num :]
+
+def interrupt(): raise KeyboardInterrupt
+def leave(): raise SystemExit(7)
+def fail(): raise ValueError("a word of the user's")
+def press(): os.kill(os.getpid(), signal.SIGINT)
+def press_twice():
+    try: press()
+    finally: press()
+
+def empty(): return job(train=lambda batches: [])
+def exhausted(): return job(train=lambda batches: iter(()))
 def nothing_to_wrap(): return job(model=nn.Sequential(nn.ReLU(), nn.Flatten()))
 def three(): return 3
-
-def stopped():
-    def batches():
-        raise KeyboardInterrupt
-        yield
-    class Loader:
-        def __iter__(self): return batches()
-    return job(train=Loader())
+def stopped(): return job(train=lambda batches: Loader(batches, 0, interrupt))
+def stopped_twice(): return job(train=lambda b: Loader(b, 2, press_twice), test=lambda b: b)
+def stopped_in_test(): return job(test=lambda batches: Loader(batches, 1, interrupt))
+def fails_late(): return job(train=lambda batches: Loader(batches, 2, fail))
+def leaves_late(): return job(train=lambda batches: Loader(batches, 2, leave))
+def fails_in_test(): return job(test=lambda batches: Loader(batches, 1, fail))
+def not_finite_in_test(): return job(test=lambda b: [(torch.full((9, 4), torch.nan), b[0][1][:9])])
+def fails_inside_torch(): return job(loss=lambda m, b: nn.functional.nll_loss(m(b[0]), b[1][:3]))
+def tested(): return job(test=lambda batches: batches)
+def no_file(): return open("no_such_file_of_mine")
+def shuffled(): return job(train=lambda b: torch.utils.data.DataLoader(
+    torch.utils.data.TensorDataset(*map(torch.cat, zip(*b))), batch_size=16, shuffle=True))
+MODEL = nn.Sequential(nn.Linear(4, 2))
+def one_model(): return job(model=MODEL)
 """
 
 
@@ -141,6 +168,8 @@ def test_suggest_prints_a_ranked_table_and_writes_nothing(folder):
         ("jobs_of_a_user:empty", "train loader"),
         ("jobs_of_a_user:exhausted", "train loader"),
         ("jobs_of_a_user:nothing_to_wrap", "wrap"),
+        ("jobs_of_a_user.py:job", "write jobs_of_a_user:job"),
+        ("./jobs_of_a_user.py", "write jobs_of_a_user:job"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(folder, command, target, words):
@@ -159,12 +188,195 @@ def test_the_traceback_is_there_for_those_who_ask(folder, monkeypatch):
     assert isinstance(result.exception, EsperError)
 
 
+MODEL_FILES = {"grafts.py", "model.safetensors"}
+
+
+def report_in(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
 def test_ctrl_c_ends_with_the_report_and_its_status(folder):
     """An interrupted run prints and writes a report that says so, and exits with 130."""
     result = run("grow", "jobs_of_a_user:stopped", "--run-dir", "out")
     assert result.exit_code == 130
     assert result.stdout.startswith("Stopped after 0 updates")
-    assert json.loads((folder / "out" / "report.json").read_text())["interrupted"] is True
+    assert report_in(folder / "out")["interrupted"] is True
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "words"),
+    [
+        ("stopped_twice", 130, "Stopped after 2 updates"),
+        ("stopped_in_test", 130, "the test split was not read: you stopped it"),
+        ("fails_late", 2, "ValueError: a word of the user's"),
+        ("leaves_late", 7, "Stopped after 2 updates"),
+        ("fails_in_test", 2, "the test split could not be read: ValueError: a word"),
+        ("not_finite_in_test", 0, "Note: the test loss is nan"),
+    ],
+)
+def test_nothing_trained_is_lost(folder, target, status, words):
+    """Whatever ends a run, or fails after it, the model is there, and the report says how far."""
+    result = run("grow", f"jobs_of_a_user:{target}", "--run-dir", "out")
+    assert result.exit_code == status
+    assert words in result.output
+    assert {path.name for path in (folder / "out" / "model").iterdir()} == MODEL_FILES
+    assert report_in(folder / "out")["updates"] >= 2
+
+
+@pytest.mark.parametrize("size_bytes", [9_000, 4_000])
+def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
+    """Where a file finds no room it is named; the model is written before any page, and told of."""
+    code = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size_bytes}, {size_bytes}))\n"
+        "sys.argv[1:] = ['grow', 'jobs_of_a_user:job', '--run-dir', 'out']\n"
+        "from esper.cli import main\n"
+        "main()"
+    )
+    result = in_a_process("-B", "-c", code)
+    assert result.returncode == 2
+    assert "12 updates" in result.stdout
+    assert "out/report.html" in result.stderr
+    assert {path.name for path in (folder / "out" / "model").iterdir()} == MODEL_FILES
+    assert not list((folder / "out").glob(".*"))
+
+
+def test_reader_that_goes_away_costs_no_page(folder):
+    """Where nobody reads what is printed, as behind ``| head``, model and pages are there."""
+    command = [sys.executable, "-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.close()
+    assert process.wait(timeout=100) != 0
+    assert (folder / "out" / "report.html").exists()
+    assert {path.name for path in (folder / "out" / "model").iterdir()} == MODEL_FILES
+
+
+def test_second_run_leaves_the_first_one_alone(folder):
+    """Runs into one folder are numbered, by default as by name, and say where they are."""
+    for more in ((), ("--run-dir", "out")):
+        first, second = (run("grow", "jobs_of_a_user:job", *more) for _ in range(2))
+        base = "out" if more else "runs/grow"
+        assert f"Written to {base}:" in first.stdout
+        assert f"Written to {base}-2:" in second.stdout
+        assert f"{base} holds a run already" in second.stdout
+        assert report_in(folder / base)["notes"] != report_in(folder / f"{base}-2")["notes"]
+
+
+@pytest.mark.parametrize(
+    ("target", "place"),
+    [
+        ("fails_late", ", in fail;"),
+        ("fails_inside_torch", "in <lambda>"),
+        ("no_file", "in no_file"),
+    ],
+)
+def test_users_own_error_keeps_its_file_and_line(folder, target, place):
+    """The innermost line of the user's own code is named, though torch or Esper raised."""
+    result = run("grow", f"jobs_of_a_user:{target}", "--run-dir", "out")
+    assert result.exit_code == 2
+    (line,) = [row for row in result.stderr.splitlines() if row.startswith("  at ")]
+    assert line.startswith("  at jobs_of_a_user.py:")
+    assert place in line
+    assert "ESPER_TRACEBACK=1" in line
+
+
+def test_error_that_a_target_makes_keeps_its_place(folder):
+    """Wrapped into a word about the target, the error's own file and line are still there."""
+    (folder / "jobs_of_a_user.py").write_text("import esper\ndef job():\n    return int('x')\n")
+    result = run("grow", "jobs_of_a_user:job")
+    assert "could not make a job: ValueError" in result.stderr
+    assert "at jobs_of_a_user.py:3, in job" in result.stderr
+
+
+def test_missing_module_of_a_user_is_not_taken_for_the_demos(folder):
+    """Only the demo speaks of its extra."""
+    (folder / "jobs_of_a_user.py").write_text(
+        "def job():\n    raise ModuleNotFoundError('No module named', name='sklearn')\n"
+    )
+    result = run("grow", "jobs_of_a_user:job")
+    assert isinstance(result.exception, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("grow",), ("suggest",), ("doctor",)])
+def test_help_has_a_short_name_and_names_the_environment(folder, command):
+    """``-h`` is ``--help``, and every help names the variables that are read."""
+    short, long = run(*command, "-h"), run(*command, "--help")
+    assert short.exit_code == 0
+    assert short.stdout == long.stdout
+    assert {"ESPER_RUN_DIR", "ESPER_TRACEBACK"} <= set(re.findall(r"ESPER_\w+", long.stdout))
+
+
+def test_shell_completion_is_offered(folder):
+    """The shell's completion can be installed, and completes commands and options."""
+    assert "--install-completion" in run("--help").stdout
+    script = {"_ESPER_COMPLETE": "complete_bash", "COMP_WORDS": "esper gr", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['esper']; from esper.cli import main; main()"
+    assert in_a_process("-c", code, **script).stdout.split() == ["grow"]
+
+
+def test_grow_takes_what_a_job_would_be_edited_for(folder):
+    """Epochs, overhead, random seed and budget come from the command, the rest from the job."""
+    result = run(
+        *("grow", "jobs_of_a_user:job", "--epochs", "2", "--overhead", "0.3"),
+        *("--random-seed", "5", "--budget", "grafts=1", "--budget", "flops=none"),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = report_in(folder / "runs" / "grow")
+    settings = report["settings"]
+    assert (report["updates"], settings["horizon"]) == (8, 8)
+    assert (settings["overhead"], settings["random_seed"]) == (0.3, 5)
+    assert (settings["budget"]["grafts"], settings["budget"]["flops"]) == (1, None)
+    assert settings["budget"]["small_graft"] == 10_000
+
+
+def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
+    """A share alone holds for one graft and for all, in a small host too."""
+    assert run("grow", "jobs_of_a_user:job", "--budget", "0.5").exit_code == 0
+    budget = report_in(folder / "runs" / "grow")["settings"]["budget"]
+    assert (budget["parameters"], budget["total_parameters"], budget["small_host"]) == (0.5, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--overhead", "2"), "overhead is a share of the run's work in [0, 1)"),
+        (("--budget", "much"), "for example 0.2, or NAME=NUMBER"),
+        (("--budget", "gifts=2"), "the budget has no 'gifts'; its limits are parameters"),
+        (("--budget", "grafts=1.5"), "grafts is a whole number"),
+        (("--budget", "-1"), "is at least 0"),
+        (("--budget", "nan"), "is at least 0"),
+        (("--budget", "grafts=inf"), "grafts is a whole number"),
+    ],
+)
+def test_option_that_makes_no_sense_is_refused_before_the_training(folder, options, words):
+    """One line with what was expected, status 2, and no folder."""
+    result = run("grow", "jobs_of_a_user:job", *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("target", ["job", "tested", "shuffled"])
+def test_control_is_the_same_job_without_growth(folder, target):
+    """Where nothing grew the control ends at the very same loss: only growth is left out."""
+    result = run("grow", f"jobs_of_a_user:{target}", "--control")
+    assert result.exit_code == 0, result.stderr
+    report = report_in(folder / "runs" / "grow")
+    control = report["control"]
+    assert control["settings"]["horizon"] == report["settings"]["horizon"]
+    assert control["evaluations"] == report["evaluations"]
+    measure = "test loss" if target == "tested" else "gate loss"
+    assert f"Did it help? The {measure} was" in result.stdout
+    assert "no difference" in result.stdout
+    assert control["test_metrics"] == report["test_metrics"]
+
+
+def test_control_needs_a_model_of_its_own(folder):
+    """A function that hands out one model twice is found out before anything is trained."""
+    result = run("grow", "jobs_of_a_user:one_model", "--control")
+    assert result.exit_code == 2
+    assert "returned the same model when it was called again" in result.stderr
+    assert not (folder / "runs").exists()
 
 
 def test_the_command_works_as_a_process(folder):

@@ -19,15 +19,16 @@ A_ROW = ProgressRow(
     name="random seed 3, grown",
     update=420,
     gate_loss=0.123456,
+    train_loss=0.0987654,
     metrics={"accuracy": 0.9325, "perplexity": 12.5},
     parameters=954,
     grafts=(GraftStatus(site="[blocks].3", seed_idx=0, stage=GraftStage.BLENDING),),
 )
 
 
-def shown(progresses, *, terminal):
+def shown(progresses, *, terminal, width=140):
     console = Console(
-        file=io.StringIO(), force_terminal=terminal, width=140, markup=False, highlight=False
+        file=io.StringIO(), force_terminal=terminal, width=width, markup=False, highlight=False
     )
     with ProgressDisplay(console, ManualClock()) as display:
         for progress in progresses:
@@ -40,10 +41,17 @@ def test_time_left_follows_from_the_time_that_has_passed():
     assert progress_line(a_progress(25), 30.0) == " 25%, 1:30 left, growing"
 
 
-@pytest.mark.parametrize("progress", [a_progress(0), Progress(done=0, total=0, doing="growing")])
+@pytest.mark.parametrize(
+    "progress", [a_progress(0), a_progress(0.99), Progress(done=0, total=0, doing="growing")]
+)
 def test_time_left_is_unknown_at_the_start(progress):
-    """Before anything is done no time is made up."""
-    assert progress_line(progress, 9.0) == "  0%, time left unknown, growing"
+    """Before a hundredth is done no time is made up: the first update is no measure."""
+    assert progress_line(progress, 9.0).endswith("%, time left unknown, growing")
+
+
+def test_time_left_is_known_from_a_hundredth_on():
+    """Its control: one second for a hundredth leaves ninety-nine."""
+    assert progress_line(a_progress(1), 1.0) == "  1%, 1:39 left, growing"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +77,8 @@ def test_a_plain_line_tells_where_each_run_is():
     """Loss, every metric, parameters and each graft's stage are in the line, brackets and all."""
     text = shown([a_progress(50, A_ROW)], terminal=False)
     assert (
-        "random seed 3, grown at update 420, gate loss 0.1235, accuracy 93.2 %, perplexity 12.5, "
-        "954 parameters, [blocks].3.0 blending"
+        "random seed 3, grown at update 420, gate loss 0.1235, training loss 0.09877, "
+        "accuracy 93.2 %, perplexity 12.5, 954 parameters, [blocks].3.0 blending"
     ) in text
 
 
@@ -96,3 +104,22 @@ def test_runs_with_other_metrics_share_a_table():
     places = [head.index(word) for word in ("gate loss", "accuracy", "perplexity", "bleu", "seeds")]
     assert places == sorted(places)
     assert "31.4" in text
+
+
+def test_bar_has_a_line_of_its_own():
+    """Neither a table nor the next line of a run begins behind the bar."""
+    for width in (140, 60):
+        text = shown([a_progress(50, A_ROW)], terminal=True, width=width)
+        bars = [line for line in text.splitlines() if "\u2501" in line]
+        assert bars
+        assert not any(word in line for line in bars for word in ("run", "update", "random"))
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_narrow_terminal_cuts_nothing_off(width):
+    """Where a table does not fit each run is a paragraph, with every figure whole."""
+    text = shown([a_progress(50, A_ROW)], terminal=True, width=width)
+    words = " ".join(text.split())
+    assert "\u2026" not in text
+    for figure in ("0.1235", "0.09877", "93.2", "12.5", "954", "420"):
+        assert figure in words

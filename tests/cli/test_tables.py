@@ -80,9 +80,10 @@ def printed(call, value):
 
 
 def test_the_demo_ends_with_its_tables():
-    """First what was not beaten, then arms, differences, grafts, their lives and the controls."""
+    """First the good and the bad, then arms, differences, grafts, their lives and the controls."""
     lines = printed(print_demo, a_demo())
-    assert lines[0].startswith("Growth did not beat a network of the grown shape")
+    assert lines[0].startswith("Growth beat the host trained on without growing")
+    assert ", but not a network of the grown shape" in " ".join(lines[:3])
     for line in (
         "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP 70 \u2013",
         "grown minus host only: +4.00 (+4.00 to +4.00) points",
@@ -119,8 +120,9 @@ def test_suggestions_are_printed_in_their_order():
         ),
     ]
     lines = printed(print_suggestions, rows)
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "head mlp-8 0.0123 0.004 1,234 2.4 kFLOP 12",
         "head noise \u2013 \u2013 0 \u2013 3 nothing to train",
+        "To put one in: esper.layers(model)[site].graft(0, kernel, example=...)",
     ]
     assert "none" in printed(print_suggestions, [])[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from growing import (
@@ -444,23 +446,48 @@ def one_update(model, optimizer, batch):
     optimizer.step()
 
 
-def test_close_removes_every_hook_where_the_measure_fails():
-    """An evaluate that raises at the end does not keep the optimizer hooked."""
+@pytest.mark.parametrize("error", [ZeroDivisionError("by you"), KeyboardInterrupt()])
+def test_close_does_not_raise_what_fails_in_it(error):
+    """Where the measure fails at the end the kernel goes all the same, with every hook; it is said.
+
+    Ctrl-C is nobody's failure: it comes out, after everything was taken away.
+    """
     model, optimizer = wrapped()
     fails = []
 
     def measure(m):
         if fails:
-            raise ZeroDivisionError
+            raise fails[0]
         return evaluate(m)
 
     policy = ByHand([("0", "mlp-4x4-w32")])
     grower = growing(model, optimizer, evaluate=measure, policy=policy, hold_updates=200)
     train(model, optimizer, 60, grower)
-    fails.append(True)
-    with pytest.raises(ZeroDivisionError):
+    assert grower.report().grafts[0].admitted_at is not None
+    fails.append(error)
+    comes_out = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt) if comes_out else nullcontext():
         grower.close()
+    (graft,) = grower.report().grafts
+    assert graft.verdict == "culled after admission"
+    assert all(layer.seed_kernel(0) is None for layer in layers(model).values())
     assert not optimizer._optimizer_step_post_hooks
+    said = [n for n in grower.report().notes if "ZeroDivisionError: by you" in n]
+    assert bool(said) is not comes_out
+
+
+def test_run_is_never_written_into_the_folder_of_another(tmp_path):
+    """A second run in one folder is numbered, says where it is, and leaves the first one's log."""
+    growers = []
+    for _ in range(3):
+        model, optimizer = wrapped()
+        with growing(model, optimizer, run_dir=tmp_path / "run") as grower:
+            growers.append(grower)
+    assert [g.run_dir.name for g in growers] == ["run", "run-2", "run-3"]
+    assert not growers[0].report().notes
+    (note,) = growers[1].report().notes
+    assert note == f"{tmp_path / 'run'} holds a run already; this one is in {tmp_path / 'run-2'}"
+    assert (tmp_path / "run" / "events.jsonl").read_text().count("run_started") == 1
 
 
 def test_group_that_is_added_later_is_taken_along():

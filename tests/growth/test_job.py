@@ -136,6 +136,8 @@ def test_progress_has_everything_that_is_measured():
     assert (last.gate_loss, last.metrics) == (evaluation.gate_loss, evaluation.metrics)
     assert (last.update, last.parameters) == (58, report.progress_row().parameters)
     assert report.progress_row() == last
+    assert first.train_loss is not None
+    assert last.train_loss == evaluation.train_loss
 
 
 def test_one_shot_loader_is_refused_in_its_second_epoch():

@@ -92,6 +92,45 @@ def test_labels_do_not_overlap():
     assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
 
 
+def test_labels_fit_beside_and_above_the_axis():
+    """Long names get room at the right, many names stay above the lower edge."""
+    names = [f"a rather long name of line {i}" for i in range(12)]
+    lines = [Series(style="grown", points=((0.0, 0.0), (100.0, 0.0)), label=n) for n in names]
+    drawing = draw_lines(a_chart(*lines))
+    labels = by_class(drawing, "name")
+    assert all(float(n.get("x")) + 7 * len(n.text) <= LARGE.width for n in labels)
+    heights = [float(n.get("y")) for n in labels]
+    assert max(heights) <= LARGE.area_bottom + 5
+    assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
+
+
+def test_a_line_that_leaves_the_range_has_its_label_at_the_edge():
+    """A label is never written outside of the drawing."""
+    line = Series(style="grown", points=((0.0, 1.0), (100.0, 900.0)), label="grown")
+    (label,) = by_class(draw_lines(a_chart(line, y_range=(0.0, 2.0))), "name")
+    assert float(label.get("y")) == LARGE.top + 4
+
+
+def test_numbers_of_the_axis_fit():
+    """Long numbers get room at the left."""
+    line = Series(style="grown", points=((0.0, 0.000123451), (9.0, 0.000123459)), label="grown")
+    ticks_shown = by_class(draw_lines(a_chart(line)), "end")
+    assert all(float(n.get("x")) - 7 * len(n.text) >= 20 for n in ticks_shown)
+
+
+def test_a_lane_has_its_label_first_and_whole():
+    """At the left edge, above its bars; of a name that is too long both ends can be read."""
+    bars = (Bar(stage="audition", start=10, end=20, text="a"),)
+    lanes = [Lane(label=f"{n}. {'site.' * 8 * n}end", bars=bars) for n in (1, 9)]
+    short, long = by_class(draw_lanes("l", "t", "d", lanes, 100.0), "tick")[-2:]
+    assert short.text == lanes[0].label
+    shown = "".join(long.itertext()).removeprefix(lanes[1].label)
+    assert shown.startswith("9. site.")
+    assert shown.endswith("site.end")
+    assert {short.get("x"), long.get("x")} == {"16"}
+    assert float(short.get("x")) + 7 * len(shown) < LARGE.width
+
+
 def test_marks_outside_the_range_are_left_out():
     """A mark that the axis does not reach is not drawn over the margin."""
     line = Series(style="grown", points=((0.0, 0.0), (100.0, 100.0)), label="grown")

@@ -1,5 +1,7 @@
 """The event log and its replay."""
 
+from pathlib import Path
+
 import pytest
 
 from esper.contracts.events import (
@@ -106,6 +108,17 @@ def test_a_closed_log_counts(tmp_path):
     log.close()
     log.publish(an_alpha(1, 1.0))
     assert log.dropped == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_full_disk_is_counted_and_closing_does_not_raise(tmp_path):
+    """A disk without room costs the events, not the run: they are counted, the file is named."""
+    path = tmp_path / "events.jsonl"
+    path.symlink_to("/dev/full")
+    with EventLog(path) as log:
+        log.publish(an_alpha(1, 0.5))
+    assert log.dropped == 1
+    assert "events.jsonl" in log.error
 
 
 def test_replay_gives_the_seeds_in_the_model():

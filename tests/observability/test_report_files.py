@@ -1,6 +1,8 @@
 """Reports as files."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +25,16 @@ def test_a_report_that_cannot_be_written_changes_nothing(tmp_path, make_run):
     with pytest.raises(ValueError, match="JSON"):
         write_report(make_run(test_metrics={"loss": float("nan")}), tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["test_metrics"] == {}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_full_disk_is_named_with_its_file_and_costs_no_other(tmp_path, make_run, name):
+    """A full disk does not say which file it was; the error does, and the other one is written."""
+    (tmp_path / f".{name}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="make room") as failure:
+        write_report(make_run(), tmp_path)
+    assert failure.value.errno == errno.ENOSPC
+    assert failure.value.filename == str(tmp_path / name)
+    (other,) = {"report.json", "report.html"} - {name}
+    assert [path.name for path in tmp_path.iterdir()] == [other]

@@ -11,6 +11,7 @@ from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import ControlsReport, Evaluation
 from esper.observability.report_page import demo_page, run_page
 
+LOOKS = range(0, 1201, 10)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
 VOID = {"meta", "br", "hr"}
 
@@ -41,6 +42,12 @@ class Reader(HTMLParser):
         return [text for inside, text in self.texts if inside == tag]
 
 
+def drawing(page, title):
+    """Return the drawing of a page whose title has this id."""
+    (found,) = [d for d in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if title in d]
+    return found
+
+
 @pytest.fixture(params=["demo", "run"])
 def page(request, make_demo, make_run):
     """Both pages, one after the other."""
@@ -56,10 +63,12 @@ def test_the_page_is_well_formed(page):
 
 
 def test_the_page_needs_no_network_and_no_script(page):
-    """No script, no link, no image, no address, and nothing in the style sheet that loads."""
+    """No script, no image, no address but its own parts, and no style sheet that loads."""
     reader = Reader(page)
     assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
-    assert not {name for _, name, _ in reader.attributes} & {"src", "href", "srcset"}
+    assert not {name for _, name, _ in reader.attributes} & {"src", "srcset"}
+    links = [value for _, name, value in reader.attributes if name == "href"]
+    assert all(link.startswith("#part-") for link in links)
     assert not re.search(r"https?:|//\w|@import|url\((?!#)", page.removeprefix("<!DOCTYPE html>"))
 
 
@@ -67,10 +76,10 @@ def test_the_page_has_a_dark_form(page):
     """Every colour of the light form has a dark one, and colours are named nowhere else."""
     style = page[page.index("<style>") : page.index("</style>")]
     light, dark = style.split("@media (prefers-color-scheme: dark)")
-    names = set(re.findall(r"(--\w+):", light))
+    names = set(re.findall(r"(--[\w-]+):", light))
     assert names
-    assert names == set(re.findall(r"(--\w+):", dark))
-    assert "#" not in re.sub(r"--\w+: #\w{6};", "", style)
+    assert names == set(re.findall(r"(--[\w-]+):", dark))
+    assert "#" not in re.sub(r"--[\w-]+: #\w{6};", "", style)
 
 
 def test_drawings_have_words(page):
@@ -83,19 +92,95 @@ def test_drawings_have_words(page):
         assert root.find("desc").text
 
 
-def test_the_first_sentence_is_what_growth_did_not_beat(demo_report):
-    """The first paragraph names the arm that was not beaten, with its interval."""
+def test_the_contents_lead_to_every_part(page):
+    """Every heading of the second order has a link, in order, and every link a target."""
+    reader = Reader(page)
+    links = [value for tag, name, value in reader.attributes if (tag, name) == ("a", "href")]
+    ids = {value for _, name, value in reader.attributes if name == "id"}
+    assert reader.of("a") == reader.of("h2")
+    assert {link.removeprefix("#") for link in links} <= ids
+
+
+def test_captions_stand_outside_of_what_scrolls(page):
+    """A narrow screen that scrolls a table or a drawing sideways keeps its caption in sight."""
+    assert "<caption" not in page
+    for box in re.findall(r'<div class="wide".*?</div>', page, flags=re.DOTALL):
+        assert "figcaption" not in box
+    boxes, captions = page.count('class="wide"'), page.count("<figcaption")
+    assert captions == boxes
+
+
+def test_the_first_sentence_says_what_growth_beat_and_what_not(demo_report):
+    """The first paragraph names the arms that were beaten and the one that was not."""
     first = Reader(demo_page(demo_report)).of("p")[0]
-    assert first.startswith("Growth did not beat a network of the grown shape trained from scratch")
+    good, bad = first.split(", but not ")
+    assert good.startswith("Growth beat the host trained on without growing (+")
+    assert bad.startswith("a network of the grown shape trained from scratch")
     interval = demo_report.grown_minus_scratch
-    assert f"{interval.low:+.2f} to {interval.high:+.2f}" in first
+    assert f"{interval.low:+.2f} to {interval.high:+.2f}" in bad
 
 
-def test_a_run_opens_with_what_it_was_not_compared_with(make_run):
-    """A single run cannot say that it beat a larger network, and says so first."""
+def test_a_run_opens_with_the_good_and_the_bad(make_run):
+    """What a single run showed, and what it was not compared with, in the first sentence."""
     first = Reader(run_page(make_run())).of("p")[0]
-    assert "not shown to beat a twin without it in 1 of 2 tries" in first
+    assert "beat a twin without it in 1 of 2 tries and was not shown to in 1" in first
     assert "compared neither with a larger network trained from scratch" in first
+
+
+def test_a_control_is_in_the_first_sentence_the_figures_and_the_chart(make_run):
+    """Whether it helped has a number, next to the run's own."""
+    control = make_run(
+        grafts=(), evaluations=tuple(Evaluation(update=u, gate_loss=0.9) for u in LOOKS[::2])
+    )
+    page = run_page(make_run(control=control))
+    assert "with growth and 0.9 without" in Reader(page).of("p")[0]
+    assert "Gate loss without growth" in Reader(page).of("dt")
+    assert "gate loss, control" in Reader(page).of("text")
+
+
+def test_the_loss_axis_shows_what_grafts_did(make_run):
+    """The first losses, many times as large, are cut off, and the caption says so."""
+    losses = [(u, 100.0 / (1 + u) + (0.3 if u < 600 else 0.2)) for u in LOOKS]
+    page = run_page(
+        make_run(evaluations=tuple(Evaluation(update=u, gate_loss=loss) for u, loss in losses))
+    )
+    axis = drawing(page, "loss-title")
+    shown = [float(t) for t in re.findall(r'class="tick end"[^>]*>([^<]*)<', axis)]
+    assert max(shown) < 1.0
+    assert "the gate loss began at 100" in page
+
+
+def test_a_run_that_just_began_has_a_whole_axis(make_run):
+    """With hardly a reading there is nothing to cut."""
+    run = make_run(updates=20, grafts=(), evaluations=(Evaluation(update=1, gate_loss=5.0),))
+    assert "The axis is cut" not in run_page(run)
+
+
+def test_each_graft_of_a_run_has_a_colour_of_its_own(make_run):
+    """In lanes, alphas and marks alike; the style sheet has every colour that is used."""
+    page = run_page(make_run())
+    for title in ("lanes-title", "alphas-title", "loss-title"):
+        assert set(re.findall(r"graft-\d", drawing(page, title))) == {"graft-1", "graft-2"}
+    for number in range(1, 9):
+        assert page.count(f"--graft-{number}: #") == 2
+
+
+def test_a_narrow_screen_names_the_lines_above_their_chart(page):
+    """The names at the ends of the lines are out of sight there; a key says them in colour."""
+    for figure in re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL):
+        names = re.findall(r'<text class="name ([\w-]+)"[^>]*>([^<]*)<', figure)
+        key = re.findall(r'<li class="([\w-]+)">([^<]*)</li>', figure)
+        assert sorted(key) == sorted(names) or "seed-" in figure
+
+
+def test_a_small_host_is_told_with_its_budget(make_run):
+    """The settings have the budget, limit by limit, and say that shares do not hold."""
+    budget = {"parameters": 0.1, "small_host": 100_000, "small_graft": 10_000}
+    page = run_page(make_run(settings={"budget": budget, "goal": "min"}))
+    assert {"budget: parameters", "budget: small_graft", "goal"} <= set(Reader(page).of("th"))
+    assert "This host is small: 358 parameters, fewer than the 100,000" in page
+    large = run_page(make_run(settings={"budget": budget}, parameters_before=100_000))
+    assert "This host is small" not in large
 
 
 def test_the_demo_page_has_every_part(demo_report):
@@ -113,9 +198,7 @@ def test_the_demo_page_has_every_part(demo_report):
 def test_the_lifecycle_is_marked_on_the_curves(demo_report):
     """On the accuracy chart there are two admissions, one fossil and one cull per random seed."""
     page = demo_page(demo_report)
-    (chart,) = [
-        d for d in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if "accuracy-title" in d
-    ]
+    chart = drawing(page, "accuracy-title")
     counts = {
         kind: chart.count(f'class="mark {kind}"') for kind in ("admitted", "fossilized", "culled")
     }
@@ -192,6 +275,6 @@ def test_a_graft_that_is_under_way_is_no_verdict(make_run):
         report.grafts[0], stage=GraftStage.HOLDING, verdict="undecided", decided_at=None
     )
     page = run_page(replace(report, grafts=(first,)))
-    assert 'class="mark fossilized"' not in page
-    assert 'class="mark culled"' not in page
-    assert 'class="mark admitted"' in page
+    assert 'class="mark fossilized' not in page
+    assert 'class="mark culled' not in page
+    assert 'class="mark admitted' in page

@@ -16,13 +16,14 @@ from esper.observability.wording import (
 )
 
 
-def test_all_that_was_not_beaten_is_named(make_demo):
-    """Arms whose interval reaches 0 are named, and arms that were beaten are not."""
+def test_the_good_and_the_bad_are_one_sentence(make_demo):
+    """Arms that were beaten come first, then those whose interval reaches 0."""
     bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.9}
     sentence = not_beaten(make_demo(bends=bends))
-    assert "the host trained on" in sentence
-    assert " or a network of the grown shape" in sentence
-    assert "random" not in sentence
+    good, bad = sentence.split(", but not ")
+    assert good.startswith("Growth beat a random choice of site and kernel")
+    assert bad.startswith("the host trained on")
+    assert " or a network of the grown shape" in bad
 
 
 def test_worse_is_called_worse(make_demo):
@@ -54,6 +55,13 @@ def test_a_run_without_a_measured_contribution_won_nothing(make_run):
     assert "not shown to beat a twin without it in 1 of 1 tries" in not_beaten_in_run(
         make_run(grafts=(unmeasured,))
     )
+
+
+def test_a_run_without_twins_speaks_of_none(make_run):
+    """Under ``verify="snapshot"`` no twin was trained, and the sentence counts grafts instead."""
+    sentence = not_beaten_in_run(make_run(settings={"verify": "snapshot"}))
+    assert sentence.startswith("Growth kept 1 of 2 grafts and dropped 1, and the run was compared")
+    assert "twin" not in sentence
 
 
 @pytest.mark.parametrize(
@@ -93,11 +101,18 @@ def test_a_metric_is_shown_by_its_name(name, value, expected):
     assert metric_text(name, value) == expected
 
 
-def test_what_was_measured_begins_with_the_loss():
+def test_what_was_measured_begins_with_the_losses():
     """Then come the owner's metrics, in their order; before an evaluation there is nothing."""
-    row = ProgressRow(name="run", update=3, gate_loss=0.5, metrics={"b": 1.0, "accuracy": 0.25})
+    row = ProgressRow(
+        name="run",
+        update=3,
+        gate_loss=0.5,
+        train_loss=0.25,
+        metrics={"b": 1.0, "accuracy": 0.25},
+    )
     assert list(measured_text(row).items()) == [
         ("gate loss", "0.5"),
+        ("training loss", "0.25"),
         ("b", "1"),
         ("accuracy", "25.0 %"),
     ]

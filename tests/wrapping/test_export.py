@@ -14,6 +14,7 @@ from wrapping_grown import blueprint, grown_mlp, load_grafts
 from wrapping_models import Bottleneck, Mlp, Stack
 
 import esper
+from esper.state.layer_call import LayerCall
 
 FRESH_PROCESS = """
 import sys
@@ -136,8 +137,11 @@ def test_the_code_reads_as_if_written_by_hand(tmp_path):
 EXPECTED = '''\
 """What was grown into `Mlp`, as plain PyTorch.
 
-    model = build(Mlp(...))
+    model = build(Mlp())
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+`build` takes a fresh `Mlp` of `wrapping_models`.
+Its modules are those of HOST, which `build` checks.
 """
 
 from torch import nn
@@ -178,17 +182,22 @@ GRAFTS = {
     "fc1": GraftedLinear,
 }
 
+HOST = {
+    "": "Mlp",
+    "fc1": "Linear, weight [8, 6], bias [8]",
+    "drop": "Dropout",
+    "fc2": "Linear, weight [3, 8], bias [3]",
+}
+
 
 def build(host: nn.Module) -> nn.Module:
     """Turn a fresh `Mlp` into the grown one, in place; its weights are loaded afterwards.
 
     Raises:
-        ValueError: The host lacks a module that something was grown at.
+        ValueError: The host is not of the class and size that this was grown in.
     """
     modules = dict(host.named_modules(remove_duplicate=False))
-    missing = [name for name in GRAFTS if name not in modules]
-    if missing:
-        raise ValueError(f"{type(host).__name__} has no module {', '.join(map(repr, missing))}")
+    check(host, modules)
     for name, graft in GRAFTS.items():
         site = modules[name]
         device = next((tensor.device for tensor in site.parameters()), None)
@@ -200,6 +209,23 @@ def build(host: nn.Module) -> nn.Module:
             elif module is site:
                 host = grafted
     return host
+
+
+def check(host: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Refuse a host that is not made of the modules in HOST, before anything is changed."""
+    missing = [name for name in {**GRAFTS, **HOST} if name not in modules]
+    if missing:
+        raise ValueError(f"{type(host).__name__} has no module {', '.join(map(repr, missing))}")
+    gone = [name for name in GRAFTS if name not in HOST]
+    for name, module in host.named_modules():
+        if any(name == site or name.startswith(f"{site}.") or not site for site in gone):
+            continue
+        shapes = [f"{key} {list(p.shape)}" for key, p in module.named_parameters(recurse=False)]
+        found = ", ".join([type(module).__name__, *shapes])
+        wanted = HOST.get(name, "no module")
+        if found != wanted:
+            where = f"module {name!r} of the host" if name else "the host"
+            raise ValueError(f"{where} is expected to be {wanted}, found {found}")
 '''
 
 
@@ -212,7 +238,7 @@ def test_equal_kernels_share_a_class(tmp_path):
     esper.export(model, tmp_path)
 
     text, _ = written(tmp_path)
-    assert text.count("class ") == 2
+    assert text.count("\nclass ") == 2
     assert list(load_grafts(tmp_path).GRAFTS) == ["blocks.0.fc", "blocks.1.fc"]
 
 
@@ -224,6 +250,82 @@ def test_build_names_the_module_that_a_host_lacks(tmp_path):
     with pytest.raises(ValueError, match="Sequential has no module 'fc1', 'fc2'"):
         load_grafts(tmp_path).build(other)
     assert type(other[0]) is nn.Linear
+
+
+class Sized(nn.Module):
+    """A host with arguments, of which some are attributes and one has its default."""
+
+    def __init__(self, width, depth=2, *, act=nn.ReLU, rate=0.5):
+        super().__init__()
+        self.width, self.depth = width, depth
+        self.drop = nn.Dropout(rate)
+        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.act, self.scale = act(), nn.Parameter(torch.ones(width))
+
+    def forward(self, x, scale=None):
+        for part in self.parts:
+            x = self.act(part(x))
+        return x * self.scale if scale is None else x * scale
+
+
+def exported_sized(folder, **options):
+    torch.manual_seed(0)
+    model = esper.wrap(Sized(6, 3)).eval()
+    model.parts[0].graft(0, blueprint(6), alpha=0.5, example=torch.randn(2, 6))
+    esper.export(model, folder, **options)
+    return model
+
+
+def test_the_code_says_which_host_it_wants(tmp_path):
+    """Class, arguments as far as they can be read off, and the input that it is called with."""
+    example = LayerCall((torch.empty(3, 6, device="meta"),), {"scale": torch.zeros(1, 6)})
+    model = exported_sized(tmp_path, example=example)
+    text = (tmp_path / "grafts.py").read_text()
+    assert "model = build(Sized(width=6, depth=3))" in text
+    assert f"a fresh `Sized` of `{Sized.__module__}`" in text
+    assert "It is called with [N, 6] float32, scale=[N, 6] float32." in text
+    x = torch.randn(3, 6)
+    assert torch.equal(rebuild(tmp_path, Sized(width=6, depth=3))(x), model(x))
+
+
+class Other(Sized):
+    """Another class of the same parts."""
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: Sized(5, 3),
+            r"expected to be Sized, scale \[6\], found Sized, scale \[5",
+        ),
+        (lambda: Sized(6, 2), "Sized has no module 'parts.2'"),
+        (lambda: Sized(6, 4), "'parts.3' of the host is expected to be no module, found Linear"),
+        (lambda: Sized(6, 3, act=nn.GELU), "'act' of the host is expected to be ReLU, found GELU"),
+        (lambda: Other(6, 3), "the host is expected to be Sized, .*found Other"),
+    ],
+)
+def test_another_host_is_refused_with_what_was_expected(tmp_path, make, words):
+    """Another width, depth, activation or class is named, and nothing has changed."""
+    exported_sized(tmp_path)
+    host = make()
+    before = [(name, id(module)) for name, module in host.named_modules()]
+    with pytest.raises(ValueError, match=words):
+        load_grafts(tmp_path).build(host)
+    assert [(name, id(module)) for name, module in host.named_modules()] == before
+
+
+def test_what_was_left_out_of_a_model_is_not_asked_of_a_host(tmp_path):
+    """Where a kernel has replaced a layer, any layer may stand in the fresh host."""
+    torch.manual_seed(0)
+    model = esper.wrap(Sized(6, 2)).eval()
+    kernel = Bottleneck(6)
+    model.parts[1].graft(0, kernel, alpha=1.0, mode="replace", example=torch.randn(2, 6))
+    esper.export(model, tmp_path)
+    host = Sized(6, 2)
+    host.parts[1] = nn.Identity()
+    x = torch.randn(3, 6)
+    assert torch.equal(rebuild(tmp_path, host)(x), model(x))
 
 
 def test_sites_inside_sites_keep_the_host_s_names(tmp_path):

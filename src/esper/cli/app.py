@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from esper.contracts.report import RunReport
+    from esper.contracts.report import DemoReport, RunReport
+    from esper.services.run_job import JobRun
 
 EXIT_PROBLEM: Final = 1
 EXIT_ERROR: Final = 2
@@ -26,12 +27,16 @@ EXIT_STOPPED: Final = 130
 PIPE_WIDTH: Final = 140
 """Columns of a table where there is no terminal to ask."""
 
+ENVIRONMENT: Final = (
+    "Environment: ESPER_RUN_DIR is the folder under which runs are written (by default `runs`); "
+    "ESPER_TRACEBACK=1 shows an error with its whole traceback."
+)
+
 app = typer.Typer(
     name="esper",
-    help="Grow a PyTorch model in place while it trains, on evidence.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Target = Annotated[
@@ -42,7 +47,39 @@ Target = Annotated[
     ),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Where the run's files are written.")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        help="Where the run's files are written; numbered where it holds a run already. "
+        "By default a folder under ESPER_RUN_DIR.",
+    ),
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over the training data, other than the job's.")
+]
+Overhead = Annotated[
+    float | None,
+    typer.Option(help="Share of the run's work that growing may take, in [0, 1)."),
+]
+RandomSeed = Annotated[
+    int | None,
+    typer.Option(help="Starts Python's, numpy's and torch's generators before the job is made."),
+]
+BudgetLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="LIMIT",
+        help="What growth may add: a share of the host's parameters (0.2), or a limit of "
+        "esper.Budget by name (grafts=2, flops=none); may be repeated.",
+    ),
+]
+Control = Annotated[
+    bool,
+    typer.Option(
+        "--control",
+        help="Train the same job without growth as well, and say what growth brought.",
+    ),
 ]
 
 
@@ -51,15 +88,11 @@ def main() -> None:
     app()
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, epilog=ENVIRONMENT)
 def esper(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
-    """Grow a PyTorch model in place while it trains, on evidence.
-
-    Runs are written under ESPER_RUN_DIR (by default `runs`); with ESPER_TRACEBACK=1 an error is
-    shown with the place it comes from.
-    """
+    """Grow a PyTorch model in place while it trains, on evidence."""
     if version:
         from esper import __version__
 
@@ -67,7 +100,7 @@ def esper(
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog=ENVIRONMENT)
 def demo(
     random_seeds: Annotated[
         str, typer.Option(help="First random seed and the one after the last.")
@@ -84,41 +117,80 @@ def demo(
         from esper.services.demo import run_demo
 
         seeds = parse_random_seeds(random_seeds)
-        folder = run_dir or environment.run_dir / "demo"
-        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
-            report = run_demo(
+        with (
+            _demo_extra(),
+            ProgressDisplay(_console(stderr=True), MonotonicClock()) as display,
+        ):
+            run = run_demo(
                 random_seeds=seeds,
-                run_dir=folder,
+                run_dir=run_dir or environment.run_dir / "demo",
                 processes=processes,
                 on_progress=display,
                 epochs=epochs,
+                on_held=_ask_for_patience,
             )
-        print_demo(_console(), report)
-        _point_to(folder)
-        _exit_if_stopped(interrupted=report.interrupted)
+        try:
+            print_demo(_console(), run.report)
+        finally:  # a reader that has gone away, as `| head` does, costs no page
+            _write_pages(run.report, run.folder)
+        _exit_if_stopped(interrupted=run.report.interrupted)
 
 
-@app.command()
-def grow(target: Target, run_dir: RunDir = None) -> None:
+@app.command(epilog=ENVIRONMENT)
+def grow(
+    target: Target,
+    run_dir: RunDir = None,
+    epochs: Epochs = None,
+    overhead: Overhead = None,
+    random_seed: RandomSeed = None,
+    budget: BudgetLimits = None,
+    control: Control = False,  # noqa: FBT002 - typer makes an option of it
+) -> None:
     """Train your own job and grow its model where the evidence allows it."""
     with _one_line_errors() as environment:
         from esper.cli.progress import ProgressDisplay
         from esper.resilience.clock import MonotonicClock
+        from esper.services.job_options import JobOptions, parse_budget
         from esper.services.run_job import run_job
 
-        folder = run_dir or environment.run_dir / "grow"
+        options = JobOptions(
+            epochs=epochs,
+            overhead=overhead,
+            random_seed=random_seed,
+            budget=parse_budget(budget or ()),
+            control=control,
+        )
         _see_working_folder()
         with (
             _settings_said(),
             ProgressDisplay(_console(stderr=True), MonotonicClock()) as display,
         ):
-            report: RunReport = run_job(target, run_dir=folder, on_progress=display)
-        typer.echo(str(report))
-        _point_to(folder)
-        _exit_if_stopped(interrupted=report.interrupted)
+            run = run_job(
+                target,
+                run_dir=run_dir or environment.run_dir / "grow",
+                options=options,
+                on_progress=display,
+                on_held=_ask_for_patience,
+            )
+        _tell(run)
 
 
-@app.command()
+def _tell(run: JobRun) -> None:
+    """Print what a run has to say, then write its pages; its model is kept by now."""
+    try:
+        typer.echo(str(run.report))
+        for problem in run.problems:
+            typer.echo(f"esper: {problem}", err=True)
+    finally:  # a reader that has gone away, as `| head` does, costs no page
+        _write_pages(run.report, run.folder)
+    if run.error is not None:
+        raise run.error
+    _exit_if_stopped(interrupted=run.report.interrupted)
+    if run.problems:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command(epilog=ENVIRONMENT)
 def suggest(target: Target) -> None:
     """Train your own job for a while, change nothing, and say what growing would bring."""
     with _one_line_errors():
@@ -133,7 +205,7 @@ def suggest(target: Target) -> None:
         print_suggestions(_console(), suggestions)
 
 
-@app.command()
+@app.command(epilog=ENVIRONMENT)
 def doctor(run_dir: RunDir = None) -> None:
     """Look at the environment, and exit with 1 where something is wrong."""
     with _one_line_errors() as environment:
@@ -169,16 +241,25 @@ def _one_line_errors() -> Iterator[Environment]:
     except (EsperError, ValueError, OSError) as error:
         if environment.traceback:
             raise
-        typer.echo(f"esper: {error}", err=True)
-        raise typer.Exit(EXIT_ERROR) from error
-    except ModuleNotFoundError as error:
-        if environment.traceback or error.name != "sklearn":
-            raise
-        typer.echo("esper: the demo needs its extra: pip install 'esper-morph[demo]'", err=True)
+        from esper.cli.errors import error_text
+
+        typer.echo(error_text(error), err=True)
         raise typer.Exit(EXIT_ERROR) from error
     except KeyboardInterrupt as error:
         typer.echo("esper: stopped", err=True)
         raise typer.Exit(EXIT_STOPPED) from error
+
+
+@contextmanager
+def _demo_extra() -> Iterator[None]:
+    """Say how to install what only the demo needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        msg = "the demo needs its extra: pip install 'esper-morph[demo]'"
+        raise EsperError(msg) from error
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -214,9 +295,19 @@ def _settings_said() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _point_to(folder: Path) -> None:
-    written = ", ".join(sorted(path.name for path in folder.iterdir()))
-    typer.echo(f"Written to {folder}: {written}")
+def _ask_for_patience() -> None:
+    typer.echo("esper: stopping already; what was trained is kept first", err=True)
+
+
+def _write_pages(report: RunReport | DemoReport, folder: Path) -> None:
+    """Write the pages of a run, and say what is in its folder then."""
+    from esper.observability.report_files import write_report
+
+    try:
+        write_report(report, folder)
+    finally:
+        written = ", ".join(sorted(path.name for path in folder.iterdir()))
+        typer.echo(f"Written to {folder}: {written}")
 
 
 def _exit_if_stopped(*, interrupted: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from rich.console import Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -15,12 +16,17 @@ from esper.observability.wording import measured_text
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
 
     from esper.contracts.ports import Clock
     from esper.contracts.progress import Progress, ProgressRow
 
 REFRESHES_PER_SECOND: Final = 4
+LEAST_SHARE: Final = 0.01
+"""Share of the work that has to be done before it says how long the rest will take."""
+UNKNOWN: Final = "time left unknown"
+WIDEST: Final = 1_000
+"""Columns that a table may ask for, so that it says what it needs and not what it gets."""
 PLAIN_LINES: Final = 20
 """Parts of the work, each of which gets one plain line."""
 
@@ -79,14 +85,16 @@ class ProgressDisplay:
 def progress_line(progress: Progress, elapsed_s: float) -> str:
     """Return percent done, time left and what is being done, in one line.
 
+    What the first hundredth took says little about the rest: it holds imports, first calls and
+    compilations. Until then the time left is not known.
+
     Args:
         progress: How far the command is.
         elapsed_s: Seconds since it began.
     """
     share = _share(progress)
-    left = (
-        f"{duration_text(elapsed_s / share * (1 - share))} left" if share else "time left unknown"
-    )
+    is_known = share >= LEAST_SHARE
+    left = f"{duration_text(elapsed_s / share * (1 - share))} left" if is_known else UNKNOWN
     return f"{share:4.0%}, {left}, {progress.doing}"
 
 
@@ -103,12 +111,25 @@ def _share(progress: Progress) -> float:
     return min(progress.done / progress.total, 1.0) if progress.total > 0 else 0.0
 
 
+class _Rows:
+    """A table of the runs, or where the terminal is too narrow for one, a paragraph for each."""
+
+    def __init__(self, rows: tuple[ProgressRow, ...]) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = _rows_table(self._rows)
+        wide = options.update(max_width=WIDEST)
+        if Measurement.get(console, wide, table).maximum <= options.max_width:
+            yield table
+        else:
+            yield from (Text(_row_text(row)) for row in self._rows)
+
+
 def _picture(progress: Progress, line: str) -> Group:
-    bar = ProgressBar(total=1.0, completed=_share(progress), width=40)
-    parts: list[Text | ProgressBar | Table] = [Text(line), bar]
-    if progress.rows:
-        parts.append(_rows_table(progress.rows))
-    return Group(*parts)
+    bar = Table.grid()  # a bar by itself does not end its line
+    bar.add_row(ProgressBar(total=1.0, completed=_share(progress), width=40))
+    return Group(Text(line), bar, *([_Rows(progress.rows)] if progress.rows else []))
 
 
 def _rows_table(rows: tuple[ProgressRow, ...]) -> Table:

@@ -60,6 +60,8 @@ def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> No
         for row in suggestions
     ]
     _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
+    if rows:
+        console.print("To put one in: esper.layers(model)[site].graft(0, kernel, example=...)")
 
 
 def print_checks(console: Console, checks: Sequence[Check]) -> None:

@@ -93,6 +93,28 @@ class Catalog:
             return [blueprint for blueprint in blueprints if blueprint.adds_capacity]
         return blueprints
 
+    def named(self, name: str, *sites: SiteSpec, where: str) -> BlueprintIR:
+        """Return the kernel that has a name, those that add no capacity among them.
+
+        Args:
+            name: Id of its blueprint.
+            sites: Descriptions of the layer, one for each way in which it may be meant.
+            where: What the layer is called in messages.
+
+        Raises:
+            ValueError: There is none of that name; those that there are, are named.
+        """
+        offered = [b for site in sites for b in self.blueprints_for(site, capacity_only=False)]
+        names = list(dict.fromkeys(blueprint.id for blueprint in offered))
+        found = [blueprint for blueprint in offered if blueprint.id == name]
+        if found:
+            return found[0]
+        msg = (
+            f"the catalog has no {name!r} for {where}; it has {', '.join(names) or 'none there'}. "
+            "A kernel of another catalog is given as its BlueprintIR"
+        )
+        raise ValueError(msg)
+
 
 def default_catalog() -> Catalog:
     """Return the catalog that the controller uses unless it is given another."""

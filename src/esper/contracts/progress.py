@@ -36,6 +36,7 @@ class ProgressRow:
         name: What runs, for example ``"random seed 3, grown"``.
         update: Optimizer updates done.
         gate_loss: Loss on the gate split, as last read; None before the first reading.
+        train_loss: Mean of recent training losses, as last read; None where it is not known.
         metrics: Whatever else was measured on the gate split, by name, as last read.
         parameters: Parameters of the model now; None before they are known.
         grafts: The grafts that are under way.
@@ -44,6 +45,7 @@ class ProgressRow:
     name: str
     update: int
     gate_loss: float | None = None
+    train_loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
     grafts: tuple[GraftStatus, ...] = ()

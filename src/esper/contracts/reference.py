@@ -30,7 +30,8 @@ def check_digest(text: str) -> str:
     if not is_digest(text):
         msg = (
             f"{_shown(text)} is not a digest: expected 64 lower-case hexadecimal digits, "
-            "the artifact_id of a compiled kernel; a name:tag is resolved by the registry first"
+            "the artifact_id of a compiled kernel; a name:tag is resolved by the registry first, "
+            "and the name of a kernel of the catalog goes to layer.graft"
         )
         raise ValueError(msg)
     return text

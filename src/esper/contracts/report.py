@@ -25,6 +25,7 @@ REPORT_FORMAT_VERSION: Final = 1
 ARMS: Final = ("host", "grown", "random", "scratch")
 CONTROL_KINDS: Final = ("noop", "noise", "capacity_free", "random_features")
 OPTIMISTIC: Final = "used for growing: optimistic"
+ONE_RUN_EACH: Final = "One run each: another random seed may tell otherwise."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,29 @@ class AlphaPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A run and the same job trained without growth, by one number each; lower is better.
+
+    Attributes:
+        measure: What the numbers are: ``"test loss"``, or ``"gate loss"`` without a test split.
+        grown: Of the run that could grow.
+        control: Of the run that could not.
+    """
+
+    measure: str
+    grown: float
+    control: float
+
+    def __str__(self) -> str:
+        saved = self.control - self.grown
+        words = f"{abs(saved):.4g} {'less' if saved > 0 else 'more'}" if saved else "no difference"
+        return (
+            f"the {self.measure} was {self.grown:.4g} at the end with growth and "
+            f"{self.control:.4g} without: {words}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """What ``grower.report()`` returns: one run of growth.
 
@@ -163,6 +187,7 @@ class RunReport:
         test_metrics: Read once, at the end, on a split that growth never saw; empty without one.
         notes: Words to the owner.
         interrupted: Whether the run was stopped before its end.
+        control: The same job trained without growth; None where it was not asked for.
         overhead_share: All work spent on growing over all work, in [0, 1].
         format_version: Of the JSON form.
     """
@@ -180,6 +205,7 @@ class RunReport:
     test_metrics: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    control: RunReport | None = None
     overhead_share: float = field(init=False)
     format_version: int = REPORT_FORMAT_VERSION
 
@@ -199,6 +225,7 @@ class RunReport:
             name=name,
             update=self.updates,
             gate_loss=self._gate_loss_now(),
+            train_loss=None if last is None else last.train_loss,
             metrics={} if last is None else last.metrics,
             parameters=self.parameters_after,
             grafts=tuple(
@@ -221,6 +248,21 @@ class RunReport:
         if lost is not None:
             return float(lost.value)
         return self.evaluations[-1].gate_loss if self.evaluations else None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The end of this run beside that of its control; None without one that was measured."""
+        if self.control is None:
+            return None
+        pairs = (self.test_metrics.get("loss"), self.control.test_metrics.get("loss"))
+        measure = "test loss"
+        if None in pairs:
+            measure = "gate loss"
+            pairs = (_last_gate_loss(self), _last_gate_loss(self.control))
+        grown, control = pairs
+        if grown is None or control is None:
+            return None
+        return Comparison(measure=measure, grown=grown, control=control)
 
     @property
     def optimistic(self) -> bool:
@@ -466,11 +508,19 @@ def _run_lines(report: RunReport) -> Iterator[str]:
         f"{report.parameters_after:,} after; {report.overhead_share:.1%} of the work was growing."
     )
     yield from _loss_lines(report)
+    if report.comparison is not None:
+        hint = f" ({OPTIMISTIC})" if report.optimistic else ""
+        found = str(report.comparison)
+        yield f"Did it help? {found[0].upper()}{found[1:]}{hint}. {ONE_RUN_EACH}"
     yield f"Grafts: {len(report.grafts) or 'none'}"
     for graft in report.grafts:
         yield from _graft_lines(graft)
     for note in report.notes:
         yield f"Note: {note}"
+
+
+def _last_gate_loss(report: RunReport) -> float | None:
+    return report.evaluations[-1].gate_loss if report.evaluations else None
 
 
 def _loss_lines(report: RunReport) -> Iterator[str]:
@@ -484,6 +534,9 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
             seen = f"{last.gate_loss:.4g} at update {last.update:,}"
             end = f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
         yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {end}."
+        for name in [name for name in first.metrics if name in last.metrics]:
+            values = f"{first.metrics[name]:.4g} at first, {last.metrics[name]:.4g} at the end"
+            yield f"Gate {name}{hint}: {values}."
     elif lost is not None:
         yield f"Gate loss{hint}: {lost.value} at first, {lost.value} at the end."
     for other in report.not_finite:

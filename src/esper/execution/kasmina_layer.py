@@ -269,7 +269,7 @@ class KasminaLayer(nn.Module):
     def graft(
         self,
         seed_idx: int,
-        kernel: Kernel,
+        kernel: Kernel | str,
         alpha: float | None = None,
         mode: Mode | None = None,
         position: Position | None = None,
@@ -281,7 +281,9 @@ class KasminaLayer(nn.Module):
         Args:
             seed_idx: The seed, in [0, num_seeds): DORMANT, LOADING (reserved), ACTIVE (the kernel
                 is exchanged) or ERROR_RECOVERY.
-            kernel: A module (taken, not copied), a blueprint, an artifact or a prepared kernel.
+            kernel: A module (taken, not copied), a blueprint, an artifact, a prepared kernel, or
+                the name that a kernel of the default catalog has for this layer, as
+                ``grower.suggest()`` prints it.
             alpha: In [0, 1]; None means 1 where the layer's output at alpha 1 equals the host's,
                 else 0, so that nothing changes at birth.
             mode: ``"add"``, ``"replace"``, or None for what the kernel carries.
@@ -299,9 +301,9 @@ class KasminaLayer(nn.Module):
         Raises:
             KernelRefusedError: The probe refused the kernel; nothing was inserted.
             SeedLifecycleError: The seed is a fossil.
-            ValueError: An argument is out of range, contradicts the kernel, or the replacing
-                alphas of the layer would sum to more than 1; or the kernel is, or holds, a module
-                of the model. Weights of the model it may share.
+            ValueError: An argument is out of range, contradicts the kernel, the catalog has no
+                kernel of that name, or the replacing alphas of the layer would sum to more than 1;
+                or the kernel is, or holds, a module of the model. It may share the model's weights.
             TypeError: ``kernel`` is no kernel.
         """
         grafting.graft(

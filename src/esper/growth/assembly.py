@@ -27,6 +27,7 @@ from esper.growth.run import GrowthRun
 from esper.growth.twins import twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
+from esper.observability.run_folder import EVENTS_FILE, claim_run_folder
 from esper.registry.open import open as open_registry
 from esper.resilience.clock import MonotonicClock
 from esper.wrapping.wrap import layers
@@ -110,7 +111,7 @@ def _bus(*sinks: EventSink | None) -> EventBus:
 
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:
-    return None if run_dir is None else EventLog(Path(run_dir) / "events.jsonl")
+    return None if run_dir is None else EventLog(claim_run_folder(Path(run_dir)) / EVENTS_FILE)
 
 
 def _layers_to_grow(

@@ -13,6 +13,7 @@ from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
 from esper.growth.batch import num_samples
 from esper.growth.measurement import Measurement, mean_of, parse_measurement
+from esper.state.layer_call import LayerCall
 from esper.state.set_aside import set_aside
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Evaluator:
 
     The first call evaluates twice: per-sample losses that do not repeat in order would make every
     paired test meaningless.
+
+    Attributes:
+        samples_seen: Samples that passed the model's forward.
+        example: The first input that the model was given, without its data (on the device
+            ``meta``); None before.
 
     Args:
         evaluate: Takes the model; returns a scalar, per-sample losses, a dict whose first key
@@ -48,6 +54,7 @@ class Evaluator:
         self._goal = goal
         self._repeats = False
         self.samples_seen = 0
+        self.example: LayerCall | None = None
 
     def __call__(self, model: nn.Module) -> Measurement:
         """Measure the model as it stands.
@@ -61,12 +68,17 @@ class Evaluator:
 
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
         apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
-        with apart, _counting(model) as counted:
+        with apart, _counting(model, self._see) as counted:
             if random_seed is not None:
                 torch.manual_seed(random_seed)
             result = parse_measurement(self._evaluate(model), goal=self._goal)
         self.samples_seen += counted[0]
         return result
+
+    def _see(self, call: LayerCall) -> None:
+        """Keep the shapes of the first call that was seen."""
+        if self.example is None:
+            self.example = call.to(torch.device("meta"))
 
     def _check_order(self, model: nn.Module) -> None:
         one, other = (self._read(model, random_seed=seed).per_sample for seed in range(2))
@@ -132,12 +144,18 @@ def measuring(
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[list[int]]:
-    """Count the samples that pass the model's forward, for the accounting of work."""
+def _counting(model: nn.Module, see: Callable[[LayerCall], None]) -> Iterator[list[int]]:
+    """Count the samples that pass the model's forward, for the accounting of work.
+
+    Args:
+        model: The model.
+        see: Told of each of its calls.
+    """
     counted = [0]
 
     def count(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         counted[0] += num_samples((*args, *kwargs.values()))
+        see(LayerCall(args, kwargs))
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:

@@ -308,15 +308,11 @@ def _named(
 ) -> BlueprintIR:
     if isinstance(choice.blueprint, BlueprintIR):
         return choice.blueprint
-    offered = run.catalog.blueprints_for(_described(run, layer, seen), capacity_only=False)
-    for blueprint in offered:
-        if blueprint.id == choice.blueprint:
-            return _seeded(run, blueprint)
-    msg = (
-        f"the catalog has no {choice.blueprint!r} for {choice.site!r}; it has "
-        f"{', '.join(b.id for b in offered)}"
-    )
-    raise GrowthError(msg)
+    site = _described(run, layer, seen)
+    try:
+        return _seeded(run, run.catalog.named(choice.blueprint, site, where=repr(choice.site)))
+    except ValueError as error:
+        raise GrowthError(str(error)) from error
 
 
 def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from esper.continuity.optimizer import busy_layers
@@ -28,11 +31,11 @@ from esper.growth.reading import Reading
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
-from esper.resilience.attempt import Done, attempt
+from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.maintenance import maintain_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch
     from esper.growth.stages import Stage
     from esper.growth.suggestion import Suggestion
+    from esper.state.layer_call import LayerCall
+
+_LOG = logging.getLogger(__name__)
 
 KEPT_BATCHES: Final = 8
 """Recent batches that :meth:`Grower.suggest` may rank on."""
@@ -87,7 +93,8 @@ class Grower:
         *ramp_updates*, *warmup_updates*, *lr_new*, *hold_updates*, *looks*, *verify*.
 
     What is written down:
-        ``run_dir``: Where ``events.jsonl`` is written; None writes no files.
+        ``run_dir``: Where ``events.jsonl`` is written; None writes no files. A folder that holds
+        a run already is left alone, and one beside it is numbered: see :attr:`run_dir`.
         ``sink``: Takes every event as well.
         ``clock``: Dates the events.
 
@@ -124,6 +131,10 @@ class Grower:
         self._num_steps = 0
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
         self._warn(never_grows(self._run) or missing_part(self._run))
+        if self.run_dir is not None and self.run_dir != Path(options.get("run_dir") or ""):
+            self._run.journal.note(
+                f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"
+            )
         if settings.verify == "fork" and options.get("update") is None:
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the recorded rates; give "
@@ -142,6 +153,11 @@ class Grower:
         return self._run.updates
 
     @property
+    def run_dir(self) -> Path | None:
+        """The folder of this run, where ``events.jsonl`` is written; None without one."""
+        return None if self._run.log is None else self._run.log.path.parent
+
+    @property
     def stages(self) -> tuple[GraftStatus, ...]:
         """Where each graft is that is under way: its site, its seed and its stage."""
         return () if self._stage is None else self._stage.statuses
@@ -150,6 +166,11 @@ class Grower:
     def host_twin(self) -> nn.Module | None:
         """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
         return self._stage.host_twin if isinstance(self._stage, Probation) else None
+
+    @property
+    def example(self) -> LayerCall | None:
+        """What ``evaluate`` first gave the model, on the device ``meta``; for ``esper.export``."""
+        return None if self._run.evaluator is None else self._run.evaluator.example
 
     @property
     def last_metrics(self) -> dict[str, float]:
@@ -163,11 +184,12 @@ class Grower:
         Args:
             name: What runs, for a table of several.
         """
-        found = self._run.last_measurement
+        found, evaluations = self._run.last_measurement, self._run.journal.evaluations
         return ProgressRow(
             name=name,
             update=self.updates,
             gate_loss=None if found is None else found.loss,
+            train_loss=evaluations[-1].train_loss if evaluations else None,
             metrics=self.last_metrics,
             parameters=count_parameters(self._run.model),
             grafts=self.stages,
@@ -227,7 +249,7 @@ class Grower:
         """Return what happened so far; ``print`` it, or ask for its JSON."""
         run = self._run
         return RunReport(
-            settings=run.settings.as_dict(),
+            settings={**run.settings.as_dict(), "budget": asdict(run.budget)},
             updates=run.updates,
             evaluations=tuple(run.journal.evaluations),
             grafts=run.grafts.records,
@@ -244,26 +266,39 @@ class Grower:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
 
         A graft that was admitted and not judged yet is removed: unmeasured means no. Closing
-        twice does nothing.
+        twice does nothing. Closing never raises: what could not be taken away is a note of the
+        report, and everything else is taken away all the same.
         """
         if self._closed:
             return
         self._closed = True
         stage, self._stage = self._stage, None
         run = self._run
-        try:
+        with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
+            steps.callback(self._close_log)
+            steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
+            steps.callback(self._recent.clear)
+            steps.callback(self._finish, run.watcher.close)
+            steps.callback(self._finish, run.factor.close)
             if stage is not None:
-                stage.close(f"{reason} before its verdict")
-            self._look_once_more()
+                self._finish(lambda: stage.close(f"{reason} before its verdict"))
+            self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
-                self._say_what_is_never_called()
-        finally:
-            run.factor.close()
-            run.watcher.close()
-            self._recent.clear()
-            run.journal.ended(reason, run.grafts.records)
-            if run.log is not None:
-                run.log.close()
+                self._finish(self._say_what_is_never_called)
+
+    def _close_log(self) -> None:
+        log = self._run.log
+        if log is not None:
+            log.close()
+            if log.error is not None:
+                self._run.journal.note(f"the log is incomplete, {log.error}")
+
+    def _finish(self, step: Callable[[], None]) -> None:
+        """Do one step of closing; one that fails is said and leaves the others."""
+        outcome = attempt(step)
+        if isinstance(outcome, Failed):
+            self._run.journal.note(f"closing was not complete: {outcome}")
+            _LOG.error("closing was not complete; the run is kept", exc_info=outcome.error)
 
     def _after_update(self, batches: list[Batch]) -> None:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, Unpack, cast
 
 import torch
 from torch import nn
@@ -104,7 +105,7 @@ class GrowthJob:
             if isinstance(loader, Sized) and len(loader) == 0:
                 raise ValueError(_empty(name))
         joined(self.optimizer)
-        check_options(_options_of(self.grower))
+        check_options(options_of(self.grower))
 
     @property
     def horizon(self) -> int | None:
@@ -172,22 +173,65 @@ def grow(
         GrowthError: A loader gave no batch.
         ValueError: The model has no layer that can be wrapped.
     """
+    grower = grower_for(job, run_dir=run_dir)
+    interrupted = train(job, grower, on_progress=on_progress)
+    return with_test_metrics(job, replace(grower.report(), interrupted=interrupted))
+
+
+def grower_for(job: GrowthJob, *, run_dir: Path | None = None) -> Grower:
+    """Wrap a job's model in place and return the Grower that will watch its training.
+
+    Args:
+        job: The job.
+        run_dir: Where ``events.jsonl`` is written; None leaves what the job says.
+
+    Raises:
+        ValueError: The model has no layer that can be wrapped.
+        OSError: The folder cannot be written.
+    """
     wrap(job.model, select=job.select, num_seeds=job.num_seeds)
     job.model.train()
     options = _grower_options(job)
     if run_dir is not None:
         options["run_dir"] = run_dir
-    grower = Grower(job.model, job.optimizer, **options)
-    interrupted = False
+    return Grower(job.model, job.optimizer, **options)
+
+
+def train(
+    job: GrowthJob, grower: Grower, *, on_progress: Callable[[Progress], None] | None = None
+) -> bool:
+    """Train a job to its end and close its Grower, whatever happens.
+
+    Args:
+        job: The job.
+        grower: What :func:`grower_for` returned for it.
+        on_progress: Told after every update.
+
+    Returns:
+        Whether ``KeyboardInterrupt`` ended it early.
+
+    Raises:
+        GrowthError: A loader gave no batch.
+    """
     with grower:
         try:
             for epoch in range(job.epochs):
                 _train_epoch(job, grower, epoch, on_progress)
         except KeyboardInterrupt:
-            interrupted = True
             grower.close("the run was stopped")
-    report = replace(grower.report(), interrupted=interrupted)
-    return replace(report, test_metrics=job.test_metrics(job.model))
+            return True
+    return False
+
+
+def with_test_metrics(job: GrowthJob, report: RunReport) -> RunReport:
+    """Read a job's test split, once, and return the report with what was found.
+
+    A figure that is not finite becomes a note: a report is data, and JSON has no such number.
+    """
+    found = job.test_metrics(job.model)
+    finite = {name: value for name, value in found.items() if math.isfinite(value)}
+    notes = tuple(f"the test {name} is {found[name]}" for name in found if name not in finite)
+    return replace(report, test_metrics=finite, notes=(*report.notes, *notes))
 
 
 def suggest(
@@ -215,7 +259,29 @@ def suggest(
         return grower.suggest()
 
 
-def _options_of(grower: GrowerOptions | GrowthSettings) -> GrowerOptions:
+def with_options(
+    job: GrowthJob, *, epochs: int | None = None, **options: Unpack[GrowerOptions]
+) -> GrowthJob:
+    """Return a job that differs in its length and in what its Grower is told.
+
+    Args:
+        job: The job; it shares its model, optimizer and loaders with what is returned.
+        epochs: Passes over ``train``, which also decide about a horizon that the job names; None
+            for the job's own.
+        options: Arguments of the Grower, which come before the job's own.
+
+    Raises:
+        TypeError: The Grower has no such argument.
+        ValueError: A value is out of its range.
+    """
+    own = dict(options_of(job.grower))
+    if epochs is not None:
+        own.pop("horizon", None)
+    told = cast("GrowerOptions", own | options)  # of two typed dictionaries mypy makes a plain one
+    return replace(job, epochs=job.epochs if epochs is None else epochs, grower=told)
+
+
+def options_of(grower: GrowerOptions | GrowthSettings) -> GrowerOptions:
     """Return the Grower's arguments that a job was given."""
     if not isinstance(grower, GrowthSettings):
         return grower
@@ -231,7 +297,7 @@ def _grower_options(job: GrowthJob) -> GrowerOptions:
         "compute_loss": job.compute_loss,
         "evaluate": job.evaluate,
         "horizon": job.horizon,
-        **_options_of(job.grower),
+        **options_of(job.grower),
     }
 
 

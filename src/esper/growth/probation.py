@@ -134,8 +134,14 @@ class Probation:
         return None
 
     def close(self, reason: str) -> None:
-        """Remove the graft: what was not judged does not stay."""
-        self._remove(reason)
+        """Remove the graft: what was not judged does not stay, though the gate cannot be read."""
+        without = None
+        try:
+            without = self._measure_without()
+        finally:
+            if without is None:
+                self._take_away(reason, keeps_host=False, why="the gate split could not be read")
+        self._remove(reason, without)
 
     def _trouble(self) -> str | None:
         state = self._state()
@@ -222,13 +228,17 @@ class Probation:
 
     def _remove(self, reason: str, without: Measurement | None = None) -> None:
         """Cull by the better of two: keep the trained host, or go back to the admission."""
-        run = self._run
         if without is None:
             without = self._measure_without()
         kept = judge_not_worse(self._before, without, level=self._level)
+        self._take_away(reason, keeps_host=kept.passed, why=kept.reason)
+
+    def _take_away(self, reason: str, *, keeps_host: bool, why: str) -> None:
+        """Remove the kernel, and go back to the admission unless the trained host is kept."""
+        run = self._run
         remove_kernel(self._kernel, run.optimizer, run.factor)
         updates_lost = 0
-        if not kept.passed:
+        if not keeps_host:
             updates_lost = self._num_updates
             self._snapshot.restore(run.optimizer)
             run.factor.load_state_dict(self._factors, self._host)
@@ -236,7 +246,7 @@ class Probation:
         run.last_change_update = run.updates
         run.embargoes.lay(self._graft.site, self._graft.seed_idx, self._contender.blueprint.id)
         host = "the snapshot was restored" if updates_lost else "the trained host was kept"
-        run.journal.rolled_back(self._graft, updates_lost, f"{host}: {kept.reason}")
+        run.journal.rolled_back(self._graft, updates_lost, f"{host}: {why}")
         self._graft.cull(
             reason,
             update=run.updates,

@@ -7,7 +7,7 @@ line is told from another by colour alone: each has its own dashes and its label
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from esper.observability.markup import Markup, element, join
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LABEL_GAP: Final = 16.0
-LANE_HEIGHT: Final = 18.0
+LANE_HEIGHT: Final = 36.0
+GLYPH_WIDTH: Final = 7.2
+"""Width of a character of a label, about, in SVG units."""
+LONGEST_LABEL: Final = 110
+"""Characters of a lane's label; a longer one has its middle left out."""
 
 MARK_SHAPES: Final = {
     "admitted": "M0,-6 L5.5,4 L-5.5,4 Z",
@@ -90,12 +94,16 @@ class Mark:
         x: Where, in values of the horizontal axis.
         y: Where, in values of the vertical axis.
         text: Its tooltip.
+        style: Name of its style class; empty for the one of its kind.
+        label: Written above it; empty for none.
     """
 
     kind: str
     x: float
     y: float
     text: str
+    style: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +180,15 @@ class Lane:
     """One graft's life.
 
     Attributes:
-        label: Written at its end.
+        label: Written above it, at its beginning, which a narrow screen shows first.
         bars: Its stages, in order.
+        style: Name of the label's style class; empty for the plain one.
         verdict: How it ended, ``"fossilized"`` or ``"culled"``; empty if it has not.
     """
 
     label: str
     bars: tuple[Bar, ...]
+    style: str = ""
     verdict: str = ""
 
 
@@ -202,9 +212,9 @@ def draw_lines(chart: Chart) -> Markup:
     heights = [y for series in chart.series for _, y in series.points]
     if not heights:
         return element("p", f"{chart.title}: nothing was recorded.", class_="empty")
-    frame = chart.frame
-    x_scale = _x_scale(frame, *chart.x_range)
     low, high = chart.y_range or _padded(heights)
+    frame = _fitting(chart, low, high)
+    x_scale = _x_scale(frame, *chart.x_range)
     y_scale = Scale(low=low, high=high, start=frame.area_bottom, end=frame.top)
     clip = f"{chart.name}-area"
     lines = [_line(series, x_scale, y_scale) for series in chart.series if series.points]
@@ -223,16 +233,36 @@ def draw_lines(chart: Chart) -> Markup:
     )
 
 
+def _fitting(chart: Chart, low: float, high: float) -> Frame:
+    """Return the chart's frame, with margins that the labels of its lines and axis fit into."""
+    names = [len(series.label) for series in chart.series if series.points]
+    numbers = [len(f"{value:,g}") for value in ticks(low, high)]
+    return replace(
+        chart.frame,
+        left=max(chart.frame.left, GLYPH_WIDTH * max(numbers) + 34.0),
+        right=max(chart.frame.right, GLYPH_WIDTH * max(names) + 16.0),
+    )
+
+
+def legend(chart: Chart) -> Markup:
+    """Return the names of a chart's lines in their colours, for screens that cut the chart off."""
+    named = [line for line in chart.series if line.label and line.points]
+    if not named:
+        return Markup("")
+    keys = (element("li", line.label, class_=line.style) for line in named)
+    return element("ul", *keys, class_="legend")
+
+
 def draw_lanes(
     name: str, title: str, description: str, lanes: Sequence[Lane], last_update: float
 ) -> Markup:
     """Return lives of grafts as lanes over the updates, or a sentence if there are none."""
     if not lanes:
         return element("p", f"{title}: no graft was tried.", class_="empty")
-    frame = Frame(width=880.0, height=LANE_HEIGHT * len(lanes) + 62.0, left=16.0, right=230.0)
+    frame = Frame(width=880.0, height=LANE_HEIGHT * len(lanes) + 62.0, left=16.0, right=24.0)
     x_scale = _x_scale(frame, 0.0, last_update)
     rows = [
-        _lane(lane, x_scale, frame.top + LANE_HEIGHT * (row + 0.5), last_update)
+        _lane(lane, x_scale, frame.top + LANE_HEIGHT * row + 26.0, last_update)
         for row, lane in enumerate(lanes)
     ]
     axis = _x_axis(x_scale, "updates", frame.area_bottom)
@@ -309,19 +339,39 @@ def _mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> Markup:
     place = f"translate({x_scale(mark.x):.1f} {y_scale(mark.y):.1f})"
     tip = element("title", mark.text)
     shape = MARK_SHAPES[mark.kind]
-    return element("path", tip, class_=f"mark {mark.kind}", d=shape, transform=place)
+    classes = f"mark {mark.kind} {mark.style}".rstrip()
+    symbol = element("path", tip, class_=classes, d=shape, transform=place)
+    if not mark.label:
+        return symbol
+    x, y = x_scale(mark.x), y_scale(mark.y) - 11.0
+    label = element("text", mark.label, class_=f"tick middle {mark.style}".rstrip(), x=x, y=y)
+    return join(symbol, label)
 
 
 def _end_labels(series: Sequence[Series], x_scale: Scale, y_scale: Scale) -> list[Markup]:
     """Return the labels at the ends of the lines, moved apart where they would overlap."""
     named = [line for line in series if line.label and line.points]
-    named.sort(key=lambda line: y_scale(line.points[-1][1]))
-    labels, y = [], -math.inf
+    low, high = sorted((y_scale.start, y_scale.end))
+    ends = {line: min(max(y_scale(line.points[-1][1]), low), high) for line in named}
+    named.sort(key=lambda line: ends[line])
+    heights, y = [], -math.inf
     for line in named:
-        y = max(y_scale(line.points[-1][1]), y + LABEL_GAP)
-        x = x_scale(line.points[-1][0]) + 8
-        labels.append(element("text", line.label, class_=f"name {line.style}", x=x, y=y + 4))
-    return labels
+        y = max(ends[line], y + LABEL_GAP)
+        heights.append(y)
+    limit = high
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - LABEL_GAP
+    return [
+        element(
+            "text",
+            line.label,
+            class_=f"name {line.style}",
+            x=x_scale(line.points[-1][0]) + 8,
+            y=height + 4,
+        )
+        for line, height in zip(named, heights, strict=True)
+    ]
 
 
 def _lane(lane: Lane, scale: Scale, y: float, last_update: float) -> Markup:
@@ -335,8 +385,19 @@ def _lane(lane: Lane, scale: Scale, y: float, last_update: float) -> Markup:
         level = Scale(low=0.0, high=1.0, start=y, end=y)
         mark = Mark(kind=lane.verdict, x=end, y=0.0, text=f"{lane.verdict} at update {end:,g}")
         life.append(_mark(mark, scale, level))
-    label = element("text", lane.label, class_="tick", x=scale.end + 12, y=y + 4)
+    shown = _shortened(lane.label)
+    tip = [element("title", lane.label)] if shown != lane.label else []
+    classes = f"tick {lane.style}".rstrip()
+    label = element("text", *tip, shown, class_=classes, x=scale.start, y=y - 12)
     return join(*bars, *life, label)
+
+
+def _shortened(text: str) -> str:
+    """Leave the middle out of a text that is too long, so that both of its ends can be read."""
+    if len(text) <= LONGEST_LABEL:
+        return text
+    half = LONGEST_LABEL // 2 - 1
+    return f"{text[:half]} \u2026 {text[-half:]}"
 
 
 def _bar(bar: Bar, scale: Scale, y: float) -> Markup:

@@ -38,12 +38,14 @@ class EventLog:
         OSError: The file cannot be opened.
 
     Attributes:
+        path: The file.
         dropped: Events that could not be written.
         error: Why the latest of them could not; None while none was dropped.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._file = path.open("w", encoding="utf-8", newline="\n")
         self.dropped = 0
         self.error: str | None = None
@@ -58,8 +60,14 @@ class EventLog:
             self.error = f"{event.kind} at update {event.update}: {error}"
 
     def close(self) -> None:
-        """Close the file; events that come later are counted as dropped."""
-        self._file.close()
+        """Close the file; events that come later are counted as dropped.
+
+        What a full disk did not take is written once more, and given up where it fails again.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            self.error = f"{self.path}: {error}"
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,8 @@ STAGE_CAPTION: Final = (
     "it blends in, tall blue while it is held and judged; a diamond and a green line once it is "
     "permanent, a cross where it was removed."
 )
+NUM_STYLES: Final = 8
+"""Colours that tell grafts of one run apart."""
 GRAFT_COLUMNS: Final = (
     Column(head="graft"),
     Column(head="kernel at site"),
@@ -60,14 +62,23 @@ def timeline_table(named: Iterable[tuple[str, TimelineEntry]]) -> Markup:
     return table("Every change of stage, in order.", columns, rows, "Nothing changed its stage.")
 
 
-def lanes_of(report: RunReport, prefix: str = "") -> list[Lane]:
+def graft_style(number: int) -> str:
+    """Return the style class of a graft of a single run: eight colours, then from the first on."""
+    return f"graft-{(number - 1) % NUM_STYLES + 1}"
+
+
+def lanes_of(report: RunReport, prefix: str = "", *, coloured: bool = False) -> list[Lane]:
     """Return the life of every graft of a run as a lane.
 
     Args:
         report: The run.
         prefix: Set before a graft's number in the lane's label.
+        coloured: Whether the label has its graft's own colour.
     """
-    return [_lane(report, graft, prefix) for graft in report.grafts]
+    return [
+        _lane(report, graft, prefix, graft_style(graft.graft) if coloured else "")
+        for graft in report.grafts
+    ]
 
 
 def alpha_series(report: RunReport, label: str = "") -> list[Series]:
@@ -77,8 +88,8 @@ def alpha_series(report: RunReport, label: str = "") -> list[Series]:
 
     Args:
         report: The run.
-        label: Written at the end of the line of a permanent graft, with ``{graft}`` for its
-            number; empty for faint lines.
+        label: Written at the end of each line, which has its graft's own colour then, with
+            ``{graft}`` for its number; empty for faint lines, coloured by how the graft ended.
     """
     series = []
     for graft in report.grafts:
@@ -91,14 +102,19 @@ def alpha_series(report: RunReport, label: str = "") -> list[Series]:
             points = [p for p in points if p[0] <= end] + [(end, last), (end, 0.0)]
         else:
             points.append((float(report.updates), points[-1][1]))
-        style = "random" if graft.stage is GraftStage.CULLED else "grown"
+        ended = "random" if graft.stage is GraftStage.CULLED else "grown"
+        style = graft_style(graft.graft) if label else ended
         shown = label.format(graft=graft.graft)
         series.append(Series(style=style, points=tuple(points), label=shown))
     return series
 
 
 def marks_of(
-    grafts: Sequence[GraftRecord], height: Callable[[float], float], prefix: str = ""
+    grafts: Sequence[GraftRecord],
+    height: Callable[[float], float],
+    prefix: str = "",
+    *,
+    coloured: bool = False,
 ) -> list[Mark]:
     """Return the marks of a run's lifecycle on a curve.
 
@@ -106,17 +122,19 @@ def marks_of(
         grafts: The run's grafts.
         height: The curve: from an update to its value.
         prefix: Set before each mark's tooltip.
+        coloured: Whether a mark has its graft's own colour, and its number beside it.
     """
-    marks = []
+    marks: list[Mark] = []
     for graft in grafts:
+        own = (graft_style(graft.graft), str(graft.graft)) if coloured else ("", "")
         what = f"{prefix}graft {graft.graft}, {graft.blueprint} at {graft.site}"
         if graft.admitted_at is not None:
-            marks.append(_mark("admitted", graft.admitted_at, height, what))
+            marks.append(_mark("admitted", graft.admitted_at, height, what, own))
         if graft.decided_at is not None and graft.stage in (
             GraftStage.FOSSILIZED,
             GraftStage.CULLED,
         ):
-            marks.append(_mark(graft.stage.value, graft.decided_at, height, what))
+            marks.append(_mark(graft.stage.value, graft.decided_at, height, what, own))
     return marks
 
 
@@ -162,7 +180,7 @@ def _stage_text(entry: TimelineEntry) -> str:
     return entry.after.value if entry.before is None else f"{entry.before.value} to {entry.after}"
 
 
-def _lane(report: RunReport, graft: GraftRecord, prefix: str) -> Lane:
+def _lane(report: RunReport, graft: GraftRecord, prefix: str, style: str) -> Lane:
     entries = [entry for entry in report.timeline if entry.graft == graft.graft]
     ends = [entry.update for entry in entries[1:]] + [report.updates]
     bars = tuple(
@@ -179,9 +197,14 @@ def _lane(report: RunReport, graft: GraftRecord, prefix: str) -> Lane:
     return Lane(
         label=f"{prefix}{graft.graft}. {graft.blueprint} at {graft.site}",
         bars=bars,
+        style=style,
         verdict=graft.stage.value if final else "",
     )
 
 
-def _mark(kind: str, update: int, height: Callable[[float], float], what: str) -> Mark:
-    return Mark(kind=kind, x=update, y=height(update), text=f"{what}: {kind} at update {update:,}")
+def _mark(
+    kind: str, update: int, height: Callable[[float], float], what: str, own: tuple[str, str]
+) -> Mark:
+    style, label = own
+    text = f"{what}: {kind} at update {update:,}"
+    return Mark(kind=kind, x=update, y=height(update), text=text, style=style, label=label)

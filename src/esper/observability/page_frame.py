@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from esper.observability.markup import Markup, element
+from esper.observability.markup import Markup, element, join
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 STYLE: Final = Markup("""
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d5dae0; --panel: #f5f7f9;
-  --host: #57606a; --grown: #0067a8; --random: #b34d00; --scratch: #00795a; }
+  --host: #57606a; --grown: #0067a8; --random: #b34d00; --scratch: #00795a;
+  --graft-1: #0067a8; --graft-2: #b34d00; --graft-3: #00795a; --graft-4: #7a3fd0;
+  --graft-5: #b01f6f; --graft-6: #6b5d00; --graft-7: #a61b1b; --graft-8: #00707f; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171b; --ink: #e7eaee; --soft: #a3adb8; --rule: #3a424c; --panel: #1d2228;
-  --host: #a9b3bd; --grown: #62b6f0; --random: #f0a04b; --scratch: #3ecfa4; } }
+  --host: #a9b3bd; --grown: #62b6f0; --random: #f0a04b; --scratch: #3ecfa4;
+  --graft-1: #62b6f0; --graft-2: #f0a04b; --graft-3: #3ecfa4; --graft-4: #b79bff;
+  --graft-5: #f386c2; --graft-6: #d0c048; --graft-7: #ff8a80; --graft-8: #4dd0d8; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -33,11 +38,16 @@ figure { margin: 1rem 0; }
 .wide:focus-visible { outline: 2px solid var(--grown); outline-offset: 2px; }
 svg { display: block; width: 100%; min-width: 38rem; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .75rem 0; }
-caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
+figure.table figcaption { margin-bottom: .35rem; max-width: 46rem; }
+.legend { display: none; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 1.25rem 0;
+  padding: .6rem 0; border: solid var(--rule); border-width: 1px 0; }
+a { color: var(--grown); }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
   border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; border-bottom: 2px solid var(--rule); vertical-align: bottom; }
 tbody th { font-weight: 600; }
+thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 td.text { min-width: 13rem; overflow-wrap: anywhere; }
@@ -63,12 +73,43 @@ svg .middle { text-anchor: middle; } svg .name { font-weight: 600; }
 .line.scratch { stroke: var(--scratch); stroke-dasharray: 9 3 2 3; }
 text.host { fill: var(--host); } text.grown { fill: var(--grown); }
 text.random { fill: var(--random); } text.scratch { fill: var(--scratch); }
+li.host { color: var(--host); } li.grown { color: var(--grown); }
+li.random { color: var(--random); } li.scratch { color: var(--scratch); }
 .mark { stroke: var(--paper); stroke-width: 1; }
 .mark.admitted { fill: var(--grown); } .mark.fossilized { fill: var(--scratch); }
 .mark.culled { fill: none; stroke: var(--random); stroke-width: 2.5; }
+.line.graft-1 { stroke: var(--graft-1); }
+text.graft-1, .mark.graft-1 { fill: var(--graft-1); } li.graft-1 { color: var(--graft-1); }
+.mark.culled.graft-1 { fill: none; stroke: var(--graft-1); }
+.line.graft-2 { stroke: var(--graft-2); stroke-dasharray: 9 4; }
+text.graft-2, .mark.graft-2 { fill: var(--graft-2); } li.graft-2 { color: var(--graft-2); }
+.mark.culled.graft-2 { fill: none; stroke: var(--graft-2); }
+.line.graft-3 { stroke: var(--graft-3); stroke-dasharray: 9 3 2 3; }
+text.graft-3, .mark.graft-3 { fill: var(--graft-3); } li.graft-3 { color: var(--graft-3); }
+.mark.culled.graft-3 { fill: none; stroke: var(--graft-3); }
+.line.graft-4 { stroke: var(--graft-4); stroke-dasharray: 2 4; }
+text.graft-4, .mark.graft-4 { fill: var(--graft-4); } li.graft-4 { color: var(--graft-4); }
+.mark.culled.graft-4 { fill: none; stroke: var(--graft-4); }
+.line.graft-5 { stroke: var(--graft-5); stroke-dasharray: 14 4; }
+text.graft-5, .mark.graft-5 { fill: var(--graft-5); } li.graft-5 { color: var(--graft-5); }
+.mark.culled.graft-5 { fill: none; stroke: var(--graft-5); }
+.line.graft-6 { stroke: var(--graft-6); stroke-dasharray: 6 3; }
+text.graft-6, .mark.graft-6 { fill: var(--graft-6); } li.graft-6 { color: var(--graft-6); }
+.mark.culled.graft-6 { fill: none; stroke: var(--graft-6); }
+.line.graft-7 { stroke: var(--graft-7); stroke-dasharray: 12 3 3 3 3 3; }
+text.graft-7, .mark.graft-7 { fill: var(--graft-7); } li.graft-7 { color: var(--graft-7); }
+.mark.culled.graft-7 { fill: none; stroke: var(--graft-7); }
+.line.graft-8 { stroke: var(--graft-8); stroke-dasharray: 4 4; }
+text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--graft-8); }
+.mark.culled.graft-8 { fill: none; stroke: var(--graft-8); }
 .stage.germinated, .stage.audition { fill: var(--host); } .stage.blending { fill: var(--random); }
 .stage.holding { fill: var(--grown); }
 .fossil-life { stroke: var(--scratch); stroke-width: 2; }
+@media (max-width: 40rem) { .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0;
+    padding: 0; list-style: none; font-size: .9rem; font-weight: 600; }
+  main { padding: 1.25rem 1rem 3rem; }
+  .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
+  .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
 """)
 
@@ -86,14 +127,39 @@ class Column:
     kind: str = ""
 
 
-def document(title: str, lead: str, *parts: Markup) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of a page with a heading of its own, which the contents lead to.
+
+    Attributes:
+        title: Its heading; no other section of the page has it.
+        body: What belongs to it.
+    """
+
+    title: str
+    body: Markup
+
+    @property
+    def anchor(self) -> str:
+        """What addresses it within the page."""
+        return "part-" + "-".join(self.title.lower().split())
+
+    def __str__(self) -> str:
+        return element("section", element("h2", self.title), self.body, id=self.anchor)
+
+
+def document(
+    title: str, lead: str, *, intro: Sequence[Markup], sections: Sequence[Section | None]
+) -> str:
     """Return a whole page that needs no network and no scripts.
 
     Args:
         title: Of the page, and its only heading of the first order.
         lead: The first sentence that a reader meets.
-        parts: What follows, in order.
+        intro: What follows it, in order.
+        sections: What the contents name, in order; None is left out.
     """
+    shown = [section for section in sections if section is not None]
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -102,14 +168,28 @@ def document(title: str, lead: str, *parts: Markup) -> str:
         element("title", title),
         element("style", STYLE),
     )
-    main = element("main", element("h1", title), element("p", lead, class_="lead"), *parts)
+    main = element(
+        "main",
+        element("h1", title),
+        element("p", lead, class_="lead"),
+        *intro,
+        _contents(shown),
+        *(Markup(section) for section in shown),
+    )
     page = element("html", head, element("body", main), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
 
 
-def section(title: str, *parts: str) -> Markup:
+def section(title: str, *parts: str) -> Section:
     """Return a heading of the second order with what belongs to it."""
-    return element("section", element("h2", title), *parts)
+    return Section(title=title, body=join(*parts))
+
+
+def _contents(sections: Sequence[Section]) -> Markup:
+    """Return links to the parts of the page."""
+    links = (element("a", part.title, href=f"#{part.anchor}") for part in sections)
+    items = (element("li", link) for link in links)
+    return element("nav", element("ul", *items), aria_label="Contents")
 
 
 def paragraph(text: str, style: str | None = None) -> Markup:
@@ -117,15 +197,23 @@ def paragraph(text: str, style: str | None = None) -> Markup:
     return element("p", text, class_=style)
 
 
-def figure(drawing: Markup, caption: str) -> Markup:
-    """Return a drawing with its caption; it scrolls sideways where the screen is narrow."""
-    return element("figure", _scrolling(drawing, caption), element("figcaption", caption))
+def figure(drawing: Markup, caption: str, key: str = "") -> Markup:
+    """Return a drawing with its caption; it scrolls sideways where the screen is narrow.
+
+    Args:
+        drawing: The drawing.
+        caption: What it shows.
+        key: The names of its lines, which a narrow screen shows above it.
+    """
+    return element("figure", key, _scrolling(drawing, caption), element("figcaption", caption))
 
 
 def table(
     caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]], empty: str
 ) -> Markup:
     """Return a table whose first column names the row, or the sentence ``empty``.
+
+    On a narrow screen the cells scroll sideways, and neither the caption nor the first column do.
 
     Args:
         caption: What the table shows.
@@ -139,11 +227,12 @@ def table(
     heads = [element("th", c.head, scope="col", class_=c.kind or None) for c in columns]
     whole = element(
         "table",
-        element("caption", caption),
         element("thead", element("tr", *heads)),
         element("tbody", *body),
     )
-    return _scrolling(whole, caption)
+    return element(
+        "figure", element("figcaption", caption), _scrolling(whole, caption), class_="table"
+    )
 
 
 def facts(pairs: Mapping[str, str]) -> Markup:
@@ -160,16 +249,25 @@ def folded(summary: str, *parts: Markup) -> Markup:
 
 
 def settings_table(caption: str, values: Mapping[str, object]) -> Markup:
-    """Return names and values as a table, sorted by name."""
-    rows = [(name, str(values[name])) for name in sorted(values)]
+    """Return names and values as a table, sorted by name; what has parts has a row for each."""
+    flat = dict(_flat(values))
+    rows = [(name, str(flat[name])) for name in sorted(flat)]
     columns = [Column(head="name"), Column(head="value", kind="text")]
     return table(caption, columns, rows, "Nothing was recorded.")
 
 
-def notes(texts: Sequence[str]) -> Markup:
+def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}: {inner}", found) for inner, found in _flat(value))
+        else:
+            yield name, value
+
+
+def notes(texts: Sequence[str]) -> Section | None:
     """Return the notes as a list under a heading, or nothing."""
     if not texts:
-        return Markup("")
+        return None
     return section("Notes", element("ul", *(element("li", text) for text in texts)))
 
 

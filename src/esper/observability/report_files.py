@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from esper.contracts.report import DemoReport, RunReport
 from esper.observability.report_page import demo_page, run_page
+from esper.resilience.attempt import Failed, attempt
+from esper.resilience.whole_file import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Path]:
-    """Write a report as data and as a page, each whole or not at all.
+    """Write a report as data and as a page, each whole or not at all, and each without the other.
 
     Args:
         report: What to write.
@@ -22,19 +25,18 @@ def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Pa
         The paths of ``report.json`` and ``report.html``.
 
     Raises:
-        OSError: A file cannot be written; one that was there before is unchanged.
+        OSError: A file cannot be written, and is named; one that was there before is unchanged.
         ValueError: A number of the report is not finite.
     """
     page = demo_page(report) if isinstance(report, DemoReport) else run_page(report)
+    texts = {"report.json": report.to_json(), "report.html": page}
     folder.mkdir(parents=True, exist_ok=True)
-    return (
-        _write(folder / "report.json", report.to_json()),
-        _write(folder / "report.html", page),
-    )
+    written = {name: attempt(partial(_write, folder / name, texts[name])) for name in texts}
+    for outcome in written.values():
+        if isinstance(outcome, Failed):
+            raise outcome.error
+    return folder / "report.json", folder / "report.html"
 
 
-def _write(path: Path, text: str) -> Path:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-    return path
+def _write(path: Path, text: str) -> None:
+    write_whole(path, text.encode("utf-8"))

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from esper.contracts.report import ARMS, OPTIMISTIC
-from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines
+from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
     alpha_series,
@@ -47,48 +47,79 @@ if TYPE_CHECKING:
     from esper.contracts.report import ArmReport, ArmRun, DemoReport, RunReport
     from esper.observability.charts import Mark
 
+MIN_LATE = 4
+"""Readings from which on an axis is cut to them."""
 MARK_CAPTION = "Triangle: a graft is admitted; diamond: it is made permanent; cross: it is removed."
 
 
 def demo_page(report: DemoReport) -> str:
-    """Return the demo's page as HTML. Its first sentence says what growth did not beat."""
-    parts = [
-        _stopped(report.interrupted, f"{len(report.random_seeds)} random seeds were completed"),
-        _demo_facts(report),
-        section(
-            "The arms", _arm_table(report), _difference_table(report), _accuracy_figure(report)
-        ),
-        section("Each random seed", _seed_figures(report)),
-        section("The lifecycle", _lane_figure(report), _alpha_figure(report)),
-        section("Parameters", _parameter_figure(report)),
-        section("Grafts", *_demo_graft_tables(report)),
-        section("Controls", _control_table(report)),
-        notes(report.notes),
-        section("How this was run", *_demo_settings(report)),
-    ]
-    return document("Esper demo: growing a digit classifier", not_beaten(report), *parts)
+    """Return the demo's page as HTML. Its first sentence says what growth beat and what not."""
+    done = f"{len(report.random_seeds)} random seeds were completed"
+    return document(
+        "Esper demo: growing a digit classifier",
+        not_beaten(report),
+        intro=[_stopped(report.interrupted, done), _demo_facts(report)],
+        sections=[
+            section(
+                "The arms", _arm_table(report), _difference_table(report), _accuracy_figure(report)
+            ),
+            section("Each random seed", _seed_figures(report)),
+            section("The lifecycle", _lane_figure(report), _alpha_figure(report)),
+            section("Parameters", _parameter_figure(report)),
+            section("Grafts", *_demo_graft_tables(report)),
+            section("Controls", _control_table(report)),
+            notes(report.notes),
+            section("How this was run", *_demo_settings(report)),
+        ],
+    )
 
 
 def run_page(report: RunReport) -> str:
-    """Return the page of one run as HTML. Its first sentence says what growth did not beat."""
+    """Return the page of one run as HTML. Its first sentence says the good and the bad."""
     named = [(str(graft.graft), graft) for graft in report.grafts]
     changes = [(str(entry.graft), entry) for entry in report.timeline]
-    lanes = lanes_of(report)
     title = "When each graft was tried, and what became of it"
+    lanes = lanes_of(report, coloured=True)
     life = draw_lanes("lanes", title, _lane_description(report), lanes, report.updates)
     alphas = tuple(alpha_series(report, label="graft {graft}"))
-    parts = [
-        _stopped(report.interrupted, f"{report.updates:,} updates were done"),
-        _run_facts(report),
-        section("Loss", _loss_figure(report)),
-        section("The lifecycle", figure(life, STAGE_CAPTION), _alpha_chart(alphas, report.updates)),
-        section("Grafts", graft_table(named)),
-        section("Timeline", timeline_table(changes)),
-        section("Work", _work_table(report)),
-        notes(report.notes),
-        section("Settings", settings_table("Effective values.", report.settings)),
-    ]
-    return document("Esper: a run of growth", not_beaten_in_run(report), *parts)
+    return document(
+        "Esper: a run of growth",
+        not_beaten_in_run(report),
+        intro=[
+            _stopped(report.interrupted, f"{report.updates:,} updates were done"),
+            _run_facts(report),
+        ],
+        sections=[
+            section("Loss", _loss_figure(report)),
+            section(
+                "The lifecycle",
+                figure(life, STAGE_CAPTION),
+                _alpha_chart(alphas, report, "One colour and dash for each graft."),
+            ),
+            section("Grafts", graft_table(named)),
+            section("Timeline", timeline_table(changes)),
+            section("Work", _work_table(report)),
+            notes(report.notes),
+            section("Settings", *_settings_parts(report)),
+        ],
+    )
+
+
+def _settings_parts(report: RunReport) -> list[Markup]:
+    """Return the effective settings, with a word where the host is too small for shares."""
+    settings = settings_table("Effective values.", report.settings)
+    budget = report.settings.get("budget")
+    limit = budget.get("small_host") if isinstance(budget, dict) else None
+    if not isinstance(budget, dict) or not isinstance(limit, int | float):
+        return [settings]
+    if report.parameters_before >= limit:
+        return [settings]
+    words = (
+        f"This host is small: {report.parameters_before:,} parameters, fewer than the "
+        f"{limit:,.0f} of the budget's small_host. So each graft may have "
+        f"{budget.get('small_graft'):,} parameters, and no limit that is a share of the host holds."
+    )
+    return [paragraph(words), settings]
 
 
 def _stopped(interrupted: bool, done: str) -> Markup:  # noqa: FBT001 - a field, passed on
@@ -240,7 +271,7 @@ def _accuracy_figure(report: DemoReport) -> Markup:
         "Bold: mean over random seeds. Faint: each random seed of the host and the grown arm, with "
         f"the lifecycle marked on it. {MARK_CAPTION}{cut}"
     )
-    return figure(draw_lines(chart), caption)
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _run_marks(run: ArmRun) -> list[Mark]:
@@ -304,11 +335,12 @@ def _alpha_figure(report: DemoReport) -> Markup:
     series = [
         line for run in report.runs_of("grown") if run.report for line in alpha_series(run.report)
     ]
-    return _alpha_chart(tuple(series), report.updates)
+    words = "Solid blue: it stayed; dashed orange: it was removed."
+    return _alpha_chart(tuple(series), report, words)
 
 
-def _alpha_chart(series: tuple[Series, ...], last_update: int) -> Markup:
-    kept = sum(line.style == "grown" for line in series)
+def _alpha_chart(series: tuple[Series, ...], report: DemoReport | RunReport, words: str) -> Markup:
+    kept = sum(line.points[-1][1] > 0.0 for line in series)
     chart = Chart(
         name="alphas",
         title="Alpha of every admitted graft over the updates",
@@ -316,14 +348,11 @@ def _alpha_chart(series: tuple[Series, ...], last_update: int) -> Markup:
         x_label="updates",
         y_label="alpha",
         series=series,
-        x_range=(0.0, last_update),
+        x_range=(0.0, report.updates),
         y_range=(-0.04, 1.04),
     )
-    caption = (
-        "How far each admitted graft is blended in, from 0 (not at all) to 1. Solid blue: it "
-        "stayed; dashed orange: it was removed."
-    )
-    return figure(draw_lines(chart), caption)
+    caption = f"How far each admitted graft is blended in, from 0 (not at all) to 1. {words}"
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _parameter_figure(report: DemoReport) -> Markup:
@@ -343,7 +372,7 @@ def _parameter_figure(report: DemoReport) -> Markup:
         "Bold: mean over random seeds. A fold puts a kernel into the host's own weights, so that "
         "its parameters are gone again and what they learned stays."
     )
-    return figure(draw_lines(chart), caption)
+    return figure(draw_lines(chart), caption, legend(chart))
 
 
 def _demo_graft_tables(report: DemoReport) -> list[Markup]:
@@ -400,21 +429,27 @@ def _run_facts(report: RunReport) -> Markup:
         "Parameters after": f"{report.parameters_after:,}",
         "Work spent on growing": f"{report.overhead_share:.1%}",
     }
-    gate = {
-        name.removeprefix("gate "): text
-        for name, text in measured_text(report.progress_row()).items()
-    }
+    gate = measured_text(report.progress_row())
+    training = gate.pop("training loss", None)
+    gate = {name.removeprefix("gate "): text for name, text in gate.items()}
+    if training is not None:
+        pairs["Training loss"] = training
+    if report.comparison is not None:
+        measure = report.comparison.measure.capitalize()
+        pairs[f"{measure} without growth"] = f"{report.comparison.control:.4g}"
     test = {name: metric_text(name, value) for name, value in report.test_metrics.items()}
     splits = (("Gate", gate), ("Test", test))
     return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
 
 
 def _loss_figure(report: RunReport) -> Markup:
-    gate = tuple((float(e.update), e.gate_loss) for e in report.evaluations)
+    gate = _gate_points(report)
+    alone = () if report.control is None else _gate_points(report.control)
     train = tuple(
         (float(e.update), e.train_loss) for e in report.evaluations if e.train_loss is not None
     )
     ends = f" from {gate[0][1]:.4g} to {gate[-1][1]:.4g}" if gate else ""
+    y_range = _effect_range(report, (gate, alone, train))
     chart = Chart(
         name="loss",
         title="Loss over the updates",
@@ -423,13 +458,46 @@ def _loss_figure(report: RunReport) -> Markup:
         y_label="loss",
         series=(
             Series(style="host", points=train, label="training loss"),
+            Series(style="scratch", points=alone, label="gate loss, control"),
             Series(style="grown", points=gate, label="gate loss"),
         ),
         x_range=(0.0, report.updates),
-        marks=tuple(marks_of(report.grafts, curve(gate))) if gate else (),
+        y_range=y_range,
+        marks=tuple(marks_of(report.grafts, curve(gate), coloured=True)) if gate else (),
     )
-    hint = f" There is no test split, so every figure was {OPTIMISTIC}."
-    return figure(draw_lines(chart), MARK_CAPTION + (hint if report.optimistic else ""))
+    captions = [MARK_CAPTION, "Each has its graft's colour and number."]
+    if report.control is not None:
+        captions.append("Control: the same job without growth.")
+    if y_range is not None and gate[0][1] > y_range[1]:
+        captions.append(
+            f"The axis is cut at {y_range[1]:.3g}, to show what came later; the gate loss began "
+            f"at {gate[0][1]:.3g}."
+        )
+    if report.optimistic:
+        captions.append(f"There is no test split, so every figure was {OPTIMISTIC}.")
+    return figure(draw_lines(chart), " ".join(captions), legend(chart))
+
+
+def _gate_points(report: RunReport) -> tuple[tuple[float, float], ...]:
+    return tuple((float(e.update), e.gate_loss) for e in report.evaluations)
+
+
+def _effect_range(
+    report: RunReport, lines: tuple[tuple[tuple[float, float], ...], ...]
+) -> tuple[float, float] | None:
+    """Return a range of losses that shows what grafts did, and not only how the run began.
+
+    It holds everything from the first admission on, or from where a sixth of the run was done if
+    that was earlier. None where nothing was read there.
+    """
+    admitted = [g.admitted_at for g in report.grafts if g.admitted_at is not None]
+    start = min([report.updates / 6, *admitted])
+    late = [loss for line in lines for update, loss in line if update >= start]
+    if len(late) < MIN_LATE:
+        return None
+    low, high = min(late), max(late)
+    room = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
+    return low - room, high + room
 
 
 def _work_table(report: RunReport) -> Markup:

@@ -34,6 +34,10 @@ CONTROL_NAMES: Final = {
 _SHARES: Final = frozenset({"accuracy"})
 """Metrics that are shares in [0, 1], and shown in percent."""
 
+_ORDER: Final = ("host", "random", "scratch")
+_ALONE: Final = (
+    "was compared neither with a larger network trained from scratch nor with a random choice"
+)
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
     "random": "a random choice of site and kernel under the same budget and gates",
@@ -42,7 +46,7 @@ _OPPONENTS: Final = {
 
 
 def not_beaten(report: DemoReport) -> str:
-    """Return one sentence that says what growth did not beat, with the intervals."""
+    """Return one sentence that says what growth beat and what not, with the intervals."""
     differences = {
         "host": report.grown_minus_host,
         "random": report.grown_minus_random,
@@ -50,35 +54,53 @@ def not_beaten(report: DemoReport) -> str:
     }
     if not report.random_seeds:
         return "Growth did not beat anything here, since no random seed was completed."
-    unbeaten = [name for name, interval in differences.items() if not interval.is_above_zero]
-    shown = unbeaten or list(differences)
-    words = [f"{_OPPONENTS[name]} ({_difference_text(differences[name])})" for name in shown]
-    if unbeaten:
-        return f"Growth did not beat {_listing(words, 'or')}."
-    return (
-        "There is nothing in this demo that growth did not beat, and it was compared with no "
-        f"more than {_listing(words, 'and')}."
-    )
+    words = {name: f"{_OPPONENTS[name]} ({_difference_text(differences[name])})" for name in _ORDER}
+    beaten = [words[name] for name in _ORDER if differences[name].is_above_zero]
+    unbeaten = [words[name] for name in _ORDER if not differences[name].is_above_zero]
+    if not unbeaten:
+        return (
+            "There is nothing in this demo that growth did not beat, and it was compared with no "
+            f"more than {_listing(beaten, 'and')}."
+        )
+    if not beaten:
+        return f"Growth did not beat {_listing(unbeaten, 'or')}."
+    return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}."
 
 
 def not_beaten_in_run(report: RunReport) -> str:
-    """Return one sentence that says what a single run of growth did not beat or never tried."""
+    """Return one sentence that says what a single run of growth brought, and what it does not show.
+
+    Of a twin it speaks only where there was one.
+    """
+    if not report.grafts:
+        return f"Growth did not beat anything here: no graft was tried, and the run {_ALONE}."
+    found = _tries_text(report)
+    comparison = report.comparison
+    if comparison is not None:
+        return (
+            f"Growth {found}: {comparison}, in one run each, and it was compared neither with a "
+            "larger network trained from scratch nor with a random choice."
+        )
+    return f"Growth {found}, and the run {_ALONE}."
+
+
+def _tries_text(report: RunReport) -> str:
+    """Say how many grafts stayed, against a twin where there was one, and how many did not."""
     tries = len(report.grafts)
-    wins = sum(
-        graft.stage is GraftStage.FOSSILIZED and (graft.contribution or 0.0) > 0.0
-        for graft in report.grafts
-    )
-    missing = (
-        "was compared neither with a larger network trained from scratch nor with a random choice"
-    )
-    if not tries:
-        return f"Growth did not beat anything here: no graft was tried, and the run {missing}."
+    kept = [graft for graft in report.grafts if graft.stage is GraftStage.FOSSILIZED]
+    if report.settings.get("verify") != "fork":
+        gone = tries - len(kept)
+        return (
+            f"kept {len(kept)} of {tries} grafts and dropped {gone}"
+            if gone
+            else f"kept all {tries} grafts"
+        )
+    wins = sum((graft.contribution or 0.0) > 0.0 for graft in kept)
+    good = f"beat a twin without it in {wins} of {tries} tries"
+    bad = f"was not shown to beat a twin without it in {tries - wins} of {tries} tries"
     if wins == tries:
-        return f"Growth beat a twin without it in {wins} of {tries} tries, but {missing}."
-    return (
-        f"Growth was not shown to beat a twin without it in {tries - wins} of {tries} tries, "
-        f"and {missing}."
-    )
+        return good
+    return f"{good} and was not shown to in {tries - wins}" if wins else bad
 
 
 def interval_text(interval: Interval, *, sign: bool = False) -> str:
@@ -99,11 +121,12 @@ def interval_text(interval: Interval, *, sign: bool = False) -> str:
 def measured_text(row: ProgressRow) -> dict[str, str]:
     """Return everything that was measured in a run so far, as text by name.
 
-    The gate loss comes first, then the owner's metrics in their order; what was not read yet is
-    left out.
+    The losses come first, then the owner's metrics in their order; what was not read yet is left
+    out.
     """
-    loss = {} if row.gate_loss is None else {"gate loss": f"{row.gate_loss:.4g}"}
-    return loss | {name: metric_text(name, value) for name, value in row.metrics.items()}
+    losses = {"gate loss": row.gate_loss, "training loss": row.train_loss}
+    known = {name: f"{loss:.4g}" for name, loss in losses.items() if loss is not None}
+    return known | {name: metric_text(name, value) for name, value in row.metrics.items()}
 
 
 def metric_text(name: str, value: float) -> str:

@@ -19,6 +19,7 @@ from esper.forward.host_view import has_foreign_forward, host_forward
 from esper.forward.written_alphas import ALPHA_ROUNDING, take_written_alphas
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.kernel_parts import refuse_shared_modules
+from esper.seeds.naming import kernel_named
 from esper.seeds.probe import ProbeResult, probe
 from esper.seeds.shadow import seen_example, shadow_pass
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
@@ -45,11 +46,15 @@ _LOOKS_IN_SILENCE: Final = 3
 _logger = logging.getLogger(__name__)
 
 
-def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[GraftOptions]) -> None:
+def graft(
+    layer: nn.Module, seed_idx: int, kernel: Kernel | str, **options: Unpack[GraftOptions]
+) -> None:
     """Put a kernel into a seed; see ``KasminaLayer.graft``."""
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
     example = options.get("example")
+    if isinstance(kernel, str):
+        kernel = kernel_named(layer, kernel, example)
     refuse_shared_modules(layer, kernel)
     prepared = prepare_kernel(
         layer,

@@ -31,11 +31,11 @@ from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor, nn
 
     from esper.contracts.blueprint import BlueprintIR
+    from esper.contracts.ports import EventSink
     from esper.contracts.report import RunReport
     from esper.growth.options import GrowerOptions
 
@@ -170,7 +170,7 @@ def grown_arm(
     tell: Tell,
     *,
     random_choice: bool = False,
-    run_dir: Path | None = None,
+    sink: EventSink | None = None,
 ) -> Grown:
     """Train and grow the host; with ``random_choice`` one random kernel at one random site.
 
@@ -181,14 +181,14 @@ def grown_arm(
         host: Looks of the host arm at the same random seed, for the dips.
         tell: Told about the progress; may raise :class:`Stopped`.
         random_choice: Whether this is the random arm.
-        run_dir: Where ``events.jsonl`` is written; None writes no file.
+        sink: Takes every event of the run; None for nobody.
     """
     arm = "random" if random_choice else "grown"
     model = wrap(demo_host(random_seed))
     optimizer = optimizer_for(model)
     start = time.perf_counter()
     options = _growing_options(digits, random_seed, epochs)
-    options["run_dir"] = run_dir
+    options["sink"] = sink
     if random_choice:
         options["ranking"], options["candidates"] = RandomChoice(random_seed), 1
     grower = Grower(model, optimizer, **options)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 
 from esper.contracts.progress import Progress, ProgressRow
 from esper.contracts.report import ARMS, ArmReport, ControlRow, ControlsReport, DemoReport
-from esper.observability.report_files import write_report
+from esper.observability.event_log import EventLog
+from esper.observability.run_folder import EVENTS_FILE, claim_run_folder
 from esper.services.arms import (
     OVERHEAD,
     ArmResult,
@@ -49,6 +51,7 @@ from esper.services.digits import (
     demo_host,
     load_digits,
 )
+from esper.services.interrupts import Interrupts
 from esper.wrapping.export import export
 from esper.wrapping.wrap import wrap
 
@@ -89,6 +92,19 @@ class SeedResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DemoRun:
+    """A demo that was run.
+
+    Attributes:
+        report: What it found.
+        folder: Where the report belongs; the log and the model are there.
+    """
+
+    report: DemoReport
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
     """What a process needs for one random seed; crosses to it by pickling.
 
@@ -115,31 +131,34 @@ def run_demo(
     processes: int = 2,
     on_progress: Callable[[Progress], None] | None = None,
     epochs: int = EPOCHS,
-) -> DemoReport:
-    """Run the demo and write everything it found into ``run_dir``.
+    on_held: Callable[[], None] | None = None,
+) -> DemoRun:
+    """Run the demo; its report is the caller's to print and to write.
 
-    That is ``report.json``, ``report.html``, ``events.jsonl`` of the first random seed's grown
-    arm, and its grown model under ``model``. ``KeyboardInterrupt`` ends it early, with a report
-    of the random seeds that were completed.
+    The folder gets ``events.jsonl`` of the first random seed's grown arm, and its grown model under
+    ``model``. Ctrl-C ends the demo early, with a report of the random seeds that were completed.
 
     Args:
         random_seeds: One run of every arm each; distinct.
-        run_dir: Folder of everything that is written; made where it is missing.
+        run_dir: Folder of everything that is written; one beside it is numbered where it holds a
+            run already.
         processes: How many processes of one thread each.
         on_progress: Told several times a second.
         epochs: Epochs of 20 updates; the controls begin after 20 of them, so at least 21.
+        on_held: Called for each Ctrl-C after the first, which changes nothing.
 
     Returns:
-        The report.
+        The report, and the folder that it belongs into.
 
     Raises:
         ValueError: There is no random seed, one is there twice, or a count is below its least.
         ModuleNotFoundError: scikit-learn is not installed (extra ``demo``).
     """
     _check(random_seeds, processes, epochs)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = claim_run_folder(run_dir)
     start = time.perf_counter()
-    results, interrupted = _run_all(random_seeds, run_dir, processes, on_progress, epochs)
+    with Interrupts(on_held):
+        results, interrupted = _run_all(random_seeds, folder, processes, on_progress, epochs)
     report = demo_report(
         results,
         epochs=epochs,
@@ -147,8 +166,7 @@ def run_demo(
         seconds=time.perf_counter() - start,
         interrupted=interrupted,
     )
-    write_report(report, run_dir)
-    return report
+    return DemoRun(report=report, folder=folder)
 
 
 def demo_report(
@@ -292,10 +310,10 @@ def run_seed(task: _Task) -> SeedResult:
     digits = load_digits()
     teller = _Teller(task)
     host, looks = host_arm(digits, task.random_seed, task.epochs, teller.step("host"))
-    log_dir = task.run_dir if task.exports else None
-    grown = grown_arm(
-        digits, task.random_seed, task.epochs, looks, teller.step("grown"), run_dir=log_dir
-    )
+    with _log(task) as log:
+        grown = grown_arm(
+            digits, task.random_seed, task.epochs, looks, teller.step("grown"), sink=log
+        )
     random = grown_arm(
         digits,
         task.random_seed,
@@ -323,6 +341,10 @@ def run_seed(task: _Task) -> SeedResult:
         dormant_identical=identical,
         export_max_rel_diff=difference,
     )
+
+
+def _log(task: _Task) -> AbstractContextManager[EventLog | None]:
+    return EventLog(task.run_dir / EVENTS_FILE) if task.exports else nullcontext()
 
 
 class _Teller:

@@ -25,7 +25,7 @@ _IMPORTS: Final = {
     "nan": "from math import nan",
 }
 _RESERVED: Final = (
-    *("nn", "torch", "build", "GRAFTS"),
+    *("nn", "torch", "build", "check", "GRAFTS", "HOST"),
     *("StandIn", "revive", "standing_for", "like", "on_host"),
 )
 _CLEAN_UP: Final = re.compile(r";  (?:\w+ = )+None$")

@@ -12,28 +12,40 @@ from typing import TYPE_CHECKING, Final
 from safetensors.torch import save
 from torch import Tensor, fx, nn
 
+from esper.resilience.whole_file import write_whole
+from esper.state.layer_call import LayerCall
 from esper.wrapping import stand_in
 from esper.wrapping.codegen import SourceWriter, is_numbered, is_torch_layer
+from esper.wrapping.host_text import construction_text, host_parts, input_text, source_text
 from esper.wrapping.plain import fused_paths, is_grafted, trace
 from esper.wrapping.unwrap import unwrap
 
 if TYPE_CHECKING:
     import os
 
+    from esper.state.layer_call import Example
+
 GRAFTS_FILE: Final = "grafts.py"
 WEIGHTS_FILE: Final = "model.safetensors"
 
 
-def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def export(
+    model: nn.Module, folder: str | os.PathLike[str], *, example: Example | None = None
+) -> Path:
     """Write a grown model to a folder. The model itself is not changed.
 
     ``grafts.py`` is readable code that imports torch only; its ``build(host)`` turns a fresh model
     of the user's own class into the grown one. ``model.safetensors`` has the weights, under the
     names of the unwrapped model's ``state_dict``. The same model gives the same bytes.
 
+    The code says which host ``build`` wants: the class, its arguments as far as attributes of the
+    same names tell them, and each module with its parameters' shapes, which ``build`` checks.
+
     Args:
         model: A wrapped model, or one that ``unwrap`` returned.
         folder: Where to write; made if it is not there.
+        example: An input of the model, whose shapes the code then tells; data is not needed, so
+            that tensors may be on the device ``meta``.
 
     Returns:
         The folder.
@@ -41,24 +53,17 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: A kernel given as a module of the user's own cannot be written as code, or
             the model's ``state_dict`` holds something that is no tensor. Nothing is written.
-        OSError: The folder cannot be written.
+        OSError: A file cannot be written, and is named; one that was there before is unchanged.
     """
     grown = unwrap(copy.deepcopy(model))
     _make_writable_(grown)
-    source = _source(grown).encode()
+    source = _source(grown, None if example is None else LayerCall.of(example)).encode()
     weights = save(_tensors(grown))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / WEIGHTS_FILE, weights)
-    _write(path / GRAFTS_FILE, source)
+    write_whole(path / WEIGHTS_FILE, weights)
+    write_whole(path / GRAFTS_FILE, source)
     return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -116,7 +121,7 @@ def _trace_both_modes(module: nn.Module, name: str) -> fx.GraphModule:
     return graphs[0]
 
 
-def _source(model: nn.Module) -> str:
+def _source(model: nn.Module, example: LayerCall | None) -> str:
     writer = SourceWriter()
     sites = {}
     for name, module in model.named_modules():
@@ -130,8 +135,17 @@ def _source(model: nn.Module) -> str:
     )
     if fused:
         fused = f"    # The fused path of evaluation would bypass the grafts.\n{fused}"
+    host = _host_of(model)
+    parts = host_parts(model, lambda name: _host_name(model, name))
+    given = input_text(example)
     return _TEMPLATE.format(
-        model=_host_class_name(model),
+        model="Host" if host is None else type(host).__name__,
+        made=construction_text(host),
+        source=source_text(host),
+        given=f"It is called with {given}.\n" if given else "",
+        parts="".join(
+            f"    {json.dumps(name)}: {json.dumps(is_)},\n" for name, is_ in parts.items()
+        ),
         weights=WEIGHTS_FILE,
         imports="\n".join(writer.imports),
         standing="\n\n".join(_REMARK.sub("", inspect.getsource(part)) for part in _STANDING),
@@ -141,9 +155,9 @@ def _source(model: nn.Module) -> str:
     )
 
 
-def _host_class_name(model: nn.Module) -> str:
-    """Return the name of the class that ``build`` takes."""
-    return type(model.host if is_grafted(model) else model).__name__
+def _host_of(model: nn.Module) -> nn.Module | None:
+    """Return the module whose class ``build`` takes; None where a root's host is gone."""
+    return dict(model.named_children()).get("host") if is_grafted(model) else model
 
 
 def _host_name(model: nn.Module, name: str) -> str:
@@ -177,26 +191,30 @@ _REMARK: Final = re.compile(r"  # (?:type|noqa).*$", re.MULTILINE)
 _TEMPLATE: Final = '''\
 """What was grown into `{model}`, as plain PyTorch.
 
-    model = build({model}(...))
+    model = build({made})
     model.load_state_dict(safetensors.torch.load_file("{weights}"))
-"""
+
+`build` takes a fresh `{model}`{source}.
+Its modules are those of HOST, which `build` checks.
+{given}"""
 
 {imports}
 {classes}
 
 GRAFTS = {table}
 
+HOST = {{
+{parts}}}
+
 
 def build(host: nn.Module) -> nn.Module:
     """Turn a fresh `{model}` into the grown one, in place; its weights are loaded afterwards.
 
     Raises:
-        ValueError: The host lacks a module that something was grown at.
+        ValueError: The host is not of the class and size that this was grown in.
     """
     modules = dict(host.named_modules(remove_duplicate=False))
-    missing = [name for name in GRAFTS if name not in modules]
-    if missing:
-        raise ValueError(f"{{type(host).__name__}} has no module {{', '.join(map(repr, missing))}}")
+    check(host, modules)
     for name, graft in GRAFTS.items():
         site = modules[name]
         device = next((tensor.device for tensor in site.parameters()), None)
@@ -208,6 +226,23 @@ def build(host: nn.Module) -> nn.Module:
             elif module is site:
                 host = grafted
 {fused}    return host
+
+
+def check(host: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Refuse a host that is not made of the modules in HOST, before anything is changed."""
+    missing = [name for name in {{**GRAFTS, **HOST}} if name not in modules]
+    if missing:
+        raise ValueError(f"{{type(host).__name__}} has no module {{', '.join(map(repr, missing))}}")
+    gone = [name for name in GRAFTS if name not in HOST]
+    for name, module in host.named_modules():
+        if any(name == site or name.startswith(f"{{site}}.") or not site for site in gone):
+            continue
+        shapes = [f"{{key}} {{list(p.shape)}}" for key, p in module.named_parameters(recurse=False)]
+        found = ", ".join([type(module).__name__, *shapes])
+        wanted = HOST.get(name, "no module")
+        if found != wanted:
+            where = f"module {{name!r}} of the host" if name else "the host"
+            raise ValueError(f"{{where}} is expected to be {{wanted}}, found {{found}}")
 
 
 {standing}'''

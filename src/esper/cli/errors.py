@@ -1,0 +1,68 @@
+"""What a user reads of an error: one line, and where in the user's own code it came from."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import esper
+from esper.contracts.errors import EsperError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NOT_A_USERS: Final = (
+    str(Path(esper.__file__).parent),
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
+
+
+def error_text(error: BaseException) -> str:
+    """Return an error as lines for the terminal.
+
+    The first has the message. An error that a user's code raised, or that came up while it ran,
+    has its class before that and in a second line the innermost file and line of the user's own.
+    """
+    place = users_place(error)
+    if place is None:
+        return f"esper: {error}"
+    what = error if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"
+    return f"esper: {what}\n  at {place}; ESPER_TRACEBACK=1 shows the whole traceback"
+
+
+def users_place(error: BaseException) -> str | None:
+    """Return the innermost place in a user's own code that an error went through, or None.
+
+    An error that was raised from another one is asked for the other's place first.
+    """
+    return next((place for link in _chain(error) if (place := _place(link)) is not None), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error's causes, the first one first, and the error itself."""
+    if error.__cause__ is not None:
+        yield from _chain(error.__cause__)
+    yield error
+
+
+def _place(error: BaseException) -> str | None:
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{_shown(error.filename)}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_a_users(frame.filename)]
+    return f"{_shown(own[-1].filename)}:{own[-1].lineno}, in {own[-1].name}" if own else None
+
+
+def _is_a_users(filename: str) -> bool:
+    if filename.startswith("<"):
+        return False
+    return not any(Path(filename).is_relative_to(folder) for folder in _NOT_A_USERS)
+
+
+def _shown(filename: str) -> str:
+    """Return a path as a user would type it: relative where it is below the working folder."""
+    path = Path(filename)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else filename
