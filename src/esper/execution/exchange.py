@@ -92,12 +92,18 @@ def _exchange(
         if layer is before and module is not None and _takes_over(layer, module):
             _move_seeds(layer, module)
             del layer._modules[SEEDS]  # noqa: SLF001 - a child without an attribute
-        else:
+        elif not (layer is before and _carries_as_many(layer, module)):
             for seed_idx in record_of(layer).seeds:
                 what = "nothing" if module is None else f"a {type(module).__name__}"
                 note_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
     if before in staying and RECORD in before.__dict__ and not hasattr(module, SEEDS):
         module.__dict__[SEEDS] = before._modules.get(SEEDS)  # noqa: SLF001 - names from before
+
+
+def _carries_as_many(layer: nn.Module, module: nn.Module | None) -> bool:
+    """Say whether a module is a layer with kernels in the same seeds, as a copy of one is."""
+    record = None if module is None else module.__dict__.get(RECORD)
+    return record is not None and record_of(layer).seeds.keys() <= record.seeds.keys()
 
 
 def _takes_over(layer: nn.Module, module: nn.Module) -> bool:
