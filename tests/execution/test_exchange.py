@@ -11,7 +11,9 @@ from kernel_blueprints import mlp_blueprint
 from torch import nn
 
 import esper
+from esper.continuity.optimizer import busy_layers
 from esper.execution.host_class import adopt
+from esper.state.roster import where_kernels_stand
 
 SGD = torch.optim.SGD
 
@@ -274,3 +276,41 @@ def test_a_host_that_was_resized_in_place_is_unwrapped_without_what_no_longer_fi
 
     assert torch.equal(plain[1]["fc"](x), y)
     assert "left out" in caplog.text
+
+
+def test_who_looks_after_a_model_follows_the_kernels():
+    """An optimizer that was synced before an exchange sees the kernels where they are."""
+    model, _ = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    esper.sync_optimizer(model, optimizer)
+    layer, module = model[1]["fc"], same_kind()
+    model[1]["fc"] = module
+
+    assert busy_layers(optimizer) == [module]
+    assert where_kernels_stand(layer) is module
+    model[1]["fc"] = layer
+    assert busy_layers(optimizer) == [layer]
+    assert where_kernels_stand(module) is layer
+
+
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_adapters_leave_the_kernels_as_they_leave_the_layer(end):
+    """PEFT adapts kernels where it adapts all linear layers, and its end is the end of that."""
+    peft = pytest.importorskip("peft")
+    model, x = nn.Sequential(), torch.randn(4, 6)
+    model.add_module("first", nn.Linear(6, 6))
+    esper.wrap(model)
+    kernel = nn.Sequential()
+    kernel.add_module("down", nn.Linear(6, 3))
+    kernel.add_module("up", nn.Linear(3, 6))
+    model.first.graft(0, kernel, alpha=0.5, example=x)
+    y = model(x)
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    y = adapted(x) if end == "merge_and_unload" else y
+
+    ended = getattr(adapted, end)()
+
+    assert torch.allclose(ended(x), y, atol=1e-5)
+    assert not [m for m in ended.modules() if type(m).__module__.startswith("peft")]
+    assert type(ended.first.seed_kernel(0).up) is nn.Linear

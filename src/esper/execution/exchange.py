@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 from torch.nn.modules.module import (
@@ -23,7 +23,7 @@ from esper.seeds.probe import probe
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, record_of
-from esper.state.roster import layers_with_kernels
+from esper.state.roster import layers_with_kernels, note_move
 from esper.state.seed_slot import SeedContainer
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def _look_at_parameter(module: nn.Module, name: str, parameter: nn.Parameter | N
 def _exchange(
     parent: nn.Module, before: nn.Module, module: nn.Module | None, grown: list[nn.Module]
 ) -> None:
+    if module in set(before.modules()):
+        _end_adapters(before, module)
     staying = set() if module is None else set(module.modules())
     going = set(before.modules()) - staying
     for layer in (layer for layer in grown if layer in going):
@@ -98,6 +100,22 @@ def _exchange(
                 note_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
     if before in staying and RECORD in before.__dict__ and not hasattr(module, SEEDS):
         module.__dict__[SEEDS] = before._modules.get(SEEDS)  # noqa: SLF001 - names from before
+
+
+def _end_adapters(wrapper: nn.Module, layer: nn.Module) -> None:
+    """Take PEFT's adapters out of a layer's kernels, as they are taken off the layer itself.
+
+    PEFT looks for them under the name that the layer had in its wrapper, which is gone by then.
+    """
+    if not hasattr(wrapper, "get_base_layer") or layer._modules.get(SEEDS) is None:  # noqa: SLF001 - as above
+        return
+    for part in list(layer.get_submodule(SEEDS).modules()):
+        children: list[tuple[str, Any]] = list(part.named_children())
+        for name, adapter in children:
+            if hasattr(adapter, "get_base_layer"):
+                if getattr(wrapper, "merged", False):
+                    adapter.merge()
+                part.add_module(name, adapter.get_base_layer())
 
 
 def _carries_as_many(layer: nn.Module, module: nn.Module | None) -> bool:
@@ -127,6 +145,7 @@ def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
     module.__dict__[RECORD] = record
     module._modules[SEEDS] = container  # noqa: SLF001 - as above
     choose_forward(module)
+    note_move(layer, module)
     _logger.warning(
         "layer %r: a %s was put in its place, and its kernels stand in that from now on",
         record.name,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from esper.continuity.optimizer import append_parameters, remove_parameters
 from esper.growth.audition import trainable
 from esper.state.host_parts import host_parameters
+from esper.state.roster import where_kernels_stand
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,14 +24,19 @@ class LiveKernel:
     """A kernel that is part of a model: the live one or a twin.
 
     Attributes:
-        layer: The layer of this model.
+        grafted_into: The layer of this model.
         seed_idx: The slot.
         parameters: What was appended to the optimizer; empty where nothing is trainable.
     """
 
-    layer: KasminaLayer
+    grafted_into: KasminaLayer
     seed_idx: int
     parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def layer(self) -> KasminaLayer:
+        """Where the kernel stands: the layer, or what has taken its place since."""
+        return cast("KasminaLayer", where_kernels_stand(self.grafted_into))
 
     def set_alpha(self, updates: int, ramp_updates: int) -> float:
         """Set alpha for the next update from the number of joint updates done; return it."""
@@ -65,7 +71,7 @@ def graft_kernel(
         state = None if audition.optimizer is None else audition.optimizer.state
         append_parameters(optimizer, host_parameters(layer), parameters, state=state)
         factor.add(parameters, peak=peak)
-    return LiveKernel(layer=layer, seed_idx=audition.seed_idx, parameters=tuple(parameters))
+    return LiveKernel(grafted_into=layer, seed_idx=audition.seed_idx, parameters=tuple(parameters))
 
 
 def remove_kernel(live: LiveKernel, optimizer: Optimizer, factor: UpdateFactor) -> None:
