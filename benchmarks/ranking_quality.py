@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from esper.compiler.catalog import default_catalog
+from esper.continuity.placement import Placement
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.intervals import Interval, mean_interval
 from esper.growth.audition import Audition
@@ -140,7 +141,7 @@ def _trial(digits: Digits, random_seed: int, *, passes: int, joint: int) -> Tria
 def _candidates(
     model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, random_seed: int
 ) -> tuple[list[Candidate], dict[tuple[str, str], Audition]]:
-    candidates, auditions = [], {}
+    candidates, auditions, placement = [], {}, Placement(model, optimizer)
     for site, layer in layers(model).items():
         for offered in default_catalog().blueprints_for(describe_site(layer)):
             blueprint = replace(offered, init_seed=random_seed)
@@ -148,7 +149,12 @@ def _candidates(
             candidates.append(make_candidate(layer, site, blueprint, seen))
             kernel = prepare_kernel(layer, blueprint)
             auditions[site, blueprint.id] = Audition.begin(
-                layer, 0, kernel, optimizer, rate=LEARNING_RATE, random_seed=random_seed
+                layer,
+                0,
+                kernel,
+                placement=placement,
+                rates=[LEARNING_RATE],
+                random_seed=random_seed,
             )
     return candidates, auditions
 
@@ -196,7 +202,13 @@ def _joint_loss(
     live = None
     if audition is not None:
         factor = UpdateFactor(optimizer)
-        live = graft_kernel(audition, layers(model)[site], optimizer, factor, peak=LEARNING_RATE)
+        live = graft_kernel(
+            audition,
+            layers(model)[site],
+            factor,
+            placement=Placement(model, optimizer),
+            peaks=[LEARNING_RATE],
+        )
     evaluator, losses = Evaluator(measure_on(digits.gate)), []
     for update, batch in enumerate(feed):
         if live is not None:

@@ -12,6 +12,7 @@ from esper.compiler.catalog import CONTROLS
 from esper.contracts.layer_kind import LAYER_KINDS, dotted_name, kind_of, kind_of_class
 from esper.execution.host_class import FAMILIES, adopt
 from esper.seeds.fold_target import FOLD_TARGETS
+from esper.state.made_call import MADE_CALLS
 from esper.state.site import SITE_READERS
 
 INSTALLED = [
@@ -82,7 +83,7 @@ def test_a_row_that_is_added_by_half_is_noticed():
     row = replace(
         LAYER_KINDS[0], name="half", site="half", family="KasminaHalfLayer", kernels=("half",)
     )
-    assert len(missing(row)) == 6
+    assert len(missing(row)) == 7
     assert missing(replace(LAYER_KINDS[0], kernels=())) == [
         "esper.compiler.catalog.default_catalog",
         "tests/support/execution_hosts.py",
@@ -93,6 +94,7 @@ def test_nothing_is_registered_for_a_row_that_is_not_there():
     """What a room has is asked for by a row."""
     names = {kind.name for kind in LAYER_KINDS}
     assert SITE_READERS.keys() == names
+    assert MADE_CALLS.keys() == names
     assert FOLD_TARGETS.keys() == names
     assert CONTROLS.keys() == {kind.site for kind in LAYER_KINDS}
     assert FAMILIES.keys() == {kind.family for kind in LAYER_KINDS}

@@ -61,16 +61,37 @@ def hooks_of(optimizer):
     return [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
 
 
-def test_hooks_are_gone_after_the_warm_up():
-    """While it warms up there are hooks on the optimizer, afterwards none."""
-    params = two_parameters()
+@pytest.mark.parametrize("num_others", [1, 2])
+def test_a_warm_up_that_ends_lets_every_other_hook_run(num_others):
+    """Nothing is taken off the dictionary of hooks while torch goes through it."""
+    params, ran = two_parameters(), []
     optimizer = SGD(params, lr=0.1)
-    UpdateFactor(optimizer, params, warmup_updates=2)
-    assert hooks_of(optimizer)
-    for step in range(2):
+    factor = UpdateFactor(optimizer, params, warmup_updates=2)
+    for other in range(num_others):
+        optimizer.register_step_post_hook(lambda *_, other=other: ran.append(other))
+        optimizer.register_step_pre_hook(lambda *_, other=other: ran.append(other))
+    for step in range(4):
         give_gradients(params, step)
         optimizer.step()
-    assert not hooks_of(optimizer)
+    assert not factor.active
+    assert len(ran) == 8 * num_others
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_parameters_may_appear_and_go_inside_somebodys_hook(register):
+    """A hook of the owner's may begin and close a warm-up, and those behind it run all the same."""
+    params, ran = two_parameters(), []
+    optimizer = SGD(params, lr=0.1)
+    factor = UpdateFactor(optimizer, warmup_updates=2)
+    acts = iter((lambda: factor.add(params), lambda: None, factor.close, lambda: None))
+    getattr(optimizer, register)(lambda *_: next(acts)())
+    getattr(optimizer, register)(lambda *_: ran.append(True))
+    for step in range(4):
+        give_gradients(params, step)
+        before = params[1].detach().clone()
+        optimizer.step()
+    assert len(ran) == 4
+    assert torch.equal(params[1], before - 0.1 * params[1].grad)
 
 
 def test_close_removes_the_hooks_at_once():
@@ -139,7 +160,7 @@ def test_peak_that_was_watched_takes_precedence():
     """A peak that no scheduler left in the group can be handed over."""
     param, optimizer = spent_run(peak=0.01)
     factor = UpdateFactor(optimizer, warmup_updates=0)
-    factor.add([param], peak=1.0)
+    factor.add([param], peaks=[1.0])
     assert factor.factor(param) == pytest.approx(30.0)
 
 

@@ -122,6 +122,18 @@ def test_what_is_lost_is_named(how, caplog):
     assert not told(model)
 
 
+def test_an_isolated_kernel_moves_too():
+    """It stands in no layer, and comes back into the one that has the place."""
+    model, x = net()
+    layer, module = model[1]["fc"], same_kind()
+    for _ in range(3):
+        layer.state_layout.increment_error_count(0)
+    model[1]["fc"] = module
+
+    assert module.state_layout.state(0).name == "ERROR_RECOVERY"
+    assert module(x).shape == (4, 6)
+
+
 HARMLESS = {
     "dormant": lambda model: model.__setitem__(0, nn.Linear(6, 6)),
     "itself": lambda model: model[1].__setitem__("fc", model[1]["fc"]),

@@ -74,15 +74,14 @@ def test_rates_are_those_of_the_update():
 def test_the_peak_is_the_highest_rate_so_far():
     """A group that came later has its own, read off what its scheduler left there."""
     layer, optimizer, watcher = watched()
-    assert watcher.peak_of(layer) == 0.5
+    assert watcher.peaks == [0.5]
     for rate in (0.2, 0.8, 0.1):
         optimizer.param_groups[0]["lr"] = rate
         step(layer, optimizer)
     late = nn.Linear(2, 2)
     optimizer.add_param_group({"params": late.parameters(), "lr": 0.01, "initial_lr": 0.3})
     step(layer, optimizer)
-    assert watcher.peak_of(layer) == 0.8
-    assert watcher.peak_of(late) == 0.3
+    assert watcher.peaks == [0.8, 0.3]
 
 
 def test_a_closed_watcher_leaves_no_hook():

@@ -5,6 +5,7 @@ from execution_hosts import KINDS
 from esper.compiler.catalog import CONTROLS, default_catalog
 from esper.execution.host_class import FAMILIES
 from esper.seeds.fold_target import FOLD_TARGETS
+from esper.state.made_call import MADE_CALLS
 from esper.state.site import SITE_READERS
 
 
@@ -13,6 +14,7 @@ def missing(kind):
     offered = {entry.name for entry in default_catalog().entries}
     found = {
         "esper.state.site.SITE_READERS": kind.name in SITE_READERS,
+        "esper.state.made_call.MADE_CALLS": kind.name in MADE_CALLS,
         "esper.seeds.fold_target.FOLD_TARGETS": kind.name in FOLD_TARGETS,
         "esper.execution.host_class.FAMILIES": kind.family in FAMILIES,
         "esper.compiler.catalog.CONTROLS": kind.site in CONTROLS,

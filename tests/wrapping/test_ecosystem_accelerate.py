@@ -159,3 +159,24 @@ def test_an_offloaded_grown_model_computes_the_same():
 
     assert model.fc1.weight.device.type == "meta"
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("hand_over", [lambda o: o, lambda o: [o]], ids=["itself", "list"])
+def test_a_prepared_optimizer_is_taken(hand_over):
+    """It is the optimizer inside that is followed, and that steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    model = esper.wrap(Mlp())
+    inner = torch.optim.AdamW(model.parameters())
+    model, optimizer = accelerator.prepare(model, inner)
+    with esper.Grower(model, hand_over(optimizer), horizon=300) as grower:
+        loss = model(torch.randn(3, 6)).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        grower.step(loss)
+        assert grower.updates == 1
+    model.fc1.graft(0, Bottleneck(6, 8), alpha=0.5, example=torch.randn(3, 6))
+    esper.sync_optimizer(model, hand_over(optimizer))
+    assert {id(p) for g in inner.param_groups for p in g["params"]} == set(
+        map(id, model.parameters())
+    )

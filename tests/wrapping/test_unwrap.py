@@ -142,8 +142,8 @@ def test_a_seed_at_alpha_zero_is_no_part_of_the_result():
     assert type(esper.unwrap(model).fc1) is nn.Linear
 
 
-def test_a_kernel_that_replaces_its_host_drops_it():
-    """At alpha 1 the host is idle and goes, with its parameters."""
+def test_a_host_that_a_kernel_has_replaced_is_not_called():
+    """At alpha 1 the host is idle: it is there to be asked, and its weights matter no more."""
     model = esper.wrap(Mlp()).eval()
     model.fc1.graft(0, Bottleneck(6, 8), alpha=1.0, mode="replace", example=torch.randn(2, 6))
     x = torch.randn(3, 6)
@@ -151,7 +151,9 @@ def test_a_kernel_that_replaces_its_host_drops_it():
 
     plain = esper.unwrap(model)
 
-    assert [name for name, _ in plain.fc1.named_children()] == ["seed_0"]
+    assert plain.fc1.out_features == 8
+    assert "host" not in [node.target for node in plain.fc1.graph.nodes]
+    torch.nn.init.constant_(plain.fc1.weight, torch.nan)
     assert torch.equal(plain(x), expected)
 
 

@@ -1,88 +1,151 @@
 """The optimizer through growth: parameters that appear, parameters that go, and their state.
 
-Parameters of kernels stay in the group of their host layer, with its settings. A group of their
-own would break the schedulers that keep one function per group (LambdaLR, SequentialLR).
+Parameters of kernels join groups that are there, with their settings (``placement`` says which). A
+group of their own would break the schedulers that keep one function per group (LambdaLR,
+SequentialLR).
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
+from esper.continuity.ensemble import (
+    AnyOptimizer,
+    joined,
+    members_of,
+    rebuilt,
+)
+from esper.continuity.placement import (
+    GroupFor,
+    Place,
+    Placement,
+    check_trains,
+    seeded_kernels,
+)
+from esper.continuity.replicas import bare, replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.seeds.grafting import finish_waiting
 from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
-from esper.state.host_parts import host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
 
-SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW)
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
-ParamGroup = dict[str, Any]
-"""A parameter group, as torch optimizers keep it: settings of many types by name."""
 _logger = logging.getLogger(__name__)
 
 
-def check_supported(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state Esper does not know how to carry through growth.
-
-    Raises:
-        TypeError: The optimizer is not exactly a torch SGD, Adam or AdamW.
-    """
-    if type(optimizer) not in SUPPORTED:
-        names = ", ".join(f"torch.optim.{cls.__name__}" for cls in SUPPORTED)
-        msg = (
-            f"cannot grow under {type(optimizer).__module__}.{type(optimizer).__qualname__}: "
-            f"supported are {names}, themselves and not a subclass or a wrapper; hand over the "
-            "optimizer inside the wrapper, or train with one of these"
-        )
-        raise TypeError(msg)
-
-
-def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+def sync_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    group_for: GroupFor | None = None,
+) -> None:
     """Bring an optimizer in line with the grafts of a model. Doing it twice changes nothing.
 
-    Trainable parameters of kernels that appeared join the group of their host layer (the group
-    that holds a parameter of the layer, else the first); those of kernels that went are dropped
-    with their state. Parameters of the host are never touched. From then on the optimizer reads
-    the flags of ``guard="step"`` before each step, and skips one that was not finite. Kernels that
-    appeared in a model replicated by DistributedDataParallel get rank 0's weights and averaged
-    gradients; there every rank has to make the same grafts and the same call.
+    Trainable parameters of kernels that appeared join the group that trains their host layer, kind
+    by kind: weights where its weights are, biases and norms where its biases and norms are. Those
+    of a layer that this optimizer does not train, though it is trainable, are left to the optimizer
+    that does, and a warning names them where Esper knows of none. Parameters of kernels that went
+    are dropped with their state. Parameters of the host are never touched, also where they are tied
+    into a kernel. From then on the optimizer reads the flags of ``guard="step"`` before each step,
+    and skips one that was not finite. Kernels that appeared in a model replicated by
+    DistributedDataParallel get rank 0's weights and averaged gradients; there every rank has to
+    make the same grafts and the same call.
 
     Args:
         model: A wrapped model; it may be inside DDP or ``torch.compile``.
-        optimizer: The optimizer that trains it.
+        optimizer: The optimizer that trains it, or all that train it together; torch's SGD, Adam,
+            AdamW or Muon, or what derives from them or wraps one.
+        group_for: ``(name, parameter)`` to the param group of a kernel's parameter, or to its
+            number over all groups in order; None from it, or instead of it: as told above. The name
+            is the parameter's in the model.
 
     Raises:
-        TypeError: The optimizer is not a torch SGD, Adam or AdamW.
+        TypeError: An optimizer is not supported.
+        ValueError: An optimizer holds parameters and none of them is the model's, or ``group_for``
+            named a group that there is not.
     """
-    check_supported(optimizer)
+    every = joined(optimizer)
+    _finish_waiting(model)
     for loss in losses(model):
         _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
-    link = _link(optimizer)
-    live = {id(p): p for layer in _layers(model) for _, p in kernel_parameters(layer)}
-    remove_parameters(optimizer, [p for key, p in link.kernels.items() if key not in live])
-    present = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    link.kernels.update({key: p for key, p in live.items() if key in present})
-    for layer in _layers(model):
-        appeared = [(n, p) for n, p in kernel_parameters(layer) if id(p) not in present]
-        trainable = [(n, p) for n, p in appeared if p.requires_grad]
-        names, new = [n for n, _ in trainable], [p for _, p in trainable]
-        append_parameters(optimizer, host_parameters(layer), new, names=names)
+    link, inner = _link(every), bare(model)
+    live = {id(p): p for layer in _layers(inner) for p in _kernel_parameters(layer)}
+    placement = Placement(inner, every, group_for)
+    check_trains(placement, [*live, *link.kernels])
+    remove_parameters(
+        every,
+        [p for k, p in link.kernels.items() if k not in live and not placement.is_hosts(p)],
+    )
+    for layer in _layers(inner):
+        for seed_idx, kernel in seeded_kernels(layer):
+            link.adopt(p for p in kernel.parameters() if _is_in_it_for_us(p, placement))
+            _join(layer, seed_idx, kernel, Placement(inner, every, group_for), every)
     replicated = replicas(model)
     if replicated is not None:
         share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
-    link.watch_steps(model, optimizer)
+    link.watch_steps(model, every)
     if replicated is not None:
         _warn_of_lone_isolation(link.roster.busy())
+
+
+def _finish_waiting(model: nn.Module) -> None:
+    """Make live what waits and has seen a call; say of what has not that it is left out."""
+    for layer in _layers(model):
+        finish_waiting(layer)
+        for seed_idx in record_of(layer).waiting:
+            _logger.warning(
+                "seed %d of layer %r waits for a call of its layer, so that the optimizer does not "
+                "have its kernel yet: call sync_optimizer again behind the next forward, or pass "
+                "example= to graft",
+                seed_idx,
+                record_of(layer).name,
+            )
+
+
+def _kernel_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for _, kernel in seeded_kernels(layer) for p in kernel.parameters()]
+
+
+def _is_in_it_for_us(p: nn.Parameter, placement: Placement) -> bool:
+    """Say whether a kernel's parameter was in the optimizer before, and is not the host's."""
+    return placement.holds(p) and not placement.is_hosts(p)
+
+
+def _join(
+    layer: nn.Module, seed_idx: int, kernel: nn.Module, placement: Placement, every: AnyOptimizer
+) -> None:
+    """Append what a kernel has to train; say what is trained by nobody that is known."""
+    places, left = placement.places(layer, seed_idx, kernel)
+    append_parameters(every, places)
+    if left and not _is_known_elsewhere(layer, kernel, every):
+        _logger.warning(
+            "%s: in no param group, since the parameters of their host layer that are trainable "
+            "are not in this optimizer; call esper.sync_optimizer with the optimizer that trains "
+            "the layer, or with a sequence of all of them, or say group_for=",
+            ", ".join(left),
+        )
+
+
+def _is_known_elsewhere(layer: nn.Module, kernel: nn.Module, every: AnyOptimizer) -> bool:
+    """Say whether another optimizer that Esper has seen trains a layer or its kernel."""
+    wanted = {id(p) for module in (layer, kernel) for p in module.parameters()}
+    return any(
+        id(p) in wanted
+        for other in list(_LINKS)
+        if other not in members_of(every)
+        for group in other.param_groups
+        for p in group["params"]
+    )
 
 
 def _warn_of_lone_isolation(layers: Iterable[nn.Module]) -> None:
@@ -101,49 +164,39 @@ def _warn_of_lone_isolation(layers: Iterable[nn.Module]) -> None:
                 )
 
 
-def busy_layers(optimizer: Optimizer) -> list[nn.Module]:
+def busy_layers(optimizer: AnyOptimizer) -> list[nn.Module]:
     """Return the layers that hold kernels, of the model that was last synced with an optimizer."""
     return _link(optimizer).roster.busy()
 
 
 def append_parameters(
-    optimizer: Optimizer,
-    host_params: Iterable[torch.Tensor],
-    new_params: Iterable[torch.Tensor],
+    optimizer: AnyOptimizer,
+    places: Iterable[Place],
     state: Mapping[torch.Tensor, object] | None = None,
-    *,
-    names: Sequence[str] | None = None,
 ) -> None:
-    """Append parameters to the group of their host layer. One that is there already stays.
+    """Append parameters to groups. One that is in a group already stays where it is.
 
     Args:
-        optimizer: A torch SGD, Adam or AdamW.
-        host_params: Parameters of the host layer; the first that is in a group chooses it.
-        new_params: Parameters of the kernel.
-        state: State of the new parameters, as in ``audition.state``: taken by reference, moments
-            and step, so that they are the same tensors afterwards. None starts without.
-        names: Names of the new parameters, in their order; needed by an optimizer that was built
-            from named parameters, and invented there where None.
-
-    Raises:
-        TypeError: The optimizer is not a torch SGD, Adam or AdamW.
+        optimizer: What trains the model.
+        places: Where they go.
+        state: State of the parameters, as in ``audition.state``: taken by reference, moments and
+            step, so that they are the same tensors afterwards. None starts without.
     """
-    check_supported(optimizer)
-    group = host_group(optimizer, host_params)
-    present = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    link = _link(optimizer)
-    for index, p in enumerate(new_params):
+    groups, link = optimizer.param_groups, _link(optimizer)
+    present = {id(p) for group in groups for p in group["params"]}
+    for number, name, p in places:
         if id(p) in present:
             continue
+        group = groups[number]
         group["params"].append(p)
         if "param_names" in group:
-            group["param_names"].append(names[index] if names else f"kernel.{id(p)}")
+            group["param_names"].append(name)
         if state is not None and p in state:
-            optimizer.state[p] = state[p]
-        link.kernels[id(p)] = p
+            optimizer.state[p] = state[p]  # type: ignore[assignment] # of the same class
+        link.adopt([p])
 
 
-def remove_parameters(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> None:
+def remove_parameters(optimizer: AnyOptimizer, params: Iterable[torch.Tensor]) -> None:
     """Remove parameters from an optimizer with their state; no trace of them is left in it.
 
     The groups stay, even where one is empty afterwards: schedulers count them.
@@ -164,40 +217,23 @@ def remove_parameters(optimizer: Optimizer, params: Iterable[torch.Tensor]) -> N
 
 
 def audition_optimizer(
-    optimizer: Optimizer,
-    host_params: Iterable[torch.Tensor],
-    kernel_params: Iterable[torch.Tensor],
-    *,
-    lr: float | None = None,
-) -> Optimizer:
-    """Build an optimizer of the same class and settings as the host layer's group.
+    optimizer: AnyOptimizer, places: Iterable[Place], *, rates: Sequence[float] | None = None
+) -> AnyOptimizer:
+    """Build an optimizer of the same class and settings as the groups that parameters will join.
 
     Args:
         optimizer: The run's optimizer; it is only read.
-        host_params: Parameters of the host layer.
-        kernel_params: Trainable parameters of the kernel, at least one.
-        lr: Learning rate, above 0; the group's present one where None.
-
-    Raises:
-        TypeError: The optimizer is not a torch SGD, Adam or AdamW.
+        places: Trainable parameters of the kernel, and where they would go.
+        rates: Learning rate above 0 of each group; the present ones where None.
     """
-    check_supported(optimizer)
-    group = host_group(optimizer, host_params)
-    accepted = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
-    settings = {name: group[name] for name in sorted(accepted & group.keys())}
-    rate = group["lr"] if lr is None else lr
-    rate = rate.clone() if isinstance(rate, torch.Tensor) else rate
-    build = cast("Callable[..., Optimizer]", type(optimizer))
-    return build(list(kernel_params), lr=rate, **settings)
-
-
-def host_group(optimizer: Optimizer, host_params: Iterable[torch.Tensor]) -> ParamGroup:
-    """Return the group that holds a parameter of the host layer, else the first group."""
-    wanted = {id(p) for p in host_params}
-    for group in optimizer.param_groups:
-        if any(id(p) in wanted for p in group["params"]):
-            return group
-    return optimizer.param_groups[0]
+    shares: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
+    for place in places:
+        shares[place.group].append(place.parameter)
+    built = rebuilt(optimizer, shares)
+    if rates is not None:
+        for group, rate in zip(built.param_groups, rates, strict=True):
+            group["lr"] = rate
+    return built
 
 
 def _layers(model: nn.Module) -> Iterator[KasminaLayer]:
@@ -206,16 +242,22 @@ def _layers(model: nn.Module) -> Iterator[KasminaLayer]:
 
 
 class _Link:
-    """What Esper remembers of one optimizer: the kernels' parameters in it, and its hook."""
+    """What Esper remembers of optimizers that were handed over together: kernels in them, hooks."""
 
     def __init__(self) -> None:
         self.kernels: dict[int, torch.Tensor] = {}
         self.roster = Roster([])
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._hooked = False
+        self._hooks: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = (
+            weakref.WeakKeyDictionary()
+        )
         self._kept: KeptBuffers | None = None
 
-    def watch_steps(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def adopt(self, params: Iterable[torch.Tensor]) -> None:
+        """Remember parameters as kernels'."""
+        self.kernels.update({id(p): p for p in params})
+
+    def watch_steps(self, model: nn.Module, optimizer: AnyOptimizer) -> None:
         """Read the step flags of the model's layers before each step."""
         for layer in _layers(model):
             layer.enable_step_guard(self._keep_now)
@@ -223,9 +265,15 @@ class _Link:
         self.roster = Roster(_layers(model))
         self._kept = None
         self._keep(model)
-        if not self._hooked:
-            optimizer.register_step_pre_hook(self._before_step)
-            self._hooked = True
+        for member in members_of(optimizer):
+            if member not in self._hooks:
+                self._hooks[member] = member.register_step_pre_hook(self._before_step)
+
+    def take_over(self, other: _Link) -> None:
+        """Take the place of what was remembered of optimizers that came apart from these."""
+        self.kernels.update(other.kernels)
+        for handle in other._hooks.values():
+            handle.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
@@ -261,9 +309,8 @@ class _Link:
             return
         if self._kept is not None:
             self._kept.put_back()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        for p in (*model.parameters(), *_all_parameters(optimizer)):
+            p.grad = None  # another optimizer of the model must not make the step either
 
     def _keep_now(self) -> None:
         """Copy the buffers where nobody has: a seed has just come under ``guard="step"``."""
@@ -279,11 +326,21 @@ class _Link:
             self._kept = KeptBuffers(model)
 
 
+def _all_parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 _LINKS: weakref.WeakKeyDictionary[Optimizer, _Link] = weakref.WeakKeyDictionary()
 
 
-def _link(optimizer: Optimizer) -> _Link:
-    link = _LINKS.get(optimizer)
-    if link is None:
-        link = _LINKS[optimizer] = _Link()
+def _link(optimizer: AnyOptimizer) -> _Link:
+    """Return what is remembered of an optimizer; optimizers that come together share one."""
+    members = members_of(optimizer)
+    known = [_LINKS[member] for member in members if member in _LINKS]
+    link = known[0] if known else _Link()
+    for other in known[1:]:
+        if other is not link:
+            link.take_over(other)
+    for member in members:
+        _LINKS[member] = link
     return link

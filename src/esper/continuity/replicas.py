@@ -14,6 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel and ``torch.compile``."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def replicas(model: nn.Module) -> DistributedDataParallel | None:
     """Return the model, or what ``torch.compile`` holds of it, if that is replicated over ranks."""
     inner: object = getattr(model, "_orig_mod", model)

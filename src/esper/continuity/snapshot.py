@@ -10,7 +10,8 @@ from esper.state.seed_slot import SeedSlot
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.optim import Optimizer
+
+    from esper.continuity.ensemble import AnyOptimizer
 
 
 class RunSnapshot:
@@ -27,16 +28,17 @@ class RunSnapshot:
         update: Number of optimizer updates done.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, update: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: AnyOptimizer, *, update: int) -> None:
         self.update = update
         parameters = dict.fromkeys(model.parameters())
         parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
         self._values = {p: p.detach().clone() for p in parameters}
-        self._state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
+        state = optimizer.state
+        self._state = {p: _cloned(state[p]) for p in parameters if p in state}
         self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(model)]
         self._random_state = random_state(model)
 
-    def restore(self, optimizer: Optimizer) -> None:
+    def restore(self, optimizer: AnyOptimizer) -> None:
         """Put everything back; parameters that came later must have been removed before.
 
         Args:
@@ -49,10 +51,11 @@ class RunSnapshot:
             for module, name, buffer, value in self._buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # noqa: SLF001 - a forward may have put another there
+        live = optimizer.state
         for p in self._values:
-            optimizer.state.pop(p, None)
+            live.pop(p, None)
         for p, state in self._state.items():
-            optimizer.state[p] = _cloned(state)
+            live[p] = _cloned(state)
         set_random_state(self._random_state)
 
 

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.optim import Optimizer
 
+from esper.continuity.ensemble import members_of, own_groups
+from esper.continuity.step_hooks import StepHooks
+
 if TYPE_CHECKING:
-    from esper.continuity.optimizer import ParamGroup
+    from esper.continuity.ensemble import AnyOptimizer, ParamGroup
 
 
 SPENT_FRACTION: Final = 0.10
@@ -26,7 +29,8 @@ SPENT_FRACTION: Final = 0.10
 class UpdateCounter:
     """Counts the real updates of an optimizer: steps in which a parameter had a gradient.
 
-    A step that GradScaler skips calls no hook, and one whose gradients were dropped changes
+    Of several optimizers that train one model, it counts those of the one that has made most. A
+    step that GradScaler skips calls no hook, and one whose gradients were dropped changes
     nothing; neither counts.
 
     Args:
@@ -34,31 +38,37 @@ class UpdateCounter:
         start: First value, at least 0.
     """
 
-    def __init__(self, optimizer: Optimizer, *, start: int = 0) -> None:
+    def __init__(self, optimizer: AnyOptimizer, *, start: int = 0) -> None:
         self.count = start
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._counts = dict.fromkeys(map(id, members_of(optimizer)), start)
+        self._hooks = StepHooks(optimizer, after=self._after_step)
 
     def close(self) -> None:
         """Remove the hook; the count stays."""
-        self._handle.remove()
+        self._hooks.close()
 
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
         if overflow is not None and bool(overflow):
             return
         groups = optimizer.param_groups
-        self.count += any(p.grad is not None for group in groups for p in group["params"])
+        self._counts[id(optimizer)] += any(
+            p.grad is not None for group in groups for p in group["params"]
+        )
+        self.count = max(self._counts.values())
 
 
 @dataclass(slots=True, kw_only=True)
 class _Entry:
     """One parameter on its first steps.
 
-    ``ceiling`` is the rate it may reach where the host's rate was spent, 0 where it was not;
-    ``start_rate`` is the host's rate when it appeared.
+    ``owner`` trains it, in its group number ``group``. ``ceiling`` is the rate it may reach where
+    the host's rate was spent, 0 where it was not; ``start_rate`` is the host's rate when it
+    appeared.
     """
 
     param: torch.Tensor
+    owner: Optimizer
     group: int
     num_updates: int = 0
     ceiling: float = 0.0
@@ -74,10 +84,10 @@ class UpdateFactor:
     ``lr_new * peak / rate``, so that the parameter starts at ``lr_new`` of the peak and decays
     with the schedule; should the schedule rise again, it falls back to 1.
 
-    Hooks are on the optimizer only while a parameter needs them.
+    The optimizer has two hooks until :meth:`close`; they do nothing while no parameter needs them.
 
     Args:
-        optimizer: A torch SGD, Adam or AdamW.
+        optimizer: What trains the model.
         params: Parameters that are in it and begin their first steps now.
         warmup_updates: Length of the warm-up, at least 0.
         lr_new: Share of the peak rate in [0, 1]; 0 leaves the host's rate.
@@ -88,7 +98,7 @@ class UpdateFactor:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         params: Iterable[torch.Tensor] = (),
         *,
         warmup_updates: int = 100,
@@ -104,21 +114,21 @@ class UpdateFactor:
         self.lr_new = lr_new
         self._optimizer = optimizer
         self._entries: dict[int, _Entry] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
         self.add(params)
 
     @property
     def active(self) -> bool:
-        """Whether any parameter is on its first steps, and hooks are therefore on."""
+        """Whether any parameter is on its first steps."""
         return bool(self._entries)
 
-    def add(self, params: Iterable[torch.Tensor], *, peak: float | None = None) -> None:
+    def add(self, params: Iterable[torch.Tensor], *, peaks: Sequence[float] | None = None) -> None:
         """Begin the first steps of parameters that are in the optimizer.
 
         Args:
             params: The parameters; one that is on its first steps begins anew.
-            peak: Highest rate of the run so far; read off the group where None
-                (:func:`peak_rate`).
+            peaks: Highest rate so far of each group of the optimizer; read off the groups where
+                None (:func:`peak_rate`).
 
         Raises:
             ValueError: A parameter is in no group of the optimizer.
@@ -129,13 +139,10 @@ class UpdateFactor:
             if id(p) not in where:
                 msg = "a parameter is in no group of the optimizer; append it first"
                 raise ValueError(msg)
-            self._entries[id(p)] = self._begin(p, where[id(p)], peak)
+            number = where[id(p)]
+            highest = peak_rate(groups[number]) if peaks is None else peaks[number]
+            self._entries[id(p)] = self._begin(p, number, highest)
         self._drop_finished()
-        if self._entries and not self._handles:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
 
     def remove(self, params: Iterable[torch.Tensor]) -> None:
         """Forget parameters; one that is not on its first steps is passed over."""
@@ -145,7 +152,8 @@ class UpdateFactor:
 
     def close(self) -> None:
         """Forget all parameters and remove the hooks."""
-        self.remove([entry.param for entry in self._entries.values()])
+        self._entries.clear()
+        self._hooks.close()
 
     def factor(self, param: torch.Tensor) -> float:
         """Return the factor on the parameter's next update; 1 where it needs none."""
@@ -167,7 +175,7 @@ class UpdateFactor:
         if len(state) != len(params):
             msg = f"state of {len(state)} parameters for {len(params)}"
             raise ValueError(msg)
-        self.close()
+        self._entries.clear()
         going = [(p, saved) for p, saved in zip(params, state, strict=True) if saved is not None]
         for p, saved in going:
             self.add([p])
@@ -176,16 +184,15 @@ class UpdateFactor:
                 entry.num_updates = int(saved["num_updates"])
                 entry.ceiling, entry.start_rate = saved["ceiling"], saved["start_rate"]
 
-    def _begin(self, param: torch.Tensor, index: int, peak: float | None) -> _Entry:
-        group = self._optimizer.param_groups[index]
-        highest = peak_rate(group) if peak is None else peak
-        rate = float(group["lr"])
+    def _begin(self, param: torch.Tensor, number: int, highest: float) -> _Entry:
+        owner, group = own_groups(self._optimizer)[number]
+        rate = float(owner.param_groups[group]["lr"])
         spent = 0.0 < rate < SPENT_FRACTION * highest
         ceiling = self.lr_new * highest if spent else 0.0
-        return _Entry(param=param, group=index, ceiling=ceiling, start_rate=rate)
+        return _Entry(param=param, owner=owner, group=group, ceiling=ceiling, start_rate=rate)
 
     def _factor(self, entry: _Entry) -> float:
-        rate = float(self._optimizer.param_groups[entry.group]["lr"])
+        rate = float(entry.owner.param_groups[entry.group]["lr"])
         boost = max(1.0, entry.ceiling / max(rate, entry.start_rate)) if entry.ceiling else 1.0
         return boost * self._warmth(entry)
 
@@ -194,13 +201,13 @@ class UpdateFactor:
             return 1.0
         return entry.num_updates / self.warmup_updates
 
-    def _before_step(self, *_: object) -> None:
-        for entry in self._entries.values():
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for entry in self._of(optimizer):
             entry.before = entry.param.detach().clone()
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
-        for entry in self._entries.values():
+    def _after_step(self, optimizer: Optimizer) -> None:
+        for entry in self._of(optimizer):
             before, entry.before = entry.before, None
             if before is None or entry.param.grad is None:
                 continue  # not updated, so not counted
@@ -210,17 +217,16 @@ class UpdateFactor:
             entry.num_updates += 1
         self._drop_finished()
 
+    def _of(self, optimizer: Optimizer) -> list[_Entry]:
+        return [entry for entry in self._entries.values() if entry.owner is optimizer]
+
     def _drop_finished(self) -> None:
-        """Let go of what needs no factor any more, and of the hooks after the last."""
+        """Let go of what needs no factor any more."""
         self._entries = {
             key: entry
             for key, entry in self._entries.items()
             if entry.num_updates < self.warmup_updates or entry.ceiling
         }
-        if not self._entries:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
 
 
 def _saved(entry: _Entry | None) -> dict[str, float] | None:

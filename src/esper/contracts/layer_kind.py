@@ -211,7 +211,10 @@ LAYER_KINDS: Final[tuple[LayerKind, ...]] = (
     LayerKind(
         name="block",
         site="block",
-        host_classes=("torch.nn.modules.module.Module",),
+        host_classes=(
+            "torch.nn.modules.module.Module",
+            "torch.fx.graph_module.GraphModule",  # what unwrap leaves comes before its host's class
+        ),
         is_default=False,
         kernels=(*_BEHIND, "block"),
         feature_axis=None,

@@ -93,9 +93,9 @@ def _exchange(
     for layer in (layer for layer in grown if layer in going):
         if layer is before and module is not None and _takes_over(layer, module):
             _move_seeds(layer, module)
-            del layer._modules[SEEDS]  # noqa: SLF001 - a child without an attribute
+            layer._modules.pop(SEEDS, None)  # noqa: SLF001 - a child without an attribute
         elif not (layer is before and _carries_as_many(layer, module)):
-            for seed_idx in record_of(layer).seeds:
+            for seed_idx in sorted({*record_of(layer).seeds, *record_of(layer).waiting}):
                 what = "nothing" if module is None else f"a {type(module).__name__}"
                 note_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
     if before in staying and RECORD in before.__dict__ and not hasattr(module, SEEDS):
@@ -126,8 +126,9 @@ def _carries_as_many(layer: nn.Module, module: nn.Module | None) -> bool:
 
 def _takes_over(layer: nn.Module, module: nn.Module) -> bool:
     """Say whether a module is the same kind of layer as one with kernels, and has none itself."""
+    record = record_of(layer)
     is_like = kind_of(module).site == kind_of(layer).site and kind_of(module).name != "block"
-    return is_like and not record_of(layer).shadows and refusal(module) is None
+    return is_like and bool(record.seeds) and not record.shadows and refusal(module) is None
 
 
 def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
@@ -139,11 +140,12 @@ def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
     record = record_of(layer)
     for seed_idx in list(record.waiting):
         cancel(layer, seed_idx)
-    container = layer._modules[SEEDS]  # noqa: SLF001 - a child without an attribute
+    container = layer._modules.get(SEEDS)  # noqa: SLF001 - a child without an attribute
     return_class(layer)
     adopt(module, name=record.name)
     module.__dict__[RECORD] = record
-    module._modules[SEEDS] = container  # noqa: SLF001 - as above
+    if container is not None:  # all seeds may be isolated
+        module._modules[SEEDS] = container  # noqa: SLF001 - as above
     choose_forward(module)
     note_move(layer, module)
     _logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
@@ -287,15 +288,20 @@ class KasminaLayer(nn.Module):
             position: ``"parallel"``, ``"serial"``, or None for what the kernel carries.
             guard: ``"always"``, ``"step"`` (needs :meth:`enable_step_guard`) or ``"off"``.
             example: An input of the layer for the probe: a tensor, a tuple of positional
-                arguments, or a ``LayerCall``. None: a kernel that has been in shadow
-                at this layer and whose alpha is given was seen to work; otherwise the seed waits
-                in LOADING, and the layer's next forward is observed.
+                arguments, or a ``LayerCall``. None: a kernel that has been in shadow at this layer
+                and whose alpha is given was seen to work; otherwise an input is made from what the
+                layer says it takes (linear, convolution, norm, attention, recurrent, embedding).
+                Where it does not say, the seed waits in LOADING: the next forward only notes its
+                input, and the kernel is probed and made live behind the outermost forward (under
+                activation checkpointing before the one that follows its backward), or at
+                ``esper.maintain``, ``esper.sync_optimizer`` or the Grower's next step.
 
         Raises:
             KernelRefusedError: The probe refused the kernel; nothing was inserted.
             SeedLifecycleError: The seed is a fossil.
             ValueError: An argument is out of range, contradicts the kernel, or the replacing
-                alphas of the layer would sum to more than 1.
+                alphas of the layer would sum to more than 1; or the kernel is, or holds, a module
+                of the model. Weights of the model it may share.
             TypeError: ``kernel`` is no kernel.
         """
         grafting.graft(
@@ -576,19 +582,28 @@ class KasminaLayer(nn.Module):
         rebuilding.attach_hooks(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Build the seeds that the dict has, then load as the host does."""
-        error_messages: list[str] = args[-1]
+        """Build the seeds that the dict has, then load as the host does; or load nothing here."""
+        _, unexpected_keys, error_messages = args[-3:]
         try:
-            rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
+            left = rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
         except (KernelLoadError, ValueError) as error:
             error_messages.append(str(error))
-            for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:
-                del state_dict[key]  # torch's own copy: nothing may reach the slots that are there
+            self._keep_own_state(state_dict, prefix)
+        else:
+            unexpected_keys += left
+            for key in left:  # of a load that is not strict torch says nothing
+                warnings.warn(key.reason, stacklevel=2)
         self._kasmina.is_loading = True
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             self._kasmina.is_loading = False
+
+    def _keep_own_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Exchange what a dict, torch's own copy of it, has for this layer by what is there."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
 
 
 def _cache(source: KernelSource | None, cache_size_mb: int | None) -> KernelCache:

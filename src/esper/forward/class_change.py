@@ -58,7 +58,7 @@ def _names_held(module: nn.Module) -> set[str]:
 
 
 def become(layer: nn.Module, kind: Kind) -> None:
-    """Change a layer's class to another of its three; a class derived from ours follows."""
+    """Change a layer's class to another of its four; a class derived from ours follows."""
     key = key_of(layer)
     if kind != key.kind:
         _change_class(layer, generated_class(key.family, key.host_class, kind))
@@ -134,12 +134,19 @@ def choose_forward(layer: nn.Module) -> None:
         for i, seed in record.seeds.items()
         if i not in seeds and record.layout.contributes(i)
     )
-    become(layer, _kind_of_forward(record))
-    allow_graph_of(layer, record.plan, is_watched=bool(record.watched))
+    become(layer, _kind_for(record))
+    allow_graph_of(
+        layer,
+        record.plan,
+        is_noting=record.note is not None,
+        is_watched=bool(record.watched),
+    )
     update_roster(layer)
 
 
-def _kind_of_forward(record: LayerRecord) -> Kind:
+def _kind_for(record: LayerRecord) -> Kind:
+    if record.note is not None:
+        return "noting"
     if record.plan:
         return "active"
     if record.watched:

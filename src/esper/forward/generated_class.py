@@ -1,17 +1,16 @@
 """Classes made for a host class: how a host object becomes a layer, and gets its class back.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are four classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are five classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
 counter, for telemetry; *watching*, the same where kernels stand at alpha 0, which others may
-write; *active*, whose forward follows the plan. A transition changes ``__class__`` of the host
-object.
+write; *active*, whose forward follows the plan; *noting*, which keeps its input for a graft that
+waits for one. A transition changes ``__class__`` of the host object.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.blending import blend
+from esper.forward.container_items import hiding_seeds
 from esper.forward.fence import run_kernel
 from esper.forward.host_output import blendable, with_first
-from esper.state.host_parts import SEEDS
+from esper.forward.noting import take_note
 from esper.state.layer_call import LayerCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from esper.forward.blending import RunKernel
     from esper.state.layer_record import LayerRecord
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     PassesOn = Callable[[object], bool]
 
 
-Kind = Literal["dormant", "counting", "watching", "active"]
-"""Whether a class runs the host's function, the same counted or watched, or the plan."""
+Kind = Literal["dormant", "counting", "watching", "active", "noting"]
+"""Whether a class runs the host's function, the same counted or watched, the plan, or either of
+them with its input noted."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -73,7 +74,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the four it is.
+        kind: Which of the five it is.
     """
 
     family: LayerClass
@@ -108,8 +109,7 @@ def _make(key: ClassKey) -> type:
         "_esper_key": key,
         "forward": _FORWARDS[kind](family, host_class),
     }
-    if issubclass(host_class, nn.Sequential):
-        body.update(_hiding_seeds(host_class))
+    body.update(hiding_seeds(host_class))
     return type(f"Kasmina{host_class.__name__}", (cast("type", family), host_class), body)
 
 
@@ -199,6 +199,20 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return forward
 
 
+def _noting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    """Return what notes the call for a graft that waits, and then does what is done without one."""
+    active, watching = _active(family, host_class), _watching(family, host_class)
+
+    @functools.wraps(host_class.forward)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
+        take_note(record, args, kwargs)
+        follow = active if record.plan else watching
+        return follow(self, *args, **kwargs)
+
+    return forward
+
+
 def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel) -> Tensor:
     """Blend padded tensors, which kernels are made for, and give the padding up again.
 
@@ -215,26 +229,8 @@ _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] =
     "counting": _counting,
     "watching": _watching,
     "active": _active,
+    "noting": _noting,
 }
-
-
-def _hiding_seeds(host_class: type[nn.Sequential]) -> dict[str, object]:
-    """Return methods that keep a container's slots out of its items."""
-
-    def items(self: nn.Sequential) -> OrderedDict[str, nn.Module]:
-        own = ((k, m) for k, m in self._modules.items() if k != SEEDS and m is not None)
-        return OrderedDict(own)
-
-    def __iter__(self: nn.Sequential) -> Iterator[nn.Module]:  # noqa: N807 - becomes a method
-        return iter(items(self).values())
-
-    def __len__(self: nn.Sequential) -> int:  # noqa: N807 - becomes a method
-        return len(items(self))
-
-    def __getitem__(self: nn.Sequential, index: int | slice) -> nn.Module:  # noqa: N807 - becomes a method
-        return host_class(items(self))[index]
-
-    return {f.__name__: f for f in (__iter__, __len__, __getitem__)}
 
 
 def generated_base(cls: type) -> type | None:

@@ -10,13 +10,20 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import nn
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterable, Iterator
 
     from esper.state.seed_slot import Seed
+
+CompiledInPlace = tuple[nn.Module, Callable[..., Any]]
+"""A module, and the forward that ``module.compile()`` has given it."""
 
 _LIMITS: Final = ("recompile_limit", "accumulated_recompile_limit")
 
@@ -28,21 +35,61 @@ _granted: Final[ContextVar[int]] = ContextVar("granted", default=0)
 _lock: Final = threading.Lock()
 
 
-def allow_graph_of(layer: nn.Module, plan: tuple[Seed, ...], *, is_watched: bool = False) -> None:
+def allow_graph_of(
+    layer: nn.Module,
+    plan: tuple[Seed, ...],
+    *,
+    is_noting: bool = False,
+    is_watched: bool = False,
+) -> None:
     """Raise the limits by one where a layer's plan makes an arrangement that is not known yet.
 
     Args:
         layer: The layer.
         plan: Its seeds that contribute.
+        is_noting: Whether its forward notes its input too: one graph before, and one after it has.
         is_watched: Whether it has others, at alpha 0, which make a class of its own.
     """
     with _lock:
         before = _plans.pop(layer, None)
-        if plan or is_watched:
-            _plans[layer] = hash((id(layer), is_watched, *map(_kind, plan)))
+        if plan or is_noting or is_watched:
+            _plans[layer] = hash((id(layer), is_noting, is_watched, *map(_kind, plan)))
         if _plans.get(layer) != before:
             _seen.add(hash(frozenset(_plans.values())))
+            if is_noting:
+                _seen.add(hash((is_noting, *_plans.values())))
     grant()
+
+
+def set_aside_compiled(modules: Iterable[nn.Module]) -> list[CompiledInPlace]:
+    """Let modules that ``module.compile()`` has compiled run eagerly; return what to put back."""
+    found = []
+    for module in modules:
+        compiled = module.__dict__.get("_compiled_call_impl")
+        if compiled is not None:
+            module._compiled_call_impl = None  # noqa: SLF001 - torch has no public way
+            found.append((module, compiled))
+    return found
+
+
+def put_back_compiled(found: Iterable[CompiledInPlace]) -> None:
+    """Let modules run compiled again; one that was compiled anew meanwhile stays as it is."""
+    for module, compiled in found:
+        if module.__dict__.get("_compiled_call_impl") is None:
+            module._compiled_call_impl = compiled  # noqa: SLF001 - as above
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run a model eagerly, as what is inside ``torch.compile(model)`` is, for a pass of our own.
+
+    A graph would be made for every arrangement that is tried, and dynamo would look into it.
+    """
+    found = set_aside_compiled(model.modules())
+    try:
+        yield
+    finally:
+        put_back_compiled(found)
 
 
 def _kind(seed: Seed) -> tuple[object, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from esper.bus.in_process import EventBus
 from esper.compiler.catalog import default_catalog
-from esper.continuity.optimizer import check_supported, sync_optimizer
+from esper.continuity.ensemble import joined, members_of
+from esper.continuity.optimizer import sync_optimizer
+from esper.continuity.placement import Placement, check_trains, numbered
+from esper.continuity.replicas import bare
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
@@ -31,45 +32,55 @@ from esper.resilience.clock import MonotonicClock
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
     from torch.optim import Optimizer
 
+    from esper.continuity.ensemble import AnyOptimizer
     from esper.contracts.ports import EventSink
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
 
 
-def begin_run(model: nn.Module, optimizer: Optimizer, options: GrowerOptions) -> GrowthRun:
+def begin_run(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], options: GrowerOptions
+) -> GrowthRun:
     """Check everything, then hook the optimizer and open the log.
 
     Args:
         model: A wrapped model, which may be inside DDP or ``torch.compile``.
-        optimizer: Its optimizer.
+        optimizer: What trains it: an optimizer, or several.
         options: What the owner gave to the Grower.
 
     Raises:
-        ValueError: A setting is out of its range, or the model has no layer with seeds.
+        ValueError: A setting is out of its range, the model has no layer with seeds, or none that
+            the optimizer trains, or it is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
         OSError: The log cannot be written.
     """
     settings = check_options(options)
-    check_supported(optimizer)
-    bare = _unwrapped(model)
+    every, inner = joined(optimizer), bare(model)
     policy = options.get("policy") or DiminishingReturns()
-    found = _layers_to_grow(bare, policy)
-    sync_optimizer(bare, optimizer)
+    group_for = numbered(options.get("group_for"), every)
+    found, untrained = _layers_to_grow(inner, every, policy)
+    sync_optimizer(model, members_of(every), group_for=group_for)
     registry = options.get("registry")
     registry = open_registry("memory:") if registry is None else registry
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
-    watcher = UpdateWatcher(optimizer)
+    watcher = UpdateWatcher(every)
     journal = Journal(_bus(log, options.get("sink")), clock, lambda: watcher.updates)
+    for name, parameters in untrained.items():
+        journal.note(_said_of(name, parameters))
     compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
     return GrowthRun(
-        model=bare,
+        model=inner,
+        given=model,
         layers=found,
-        optimizer=optimizer,
+        optimizer=every,
+        group_for=group_for,
         settings=settings,
         budget=options.get("budget") or Budget(),
         policy=policy,
@@ -82,15 +93,13 @@ def begin_run(model: nn.Module, optimizer: Optimizer, options: GrowerOptions) ->
         evaluator=None if evaluate is None else Evaluator(evaluate, goal=settings.goal),
         twin_update=twin_update(options.get("update"), compute_loss),
         watcher=watcher,
-        factor=UpdateFactor(
-            optimizer, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new
-        ),
+        factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
         log=log,
         ledger=WorkLedger(settings),
         embargoes=Embargoes(settings.embargo),
         grafts=Grafts(journal),
-        host_cost=Cost(parameters=count_parameters(bare)),
+        host_cost=Cost(parameters=count_parameters(inner)),
     )
 
 
@@ -102,25 +111,36 @@ def _log_in(run_dir: str | Path | None) -> EventLog | None:
     return None if run_dir is None else EventLog(Path(run_dir) / "events.jsonl")
 
 
-def _layers_to_grow(model: nn.Module, policy: Policy) -> dict[str, KasminaLayer]:
-    """Return the layers with seeds; refuse a site named by hand that there is not."""
+def _layers_to_grow(
+    model: nn.Module, optimizer: AnyOptimizer, policy: Policy
+) -> tuple[dict[str, KasminaLayer], dict[str, list[str]]]:
+    """Return the layers with seeds that the optimizer trains, and of the others what it does not.
+
+    Refuses a site named by hand that there is not, and a model of which nothing is left.
+    """
     found = layers(model)
     if not found:
         msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
         raise ValueError(msg)
+    placement = Placement(model, optimizer)
+    check_trains(placement, map(id, model.parameters()))
+    untrained = {name: placement.untrained(layer) for name, layer in found.items()}
+    untrained = {name: parameters for name, parameters in untrained.items() if parameters}
     for choice in choices_of(policy):
         if choice.site not in found:
             msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(found)}"
             raise GrowthError(msg)
-    return found
+        if choice.site in untrained:
+            raise GrowthError(_said_of(choice.site, untrained[choice.site]))
+    trained = {name: layer for name, layer in found.items() if name not in untrained}
+    if not trained:
+        raise ValueError(_said_of(*next(iter(untrained.items()))))
+    return trained, untrained
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP and ``torch.compile``."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+def _said_of(layer: str, parameters: list[str]) -> str:
+    return (
+        f"nothing grows at {layer!r}: {', '.join(parameters)} can be trained, and is in no param "
+        "group of the optimizer; give the Grower the optimizer that trains it, or a sequence of "
+        "all that train the model, or freeze the layer"
+    )

@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from esper.continuity.optimizer import (
-    audition_optimizer,
-)
+from esper.continuity.optimizer import audition_optimizer
 from esper.continuity.snapshot import seed_random_state
 from esper.seeds.shadow import shadow_pass
-from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
+    from collections.abc import Sequence
 
+    from torch import nn
+
+    from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.placement import Placement
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.batch import Batch, LossFunction
     from esper.growth.evaluation import Evaluator
     from esper.growth.measurement import Measurement
     from esper.state.kernel import PreparedKernel
+    from esper.state.layer_call import Example
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -33,17 +34,19 @@ class Audition:
         layer: Where the kernel would be grafted.
         seed_idx: The slot there.
         kernel: The kernel; no part of the model.
-        optimizer: Of the same class and settings as the host layer's group; None where the
+        optimizer: Of the same class and settings as what trains the host layer; None where the
             kernel has nothing to train.
         random_seed: Starts the random state of every shadow pass, with the pass's number.
+        example: A call of the layer as it was recorded; None: the shadow passes have one.
         num_passes: Shadow passes done.
     """
 
     layer: KasminaLayer
     seed_idx: int
     kernel: PreparedKernel
-    optimizer: Optimizer | None
+    optimizer: AnyOptimizer | None
     random_seed: int
+    example: Example | None = None
     num_passes: int = 0
 
     @classmethod
@@ -52,27 +55,34 @@ class Audition:
         layer: KasminaLayer,
         seed_idx: int,
         kernel: PreparedKernel,
-        optimizer: Optimizer,
         *,
-        rate: float,
+        placement: Placement,
+        rates: Sequence[float],
         random_seed: int,
+        example: Example | None = None,
     ) -> Audition:
-        """Set up the audition of ``kernel``; the run's ``optimizer`` is only read.
+        """Set up the audition of ``kernel``; the run's optimizer is only read.
 
         Args:
             layer: Where the kernel would be grafted.
             seed_idx: The slot there.
             kernel: The kernel.
-            optimizer: The run's optimizer, whose class and settings the audition's takes.
-            rate: Learning rate of the audition.
+            placement: Says where what the kernel has to train would go in the run's optimizer,
+                whose class and settings the audition's takes.
+            rates: Learning rate of the audition for each group of the run's optimizer.
             random_seed: Starts the random state of every shadow pass.
+            example: A call of the layer as it was recorded.
         """
-        parameters = trainable(kernel.module)
-        own = None
-        if parameters:
-            own = audition_optimizer(optimizer, host_parameters(layer), parameters, lr=rate)
+        places, _ = placement.places(layer, seed_idx, kernel.module)
+        run = placement.optimizer
+        own = audition_optimizer(run, places, rates=rates) if places else None
         return cls(
-            layer=layer, seed_idx=seed_idx, kernel=kernel, optimizer=own, random_seed=random_seed
+            layer=layer,
+            seed_idx=seed_idx,
+            kernel=kernel,
+            optimizer=own,
+            random_seed=random_seed,
+            example=example,
         )
 
     def shadow_update(self, model: nn.Module, batch: Batch, compute_loss: LossFunction) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from esper.continuity.ensemble import AnyOptimizer
 
 Batch = Any
 """Whatever the owner's loader yields and the owner's ``compute_loss`` takes."""
@@ -15,10 +16,10 @@ Batch = Any
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 """``(model, batch)`` to a loss: a scalar to train on, or one loss per sample to judge by."""
 
-OwnUpdate = Callable[[nn.Module, Optimizer, Batch], None]
-"""The owner's own update, ``(model, optimizer, batch)``."""
+OwnUpdate = Callable[[nn.Module, Any, Batch], None]
+"""The owner's own update, ``(model, optimizer, batch)``; a tuple where several train the model."""
 
-TwinUpdate = Callable[[nn.Module, Optimizer, list[Batch]], None]
+TwinUpdate = Callable[[nn.Module, AnyOptimizer, list[Batch]], None]
 """One update of a twin, ``(model, optimizer, batches)``: all the batches of one live update."""
 
 

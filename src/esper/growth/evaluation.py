@@ -10,6 +10,7 @@ import torch
 
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
+from esper.forward.recompilation import uncompiled
 from esper.growth.batch import num_samples
 from esper.growth.measurement import Measurement, parse_measurement
 
@@ -95,12 +96,15 @@ def averaged(evaluations: Sequence[Measurement]) -> Measurement:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode under ``no_grad``; put modes and random state back."""
+    """Hold the model in evaluation mode under ``no_grad``; put modes and random state back.
+
+    What was compiled in place runs eagerly, as in the shadow passes that it is compared with.
+    """
     modes = [(module, module.training) for module in model.modules()]
     state = random_state(model)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(model):
             yield
     finally:
         for module, training in modes:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
-from esper.continuity.optimizer import host_group
 from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
@@ -20,7 +19,6 @@ from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
-from esper.state.host_parts import host_parameters
 from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
 
@@ -89,7 +87,7 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
     blueprints: dict[tuple[str, str], BlueprintIR] = {}
     for name, seen in observations.items():
         if not seen.inputs:
-            reason = "nothing was recorded: the layer was not called in a training step"
+            reason = f"nothing was recorded: {seen.silence}"
             refused.append(RefusedCandidate(site=name, blueprint="", reason=reason))
             continue
         for blueprint in _offered(run, name, seen):
@@ -167,7 +165,10 @@ def germinate_choice(
         msg = f"{choice.site!r} has no seed that is free; wrap with a larger num_seeds"
         raise GrowthError(msg)
     if not observations[choice.site].inputs:
-        run.journal.note(f"{choice.site} was not called in a training step: nothing germinated")
+        silence = observations[choice.site].silence
+        run.journal.note(
+            f"nothing germinated at {choice.site}, where nothing was recorded: {silence}"
+        )
         return None
     blueprint = _named(run, layer, choice, observations[choice.site])
     candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
@@ -213,7 +214,7 @@ def germinate(
     return Contender(
         graft=graft,
         blueprint=blueprint,
-        audition=_audition(run, layer, seed_idx, kernel),
+        audition=_audition(run, layer, seed_idx, kernel, seen),
         null=_null_audition(run, layer, seed_idx, seen),
     )
 
@@ -232,13 +233,25 @@ def _fetched(
 
 
 def _audition(
-    run: GrowthRun, layer: KasminaLayer, seed_idx: int, kernel: PreparedKernel
+    run: GrowthRun,
+    layer: KasminaLayer,
+    seed_idx: int,
+    kernel: PreparedKernel,
+    seen: SiteObservation,
 ) -> Audition:
-    group = host_group(run.optimizer, host_parameters(layer))
-    rate = rate_for_new(group, lr_new=run.settings.lr_new, peak=run.watcher.peak_of(layer))
+    rates = [
+        rate_for_new(group, lr_new=run.settings.lr_new, peak=peak)
+        for group, peak in zip(run.optimizer.param_groups, run.watcher.peaks, strict=True)
+    ]
     random_seed = run.settings.random_seed * 1_000_003 + run.updates
     return Audition.begin(
-        layer, seed_idx, kernel, run.optimizer, rate=rate, random_seed=random_seed
+        layer,
+        seed_idx,
+        kernel,
+        placement=run.placement(),
+        rates=rates,
+        random_seed=random_seed,
+        example=seen.example,
     )
 
 
@@ -249,7 +262,7 @@ def _null_audition(
     if run.settings.verify != "fork":
         return None
     null = prepare_kernel(layer, own_shape_zeroed(_described(run, layer, seen)))
-    return _audition(run, layer, seed_idx, null)
+    return _audition(run, layer, seed_idx, null, seen)
 
 
 def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:

@@ -22,6 +22,8 @@ from esper.growth.suggestion import suggestions
 from esper.seeds.maintenance import maintain_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -52,6 +54,9 @@ class Grower:
         ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
         ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
         with the recorded rates where None.
+        ``group_for``: ``(name, parameter)`` to the param group that a kernel's parameter joins, or
+        its number over all groups; where None, the one that trains the host layer's parameters of
+        its kind.
         Numbers: *horizon*, *goal*, *random_seed*.
 
     When to grow, where, and what:
@@ -75,18 +80,24 @@ class Grower:
 
     Args:
         model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``.
-        optimizer: Its optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``.
+        optimizer: What trains it: ``torch.optim.SGD``, ``Adam``, ``AdamW`` or ``Muon``, what
+            derives from them or wraps one, or a sequence of several that train it together. A layer
+            that none of them trains, though it is trainable, does not grow.
         options: As above.
 
     Raises:
-        ValueError: A setting is out of its range, or the model has no layer with seeds.
+        ValueError: A setting is out of its range, the model has no layer with seeds or none that
+            the optimizer trains, or the optimizer is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
     """
 
     @show_options
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, **options: Unpack[GrowerOptions]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        **options: Unpack[GrowerOptions],
     ) -> None:
         self._run = begin_run(model, optimizer, options)
         settings = self._run.settings

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
 
-from esper.continuity.optimizer import check_supported
+from esper.continuity.ensemble import joined
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import Progress
 from esper.growth.evaluation import measuring
@@ -42,7 +42,7 @@ class GrowthJob:
 
     Attributes:
         model: The model, not wrapped; it is wrapped in place.
-        optimizer: ``SGD``, ``Adam`` or ``AdamW`` over its parameters.
+        optimizer: What trains its parameters, as for the Grower: one optimizer, or a sequence.
         train: Batches to train on; iterated once an epoch.
         gate: Held-out batches for the gates, in the same order every time; at least 200 samples.
         test: Batches that growth never sees, read once at the end; None without a test split.
@@ -66,7 +66,7 @@ class GrowthJob:
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizer | Sequence[Optimizer]
     train: Iterable[Batch]
     gate: Iterable[Batch]
     loss: LossFunction
@@ -83,7 +83,6 @@ class GrowthJob:
         """Refuse a job that cannot run, before anything is trained."""
         expected = {
             "model": (nn.Module, "a torch.nn.Module"),
-            "optimizer": (torch.optim.Optimizer, "a torch.optim.Optimizer"),
             "train": (Iterable, "an iterable of batches"),
             "gate": (Iterable, "an iterable of batches"),
             "epochs": (int, "a number of epochs"),
@@ -104,7 +103,7 @@ class GrowthJob:
             loader = getattr(self, name)
             if isinstance(loader, Sized) and len(loader) == 0:
                 raise ValueError(_empty(name))
-        check_supported(self.optimizer)
+        joined(self.optimizer)
         check_options(_options_of(self.grower))
 
     @property
@@ -242,13 +241,16 @@ def _train_epoch(
     epoch: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    num_batches = 0
+    num_batches, given = 0, job.optimizer
+    optimizers = given if isinstance(given, Sequence) else [given]
     for batch in job.train:
         num_batches += 1
         loss = job.compute_loss(job.model, batch)
-        job.optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-        job.optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if job.scheduler is not None and job.schedule == "update":
             job.scheduler.step()
         grower.step(loss, batch=batch)

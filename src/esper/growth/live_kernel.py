@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from esper.continuity.optimizer import append_parameters, remove_parameters
-from esper.growth.audition import trainable
-from esper.state.host_parts import host_parameters
+from esper.seeds.shadow import seen_example
 from esper.state.roster import where_kernels_stand
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
+    from collections.abc import Sequence
 
+    from torch import nn
+
+    from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.placement import Placement
     from esper.continuity.warmup import UpdateFactor
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.audition import Audition
@@ -49,32 +51,35 @@ class LiveKernel:
 def graft_kernel(
     audition: Audition,
     layer: KasminaLayer,
-    optimizer: Optimizer,
     factor: UpdateFactor,
     *,
-    peak: float,
+    placement: Placement,
+    peaks: Sequence[float],
 ) -> LiveKernel:
-    """Graft an auditioned kernel at alpha 0 and hand its parameters to ``optimizer``.
+    """Graft an auditioned kernel at alpha 0 and hand its parameters to an optimizer.
 
-    Parameters and moments go by reference, step included, to the group of their host layer.
+    Parameters and moments go by reference, step included, to the groups that train their host.
 
     Args:
         audition: The audition that ends here.
         layer: The layer to graft into: the live one, or its counterpart in a twin.
-        optimizer: The optimizer of the model that ``layer`` belongs to.
-        factor: Its warm-up of parameters that appear.
-        peak: Highest rate that the host layer's group has had.
+        factor: Warm-up of parameters that appear in the model that ``layer`` belongs to.
+        placement: Of that model and what trains it, as they are before the graft.
+        peaks: Highest rate that each of its groups has had.
     """
-    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0)
-    parameters = trainable(audition.kernel.module)
+    seen = seen_example(layer, audition.kernel)  # none where the owner's own loss runs compiled
+    example = audition.example if seen is None else None
+    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0, example=example)
+    places, _ = placement.places(layer, audition.seed_idx, audition.kernel.module)
+    parameters = tuple(place.parameter for place in places)
     if parameters:
         state = None if audition.optimizer is None else audition.optimizer.state
-        append_parameters(optimizer, host_parameters(layer), parameters, state=state)
-        factor.add(parameters, peak=peak)
-    return LiveKernel(grafted_into=layer, seed_idx=audition.seed_idx, parameters=tuple(parameters))
+        append_parameters(placement.optimizer, places, state=state)
+        factor.add(parameters, peaks=peaks)
+    return LiveKernel(grafted_into=layer, seed_idx=audition.seed_idx, parameters=parameters)
 
 
-def remove_kernel(live: LiveKernel, optimizer: Optimizer, factor: UpdateFactor) -> None:
+def remove_kernel(live: LiveKernel, optimizer: AnyOptimizer, factor: UpdateFactor) -> None:
     """Undo :func:`graft_kernel`: the kernel goes, and its parameters and their state with it."""
     factor.remove(live.parameters)
     live.layer.unload_kernel(live.seed_idx)

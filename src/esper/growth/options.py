@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.compiler.catalog import Catalog
+    from esper.continuity.placement import GroupFor
     from esper.contracts.ports import Clock, EventSink, Registry
     from esper.growth.batch import LossFunction, OwnUpdate
     from esper.growth.policies import Policy
@@ -36,6 +37,7 @@ class GrowerOptions(GrowthOptions, total=False):
     compute_loss: LossFunction | None
     evaluate: Callable[[nn.Module], object] | None
     update: OwnUpdate | None
+    group_for: GroupFor | None
     policy: Policy | None
     ranking: Ranking | None
     catalog: Catalog | None
@@ -51,7 +53,7 @@ PARTS: Final = tuple(
 )
 """Names of the options that are no numbers; None leaves each at its default."""
 
-_CALLABLE: Final = ("compute_loss", "evaluate", "update")
+_CALLABLE: Final = ("compute_loss", "evaluate", "update", "group_for")
 _METHODS: Final = {
     "policy": ("observe", "decide", "germinated"),
     "ranking": ("rank",),

@@ -7,7 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.continuity.placement import Placement
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.evaluation import averaged
@@ -70,9 +72,12 @@ class Probation:
         self._host = list(run.model.parameters())
         self._factors = run.factor.state_dict(self._host)
         self._fork = _make_fork(run, contender) if contender.null is not None else None
-        peak = run.watcher.peak_of(contender.audition.layer)
         self._kernel = graft_kernel(
-            contender.audition, contender.audition.layer, run.optimizer, run.factor, peak=peak
+            contender.audition,
+            contender.audition.layer,
+            run.factor,
+            placement=run.placement(),
+            peaks=run.watcher.peaks,
         )
         self._usual = SpikeLimit.after(run.losses)
         self._looks: dict[str, list[Measurement]] = defaultdict(list)
@@ -203,7 +208,7 @@ class Probation:
             remove_parameters(run.optimizer, self._kernel.parameters)
         else:
             self._kernel.layer.set_guard(self._kernel.seed_idx, "step")
-            sync_optimizer(run.model, run.optimizer)
+            sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
         run.journal.fossilized(
             self._graft,
             folded=certificate.folded,
@@ -249,6 +254,11 @@ def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
     )
     perturbed.perturb(run.settings.random_seed + run.updates)
     site = layers(null.model)[contender.graft.site]
-    peak = run.watcher.peak_of(contender.audition.layer)
-    kernel = graft_kernel(contender.null, site, null.optimizer, null.factor, peak=peak)
+    kernel = graft_kernel(
+        contender.null,
+        site,
+        null.factor,
+        placement=Placement(null.model, null.optimizer, run.group_for),
+        peaks=run.watcher.peaks,
+    )
     return Fork(null=null, null_kernel=kernel, host=host, perturbed=perturbed)

@@ -7,20 +7,20 @@ recorder's own, so that the run stays bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
 
-from esper.forward.host_output import blendable
+from esper.forward.host_output import blendable, with_first
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 
-Hook = Callable[[nn.Module, object, object, object], None]
+Hook = Callable[[nn.Module, object, object, object], object]
 
 MAX_SAMPLES: Final = 512
 MAX_ELEMENTS: Final = 1 << 24
@@ -39,6 +39,8 @@ class SiteObservation:
             of samples in the step's batch: of each sample's own loss, where the loss is a mean.
         call: The first recorded call with all of its samples, where it had more than one
             argument; else None.
+        obstacle: Why the latest call that could not be recorded could not; None before one.
+        is_called: Whether any call was seen.
     """
 
     site: str
@@ -47,6 +49,17 @@ class SiteObservation:
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     call: LayerCall | None = None
+    obstacle: str | None = None
+    is_called: bool = False
+
+    @property
+    def silence(self) -> str:
+        """Why nothing was recorded here, for people."""
+        if not self.is_called:
+            return (
+                "no call in a training step was seen: it was not called, or in compiled code only"
+            )
+        return self.obstacle or "no gradient of the loss reached its output"
 
     @property
     def example(self) -> LayerCall | Tensor:
@@ -73,6 +86,12 @@ class Recorder:
         records_shadow_passes: Whether forwards of shadow passes are recorded too; their
             gradients are not those of the run.
 
+    Attributes:
+        observations: What was recorded, by site.
+        records_shadow_passes: As above.
+        beside: Sites of which the shadow pass under way is a recording; none while it is empty.
+        leaves: Outputs of frozen layers in that pass, whose gradients are to be asked for.
+
     Raises:
         ValueError: ``samples_per_step`` is less than 1.
     """
@@ -96,6 +115,8 @@ class Recorder:
         self._samples_per_step = samples_per_step
         self._max_elements = max_elements
         self.records_shadow_passes = records_shadow_passes
+        self.beside: frozenset[str] = frozenset()
+        self.leaves: list[Tensor] = []
         self._capacity = dict.fromkeys(layers, max_samples)
         self._generator = torch.Generator().manual_seed(random_seed)
         self._handles = [
@@ -173,16 +194,34 @@ class _AfterForward:
 
     def __call__(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
-    ) -> None:
-        wanted = self._recorder.records_shadow_passes or not in_shadow_pass()
-        if not wanted or not torch.is_grad_enabled():
-            return
-        call, h = LayerCall(args, kwargs), _first_tensor(output)
-        if h is None or not _can_be_recorded(call.x, h):
-            return
+    ) -> object:
+        """Record a call; return an output only where a shadow pass needs another one."""
+        if torch.compiler.is_compiling() or not self._is_wanted():
+            return None  # what is compiled is recorded beside
+        seen, call, h = self._observation, LayerCall(args, kwargs), _first_tensor(output)
+        seen.is_called, given = True, None
+        if h is not None and in_shadow_pass() and torch.is_grad_enabled() and not h.requires_grad:
+            leaf = h.detach().requires_grad_()  # what a frozen layer gives has no gradient
+            self._recorder.leaves.append(leaf)
+            h = leaf.clone()  # what follows may work in place
+            given = h if isinstance(output, Tensor) else with_first(output, h)
+        obstacle = _obstacle(call.x, h)
+        if h is None or obstacle is not None:
+            seen.obstacle = obstacle
+            return None
+        self._keep(layer, call, h)
+        return given
+
+    def _is_wanted(self) -> bool:
+        recorder = self._recorder
+        if not in_shadow_pass():
+            return True
+        return recorder.records_shadow_passes and self._observation.site in recorder.beside
+
+    def _keep(self, layer: nn.Module, call: LayerCall, h: Tensor) -> None:
         axis = 0 if getattr(layer, "batch_first", True) else call.x.ndim - 2
         self._recorder.record(self._observation, call.x, h, batch_axis=axis)
-        if len(args) + len(kwargs) > 1 and self._observation.call is None:
+        if len(call.args) + len(call.kwargs) > 1 and self._observation.call is None:
             self._observation.call = call.detached()
 
     def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
@@ -204,31 +243,49 @@ def _first_tensor(output: object) -> Tensor | None:
         return None
 
 
-def _can_be_recorded(x: object, h: Tensor) -> bool:
-    """Tell a training forward of one tensor per sample from everything else."""
-    return (
-        isinstance(x, Tensor)
-        and h.requires_grad
-        and min(x.ndim, h.ndim) > 1
-        and len(x) == len(h) > 0
-    )
+def _obstacle(x: object, h: Tensor | None) -> str | None:
+    """Say what keeps a call from being recorded; None for a training forward, a row a sample."""
+    if not torch.is_grad_enabled():
+        return "it was called without gradients only (torch.no_grad, or an evaluation)"
+    if h is None:
+        return "its output is no floating tensor"
+    if not h.requires_grad:
+        return "it is frozen, and nothing before it is trainable, so no gradient reaches its output"
+    if not isinstance(x, Tensor) or min(x.ndim, h.ndim) < 2 or not len(x) == len(h) > 0:
+        return "its input and its output are not one tensor each with a row a sample"
+    return None
 
 
 def record_beside(
-    recorder: Recorder, model: nn.Module, compute_loss: LossFunction, batch: Batch
+    recorder: Recorder,
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    sites: Iterable[str] | None = None,
 ) -> None:
     """Record a pass of its own, which the run does not notice.
+
+    What a frozen layer gives gets a gradient there, which an ordinary step has no use for.
 
     Args:
         recorder: One that records shadow passes.
         model: The model, outside DDP and ``torch.compile``.
         compute_loss: ``(model, batch)`` to the scalar training loss.
         batch: The batch of the pass.
+        sites: Of which sites; None: of all.
     """
     assert recorder.records_shadow_passes
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with shadow_pass(model), torch.enable_grad():
-        torch.autograd.grad(compute_loss(model, batch), parameters, allow_unused=True)
+    recorder.beside = frozenset(recorder.observations if sites is None else sites)
+    try:
+        with shadow_pass(model), torch.enable_grad():
+            loss = compute_loss(model, batch)
+            inputs = [*parameters, *recorder.leaves]
+            if loss.requires_grad and inputs:
+                torch.autograd.grad(loss, inputs, allow_unused=True)
+    finally:
+        recorder.beside = frozenset()
+        recorder.leaves.clear()
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.continuity.placement import Placement
 from esper.contracts.errors import GrowthError
 from esper.growth.batch import num_samples
 from esper.growth.budget import Cost
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
-    from torch.optim import Optimizer
 
     from esper.compiler.catalog import Catalog
+    from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.placement import GroupFor
     from esper.continuity.warmup import UpdateFactor
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
@@ -48,8 +50,10 @@ class GrowthRun:
 
     Attributes:
         model: The wrapped model, outside DDP and ``torch.compile``.
-        layers: Its layers with seeds, by name.
-        optimizer: Its optimizer.
+        given: The model as it was handed over, maybe inside of them.
+        layers: Its layers with seeds, by name, as far as the optimizer trains them.
+        optimizer: What trains it.
+        group_for: Where the owner wants parameters of kernels, by group number; None: by the rule.
         settings: The numbers of the run.
         budget: What growth may cost.
         policy: Says when to grow.
@@ -78,8 +82,10 @@ class GrowthRun:
     """
 
     model: nn.Module
+    given: nn.Module
     layers: dict[str, KasminaLayer]
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
+    group_for: GroupFor | None
     settings: GrowthSettings
     budget: Budget
     policy: Policy
@@ -119,6 +125,10 @@ class GrowthRun:
         for name, layer in self.layers.items():
             if RECORD not in layer.__dict__:
                 self.layers[name] = cast("KasminaLayer", where_kernels_stand(layer))
+
+    def placement(self) -> Placement:
+        """Look at whose the parameters are now."""
+        return Placement(self.model, self.optimizer, self.group_for)
 
     def measure(self) -> Measurement:
         """Read the gate split for the model as it is."""

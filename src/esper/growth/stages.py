@@ -82,6 +82,7 @@ class Recording:
             records_shadow_passes=True,
         )
         self._updates_left = run.settings.record_updates if choice is None else 1
+        self._has_made_up = False
 
     @property
     def needs_batches(self) -> bool:
@@ -96,7 +97,7 @@ class Recording:
     def advance(self, batches: list[Batch]) -> Stage | None:
         """Count one recorded update; after the last, rank and germinate."""
         self._updates_left -= 1
-        self._make_up_for_compiled_steps(batches)
+        self._make_up_for_silent_sites(batches)
         if self._updates_left > 0 and not self._recorder.done:
             return self
         self._recorder.close()
@@ -122,14 +123,17 @@ class Recording:
         """Remove the hooks."""
         self._recorder.close()
 
-    def _make_up_for_compiled_steps(self, batches: list[Batch]) -> None:
-        """Record a pass of its own where the step called no hook, as compiled graphs do."""
-        run, recorder = self._run, self._recorder
-        compute_loss = run.compute_loss
-        seen = any(o.inputs for o in recorder.observations.values())
-        if seen or compute_loss is None or not batches:
+    def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
+        """Record one pass beside the run of the sites that the step had nothing of.
+
+        A compiled graph calls no hook, and what a frozen layer gives has no gradient in a step.
+        """
+        run, compute_loss = self._run, self._run.compute_loss
+        silent = [name for name, o in self._recorder.observations.items() if not o.inputs]
+        if self._has_made_up or not silent or compute_loss is None or not batches:
             return
-        record_beside(recorder, run.model, compute_loss, batches[-1])
+        self._has_made_up = True
+        record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)
         run.ledger.count_pass("ranking", batches[-1:])
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
+from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
-    from torch.optim import Optimizer
 
+    from esper.continuity.ensemble import AnyOptimizer
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
 
 PERTURBATION = 1e-3
@@ -43,7 +42,7 @@ class Twin:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         factor: UpdateFactor,
         update: TwinUpdate,
     ) -> None:
@@ -97,7 +96,7 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
     Several micro-batches of one update are averaged.
     """
 
-    def update(model: nn.Module, optimizer: Optimizer, batches: list[Batch]) -> None:
+    def update(model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch]) -> None:
         optimizer.zero_grad()
         for batch in batches:
             (compute_loss(model, batch) / len(batches)).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
@@ -113,7 +112,7 @@ def owner_update(update: OwnUpdate) -> TwinUpdate:
     owner knows how to weigh them.
     """
 
-    def call(model: nn.Module, optimizer: Optimizer, batches: list[Batch]) -> None:
+    def call(model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch]) -> None:
         if len(batches) != 1:
             msg = (
                 f"update= takes one batch, but {len(batches)} micro-batches were given to "
@@ -121,7 +120,8 @@ def owner_update(update: OwnUpdate) -> TwinUpdate:
                 "or leave update= out"
             )
             raise GrowthError(msg)
-        update(model, optimizer, batches[0])
+        given = optimizer.members if isinstance(optimizer, Ensemble) else optimizer
+        update(model, given, batches[0])
 
     return call
 
@@ -137,8 +137,8 @@ def tau_of(one: float | None, other: float | None) -> float:
     return abs(one - other)
 
 
-def _copied_optimizer(optimizer: Optimizer, memo: dict[int, object]) -> Optimizer:
-    groups = []
+def _copied_optimizer(optimizer: AnyOptimizer, memo: dict[int, object]) -> AnyOptimizer:
+    shares = []
     for group in optimizer.param_groups:
         missing = [p for p in group["params"] if id(p) not in memo]
         if missing:
@@ -148,9 +148,8 @@ def _copied_optimizer(optimizer: Optimizer, memo: dict[int, object]) -> Optimize
                 'Use verify="snapshot", or give the Grower the module that owns them all'
             )
             raise GrowthError(msg)
-        groups.append({**group, "params": [_copy_of(p, memo) for p in group["params"]]})
-    make = cast("Callable[[list[dict[str, object]]], Optimizer]", type(optimizer))  # one of three
-    twin = make(groups)
+        shares.append([_copy_of(p, memo) for p in group["params"]])
+    twin = rebuilt(optimizer, shares)
     for p, state in optimizer.state.items():
         twin.state[_copy_of(p, memo)] = {
             k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()
@@ -167,7 +166,7 @@ def _copy_of(p: Tensor, memo: dict[int, object]) -> Tensor:
 
 def _copied_factor(
     factor: UpdateFactor,
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     model: nn.Module,
     memo: dict[int, object],
 ) -> UpdateFactor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esper.continuity.optimizer import host_group
+from esper.continuity.ensemble import members_of
+from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateCounter, peak_rate
-from esper.state.host_parts import host_parameters
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
+    from esper.continuity.ensemble import AnyOptimizer, ParamGroup
     from esper.growth.batch import Batch
 
 
@@ -22,20 +24,20 @@ class UpdateWatcher:
         optimizer: The run's; it gets two hooks, until the watcher is closed.
 
     Attributes:
-        updates: Optimizer updates that were seen in :meth:`step`.
-        rates: Learning rate of each param group at the last update; empty before the first.
+        updates: Optimizer updates that were seen in :meth:`step`; of several optimizers, those of
+            the one that makes most.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: AnyOptimizer) -> None:
         self._optimizer = optimizer
         self._counter = UpdateCounter(optimizer)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = StepHooks(optimizer, before=self._before_step)
         self._micro_batches: list[Batch] = []
         self._per_update: int | None = None
         self._stepped = False
-        self._peaks: list[float] = []
+        self._peaks: dict[int, list[float]] = {}
+        self._rates: dict[int, list[float]] = {}
         self.updates = 0
-        self.rates: list[float] = []
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
         """Take note of a training step.
@@ -57,24 +59,38 @@ class UpdateWatcher:
         self.updates = self._counter.count
         return self._batches_of_update()
 
-    def peak_of(self, layer: nn.Module) -> float:
-        """Return the highest rate that the param group of a layer has had."""
-        group = host_group(self._optimizer, host_parameters(layer))
-        index = next(i for i, g in enumerate(self._optimizer.param_groups) if g is group)
-        return self._peaks[index] if self._peaks else peak_rate(group)
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each param group at its last update; empty before the first of any."""
+        return self._of_groups(self._rates, lambda group: float(group["lr"])) if self._rates else []
+
+    @property
+    def peaks(self) -> list[float]:
+        """The highest rate that each param group has had."""
+        return self._of_groups(self._peaks, peak_rate)
+
+    def _of_groups(
+        self, known: dict[int, list[float]], else_read: Callable[[ParamGroup], float]
+    ) -> list[float]:
+        """Return what is known of each group, or is read off it where it has not been stepped."""
+        found: list[float] = []
+        for member in members_of(self._optimizer):
+            own = known.get(id(member), [])
+            found += [*own, *map(else_read, member.param_groups[len(own) :])]
+        return found
 
     def close(self) -> None:
         """Remove the hooks."""
         self._counter.close()
-        self._handle.remove()
+        self._hooks.close()
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
-        groups = self._optimizer.param_groups
-        self.rates = [float(group["lr"]) for group in groups]
-        before = [*self._peaks, *(peak_rate(group) for group in groups[len(self._peaks) :])]
-        self._peaks = [max(pair) for pair in zip(self.rates, before, strict=False)]
+        groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
+        rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
+        before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
+        self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]
 
     def _batches_of_update(self) -> list[Batch]:
         """Return the batches of the update that was just counted.

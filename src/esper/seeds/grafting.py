@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from numbers import Real
 from typing import TYPE_CHECKING, Final
 
+import torch
 from torch import Tensor, nn
 
 from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
-from esper.forward.host_view import has_foreign_forward
+from esper.forward.host_output import blendable
+from esper.forward.host_view import has_foreign_forward, host_forward
 from esper.forward.written_alphas import ALPHA_ROUNDING, take_written_alphas
 from esper.resilience.attempt import Failed, attempt
+from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.probe import ProbeResult, probe
-from esper.seeds.shadow import seen_example
+from esper.seeds.shadow import seen_example, shadow_pass
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
 from esper.seeds.structure import encoded_structure
-from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel
-from esper.state.layer_call import LayerCall
-from esper.state.layer_record import record_of
+from esper.seeds.watching import begin_watch, is_between_calls
+from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel, reference_tensor
+from esper.state.layer_call import LayerCall, Takes
+from esper.state.layer_record import LayerRecord, record_of
+from esper.state.made_call import made_calls
 from esper.state.seed_slot import Seed
 from esper.state.waiting import GraftRequest, WaitingGraft
 
@@ -33,6 +39,9 @@ if TYPE_CHECKING:
 
 _S: Final = SeedLifecycleState
 
+_LOOKS_IN_SILENCE: Final = 3
+"""After so many looks without a call of its layer a waiting graft is told."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -41,6 +50,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
     alpha, guard = options.get("alpha"), options.get("guard", "always")
     _check(layer, seed_idx, alpha, guard)
     example = options.get("example")
+    refuse_shared_modules(layer, kernel)
     prepared = prepare_kernel(
         layer,
         kernel,
@@ -48,7 +58,7 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
         position=options.get("position"),
         example=None if example is None else LayerCall.of(example).floating,
     )
-    _check_weight(layer, seed_idx, prepared, alpha or 0.0)
+    check_weight(layer, seed_idx, prepared, alpha or 0.0)
     request = GraftRequest(
         kernel=prepared,
         alpha=alpha,
@@ -60,7 +70,8 @@ def graft(layer: nn.Module, seed_idx: int, kernel: Kernel, **options: Unpack[Gra
         return
     seen = seen_example(layer, prepared)
     if seen is None:
-        _wait(layer, seed_idx, request)
+        if not _install_on_made_call(layer, seed_idx, request):
+            _wait(layer, seed_idx, request)
     elif alpha is not None:
         _install(layer, seed_idx, request, alpha, seen)
     else:
@@ -123,7 +134,12 @@ def check_guard(layer: nn.Module, guard: Guard) -> None:
         raise ValueError(msg)
 
 
-def _check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+def check_weight(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float) -> None:
+    """Refuse a replacing alpha for which the layer's other seeds leave no room.
+
+    Raises:
+        ValueError: As said.
+    """
     take_written_alphas(layer)
     record = record_of(layer)
     others = sum(
@@ -151,6 +167,56 @@ def _probe_and_install(
     _install(layer, seed_idx, request, alpha, example)
 
 
+def _install_on_made_call(layer: nn.Module, seed_idx: int, request: GraftRequest) -> bool:
+    """Probe and install with a call made from what the host says it takes; say if there was one.
+
+    A kernel may be made for a form of its own, so each is tried until one passes. Where none does,
+    the most telling refusal is raised: that of a form in which the kernel ran at all.
+    """
+    refusals: list[KernelRefusedError] = []
+    for call in made_calls(layer):
+        if not (_can_be_given(request.kernel, call) and _host_takes(layer, call)):
+            continue
+        try:
+            _probe_and_install(layer, seed_idx, request, call)
+        except KernelRefusedError as error:
+            refusals.append(error)
+        else:
+            return True
+    if not refusals:
+        return False
+    telling = next((e for e in refusals if e.check not in ("raises", "shape")), refusals[0])
+    msg = (
+        f"{telling}. It was given an input made from what the layer says it takes; if the kernel "
+        "needs another one, pass example= with an input of the layer"
+    )
+    raise KernelRefusedError(msg, check=telling.check) from telling
+
+
+def _can_be_given(kernel: PreparedKernel, call: LayerCall) -> bool:
+    """Say whether a made call has all that a kernel's forward cannot do without."""
+    takes = None if kernel.position == "serial" else Takes.by(kernel.module)
+    if takes is None:
+        return True
+    given = takes.of(call)
+    try:
+        inspect.signature(kernel.module.forward).bind(*given.args, **given.kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _host_takes(layer: nn.Module, call: LayerCall) -> bool:
+    """Say whether the host runs on a made call; a subclass may take something else."""
+
+    def run() -> None:
+        given = call.detached()
+        with shadow_pass(layer), torch.no_grad():
+            blendable(host_forward(layer, *given.args, **given.kwargs))
+
+    return not isinstance(attempt(run), Failed)
+
+
 def _identity_alpha(result: ProbeResult) -> float:
     """Return the largest alpha at which the graft changes nothing."""
     return 1.0 if result.is_identity else 0.0
@@ -160,7 +226,7 @@ def _install(
     layer: nn.Module, seed_idx: int, request: GraftRequest, alpha: float, example: LayerCall
 ) -> None:
     kernel = request.kernel
-    _check_weight(layer, seed_idx, kernel, alpha)
+    check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
     forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
@@ -175,32 +241,54 @@ def _wait(layer: nn.Module, seed_idx: int, request: GraftRequest) -> None:
     forget_waiting(layer, seed_idx)
     if record.layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         reserve(layer, seed_idx)
-    handle = layer.register_forward_pre_hook(_Observer(seed_idx), with_kwargs=True)
-    record.waiting[seed_idx] = WaitingGraft(request=request, handle=handle)
-    _logger.info(
-        "seed %d of layer %r waits for its next forward to probe %s",
+    record.waiting[seed_idx] = WaitingGraft(request=request)
+    if record.note is None:
+        record.note = begin_watch(layer, finish_waiting)
+    choose_forward(layer)
+    _logger.warning(
+        "seed %d of layer %r waits for a call of its layer to probe %s, and becomes live behind "
+        "that; pass example= with an input of the layer to have it live at once",
         seed_idx,
         record.name,
         request.kernel.kernel_id,
     )
 
 
-class _Observer:
-    """The one-shot hook: takes the layer's input, removes itself, finishes the graft."""
+def finish_waiting(layer: nn.Module) -> None:
+    """Probe and install what waits for a call of a layer, if one was noted; say so if not.
 
-    def __init__(self, seed_idx: int) -> None:
-        self._seed_idx = seed_idx
-
-    def __call__(
-        self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
-        waiting = forget_waiting(layer, self._seed_idx)
+    To be called where no forward and no backward is under way.
+    """
+    record = record_of(layer)
+    if record.note is None or not is_between_calls():
+        return
+    call = record.note.call
+    if call is None:
+        _tell_of_silence(record)
+        return
+    if record.note.is_autocast:
+        call = call.with_dtype(reference_tensor(layer).dtype)
+    for seed_idx in sorted(record.waiting):
+        waiting = forget_waiting(layer, seed_idx)
         if waiting is not None:
-            _finish(layer, self._seed_idx, waiting.request, LayerCall(args, kwargs))
+            _finish(layer, seed_idx, waiting.request, call)
+
+
+def _tell_of_silence(record: LayerRecord) -> None:
+    """Count the looks at which there had been no call, and say so once."""
+    for seed_idx, waiting in record.waiting.items():
+        waiting.num_readings += 1
+        if waiting.num_readings == _LOOKS_IN_SILENCE:
+            _logger.warning(
+                "seed %d of layer %r still waits: no call of its layer was seen; it was not "
+                "called, or only in code that was exported. Pass example= to graft",
+                seed_idx,
+                record.name,
+            )
 
 
 def _finish(layer: nn.Module, seed_idx: int, request: GraftRequest, call: LayerCall) -> None:
-    """Probe and install from within a forward, which may not fail for it."""
+    """Probe and install where nobody asked for it just now, and nobody could take an error."""
     outcome = attempt(lambda: _probe_seen(layer, seed_idx, request, call))
     if isinstance(outcome, Failed):
         cancel(layer, seed_idx)
@@ -254,7 +342,7 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     """Set the alpha of an ACTIVE seed; see ``KasminaLayer.set_alpha``."""
     seed = active_seed(layer, seed_idx)
     _check_alpha(alpha)
-    _check_weight(layer, seed_idx, seed.kernel, alpha)
+    check_weight(layer, seed_idx, seed.kernel, alpha)
     layout = record_of(layer).layout
     before = layout.alpha(seed_idx)
     after = layout.set_alpha(seed_idx, alpha)

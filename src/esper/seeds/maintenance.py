@@ -11,6 +11,7 @@ from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.recompilation import grant
 from esper.forward.written_alphas import take_written_alphas
+from esper.seeds.grafting import check_weight, finish_waiting
 from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
 from esper.seeds.layer_health import (
     UnhealthyLayer,
@@ -75,9 +76,10 @@ class MaintenanceReport:
 def maintain(model: nn.Module) -> MaintenanceReport:
     """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
 
-    Looks at every module of the model, and makes one transfer for each contributing seed. Kernels
-    that others have put out of use, as by exchanging their layer or its forward, are among the
-    faults, with 0 faulty calls and the reason.
+    What waits for a call of its layer, and has seen one, becomes live. Looks at every module of the
+    model, and makes one transfer for each contributing seed. Kernels that others have put out of
+    use, as by exchanging their layer or its forward, are among the faults, with 0 faulty calls and
+    the reason.
 
     Args:
         model: A model with wrapped layers, or one such layer.
@@ -107,6 +109,7 @@ def _maintain(
     unhealthy: list[UnhealthyLayer] = []
     grant()
     for layer in layers:
+        finish_waiting(layer)
         outcomes: list[bool] = []
         take_written_alphas(layer)
         faults += bypassed(layer, again=again)
@@ -217,6 +220,7 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
         device = reference_tensor(layer).device  # the model may have moved without it
         seed.slot.to(device)
         probe(layer, seed.kernel, seed.example.to(device))
+        check_weight(layer, seed_idx, seed.kernel, record.layout.alpha(seed_idx))
     except Exception as error:  # noqa: BLE001 - a host of another dtype refuses the example, too
         seed.last_error = str(error)
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries

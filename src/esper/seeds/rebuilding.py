@@ -1,7 +1,5 @@
 """Making a layer's seeds those of a structure: after loading, copying, unpickling."""
 
-# ruff: noqa: SLF001 - slots are named by digits, which only a module's tables take
-
 from __future__ import annotations
 
 import copy
@@ -16,20 +14,47 @@ from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelLoadError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
+from esper.forward.written_alphas import ALPHA_ROUNDING
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
-from esper.seeds.structure import STRUCTURE_FORMAT_VERSION, describe, read_structure
+from esper.seeds.structure import (
+    STRUCTURE_FORMAT_VERSION,
+    describe,
+    read_structure,
+    structure,
+)
+from esper.seeds.watching import take_off
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import PreparedKernel, prepare_kernel
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import Seed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from esper.contracts.choices import Guard
     from esper.seeds.structure import SeedStructure
+
+
+class ExplainedKey(str):
+    """A key that ``load_state_dict`` lists as unexpected; its error has the reason beside it.
+
+    Attributes:
+        reason: Why it was not taken.
+    """
+
+    reason: str
+
+    def __new__(cls, key: str, reason: str) -> ExplainedKey:
+        """Return a key with a reason."""
+        made = super().__new__(cls, key)
+        made.reason = reason
+        return made
+
+    def __format__(self, spec: str) -> str:
+        """Return what torch writes into its error."""
+        return f"{self!s} ({self.reason})"
 
 
 def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
@@ -43,12 +68,14 @@ def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
 
     Raises:
         KernelLoadError: A kernel was written by hand and is not there, so that nothing can build
-            it, or the structure is damaged or of a newer format. The layer is unchanged.
+            it, the structure is damaged or of a newer format, or its replacing alphas sum to more
+            than 1. The layer is unchanged.
         ValueError: The structure names a seed that the layer does not have.
     """
     record = record_of(layer)
     entries = {int(entry["seed"]): entry for entry in described}
     seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
+    _check_shares(layer, described)
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
         record.loads[i].give_up()
@@ -96,6 +123,60 @@ def _check_entry(layer: nn.Module, entry: SeedStructure) -> None:
         raise KernelLoadError(msg)
 
 
+def _check_shares(layer: nn.Module, entries: Iterable[SeedStructure]) -> None:
+    """Check that the replacing seeds of one structure leave the host no negative weight."""
+    shares = {int(entry["seed"]): _share(entry) for entry in entries}
+    if not _fit(shares.values()):
+        raise KernelLoadError(f"{_too_much(layer, shares)}; the layer is left as it is")
+
+
+def _withhold(
+    layer: nn.Module, given: Sequence[SeedStructure], kept: Sequence[SeedStructure]
+) -> dict[int, str]:
+    """Set alphas to 0 that do not fit beside seeds of which a load does not speak.
+
+    Returns:
+        Why, by the index of each such seed.
+    """
+    taken = {int(entry["seed"]): _share(entry) for entry in kept}
+    reasons: dict[int, str] = {}
+    for entry in given:
+        seed_idx = int(entry["seed"])
+        shares = taken | {seed_idx: _share(entry)}
+        if not shares[seed_idx] or _fit(shares.values()):
+            taken = shares
+            continue
+        why = _too_much(layer, shares)
+        if entry["state"] == SeedLifecycleState.FOSSILIZED:  # its alpha could not be set any more
+            raise KernelLoadError(f"{why}; the layer is left as it is")
+        entry["alpha"] = 0.0
+        reasons[seed_idx] = (
+            f"{why}; the kernel of seed {seed_idx} is loaded and its alpha left at 0: unload what "
+            "the layer has beside it, then load again"
+        )
+    return reasons
+
+
+def _fit(shares: Iterable[float]) -> bool:
+    several = [share for share in shares if share]
+    return sum(several) <= 1.0 + len(several) * ALPHA_ROUNDING
+
+
+def _too_much(layer: nn.Module, shares: Mapping[int, float]) -> str:
+    listed = ", ".join(f"{share:g} of seed {i}" for i, share in sorted(shares.items()) if share)
+    return (
+        f"layer {record_of(layer).name!r}: the replacing alphas would sum to "
+        f"{sum(shares.values()):g} ({listed}), at most 1 is possible"
+    )
+
+
+def _share(entry: SeedStructure) -> float:
+    """Return how much of its host a seed of a structure replaces."""
+    contributes = entry["state"] in (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
+    replaces = entry.get("mode") == "replace"  # only a seed with a kernel has one
+    return float(entry["alpha"]) if contributes and replaces else 0.0
+
+
 def _guard(layer: nn.Module, entry: SeedStructure) -> Guard:
     step_missing = entry["guard"] == "step" and not record_of(layer).has_step_guard
     return "always" if step_missing else entry["guard"]
@@ -140,15 +221,24 @@ def _restore(layer: nn.Module, seed_idx: int, entry: SeedStructure, seed: Seed |
         withdraw(layer, seed_idx, keep_record=True)
 
 
-def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+def build_from_state_dict(
+    layer: nn.Module, state_dict: dict[str, Tensor], prefix: str
+) -> list[ExplainedKey]:
     """Build the seeds that a ``state_dict`` has under ``prefix``, before its tensors are loaded.
+
+    A seed that the dict does not have stays. Where it leaves no room for the alpha of a replacing
+    one that the dict has, that alpha is 0, in the dict too.
+
+    Returns:
+        The keys of such alphas, which were not taken.
 
     Raises:
         KernelLoadError: A structure is damaged, of a newer format, or of a kernel by hand that is
-            not there.
+            not there; or the dict's own replacing alphas sum to more than 1. The layer is
+            unchanged.
         ValueError: It names a seed that the layer does not have.
     """
-    ready = []
+    ready: dict[int, tuple[SeedStructure, Seed | None]] = {}
     for name in sorted(key for key in state_dict if key.startswith(prefix)):
         seed_idx, _, rest = name.removeprefix(prefix).partition(".")
         if rest == "structure":
@@ -157,9 +247,17 @@ def build_from_state_dict(layer: nn.Module, state_dict: Mapping[str, Tensor], pr
             entry: SeedStructure = {**described}
             if alpha is not None:
                 entry["alpha"] = float(alpha)
-            ready.append((int(seed_idx), entry, _seed_for(layer, entry)))
-    for idx, entry, seed in ready:
+            ready[int(seed_idx)] = entry, _seed_for(layer, entry)
+    given = [entry for entry, _ in ready.values()]
+    _check_shares(layer, given)
+    kept = [entry for entry in structure(layer) if int(entry["seed"]) not in ready]
+    reasons = _withhold(layer, given, kept)
+    for idx, (entry, seed) in ready.items():
         _restore(layer, idx, entry, seed)
+    for idx in reasons:
+        key = f"{prefix}{idx}.alpha"
+        state_dict[key] = state_dict[key].new_zeros(())
+    return [ExplainedKey(f"{prefix}{idx}.alpha", why) for idx, why in reasons.items()]
 
 
 def share_kernels(layer: nn.Module, copied: nn.Module) -> None:
@@ -171,10 +269,7 @@ def share_kernels(layer: nn.Module, copied: nn.Module) -> None:
     """
     record, own = record_of(layer), copy.copy(record_of(layer))
     copied.__dict__[RECORD] = own
-    copied.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k != SEEDS}
-    for seed_idx in range(own.layout.num_seeds):
-        if own.layout.state(seed_idx) == SeedLifecycleState.LOADING:
-            own.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
+    copied.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k != SEEDS}  # noqa: SLF001 - of a shallow copy it is one with the layer's
     for seed_idx, seed in record.seeds.items():
         made = make_seed(copied, seed_idx, seed.kernel, guard=seed.guard, example=seed.example)
         if own.layout.contributes(seed_idx):
@@ -188,19 +283,8 @@ def share_kernels(layer: nn.Module, copied: nn.Module) -> None:
 def attach_hooks(layer: nn.Module) -> None:
     """Put the hooks of a copied or unpickled layer where its original has them."""
     if RECORD in layer.__dict__:
-        _end_waiting(layer)
+        take_off(layer)
         for seed_idx, seed in record_of(layer).seeds.items():
             if record_of(layer).layout.contributes(seed_idx):
                 apply_guard(layer, seed)
         choose_forward(layer)
-
-
-def _end_waiting(layer: nn.Module) -> None:
-    """End the grafts for which the original waits; the copy has their hooks."""
-    record = record_of(layer)
-    for seed_idx, hook_id in record.hooks_of_original.items():
-        layer._forward_pre_hooks.pop(hook_id, None)
-        layer._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-        if record.layout.state(seed_idx) == SeedLifecycleState.LOADING:
-            record.layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)
-    record.hooks_of_original = {}

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from esper.forward.class_change import choose_forward
+from esper.forward.recompilation import put_back_compiled, set_aside_compiled
+from esper.seeds.kernel_parts import refuse_shared_modules
 from esper.seeds.slots import make_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import no_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import LayerCall
@@ -49,7 +52,7 @@ def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
 
     Forwards inside write to clones of the buffers; the buffers themselves come back untouched,
     also where the forward raises, and so does what the seeds had observed of their calls. The
-    random states of torch, numpy and Python are put back.
+    random states of torch, numpy and Python are put back. What was compiled in place runs eagerly.
     Parameters are not protected: take gradients with ``torch.autograd.grad``.
 
     Args:
@@ -59,9 +62,13 @@ def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
     token = _in_shadow_pass.set(True)
     buffers = [kept for module in (model, *others) for kept in _set_aside_buffers(module)]
     observed = _set_aside_observations(model)
+    compiled = set_aside_compiled(model.modules())
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=_device_indices(model), device_type=_device_type(model)):
+        with (
+            torch.random.fork_rng(devices=_device_indices(model), device_type=_device_type(model)),
+            _differentiable_checkpoints(),
+        ):
             yield
     finally:
         random.setstate(python_state)
@@ -70,7 +77,39 @@ def shadow_pass(model: nn.Module, *others: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer  # noqa: SLF001 - past hooks and properties
         for holder, values in observed:
             vars(holder).update(values)
+        put_back_compiled(compiled)
         _in_shadow_pass.reset(token)
+
+
+@contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Let what a model checkpoints by a reentrant backward be asked for single gradients.
+
+    Such a backward refuses ``torch.autograd.grad``, and ``backward`` would reach every parameter
+    and whatever hangs on it. The other way to checkpoint runs the same numbers in the same memory.
+    """
+    names = vars(torch.utils.checkpoint)
+    original = names["CheckpointFunction"]
+    names["CheckpointFunction"] = _NotReentrant
+    try:
+        yield
+    finally:
+        names["CheckpointFunction"] = original
+
+
+class _NotReentrant:
+    """Stands for torch's ``CheckpointFunction`` in shadow passes; other threads get torch's own."""
+
+    _original = torch.utils.checkpoint.CheckpointFunction
+
+    @classmethod
+    def apply(cls, function: Callable[..., object], preserve: bool, *args: object) -> object:  # noqa: FBT001 - torch's signature
+        """Checkpoint a function without a reentrant backward."""
+        if not in_shadow_pass():
+            return cls._original.apply(function, preserve, *args)  # type: ignore[no-untyped-call] # torch has none
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve
+        )
 
 
 def _set_aside_observations(model: nn.Module) -> list[tuple[object, dict[str, object]]]:
@@ -126,8 +165,10 @@ def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float
     the same seed makes room meanwhile. Several layers may be in shadow at once.
 
     Raises:
-        ValueError: ``seed_idx`` or ``alpha`` is out of range, or the seed is in shadow already.
+        ValueError: ``seed_idx`` or ``alpha`` is out of range, the seed is in shadow already, or the
+            kernel is, or holds, a module of the model.
     """
+    refuse_shared_modules(layer, kernel)
     record = record_of(layer)
     record.layout.check_index(seed_idx)
     if not 0.0 < alpha <= 1.0:

@@ -11,6 +11,7 @@ from torch import nn
 from esper.forward.class_change import choose_forward
 from esper.forward.gradient_gates import gate_parameters, ungate_parameters
 from esper.seeds.structure import encoded_structure
+from esper.seeds.watching import end_watch
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import PreparedKernel, reference_tensor
 from esper.state.layer_record import record_of
@@ -87,10 +88,13 @@ def withdraw(layer: nn.Module, seed_idx: int, *, keep_record: bool = False) -> S
 
 
 def forget_waiting(layer: nn.Module, seed_idx: int) -> WaitingGraft | None:
-    """Take away the hook of a graft that waits for an input; return the graft, or None."""
-    waiting = record_of(layer).waiting.pop(seed_idx, None)
-    if waiting is not None:
-        waiting.handle.remove()
+    """Forget a graft that waits for a call of its layer; return it, or None."""
+    record = record_of(layer)
+    waiting = record.waiting.pop(seed_idx, None)
+    if waiting is not None and not record.waiting and record.note is not None:
+        end_watch(record.note)
+        record.note = None
+        choose_forward(layer)
     return waiting
 
 

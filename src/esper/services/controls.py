@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from esper.compiler import catalog
 from esper.continuity.optimizer import sync_optimizer
+from esper.continuity.placement import Placement
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import ControlRow
 from esper.growth.audition import Audition
@@ -202,7 +203,7 @@ def ranking_pairs(digits: Digits, fork: HostFork, tell: Tell) -> list[tuple[floa
     with Recorder(found, random_seed=fork.random_seed) as recorder:
         for _ in range(RECORDED_UPDATES):
             train_on(model, optimizer, next(feed))
-    candidates, auditions = [], {}
+    candidates, auditions, placement = [], {}, Placement(model, optimizer)
     for site, seen in recorder.observations.items():
         for blueprint in catalog.default_catalog().blueprints_for(describe_site(found[site])):
             seeded = replace(blueprint, init_seed=fork.random_seed)
@@ -211,8 +212,8 @@ def ranking_pairs(digits: Digits, fork: HostFork, tell: Tell) -> list[tuple[floa
                 found[site],
                 0,
                 prepare_kernel(found[site], seeded),
-                optimizer,
-                rate=LEARNING_RATE,
+                placement=placement,
+                rates=[LEARNING_RATE],
                 random_seed=fork.random_seed,
             )
     for _ in range(RANKING_PASSES):

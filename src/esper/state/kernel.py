@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from esper.compiler.lowering import LoweredKernel, instantiate, lower
 from esper.contracts.artifact import CompiledKernelArtifact
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.choices import MODES, POSITIONS
+from esper.contracts.errors import KernelRefusedError
 from esper.contracts.layer_kind import kind_of
 from esper.state.host_parts import is_in_a_seed
 
@@ -80,6 +83,8 @@ def prepare_kernel(
             is none that the layer's kind takes.
         BlueprintError: The blueprint breaks a rule.
         KernelCorruptError: The artifact's tensors are not those of its blueprint.
+        KernelRefusedError: A lazy layer of the kernel has no parameters yet; ``check`` is
+            ``"lazy"``.
     """
     _check_choice("mode", mode, MODES)
     _check_choice("position", position, POSITIONS)
@@ -87,6 +92,7 @@ def prepare_kernel(
         _check_agrees(kernel.mode, mode, kernel.position, position)
         return kernel
     if isinstance(kernel, nn.Module) and not isinstance(kernel, LoweredKernel):
+        _check_has_shapes(kernel)
         module = kernel.to(reference_tensor(layer, example).device)
         position = position or kind_of(layer).positions[0]
         _check_position(layer, position)
@@ -94,6 +100,19 @@ def prepare_kernel(
             module=module, mode=mode or "add", position=position, draws_random=True
         )
     return _from_blueprint(layer, kernel, mode, position, reference_tensor(layer, example))
+
+
+def _check_has_shapes(kernel: nn.Module) -> None:
+    """Refuse lazy layers: what has no shape cannot be copied, guarded, saved or trained."""
+    named = chain(kernel.named_parameters(), kernel.named_buffers())
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
+    if lazy:
+        msg = (
+            f"kernel {type(kernel).__qualname__} has lazy layers without parameters: "
+            f"{', '.join(lazy)}; expected tensors with shapes: call it once on an input of its "
+            "kind, then graft it"
+        )
+        raise KernelRefusedError(msg, check="lazy")
 
 
 def _from_blueprint(

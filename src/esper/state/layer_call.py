@@ -79,6 +79,10 @@ class LayerCall(NamedTuple):
             lambda value: value.to(device) if isinstance(value, Tensor) else value, self
         )
 
+    def with_dtype(self, dtype: torch.dtype) -> LayerCall:
+        """Return the call with its floating tensors in ``dtype``."""
+        return self.with_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
         """Return the call with each tensor among its arguments changed."""
         return LayerCall(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final, TypeVar
+
+from torch import nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.state.load_order import LoadOrder
@@ -14,11 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from torch import nn
 
     from esper.contracts.ports import KernelSource
     from esper.state.seed_slot import Seed, SeedSlot
-    from esper.state.waiting import WaitingGraft
+    from esper.state.waiting import Note, WaitingGraft
 
 T = TypeVar("T")
 
@@ -60,9 +62,8 @@ class LayerRecord:
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
         watched: Slots of the seeds that would be in the plan if their alpha were not 0.
-        waiting: Grafts that wait for an example, by seed index.
-        hooks_of_original: In a copy, the ids of the hooks of the original's waiting grafts, by seed
-            index; the copy takes them away.
+        waiting: Grafts that wait for a call of the layer, by seed index.
+        note: What the forward notes for them; None while none waits.
         refusals: Why a graft that had waited was refused, by seed index.
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
@@ -75,6 +76,7 @@ class LayerRecord:
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
+        model: The model that was wrapped, weakly; a pickle does not keep it.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -101,7 +103,7 @@ class LayerRecord:
         self.plan: tuple[Seed, ...] = ()
         self.watched: tuple[SeedSlot, ...] = ()
         self.waiting: dict[int, WaitingGraft] = {}
-        self.hooks_of_original: dict[int, int] = {}
+        self.note: Note | None = None
         self.refusals: dict[int, str] = {}
         self.native_count = 0
         self.active_count = 0
@@ -113,6 +115,11 @@ class LayerRecord:
         self.is_loading = False
         self.in_shadow = False
         self.surroundings: torch.Tensor | None = None
+        self.model: weakref.ref[nn.Module] | None = None
+
+    def find_model(self) -> nn.Module | None:
+        """Return the model that was wrapped, where it is known and still there."""
+        return None if self.model is None else self.model()
 
     @property
     def forward_count(self) -> int:
@@ -122,11 +129,13 @@ class LayerRecord:
     def __copy__(self) -> LayerRecord:
         """Return the record of a layer that shares its tensors with this one; it has no seeds."""
         copied = LayerRecord.__new__(LayerRecord)
-        copied.__dict__.update(self.__dict__ | self._cleared_in_copies())
-        copied.layout, copied.own = copy.deepcopy(self.layout), Companions()
-        copied.seeds, copied.plan, copied.watched = {}, (), ()
-        copied.hooks_of_original = {}  # the tables of hooks are one in shallow copies
-        copied.refusals = dict(self.refusals)
+        own = {
+            "layout": copy.deepcopy(self.layout),
+            "own": Companions(),
+            "refusals": dict(self.refusals),
+        }
+        none: dict[str, object] = {"seeds": {}, "plan": (), "watched": ()}
+        copied.__setstate__(self.__dict__ | self._cleared_in_copies() | own | none)
         return copied
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerRecord:
@@ -136,6 +145,8 @@ class LayerRecord:
         shared = {"source": self.source, "shared": self.shared}
         own = {k: v for k, v in self.__dict__.items() if k not in cleared and k not in shared}
         copied.__setstate__(copy.deepcopy(own, memo) | shared | cleared)
+        model = memo.get(id(self.find_model()))  # there, if it is all copied
+        copied.model = weakref.ref(model) if isinstance(model, nn.Module) else None
         return copied
 
     def __getstate__(self) -> dict[str, object]:
@@ -159,12 +170,13 @@ class LayerRecord:
         return {
             "shadows": {},
             "waiting": {},
-            "hooks_of_original": {i: w.handle.id for i, w in self.waiting.items()},
+            "note": None,
             "has_step_guard": False,
             "keep_buffers": None,
             "loads": defaultdict(LoadOrder),
             "is_loading": False,
             "in_shadow": False,
+            "model": None,
         }
 
 

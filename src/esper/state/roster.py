@@ -21,9 +21,10 @@ _lock = threading.Lock()
 
 
 def update_roster(layer: nn.Module) -> None:
-    """Remember whether any seed of a layer holds a kernel; to be called when that changes."""
+    """Remember whether any seed of a layer holds or awaits a kernel; call it when that changes."""
+    record = record_of(layer)
     with _lock:
-        if record_of(layer).seeds:
+        if record.seeds or record.waiting:
             _busy.add(layer)
         else:
             _busy.discard(layer)
@@ -68,7 +69,7 @@ class Roster:
             update_roster(layer)
 
     def busy(self) -> list[nn.Module]:
-        """Return the layers that hold kernels, in the order in which they were given."""
+        """Return the layers that hold or await kernels, in the order in which they were given."""
         if _moved:
             self._follow_moves()
         with _lock:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from esper.contracts.choices import Guard, Mode, Position
     from esper.state.kernel import PreparedKernel
-    from esper.state.layer_call import Example
+    from esper.state.layer_call import Example, LayerCall
 
 
 class GraftOptions(TypedDict, total=False):
@@ -48,14 +51,34 @@ class GraftRequest:
     is_pristine: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class WaitingGraft:
-    """A graft that waits for the next forward of its layer.
+    """A graft that waits for a call of its layer.
 
     Attributes:
         request: What is to be made then.
-        handle: The one-shot hook that will see the input.
+        num_readings: How often somebody looked between two steps, and there had been no call.
     """
 
     request: GraftRequest
-    handle: RemovableHandle
+    num_readings: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Note:
+    """What the forward of a layer has noted for the grafts that wait there, and how it is awaited.
+
+    Attributes:
+        call: The first call since; None before.
+        is_autocast: Whether that was under autocast, which has chosen the dtypes.
+        num_to_recompute: Calls inside a checkpoint whose backward has not come; it runs them again.
+        handles: Hooks on the modules that the layer is part of.
+        set_aside: Modules that were compiled in place, with their compiled forward, which is put
+            back.
+    """
+
+    call: LayerCall | None = None
+    is_autocast: bool = False
+    num_to_recompute: int = 0
+    handles: list[RemovableHandle] = field(default_factory=list)
+    set_aside: list[tuple[nn.Module, Callable[..., Any]]] = field(default_factory=list)

@@ -24,7 +24,10 @@ _IMPORTS: Final = {
     "inf": "from math import inf",
     "nan": "from math import nan",
 }
-_RESERVED: Final = ("nn", "torch", "build", "GRAFTS")
+_RESERVED: Final = (
+    *("nn", "torch", "build", "GRAFTS"),
+    *("StandIn", "revive", "standing_for", "like", "on_host"),
+)
 _CLEAN_UP: Final = re.compile(r";  (?:\w+ = )+None$")
 _RENAMING: Final = re.compile(r"^    ((\w+)_1) = \2$", re.MULTILINE)
 _ARITHMETIC: Final = re.compile(r"^    (\w+) = ([\w.]+(?: [*+] [\w.]+)+)$", re.MULTILINE)

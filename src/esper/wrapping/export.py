@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from safetensors.torch import save
 from torch import Tensor, fx, nn
 
+from esper.wrapping import stand_in
 from esper.wrapping.codegen import SourceWriter, is_numbered, is_torch_layer
 from esper.wrapping.plain import fused_paths, is_grafted, trace
 from esper.wrapping.unwrap import unwrap
@@ -131,6 +134,7 @@ def _source(model: nn.Module) -> str:
         model=_host_class_name(model),
         weights=WEIGHTS_FILE,
         imports="\n".join(writer.imports),
+        standing="\n\n".join(_REMARK.sub("", inspect.getsource(part)) for part in _STANDING),
         classes="".join(f"\n\n{source}" for source in writer.classes),
         table=f"{{\n{table}}}" if table else "{}",
         fused=fused,
@@ -138,11 +142,8 @@ def _source(model: nn.Module) -> str:
 
 
 def _host_class_name(model: nn.Module) -> str:
-    """Return the name of the class that ``build`` takes; "Host" where a root's host is gone."""
-    if not is_grafted(model):
-        return type(model).__name__
-    host = dict(model.named_children()).get("host")
-    return "Host" if host is None else type(host).__name__
+    """Return the name of the class that ``build`` takes."""
+    return type(model.host if is_grafted(model) else model).__name__
 
 
 def _host_name(model: nn.Module, name: str) -> str:
@@ -157,14 +158,21 @@ def _host_name(model: nn.Module, name: str) -> str:
 
 
 def _add_site(writer: SourceWriter, module: fx.GraphModule) -> str:
-    host = dict(module.named_children()).get("host")
-    if host is None:
-        doc = "What was grown in the place of a layer, which is left out."
-        return writer.add_graph(module, name="Replacement", doc=doc, given="host")
-    kind = type(host).__name__
+    kind = type(module.host).__name__
     doc = f"A {kind} and what was grown beside it."
     return writer.add_graph(module, name=f"Grafted{kind}", doc=doc, given="host")
 
+
+_STANDING: Final = (
+    stand_in.StandIn,
+    stand_in.revive,
+    stand_in.standing_for,
+    stand_in.like,
+    stand_in.on_host,
+)
+"""What makes a graft answer as its host, in ``grafts.py`` as in an unwrapped model."""
+
+_REMARK: Final = re.compile(r"  # (?:type|noqa).*$", re.MULTILINE)
 
 _TEMPLATE: Final = '''\
 """What was grown into `{model}`, as plain PyTorch.
@@ -192,7 +200,7 @@ def build(host: nn.Module) -> nn.Module:
     for name, graft in GRAFTS.items():
         site = modules[name]
         device = next((tensor.device for tensor in site.parameters()), None)
-        grafted = graft(site).to(device).train(site.training)
+        grafted = standing_for(graft, site)(site).to(device).train(site.training)
         for alias, module in modules.items():
             if module is site and alias:
                 parent, _, child = alias.rpartition(".")
@@ -200,4 +208,6 @@ def build(host: nn.Module) -> nn.Module:
             elif module is site:
                 host = grafted
 {fused}    return host
-'''
+
+
+{standing}'''

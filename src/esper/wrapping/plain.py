@@ -16,10 +16,12 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import _method_from_src
 
 from esper.compiler.graph import plan
 from esper.compiler.lowering import LoweredKernel
 from esper.state.layer_call import LayerCall, Takes
+from esper.wrapping import stand_in
 
 REFERENCES: Final = ("call_module", "get_attr")
 """Operations of a graph that name a child or a tensor of its module."""
@@ -28,6 +30,8 @@ SPREAD: Final = "spread"
 """Key in the ``meta`` of a graph of a site: the names that stand for ``*args`` and ``**kwargs``."""
 
 _SEED: Final = re.compile(r"seed_\d+")
+
+_STAND_IN: Final = inspect.getsource(stand_in)
 
 FUSED_PATHS: Final[dict[type[nn.Module], tuple[str, object]]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -95,7 +99,8 @@ def fused_paths(model: nn.Module) -> Iterator[tuple[str, str, object]]:
     """Yield (name, attribute, value) for what has to be set so that no graft is bypassed."""
     for name, module in model.named_modules():
         for kind, (attribute, value) in FUSED_PATHS.items():
-            if isinstance(module, kind) and any(is_grafted(part) for part in module.modules()):
+            is_its_own = isinstance(module, kind) and not is_grafted(module)
+            if is_its_own and any(is_grafted(part) for part in module.modules()):
                 yield name, attribute, value
 
 
@@ -141,8 +146,8 @@ def plain_kernel(kernel: nn.Module) -> nn.Module:
 def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     """Write a site as a graph: ``y = w h + sum alpha_i k_i``, ``w = 1 - sum of replacing alphas``.
 
-    The host is left out where nothing reads it: ``w`` is 0, no kernel is serial, and there is
-    nothing beside the output.
+    The host is left out where nothing reads what it gives: ``w`` is 0, no kernel is serial, and
+    there is nothing beside the output.
 
     Args:
         host: The host layer; its signature becomes the graph's.
@@ -172,6 +177,21 @@ def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     graph.output(y if called is None else called.output(graph, host, y))
     made = _graph_module(parts, graph, "Grafted", training=host.module.training)
     made.meta[SPREAD] = given.spread
+    return made
+
+
+def standing_in(site: fx.GraphModule, host: nn.Module) -> fx.GraphModule:
+    """Return a site's graph so that it answers as its host, whose attributes its owner may read.
+
+    Args:
+        site: What ``graft_graph`` returned.
+        host: The host, of its own class. It is there to be asked even where nothing calls it.
+
+    Returns:
+        A graph module of a class of its own, made of torch alone; see ``stand_in``.
+    """
+    given = {"__name__": "grafts", "SOURCE": _STAND_IN}
+    made: fx.GraphModule = _method_from_src("GRAFTED", _STAND_IN, given)(site, host)
     return made
 
 

@@ -20,7 +20,14 @@ from esper.seeds.slots import withdraw
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
-from esper.wrapping.plain import PlainHost, PlainSeed, fused_paths, graft_graph, plain_kernel
+from esper.wrapping.plain import (
+    PlainHost,
+    PlainSeed,
+    fused_paths,
+    graft_graph,
+    plain_kernel,
+    standing_in,
+)
 from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
@@ -52,10 +59,15 @@ def unwrap(model: Model) -> Model:
 
     A layer without a contributing seed gets its own class back. So does one whose kernels all
     fold into its weights exactly. Any other is exchanged for a ``torch.fx.GraphModule`` over plain
-    ``torch.nn`` parts: ``host``, and one ``seed_<i>`` for each kernel; ``host`` is left out where a
-    replacing kernel at alpha 1 has made it idle. The graph shares the parameters, has the host's
-    mode, and takes over the hooks of its calls (which torch itself drops from a ``GraphModule``
-    that is copied or pickled). The result can be pickled, and loaded where Esper is not installed.
+    ``torch.nn`` parts: ``host``, and one ``seed_<i>`` for each kernel. The graph shares the
+    parameters, has the host's mode, and takes over the hooks of its calls (which torch itself drops
+    from a ``GraphModule`` that is copied or pickled). The result can be pickled, and loaded where
+    Esper is not installed.
+
+    The graph answers as its host: it is an instance of the host's class (but for batch norms, whose
+    instances ``convert_sync_batchnorm`` would replace), and attributes that it does not have are
+    read off ``host`` and set there. So ``host`` stays, to be asked, where a replacing kernel at
+    alpha 1 has made it idle; nothing calls it then.
 
     The graph is called as its host is. A graph can pass on only what it has a name for: where the
     host takes ``*args`` or ``**kwargs``, it takes what a call was seen to have there, None where
@@ -91,9 +103,10 @@ def unwrap(model: Model) -> Model:
     for name, layer in sites.items():
         _leave_out(layer, unfit[name])
         _fold(layer)
-        graph = _as_graph(layer)
+        site = _as_graph(layer)
         make_bare(layer)
-        if graph is not None:
+        if site is not None:
+            graph = standing_in(site, layer)
             _move_call_hooks(layer, graph)
             _hang_instead(modules, layer, graph)
             plain = graph if layer is model else plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
@@ -79,6 +80,7 @@ def wrap(
     except BaseException:
         _put_back(selection.taken)
         raise
+    layers(model)
     return model
 
 
@@ -87,7 +89,11 @@ def layers(model: nn.Module) -> dict[str, KasminaLayer]:
 
     A layer that is there under two names has the first. Empty if nothing is wrapped.
     """
-    return {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+    found = {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+    for record in map(record_of, found.values()):
+        if record.find_model() is None:  # fresh, or unpickled
+            record.model = weakref.ref(model)
+    return found
 
 
 def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:

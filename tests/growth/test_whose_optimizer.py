@@ -1,0 +1,247 @@
+"""A run whose model is trained by several optimizers, by a wrapped one, or by the wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from growing import SHORT, batches, compute_loss, evaluate, growing, host, wrapped
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from esper.contracts.errors import GrowthError
+from esper.growth.grower import Grower
+from esper.growth.job import GrowthJob, grow
+from esper.growth.policies import ByHand
+from esper.state.host_parts import is_in_a_seed
+from esper.wrapping.wrap import wrap
+
+BY_HAND = [("0", "mlp-4x4-w32")]
+
+
+def muon_and_adamw(model, lr=1e-2):
+    """The usual pair; AdamW's rate is far below Muon's."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [Muon(matrices, lr=lr), AdamW(vectors, lr=lr / 20)]
+
+
+def train(model, optimizers, num, grower):
+    for batch in batches(num):
+        loss = compute_loss(model, batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        grower.step(loss, batch=batch)
+
+
+def kernels_in(model, optimizer):
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return {(names[id(p)], p.ndim) for p in held if is_in_a_seed(names[id(p)])}
+
+
+@pytest.mark.parametrize("verify", ["fork", "snapshot"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_optimizers_share_a_kernel_and_let_it_go(verify, order):
+    """Through audition, twins and probation: matrices to Muon, the rest to AdamW, and no trace."""
+    model = wrap(host())
+    pair = muon_and_adamw(model)[::order]
+    grower = growing(model, pair, policy=ByHand(BY_HAND), verify=verify, hold_updates=50)
+    muon, adamw = pair[::order]
+    before = [len(g["params"]) for o in pair for g in o.param_groups]
+    train(model, pair, SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    assert [status.stage.name for status in grower.stages] == ["HOLDING"]
+    assert {dim for _, dim in kernels_in(model, muon)} == {2}
+    assert {dim for _, dim in kernels_in(model, adamw)} == {1}
+    train(model, pair, 4, grower)
+    assert all(p in o.state for o in pair for g in o.param_groups for p in g["params"])
+    grower.close()
+    assert [len(g["params"]) for o in pair for g in o.param_groups] == before
+    assert len(grower.report().grafts) == 1
+    assert grower.updates == SHORT["record_updates"] + SHORT["audition_updates"] + 12
+
+
+def test_a_lower_rate_beside_a_higher_one_is_not_spent():
+    """What AdamW trains is not sped up because Muon's rate is far above its own."""
+    model = wrap(host())
+    muon, adamw = muon_and_adamw(model)
+    grower = growing(model, [muon, adamw], policy=ByHand(BY_HAND), verify="fork")
+    train(model, [muon, adamw], SHORT["record_updates"] + SHORT["audition_updates"] + 2, grower)
+    factor = grower._run.factor
+    joined = [p for p in adamw.param_groups[0]["params"] if factor._entries.get(id(p))]
+    assert joined
+    assert {factor._entries[id(p)].ceiling for p in joined} == {0.0}
+    grower.close()
+
+
+def test_twin_of_two_optimizers_follows_the_run():
+    """Without a graft in it, the host's twin under Muon and AdamW does what the run would do."""
+    runs = []
+    for grows in (False, True):
+        model = wrap(host())
+        pair = muon_and_adamw(model)
+        policy = ByHand(BY_HAND if grows else [])
+        grower = growing(model, pair, policy=policy, verify="fork", hold_updates=50)
+        train(model, pair, 50, grower)
+        twin = grower.host_twin if grows else model
+        runs.append([p.detach().clone() for p in twin.parameters()])
+        grower.close()
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_own_update_is_given_the_optimizers_that_were_handed_over():
+    """As many, in their order, each a copy for the twin."""
+    model, seen = wrap(host()), []
+    pair = muon_and_adamw(model)
+
+    def update(twin, optimizers, batch):
+        seen.append([type(optimizer) for optimizer in optimizers])
+        compute_loss(twin, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    grower = growing(model, pair, policy=ByHand(BY_HAND), verify="fork", update=update)
+    train(model, pair, 42, grower)
+    grower.close()
+    assert seen
+    assert all(types == [Muon, AdamW] for types in seen)
+
+
+def test_a_layer_of_another_optimizer_does_not_grow_and_is_named():
+    """The report says which parameters, and what to do; the rest grows."""
+    model, _ = wrapped()
+    optimizer = AdamW([*model[0].parameters(), *model[1].parameters()])
+    with growing(model, optimizer) as grower:
+        assert "4" not in grower._run.layers
+        (note,) = grower.report().notes
+    assert note.startswith("nothing grows at '4': 4.weight, 4.bias can be trained")
+    assert "sequence" in note
+
+
+def test_a_host_that_is_held_in_part_is_refused():
+    """Together they hold it; one of them alone does not."""
+    model = wrap(host())
+    muon, adamw = muon_and_adamw(model)
+    with growing(model, [adamw, muon]) as grower:
+        assert not grower.report().notes
+    with growing(model, adamw) as grower:
+        assert list(grower._run.layers) == ["1"]
+
+
+def test_a_layer_of_another_optimizer_cannot_be_named_by_hand():
+    """The owner's wish is refused at once, with the reason."""
+    model, _ = wrapped()
+    optimizer = AdamW(model[4].parameters())
+    with pytest.raises(GrowthError, match=r"nothing grows at '0': 0\.weight, 0\.bias"):
+        growing(model, optimizer, policy=ByHand(BY_HAND))
+
+
+def test_a_model_of_which_no_layer_is_trained_is_refused():
+    """The optimizer holds something of the model, and nothing of a layer with seeds."""
+    model = wrap(nn.Sequential(nn.PReLU(4), nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"nothing grows at '1'.*optimizer"):
+        Grower(model, AdamW(model[0].parameters()))
+
+
+@pytest.mark.parametrize(
+    "hand_over", [lambda o: o, lambda o: [o], lambda o: (o,)], ids=["itself", "list", "tuple"]
+)
+def test_an_optimizer_of_another_model_is_refused_before_anything_is_hooked(hand_over):
+    """No log, no hook: the run has not begun."""
+    model, _ = wrapped()
+    optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of them is the model's"):
+        growing(model, hand_over(optimizer))
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_frozen_layer_may_grow():
+    """It is trained by none because its owner froze it; its kernel is trained."""
+    model, _ = wrapped()
+    for p in model[0].parameters():
+        p.requires_grad_(requires_grad=False)
+    optimizer = AdamW([*model[1].parameters(), *model[4].parameters()])
+    with growing(model, optimizer, policy=ByHand(BY_HAND)) as grower:
+        assert "0" in grower._run.layers
+
+
+@pytest.mark.parametrize("verify", ["fork", "snapshot"])
+def test_the_owners_groups_hold_for_the_run_and_its_twins(verify):
+    """group_for= decides for the audition, the live model and the null's twin."""
+    model = wrap(host())
+    optimizer = AdamW([{"params": model.parameters()}, {"params": [], "lr": 1e-3}], lr=1e-2)
+    grower = growing(
+        model,
+        optimizer,
+        policy=ByHand(BY_HAND),
+        verify=verify,
+        group_for=lambda name, p: optimizer.param_groups[1],
+    )
+    train(model, [optimizer], SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    assert len(optimizer.param_groups[1]["params"]) == 4
+    if verify == "fork":
+        null = grower._stage._fork.null.optimizer
+        assert len(null.param_groups[1]["params"]) == 2
+    grower.close()
+    assert optimizer.param_groups[1]["params"] == []
+
+
+def test_names_of_a_run_are_the_models():
+    """An optimizer that was built from names is told the full ones."""
+    model = wrap(host())
+    optimizer = AdamW(list(model.named_parameters()), lr=1e-2)
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND))
+    train(model, [optimizer], SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    group, names = optimizer.param_groups[0], {id(p): n for n, p in model.named_parameters()}
+    assert len(group["params"]) == len(names) > 6
+    assert group["param_names"] == [names[id(p)] for p in group["params"]]
+    grower.close()
+
+
+class Slower(AdamW):
+    """An owner's own, with a constructor of its own and a step that does more."""
+
+    def __init__(self, model, share):
+        self.share = share
+        super().__init__(model.parameters(), lr=1e-2)
+
+    def step(self, closure=None):
+        before = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
+        super().step(closure)
+        for group, old in zip(self.param_groups, before, strict=True):
+            for p, q in zip(group["params"], old, strict=True):
+                p.data.lerp_(q, self.share)
+
+
+@pytest.mark.parametrize("verify", ["fork", "snapshot"])
+def test_a_run_under_a_class_of_the_owners(verify):
+    """Audition and twins take the class, its settings and its step, not its constructor."""
+    model = wrap(host())
+    optimizer = Slower(model, 0.5)
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND), verify=verify)
+    train(model, [optimizer], 80, grower)
+    grower.close()
+    (graft,) = grower.report().grafts
+    assert graft.verdict != "in progress"
+
+
+def test_a_job_may_have_several_optimizers():
+    """They step together."""
+    model = host()
+    pair = muon_and_adamw(model)
+    data = batches(8)
+    job = GrowthJob(
+        model=model,
+        optimizer=pair,
+        train=data,
+        gate=data,
+        loss=lambda m, batch: compute_loss(m, batch).expand(32),
+        epochs=1,
+        grower={"evaluate": evaluate},
+    )
+    report = grow(job)
+    assert report.updates == 8
+    assert all(isinstance(optimizer, Optimizer) and optimizer.state for optimizer in pair)
