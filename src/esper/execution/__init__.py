@@ -25,6 +25,7 @@ from esper.execution.exceptions import (
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
+from esper.execution.exchange import watch_exchanges
 from esper.execution.kasmina_attention_layer import KasminaAttentionLayer
 from esper.execution.kasmina_batchnorm_layer import KasminaBatchNormLayer
 from esper.execution.kasmina_conv2d_layer import KasminaConv2dLayer
@@ -73,3 +74,5 @@ __all__ = [
     "SeedLifecycleState",
     "StreamManager",
 ]
+
+watch_exchanges()  # here, since a layer may come out of a pickle and nobody wraps anything

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 from torch.nn.modules.module import (
@@ -23,7 +23,7 @@ from esper.seeds.probe import probe
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, record_of
-from esper.state.roster import layers_with_kernels
+from esper.state.roster import layers_with_kernels, note_move
 from esper.state.seed_slot import SeedContainer
 
 if TYPE_CHECKING:
@@ -86,24 +86,49 @@ def _look_at_parameter(module: nn.Module, name: str, parameter: nn.Parameter | N
 def _exchange(
     parent: nn.Module, before: nn.Module, module: nn.Module | None, grown: list[nn.Module]
 ) -> None:
+    if module in set(before.modules()):
+        _end_adapters(before, module)
     staying = set() if module is None else set(module.modules())
     going = set(before.modules()) - staying
     for layer in (layer for layer in grown if layer in going):
         if layer is before and module is not None and _takes_over(layer, module):
             _move_seeds(layer, module)
-            del layer._modules[SEEDS]  # noqa: SLF001 - a child without an attribute
-        else:
-            for seed_idx in record_of(layer).seeds:
+            layer._modules.pop(SEEDS, None)  # noqa: SLF001 - a child without an attribute
+        elif not (layer is before and _carries_as_many(layer, module)):
+            for seed_idx in sorted({*record_of(layer).seeds, *record_of(layer).waiting}):
                 what = "nothing" if module is None else f"a {type(module).__name__}"
                 note_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
     if before in staying and RECORD in before.__dict__ and not hasattr(module, SEEDS):
         module.__dict__[SEEDS] = before._modules.get(SEEDS)  # noqa: SLF001 - names from before
 
 
+def _end_adapters(wrapper: nn.Module, layer: nn.Module) -> None:
+    """Take PEFT's adapters out of a layer's kernels, as they are taken off the layer itself.
+
+    PEFT looks for them under the name that the layer had in its wrapper, which is gone by then.
+    """
+    if not hasattr(wrapper, "get_base_layer") or layer._modules.get(SEEDS) is None:  # noqa: SLF001 - as above
+        return
+    for part in list(layer.get_submodule(SEEDS).modules()):
+        children: list[tuple[str, Any]] = list(part.named_children())
+        for name, adapter in children:
+            if hasattr(adapter, "get_base_layer"):
+                if getattr(wrapper, "merged", False):
+                    adapter.merge()
+                part.add_module(name, adapter.get_base_layer())
+
+
+def _carries_as_many(layer: nn.Module, module: nn.Module | None) -> bool:
+    """Say whether a module is a layer with kernels in the same seeds, as a copy of one is."""
+    record = None if module is None else module.__dict__.get(RECORD)
+    return record is not None and record_of(layer).seeds.keys() <= record.seeds.keys()
+
+
 def _takes_over(layer: nn.Module, module: nn.Module) -> bool:
     """Say whether a module is the same kind of layer as one with kernels, and has none itself."""
+    record = record_of(layer)
     is_like = kind_of(module).site == kind_of(layer).site and kind_of(module).name != "block"
-    return is_like and not record_of(layer).shadows and refusal(module) is None
+    return is_like and bool(record.seeds) and not record.shadows and refusal(module) is None
 
 
 def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
@@ -115,12 +140,14 @@ def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
     record = record_of(layer)
     for seed_idx in list(record.waiting):
         cancel(layer, seed_idx)
-    container = layer._modules[SEEDS]  # noqa: SLF001 - a child without an attribute
+    container = layer._modules.get(SEEDS)  # noqa: SLF001 - a child without an attribute
     return_class(layer)
     adopt(module, name=record.name)
     module.__dict__[RECORD] = record
-    module._modules[SEEDS] = container  # noqa: SLF001 - as above
+    if container is not None:  # all seeds may be isolated
+        module._modules[SEEDS] = container  # noqa: SLF001 - as above
     choose_forward(module)
+    note_move(layer, module)
     _logger.warning(
         "layer %r: a %s was put in its place, and its kernels stand in that from now on",
         record.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, fx
 
 
 def blendable(output: object) -> Tensor:
@@ -15,6 +15,8 @@ def blendable(output: object) -> Tensor:
     if isinstance(first, Tensor) and first.is_floating_point():
         return first
     found = first.dtype if isinstance(first, Tensor) else type(first).__name__
+    if isinstance(first, fx.Proxy):
+        found = "a torch.fx.Proxy: trace esper.unwrap(model), or take grown layers for leaves"
     msg = f"a site gives a floating tensor, or a tuple that begins with one; this one gives {found}"
     raise TypeError(msg)
 

@@ -306,6 +306,7 @@ class Grower:
         run.ledger.count_update(batches)
         run.count_host_flops(batches)
         self._recent.extend(batches)
+        run.follow_exchanges()
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
             run.journal.faulted(fault)
         if self._stage is not None:

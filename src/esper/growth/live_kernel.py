@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from esper.continuity.optimizer import append_parameters, remove_parameters
 from esper.seeds.shadow import seen_example
+from esper.state.roster import where_kernels_stand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,14 +26,19 @@ class LiveKernel:
     """A kernel that is part of a model: the live one or a twin.
 
     Attributes:
-        layer: The layer of this model.
+        grafted_into: The layer of this model.
         seed_idx: The slot.
         parameters: What was appended to the optimizer; empty where nothing is trainable.
     """
 
-    layer: KasminaLayer
+    grafted_into: KasminaLayer
     seed_idx: int
     parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def layer(self) -> KasminaLayer:
+        """Where the kernel stands: the layer, or what has taken its place since."""
+        return cast("KasminaLayer", where_kernels_stand(self.grafted_into))
 
     def set_alpha(self, updates: int, ramp_updates: int) -> float:
         """Set alpha for the next update from the number of joint updates done; return it."""
@@ -70,7 +76,7 @@ def graft_kernel(
         state = None if audition.optimizer is None else audition.optimizer.state
         append_parameters(placement.optimizer, places, state=state)
         factor.add(parameters, peaks=peaks)
-    return LiveKernel(layer=layer, seed_idx=audition.seed_idx, parameters=parameters)
+    return LiveKernel(grafted_into=layer, seed_idx=audition.seed_idx, parameters=parameters)
 
 
 def remove_kernel(live: LiveKernel, optimizer: AnyOptimizer, factor: UpdateFactor) -> None:

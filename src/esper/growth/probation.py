@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.contracts.progress import GraftStatus
-    from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.batch import Batch
     from esper.growth.evaluation import Evaluator
     from esper.growth.gates import GateVerdict
@@ -69,14 +68,13 @@ class Probation:
         self._run = run
         self._contender = contender
         self._before = before
-        self._layer: KasminaLayer = contender.audition.layer
         self._snapshot = RunSnapshot(run.model, run.optimizer, update=run.updates)
         self._host = list(run.model.parameters())
         self._factors = run.factor.state_dict(self._host)
         self._fork = _make_fork(run, contender) if contender.null is not None else None
         self._kernel = graft_kernel(
             contender.audition,
-            self._layer,
+            contender.audition.layer,
             run.factor,
             placement=run.placement(),
             peaks=run.watcher.peaks,
@@ -152,7 +150,7 @@ class Probation:
         return self._usual.trouble(self._run.losses)
 
     def _state(self) -> SeedLifecycleState:
-        return self._layer.state_layout.state(self._kernel.seed_idx)
+        return self._kernel.layer.state_layout.state(self._kernel.seed_idx)
 
     def _advance_twins(self, batches: list[Batch]) -> None:
         if self._fork is None:
@@ -201,21 +199,21 @@ class Probation:
         seed_idx = self._kernel.seed_idx
         if self._state() is not SeedLifecycleState.ACTIVE:
             return self._run.measure()
-        alpha = self._layer.alpha(seed_idx)
-        self._layer.set_alpha(seed_idx, 0.0)
+        alpha = self._kernel.layer.alpha(seed_idx)
+        self._kernel.layer.set_alpha(seed_idx, 0.0)
         try:
             return self._run.measure()
         finally:
-            self._layer.set_alpha(seed_idx, alpha)
+            self._kernel.layer.set_alpha(seed_idx, alpha)
 
     def _fossilize(self, reason: str) -> None:
         run = self._run
-        certificate = self._layer.fossilize(self._kernel.seed_idx)
+        certificate = self._kernel.layer.fossilize(self._kernel.seed_idx)
         if certificate.folded:
             run.factor.remove(self._kernel.parameters)
             remove_parameters(run.optimizer, self._kernel.parameters)
         else:
-            self._layer.set_guard(self._kernel.seed_idx, "step")
+            self._kernel.layer.set_guard(self._kernel.seed_idx, "step")
             sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
         run.journal.fossilized(
             self._graft,

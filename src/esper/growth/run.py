@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +14,8 @@ from esper.growth.batch import num_samples
 from esper.growth.budget import Cost
 from esper.growth.losses import TrainingLosses
 from esper.seeds.shadow import shadow_pass
+from esper.state.layer_record import RECORD
+from esper.state.roster import where_kernels_stand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +119,12 @@ class GrowthRun:
     def num_affordable(self) -> int:
         """How many auditions side by side the overhead still allows; 0 where it is spent."""
         return self.ledger.num_affordable(self.updates)
+
+    def follow_exchanges(self) -> None:
+        """Go on with what others have put in the place of a layer with kernels."""
+        for name, layer in self.layers.items():
+            if RECORD not in layer.__dict__:
+                self.layers[name] = cast("KasminaLayer", where_kernels_stand(layer))
 
     def placement(self) -> Placement:
         """Look at whose the parameters are now."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 _busy: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+_moved: Final[weakref.WeakKeyDictionary[nn.Module, nn.Module]] = weakref.WeakKeyDictionary()
+"""Layers whose place another module took, and the module that their kernels stand in."""
+
 _lock = threading.Lock()
 
 
@@ -31,6 +34,21 @@ def layers_with_kernels() -> list[nn.Module]:
     """Return the layers of this process that hold kernels, in no order."""
     with _lock:
         return [layer for layer in _busy if RECORD in layer.__dict__]
+
+
+def note_move(layer: nn.Module, module: nn.Module) -> None:
+    """Remember that the kernels of a layer stand in another module from now on."""
+    with _lock:
+        _moved.pop(module, None)
+        _moved[layer] = module
+
+
+def where_kernels_stand(layer: nn.Module) -> nn.Module:
+    """Return the layer, or the module that its kernels have been moved to."""
+    with _lock:
+        while layer in _moved:
+            layer = _moved[layer]
+    return layer
 
 
 class Roster:
@@ -52,7 +70,13 @@ class Roster:
 
     def busy(self) -> list[nn.Module]:
         """Return the layers that hold or await kernels, in the order in which they were given."""
+        if _moved:
+            self._follow_moves()
         with _lock:
             found = [layer for layer in _busy if layer in self._positions]
         wrapped = (layer for layer in found if RECORD in layer.__dict__)
         return sorted(wrapped, key=self._positions.__getitem__)
+
+    def _follow_moves(self) -> None:
+        for layer, position in list(self._positions.items()):
+            self._positions.setdefault(where_kernels_stand(layer), position)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from esper.execution.exchange import watch_exchanges
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.state.layer_record import RECORD, record_of
@@ -60,7 +59,6 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
-    watch_exchanges()
     selection = choose(model, select)
     _refuse_wrapped(selection.taken)
     if not selection.taken:
