@@ -75,8 +75,14 @@ class LayerCall(NamedTuple):
         )
 
     def with_dtype(self, dtype: torch.dtype) -> LayerCall:
-        """Return the call with its floating tensors in ``dtype``."""
-        return self.with_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        """Return the call with its floating tensors in ``dtype``, also those in its containers."""
+
+        def cast(value: object) -> object:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(dtype)
+            return value
+
+        return tree_map(cast, self)  # type: ignore[no-any-return] # torch says Any
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
         """Return the call with each tensor among its arguments changed."""
