@@ -42,3 +42,21 @@ GRAFT_VERDICTS: Final[tuple[GraftVerdict, ...]] = get_args(GraftVerdict)
 Verification = Literal["snapshot", "fork"]
 """What an admitted graft is held against: the run at its admission, or twins in training."""
 VERIFICATIONS: Final[tuple[Verification, ...]] = get_args(Verification)
+
+Verdict = Literal[
+    "diminishing",
+    "deadline",
+    "overfitting",
+    "too_early",
+    "too_late",
+    "improving",
+    "scheduled",
+    "waiting",
+]
+"""The rule by which a policy decided; ``"scheduled"`` and ``"waiting"`` are of those without rules.
+"""
+VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
+
+Schedule = Literal["epoch", "update"]
+"""After what a learning-rate scheduler steps."""
+SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)

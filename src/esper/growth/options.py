@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
 from esper.growth.budget import Budget
+from esper.growth.policies import check_policy
 from esper.growth.settings import GrowthOptions, GrowthSettings
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ PARTS: Final = tuple(
 
 _CALLABLE: Final = ("compute_loss", "evaluate", "update", "group_for")
 _METHODS: Final = {
-    "policy": ("observe", "decide", "germinated"),
     "ranking": ("rank",),
     "catalog": ("blueprints_for",),
     "registry": ("put", "get"),
@@ -103,6 +103,8 @@ def _check_part(name: str, part: object) -> None:
     if name == "run_dir" and not isinstance(part, (str, os.PathLike)):
         msg = f"run_dir is a path; got {part!r} (a {type(part).__name__})"
         raise TypeError(msg)
+    if name == "policy":
+        check_policy(name, part)
     methods = _METHODS.get(name, ())
     if methods and isinstance(part, type):
         msg = f"{name} is an object, got the class {part.__name__}; make one of it"
