@@ -330,8 +330,10 @@ class KasminaLayer(nn.Module):
             KernelRefusedError: The probe refused the kernel.
             SeedLifecycleError: The seed is a fossil, or was unloaded, cancelled or given a kernel
                 that was asked for later meanwhile.
-            ValueError: An argument is out of range.
+            ValueError: An argument is out of range; told before anything is fetched.
+            TypeError: An argument is unknown or of the wrong type; as above.
         """
+        grafting.check_options(self, seed_idx, options, asked="load_kernel")
         load = functools.partial(self.kernel_cache.load_kernel, artifact_id)
         with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
@@ -344,6 +346,7 @@ class KasminaLayer(nn.Module):
         self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
     ) -> bool:
         """Do what :meth:`load_kernel` does, and wait for it; another thread tries again."""
+        grafting.check_options(self, seed_idx, options, asked="load_kernel_sync")
         load = functools.partial(self.kernel_cache.load_kernel_sync, artifact_id)
         with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
