@@ -114,7 +114,7 @@ def test_a_misspelt_name_gets_the_nearest_one(name, words):
         ("budget", {"grafts": 3}, r"budget is an esper\.Budget"),
         ("run_dir", 3, "run_dir is a path"),
         ("policy", object(), r"policy has the method observe\(\); object has none"),
-        ("registry", "kernels/", r"has none; esper\.registry\.open\(address\) opens one"),
+        ("registry", "kernels/", r"has none; esper\.open_registry\(folder\) opens one"),
         ("clock", GrowthSettings, "clock is an object, got the class GrowthSettings"),
     ],
 )

@@ -27,7 +27,7 @@ from esper.growth.run import GrowthRun
 from esper.growth.twins import twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
-from esper.registry.open import open as open_registry
+from esper.registry.open import open_registry
 from esper.resilience.clock import MonotonicClock
 from esper.wrapping.wrap import layers
 

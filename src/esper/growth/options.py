@@ -111,7 +111,7 @@ def _check_part(name: str, part: object) -> None:
         raise TypeError(msg)
     missing = [method for method in methods if not hasattr(part, method)]
     if missing:
-        cure = "; esper.registry.open(address) opens one" if name == "registry" else ""
+        cure = "; esper.open_registry(folder) opens one" if name == "registry" else ""
         msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none{cure}"
         raise TypeError(msg)
 
