@@ -12,7 +12,7 @@ from growing import growing, wrapped
 
 from esper.growth.grower import Grower
 from esper.growth.options import PARTS, GrowerOptions, check_options
-from esper.growth.settings import GrowthOptions, GrowthSettings
+from esper.growth.settings import GrowthSettings, SettingOptions
 
 NAMES = [field.name for field in fields(GrowthSettings)]
 JUST_INSIDE = {
@@ -133,7 +133,7 @@ def test_settings_are_those_among_the_options():
 def test_a_type_checker_is_told_the_same_settings():
     """The TypedDict has the names and types of the dataclass, which it cannot be derived from."""
     told = {name: without_bounds(hint) for name, hint in hints(GrowthSettings).items()}
-    assert get_type_hints(GrowthOptions) == told
+    assert get_type_hints(SettingOptions) == told
 
 
 def hints(cls):

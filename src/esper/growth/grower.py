@@ -159,7 +159,7 @@ class Grower:
         )
 
     def step(self, loss: Tensor | None = None, batch: Batch = None) -> None:
-        """Take note of one training step; call it after the optimizer's.
+        """Count one training step; call it after the optimizer's.
 
         Args:
             loss: The training loss, a scalar tensor; it stays on its device.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
 from esper.growth.budget import Budget
 from esper.growth.policies import check_policy
-from esper.growth.settings import GrowthOptions, GrowthSettings
+from esper.growth.settings import GrowthSettings, SettingOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-class GrowerOptions(GrowthOptions, total=False):
+class GrowerOptions(SettingOptions, total=False):
     """What :class:`esper.Grower` takes by keyword, and what ``GrowthJob(grower=...)`` may hold.
 
     What each means is told in :class:`esper.Grower`.
@@ -50,7 +50,7 @@ class GrowerOptions(GrowthOptions, total=False):
 
 
 PARTS: Final = tuple(
-    name for name in GrowerOptions.__annotations__ if name not in GrowthOptions.__annotations__
+    name for name in GrowerOptions.__annotations__ if name not in SettingOptions.__annotations__
 )
 """Names of the options that are no numbers; None leaves each at its default."""
 
@@ -75,7 +75,7 @@ def check_options(options: Mapping[str, object]) -> GrowthSettings:
         TypeError: A name is unknown, or a value is of the wrong type.
         ValueError: A setting is out of its range.
     """
-    known = [*PARTS, *GrowthOptions.__annotations__]
+    known = [*PARTS, *SettingOptions.__annotations__]
     for name in options:
         if name not in known:
             raise TypeError(_unknown(name, known))

@@ -40,7 +40,7 @@ class UpdateWatcher:
         self.updates = 0
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
-        """Take note of a training step.
+        """Count a training step.
 
         Args:
             batch: Its batch; None where the owner gave none.
