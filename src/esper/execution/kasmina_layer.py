@@ -22,7 +22,7 @@ from esper.running.kernel_executor import RealKernelExecutor, shared_executor
 from esper.seeds import folding, grafting, maintenance, rebuilding, shadow
 from esper.seeds.layer_health import monitor_of
 from esper.seeds.structure import structure as structure_of
-from esper.state.host_parts import SEEDS
+from esper.state.host_parts import SEEDS_PREFIX
 from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord
 from esper.state.site import widths
@@ -536,10 +536,10 @@ class KasminaLayer(nn.Module):
         """Build the seeds that the dict has, then load as the host does."""
         error_messages: list[str] = args[-1]
         try:
-            rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
+            rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS_PREFIX}")
         except (KernelLoadError, ValueError) as error:
             error_messages.append(str(error))
-            for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS}.")]:
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{SEEDS_PREFIX}")]:
                 del state_dict[key]  # torch's own copy: nothing may reach the slots that are there
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from esper.forward.host_output import blendable
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
+from esper.state.host_parts import trainable_parameters
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 
@@ -226,7 +227,7 @@ def record_beside(
         batch: The batch of the pass.
     """
     assert recorder.records_shadow_passes
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = trainable_parameters(model)
     with shadow_pass(model), torch.enable_grad():
         torch.autograd.grad(compute_loss(model, batch), parameters, allow_unused=True)
 
