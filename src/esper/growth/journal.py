@@ -6,6 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, TypedDict
 
+from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     AlphaChanged,
     Detected,
@@ -221,7 +222,7 @@ class Journal:
                 site=fault.layer,
                 seed_idx=fault.seed_idx,
                 faults=fault.faults,
-                state=fault.state.name.lower(),
+                state=SEED_STATES[fault.state],
                 reason=fault.reason,
             )
         )
