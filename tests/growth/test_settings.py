@@ -106,6 +106,14 @@ def test_a_misspelt_name_gets_the_nearest_one(name, words):
         growing(*wrapped(), **{name: 1})
 
 
+def test_settings_are_given_one_by_one():
+    """An object with all of them is refused with how to hand it over, and so it is taken."""
+    settings = GrowthSettings(looks=3)
+    with pytest.raises(TypeError, match=r"\*\*settings\.as_options\(\)"):
+        growing(*wrapped(), settings=settings)
+    assert check_options(settings.as_options()) == settings
+
+
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [

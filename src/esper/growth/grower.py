@@ -90,6 +90,7 @@ class Grower:
             the optimizer trains, or the optimizer is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
+        OSError: The log cannot be written in ``run_dir``.
     """
 
     @show_options

@@ -87,6 +87,11 @@ def check_options(options: Mapping[str, object]) -> GrowthSettings:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if name == "settings":
+        return (
+            "the Grower takes each setting by its name: Grower(model, optimizer, "
+            "**settings.as_options())"
+        )
     nearest = difflib.get_close_matches(str(name), known, n=1)
     cure = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(sorted(known))}"
     return f"{name!r} is none of the Grower's arguments; {cure}"
