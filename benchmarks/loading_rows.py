@@ -23,7 +23,7 @@ from esper.execution.host_class import adopt
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.fetching.kernel_cache import KernelCache
 from esper.registry.http import HttpKernelSource
-from esper.registry.open import open as open_registry
+from esper.registry.open import open_registry
 
 _HIDDEN_OF_1_MB = 256
 

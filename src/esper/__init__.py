@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from esper.bus.in_process import EventBus
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
     from esper.continuity.optimizer import sync_optimizer
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
         KernelRefusedError,
         KernelSourceUnavailable,
         SeedLifecycleError,
+        SiteDescriptionError,
     )
+    from esper.contracts.events import Evaluated
     from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
-    from esper.contracts.progress import GraftStatus
+    from esper.contracts.progress import GraftStatus, ProgressRow
+    from esper.contracts.report import RunReport
+    from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.budget import Budget
     from esper.growth.gates import GateVerdict
@@ -48,13 +53,21 @@ if TYPE_CHECKING:
         Never,
         Policy,
     )
-    from esper.growth.ranking import FirstOrderGain, RandomChoice, Ranking
+    from esper.growth.ranking import (
+        Candidate,
+        FirstOrderGain,
+        RandomChoice,
+        RankedCandidate,
+        Ranking,
+        in_order,
+    )
     from esper.growth.reading import Choice, Decision, Reading
     from esper.growth.settings import GrowthSettings
     from esper.growth.suggestion import Suggestion
     from esper.registry.open import open_registry
-    from esper.seeds.maintenance import maintain
+    from esper.seeds.maintenance import MaintenanceReport, maintain
     from esper.seeds.shadow import in_shadow_pass
+    from esper.state.waiting import GraftOptions
     from esper.wrapping.export import export
     from esper.wrapping.restore import RestoreResult, restore
     from esper.wrapping.select import SkippedModule
@@ -75,6 +88,7 @@ _HOME: Final = {
     "Budget": "esper.growth.budget",
     "ByHand": "esper.growth.policies",
     "CacheError": "esper.contracts.errors",
+    "Candidate": "esper.growth.ranking",
     "Catalog": "esper.compiler.catalog",
     "CatalogEntry": "esper.compiler.catalog",
     "Choice": "esper.growth.reading",
@@ -82,10 +96,13 @@ _HOME: Final = {
     "Decision": "esper.growth.reading",
     "DiminishingReturns": "esper.growth.policies",
     "EsperError": "esper.contracts.errors",
+    "Evaluated": "esper.contracts.events",
+    "EventBus": "esper.bus.in_process",
     "EveryN": "esper.growth.policies",
     "FirstOrderGain": "esper.growth.ranking",
     "GateVerdict": "esper.growth.gates",
     "GradientSyncError": "esper.contracts.errors",
+    "GraftOptions": "esper.state.waiting",
     "GraftStage": "esper.contracts.lifecycle",
     "GraftStatus": "esper.contracts.progress",
     "Grower": "esper.growth.grower",
@@ -101,21 +118,28 @@ _HOME: Final = {
     "KernelNotFoundError": "esper.contracts.errors",
     "KernelRefusedError": "esper.contracts.errors",
     "KernelSourceUnavailable": "esper.contracts.errors",
+    "MaintenanceReport": "esper.seeds.maintenance",
     "Measurement": "esper.growth.measurement",
     "Never": "esper.growth.policies",
     "Policy": "esper.growth.policies",
+    "ProgressRow": "esper.contracts.progress",
     "RandomChoice": "esper.growth.ranking",
+    "RankedCandidate": "esper.growth.ranking",
     "Ranking": "esper.growth.ranking",
     "Reading": "esper.growth.reading",
     "RestoreResult": "esper.wrapping.restore",
+    "RunReport": "esper.contracts.report",
     "SeedLifecycleError": "esper.contracts.errors",
     "SeedLifecycleState": "esper.contracts.lifecycle",
+    "SiteDescriptionError": "esper.contracts.errors",
+    "SiteSpec": "esper.contracts.site",
     "SkippedModule": "esper.wrapping.select",
     "Suggestion": "esper.growth.suggestion",
     "TensorSpec": "esper.contracts.blueprint",
     "compile_blueprint": "esper.compiler.compile",
     "default_catalog": "esper.compiler.catalog",
     "export": "esper.wrapping.export",
+    "in_order": "esper.growth.ranking",
     "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
     "maintain": "esper.seeds.maintenance",
@@ -139,6 +163,7 @@ __all__ = [
     "Budget",
     "ByHand",
     "CacheError",
+    "Candidate",
     "Catalog",
     "CatalogEntry",
     "Choice",
@@ -146,10 +171,13 @@ __all__ = [
     "Decision",
     "DiminishingReturns",
     "EsperError",
+    "Evaluated",
+    "EventBus",
     "EveryN",
     "FirstOrderGain",
     "GateVerdict",
     "GradientSyncError",
+    "GraftOptions",
     "GraftStage",
     "GraftStatus",
     "Grower",
@@ -165,15 +193,21 @@ __all__ = [
     "KernelNotFoundError",
     "KernelRefusedError",
     "KernelSourceUnavailable",
+    "MaintenanceReport",
     "Measurement",
     "Never",
     "Policy",
+    "ProgressRow",
     "RandomChoice",
+    "RankedCandidate",
     "Ranking",
     "Reading",
     "RestoreResult",
+    "RunReport",
     "SeedLifecycleError",
     "SeedLifecycleState",
+    "SiteDescriptionError",
+    "SiteSpec",
     "SkippedModule",
     "Suggestion",
     "TensorSpec",
@@ -181,6 +215,7 @@ __all__ = [
     "compile_blueprint",
     "default_catalog",
     "export",
+    "in_order",
     "in_shadow_pass",
     "layers",
     "maintain",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     EVENT_TYPES,
     AlphaChanged,
@@ -19,7 +20,7 @@ from esper.contracts.events import (
     event_from_json,
     event_to_json,
 )
-from esper.contracts.lifecycle import GraftStage
+from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 
 WHEN = {"update": 7, "time_s": 0.5}
 WRITTEN = {
@@ -121,3 +122,33 @@ def test_stages_are_stages_whoever_wrote_them():
     assert event.after is GraftStage.CULLED
     with pytest.raises(ValueError, match="removed"):
         event_from_json(line.replace('"culled"', '"removed"'))
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "wrong", "field"),
+    [
+        ("gate_read", '"admission"', '"admissoin"', "gate"),
+        ("seed_faulted", '"active"', '"nonsense"', "state"),
+        ("seed_faulted", '"active"', "2", "state"),
+        ("stage_changed", '"audition"', '"tryout"', "before"),
+        ("stage_changed", '"culled"', '""', "after"),
+    ],
+)
+def test_a_word_of_no_set_is_refused_by_its_field(kind, word, wrong, field):
+    """With what was expected and what was found."""
+    line = next(line for line in WRITTEN if f'"kind": "{kind}"' in line and word in line)
+    found = wrong.replace('"', "'")
+    with pytest.raises(ValueError, match=f"'{field}' of a '{kind}' event is one of.*{found}"):
+        event_from_json(line.replace(word, wrong))
+
+
+def test_a_word_of_an_owners_policy_stays_readable():
+    """A log may hold one; what is decided today is decided by a rule that is known."""
+    line = next(line for line in WRITTEN if '"diminishing"' in line)
+    assert event_from_json(line.replace("diminishing", "my own")).verdict == "my own"
+
+
+def test_a_state_of_a_seed_has_its_name_in_files():
+    """The words are those of the state machine, each at the place of its value."""
+    assert [state.name.lower() for state in SeedLifecycleState] == list(SEED_STATES)
+    assert [int(state) for state in SeedLifecycleState] == list(range(len(SEED_STATES)))

@@ -429,3 +429,35 @@ def test_copies_share_the_recovery_and_pickles_make_their_own():
     assert copy.deepcopy(layer).error_recovery is layer.error_recovery
     assert arrived.error_recovery is not layer.error_recovery
     assert arrived.health_monitor.get_stats()["calls"] == 1
+
+
+@pytest.mark.parametrize("how", ["load_kernel", "load_kernel_sync"])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"alphas": 0.5}, TypeError, "'alphas' is none of {how}'s arguments; did you mean alpha"),
+        ({"zzz": 0.5}, TypeError, "'zzz' is none of {how}'s arguments; they are alpha, mode"),
+        ({"alpha": "1"}, TypeError, "alpha must be a number"),
+        ({"alpha": 1.5}, ValueError, "alpha must be a number"),
+        ({"mode": "ad"}, ValueError, "mode must be None or one of"),
+        ({"position": "before"}, ValueError, "position must be None or one of"),
+        ({"guard": "never"}, ValueError, "guard must be one of"),
+        ({"guard": "step"}, ValueError, "sync_optimizer"),
+        ({"example": [1.0]}, TypeError, "an example is a tensor"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_before_anything_is_fetched(
+    how, options, error, words
+):
+    """By the name of the method that was called; the seed stays as it was."""
+    source = FlappingSource()
+    layer = KasminaLayer(8, 8, source=source)
+
+    async def load():
+        asked = getattr(layer, how)(0, KERNEL.artifact_id, **options)
+        return asked if isinstance(asked, bool) else await asked
+
+    with pytest.raises(error, match=words.format(how=how)):
+        asyncio.run(load())
+    assert source.threads == []
+    assert layer.state_layout.state(0) == S.DORMANT

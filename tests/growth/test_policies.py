@@ -19,6 +19,7 @@ from esper.growth.policies import (
     Policy,
     choices_of,
 )
+from esper.growth.ranking import FirstOrderGain, GradientNorm, RandomChoice
 from esper.growth.reading import Choice, Decision, Reading
 
 
@@ -123,11 +124,114 @@ def test_choices_by_hand_are_found_inside_composed_policies():
         growing(*wrapped(), policy=AnyOf(EveryN(5), ByHand([("7", "mlp-8")])))
 
 
-@pytest.mark.parametrize("parts", [(), (EveryN,), ("often",)])
-def test_composed_of_what_is_no_policy_is_refused(parts):
-    """Nothing, a class and a word are none."""
-    with pytest.raises(TypeError, match="AnyOf is made of"):
-        AnyOf(*parts)
+class OnlyDecides:
+    def decide(self, reading):
+        raise AssertionError
+
+
+class ObservesThree(Policy):
+    """A policy that wants to be told three things one by one."""
+
+    def observe(self, update, train_loss, gate_loss):
+        raise AssertionError
+
+    def decide(self, reading):
+        raise AssertionError
+
+
+class DecidesWithoutReading(Policy):
+    def decide(self):
+        raise AssertionError
+
+
+NO_POLICIES = [
+    (EveryN, "the class EveryN; make one of it"),
+    ("often", r"the method observe\(\); str has none"),
+    (OnlyDecides(), r"the method observe\(\); OnlyDecides has none; derive it from esper.Policy"),
+    (ObservesThree(), r"observe\(reading\); ObservesThree has observe\(update, train_loss"),
+    (DecidesWithoutReading(), r"decide\(reading\); DecidesWithoutReading has decide\(\)"),
+]
+
+
+@pytest.mark.parametrize(("part", "words"), NO_POLICIES, ids=lambda part: type(part).__name__)
+def test_what_is_no_policy_is_refused_at_every_door(part, words):
+    """The Grower and the composed policies refuse the same, and say the same of it."""
+    for door in (
+        lambda: growing(*wrapped(), policy=part),
+        lambda: AnyOf(EveryN(1), part),
+        lambda: AllOf(part),
+    ):
+        with pytest.raises(TypeError, match=words):
+            door()
+
+
+@pytest.mark.parametrize("kind", [AnyOf, AllOf])
+def test_policies_are_composed_one_by_one(kind):
+    """Nothing, and a list of policies, is refused with the cure."""
+    with pytest.raises(TypeError, match=f"{kind.__name__} is made of one policy or more, got none"):
+        kind()
+    with pytest.raises(TypeError, match=f"one by one: {kind.__name__}"):
+        kind([EveryN(1), Never()])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: EveryN("3"), TypeError, r"updates is a whole number.*'3' \(a str\)"),
+        (lambda: EveryN(True), TypeError, "updates is a whole number.*True"),
+        (lambda: EveryN(2.5), TypeError, r"updates is a whole number.*2\.5"),
+        (lambda: EveryN(0), ValueError, "updates is a whole number, at least 1; got 0"),
+        (lambda: DiminishingReturns(3), TypeError, "detector is a Detector.*3"),
+        (lambda: ByHand([("0", "mlp", "x")]), TypeError, "update of '0' is a whole number.*'x'"),
+        (lambda: ByHand([(0, "mlp")]), TypeError, "site is the name of a layer; got 0"),
+        (
+            lambda: ByHand(Choice(site="0", blueprint="mlp")),
+            TypeError,
+            r"choices is a list of choices, also of one: \[choice\]; got Choice",
+        ),
+        (lambda: ByHand(None), TypeError, "choices is a list.*None"),
+        (lambda: Choice(site=3, blueprint=4), TypeError, "site is the name of a layer; got 3"),
+        (lambda: Choice(site="0", blueprint=4), TypeError, "blueprint is a BlueprintIR.*4"),
+        (lambda: Choice(site="0", blueprint="b", update=-1), ValueError, "update of '0'.*-1"),
+        (
+            lambda: Decision(grow=True, verdict="nonsense", reason=""),
+            ValueError,
+            "verdict is 'diminishing'.*'nonsense'",
+        ),
+        (
+            lambda: Decision(grow=True, verdict="waiting", reason="", choice=("0", "mlp")),
+            TypeError,
+            "choice is an esper.Choice or None.*tuple",
+        ),
+        (lambda: FirstOrderGain(random_seed="x"), TypeError, "random_seed is a whole number.*'x'"),
+        (lambda: FirstOrderGain(ridge="x"), TypeError, "ridge is a finite number.*'x'"),
+        (lambda: FirstOrderGain(ridge=0.0), ValueError, "ridge is a finite number.*0"),
+        (lambda: RandomChoice(1.5), TypeError, r"random_seed is a whole number.*1\.5"),
+        (lambda: GradientNorm(random_seed=None), TypeError, "random_seed is a whole number"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named(make, error, words):
+    """Where it is given, not when it is first used."""
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("policy", "missing"),
+    [
+        (DiminishingReturns(), "observed_at"),
+        (EveryN(3), "last"),
+        (ByHand([]), "num_done"),
+        (AnyOf(Never()), "policies"),
+    ],
+    ids=["diminishing", "every-n", "by-hand", "any-of"],
+)
+def test_a_state_that_lacks_something_is_refused_by_its_name(policy, missing):
+    """And the policy remembers what it did."""
+    before = policy.state_dict()
+    with pytest.raises(ValueError, match=f"has '{missing}'.*state_dict"):
+        policy.load_state_dict({})
+    assert policy.state_dict() == before
 
 
 def test_policy_of_ones_own_is_as_short_as_its_documentation_says():

@@ -12,7 +12,7 @@ from growing import growing, wrapped
 
 from esper.growth.grower import Grower
 from esper.growth.options import PARTS, GrowerOptions, check_options
-from esper.growth.settings import GrowthOptions, GrowthSettings
+from esper.growth.settings import GrowthSettings, SettingOptions
 
 NAMES = [field.name for field in fields(GrowthSettings)]
 JUST_INSIDE = {
@@ -106,6 +106,14 @@ def test_a_misspelt_name_gets_the_nearest_one(name, words):
         growing(*wrapped(), **{name: 1})
 
 
+def test_settings_are_given_one_by_one():
+    """An object with all of them is refused with how to hand it over, and so it is taken."""
+    settings = GrowthSettings(looks=3)
+    with pytest.raises(TypeError, match=r"\*\*settings\.as_options\(\)"):
+        growing(*wrapped(), settings=settings)
+    assert check_options(settings.as_options()) == settings
+
+
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [
@@ -114,7 +122,7 @@ def test_a_misspelt_name_gets_the_nearest_one(name, words):
         ("budget", {"grafts": 3}, r"budget is an esper\.Budget"),
         ("run_dir", 3, "run_dir is a path"),
         ("policy", object(), r"policy has the method observe\(\); object has none"),
-        ("registry", "kernels/", r"has none; esper\.registry\.open\(address\) opens one"),
+        ("registry", "kernels/", r"has none; esper\.open_registry\(folder\) opens one"),
         ("clock", GrowthSettings, "clock is an object, got the class GrowthSettings"),
     ],
 )
@@ -133,7 +141,7 @@ def test_settings_are_those_among_the_options():
 def test_a_type_checker_is_told_the_same_settings():
     """The TypedDict has the names and types of the dataclass, which it cannot be derived from."""
     told = {name: without_bounds(hint) for name, hint in hints(GrowthSettings).items()}
-    assert get_type_hints(GrowthOptions) == told
+    assert get_type_hints(SettingOptions) == told
 
 
 def hints(cls):

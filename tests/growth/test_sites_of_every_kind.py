@@ -6,6 +6,8 @@ from growing import SHORT
 from torch import nn
 
 import esper
+from esper.contracts.events import Noted, Ranked
+from esper.contracts.site import SiteSpec
 from esper.growth.causality import is_causal
 from esper.growth.recording import Recorder
 
@@ -143,3 +145,71 @@ def test_a_layer_that_cannot_be_run_again_counts_as_causal_and_is_named():
     assert note.startswith("encoder could not")
     assert note.endswith("RuntimeError: only once")
     grower.close()
+
+
+class Unequal(nn.Sequential):
+    """A convolution that pads more behind than before, and a readout; (N, 3, 4, 4) to (N, 2)."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(3, 4, 2, padding="same"), nn.Flatten(), nn.Linear(64, 2))
+
+
+class Kept:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def publish(self, event):
+        self.events.append(event)
+
+
+def trained(policy):
+    """Train a model with a site that cannot be described; return the model and the events."""
+    model, kept = esper.wrap(Unequal()), Kept()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_of(model, x):
+        return model(x).square().mean(1)
+
+    with esper.Grower(
+        model,
+        optimizer,
+        policy=policy,
+        compute_loss=lambda model, x: loss_of(model, x).mean(),
+        evaluate=lambda model: loss_of(model, torch.ones(200, 3, 4, 4)),
+        sink=kept,
+        **SHORT,
+    ) as grower:
+        for _ in range(12):
+            x = torch.randn(16, 3, 4, 4, generator=generator)
+            optimizer.zero_grad()
+            loss = loss_of(model, x).mean()
+            loss.backward()
+            optimizer.step()
+            grower.step(loss, batch=x)
+    return model, kept.events
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch says so once
+def test_a_site_that_cannot_be_described_is_in_the_ranking_as_refused():
+    """With its reason, and the other sites are ranked."""
+    _, events = trained(esper.EveryN(3))
+    (ranked, *_) = [event for event in events if isinstance(event, Ranked)]
+    (row,) = [row for row in ranked.refused if row["site"] == "0"]
+    assert row["blueprint"] == ""
+    assert "pads unequally" in row["reason"]
+    assert {row["site"] for row in ranked.rows} <= {"2"}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch says so once
+@pytest.mark.parametrize("site", ["0", "2"])
+def test_what_cannot_germinate_by_hand_is_said_and_training_goes_on(site):
+    """A site that cannot be described; a blueprint for another width."""
+    other = SiteSpec(kind="linear", in_features=5, out_features=5)
+    wrong = esper.default_catalog().blueprints_for(other)[0]
+    _, events = trained(esper.ByHand([(site, "any" if site == "0" else wrong)]))
+    words = "pads unequally" if site == "0" else "was refused"
+    assert any(isinstance(e, Noted) and site in e.text and words in e.text for e in events)

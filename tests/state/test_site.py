@@ -9,6 +9,7 @@ from torch import nn
 from esper.compiler.catalog import capacity_free, default_catalog, noise, noop
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import lower
+from esper.contracts.errors import SiteDescriptionError
 from esper.execution.host_class import adopt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
@@ -117,7 +118,7 @@ def test_padding_by_name_is_described_in_numbers():
     """'same' and 'valid' become elements per side; what pads unequally is refused."""
     assert describe_site(nn.Conv2d(2, 2, 3, padding="same", dilation=2)).padding == (2, 2)
     assert describe_site(nn.Conv1d(2, 2, 3, padding="valid")).padding == (0,)
-    with pytest.raises(ValueError, match="unequally"):
+    with pytest.raises(SiteDescriptionError, match="unequally"):
         describe_site(nn.Conv1d(2, 2, 4, padding="same"))
 
 

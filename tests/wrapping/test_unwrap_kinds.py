@@ -254,3 +254,60 @@ def test_a_site_that_was_loaded_and_never_called_is_a_graph_too():
         other = esper.wrap(Net(CASES[name][0]()), select="site").eval()
         other.load_state_dict(model.state_dict())
         assert_same(esper.unwrap(other)(*given), model(*given))
+
+
+class Paired(nn.Module):
+    """A block that gives its input beside its output, and takes floats of one dtype in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, hidden, shifts=()):
+        return sum(shifts, self.fc(hidden)), hidden
+
+
+@pytest.mark.parametrize("kernel", [blueprint(6), Bend()], ids=["blueprint", "module"])
+@pytest.mark.parametrize("shifts", [(), [hidden()]], ids=["none", "list"])
+def test_a_model_that_moved_to_another_dtype_unwraps_to_what_it_gives(kernel, shifts):
+    """The call that was seen is made in the dtype that the host has now."""
+    model = esper.wrap(Net(Paired()), select="site").eval()
+    model.site.graft(
+        0, copy.deepcopy(kernel), alpha=0.5, mode="add", example=call(hidden(), shifts)
+    )
+    model.to(torch.bfloat16)
+    x, moved = hidden().bfloat16(), [shift.bfloat16() for shift in shifts]
+    expected = model(x, moved)
+    assert_same(esper.unwrap(model)(x, moved), expected)
+
+
+def test_a_host_of_two_dtypes_is_asked_in_the_dtype_that_was_seen():
+    """Its first parameter says nothing about what it takes."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6, dtype=torch.float64))
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, hidden):
+            return (self.fc(hidden) * self.gain.float(), hidden)
+
+    model = esper.wrap(Net(Mixed()), select="site").eval()
+    x = hidden()
+    model.site.graft(0, Bend(), alpha=0.5, mode="add", example=x)
+    expected = model(x)
+    assert_same(esper.unwrap(model)(x), expected)
+
+
+def test_a_site_that_no_longer_takes_what_was_seen_is_refused_and_nothing_changes():
+    """The error names the layer, what was raised and what to do; the model answers as before."""
+    site = Paired()
+    model = esper.wrap(Net(site), select="site").eval()
+    model.site.graft(0, Bend(), alpha=0.5, mode="add", example=hidden())
+    site.fc, kept = nn.Linear(7, 7), site.fc
+    with pytest.raises(ValueError, match=r"'site'.*RuntimeError.*example="):
+        esper.unwrap(model)
+    site.fc = kept
+    assert list(esper.layers(model)) == ["site"]
+    assert model(hidden())[0].shape == hidden().shape

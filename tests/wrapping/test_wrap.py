@@ -179,6 +179,15 @@ def test_a_refused_wrap_changes_nothing(num_seeds):
     assert [type(m) for m in model.modules()] == classes
 
 
+@pytest.mark.parametrize("num_seeds", ["4", 2.5, True, None])
+def test_a_number_of_seeds_that_is_none_is_a_type_error(num_seeds):
+    """Told by its name, not by that of a layer that is not to blame; nothing changes."""
+    model = cnn()
+    with pytest.raises(TypeError, match="num_seeds is a whole number, at least 1; got"):
+        esper.wrap(model, num_seeds=num_seeds)
+    assert not esper.layers(model)
+
+
 def test_only_modules_can_be_wrapped():
     """Anything else is a TypeError that says what was found."""
     with pytest.raises(TypeError, match="found list"):

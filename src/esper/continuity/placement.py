@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.continuity.ensemble import members_of, own_groups, takes
-from esper.state.host_parts import SEEDS, is_in_a_seed
+from esper.state.host_parts import SEEDS_PREFIX, is_in_a_seed
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Placement:
         for below, kind, p, _ in _parts(kernel):
             if not p.requires_grad or self.is_hosts(p) or self.holds(p):
                 continue
-            name = self.name_in_model(layer, f"{SEEDS}.{seed_idx}.kernel.{below}")
+            name = self.name_in_model(layer, f"{SEEDS_PREFIX}{seed_idx}.kernel.{below}")
             group = self._chosen(name, p)
             group = self._group_of(layer, kind, p) if group is None else group
             if group is None:

@@ -1,7 +1,7 @@
 """Every closed set of words that a caller may say or read, each told once.
 
-A type checker sees the alternatives through the ``Literal``; code that must check a value at run
-time takes them from the tuple beside it, which is made from the same type.
+A type checker sees the alternatives through the ``Literal``; where code must check a value at run
+time, there is a tuple beside it, which is made from the same type.
 """
 
 from __future__ import annotations
@@ -23,11 +23,20 @@ GUARDS: Final[tuple[Guard, ...]] = get_args(Guard)
 
 Goal = Literal["min", "max"]
 """Whether a lower or a higher measure is better."""
-GOALS: Final[tuple[Goal, ...]] = get_args(Goal)
 
 Gate = Literal["admission", "fossilization"]
 """Which arrow between the stages of a graft a gate stands at."""
 GATES: Final[tuple[Gate, ...]] = get_args(Gate)
+
+SeedState = Literal[
+    "dormant",
+    "loading",
+    "active",
+    "error_recovery",
+    "fossilized",
+]
+"""The name of a ``SeedLifecycleState`` in files, in the order of its values."""
+SEED_STATES: Final[tuple[SeedState, ...]] = get_args(SeedState)
 
 GraftVerdict = Literal[
     "in progress",
@@ -37,8 +46,24 @@ GraftVerdict = Literal[
     "fossilized",
 ]
 """What became of a graft."""
-GRAFT_VERDICTS: Final[tuple[GraftVerdict, ...]] = get_args(GraftVerdict)
 
 Verification = Literal["snapshot", "fork"]
 """What an admitted graft is held against: the run at its admission, or twins in training."""
-VERIFICATIONS: Final[tuple[Verification, ...]] = get_args(Verification)
+
+Verdict = Literal[
+    "diminishing",
+    "deadline",
+    "overfitting",
+    "too_early",
+    "too_late",
+    "improving",
+    "scheduled",
+    "waiting",
+]
+"""The rule by which a policy decided; ``"scheduled"`` and ``"waiting"`` are of those without rules.
+"""
+VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
+
+Schedule = Literal["epoch", "update"]
+"""After what a learning-rate scheduler steps."""
+SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)

@@ -6,6 +6,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
     EsperError
     ├── BlueprintError                  a blueprint breaks a rule; permanent
     ├── GrowthError                     a growth run cannot be set up or continued
+    ├── SiteDescriptionError            no kernel can be offered at a layer; also a ValueError
     ├── CircuitOpenError                an endpoint has been failing and is not asked; transient
     ├── DeadlineExceededError           the time that was given is over; also a TimeoutError
     └── KasminaException                everything of the execution engine
@@ -37,6 +38,10 @@ class BlueprintError(EsperError):
 
 class GrowthError(EsperError):
     """A growth run cannot be set up or continued as asked."""
+
+
+class SiteDescriptionError(EsperError, ValueError):
+    """A layer does what no kernel of the catalog can be told to do, so none is offered there."""
 
 
 class CircuitOpenError(EsperError):

@@ -10,13 +10,14 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from esper.contracts.choices import GATES, SEED_STATES
 from esper.contracts.lifecycle import GraftStage
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import Gate
+    from esper.contracts.choices import Gate, SeedState, Verdict
 
 EVENT_FORMAT_VERSION: Final = 1
 
@@ -73,13 +74,13 @@ class Detected(Event):
         grow: What it answered.
         verdict: The rule that decided, in a word: ``"diminishing"``, ``"deadline"``,
             ``"overfitting"``, ``"too_early"``, ``"too_late"``, ``"improving"``, ``"scheduled"``,
-            ``"waiting"``, or a word of the owner's policy.
+            ``"waiting"``. A file may have a word of an owner's policy, which is read as it is.
         reason: Why, in a sentence.
     """
 
     kind: ClassVar[str] = "detected"
     grow: bool
-    verdict: str
+    verdict: Verdict
     reason: str
 
 
@@ -236,7 +237,7 @@ class SeedFaulted(Event):
     site: str
     seed_idx: int
     faults: int
-    state: str
+    state: SeedState
     reason: str
 
 
@@ -286,6 +287,15 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
     )
 }
 
+_STAGES: Final = tuple(stage.value for stage in GraftStage)
+_CLOSED: Final[dict[str, tuple[str, ...]]] = {
+    "gate": GATES,
+    "state": SEED_STATES,
+    "before": ("", *_STAGES),
+    "after": _STAGES,
+}
+"""Fields that hold a word of a closed set, and the set."""
+
 
 def event_to_json(event: Event) -> str:
     """Write one event as one line of JSON, without the newline.
@@ -301,7 +311,8 @@ def event_from_json(line: str) -> Event:
     """Read one event back; the inverse of :func:`event_to_json`.
 
     Raises:
-        ValueError: The line is not an event, is of a newer format, or has other fields.
+        ValueError: The line is not an event, is of a newer format, has other fields, or has a word
+            in one that is none of its set.
     """
     body = json.loads(line)
     if not isinstance(body, dict):
@@ -324,4 +335,11 @@ def event_from_json(line: str) -> Event:
         odd = sorted(known ^ body.keys())
         msg = f"a {kind!r} event has the fields {sorted(known)}; these do not match: {odd}"
         raise ValueError(msg)
+    for name, words in _CLOSED.items():
+        if name in body and body[name] not in words:
+            msg = (
+                f"the field {name!r} of a {kind!r} event is one of {', '.join(map(repr, words))}, "
+                f"found {body[name]!r}"
+            )
+            raise ValueError(msg)
     return cls(**body)

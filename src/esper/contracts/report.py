@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from esper.contracts.intervals import Interval, mean_interval
 from esper.contracts.lifecycle import GraftStage
@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from esper.contracts.choices import GraftVerdict
 
 REPORT_FORMAT_VERSION: Final = 1
-ARMS: Final = ("host", "grown", "random", "scratch")
-CONTROL_KINDS: Final = ("noop", "noise", "capacity_free", "random_features")
+
+Arm = Literal["host", "grown", "random", "scratch"]
+"""How a model of the demo was made."""
+ARMS: Final[tuple[Arm, ...]] = get_args(Arm)
+
+ControlKind = Literal["noop", "noise", "capacity_free", "random_features"]
+"""A way to make a graft that does not deserve to stay."""
+CONTROL_KINDS: Final[tuple[ControlKind, ...]] = get_args(ControlKind)
+
 OPTIMISTIC: Final = "used for growing: optimistic"
 ONE_RUN_EACH: Final = "One run each: another random seed may tell otherwise."
 
@@ -73,7 +80,7 @@ class GraftRecord:
         blueprint: Human name of the kernel's blueprint.
         artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
         stage: Where the graft is; ``fossilized`` and ``culled`` are final.
-        verdict: What was decided, in a word or three; one of ``GRAFT_VERDICTS``.
+        verdict: What was decided, in a word or three; one of ``GraftVerdict``.
         reason: Why, in a sentence.
         parameters: Parameters of the kernel.
         germinated_at: Update at which the graft was chosen.
@@ -339,7 +346,7 @@ class ArmRun:
         report: What the run's Grower reported; None for arms without one.
     """
 
-    arm: str
+    arm: Arm
     random_seed: int
     updates: tuple[int, ...]
     accuracy: tuple[float, ...]
@@ -368,7 +375,7 @@ class ControlRow:
         naive_accepted: Grafts that a naive on/off gate would have kept.
     """
 
-    kind: str
+    kind: ControlKind
     tried: int
     admitted: int
     fossilized: int

@@ -25,7 +25,7 @@ from esper.running.kernel_executor import RealKernelExecutor, shared_executor
 from esper.seeds import folding, grafting, maintenance, rebuilding, shadow
 from esper.seeds.layer_health import monitor_of
 from esper.seeds.structure import structure as structure_of
-from esper.state.host_parts import SEEDS
+from esper.state.host_parts import SEEDS_PREFIX
 from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord
 from esper.state.site import widths
@@ -340,8 +340,10 @@ class KasminaLayer(nn.Module):
             KernelRefusedError: The probe refused the kernel.
             SeedLifecycleError: The seed is a fossil, or was unloaded, cancelled or given a kernel
                 that was asked for later meanwhile.
-            ValueError: An argument is out of range.
+            ValueError: An argument is out of range; told before anything is fetched.
+            TypeError: An argument is unknown or of the wrong type; as above.
         """
+        grafting.check_options(self, seed_idx, options, asked="load_kernel")
         load = functools.partial(self.kernel_cache.load_kernel, artifact_id)
         with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
@@ -354,6 +356,7 @@ class KasminaLayer(nn.Module):
         self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
     ) -> bool:
         """Do what :meth:`load_kernel` does, and wait for it; another thread tries again."""
+        grafting.check_options(self, seed_idx, options, asked="load_kernel_sync")
         load = functools.partial(self.kernel_cache.load_kernel_sync, artifact_id)
         with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
@@ -587,7 +590,7 @@ class KasminaLayer(nn.Module):
         """Build the seeds that the dict has, then load as the host does; or load nothing here."""
         _, unexpected_keys, error_messages = args[-3:]
         try:
-            left = rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS}.")
+            left = rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS_PREFIX}")
         except (KernelLoadError, ValueError) as error:
             error_messages.append(str(error))
             self._keep_own_state(state_dict, prefix)

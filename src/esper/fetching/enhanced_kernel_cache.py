@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import KernelSource
-    from esper.fetching.kernel_cache import CacheSettings
+    from esper.fetching.kernel_cache import CacheOptions
     from esper.resilience.circuit_breaker import CircuitBreaker
     from esper.resilience.retry import RetryBudget
 
@@ -92,7 +92,7 @@ class EnhancedKernelCache(KernelCache):
         *args: Any,
         breaker: CircuitBreaker | None = None,
         quarantine_after: int = 3,
-        **settings: Unpack[CacheSettings],
+        **settings: Unpack[CacheOptions],
     ) -> None:
         super().__init__(*args, **settings)
         if quarantine_after < 1:

@@ -40,7 +40,7 @@ class Decode(Protocol):
         ...
 
 
-class CacheSettings(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
     """What a :class:`KernelCache` is made of, by keyword; see there."""
 
     max_cache_size_mb: float

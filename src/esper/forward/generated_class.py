@@ -1,4 +1,4 @@
-"""Classes made for a host class: how a host object becomes a layer, and gets its class back.
+"""The classes that a host object may have as a layer: what each does in a forward.
 
 For a host class and a family (KasminaLayer or a subclass of it) there are five classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a

@@ -183,7 +183,7 @@ class _IncomingHook:
         self._seen, self._call = seed.seen, call
 
     def __call__(self, gradient: Tensor | None) -> None:
-        """Take note; the gradient passes unchanged."""
+        """Remember it; the gradient passes unchanged."""
         if gradient is not None and not in_transform():
             self._seen.come_in(self._call, summed(gradient.detach()))
 

@@ -28,7 +28,7 @@ from esper.growth.twins import twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
 from esper.observability.run_folder import EVENTS_FILE, claim_run_folder
-from esper.registry.open import open as open_registry
+from esper.registry.open import open_registry
 from esper.resilience.clock import MonotonicClock
 from esper.wrapping.wrap import layers
 

@@ -10,6 +10,7 @@ import torch
 from esper.continuity.optimizer import audition_optimizer
 from esper.continuity.snapshot import seed_random_state
 from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import trainable_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,7 @@ class Audition:
         """Train the kernel on one batch; gradients reach its parameters and nothing else."""
         if self.optimizer is None:
             return
-        parameters = trainable(self.kernel.module)
+        parameters = trainable_parameters(self.kernel.module)
         apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
         with apart, self.layer.shadow(self.seed_idx, self.kernel):
             seed_random_state(model, self.random_seed + self.num_passes)
@@ -105,8 +106,3 @@ class Audition:
         """Measure the host as it is with the kernel on, at alpha 1."""
         with shadow_pass(model), self.layer.shadow(self.seed_idx, self.kernel):
             return evaluator(model)
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient."""
-    return [p for p in module.parameters() if p.requires_grad]

@@ -114,13 +114,17 @@ class Detector:
         """Take over what another detector observed; the settings stay this one's.
 
         Raises:
-            ValueError: The state is of another format.
+            ValueError: The state is of another format, or something is missing.
         """
         if state.get("format_version") != _STATE_VERSION:
             msg = (
                 f"detector state of format {state.get('format_version')!r}, "
                 f"this Esper reads {_STATE_VERSION}"
             )
+            raise ValueError(msg)
+        missing = [name for name in ("updates", "gate", "train") if name not in state]
+        if missing:
+            msg = f"detector state without {', '.join(missing)}; give it what state_dict() returned"
             raise ValueError(msg)
         self._updates = list(state["updates"])
         self._gate = list(state["gate"])

@@ -98,23 +98,23 @@ class Evaluator:
         self._repeats = True
 
 
-def averaged(evaluations: Sequence[Measurement]) -> Measurement:
-    """Return the mean of several evaluations of one split, sample by sample.
+def averaged(measurements: Sequence[Measurement]) -> Measurement:
+    """Return the mean of several measurements on one split, sample by sample.
 
     A run at a constant rate wobbles from update to update; the mean of a few looks is the model's
     level, and the gate compares levels.
 
     Args:
-        evaluations: At least one, all of the same samples; the metrics are those of the last.
+        measurements: At least one, all of the same samples; the metrics are those of the last.
     """
-    arrays = [e.per_sample for e in evaluations if e.per_sample is not None]
-    whole = len(arrays) == len(evaluations)
+    arrays = [m.per_sample for m in measurements if m.per_sample is not None]
+    whole = len(arrays) == len(measurements)
     with np.errstate(invalid="ignore", over="ignore"):  # a gate refuses what is not finite
         per_sample = np.mean(arrays, axis=0) if whole else None
     return Measurement(
-        loss=mean_of([e.loss for e in evaluations]),
+        loss=mean_of([m.loss for m in measurements]),
         per_sample=per_sample,
-        metrics=evaluations[-1].metrics,
+        metrics=measurements[-1].metrics,
     )
 
 

@@ -178,7 +178,7 @@ def judge(
     tau: float = 0.0,
     min_effect: float = 0.0,
 ) -> GateVerdict:
-    """Read a gate on two evaluations; without per-sample losses it does not pass.
+    """Read a gate on two measurements; without per-sample losses it does not pass.
 
     Args:
         reference: The gate split without the graft.

@@ -11,7 +11,12 @@ from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
 from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
-from esper.contracts.errors import BlueprintError, GrowthError, KasminaException
+from esper.contracts.errors import (
+    BlueprintError,
+    GrowthError,
+    KasminaException,
+    SiteDescriptionError,
+)
 from esper.growth.audition import Audition
 from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
@@ -92,7 +97,12 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             refused.append(RefusedCandidate(site=name, blueprint="", reason=reason))
             continue
         _tell_of_lost_steps(run, seen)
-        for blueprint in _offered(run, name, seen):
+        try:
+            offered = _offered(run, name, seen)
+        except SiteDescriptionError as error:
+            refused.append(RefusedCandidate(site=name, blueprint="", reason=str(error)))
+            continue
+        for blueprint in offered:
             candidate = make_candidate(run.layers[name], name, blueprint, seen)
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
             over = run.over_budget(cost)
@@ -184,14 +194,22 @@ def germinate_choice(
             f"nothing germinated at {choice.site}, where nothing was recorded: {silence}"
         )
         return None
-    blueprint = _named(run, layer, choice, observations[choice.site])
-    candidate = make_candidate(layer, choice.site, blueprint, observations[choice.site])
-    cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
+    seen = observations[choice.site]
+    try:
+        blueprint = _named(run, layer, choice, seen)
+    except SiteDescriptionError as error:
+        run.journal.note(f"{choice.blueprint} at {choice.site} was refused: {error}")
+        return None
+    made = attempt(functools.partial(make_candidate, layer, choice.site, blueprint, seen))
+    if isinstance(made, Failed):  # a blueprint of the owner's own, which may not fit the site
+        run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {made}")
+        return None
+    cost = Cost(parameters=made.value.parameters, flops=made.value.flops)
     reason = run.over_budget(cost)
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
         return None
-    return germinate(run, choice.site, blueprint, observations[choice.site], "named by hand")
+    return germinate(run, choice.site, blueprint, seen, "named by hand")
 
 
 def germinate(
@@ -280,11 +298,7 @@ def _null_audition(
 
 
 def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:
-    try:
-        spec = _described(run, run.layers[site], seen)
-    except ValueError:
-        return []  # a convolution that pads unequally, which no kernel of the catalog does
-    offered = run.catalog.blueprints_for(spec)
+    offered = run.catalog.blueprints_for(_described(run, run.layers[site], seen))
     return [_seeded(run, b) for b in offered if not run.embargoes.covers(site, b.id)]
 
 

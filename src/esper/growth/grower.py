@@ -110,6 +110,7 @@ class Grower:
             the optimizer trains, or the optimizer is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
         GrowthError: A site named by hand is none of the model's.
+        OSError: The log cannot be written in ``run_dir``.
     """
 
     @show_options
@@ -196,7 +197,7 @@ class Grower:
         )
 
     def step(self, loss: Tensor | float | None = None, batch: Batch = None) -> None:
-        """Take note of one training step; call it after the optimizer's.
+        """Count one training step; call it after the optimizer's.
 
         At the first step with a batch ``compute_loss`` is tried on it, and after the first update
         ``evaluate`` is; both leave no trace in the run.

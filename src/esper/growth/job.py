@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 from torch import nn
 
 from esper.continuity.ensemble import joined
+from esper.contracts.choices import SCHEDULES, Schedule
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import Progress
 from esper.growth.evaluation import measuring
@@ -75,7 +76,7 @@ class GrowthJob:
     test: Iterable[Batch] | None = None
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     scheduler: LRScheduler | None = None
-    schedule: Literal["epoch", "update"] = "epoch"
+    schedule: Schedule = "epoch"
     select: Select | None = None
     num_seeds: int = 4
     grower: GrowerOptions | GrowthSettings = field(default_factory=GrowerOptions)
@@ -97,7 +98,7 @@ class GrowthJob:
         if self.epochs < 1:
             msg = f"GrowthJob(epochs=...) is at least 1, got {self.epochs}"
             raise ValueError(msg)
-        if self.schedule not in ("epoch", "update"):
+        if self.schedule not in SCHEDULES:
             msg = f'GrowthJob(schedule=...) is "epoch" or "update", got {self.schedule!r}'
             raise ValueError(msg)
         for name in ("train", "gate", "test"):

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
+from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     AlphaChanged,
     Detected,
@@ -255,7 +256,7 @@ class Journal:
                 site=fault.layer,
                 seed_idx=fault.seed_idx,
                 faults=fault.faults,
-                state=fault.state.name.lower(),
+                state=SEED_STATES[fault.state],
                 reason=fault.reason,
             )
         )

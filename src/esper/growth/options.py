@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
 from esper.growth.budget import Budget
 from esper.growth.callbacks import TAKES, check_function
-from esper.growth.settings import GrowthOptions, GrowthSettings
+from esper.growth.policies import check_policy
+from esper.growth.settings import GrowthSettings, SettingOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-class GrowerOptions(GrowthOptions, total=False):
+class GrowerOptions(SettingOptions, total=False):
     """What :class:`esper.Grower` takes by keyword, and what ``GrowthJob(grower=...)`` may hold.
 
     What each means is told in :class:`esper.Grower`.
@@ -50,12 +51,11 @@ class GrowerOptions(GrowthOptions, total=False):
 
 
 PARTS: Final = tuple(
-    name for name in GrowerOptions.__annotations__ if name not in GrowthOptions.__annotations__
+    name for name in GrowerOptions.__annotations__ if name not in SettingOptions.__annotations__
 )
 """Names of the options that are no numbers; None leaves each at its default."""
 
 _METHODS: Final = {
-    "policy": ("observe", "decide", "germinated"),
     "ranking": ("rank",),
     "catalog": ("blueprints_for",),
     "registry": ("put", "get"),
@@ -75,7 +75,7 @@ def check_options(options: Mapping[str, object]) -> GrowthSettings:
         TypeError: A name is unknown, or a value is of the wrong type.
         ValueError: A setting is out of its range.
     """
-    known = [*PARTS, *GrowthOptions.__annotations__]
+    known = [*PARTS, *SettingOptions.__annotations__]
     for name in options:
         if name not in known:
             raise TypeError(_unknown(name, known))
@@ -87,6 +87,11 @@ def check_options(options: Mapping[str, object]) -> GrowthSettings:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if name == "settings":
+        return (
+            "the Grower takes each setting by its name: Grower(model, optimizer, "
+            "**settings.as_options())"
+        )
     nearest = difflib.get_close_matches(str(name), known, n=1)
     cure = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(sorted(known))}"
     return f"{name!r} is none of the Grower's arguments; {cure}"
@@ -102,13 +107,15 @@ def _check_part(name: str, part: object) -> None:
     if name == "run_dir" and not isinstance(part, (str, os.PathLike)):
         msg = f"run_dir is a path; got {part!r} (a {type(part).__name__})"
         raise TypeError(msg)
+    if name == "policy":
+        check_policy(name, part)
     methods = _METHODS.get(name, ())
     if methods and isinstance(part, type):
         msg = f"{name} is an object, got the class {part.__name__}; make one of it"
         raise TypeError(msg)
     missing = [method for method in methods if not hasattr(part, method)]
     if missing:
-        cure = "; esper.registry.open(address) opens one" if name == "registry" else ""
+        cure = "; esper.open_registry(folder) opens one" if name == "registry" else ""
         msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none{cure}"
         raise TypeError(msg)
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol
+from types import NoneType
+from typing import Any, Final, Protocol
 
+from esper.contracts.arguments import check_type, whole_number
 from esper.contracts.blueprint import BlueprintIR
 from esper.growth.detector import Detector, out_of_time
 from esper.growth.reading import Choice, Decision, PolicyState, Reading
+
+_ASKED: Final = {
+    "observe": ("reading",),
+    "decide": ("reading",),
+    "germinated": ("update", "choice"),
+}
+"""What every policy is called with, by method."""
 
 
 class Policy(Protocol):
@@ -60,9 +70,14 @@ class DiminishingReturns(Policy):
 
     Args:
         detector: Holds the rules; the default one where None.
+
+    Raises:
+        TypeError: ``detector`` is no detector.
     """
 
     def __init__(self, detector: Detector | None = None) -> None:
+        words = "a Detector, or None for the default one"
+        check_type("detector", detector, (Detector, NoneType), words)
         self.detector = Detector() if detector is None else detector
         self._observed_at: int | None = None
 
@@ -82,9 +97,14 @@ class DiminishingReturns(Policy):
         return {**self.detector.state_dict(), "observed_at": self._observed_at}
 
     def load_state_dict(self, state: PolicyState) -> None:
-        """Take over a detector's observations."""
+        """Take over a detector's observations.
+
+        Raises:
+            ValueError: Something is missing, or the state is of another format.
+        """
+        observed_at = _remembered(self, state, "observed_at")
         self.detector.load_state_dict(state)
-        self._observed_at = state["observed_at"]
+        self._observed_at = observed_at
 
 
 class EveryN(Policy):
@@ -94,14 +114,12 @@ class EveryN(Policy):
         updates: Updates between two germinations, at least 1.
 
     Raises:
+        TypeError: ``updates`` is no whole number.
         ValueError: ``updates`` is less than 1.
     """
 
     def __init__(self, updates: int) -> None:
-        if updates < 1:
-            msg = f"updates is the distance between two grafts, at least 1, got {updates}"
-            raise ValueError(msg)
-        self.updates = updates
+        self.updates = whole_number("updates", updates, least=1)
         self._last = 0
 
     def decide(self, reading: Reading) -> Decision:
@@ -123,8 +141,12 @@ class EveryN(Policy):
         return {"last": self._last}
 
     def load_state_dict(self, state: PolicyState) -> None:
-        """Take over when the last graft germinated."""
-        self._last = int(state["last"])
+        """Take over when the last graft germinated.
+
+        Raises:
+            ValueError: It is missing.
+        """
+        self._last = int(_remembered(self, state, "last"))
 
 
 class ByHand(Policy):
@@ -136,6 +158,7 @@ class ByHand(Policy):
         choices: Each a :class:`Choice`, ``(site, blueprint)`` or ``(site, blueprint, update)``.
 
     Raises:
+        TypeError: ``choices`` is a single one, or a part of an entry is of the wrong type.
         ValueError: An entry is none of these, or its update is negative.
     """
 
@@ -145,6 +168,7 @@ class ByHand(Policy):
             Choice | tuple[str, BlueprintIR | str] | tuple[str, BlueprintIR | str, int]
         ],
     ) -> None:
+        check_type("choices", choices, Iterable, "a list of choices, also of one: [choice]")
         self.choices = tuple(_as_choice(entry) for entry in choices)
         self._num_done = 0
 
@@ -169,8 +193,12 @@ class ByHand(Policy):
         return {"num_done": self._num_done}
 
     def load_state_dict(self, state: PolicyState) -> None:
-        """Take over how many choices are done."""
-        self._num_done = int(state["num_done"])
+        """Take over how many choices are done.
+
+        Raises:
+            ValueError: It is missing.
+        """
+        self._num_done = int(_remembered(self, state, "num_done"))
 
     def _next(self) -> Choice | None:
         return self.choices[self._num_done] if self._num_done < len(self.choices) else None
@@ -199,9 +227,13 @@ class _Composed(Policy):
             msg = f"{type(self).__name__} is made of one policy or more, got none"
             raise TypeError(msg)
         for policy in policies:
-            if isinstance(policy, type) or not hasattr(policy, "decide"):
-                msg = f"{type(self).__name__} is made of policies, got {policy!r}"
+            if isinstance(policy, (list, tuple)):
+                msg = (
+                    f"{type(self).__name__} is made of policies, got a {type(policy).__name__}; "
+                    f"pass them one by one: {type(self).__name__}(first, second)"
+                )
                 raise TypeError(msg)
+            check_policy(f"each policy that {type(self).__name__} is made of", policy)
         self.policies = policies
 
     def observe(self, reading: Reading) -> None:
@@ -222,9 +254,9 @@ class _Composed(Policy):
         """Take over the memory of as many policies, in the same order.
 
         Raises:
-            ValueError: It is the memory of more policies, or of fewer.
+            ValueError: It is the memory of more policies, or of fewer, or of none at all.
         """
-        states = state["policies"]
+        states = _remembered(self, state, "policies")
         if len(states) != len(self.policies):
             msg = f"the state is of {len(states)} policies, this is made of {len(self.policies)}"
             raise ValueError(msg)
@@ -275,6 +307,44 @@ class AllOf(_Composed):
         return replace(decisions[0], reason="; ".join(d.reason for d in decisions), choice=choice)
 
 
+def check_policy(name: str, policy: object) -> None:
+    """Refuse what cannot be asked as a policy, before anything is trained.
+
+    Args:
+        name: What it is, for messages.
+        policy: What was given.
+
+    Raises:
+        TypeError: It is a class, lacks a method, or has one that cannot be called as it will be.
+    """
+    if isinstance(policy, type):
+        msg = f"{name} is an object, got the class {policy.__name__}; make one of it"
+        raise TypeError(msg)
+    for method, arguments in _ASKED.items():
+        if not callable(getattr(policy, method, None)):
+            msg = (
+                f"{name} has the method {method}(); {type(policy).__name__} has none; derive it "
+                "from esper.Policy"
+            )
+            raise TypeError(msg)
+        _check_call(name, policy, method, arguments)
+
+
+def _check_call(name: str, policy: object, method: str, arguments: tuple[str, ...]) -> None:
+    try:
+        signature = inspect.signature(getattr(policy, method))
+    except ValueError:
+        return  # a callable that is not written in Python does not always tell its own
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        msg = (
+            f"{name} is called as {method}({', '.join(arguments)}); {type(policy).__name__} has "
+            f"{method}{signature}: {error}"
+        )
+        raise TypeError(msg) from error
+
+
 def choices_of(policy: Policy) -> tuple[Choice, ...]:
     """Return every graft that a policy, or one that it is made of, was told by hand."""
     if isinstance(policy, ByHand):
@@ -290,7 +360,15 @@ def _as_choice(entry: object) -> Choice:
     if not isinstance(entry, Choice):
         msg = f"a choice by hand is (site, blueprint) or (site, blueprint, update), got {entry!r}"
         raise ValueError(msg)  # noqa: TRY004 - a malformed entry, whatever its type
-    if entry.update < 0:
-        msg = f"the update of {entry.site!r} is at least 0, got {entry.update}"
-        raise ValueError(msg)
     return entry
+
+
+def _remembered(policy: Policy, state: PolicyState, name: str) -> Any:
+    """Return one thing that a policy remembered."""
+    if name not in state:
+        msg = (
+            f"the state of a {type(policy).__name__} has {name!r}, found {sorted(state)}; give it "
+            "what its state_dict() returned"
+        )
+        raise ValueError(msg)
+    return state[name]

@@ -31,6 +31,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.arguments import positive_number, whole_number
+from esper.contracts.choices import Position
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
 from esper.state.host_parts import host_parameters
@@ -65,7 +67,7 @@ class Candidate:
     blueprint: str
     kernel: nn.Module
     zeroed: str | None
-    position: str
+    position: Position
     parameters: int
     flops: float | None = None
 
@@ -138,11 +140,15 @@ class FirstOrderGain:
     Args:
         ridge: Ridge on second moments, as a share of their mean eigenvalue; above 0.
         random_seed: Starts the generator that draws rows, and the kernels' random numbers.
+
+    Raises:
+        TypeError: An argument is no number.
+        ValueError: ``ridge`` is not above 0, or not finite.
     """
 
     def __init__(self, *, ridge: float = RIDGE, random_seed: int = 0) -> None:
-        self._ridge = ridge
-        self._random_seed = random_seed
+        self._ridge = positive_number("ridge", ridge)
+        self._random_seed = whole_number("random_seed", random_seed)
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -166,10 +172,13 @@ class GradientNorm:
 
     Args:
         random_seed: Starts the generator that draws rows, and the kernels' random numbers.
+
+    Raises:
+        TypeError: ``random_seed`` is no whole number.
     """
 
     def __init__(self, *, random_seed: int = 0) -> None:
-        self._random_seed = random_seed
+        self._random_seed = whole_number("random_seed", random_seed)
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -190,10 +199,13 @@ class RandomChoice:
 
     Args:
         random_seed: Starts the generator.
+
+    Raises:
+        TypeError: ``random_seed`` is no whole number.
     """
 
     def __init__(self, random_seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(random_seed)
+        self._generator = torch.Generator().manual_seed(whole_number("random_seed", random_seed))
 
     def rank(
         self,

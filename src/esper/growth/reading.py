@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType
+from typing import Any
 
+from esper.contracts.arguments import check_type, whole_number
 from esper.contracts.blueprint import BlueprintIR
+from esper.contracts.choices import VERDICTS, Verdict
 
 PolicyState = dict[str, Any]
 """What a policy remembers, as JSON-able values by name."""
-
-Verdict = Literal[
-    "diminishing",
-    "deadline",
-    "overfitting",
-    "too_early",
-    "too_late",
-    "improving",
-    "scheduled",
-    "waiting",
-]
-"""The rule that decided; ``"scheduled"`` and ``"waiting"`` are of policies without such rules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +48,23 @@ class Choice:
         site: Name of the layer in the wrapped model.
         blueprint: The blueprint itself, or the id of one in the catalog.
         update: Earliest update at which to germinate it, at least 0.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: ``update`` is negative.
     """
 
     site: str
     blueprint: BlueprintIR | str
     update: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what names no graft."""
+        check_type("site", self.site, str, "the name of a layer")
+        check_type(
+            "blueprint", self.blueprint, (BlueprintIR, str), "a BlueprintIR or the id of one"
+        )
+        whole_number(f"update of {self.site!r}", self.update, least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +76,24 @@ class Decision:
         verdict: The rule that decided.
         reason: One sentence for the log.
         choice: The graft that the owner named; None where the ranking is to choose.
+
+    Raises:
+        TypeError: ``choice`` is no :class:`Choice`.
+        ValueError: ``verdict`` is none.
     """
 
     grow: bool
     verdict: Verdict
     reason: str
     choice: Choice | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what says nothing."""
+        if self.verdict not in VERDICTS:
+            msg = (
+                f"verdict is {', '.join(map(repr, VERDICTS[:-1]))} or {VERDICTS[-1]!r}, got "
+                f"{self.verdict!r}; a rule of one's own is 'scheduled' or 'waiting', and says more "
+                "in its reason"
+            )
+            raise ValueError(msg)
+        check_type("choice", self.choice, (Choice, NoneType), "an esper.Choice or None")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from esper.forward.host_output import blendable, with_first
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
+from esper.state.host_parts import trainable_parameters
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 
@@ -311,7 +312,7 @@ def record_beside(
         sites: Of which sites; None: of all.
     """
     assert recorder.records_shadow_passes
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = trainable_parameters(model)
     recorder.beside = frozenset(recorder.observations if sites is None else sites)
     apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
     try:

@@ -78,7 +78,7 @@ class GrowthRun:
             tested at the k-th level, which its contenders share.
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
             be had; None before.
-        last_measurement: The last evaluation of the model as it is.
+        last_measurement: What the last evaluation of the model as it is gave.
     """
 
     model: nn.Module

@@ -141,7 +141,7 @@ class GrowthSettings:
             ValueError: A value is out of its range.
         """
         own = {field.name: options[field.name] for field in fields(cls) if field.name in options}
-        return cls(**cast("GrowthOptions", own))  # what they are is checked when it is made
+        return cls(**cast("SettingOptions", own))  # what they are is checked when it is made
 
     @property
     def graft_updates(self) -> int:
@@ -153,16 +153,16 @@ class GrowthSettings:
         """Updates from an admission until the verdict."""
         return self.ramp_updates + self.hold_updates
 
-    def as_options(self) -> GrowthOptions:
+    def as_options(self) -> SettingOptions:
         """Return the settings as the keywords that the Grower takes."""
-        return cast("GrowthOptions", asdict(self))
+        return cast("SettingOptions", asdict(self))
 
     def as_dict(self) -> dict[str, JsonValue]:
         """Return the values by name."""
         return asdict(self)
 
 
-class GrowthOptions(TypedDict, total=False):
+class SettingOptions(TypedDict, total=False):
     """The settings for a type checker, which cannot derive them; a test holds the two together.
 
     What each means, and what it may be, is told in :class:`GrowthSettings`.

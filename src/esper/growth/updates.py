@@ -49,7 +49,7 @@ class UpdateWatcher:
         self.loss_scale = self.share_kept = 1.0
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
-        """Take note of a training step.
+        """Count a training step.
 
         Args:
             batch: Its batch; None where the owner gave none.

@@ -1,11 +1,11 @@
 """Where artifacts are kept, by digest: in memory, in a directory, or behind an HTTP address.
 
-Bytes only: nothing here imports torch or builds a kernel. The door is ``open``; what every registry
-must do is the port in ``contracts.ports``.
+Bytes only: nothing here imports torch or builds a kernel. The door is ``open_registry``; what every
+registry must do is the port in ``contracts.ports``.
 """
 
 from __future__ import annotations
 
-from esper.registry.open import open, open_registry  # noqa: A004 - registry.open() is how it is called
+from esper.registry.open import open_registry
 
-__all__ = ["open", "open_registry"]
+__all__ = ["open_registry"]

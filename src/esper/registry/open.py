@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -17,12 +17,25 @@ if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource, Registry
 
 
-def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it is called
-    """Open a registry.
+@overload
+def open_registry(url: Path | Literal["memory:"]) -> Registry: ...
+
+
+@overload
+def open_registry(url: str) -> KernelSource: ...
+
+
+def open_registry(url: str | Path) -> KernelSource:
+    """Open where kernels are kept: a registry, or behind HTTP a source that is only read.
 
     Args:
-        url: ``"memory:"`` for one that ends with the process, every call its own; or a directory
-            as a path or as ``file:///...``, made where it is missing.
+        url: ``"memory:"`` for a registry that ends with the process, every call its own; a
+            directory as a path or as ``file:///...``, made where it is missing; or
+            ``http://...`` or ``https://...``, without credentials, to fetch from.
+
+    Returns:
+        A ``Registry``, which the Grower takes too; for HTTP a ``KernelSource``. A type checker
+        cannot read addresses: give it a ``Path`` where it is to know of a registry.
 
     Raises:
         KernelSourceUnavailable: The directory cannot be made, read or written.
@@ -32,34 +45,19 @@ def open(url: str | Path) -> Registry:  # noqa: A001 - registry.open() is how it
     address = _checked(url)
     if address == "memory:":
         return MemoryRegistry()
+    if re.match(r"https?://", address, re.IGNORECASE):
+        from esper.registry.http import HttpKernelSource  # an HTTP client comes with it: late
+
+        return HttpKernelSource(address)
     if address.startswith("file:"):
         return DirectoryRegistry(_path_of(address))
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
         msg = (
-            f"{address!r} is no registry: expected memory:, a directory, or file:///path; kernels "
-            "are only fetched from http:// and https://, by open_registry"
+            f"{address!r} is no address of kernels: expected memory:, a directory, file:///path, "
+            "or http:// or https:// to fetch from"
         )
         raise ValueError(msg)
     return DirectoryRegistry(address)
-
-
-def open_registry(url: str | Path) -> KernelSource:
-    """Open what kernels are fetched from, without the right to change it.
-
-    Args:
-        url: ``http://...`` or ``https://...``, without credentials; or an address that
-            :func:`open` takes.
-
-    Raises:
-        KernelSourceUnavailable: The directory cannot be made, read or written.
-        TypeError: The address is neither text nor a path.
-        ValueError: The address is of another kind, or the directory of a newer Esper.
-    """
-    if re.match(r"https?://", _checked(url), re.IGNORECASE):
-        from esper.registry.http import HttpKernelSource  # an HTTP client comes with it: late
-
-        return HttpKernelSource(str(url))
-    return open(url)
 
 
 def _checked(url: object) -> str:

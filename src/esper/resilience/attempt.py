@@ -1,7 +1,8 @@
 """The one broad fence around foreign code: a callback, a sink, a hook that somebody else wrote.
 
-A forward has a fence of its own, inline, because a call more per seed is too much there. Everything
-else that catches an error names its class.
+A forward has a fence of its own, inline, because a call more per seed is too much there; and so has
+the copy of a call's argument, in ``state``, which may not import this room. Whatever else catches
+everything raises it again, as it is or under a class of its own: a probe, a fold, a trace.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def attempt(fn: Callable[[], R]) -> Done[R] | Failed:
     """
     try:
         return Done(fn())
-    except Exception as error:  # noqa: BLE001 - the one broad fence outside of a forward
+    except Exception as error:  # noqa: BLE001 - the one broad fence above the hot path
         return Failed(error)
 
 

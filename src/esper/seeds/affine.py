@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from esper.compiler.lowering import LoweredKernel
 from esper.compiler.parts import Add, Diagonal, Scale, Sub
+from esper.contracts.errors import SiteDescriptionError
 from esper.state.site import convolution_padding
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def geometry_of(conv: _ConvNd) -> Geometry:
     """
     try:
         padding = convolution_padding(conv)
-    except ValueError as error:
+    except SiteDescriptionError as error:
         raise NotFoldable(str(error)) from error
     return Geometry(
         stride=tuple(conv.stride),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from numbers import Real
@@ -25,18 +26,23 @@ from esper.seeds.shadow import seen_example, shadow_pass
 from esper.seeds.slots import apply_guard, forget_waiting, insert, make_seed, withdraw
 from esper.seeds.structure import encoded_structure
 from esper.seeds.watching import begin_watch, is_between_calls
-from esper.state.kernel import Kernel, PreparedKernel, prepare_kernel, reference_tensor
+from esper.state.kernel import (
+    Kernel,
+    PreparedKernel,
+    check_choices,
+    prepare_kernel,
+    reference_tensor,
+)
 from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import LayerRecord, record_of
 from esper.state.made_call import made_calls
 from esper.state.seed_slot import Seed
-from esper.state.waiting import GraftRequest, WaitingGraft
+from esper.state.waiting import GraftOptions, GraftRequest, WaitingGraft
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from esper.contracts.choices import Guard
-    from esper.state.waiting import GraftOptions
 
 _S: Final = SeedLifecycleState
 
@@ -81,6 +87,33 @@ def graft(
         _install(layer, seed_idx, request, alpha, seen)
     else:
         _probe_and_install(layer, seed_idx, request, seen)
+
+
+def check_options(layer: nn.Module, seed_idx: int, options: GraftOptions, *, asked: str) -> None:
+    """Refuse what ``graft`` would refuse whatever the kernel; for who has to wait for the kernel.
+
+    Args:
+        layer: The layer.
+        seed_idx: The seed.
+        options: What the caller said by name.
+        asked: Name of the method that was called, for messages.
+
+    Raises:
+        SeedLifecycleError: The seed is a fossil.
+        TypeError: A name is unknown, or a value is of the wrong type.
+        ValueError: A value is out of its range.
+    """
+    known = list(GraftOptions.__annotations__)
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(known)}"
+            msg = f"{name!r} is none of {asked}'s arguments; {cure}"
+            raise TypeError(msg)
+    _check(layer, seed_idx, options.get("alpha"), options.get("guard", "always"))
+    check_choices(options.get("mode"), options.get("position"))
+    if options.get("example") is not None:
+        LayerCall.of(options["example"])
 
 
 def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: Guard) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +12,7 @@ from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.recompilation import grant
 from esper.forward.written_alphas import take_written_alphas
+from esper.resilience.attempt import Failed, attempt
 from esper.seeds.grafting import check_weight, finish_waiting
 from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
 from esper.seeds.layer_health import (
@@ -29,6 +31,7 @@ from esper.state.state_layout import FAULTS_IN_A_ROW
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from esper.state.layer_call import LayerCall
     from esper.state.seed_slot import Seed
 
 
@@ -213,15 +216,12 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
         return
     record = record_of(layer)
     seed.num_retries += 1
-    try:
-        if seed.example is None:
-            _give_up(layer, seed_idx, seed, "no example to probe it with")
-            return
-        device = reference_tensor(layer).device  # the model may have moved without it
-        seed.slot.to(device)
-        probe(layer, seed.kernel, seed.example.to(device))
-        check_weight(layer, seed_idx, seed.kernel, record.layout.alpha(seed_idx))
-    except Exception as error:  # noqa: BLE001 - a host of another dtype refuses the example, too
+    if seed.example is None:
+        _give_up(layer, seed_idx, seed, "no example to probe it with")
+        return
+    probed = attempt(functools.partial(_probe, layer, seed, seed.example))
+    if isinstance(probed, Failed):  # a kernel, or a host of another dtype that refuses the example
+        error = probed.error
         seed.last_error = str(error)
         seed.readings_to_wait = FIRST_RETRY_READINGS << seed.num_retries
         if seed.num_retries >= MAX_RETRIES:
@@ -234,6 +234,13 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
     seed.forget_calls()
     record.layout.transition_seed_state(seed_idx, _S.ACTIVE)
     insert(layer, seed, record.layout.alpha(seed_idx))
+
+
+def _probe(layer: nn.Module, seed: Seed, example: LayerCall) -> None:
+    device = reference_tensor(layer).device  # the model may have moved without it
+    seed.slot.to(device)
+    probe(layer, seed.kernel, example.to(device))
+    check_weight(layer, seed.seed_idx, seed.kernel, record_of(layer).layout.alpha(seed.seed_idx))
 
 
 def _give_up(layer: nn.Module, seed_idx: int, seed: Seed, reason: str) -> None:

@@ -17,6 +17,7 @@ from esper.forward.host_output import blendable
 from esper.forward.host_view import completed, host_forward, host_view
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import trainable_parameters
 from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import record_of
 
@@ -137,7 +138,7 @@ class _Probe:
         return ProbeResult(
             is_identity=is_identity,
             is_null=is_null,
-            is_trainable=bool(_trainable(module)),
+            is_trainable=bool(trainable_parameters(module)),
             remembered=remembered,
         )
 
@@ -202,7 +203,7 @@ class _Probe:
 
     def _check_gradients(self, module: nn.Module, given: LayerCall, k: Tensor) -> None:
         """Check that gradients are finite and reach every layer, the inner after one update."""
-        parameters = _trainable(module)
+        parameters = trainable_parameters(module)
         if not k.requires_grad:
             if parameters:
                 self._refuse("gradient", "a gradient for its parameters", "none at all")
@@ -274,10 +275,6 @@ def _ends_in_zeros(module: nn.Module) -> bool:
 
 def _share_memory(left: Tensor, right: Tensor) -> bool:
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def _reaches(gradient: Tensor | None) -> bool:

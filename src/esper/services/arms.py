@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.ports import EventSink
-    from esper.contracts.report import RunReport
+    from esper.contracts.report import Arm, RunReport
     from esper.growth.options import GrowerOptions
 
 LOOK_EVERY: Final = 10
@@ -183,7 +183,7 @@ def grown_arm(
         random_choice: Whether this is the random arm.
         sink: Takes every event of the run; None for nobody.
     """
-    arm = "random" if random_choice else "grown"
+    arm: Arm = "random" if random_choice else "grown"
     model = wrap(demo_host(random_seed))
     optimizer = optimizer_for(model)
     start = time.perf_counter()
@@ -285,7 +285,7 @@ def _dip_after(change: int, looks: Looks, host: Looks) -> float | None:
 
 
 def _plain_arm(
-    arm: str,
+    arm: Arm,
     model: nn.Module,
     digits: Digits,
     random_seed: int,
@@ -324,7 +324,7 @@ def _look(
 
 
 def _result(
-    arm: str,
+    arm: Arm,
     model: nn.Module,
     digits: Digits,
     looks: Looks,

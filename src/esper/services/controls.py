@@ -14,7 +14,7 @@ from esper.compiler import catalog
 from esper.continuity.optimizer import sync_optimizer
 from esper.continuity.placement import Placement
 from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import ControlRow
+from esper.contracts.report import ControlKind, ControlRow
 from esper.growth.audition import Audition
 from esper.growth.evaluation import Evaluator, measuring
 from esper.growth.gates import read_gate
@@ -60,7 +60,7 @@ NAIVE_LEVEL: Final = 0.05
 RANKING_PASSES: Final = 50
 RECORDED_UPDATES: Final = 16
 
-_BUILDERS: Final[dict[str, Callable[[SiteSpec], BlueprintIR]]] = {
+_BUILDERS: Final[dict[ControlKind, Callable[[SiteSpec], BlueprintIR]]] = {
     "noop": catalog.noop,
     "noise": catalog.noise,
     "capacity_free": catalog.capacity_free,

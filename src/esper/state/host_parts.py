@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 SEEDS: Final = "_seeds"
 """Name of the child of a layer that holds its slots; absent while there is none."""
 
+SEEDS_PREFIX: Final = f"{SEEDS}."
+"""What a layer's own names of whatever belongs to its seeds begin with."""
+
 
 def is_in_a_seed(name: str) -> bool:
     """Say whether a dotted name of a module, parameter or buffer leads through a seed."""
@@ -29,4 +32,9 @@ def host_parameters(layer: nn.Module) -> list[nn.Parameter]:
 def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return name (below the layer) and parameter of the kernels in the layer's own seeds."""
     named = layer.named_parameters()
-    return [(name, p) for name, p in named if name.startswith(f"{SEEDS}.")]
+    return [(name, p) for name, p in named if name.startswith(SEEDS_PREFIX)]
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module that require a gradient, whosever they are."""
+    return [p for p in module.parameters() if p.requires_grad]

@@ -86,8 +86,7 @@ def prepare_kernel(
         KernelRefusedError: A lazy layer of the kernel has no parameters yet; ``check`` is
             ``"lazy"``.
     """
-    _check_choice("mode", mode, MODES)
-    _check_choice("position", position, POSITIONS)
+    check_choices(mode, position)
     if isinstance(kernel, PreparedKernel):
         _check_agrees(kernel.mode, mode, kernel.position, position)
         return kernel
@@ -174,7 +173,17 @@ def reference_tensor(layer: nn.Module, seen: Tensor | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype, device=seen.device)
 
 
-def _check_position(layer: nn.Module, position: str) -> None:
+def check_choices(mode: object, position: object) -> None:
+    """Refuse a mode or a position that is no word of its set; None leaves it to the kernel.
+
+    Raises:
+        ValueError: As said.
+    """
+    _check_choice("mode", mode, MODES)
+    _check_choice("position", position, POSITIONS)
+
+
+def _check_position(layer: nn.Module, position: Position) -> None:
     positions = kind_of(layer).positions
     if position not in positions:
         msg = (
@@ -191,7 +200,7 @@ def _check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def _check_agrees(
-    has_mode: str, mode: Mode | None, has_position: str, position: Position | None
+    has_mode: Mode, mode: Mode | None, has_position: Position, position: Position | None
 ) -> None:
     if mode not in (None, has_mode) or position not in (None, has_position):
         msg = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
+
+_logger = logging.getLogger(__name__)
+_shared_classes: Final[set[str]] = set()
 
 _POSITIONAL: Final = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -80,8 +84,14 @@ class LayerCall(NamedTuple):
         )
 
     def with_dtype(self, dtype: torch.dtype) -> LayerCall:
-        """Return the call with its floating tensors in ``dtype``."""
-        return self.with_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        """Return the call with its floating tensors in ``dtype``, also those in its containers."""
+
+        def cast(value: object) -> object:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(dtype)
+            return value
+
+        return tree_map(cast, self)  # type: ignore[no-any-return] # torch says Any
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
         """Return the call with each tensor among its arguments changed."""
@@ -100,8 +110,21 @@ def _detached(value: object) -> object:
         return tree_map(_detached, value, is_leaf=lambda part: part is not value)
     try:
         return copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - an object of the user's that cannot be copied is shared
+    except Exception as error:  # noqa: BLE001 - whatever an object of the user's raises
+        _say_shared(f"{type(value).__module__}.{type(value).__qualname__}", error)
         return value
+
+
+def _say_shared(name: str, error: Exception) -> None:
+    """Say that an argument could not be copied, once for each class."""
+    if name not in _shared_classes:
+        _shared_classes.add(name)
+        _logger.warning(
+            "an argument of class %s cannot be copied, so it is shared with the call that is kept, "
+            "which sees what becomes of it later",
+            name,
+            exc_info=error,
+        )
 
 
 Example = Tensor | tuple[object, ...] | LayerCall

@@ -31,7 +31,7 @@ class LoadOrder:
         return number > self._settled
 
     def settle(self, number: int) -> None:
-        """Take note that what stands in the seed was asked for by this load."""
+        """Remember that what stands in the seed was asked for by this load."""
         self._settled = max(self._settled, number)
 
     def supersede(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from esper.contracts.errors import SiteDescriptionError
 from esper.contracts.layer_kind import dotted_name, host_class_name, kind_of
 from esper.contracts.site import SiteSpec
 from esper.state.host_parts import host_modules, is_in_a_seed
@@ -60,7 +61,7 @@ def describe_site(module: nn.Module, x: Tensor | None = None, h: Tensor | None =
         h: The output for it, the first one where there are several; given if ``x`` is.
 
     Raises:
-        ValueError: The convolution pads unequally before and after.
+        SiteDescriptionError: The convolution pads unequally before and after.
     """
     reader = SITE_READERS[kind_of(module).name]
     num_in, num_out = reader.widths(module)
@@ -101,7 +102,7 @@ def convolution_padding(conv: _ConvNd) -> tuple[int, ...]:
     """Return a convolution's padding in elements per side; ``"same"`` and ``"valid"`` resolved.
 
     Raises:
-        ValueError: ``padding="same"`` that cannot be the same before and after.
+        SiteDescriptionError: ``padding="same"`` that cannot be the same before and after.
     """
     if not isinstance(conv.padding, str):
         return tuple(conv.padding)
@@ -109,8 +110,12 @@ def convolution_padding(conv: _ConvNd) -> tuple[int, ...]:
         return (0,) * len(conv.kernel_size)
     spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if any(span % 2 for span in spans):
-        msg = f"padding='same' with kernel_size={tuple(conv.kernel_size)} pads unequally"
-        raise ValueError(msg)
+        msg = (
+            f"padding='same' with kernel_size={tuple(conv.kernel_size)} and "
+            f"dilation={tuple(conv.dilation)} pads unequally, which no kernel of the catalog does; "
+            "pad before the convolution, or use an odd kernel_size"
+        )
+        raise SiteDescriptionError(msg)
     return tuple(span // 2 for span in spans)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _Pair = int | tuple[int, int]
 
 
-class ConvSettings(TypedDict):
+class ConvOptions(TypedDict):
     """How a convolution goes over its input, as ``torch.nn.functional.conv2d`` has it."""
 
     stride: _Pair
@@ -39,7 +39,7 @@ class ConvFunction(Protocol):
         input_tensor: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        **settings: Unpack[ConvSettings],
+        **settings: Unpack[ConvOptions],
     ) -> Tensor:
         """Return the output; ``settings`` are stride, padding, dilation and groups."""
         ...
@@ -87,7 +87,7 @@ class AsyncConv2dKernel:
         device = input_tensor.device
         streams = streams or streams_of(device)
         side = _side_of(streams, device, stream)
-        settings = ConvSettings(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        settings = ConvOptions(stride=stride, padding=padding, dilation=dilation, groups=groups)
         convolve: Callable[..., object] = kernel_fn or F.conv2d
         inputs = [tensor for tensor in (input_tensor, weight, bias) if tensor is not None]
         ready = streams.record(streams.current(device))

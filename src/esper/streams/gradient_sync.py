@@ -36,16 +36,16 @@ class GradientFuture:
         self._event: torch.Event | None = None
 
     def follow(self, output: Tensor) -> None:
-        """Note each backward through ``output``; where there can be none, do nothing."""
+        """Record each backward through ``output``; where there can be none, do nothing."""
         if output.requires_grad and not self._streams.is_capturing(self._device):
             output.register_hook(self._expect)  # type: ignore[no-untyped-call] # torch has none
 
     def _expect(self, gradient: Tensor) -> None:  # noqa: ARG002 - a hook's signature
         """Ask autograd to say when this backward is over; one that fails never says it."""
         engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 - as DDP and FSDP do
-        engine.queue_callback(self._note)
+        engine.queue_callback(self._record)
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         """Record the event: autograd has made the caller's stream wait for all gradients."""
         if not self._streams.is_capturing(self._device):
             self._event = self._streams.record(self._streams.current(self._device))

@@ -92,7 +92,7 @@ def choose(model: nn.Module, select: Select | None = None) -> Selection:
     wanted = None if select is None else _wanted(model, select)
     taken: dict[str, nn.Module] = {}
     skipped: list[SkippedModule] = []
-    for name, module in host_modules(model).items():
+    for name, module in named_host_modules(model).items():
         reason = context.reason_left(name, module, wanted)
         if reason is None:
             taken[name] = module
@@ -103,7 +103,7 @@ def choose(model: nn.Module, select: Select | None = None) -> Selection:
     return Selection(taken=taken, skipped=tuple(skipped))
 
 
-def host_modules(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:
+def named_host_modules(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:
     """Return the modules of a model by qualified name, without those of kernels in its seeds.
 
     Args:
@@ -222,8 +222,8 @@ def _is_reported(name: str, module: nn.Module, wanted: _Wanted | None) -> bool:
 
 
 def _wanted(model: nn.Module, select: Select) -> _Wanted:
-    first_name = {id(module): name for name, module in host_modules(model).items()}
-    every = host_modules(model, every_name=True)
+    first_name = {id(module): name for name, module in named_host_modules(model).items()}
+    every = named_host_modules(model, every_name=True)
     names: set[str] = set()
     by_name: set[str] = set()
     for pattern in _as_patterns(select):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -14,6 +15,7 @@ from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
 from esper.forward.host_view import host_view
+from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
 from esper.seeds.slots import withdraw
@@ -85,8 +87,8 @@ def unwrap(model: Model) -> Model:
         The model; where the model itself is a site that does not fold, its graph module.
 
     Raises:
-        ValueError: A kernel cannot be written as a graph, or a site that takes nothing but
-            ``*args`` was never seen to be called.
+        ValueError: A kernel cannot be written as a graph, a site that takes nothing but ``*args``
+            was never seen to be called, or a site no longer takes the call that was seen.
         SeedLifecycleError: A layer is in a shadow pass.
     """
     sites = layers(model)
@@ -194,13 +196,35 @@ def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output:
 
 
 def _given(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
-    """Return what a part of a layer gives for a call, or None where the call does not work."""
-    call = call.detached().to(reference_tensor(layer).device)
-    try:
-        with shadow_pass(layer), torch.no_grad():
-            return type(module).forward(module, *call.args, **call.kwargs)
-    except Exception:  # noqa: BLE001 - anybody's own, on a call of another dtype or device
-        return None
+    """Return what a part of a layer gives for a call that was seen, in the host's present dtype.
+
+    Raises:
+        ValueError: The part does not take the call, in the dtype that was seen neither.
+    """
+    reference = reference_tensor(layer)
+    seen = call.detached().to(reference.device)
+    found = attempt(functools.partial(_run, layer, module, seen.with_dtype(reference.dtype)))
+    if isinstance(found, Done):
+        return found.value
+    again = attempt(functools.partial(_run, layer, module, seen))
+    if isinstance(again, Done):  # a host of several dtypes takes no call of a single one
+        return again.value
+    raise ValueError(_why_unanswered(layer, module, found)) from found.error
+
+
+def _run(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
+    with shadow_pass(layer), torch.no_grad():
+        return type(module).forward(module, *call.args, **call.kwargs)
+
+
+def _why_unanswered(layer: KasminaLayer, module: nn.Module, failed: Failed) -> str:
+    part = "its host" if isinstance(module, type(layer.default_layer)) else type(module).__name__
+    return (
+        f"layer {layer.name!r} is no graph, and nothing has changed: {part} does not take the call "
+        f"that was seen when its kernel was grafted ({failed}); unwrap while the model takes such "
+        "calls (before it is moved or its forward is changed), or graft with an example= that it "
+        "takes"
+    )
 
 
 def _hang_instead(modules: dict[str, nn.Module], old: nn.Module, made: nn.Module) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from torch import nn
 
+from esper.contracts.arguments import whole_number
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.state.layer_record import RECORD, record_of
-from esper.wrapping.select import Select, SkippedModule, choose, host_modules
+from esper.wrapping.select import Select, SkippedModule, choose, named_host_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_REFUSALS: Final = (TypeError, ValueError, AttributeError, RuntimeError)
+"""What a class raises that does not let itself be inherited from or assigned to."""
 
 
 def wrap(
@@ -52,13 +56,16 @@ def wrap(
         The model itself.
 
     Raises:
-        TypeError: ``model`` is no module, or ``select`` is of a wrong type.
+        TypeError: ``model`` is no module, ``num_seeds`` no whole number, or ``select`` is of a
+            wrong type.
         ValueError: There is nothing to wrap; ``select`` matches nothing; a layer that was asked
-            for is wrapped already or cannot be; ``num_seeds`` is out of range. Whatever a layer
-            itself raises when its class changes is the cause of such an error, which names it.
+            for is wrapped already or cannot be; ``num_seeds`` is out of range. What a layer whose
+            class does not let itself be changed raises is the cause of such an error, which names
+            it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
+    whole_number("num_seeds", num_seeds, least=1)
     selection = choose(model, select)
     _refuse_wrapped(selection.taken)
     if not selection.taken:
@@ -74,7 +81,7 @@ def wrap(
                 source=source,
             )
         _tell_surroundings(model, selection.taken)
-    except Exception as error:
+    except _REFUSALS as error:
         _put_back(selection.taken)
         raise ValueError(_why_not(name, selection.taken[name], error)) from error
     except BaseException:
@@ -89,7 +96,7 @@ def layers(model: nn.Module) -> dict[str, KasminaLayer]:
 
     A layer that is there under two names has the first. Empty if nothing is wrapped.
     """
-    found = {n: m for n, m in host_modules(model).items() if isinstance(m, KasminaLayer)}
+    found = {n: m for n, m in named_host_modules(model).items() if isinstance(m, KasminaLayer)}
     for record in map(record_of, found.values()):
         if record.find_model() is None:  # fresh, or unpickled
             record.model = weakref.ref(model)
