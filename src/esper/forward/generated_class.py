@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from esper.forward.blending import blend
 from esper.forward.fence import run_kernel
-from esper.forward.host_output import blendable, with_first
+from esper.forward.host_output import graftable, pass_on, with_first
+from esper.forward.nested import blend_nested
 from esper.state.host_parts import SEEDS
 from esper.state.layer_call import LayerCall
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     Arguments = tuple[tuple[object, ...], dict[str, object]]
     CompleteCall = Callable[[tuple[object, ...], dict[str, object]], Arguments]
     OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
-    PassesOn = Callable[[object], bool]
 
 
 Kind = Literal["dormant", "counting", "active"]
@@ -53,13 +53,11 @@ class Family(Protocol):
     Attributes:
         complete_call: ``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out;
             None: nothing.
-        passes_on: ``(output) -> bool``: whether the host's output is left as it is; None: never.
         open_run: ``(record, call) -> run``: begins a call, and returns what runs kernels; None:
             ``run_kernel``.
     """
 
     complete_call: ClassVar[CompleteCall | None]
-    passes_on: ClassVar[PassesOn | None]
     open_run: ClassVar[OpenRun | None]
 
 
@@ -140,7 +138,7 @@ def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
-    open_run, passes_on = family.open_run, family.passes_on
+    open_run = family.open_run
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -150,26 +148,14 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         call = LayerCall(args, kwargs)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
-        if passes_on is not None and passes_on(output):
-            if record.telemetry_enabled and not torch.compiler.is_compiling():
-                record.native_count += 1
+        h = graftable(output)
+        if h is None:
+            pass_on(record, output)
             return output
-        h = blendable(output)
-        y = _blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
+        y = blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)
 
     return forward
-
-
-def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel) -> Tensor:
-    """Blend padded tensors, which kernels are made for, and give the padding up again.
-
-    ``nn.TransformerEncoder`` makes nested ones in evaluation, where no gradient is wanted.
-    """
-    padded = call.with_tensors(lambda t: t.to_padded_tensor(0.0) if t.is_nested else t)
-    y = blend(record, padded, h.to_padded_tensor(0.0), run)
-    sizes = (tuple(slice(n) for n in part.shape) for part in h.unbind())
-    return torch.nested.nested_tensor([row[size] for row, size in zip(y, sizes, strict=True)])
 
 
 _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.forward.finiteness import in_transform, is_finite, summed
+from esper.forward.finiteness import gradient_mark, gradient_total, in_transform, is_good
 
 if TYPE_CHECKING:
     from esper.state.seed_slot import Seed
@@ -23,9 +23,9 @@ class _GradientGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
-        ok = is_finite(summed(gradients[0]))
-        bad = (~ok).to(torch.float32)
-        return torch.where(ok, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
+        good = is_good(gradient_mark(gradients[0]))
+        bad = (~good).to(torch.float32)
+        return torch.where(good, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
 
 
 def gated(x: Tensor, seed: Seed) -> Tensor:
@@ -43,19 +43,17 @@ def gated(x: Tensor, seed: Seed) -> Tensor:
 
 
 def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
-    """Return the gradient, or zeros where its sum is not finite, and remember the sum.
+    """Return the gradient, or zeros where it is not finite, and remember which.
 
     On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
     """
-    total = summed(gradient)
     if gradient.requires_grad or in_transform():
-        return torch.where(is_finite(total), gradient, 0.0)
-    if gradient.device.type != "cpu":
-        seed.seen.leave(place, total)
-        return torch.where(is_finite(total), gradient, 0.0)
-    number = total.item()
-    seed.seen.leave(place, number)
-    return gradient if math.isfinite(number) else torch.zeros_like(gradient)
+        return torch.where(is_good(gradient_mark(gradient)), gradient, 0.0)
+    total = gradient_total(gradient)
+    seed.seen.leave(place, total)
+    if isinstance(total, Tensor):
+        return torch.where(total.isfinite(), gradient, 0.0)
+    return gradient if math.isfinite(total) else torch.zeros_like(gradient)
 
 
 class _InputHook:

@@ -194,8 +194,8 @@ class _Probe:
             self._refuse("dtype", h.dtype, k.dtype)
         if any(_share_memory(k, t) for t in self._entered):
             self._refuse("view", "an output of its own", "its input, or a view of it")
-        if not _all_finite(k) and _all_finite(h):
-            self._refuse("finite", "a finite output", "NaN or infinity")
+        if not _all_finite(k) and not _finite_beside(k, h):
+            self._refuse("finite", "a finite output where its host's is", "NaN or infinity")
 
     def _is_identity(self, h: Tensor, k: Tensor) -> bool:
         return torch.equal(k if self._kernel.mode == "replace" else h + k, h)
@@ -282,6 +282,11 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _reaches(gradient: Tensor | None) -> bool:
     return gradient is not None and bool((gradient != 0).any())
+
+
+def _finite_beside(k: Tensor, h: Tensor) -> bool:
+    """Return whether ``k`` is finite, or what ``h`` is; where ``h`` has a NaN it says nothing."""
+    return bool((k.isfinite() | (k == h)).all()) or bool(h.isnan().any())
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -67,6 +67,7 @@ class LayerRecord:
         active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
+        num_skipped: Kernel calls that were left out for no fault of the kernel, likewise.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         loads: Order of a seed's loads, by index; a copy has none under way.
@@ -102,6 +103,7 @@ class LayerRecord:
         self.active_count = 0
         self.kernel_execution_count = 0
         self.num_faults = 0
+        self.num_skipped = 0
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
         self.loads: defaultdict[int, LoadOrder] = defaultdict(LoadOrder)

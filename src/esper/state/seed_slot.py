@@ -121,6 +121,8 @@ class Seed:
         last_error: What the last fault was, for people.
         handles: Handles of the hooks on the kernel's parameters.
         gated: Where these parameters were: a module's table, a name, the parameter.
+        works_on_batches: Whether a call of several samples was seen to be clean.
+        told: Reasons of skipped calls that were logged.
     """
 
     def __init__(
@@ -145,6 +147,8 @@ class Seed:
         self.last_error = ""
         self.num_retries = 0
         self.readings_to_wait = 0
+        self.works_on_batches = False
+        self.told: frozenset[str] = frozenset()
         self.handles: list[RemovableHandle] = []
         self.gated: list[tuple[dict[str, nn.Parameter | None], str, Tensor]] = []
         self.forget_calls()
