@@ -50,12 +50,20 @@ def share_mark(y: Tensor, h: Tensor, room: Tensor | None = None) -> Tensor:
         h: The host's output, like ``y``.
         room: Is overwritten; None for memory of its own.
     """
-    if y.numel() <= _FEW:  # comparisons are slow for many elements, and few calls for few
-        return torch.where(y == h, 0.0, y - y).sum()
+    if y.numel() <= _FEW:
+        return share_mark_by_place(y, h)
     lowest, highest = _extremes(y)
     spread = lowest - highest
     leaked = torch.sub(y, h, out=room).nansum(dtype=_summed_in(y))  # inf: where h is not infinite
     return torch.fmin(spread - spread, leaked - leaked) + highest  # NaN: where y has one
+
+
+def share_mark_by_place(y: Tensor, h: Tensor) -> Tensor:
+    """Do what :func:`share_mark` does in fewer calls, of which many elements make slow ones.
+
+    In compiled code it is one pass, whatever the shape.
+    """
+    return torch.where(y == h, 0.0, y - y).sum()
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:

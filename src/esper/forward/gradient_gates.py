@@ -87,25 +87,45 @@ class _ParameterHook:
 def gate_parameters(seed: Seed) -> None:
     """Put the gates on the kernel's trainable parameters; anew, wherever they were before."""
     ungate_parameters(seed)
+    num_gates = 0
     for module in seed.slot.modules():
-        for name, parameter in module._parameters.items():  # noqa: SLF001 - where they can be exchanged
-            if parameter is not None and parameter.requires_grad:
-                hook = _ParameterHook(seed, len(seed.gated))
-                seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
-                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001 - as above
+        tables = (module._parameters, module._modules)  # noqa: SLF001 - where they can be exchanged
+        seed.gated += [(table, len(table)) for table in tables]
+        seed.gated_values += [(table, *item) for table in tables for item in table.items()]
+        for parameter in module._parameters.values():  # noqa: SLF001 - as above
+            if parameter is None:
+                continue
+            if not parameter.requires_grad:
+                seed.frozen.append(parameter)
+                continue
+            hook = _ParameterHook(seed, num_gates)
+            seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
+            num_gates += 1
 
 
 def ungate_parameters(seed: Seed) -> None:
     """Take the gates away."""
     for handle in seed.handles:
         handle.remove()
-    seed.handles, seed.gated = [], []
+    seed.handles, seed.gated, seed.gated_values, seed.frozen = [], [], [], []
 
 
 def keep_gated(seed: Seed) -> None:
-    """Gate what has come into the place of the parameters: loading, moving and sharding do that."""
-    for table, name, parameter in seed.gated:
-        if table.get(name) is not parameter:
-            if not in_transform():
-                gate_parameters(seed)
-            return
+    """Gate what became a trainable parameter of the kernel since: to be called in its backward.
+
+    Loading, moving and sharding put others in their place; users unfreeze, add and exchange them.
+    A gradient of a parameter is gated by what its hooks are when it arrives, so that the forward
+    need not ask.
+    """
+    if seed.guard == "always" and _has_changed(seed) and not in_transform():
+        gate_parameters(seed)
+
+
+def _has_changed(seed: Seed) -> bool:
+    for table, name, value in seed.gated_values:
+        if table.get(name) is not value:
+            return True
+    for table, size in seed.gated:
+        if len(table) != size:
+            return True
+    return any(parameter.requires_grad for parameter in seed.frozen)

@@ -16,6 +16,7 @@ from esper.forward.finiteness import (
     in_transform,
     is_good,
     share_mark,
+    share_mark_by_place,
     whole,
 )
 from esper.forward.gradient_gates import keep_gated
@@ -55,7 +56,7 @@ def share_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[ShareA
         join = _guarded_sum if seed.guard == "always" else _observed_sum
         return partial(join, h, k, alpha, seed, call), alpha
     term = alpha * k
-    call.marks = marks = _marks(seed, h.detach(), term.detach(), alpha)
+    call.marks = marks = _marks(seed, h.detach(), term.detach(), alpha, share_mark)
     if seed.guard == "step":
         return partial(torch.add, term), alpha
     if k.requires_grad:
@@ -78,10 +79,16 @@ def kept(h: Tensor, weight: Tensor, share: float) -> Tensor:
     return torch.where(weight == 0.0, 0.0, part)  # 0 times infinity is NaN
 
 
-def _marks(seed: Seed, h: Tensor, term: Tensor, alpha: Tensor) -> Marks:
+def _marks(
+    seed: Seed,
+    h: Tensor,
+    term: Tensor,
+    alpha: Tensor,
+    mark_share: Callable[[Tensor, Tensor], Tensor],
+) -> Marks:
     """Return the marks of ``h`` and of ``h + alpha * delta``."""
     host = kept(h, 1.0 - alpha, seed.slot._alpha) if seed.replaces else h  # noqa: SLF001 - as blended
-    return host_mark(h), share_mark(host + term, h)
+    return host_mark(h), mark_share(host + term, h)
 
 
 def _where_good(marks: Marks, term: Tensor, alpha: Tensor) -> tuple[ShareAdder, Tensor]:
@@ -102,7 +109,7 @@ def _traceable_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[S
     if seed.guard == "always" and is_compiling and k.requires_grad:
         k = _Incoming.apply(k, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
     term = alpha * k
-    marks = _marks(seed, h.detach(), term.detach(), alpha)
+    marks = _marks(seed, h.detach(), term.detach(), alpha, share_mark_by_place)
     if is_compiling:
         _remember_compiled(seed, marks)
     if seed.guard == "step":

@@ -9,6 +9,7 @@ from torch import nn
 
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.forward.gradient_gates import keep_gated
 from esper.forward.recompilation import grant
 from esper.seeds.isolation import (
     FIRST_RETRY_READINGS,
@@ -167,6 +168,7 @@ def _read_calls(seed: Seed) -> Reading:
     The optimizer's next step is still told under ``guard="step"``: the gradients may be waiting.
     """
     seed.follow_device()
+    keep_gated(seed)  # no backward of a graph does
     seen = seed.seen
     seed.forget_calls()  # before they are read: other threads may go on calling
     seed.seen.carried = seen.step_flags() if seed.guard == "step" else None
