@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from esper.forward.blending import blend
 from esper.forward.fence import run_kernel
 from esper.forward.host_output import graftable, pass_on, with_first
+from esper.forward.input_watch import watched
 from esper.forward.nested import blend_nested
 from esper.state.host_parts import SEEDS
-from esper.state.layer_call import LayerCall
+from esper.state.layer_call import as_declared, declared_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from esper.forward.blending import RunKernel
+    from esper.state.layer_call import LayerCall
     from esper.state.layer_record import LayerRecord
 
     Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -138,16 +140,22 @@ def _counting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
-    open_run = family.open_run
+    open_run, names = family.open_run, declared_names(host_forward)
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         if complete is not None:
             args, kwargs = complete(args, kwargs)
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
-        call = LayerCall(args, kwargs)
+        call = as_declared(names, args, kwargs)
+        writes = record.writes_input[self.training]
+        watch = None
+        if writes is not False:  # kernels run after the host, and read what it was given
+            watch, call = watched(call, is_known=writes is not None)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
+        if watch is not None:
+            record.writes_input[self.training] = watch.has_changed
         h = graftable(output)
         if h is None:
             pass_on(record, output)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.host_output import blendable
+from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.kernel import reference_tensor
@@ -177,7 +178,7 @@ class _AfterForward:
         wanted = self._recorder.records_shadow_passes or not in_shadow_pass()
         if not wanted or not torch.is_grad_enabled():
             return
-        call, h = LayerCall(args, kwargs), _first_tensor(output)
+        call, h = declared(layer, LayerCall(args, kwargs)), _first_tensor(output)
         if h is None or not _can_be_recorded(call.x, h):
             return
         axis = 0 if getattr(layer, "batch_first", True) else call.x.ndim - 2

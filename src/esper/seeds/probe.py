@@ -15,6 +15,7 @@ from esper.compiler.lowering import LoweredKernel, duplicate
 from esper.contracts.errors import KernelRefusedError
 from esper.forward.host_output import blendable
 from esper.forward.host_view import completed, host_forward, host_view
+from esper.forward.input_watch import InputWatch
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.shadow import shadow_pass
 from esper.state.layer_call import LayerCall, Takes
@@ -145,9 +146,11 @@ class _Probe:
         """Return the host's output, and what the kernel is given: leaves where they can be."""
         with torch.no_grad():
             call = self._call.detached()
+            watch = InputWatch(call)
             start_s = self._clock.now()
             h = blendable(host_forward(self._layer, *call.args, **call.kwargs))
             self._host_s = self._clock.now() - start_s
+        record_of(self._layer).writes_input[self._layer.training] = watch.has_changed
         if self._kernel.position == "serial":
             given = LayerCall.of(h.clone())
         elif self._takes is None:

@@ -71,6 +71,8 @@ class LayerRecord:
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         loads: Order of a seed's loads, by index; a copy has none under way.
+        writes_input: Whether the host writes to its input, in evaluation and in training; None
+            where that was not seen yet.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
@@ -107,6 +109,7 @@ class LayerRecord:
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
         self.loads: defaultdict[int, LoadOrder] = defaultdict(LoadOrder)
+        self.writes_input: list[bool | None] = [None, None]
         self.in_shadow = False
 
     @property
