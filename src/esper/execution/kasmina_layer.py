@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.choices import Guard, Mode, Position
     from esper.contracts.ports import KernelSource
-    from esper.forward.generated_class import CompleteCall, OpenRun, PassesOn
+    from esper.forward.generated_class import CompleteCall, OpenRun
     from esper.resilience.health_monitor import HealthMonitor
     from esper.seeds.folding import FoldCertificate
     from esper.seeds.structure import SeedStructure
@@ -100,8 +100,6 @@ class KasminaLayer(nn.Module):
     """Names of the layer that the host has too and keeps, meaning the same by them."""
     complete_call: ClassVar[CompleteCall | None] = None
     """``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out; None: nothing."""
-    passes_on: ClassVar[PassesOn | None] = None
-    """``(output) -> bool``: whether the host's output is left as it is; None: never."""
     open_run: ClassVar[OpenRun | None] = None
     """``(record, call) -> run``: begins a call, returns what runs kernels; None: ``run_kernel``.
     """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.utils.rnn import PackedSequence
-
 from esper.execution.kasmina_layer import KasminaLayer
 
 if TYPE_CHECKING:
@@ -14,11 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.execution.kasmina_layer import LayerOptions
-    from esper.forward.generated_class import PassesOn
-
-
-def _is_packed(output: object) -> bool:
-    return isinstance(output, tuple) and isinstance(output[0], PackedSequence)
 
 
 class KasminaRecurrentLayer(KasminaLayer):
@@ -30,9 +23,9 @@ class KasminaRecurrentLayer(KasminaLayer):
     own attribute.
 
     What the host makes of a packed sequence is passed on as it is, without the kernels, and
-    counted as a call of the host alone. The steps of all sequences lie mixed in one axis there:
-    a kernel that reads each step by itself could work on them, one that reads its neighbours
-    would read those of other sequences, and nothing tells the two apart.
+    counted as a call of the host alone; ``esper.maintain`` tells it. The steps of all sequences lie
+    mixed in one axis there: a kernel that reads each step by itself could work on them, one that
+    reads its neighbours would read those of other sequences, and nothing tells the two apart.
 
     Args:
         original_layer: The host; taken as it is, not copied.
@@ -44,7 +37,6 @@ class KasminaRecurrentLayer(KasminaLayer):
     """
 
     LEFT_TO_HOST: ClassVar[frozenset[str]] = frozenset({"input_size"})
-    passes_on: ClassVar[PassesOn | None] = staticmethod(_is_packed)
 
     input_size: int = 0  # no property any more, so that the host's own attribute is found
 

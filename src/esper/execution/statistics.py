@@ -48,6 +48,7 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
             "kernel_execution_count": record.kernel_execution_count,
             "kernel_execution_rate": 1.0 - record.native_count / calls if calls else 0.0,
             "fault_count": record.num_faults,
+            "skipped_count": record.num_skipped,
             "not_counted": _not_counted(record),
         },
         "seed_stats": {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from esper.forward.fence import run_kernel
-from esper.forward.value_gates import share_adder
+from esper.forward.value_gates import kept, share_adder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,7 @@ def blend(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel = run_
     """
     adders: list[ShareAdder] = []
     replaced: Tensor | None = None
+    share = 0.0
     is_counted = record.telemetry_enabled and not record.in_shadow
     if is_counted and not torch.compiler.is_compiling() and _count(record):
         run = _Timed(record, run)
@@ -58,7 +59,8 @@ def blend(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel = run_
         adders.append(add)
         if seed.replaces:
             replaced = weight if replaced is None else replaced + weight
-    y = h if replaced is None else (1.0 - replaced) * h
+            share += seed.slot._alpha  # noqa: SLF001 - as above
+    y = h if replaced is None else kept(h, 1.0 - replaced, share)
     for add in adders:
         y = add(y)
     return y

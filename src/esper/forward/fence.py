@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.forward.finiteness import in_transform, summed
-from esper.forward.gradient_gates import gated, keep_gated
+from esper.forward.finiteness import host_mark, in_transform
+from esper.forward.gradient_gates import gated
 from esper.state.observation import Call
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ def run_kernel(
         if seed.example is None:
             seed.example = call.detached()
         return _conform(_output(seed, call, h), h)
-    if seed.guard == "always":
-        keep_gated(seed)
     try:
         if launch is not None:
             return _conform(launch(partial(_output, seed, call, h)), h)
@@ -87,4 +85,4 @@ def _unlike(k: object, h: Tensor) -> str:
 def _remember_raised(seed: Seed, h: Tensor, error: Exception) -> None:
     seed.last_error = f"{type(error).__name__}: {error}"
     if not in_transform():
-        seed.seen.calls.append(Call((summed(h.detach()),), raised=True))
+        seed.seen.calls.append(Call(h.shape, (host_mark(h.detach()),), raised=True))

@@ -20,20 +20,22 @@ from torch import Tensor, nn
 from esper.forward.blending import blend
 from esper.forward.container_items import hiding_seeds
 from esper.forward.fence import run_kernel
-from esper.forward.host_output import blendable, with_first
+from esper.forward.host_output import graftable, pass_on, with_first
+from esper.forward.input_watch import watched
+from esper.forward.nested import blend_nested
 from esper.forward.noting import take_note
-from esper.state.layer_call import LayerCall
+from esper.state.layer_call import as_declared, declared_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from esper.forward.blending import RunKernel
+    from esper.state.layer_call import LayerCall
     from esper.state.layer_record import LayerRecord
 
     Arguments = tuple[tuple[object, ...], dict[str, object]]
     CompleteCall = Callable[[tuple[object, ...], dict[str, object]], Arguments]
     OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
-    PassesOn = Callable[[object], bool]
 
 
 Kind = Literal["dormant", "counting", "watching", "active", "noting"]
@@ -55,13 +57,11 @@ class Family(Protocol):
     Attributes:
         complete_call: ``(args, kwargs) -> (args, kwargs)``: fills in what a caller may leave out;
             None: nothing.
-        passes_on: ``(output) -> bool``: whether the host's output is left as it is; None: never.
         open_run: ``(record, call) -> run``: begins a call, and returns what runs kernels; None:
             ``run_kernel``.
     """
 
     complete_call: ClassVar[CompleteCall | None]
-    passes_on: ClassVar[PassesOn | None]
     open_run: ClassVar[OpenRun | None]
 
     def take_written_alphas(self) -> None:
@@ -176,7 +176,7 @@ def _look_again(layer: nn.Module) -> Callable[..., object]:
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
-    open_run, passes_on = family.open_run, family.passes_on
+    open_run, names = family.open_run, declared_names(host_forward)
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -185,15 +185,20 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
         if record.watched and _is_written(record):
             return _look_again(self)(*args, **kwargs)
-        call = LayerCall(args, kwargs)
+        call = as_declared(names, args, kwargs)
+        writes = record.writes_input[self.training]
+        watch = None
+        if writes is not False:  # kernels run after the host, and read what it was given
+            watch, call = watched(call, is_known=writes is not None)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
-        if passes_on is not None and passes_on(output):
-            if record.telemetry_enabled and not torch.compiler.is_compiling():
-                record.native_count += 1
+        if watch is not None:
+            record.writes_input[self.training] = watch.has_changed
+        h = graftable(output)
+        if h is None:
+            pass_on(record, output)
             return output
-        h = blendable(output)
-        y = _blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
+        y = blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)
 
     return forward
@@ -211,17 +216,6 @@ def _noting(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         return follow(self, *args, **kwargs)
 
     return forward
-
-
-def _blend_nested(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel) -> Tensor:
-    """Blend padded tensors, which kernels are made for, and give the padding up again.
-
-    ``nn.TransformerEncoder`` makes nested ones in evaluation, where no gradient is wanted.
-    """
-    padded = call.with_tensors(lambda t: t.to_padded_tensor(0.0) if t.is_nested else t)
-    y = blend(record, padded, h.to_padded_tensor(0.0), run)
-    sizes = (tuple(slice(n) for n in part.shape) for part in h.unbind())
-    return torch.nested.nested_tensor([row[size] for row, size in zip(y, sizes, strict=True)])
 
 
 _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] = {

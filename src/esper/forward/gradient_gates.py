@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.forward.finiteness import in_transform, is_finite, summed
+from esper.forward.finiteness import gradient_mark, gradient_total, in_transform, is_good
 
 if TYPE_CHECKING:
     from esper.state.seed_slot import Seed
@@ -23,9 +23,9 @@ class _GradientGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
-        ok = is_finite(summed(gradients[0]))
-        bad = (~ok).to(torch.float32)
-        return torch.where(ok, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
+        good = is_good(gradient_mark(gradients[0]))
+        bad = (~good).to(torch.float32)
+        return torch.where(good, gradients[0], 0.0), torch.stack((torch.zeros_like(bad), bad))
 
 
 def gated(x: Tensor, seed: Seed) -> Tensor:
@@ -43,19 +43,17 @@ def gated(x: Tensor, seed: Seed) -> Tensor:
 
 
 def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
-    """Return the gradient, or zeros where its sum is not finite, and remember the sum.
+    """Return the gradient, or zeros where it is not finite, and remember which.
 
     On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
     """
-    total = summed(gradient)
     if gradient.requires_grad or in_transform():
-        return torch.where(is_finite(total), gradient, 0.0)
-    if gradient.device.type != "cpu":
-        seed.seen.leave(place, total)
-        return torch.where(is_finite(total), gradient, 0.0)
-    number = total.item()
-    seed.seen.leave(place, number)
-    return gradient if math.isfinite(number) else torch.zeros_like(gradient)
+        return torch.where(is_good(gradient_mark(gradient)), gradient, 0.0)
+    total = gradient_total(gradient)
+    seed.seen.leave(place, total)
+    if isinstance(total, Tensor):
+        return torch.where(total.isfinite(), gradient, 0.0)
+    return gradient if math.isfinite(total) else torch.zeros_like(gradient)
 
 
 class _InputHook:
@@ -89,25 +87,45 @@ class _ParameterHook:
 def gate_parameters(seed: Seed) -> None:
     """Put the gates on the kernel's trainable parameters; anew, wherever they were before."""
     ungate_parameters(seed)
+    num_gates = 0
     for module in seed.slot.modules():
-        for name, parameter in module._parameters.items():  # noqa: SLF001 - where they can be exchanged
-            if parameter is not None and parameter.requires_grad:
-                hook = _ParameterHook(seed, len(seed.gated))
-                seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
-                seed.gated.append((module._parameters, name, parameter))  # noqa: SLF001 - as above
+        tables = (module._parameters, module._modules)  # noqa: SLF001 - where they can be exchanged
+        seed.gated += [(table, len(table)) for table in tables]
+        seed.gated_values += [(table, *item) for table in tables for item in table.items()]
+        for parameter in module._parameters.values():  # noqa: SLF001 - as above
+            if parameter is None:
+                continue
+            if not parameter.requires_grad:
+                seed.frozen.append(parameter)
+                continue
+            hook = _ParameterHook(seed, num_gates)
+            seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
+            num_gates += 1
 
 
 def ungate_parameters(seed: Seed) -> None:
     """Take the gates away."""
     for handle in seed.handles:
         handle.remove()
-    seed.handles, seed.gated = [], []
+    seed.handles, seed.gated, seed.gated_values, seed.frozen = [], [], [], []
 
 
 def keep_gated(seed: Seed) -> None:
-    """Gate what has come into the place of the parameters: loading, moving and sharding do that."""
-    for table, name, parameter in seed.gated:
-        if table.get(name) is not parameter:
-            if not in_transform():
-                gate_parameters(seed)
-            return
+    """Gate what became a trainable parameter of the kernel since: to be called in its backward.
+
+    Loading, moving and sharding put others in their place; users unfreeze, add and exchange them.
+    A gradient of a parameter is gated by what its hooks are when it arrives, so that the forward
+    need not ask.
+    """
+    if seed.guard == "always" and _has_changed(seed) and not in_transform():
+        gate_parameters(seed)
+
+
+def _has_changed(seed: Seed) -> bool:
+    for table, name, value in seed.gated_values:
+        if table.get(name) is not value:
+            return True
+    for table, size in seed.gated:
+        if len(table) != size:
+            return True
+    return any(parameter.requires_grad for parameter in seed.frozen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from esper.forward.generated_class import host_class_of, key_of, native_forward
-from esper.state.layer_call import LayerCall
+from esper.state.layer_call import LayerCall, as_declared, declared_names
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
@@ -40,4 +40,11 @@ def host_forward(layer: nn.Module, *args: object, **kwargs: object) -> object:
 def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
     """Return a call with the arguments that the layer's family lets a caller leave out."""
     complete = key_of(layer).family.complete_call
-    return call if complete is None else LayerCall(*complete(call.args, dict(call.kwargs)))
+    if complete is not None:
+        call = LayerCall(*complete(call.args, dict(call.kwargs)))
+    return declared(layer, call)
+
+
+def declared(layer: nn.Module, call: LayerCall) -> LayerCall:
+    """Return a call with its keywords in the order in which the layer's host declares them."""
+    return as_declared(declared_names(host_class_of(layer).forward), call.args, call.kwargs)

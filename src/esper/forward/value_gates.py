@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Final, Protocol
 import torch
 from torch import Tensor
 
-from esper.forward.finiteness import in_transform, is_finite, summed
+from esper.forward.finiteness import (
+    gradient_mark,
+    gradient_total,
+    host_mark,
+    in_transform,
+    is_good,
+    share_mark,
+    share_mark_by_place,
+    whole,
+)
+from esper.forward.gradient_gates import keep_gated
 from esper.state.observation import Call
 
 if TYPE_CHECKING:
-    from esper.state.observation import Observations, Sums
+    from esper.state.observation import Marks, Observations
     from esper.state.seed_slot import Seed
 
 
-_CLEAN: Final = Call(None)
+_CLEAN: Final = Call(torch.Size(()))
 """A clean call without a guard: ends a run of errors, and nothing more is known about it."""
 
 
@@ -40,36 +50,55 @@ def share_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[ShareA
         if not seed.is_shadow:
             seed.seen.calls.append(_CLEAN)
         return partial(torch.add, alpha * k), alpha
+    call = Call(h.shape)
+    seed.seen.calls.append(call)
     if not seed.replaces:
-        call = Call(None)
-        seed.seen.calls.append(call)
         join = _guarded_sum if seed.guard == "always" else _observed_sum
         return partial(join, h, k, alpha, seed, call), alpha
     term = alpha * k
-    sums = _sums(seed, h.detach(), k.detach(), term.detach(), alpha)
-    call = Call(sums)
-    seed.seen.calls.append(call)
+    call.marks = marks = _marks(seed, h.detach(), term.detach(), alpha, share_mark)
     if seed.guard == "step":
         return partial(torch.add, term), alpha
     if k.requires_grad:
         k.register_hook(_IncomingHook(seed, call))  # type: ignore[no-untyped-call] # torch has none
-    return _where_finite(sums, term, alpha)
+    return _where_good(marks, term, alpha)
 
 
-def _sums(seed: Seed, h: Tensor, k: Tensor, term: Tensor, alpha: Tensor) -> Sums:
-    """Sum ``h`` and ``h + alpha * delta``, which are finite where the sums are."""
-    grafted = h + alpha * (k - h) if seed.replaces else h + term
-    return summed(h), summed(grafted)
+def kept(h: Tensor, weight: Tensor, share: float) -> Tensor:
+    """Return the host's part, ``weight * h``: nothing where the weight is 0, whatever ``h`` is.
+
+    Args:
+        h: The host's output.
+        weight: 0-dim, what the replacing shares leave: ``1 - share``, or more where some are not
+            good.
+        share: The sum of the replacing shares; a graph is the same for all.
+    """
+    part = weight * h
+    if share < 1.0 and not torch.compiler.is_compiling():
+        return part
+    return torch.where(weight == 0.0, 0.0, part)  # 0 times infinity is NaN
 
 
-def _where_finite(sums: Sums, term: Tensor, alpha: Tensor) -> tuple[ShareAdder, Tensor]:
-    """Return the join of a term, and its weight, where the sums say so; else neutral elements.
+def _marks(
+    seed: Seed,
+    h: Tensor,
+    term: Tensor,
+    alpha: Tensor,
+    mark_share: Callable[[Tensor, Tensor], Tensor],
+) -> Marks:
+    """Return the marks of ``h`` and of ``h + alpha * delta``."""
+    host = kept(h, 1.0 - alpha, seed.slot._alpha) if seed.replaces else h  # noqa: SLF001 - as blended
+    return host_mark(h), mark_share(host + term, h)
+
+
+def _where_good(marks: Marks, term: Tensor, alpha: Tensor) -> tuple[ShareAdder, Tensor]:
+    """Return the join of a term, and its weight, where the marks say so; else neutral elements.
 
     That of addition is -0.0 (``-0.0 + 0.0 == 0.0``): a host's output to which nothing is added
     stays what it is, bit for bit.
     """
-    ok = is_finite(sums[1])
-    return partial(torch.add, torch.where(ok, term, -0.0)), torch.where(ok, alpha, 0.0)
+    good = is_good(marks[1])
+    return partial(torch.add, torch.where(good, term, -0.0)), torch.where(good, alpha, 0.0)
 
 
 def _traceable_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[ShareAdder, Tensor]:
@@ -80,18 +109,18 @@ def _traceable_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[S
     if seed.guard == "always" and is_compiling and k.requires_grad:
         k = _Incoming.apply(k, seed.seen.sink)  # type: ignore[no-untyped-call] # torch has none
     term = alpha * k
-    sums = _sums(seed, h.detach(), k.detach(), term.detach(), alpha)
+    marks = _marks(seed, h.detach(), term.detach(), alpha, share_mark_by_place)
     if is_compiling:
-        _remember_compiled(seed, sums)
+        _remember_compiled(seed, marks)
     if seed.guard == "step":
         return partial(torch.add, term), alpha
-    return _where_finite(sums, term, alpha)
+    return _where_good(marks, term, alpha)
 
 
-def _remember_compiled(seed: Seed, sums: Sums) -> None:
-    row = torch.stack(sums)
+def _remember_compiled(seed: Seed, marks: Marks) -> None:
     ring = seed.seen.ring
-    latest = (row - row).to(device=ring.device, dtype=ring.dtype).unsqueeze(0)
+    row = torch.stack([mark.tanh().to(ring.dtype) for mark in marks])
+    latest = (row - row).to(ring.device).unsqueeze(0)
     seed.seen.ring = torch.cat((ring[1:], latest))
     seed.seen.latest = None
 
@@ -104,11 +133,12 @@ def _observed_sum(
     call: Call,
     so_far: Tensor,
 ) -> Tensor:
-    """Add, and sum what ``h`` becomes; where nothing else was added that is the result itself."""
+    """Add, and mark what ``h`` becomes; where nothing else was added that is the result itself."""
     term = alpha * k
     y = so_far + term
-    grafted = y if so_far is h else h + term
-    call.sums = summed(h.detach()), summed(grafted.detach())
+    host, room = h.detach(), term.detach()  # which no backward needs
+    grafted = y.detach() if so_far is h else host + room
+    call.marks = host_mark(host), share_mark(grafted, host, room)
     return y
 
 
@@ -124,6 +154,7 @@ class _SumContext(Protocol):
     """What a guarded sum keeps for its backward."""
 
     saved_tensors: tuple[Tensor, Tensor]
+    seed: Seed
     seen: Observations
     call: Call
 
@@ -133,10 +164,10 @@ class _SumContext(Protocol):
 
 
 class _GuardedSum(torch.autograd.Function):
-    """``so_far + alpha * k`` where the seed's share is finite, else ``so_far``; eager.
+    """``so_far + alpha * k`` where the seed's share is good, else ``so_far``; eager.
 
-    The same as ``so_far + torch.where(ok, alpha * k, -0.0)`` in fewer passes, and without a second
-    slow one in the backward: with a 0-dim condition ``where`` reads it again for every element.
+    The same as ``so_far + torch.where(good, alpha * k, -0.0)`` in fewer passes, and without a slow
+    one in the backward.
     """
 
     @staticmethod
@@ -152,40 +183,43 @@ class _GuardedSum(torch.autograd.Function):
         host = so_far if h is None else h
         term = alpha * k
         y = host + term
-        call.sums = sums = summed(host), summed(y)
-        ok = is_finite(sums[1])
+        joined = y if h is None else so_far + term
+        call.marks = marks = host_mark(host), share_mark(y, host, room=term)
+        good = is_good(marks[1])
         ctx.set_materialize_grads(False)
-        ctx.seen, ctx.call = seed.seen, call
-        ctx.save_for_backward(alpha, ok)
-        return torch.where(ok, y, host) if h is None else so_far + torch.where(ok, term, -0.0)
+        ctx.seed, ctx.seen, ctx.call = seed, seed.seen, call
+        ctx.save_for_backward(alpha, good)
+        return whole(good, joined, so_far)
 
     @staticmethod
     def backward(ctx: _SumContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         g = gradients[0]
         if g is None:
             return None, None, None, None, None, None
-        alpha, ok = ctx.saved_tensors
+        alpha, good = ctx.saved_tensors
+        keep_gated(ctx.seed)
         if torch.is_grad_enabled() or in_transform():  # to be differentiated again
-            return g, None, torch.where(ok, alpha * g, 0.0), None, None, None
-        ctx.seen.come_in(ctx.call, summed(g))
+            return g, None, torch.where(good, alpha * g, 0.0), None, None, None
+        ctx.seen.come_in(ctx.call, gradient_total(g))
         scaled = alpha * g
         if g.device.type != "cpu":
-            scaled = torch.where(ok, scaled, 0.0)
-        elif not ok.item():
+            scaled = torch.where(good, scaled, 0.0)
+        elif not good.item():
             scaled = torch.zeros_like(g)
         return g, None, scaled, None, None, None
 
 
 class _IncomingHook:
-    """Remembers the sum of the gradient that reaches a kernel's output."""
+    """Remembers whether the gradient that reaches a kernel's output is finite."""
 
     def __init__(self, seed: Seed, call: Call) -> None:
-        self._seen, self._call = seed.seen, call
+        self._seed, self._seen, self._call = seed, seed.seen, call
 
     def __call__(self, gradient: Tensor | None) -> None:
         """Remember it; the gradient passes unchanged."""
+        keep_gated(self._seed)
         if gradient is not None and not in_transform():
-            self._seen.come_in(self._call, summed(gradient.detach()))
+            self._seen.come_in(self._call, gradient_total(gradient.detach()))
 
 
 class _Incoming(torch.autograd.Function):
@@ -197,5 +231,5 @@ class _Incoming(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - torch's signature
-        bad = (~is_finite(summed(gradients[0]))).to(torch.float32)
+        bad = (~is_good(gradient_mark(gradients[0]))).to(torch.float32)
         return gradients[0], torch.stack((bad, torch.zeros_like(bad)))

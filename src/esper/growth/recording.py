@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.forward.host_output import blendable, with_first
+from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.host_parts import trainable_parameters
@@ -235,7 +236,8 @@ class _AfterForward:
         """Record a call; return an output only where a shadow pass needs another one."""
         if torch.compiler.is_compiling() or not self._is_wanted():
             return None  # what is compiled is recorded beside
-        seen, call, h = self._observation, LayerCall(args, kwargs), _first_tensor(output)
+        seen, call = self._observation, declared(layer, LayerCall(args, kwargs))
+        h = _first_tensor(output)
         seen.is_called, given = True, None
         if h is not None and in_shadow_pass() and torch.is_grad_enabled() and not h.requires_grad:
             leaf = h.detach().requires_grad_()  # what a frozen layer gives has no gradient

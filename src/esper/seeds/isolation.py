@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,12 @@ from esper.seeds.slots import withdraw
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from esper.state.layer_record import LayerRecord
     from esper.state.seed_slot import Seed
+
+_logger = logging.getLogger(__name__)
 
 
 FIRST_RETRY_READINGS: Final = 10
@@ -42,6 +48,43 @@ class SeedFault:
     faults: int
     state: SeedLifecycleState
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedCalls:
+    """Calls of a layer that went on without a kernel, which was not at fault.
+
+    Attributes:
+        layer: Name of the layer.
+        seed_idx: Index of the seed.
+        calls: How many there were since the last reading.
+        reason: Why.
+    """
+
+    layer: str
+    seed_idx: int
+    calls: int
+    reason: str
+
+
+def note_skipped(record: LayerRecord, seed: Seed, skipped: Mapping[str, int]) -> list[SkippedCalls]:
+    """Count calls that went on without a kernel; log each reason once for a seed."""
+    record.num_skipped += sum(skipped.values())
+    found = [
+        SkippedCalls(layer=record.name, seed_idx=seed.seed_idx, calls=calls, reason=reason)
+        for reason, calls in skipped.items()
+    ]
+    for each in found:
+        if each.reason not in seed.told:
+            seed.told |= {each.reason}
+            _logger.warning(
+                "seed %d of layer %r: %d calls went on without its kernel: %s",
+                each.seed_idx,
+                each.layer,
+                each.calls,
+                each.reason,
+            )
+    return found
 
 
 def isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) -> SeedFault:

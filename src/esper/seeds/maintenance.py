@@ -10,11 +10,19 @@ from torch import nn
 
 from esper.contracts.errors import KernelExecutionError
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.forward.gradient_gates import keep_gated
 from esper.forward.recompilation import grant
 from esper.forward.written_alphas import take_written_alphas
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.grafting import check_weight, finish_waiting
-from esper.seeds.isolation import FIRST_RETRY_READINGS, SeedFault, drop_gradients, isolate_if_moved
+from esper.seeds.isolation import (
+    FIRST_RETRY_READINGS,
+    SeedFault,
+    SkippedCalls,
+    drop_gradients,
+    isolate_if_moved,
+    note_skipped,
+)
 from esper.seeds.layer_health import (
     UnhealthyLayer,
     report_success,
@@ -25,7 +33,7 @@ from esper.seeds.probe import probe
 from esper.seeds.slots import insert, withdraw
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
-from esper.state.observation import read
+from esper.state.observation import Reading, read
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
@@ -69,11 +77,13 @@ class MaintenanceReport:
         faults: Seeds that were at fault, in the model's order.
         transitions: Seeds that were moved, in the model's order.
         unhealthy: Layers that somebody has to see to, of those whose kernels were called.
+        skipped: Calls that went on without a kernel for no fault of its own.
     """
 
     faults: tuple[SeedFault, ...] = ()
     transitions: tuple[SeedTransition, ...] = ()
     unhealthy: tuple[UnhealthyLayer, ...] = ()
+    skipped: tuple[SkippedCalls, ...] = ()
 
 
 def maintain(model: nn.Module) -> MaintenanceReport:
@@ -110,6 +120,7 @@ def _maintain(
     transitions: list[SeedTransition] = []
     failing: list[SeedFault] = []
     unhealthy: list[UnhealthyLayer] = []
+    skipped: list[SkippedCalls] = []
     grant()
     for layer in layers:
         finish_waiting(layer)
@@ -117,7 +128,7 @@ def _maintain(
         take_written_alphas(layer)
         faults += bypassed(layer, again=again)
         for seed_idx, seed in sorted(record_of(layer).seeds.items()):
-            outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing)
+            outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing, skipped)
         unhealthy += update_health(record_of(layer), outcomes)
     if failing:
         worst = failing[0]
@@ -127,7 +138,10 @@ def _maintain(
         )
         raise KernelExecutionError(msg)
     return MaintenanceReport(
-        faults=tuple(faults), transitions=tuple(transitions), unhealthy=tuple(unhealthy)
+        faults=tuple(faults),
+        transitions=tuple(transitions),
+        unhealthy=tuple(unhealthy),
+        skipped=tuple(skipped),
     )
 
 
@@ -142,6 +156,7 @@ def _maintain_seed(
     faults: list[SeedFault],
     transitions: list[SeedTransition],
     failing: list[SeedFault],
+    skipped: list[SkippedCalls],
 ) -> list[bool]:
     """Read one seed's calls and act on them; return their outcomes, True at fault."""
     record = record_of(layer)
@@ -150,7 +165,9 @@ def _maintain_seed(
     if before == _S.ERROR_RECOVERY:
         _try_again(layer, seed_idx, seed)
     else:
-        outcomes = _read_calls(seed)
+        reading = _read_calls(seed)
+        outcomes = reading.outcomes
+        skipped += note_skipped(record, seed, reading.skipped)
         longest = record.layout.record_calls(seed_idx, outcomes)
         if any(outcomes):
             fault = isolate_if_moved(layer, seed_idx, seed, sum(outcomes))
@@ -167,19 +184,21 @@ def _maintain_seed(
     return outcomes
 
 
-def _read_calls(seed: Seed) -> list[bool]:
-    """Return the outcomes of the calls since the last reading, True at fault; start anew.
+def _read_calls(seed: Seed) -> Reading:
+    """Return what the calls since the last reading have shown; start anew.
 
     The optimizer's next step is still told under ``guard="step"``: the gradients may be waiting.
     """
     seed.follow_device()
+    keep_gated(seed)  # no backward of a graph does
     seen = seed.seen
     seed.forget_calls()  # before they are read: other threads may go on calling
     seed.seen.carried = seen.step_flags() if seed.guard == "step" else None
-    outcomes, reason = read(seen)
-    if reason and reason != "raised":  # the fence has said more
-        seed.last_error = reason
-    return outcomes
+    reading = read(seen, works_on_batches=seed.works_on_batches)
+    seed.works_on_batches = reading.works_on_batches
+    if reading.reason and reading.reason != "raised":  # the fence has said more
+        seed.last_error = reading.reason
+    return reading
 
 
 def _fossil_at_fault(record: LayerRecord, seed_idx: int, seed: Seed) -> list[SeedFault]:

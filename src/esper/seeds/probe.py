@@ -15,6 +15,7 @@ from esper.compiler.lowering import LoweredKernel, duplicate
 from esper.contracts.errors import KernelRefusedError
 from esper.forward.host_output import blendable
 from esper.forward.host_view import completed, host_forward, host_view
+from esper.forward.input_watch import InputWatch
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
@@ -146,9 +147,11 @@ class _Probe:
         """Return the host's output, and what the kernel is given: leaves where they can be."""
         with torch.no_grad():
             call = self._call.detached()
+            watch = InputWatch(call)
             start_s = self._clock.now()
             h = blendable(host_forward(self._layer, *call.args, **call.kwargs))
             self._host_s = self._clock.now() - start_s
+        record_of(self._layer).writes_input[self._layer.training] = watch.has_changed
         if self._kernel.position == "serial":
             given = LayerCall.of(h.clone())
         elif self._takes is None:
@@ -195,8 +198,8 @@ class _Probe:
             self._refuse("dtype", h.dtype, k.dtype)
         if any(_share_memory(k, t) for t in self._entered):
             self._refuse("view", "an output of its own", "its input, or a view of it")
-        if not _all_finite(k) and _all_finite(h):
-            self._refuse("finite", "a finite output", "NaN or infinity")
+        if not _all_finite(k) and not _finite_beside(k, h):
+            self._refuse("finite", "a finite output where its host's is", "NaN or infinity")
 
     def _is_identity(self, h: Tensor, k: Tensor) -> bool:
         return torch.equal(k if self._kernel.mode == "replace" else h + k, h)
@@ -279,6 +282,11 @@ def _share_memory(left: Tensor, right: Tensor) -> bool:
 
 def _reaches(gradient: Tensor | None) -> bool:
     return gradient is not None and bool((gradient != 0).any())
+
+
+def _finite_beside(k: Tensor, h: Tensor) -> bool:
+    """Return whether ``k`` is finite, or what ``h`` is; where ``h`` has a NaN it says nothing."""
+    return bool((k.isfinite() | (k == h)).all()) or bool(h.isnan().any())
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from esper.state.layer_call import LayerCall
 
 _OBSERVATIONS: Final = ("seen", "last_error")
-_COUNTERS: Final = ("native_count", "active_count", "kernel_execution_count", "num_faults")
+_COUNTERS: Final = (
+    "native_count",
+    "active_count",
+    "kernel_execution_count",
+    "num_faults",
+    "num_skipped",
+)
 
 _in_shadow_pass: ContextVar[bool] = ContextVar("in_shadow_pass", default=False)
 

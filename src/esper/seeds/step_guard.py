@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.forward.finiteness import gradient_total
 from esper.seeds.isolation import SeedFault, isolate_if_moved
 from esper.state.host_parts import host_parameters, is_in_a_seed
 from esper.state.layer_record import LayerRecord, record_of
@@ -56,7 +57,9 @@ def read_step_flags(
             seed.last_error = f"its {what} were not finite where its host's were"
             faults.append(_isolate_now(layer, seed_idx, seed))
         elif not raised:
+            skipped = seed.seen.skipped  # which is told at the next reading
             seed.forget_calls()
+            seed.seen.skipped = skipped
             _end_run_of_faults(record_of(layer), seed_idx)
     return faults
 
@@ -85,8 +88,11 @@ def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
 
 
 def _any_not_finite(parameters: Iterable[Tensor], *, like: Tensor) -> Tensor:
-    sums = [p.grad.sum(dtype=torch.float32) for p in parameters if p.grad is not None]
-    return ~torch.isfinite(torch.stack(sums)).all() if sums else torch.zeros_like(like)
+    totals = [gradient_total(p.grad) for p in parameters if p.grad is not None]
+    if not totals:
+        return torch.zeros_like(like)
+    finite = [torch.as_tensor(total, device=like.device).isfinite() for total in totals]
+    return ~torch.stack(finite).all()
 
 
 def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:

@@ -59,8 +59,14 @@ class LayerCall(NamedTuple):
 
     @property
     def x(self) -> Any:
-        """The first argument, which kernels of one input read; None where there is none."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        """The first argument that is not None, which kernels of one input read; None without one.
+
+        Of keywords it is the first in their order here: see :func:`as_declared`.
+        """
+        if self.args and self.args[0] is not None:
+            return self.args[0]
+        values = (*self.args, *self.kwargs.values())
+        return next((value for value in values if value is not None), None)
 
     @property
     def floating(self) -> Tensor | None:
@@ -101,6 +107,25 @@ class LayerCall(NamedTuple):
         )
 
 
+@functools.lru_cache(maxsize=1024)
+def declared_names(forward: Callable[..., object]) -> tuple[str, ...]:
+    """Return the names of a forward's parameters in their order, without the first, the object."""
+    try:
+        return tuple(inspect.signature(forward).parameters)[1:]
+    except (TypeError, ValueError):  # a builtin's
+        return ()
+
+
+def as_declared(
+    names: tuple[str, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> LayerCall:
+    """Return a call with its keywords in the order in which the host declares them."""
+    if len(kwargs) > 1:
+        known = {name: kwargs[name] for name in names if name in kwargs}
+        kwargs = {**known, **kwargs}
+    return LayerCall(args, kwargs)
+
+
 def _detached(value: object) -> object:
     if isinstance(value, Tensor):
         return value.clone().detach()
@@ -135,6 +160,8 @@ Example = Tensor | tuple[object, ...] | LayerCall
 class Takes:
     """What a kernel takes of a layer's call, beyond its first tensor.
 
+    Keywords go by their names; the host's input goes first where the kernel has not that name.
+
     Attributes:
         num_positional: How many positional arguments, or None for all.
         names: Which keywords, or None for all.
@@ -153,10 +180,13 @@ class Takes:
     def of(self, call: LayerCall) -> LayerCall:
         """Return the part of a call that the kernel takes."""
         names = self.names
-        kwargs = call.kwargs
-        if names is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name in names}
-        return LayerCall(call.args[: self.num_positional], kwargs)
+        args, kwargs = call.args[: self.num_positional], call.kwargs
+        if names is None:
+            return LayerCall(args, kwargs)
+        first = next(iter(kwargs), None)
+        if not call.args and first is not None and first not in names and self.num_positional != 0:
+            args = (kwargs[first],)  # the host's input, which the kernel calls by another name
+        return LayerCall(args, {name: value for name, value in kwargs.items() if name in names})
 
 
 @functools.lru_cache(maxsize=256)

@@ -69,10 +69,13 @@ class LayerRecord:
         active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
         num_faults: Faulty kernel calls since birth, as far as they were read.
+        num_skipped: Kernel calls that were left out for no fault of the kernel, likewise.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
         loads: Order of a seed's loads, by index; a copy has none under way.
         is_loading: Whether a ``state_dict`` is being loaded, which may exchange parameters.
+        writes_input: Whether the host writes to its input, in evaluation and in training; None
+            where that was not seen yet.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
@@ -109,10 +112,12 @@ class LayerRecord:
         self.active_count = 0
         self.kernel_execution_count = 0
         self.num_faults = 0
+        self.num_skipped = 0
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
         self.loads: defaultdict[int, LoadOrder] = defaultdict(LoadOrder)
         self.is_loading = False
+        self.writes_input: list[bool | None] = [None, None]
         self.in_shadow = False
         self.surroundings: torch.Tensor | None = None
         self.model: weakref.ref[nn.Module] | None = None

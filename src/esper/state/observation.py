@@ -8,7 +8,8 @@ leave their marks as the gradient of a small leaf, the *sink*.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -21,23 +22,24 @@ if TYPE_CHECKING:
 OBSERVED_CALLS: Final = 256
 """So many calls of a seed are remembered between two readings; older ones are not counted."""
 
-Sums = tuple[Tensor, Tensor]
-"""Sums of the host's output, and of that with the seed's share; 0-dim, on the device."""
+Marks = tuple[Tensor, Tensor]
+"""Of the host's output, and of that with the seed's share: 0-dim, on the device, NaN where a host
+gave NaN and where a share was not good, else any number."""
 
 
 class Backward:
     """One backward through a kernel, or through several calls of it at once.
 
     Attributes:
-        incoming: Sums of the gradients that reached its outputs.
-        leaving: Sums of the gradients that left towards its parameters.
+        incoming: Totals of the gradients that reached its outputs: finite where they are.
+        leaving: Totals of the gradients that left towards its parameters.
         is_ending: Whether a parameter has had its gradient.
     """
 
     __slots__ = ("incoming", "is_ending", "leaving")
 
     def __init__(self) -> None:
-        self.incoming: list[Tensor] = []
+        self.incoming: list[Tensor | float] = []
         self.leaving: list[Tensor | float] = []
         self.is_ending = False
 
@@ -46,20 +48,24 @@ class Call:
     """One eager call of a kernel.
 
     Attributes:
-        sums: :data:`Sums` of the host's output and of that with the share; None where the call was
-            clean and had no guard.
-        raised: Whether the fence took it; ``sums`` then has the host's only.
-        incoming: Sum of the gradient that reached its output, if one has.
-        leaving: Sums of the gradients that left towards its inputs.
+        shape: Shape of the host's output.
+        marks: :data:`Marks` of the host's output and of that with the share; None where the call
+            was clean and had no guard.
+        raised: Whether the fence took it; ``marks`` then has the host's only.
+        incoming: Total of the gradient that reached its output, if one has.
+        leaving: Totals of the gradients that left towards its inputs.
         backward: The backward that came through it, if one has.
     """
 
-    __slots__ = ("backward", "incoming", "leaving", "raised", "sums")
+    __slots__ = ("backward", "incoming", "leaving", "marks", "raised", "shape")
 
-    def __init__(self, sums: tuple[Tensor, ...] | None, *, raised: bool = False) -> None:
-        self.sums = sums
+    def __init__(
+        self, shape: torch.Size, marks: tuple[Tensor, ...] | None = None, *, raised: bool = False
+    ) -> None:
+        self.shape = shape
+        self.marks = marks
         self.raised = raised
-        self.incoming: Tensor | None = None
+        self.incoming: Tensor | float | None = None
         self.leaving: list[Tensor | float] = []
         self.backward: Backward | None = None
 
@@ -77,8 +83,9 @@ class Observations:
             and that with the seed's share were finite: 0 for yes, NaN for no, infinity for no call.
         sink: ``[2]`` float32 leaf; its gradient counts, over compiled backwards, gradients not
             finite that reached the kernel's output, and that left towards its inputs.
-        leaving: Per parameter, sums of gradients that left in compiled backwards.
+        leaving: Per parameter, totals of gradients that left in compiled backwards.
         carried: What :meth:`step_flags` said of calls that were read before the optimizer's step.
+        skipped: Calls that went on without the kernel for no fault of its own, by the reason.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,9 +96,14 @@ class Observations:
         self.latest: Call | None = None
         self.leaving: dict[int, list[Tensor | float]] = {}
         self.carried: Tensor | None = None
+        self.skipped: Counter[str] = Counter()
 
-    def come_in(self, call: Call, total: Tensor) -> None:
-        """Remember the sum of a gradient that reached a call's output."""
+    def skip(self, reason: str) -> None:
+        """Count a call that goes on without the kernel, which is not at fault."""
+        self.skipped[reason] += 1
+
+    def come_in(self, call: Call, total: Tensor | float) -> None:
+        """Remember the total of a gradient that reached a call's output."""
         backward = None if self.latest is None else self.latest.backward
         if backward is None or backward.is_ending or len(backward.incoming) >= OBSERVED_CALLS:
             backward = Backward()
@@ -100,11 +112,11 @@ class Observations:
         self.latest = call
 
     def leave(self, place: int, total: Tensor | float) -> None:
-        """Remember the sum of a gradient that left.
+        """Remember the total of a gradient that left.
 
         Args:
             place: Number of the parameter, or -1 for an input of an eager call.
-            total: The sum.
+            total: What is finite where the gradient is.
         """
         backward = None if self.latest is None else self.latest.backward
         if backward is not None and place >= 0:
@@ -121,12 +133,14 @@ class Observations:
     def rows(self) -> Tensor:
         """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
         pairs = [
-            call.sums for call in tuple(self.calls) if call.sums is not None and not call.raised
+            call.marks for call in tuple(self.calls) if call.marks is not None and not call.raised
         ]
         if not pairs:
             return self.ring.detach()
-        sums = torch.stack([s for pair in pairs for s in pair]).view(-1, 2)
-        return torch.cat((self.ring, (sums - sums).to(self.ring.dtype)))
+        like = self.ring
+        marks = [mark.tanh().to(like.dtype) for pair in pairs for mark in pair]
+        rows = torch.stack(marks).view(-1, 2)
+        return torch.cat((like, rows - rows))
 
     def step_flags(self) -> Tensor:
         """Return ``[2]`` bool: an output was at fault, a host's output was not finite."""
@@ -136,32 +150,63 @@ class Observations:
         return flags if self.carried is None else flags | self.carried
 
 
-def read(seen: Observations) -> tuple[list[bool], str]:
-    """Return the outcomes of calls, oldest first (True at fault), and what the last fault was.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What the calls since the last reading have shown.
 
-    A call whose host output was not finite counts neither way, and a gradient counts only where
-    all that reached the kernel's output was finite. One transfer from the device.
+    Attributes:
+        outcomes: Of the calls that show anything of the kernel, oldest first; True at fault.
+        reason: What the last fault was; empty where there was none.
+        skipped: Calls without the kernel that show nothing of it, by the reason.
+        works_on_batches: Whether a call of several samples has ever been clean.
+    """
+
+    outcomes: list[bool]
+    reason: str
+    skipped: Counter[str]
+    works_on_batches: bool
+
+
+def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
+    """Read what was seen. One transfer from the device.
+
+    A call whose host gave NaN counts neither way, and a gradient counts only where all that reached
+    the kernel's output was finite. Nor does a fault in a call of one sample count where the kernel
+    works on several: statistics over one, as of the rest of an epoch, are none.
+
+    Args:
+        seen: What was seen.
+        works_on_batches: What the reading before has said.
     """
     numbers = _Numbers(seen)
     outcomes, reason = _compiled_outcomes(seen, numbers)
     blamed: set[int] = set()
+    skipped = seen.skipped.copy()
     for call in tuple(seen.calls):  # a forward of another thread may be under way
-        outcome = _outcome(call, numbers, blamed)
-        if outcome is not None:
-            outcomes.append(bool(outcome))
-            reason = outcome or reason
-    return outcomes, reason
+        fault = _outcome(call, numbers, blamed)
+        if fault is None:
+            continue
+        is_single = call.shape[:1] == (1,)
+        if fault and is_single and works_on_batches:
+            skipped["one sample is too little for its statistics"] += 1
+            continue
+        works_on_batches |= not fault and not is_single
+        outcomes.append(bool(fault))
+        reason = fault or reason
+    return Reading(
+        outcomes=outcomes, reason=reason, skipped=skipped, works_on_batches=works_on_batches
+    )
 
 
 def _outcome(call: Call, numbers: _Numbers, blamed: set[int]) -> str | None:
     """Return what was wrong with a call, "" if nothing was, None if it says nothing."""
-    if call.sums is None:
+    if call.marks is None:
         return ""
-    if not numbers.finite(call.sums[0]):
+    if not numbers.finite(call.marks[0]):
         return None
     if call.raised:
         return "raised"
-    if not numbers.finite(call.sums[1]):
+    if not numbers.finite(call.marks[1]):
         return "its output was not finite where its host's was"
     if call.incoming is None or call.backward is None:
         return ""
@@ -197,10 +242,12 @@ class _Numbers:
     """Every tensor of a reading, brought over at once."""
 
     def __init__(self, seen: Observations) -> None:
-        tensors = {id(t): t for t in _tensors(seen)}
+        tensors = {id(t): t.detach() for t in _totals(seen)}
+        marks = [mark for call in tuple(seen.calls) for mark in call.marks or ()]
+        tensors |= {id(mark): mark.detach().tanh() for mark in marks}  # infinity is no news
         sink = torch.zeros(2) if seen.sink.grad is None else seen.sink.grad
         device = seen.ring.device
-        flat = [(t - t).to(device, torch.float32) for t in map(Tensor.detach, tensors.values())]
+        flat = [(t - t).to(device, torch.float32) for t in tensors.values()]
         parts = [seen.ring.detach().flatten(), sink.to(device)]
         if flat:
             stacked = torch.stack(flat)
@@ -212,19 +259,18 @@ class _Numbers:
         self._known = dict(zip(tensors, values[size + 2 :], strict=True))
 
     def finite(self, total: Tensor | float) -> bool:
-        """Say whether a sum that was remembered is finite; one that came since says nothing."""
+        """Say whether what was remembered is finite; what came since says nothing."""
         known = total if isinstance(total, float) else self._known.get(id(total), 0.0)
         return math.isfinite(known)
 
     def all_finite(self, totals: Sequence[Tensor | float]) -> bool:
-        """Say so of several sums."""
+        """Say so of several."""
         return all(self.finite(total) for total in totals)
 
 
-def _tensors(seen: Observations) -> list[Tensor]:
+def _totals(seen: Observations) -> list[Tensor]:
     found: list[Tensor | float] = [total for sums in seen.leaving.values() for total in sums]
     for call in tuple(seen.calls):
-        found += call.sums or ()
         found += call.leaving
         if call.backward is not None:
             found += call.backward.incoming

@@ -13,7 +13,7 @@ from esper.state.layer_call import Takes
 from esper.state.observation import Observations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch.utils.hooks import RemovableHandle
 
@@ -207,7 +207,11 @@ class Seed:
         readings_to_wait: Readings until the next such probe.
         last_error: What the last fault was, for people.
         handles: Handles of the hooks on the kernel's parameters.
-        gated: Where these parameters were: a module's table, a name, the parameter.
+        gated: Tables of the kernel's modules when its parameters were gated, and their lengths.
+        gated_values: What stood there: a table, a name, the parameter or module.
+        frozen: Parameters that needed no gate then.
+        works_on_batches: Whether a call of several samples was seen to be clean.
+        told: Reasons of skipped calls that were logged.
     """
 
     def __init__(
@@ -232,8 +236,12 @@ class Seed:
         self.last_error = ""
         self.num_retries = 0
         self.readings_to_wait = 0
+        self.works_on_batches = False
+        self.told: frozenset[str] = frozenset()
         self.handles: list[RemovableHandle] = []
-        self.gated: list[tuple[dict[str, nn.Parameter | None], str, Tensor]] = []
+        self.gated: list[tuple[Mapping[str, object], int]] = []
+        self.gated_values: list[tuple[Mapping[str, object], str, object]] = []
+        self.frozen: list[nn.Parameter] = []
         self.forget_calls()
 
     def forget_calls(self) -> None:
@@ -247,7 +255,10 @@ class Seed:
 
     def __getstate__(self) -> dict[str, object]:
         """Return what copies keep: hooks and what hangs on a graph belong to the original."""
-        return {**self.__dict__, "handles": [], "gated": [], "seen": None}
+        gates: dict[str, object] = {
+            name: [] for name in ("handles", "gated", "gated_values", "frozen")
+        }
+        return {**self.__dict__, **gates, "seen": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, which has seen nothing."""

@@ -11,7 +11,7 @@ import keyword
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -78,6 +78,7 @@ class PlainHost:
         gives_tuple: Whether it gives a tuple, of which the first element is grafted.
         first_field: Name of that element in a named tuple, else None.
         may_pack: Whether that element may be a packed sequence, which no kernel reads.
+        writes: Names of the arguments that the host writes to; kernels read copies.
     """
 
     module: nn.Module
@@ -87,6 +88,7 @@ class PlainHost:
     gives_tuple: bool = False
     first_field: str | None = None
     may_pack: bool = False
+    writes: frozenset[str] = frozenset()
 
 
 def is_grafted(module: nn.Module) -> bool:
@@ -161,6 +163,7 @@ def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     """
     graph = fx.Graph()
     given = _Given.of(graph, host)
+    read = given.before_writes(graph, host.writes)
     weight = _rounded(_host_weight(seeds), host.dtype)
     parts: dict[str, nn.Module] = {}
     called: _Called | None = None
@@ -171,7 +174,7 @@ def graft_graph(host: PlainHost, seeds: Sequence[PlainSeed]) -> fx.GraphModule:
     y = _scaled(graph, h, weight) if h is not None and weight != 0.0 else None
     for seed in seeds:
         parts[seed.name] = seed.kernel
-        k = _kernel_node(graph, given, seed, h)
+        k = _kernel_node(graph, read, seed, h)
         term = _scaled(graph, k, _rounded(seed.alpha, host.dtype))
         y = term if y is None else graph.call_function(operator.add, (y, term))
     graph.output(y if called is None else called.output(graph, host, y))
@@ -342,6 +345,7 @@ class _Given:
         kwargs: What is passed on by name.
         names: Names of ``args`` in the host's signature.
         num_positional: So many of ``args`` a caller gives by position.
+        input_name: Which of them kernels of one input read; None for the first.
         spread: For ``"*args"`` and ``"**kwargs"``, as the host spells them, the names that the
             graph has in their place.
     """
@@ -350,6 +354,7 @@ class _Given:
     kwargs: dict[str, fx.Node]
     names: tuple[str, ...]
     num_positional: int
+    input_name: str | None
     spread: dict[str, list[str]]
 
     @classmethod
@@ -381,13 +386,29 @@ class _Given:
             kwargs=kwargs,
             names=tuple(args),
             num_positional=_num_positional(host),
+            input_name=_input_name(host),
             spread=spread,
+        )
+
+    def before_writes(self, graph: fx.Graph, names: Collection[str]) -> _Given:
+        """Return this with copies of some arguments, made where the graph is now."""
+
+        def copied(name: str, node: fx.Node) -> fx.Node:
+            if name not in names:
+                return node
+            return graph.create_node("call_method", "clone", (node,), name=f"{name}_given")
+
+        return replace(
+            self,
+            args=tuple(map(copied, self.names, self.args)),
+            kwargs={name: copied(name, node) for name, node in self.kwargs.items()},
         )
 
     def for_kernel(self, takes: Takes | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a parallel kernel."""
         if takes is None:
-            return (next(iter((*self.args, *self.kwargs.values()))),), {}
+            nodes = dict(zip(self.names, self.args, strict=True)) | self.kwargs
+            return (nodes.get(self.input_name or "", next(iter(nodes.values()))),), {}
         behind = slice(self.num_positional, None)
         by_name = dict(zip(self.names[behind], self.args[behind], strict=True)) | self.kwargs
         taken = takes.of(LayerCall(self.args[: self.num_positional], by_name))
@@ -417,6 +438,14 @@ _BY_POSITION: Final = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
 )
+
+
+def _input_name(host: PlainHost) -> str | None:
+    """Return which argument was seen to be the first that is not None; None where that is open."""
+    if host.seen is None:
+        return None
+    bound = host.signature.bind_partial(*host.seen.args, **host.seen.kwargs).arguments
+    return next((name for name, value in bound.items() if value is not None), None)
 
 
 def _num_positional(host: PlainHost) -> int:

@@ -14,7 +14,8 @@ from esper.compiler.lowering import LoweredKernel
 from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
-from esper.forward.host_view import host_view
+from esper.forward.host_view import declared, host_forward, host_view
+from esper.forward.input_watch import InputWatch
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
@@ -153,7 +154,8 @@ def _as_graph(layer: KasminaLayer, unfit: Collection[int] = ()) -> fx.GraphModul
     if not seeds:
         return None
     examples = (seed.example for seed in record_of(layer).seeds.values())
-    seen = next((example for example in examples if example is not None), None)
+    found = next((example for example in examples if example is not None), None)
+    seen = None if found is None else declared(layer, found)
     output = None if seen is None else _given(layer, host_view(layer), seen)
     host = _plain_host(layer, seen, output)
     return graft_graph(host, [_plain_seed(layer, seed, seen, output) for seed in seeds])
@@ -173,7 +175,25 @@ def _plain_host(layer: KasminaLayer, seen: LayerCall | None, output: Any) -> Pla
         gives_tuple=is_known if output is None else isinstance(output, tuple),
         first_field=next(iter(getattr(output, "_fields", ())), None),
         may_pack=kind.may_pack,
+        writes=_written(layer, signature, seen),
     )
+
+
+def _written(
+    layer: KasminaLayer, signature: inspect.Signature, seen: LayerCall | None
+) -> frozenset[str]:
+    """Return the names of the arguments that a host writes to, of a call that a probe has seen."""
+    if seen is None or True not in record_of(layer).writes_input:
+        return frozenset()
+    call = seen.detached().to(reference_tensor(layer).device)
+    watch = InputWatch(call)
+    with shadow_pass(layer), torch.no_grad():
+        attempt(
+            lambda: host_forward(layer, *call.args, **call.kwargs)
+        )  # in a mode that it may hate
+    changed = {id(tensor) for tensor in watch.changed()}
+    bound = signature.bind_partial(*call.args, **call.kwargs).arguments
+    return frozenset(name for name, value in bound.items() if id(value) in changed)
 
 
 def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output: Any) -> PlainSeed:
