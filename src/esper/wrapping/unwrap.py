@@ -14,9 +14,9 @@ from esper.compiler.lowering import LoweredKernel
 from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
-from esper.forward.host_view import declared, host_forward, host_view
+from esper.forward.host_view import declared, host_forward
 from esper.forward.input_watch import InputWatch
-from esper.resilience.attempt import Done, Failed, attempt
+from esper.resilience.attempt import Done, attempt
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
 from esper.seeds.slots import withdraw
@@ -35,7 +35,7 @@ from esper.wrapping.restore import make_bare, refuse_shadows
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.state.seed_slot import Seed
@@ -156,7 +156,9 @@ def _as_graph(layer: KasminaLayer, unfit: Collection[int] = ()) -> fx.GraphModul
     examples = (seed.example for seed in record_of(layer).seeds.values())
     found = next((example for example in examples if example is not None), None)
     seen = None if found is None else declared(layer, found)
-    output = None if seen is None else _given(layer, host_view(layer), seen)
+    output = None
+    if seen is not None:
+        output = _given(layer, "its host", functools.partial(host_forward, layer), seen)
     host = _plain_host(layer, seen, output)
     return graft_graph(host, [_plain_seed(layer, seed, seen, output) for seed in seeds])
 
@@ -203,7 +205,8 @@ def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output:
         assert seen is not None, "the output is that of a call"
         reads = LayerCall.of(blendable(output)) if seed.is_serial else LayerCall.of(seen.x)
         reads = reads if seed.takes is None else seed.takes.of(seen)
-        gives_tuple = isinstance(_given(layer, kernel, reads), tuple)
+        forward = functools.partial(type(kernel).forward, kernel)
+        gives_tuple = isinstance(_given(layer, type(kernel).__name__, forward, reads), tuple)
     return PlainSeed(
         name=f"seed_{seed.seed_idx}",
         kernel=plain_kernel(kernel),
@@ -215,7 +218,9 @@ def _plain_seed(layer: KasminaLayer, seed: Seed, seen: LayerCall | None, output:
     )
 
 
-def _given(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
+def _given(
+    layer: KasminaLayer, part: str, forward: Callable[..., object], call: LayerCall
+) -> object:
     """Return what a part of a layer gives for a call that was seen, in the host's present dtype.
 
     Raises:
@@ -223,28 +228,24 @@ def _given(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
     """
     reference = reference_tensor(layer)
     seen = call.detached().to(reference.device)
-    found = attempt(functools.partial(_run, layer, module, seen.with_dtype(reference.dtype)))
+    found = attempt(functools.partial(_run, layer, forward, seen.with_dtype(reference.dtype)))
     if isinstance(found, Done):
         return found.value
-    again = attempt(functools.partial(_run, layer, module, seen))
+    again = attempt(functools.partial(_run, layer, forward, seen))
     if isinstance(again, Done):  # a host of several dtypes takes no call of a single one
         return again.value
-    raise ValueError(_why_unanswered(layer, module, found)) from found.error
-
-
-def _run(layer: KasminaLayer, module: nn.Module, call: LayerCall) -> Any:
-    with shadow_pass(layer), torch.no_grad():
-        return type(module).forward(module, *call.args, **call.kwargs)
-
-
-def _why_unanswered(layer: KasminaLayer, module: nn.Module, failed: Failed) -> str:
-    part = "its host" if isinstance(module, type(layer.default_layer)) else type(module).__name__
-    return (
+    msg = (
         f"layer {layer.name!r} is no graph, and nothing has changed: {part} does not take the call "
-        f"that was seen when its kernel was grafted ({failed}); unwrap while the model takes such "
+        f"that was seen when its kernel was grafted ({found}); unwrap while the model takes such "
         "calls (before it is moved or its forward is changed), or graft with an example= that it "
         "takes"
     )
+    raise ValueError(msg) from found.error
+
+
+def _run(layer: KasminaLayer, forward: Callable[..., object], call: LayerCall) -> object:
+    with shadow_pass(layer), torch.no_grad():
+        return forward(*call.args, **call.kwargs)
 
 
 def _hang_instead(modules: dict[str, nn.Module], old: nn.Module, made: nn.Module) -> None:
