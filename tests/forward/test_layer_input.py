@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import esper
+from esper.forward.host_view import declared
 from esper.state.layer_call import LayerCall
 
 
@@ -97,6 +98,18 @@ def test_an_input_that_is_left_out_is_the_next_one():
         torch.testing.assert_close(layer(None, embeds=x), want)
         torch.testing.assert_close(layer(embeds=x, tokens=None), want)
         torch.testing.assert_close(esper.unwrap(net)["b"](embeds=x), want)
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_a_call_is_read_by_the_signature_wherever_it_is_seen(is_wrapped):
+    """A wrapped layer, dormant or active, and a plain module say alike what their input is."""
+    layer = wrapped(Block())[1] if is_wrapped else Block()
+    values = given()
+    for _ in range(2):
+        call = declared(layer, LayerCall((), {n: values[n] for n in ("scale", "mask", "x")}))
+        assert call.x is values["x"]
+        if is_wrapped:
+            layer.graft(0, nn.Linear(4, 4), alpha=1.0, example=call)
 
 
 class Overwrites(nn.Module):

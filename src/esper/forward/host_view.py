@@ -46,5 +46,5 @@ def completed(layer: nn.Module, call: LayerCall) -> LayerCall:
 
 
 def declared(layer: nn.Module, call: LayerCall) -> LayerCall:
-    """Return a call with its keywords in the order in which the layer's host declares them."""
-    return as_declared(declared_names(host_class_of(layer).forward), call.args, call.kwargs)
+    """Return a call with its keywords in the order in which the layer, or any module, has them."""
+    return as_declared(declared_names(type(layer).forward), call.args, call.kwargs)

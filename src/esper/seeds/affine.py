@@ -115,9 +115,22 @@ def after(inner: Affine, matrix: Tensor, bias: Tensor) -> Affine:
         inner: The map that comes first.
         matrix: ``[out, inner's out]``, float64.
         bias: ``[out]``, float64.
+
+    Raises:
+        NotFoldable: The matrix reads another number of features, and so another axis.
     """
+    _check_axis(matrix.shape[1], inner)
     weight = torch.einsum("om,m...->o...", matrix, inner.weight)
     return replace(inner, weight=weight, bias=matrix @ inner.bias + bias)
+
+
+def _check_axis(num_read: int, inner: Affine) -> None:
+    if num_read != len(inner.weight):
+        msg = (
+            f"a step of the kernel reads {num_read} features where there are {len(inner.weight)}, "
+            "and so along another axis"
+        )
+        raise NotFoldable(msg)
 
 
 def _convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
@@ -134,6 +147,7 @@ def _convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     if padded and bool(inner.bias.any()):
         msg = "a bias before a convolution that pads would act at the borders too"
         raise NotFoldable(msg)
+    _check_axis(weight.shape[1], inner)
     composed = torch.einsum("om...,mi->oi...", weight, inner.weight)
     bias = weight.flatten(2).sum(2) @ inner.bias + bias
     return Affine(weight=composed, bias=bias, geometry=geometry)
@@ -146,6 +160,7 @@ def _transposed_convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affi
         msg = "a transposed convolution after a bias or a geometry, which overlap unequally"
         raise NotFoldable(msg)
     rows = dense(exchanged(step.weight.detach().double(), step.groups), step.groups)
+    _check_axis(rows.shape[1], inner)
     composed = torch.einsum("om...,mi->oi...", rows, inner.weight)
     return Affine(weight=composed, bias=_term(step.bias, rows), geometry=geometry_of(step))
 

@@ -260,8 +260,8 @@ class _Norm(FoldTarget):
     def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
         kept, alpha = shares(seed)
         kernel = affine_of(seed.slot.kernel, weight.shape[-1], weight)
-        factors = kernel.weight.diagonal() if kernel.weight.ndim == 2 else kernel.weight[:0]
-        if not torch.equal(kernel.weight, torch.diag(factors)):
+        factors = kernel.weight.diagonal() if kernel.geometry is None else weight.new_zeros(0)
+        if kernel.geometry is not None or not torch.equal(kernel.weight, torch.diag(factors)):
             msg = "behind a norm only a factor and a term for each feature fold"
             raise NotFoldable(msg)
         term = alpha * kernel.bias

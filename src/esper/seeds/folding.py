@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
+from esper.resilience.attempt import Done, attempt
 from esper.seeds.affine import NotFoldable
 from esper.seeds.fold_target import FoldTarget, in_float64, shares, target_of
 from esper.seeds.grafting import active_seed
@@ -20,7 +22,11 @@ from esper.seeds.structure import encoded_structure
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from esper.state.seed_slot import Seed
+
+T = TypeVar("T")
 
 FLOAT32_TOLERANCE: Final = 1e-6
 
@@ -70,13 +76,13 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         target = target_of(layer)
         _check_tensors(target.owner)
         tolerance = _tolerance(target.weight)
-        exact_weight, exact_bias = target.folded(seed)
+        exact_weight, exact_bias = _or_not_foldable(partial(target.folded, seed))
         _check_owner(target.owner)  # late: it looks at every object that there is
         weight = exact_weight.to(target.weight.dtype)
         bias = None
         if exact_bias is not None and target.bias is not None:
             bias = exact_bias.to(target.bias.dtype)
-        rel_diff = _rel_diff(target, seed, weight, bias)
+        rel_diff = _or_not_foldable(partial(_rel_diff, target, seed, weight, bias))
     except NotFoldable as refused:
         return FoldCertificate(
             folded=False, rel_diff=rel_diff, tolerance=tolerance, reason=str(refused)
@@ -89,6 +95,22 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         if bias is not None and target.bias is not None:
             target.bias.copy_(bias)
     return FoldCertificate(folded=True, rel_diff=rel_diff, tolerance=tolerance)
+
+
+def _or_not_foldable(step: Callable[[], T]) -> T:
+    """Return what a step of a fold gives; what it raises is a reason, whatever the kernel is.
+
+    Raises:
+        NotFoldable: It raised.
+    """
+    outcome = attempt(step)
+    if isinstance(outcome, Done):
+        return outcome.value
+    if isinstance(outcome.error, NotFoldable):
+        raise outcome.error
+    error = outcome.error
+    msg = f"the kernel cannot be composed with the host: {type(error).__name__}: {error}"
+    raise NotFoldable(msg) from error
 
 
 def _tolerance(weight: Tensor) -> float:
