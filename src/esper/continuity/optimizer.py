@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from esper.continuity.replicas import replicas, share_late_parameters, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
-from esper.state.host_parts import host_parameters, kernel_parameters
+from esper.state.host_parts import check_module, host_parameters, kernel_parameters
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
 
@@ -61,8 +61,9 @@ def sync_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         optimizer: The optimizer that trains it.
 
     Raises:
-        TypeError: The optimizer is not a torch SGD, Adam or AdamW.
+        TypeError: ``model`` is no module, or the optimizer not a torch SGD, Adam or AdamW.
     """
+    check_module("sync_optimizer", model)
     check_supported(optimizer)
     link = _link(optimizer)
     live = {id(p): p for layer in _layers(model) for _, p in kernel_parameters(layer)}

@@ -9,6 +9,7 @@ from typing import Protocol
 from esper.contracts.blueprint import BlueprintIR
 from esper.growth.detector import Detector, out_of_time
 from esper.growth.reading import Choice, Decision, PolicyState, Reading
+from esper.growth.settings import Bounds, checked_number
 
 
 class Policy(Protocol):
@@ -60,9 +61,15 @@ class DiminishingReturns(Policy):
 
     Args:
         detector: Holds the rules; the default one where None.
+
+    Raises:
+        TypeError: ``detector`` is none.
     """
 
     def __init__(self, detector: Detector | None = None) -> None:
+        if detector is not None and not hasattr(detector, "decide"):
+            msg = f"detector is a Detector; got {detector!r} (a {type(detector).__name__})"
+            raise TypeError(msg)
         self.detector = Detector() if detector is None else detector
         self._observed_at: int | None = None
 
@@ -94,13 +101,13 @@ class EveryN(Policy):
         updates: Updates between two germinations, at least 1.
 
     Raises:
+        TypeError: ``updates`` is no whole number.
         ValueError: ``updates`` is less than 1.
     """
 
     def __init__(self, updates: int) -> None:
-        if updates < 1:
-            msg = f"updates is the distance between two grafts, at least 1, got {updates}"
-            raise ValueError(msg)
+        distance = Bounds(what="the distance between two grafts in updates", least=1)
+        checked_number("updates", updates, distance, kind=int)
         self.updates = updates
         self._last = 0
 
@@ -136,6 +143,7 @@ class ByHand(Policy):
         choices: Each a :class:`Choice`, ``(site, blueprint)`` or ``(site, blueprint, update)``.
 
     Raises:
+        TypeError: A site is no name, a blueprint neither a name nor one, or an update no number.
         ValueError: An entry is none of these, or its update is negative.
     """
 
@@ -290,7 +298,10 @@ def _as_choice(entry: object) -> Choice:
     if not isinstance(entry, Choice):
         msg = f"a choice by hand is (site, blueprint) or (site, blueprint, update), got {entry!r}"
         raise ValueError(msg)  # noqa: TRY004 - a malformed entry, whatever its type
-    if entry.update < 0:
-        msg = f"the update of {entry.site!r} is at least 0, got {entry.update}"
-        raise ValueError(msg)
+    named: tuple[object, object] = entry.site, entry.blueprint
+    if not isinstance(named[0], str) or not isinstance(named[1], str | BlueprintIR):
+        msg = f"a choice by hand names a site and a blueprint, or gives the latter; got {entry!r}"
+        raise TypeError(msg)
+    bounds = Bounds(what="a number of updates", least=0)
+    checked_number(f"the update of {entry.site!r}", entry.update, bounds, kind=int)
     return entry

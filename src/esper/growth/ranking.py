@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
+from esper.growth.settings import Bounds, checked_number
 from esper.state.host_parts import host_parameters
 from esper.state.site import feature_axis, widths
 
@@ -141,8 +142,8 @@ class FirstOrderGain:
     """
 
     def __init__(self, *, ridge: float = RIDGE, random_seed: int = 0) -> None:
-        self._ridge = ridge
-        self._random_seed = random_seed
+        self._ridge = checked_number("ridge", ridge, Bounds(what="a share", least=0))
+        self._random_seed = _checked_seed(random_seed)
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -169,7 +170,7 @@ class GradientNorm:
     """
 
     def __init__(self, *, random_seed: int = 0) -> None:
-        self._random_seed = random_seed
+        self._random_seed = _checked_seed(random_seed)
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -193,7 +194,7 @@ class RandomChoice:
     """
 
     def __init__(self, random_seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(random_seed)
+        self._generator = torch.Generator().manual_seed(_checked_seed(random_seed))
 
     def rank(
         self,
@@ -209,6 +210,10 @@ class RandomChoice:
                 for candidate, score in zip(listed, scores, strict=True)
             ]
         )
+
+
+def _checked_seed(random_seed: int) -> int:
+    return int(checked_number("random_seed", random_seed, Bounds(what="a whole number"), kind=int))
 
 
 def rank_candidates(

@@ -18,6 +18,7 @@ from esper.seeds.layer_health import (
 )
 from esper.seeds.probe import probe
 from esper.seeds.slots import insert, withdraw
+from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import read
@@ -79,9 +80,11 @@ def maintain(model: nn.Module) -> MaintenanceReport:
         model: A model with wrapped layers, or one such layer.
 
     Raises:
+        TypeError: ``model`` is no module.
         KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
             be isolated. Every layer has been looked at.
     """
+    check_module("maintain", model)
     return maintain_layers(_layers(model))
 
 

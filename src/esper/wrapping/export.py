@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from safetensors.torch import save
 from torch import Tensor, fx, nn
 
+from esper.state.host_parts import check_module
 from esper.wrapping.codegen import SourceWriter, is_numbered, is_torch_layer
 from esper.wrapping.plain import fused_paths, is_grafted, trace
 from esper.wrapping.unwrap import unwrap
@@ -40,6 +41,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             the model's ``state_dict`` holds something that is no tensor. Nothing is written.
         OSError: The folder cannot be written.
     """
+    check_module("export", model)
     grown = unwrap(copy.deepcopy(model))
     _make_writable_(grown)
     source = _source(grown).encode()

@@ -14,6 +14,7 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
 from esper.forward.host_view import host_view
 from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
@@ -63,10 +64,12 @@ def unwrap(model: Model) -> Model:
         The model; where the model itself is a site that does not fold, its graph module.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: A kernel cannot be written as a graph, or a site that takes nothing but
             ``*args`` was never seen to be called.
         SeedLifecycleError: A layer is in a shadow pass.
     """
+    check_module("unwrap", model)
     sites = layers(model)
     refuse_shadows(sites)
     for layer in sites.values():
