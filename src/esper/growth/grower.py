@@ -112,7 +112,11 @@ class Grower:
         self._has_advised = self._closed = self._tried_loss = False
         self._num_steps = 0
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
-        self._warn(never_grows(self._run) or missing_part(self._run))
+        try:
+            self._warn(never_grows(self._run) or missing_part(self._run))
+        except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
+            self.close("it was refused")
+            raise
         if settings.verify == "fork" and options.get("update") is None:
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the recorded rates; give "
