@@ -59,10 +59,13 @@ class Grower:
 
     What is trained, and what it is judged by:
         ``compute_loss``: ``(model, batch)`` to the scalar training loss. Without it the Grower
-        ranks and advises, and grafts nothing.
+        ranks and advises, and grafts nothing. Esper calls it beside the training as well: what it
+        and the model keep (counters, generators, metrics, the batch) is put back after each such
+        pass, and what cannot be is named by a warning.
         ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
         shape (samples,), at least 200 of them; or a dict whose first entry decides; or
-        ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
+        ``(losses, metrics)``. A scalar is accepted, but then no gate passes and nothing is
+        ranked. What it keeps is its owner's, but for random generators, which are put back.
         ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
         with the recorded rates where None.
         Numbers: *horizon*, *goal*, *random_seed*.
