@@ -13,6 +13,9 @@ from esper import __version__
 from esper.cli.app import app, parse_random_seeds
 from esper.contracts.errors import EsperError
 
+pytestmark = pytest.mark.filterwarnings("ignore:nothing can grow")
+"""The jobs here are shorter than a graft."""
+
 JOB = """
 import os
 import signal

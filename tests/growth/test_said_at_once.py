@@ -202,6 +202,15 @@ def test_run_that_can_never_grow_says_so_when_it_is_made(settings, words):
     assert "growing.py" in caught[0].filename
 
 
+def test_constructor_that_a_warning_ends_leaves_nothing_behind(tmp_path):
+    """Where warnings are errors the log is closed and no hook of the controller stays."""
+    model, optimizer = wrapped()
+    with pytest.raises(UserWarning, match="nothing can grow"):
+        growing(model, optimizer, horizon=5, run_dir=tmp_path)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1  # that of sync_optimizer
+    assert (tmp_path / "events.jsonl").read_text().count("run_ended") == 1
+
+
 def test_policy_that_never_grows_is_not_warned_of():
     """Who asked for nothing misses nothing."""
     model, optimizer = wrapped()

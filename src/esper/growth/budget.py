@@ -14,8 +14,22 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.contracts.ports import Clock
+from esper.growth.settings import Bounds, checked_number
 
 Category = Literal["training", "evaluation", "shadow", "ranking", "twins"]
+
+_SHARE: Final = Bounds(what="a share of the host", least=0, may_be_infinite=True)
+_COUNT: Final = Bounds(what="a count", least=0)
+_LIMITS: Final[dict[str, tuple[Bounds, type]]] = {
+    "parameters": (_SHARE, float),
+    "total_parameters": (_SHARE, float),
+    "flops": (_SHARE, float),
+    "latency": (_SHARE, float),
+    "grafts": (_COUNT, int),
+    "small_host": (_COUNT, int),
+    "small_graft": (_COUNT, int),
+}
+"""What each limit of a budget may be."""
 
 FORWARD: Final = 1
 FORWARD_BACKWARD: Final = 3
@@ -53,6 +67,7 @@ class Budget:
         small_graft: Parameters of one graft in a small host.
 
     Raises:
+        TypeError: A limit is no number.
         ValueError: A limit is negative or not a number.
     """
 
@@ -66,11 +81,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Refuse limits that limit nothing."""
-        for name in ("parameters", "total_parameters", "flops", "latency", "grafts"):
-            limit = getattr(self, name)
-            if limit is not None and not limit >= 0:
-                msg = f"Budget({name}=...) is at least 0, or None for no limit; got {limit!r}"
-                raise ValueError(msg)
+        for name, (bounds, kind) in _LIMITS.items():
+            limit, optional = getattr(self, name), not name.startswith("small_")
+            if limit is None and optional:
+                continue
+            checked_number(f"Budget({name}=...)", limit, bounds, kind=kind, optional=optional)
 
     def check(
         self, *, host: Cost, candidate: Cost, admitted: Cost | None = None, grafts: int = 0

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Final
 
 from esper.growth.reading import Decision, PolicyState, Reading
+from esper.growth.settings import Bounds, checked_number
 
 _STATE_VERSION: Final = 1
 
@@ -38,6 +39,7 @@ class Detector:
         rise_fraction: Share of the fall since the start that a real rise exceeds, in (0, 1).
 
     Raises:
+        TypeError: A setting is no number.
         ValueError: A setting is outside its range.
     """
 
@@ -55,9 +57,11 @@ class Detector:
         deadline: float = 0.40,
         rise_fraction: float = 0.02,
     ) -> None:
-        if window < 2:
-            msg = f"window is a number of evaluations, at least 2, got {window}"
-            raise ValueError(msg)
+        evaluations = Bounds(what="a number of evaluations", least=2)
+        checked_number("window", window, evaluations, kind=int)
+        shares = {"fraction": fraction, "rise_fraction": rise_fraction, "deadline": deadline}
+        for name, share in shares.items():
+            checked_number(name, share, Bounds(what="a share", least=0, most=1))
         for name, share in (("fraction", fraction), ("rise_fraction", rise_fraction)):
             if not 0.0 < share < 1.0:
                 msg = f"{name} is a share in (0, 1), got {share}"

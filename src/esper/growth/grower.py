@@ -67,10 +67,13 @@ class Grower:
 
     What is trained, and what it is judged by:
         ``compute_loss``: ``(model, batch)`` to the scalar training loss. Without it the Grower
-        ranks and advises, and grafts nothing.
+        ranks and advises, and grafts nothing. Esper calls it beside the training as well: what it
+        and the model keep (counters, generators, metrics, the batch) is put back after each such
+        pass, and what cannot be is named by a warning.
         ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
         shape (samples,), at least 200 of them; or a dict whose first entry decides; or
-        ``(losses, metrics)``. A scalar is accepted, but then no gate passes.
+        ``(losses, metrics)``. A scalar is accepted, but then no gate passes and nothing is
+        ranked. What it keeps is its owner's, but for random generators, which are put back.
         ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
         with the recorded rates where None.
         ``group_for``: ``(name, parameter)`` to the param group that a kernel's parameter joins, or
@@ -131,7 +134,11 @@ class Grower:
         self._has_advised = self._closed = self._tried_loss = False
         self._num_steps = 0
         self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
-        self._warn(never_grows(self._run) or missing_part(self._run))
+        try:
+            self._warn(never_grows(self._run) or missing_part(self._run))
+        except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
+            self.close("it was refused")
+            raise
         if self.run_dir is not None and self.run_dir != Path(options.get("run_dir") or ""):
             self._run.journal.note(
                 f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Unpack, cast
 
@@ -22,7 +22,6 @@ from esper.growth.settings import GrowthSettings
 from esper.wrapping.wrap import wrap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -63,8 +62,8 @@ class GrowthJob:
     Raises:
         TypeError: A field is of the wrong type, the optimizer is not supported, or the Grower
             has no argument of that name.
-        ValueError: ``epochs`` is less than 1, a loader is known to be empty, or a setting is out
-            of its range.
+        ValueError: ``epochs`` or ``num_seeds`` is less than 1, a loader is known to be empty, or a
+            setting is out of its range.
     """
 
     model: nn.Module
@@ -88,16 +87,19 @@ class GrowthJob:
             "train": (Iterable, "an iterable of batches"),
             "gate": (Iterable, "an iterable of batches"),
             "epochs": (int, "a number of epochs"),
+            "num_seeds": (int, "a number of seeds"),
             "grower": (Mapping | GrowthSettings, "the Grower's arguments, or GrowthSettings"),
         }
         for name, (kind, words) in expected.items():
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or isinstance(value, bool):
                 msg = f"GrowthJob({name}=...) is {words}, got {type(value).__name__}"
                 raise TypeError(msg)
-        if self.epochs < 1:
-            msg = f"GrowthJob(epochs=...) is at least 1, got {self.epochs}"
-            raise ValueError(msg)
+        for name in ("epochs", "num_seeds"):
+            if getattr(self, name) < 1:
+                msg = f"GrowthJob({name}=...) is at least 1, got {getattr(self, name)}"
+                raise ValueError(msg)
+        self._check_functions()
         if self.schedule not in SCHEDULES:
             msg = f'GrowthJob(schedule=...) is "epoch" or "update", got {self.schedule!r}'
             raise ValueError(msg)
@@ -107,6 +109,16 @@ class GrowthJob:
                 raise ValueError(_empty(name))
         joined(self.optimizer)
         check_options(options_of(self.grower))
+
+    def _check_functions(self) -> None:
+        for name in ("loss", "metrics"):
+            function: object = getattr(self, name)
+            if not callable(function) and (name == "loss" or function is not None):
+                msg = f"GrowthJob({name}=...) is a function, got {type(function).__name__}"
+                raise TypeError(msg)
+        if self.scheduler is not None and not hasattr(self.scheduler, "step"):
+            msg = f"GrowthJob(scheduler=...) has a step(), got {type(self.scheduler).__name__}"
+            raise TypeError(msg)
 
     @property
     def horizon(self) -> int | None:

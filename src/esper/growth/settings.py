@@ -36,15 +36,17 @@ class Bounds:
         least: Smallest value; None where there is none.
         most: Largest value; None where there is none.
         below: Value that it stays below; None where there is none.
+        may_be_infinite: Whether infinity is a value.
     """
 
     what: str
     least: float | None = None
     most: float | None = None
     below: float | None = None
+    may_be_infinite: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if math.isnan(value) or (math.isinf(value) and not self.may_be_infinite):
             return False
         return (
             (self.least is None or value >= self.least)
@@ -204,11 +206,30 @@ def _checked(name: str, annotation: object, value: object) -> object:
         return _chosen(name, get_args(told), value)
     kind, bounds = get_args(told)
     assert isinstance(bounds, Bounds)
+    return checked_number(name, value, bounds, kind=kind, optional=optional)
+
+
+def checked_number(
+    name: str, value: object, bounds: Bounds, *, kind: type = float, optional: bool = False
+) -> float:
+    """Return a number as a plain one of its kind, or refuse it.
+
+    Args:
+        name: Whose it is, for messages.
+        value: What was given.
+        bounds: What it may be.
+        kind: ``int`` or ``float``.
+        optional: Whether None would have been taken as well, for messages.
+
+    Raises:
+        TypeError: It is no number of that kind.
+        ValueError: It is out of bounds.
+    """
     expected = f"{name} is {bounds}{', or None' if optional else ''}"
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         msg = f"{expected}; got {value!r} (a {type(value).__name__})"
         raise TypeError(msg)
-    number = kind(value)
+    number: float = kind(value)
     if number not in bounds:
         msg = f"{expected}; got {value!r}"
         raise ValueError(msg)

@@ -31,6 +31,7 @@ from esper.seeds.layer_health import (
 from esper.seeds.out_of_use import bypassed, take_losses
 from esper.seeds.probe import probe
 from esper.seeds.slots import insert, withdraw
+from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import Reading, read
@@ -98,9 +99,11 @@ def maintain(model: nn.Module) -> MaintenanceReport:
         model: A model with wrapped layers, or one such layer.
 
     Raises:
+        TypeError: ``model`` is no module.
         KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
             be isolated. Every layer has been looked at.
     """
+    check_module("maintain", model)
     return _maintain(_layers(model), take_losses(model), again=True)
 
 

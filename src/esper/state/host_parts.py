@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
 SEEDS: Final = "_seeds"
 """Name of the child of a layer that holds its slots; absent while there is none."""
@@ -17,6 +16,17 @@ SEEDS_PREFIX: Final = f"{SEEDS}."
 def is_in_a_seed(name: str) -> bool:
     """Say whether a dotted name of a module, parameter or buffer leads through a seed."""
     return SEEDS in name.split(".")
+
+
+def check_module(function: str, model: object) -> None:
+    """Refuse what is no module, by the name of the function that it was given to.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"{function} takes a torch.nn.Module; got {model!r} (a {type(model).__name__})"
+        raise TypeError(msg)
 
 
 def host_modules(module: nn.Module) -> list[nn.Module]:

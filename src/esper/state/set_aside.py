@@ -387,6 +387,8 @@ class _Kept:
         if not isinstance(own, dict):
             return
         self._items([(name, own[name]) for name in _RANDOM_PARTS if name in own], path)
+        if type(value).__module__.partition(".")[0] in ("torch", "logging"):
+            return  # compiled graphs and loggers count what is no matter of the run
         saved = dict(own)
         self._later(lambda: None if _same(own, saved) else f"{path} (a {type(value).__name__})")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -94,6 +95,7 @@ class KasminaStateLayout:
     _fallback_active: memoryview[int]
 
     def __init__(self, num_seeds: int, device: torch.device | str = "cpu") -> None:
+        _check_whole("num_seeds", num_seeds)
         if num_seeds < 1:
             msg = f"a layer has at least one seed, got num_seeds={num_seeds}"
             raise ValueError(msg)
@@ -178,8 +180,10 @@ class KasminaStateLayout:
         """Refuse an index that names no seed; negative ones do not count from the end.
 
         Raises:
+            TypeError: ``seed_idx`` is no whole number.
             ValueError: ``seed_idx`` is not in [0, num_seeds).
         """
+        _check_whole("a seed index", seed_idx)
         if not 0 <= seed_idx < self.num_seeds:
             msg = f"seed index {seed_idx} is not in [0, {self.num_seeds})"
             raise ValueError(msg)
@@ -387,3 +391,9 @@ class KasminaStateLayout:
         self._allocate()
         for name, *_ in _ARRAYS:
             getattr(self, "_" + name).cast("B")[:] = arrays[name]
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name} is a whole number, got {value!r} (a {type(value).__name__})"
+        raise TypeError(msg)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, fx, nn
 
 from esper.resilience.whole_file import write_whole
+from esper.state.host_parts import check_module
 from esper.state.layer_call import LayerCall
 from esper.wrapping import stand_in
 from esper.wrapping.codegen import SourceWriter, is_numbered, is_torch_layer
@@ -55,6 +56,7 @@ def export(
             the model's ``state_dict`` holds something that is no tensor. Nothing is written.
         OSError: A file cannot be written, and is named; one that was there before is unchanged.
     """
+    check_module("export", model)
     grown = unwrap(copy.deepcopy(model))
     _make_writable_(grown)
     source = _source(grown, None if example is None else LayerCall.of(example)).encode()

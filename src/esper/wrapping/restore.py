@@ -11,6 +11,7 @@ from esper.contracts.errors import SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.host_class import release
 from esper.seeds.grafting import cancel
+from esper.state.host_parts import check_module
 from esper.state.layer_record import record_of
 from esper.wrapping.wrap import layers
 
@@ -53,8 +54,10 @@ def restore(model: Model) -> RestoreResult[Model]:
         The model, and the names of the layers that it happened to.
 
     Raises:
+        TypeError: ``model`` is no module.
         SeedLifecycleError: A layer is in a shadow pass; nothing has changed.
     """
+    check_module("restore", model)
     sites = layers(model)
     refuse_shadows(sites)
     folded = tuple(name for name, layer in sites.items() if _is_folded(layer))

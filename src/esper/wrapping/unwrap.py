@@ -20,6 +20,7 @@ from esper.resilience.attempt import Done, attempt
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
 from esper.seeds.slots import withdraw
+from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
@@ -88,10 +89,12 @@ def unwrap(model: Model) -> Model:
         The model; where the model itself is a site that does not fold, its graph module.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: A kernel cannot be written as a graph, a site that takes nothing but ``*args``
             was never seen to be called, or a site no longer takes the call that was seen.
         SeedLifecycleError: A layer is in a shadow pass.
     """
+    check_module("unwrap", model)
     sites = layers(model)
     refuse_shadows(sites)
     _tell_losses(model)

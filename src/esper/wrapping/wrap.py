@@ -11,6 +11,7 @@ from torch import nn
 from esper.contracts.arguments import whole_number
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.state.host_parts import check_module
 from esper.state.layer_record import RECORD, record_of
 from esper.wrapping.select import Select, SkippedModule, choose, named_host_modules
 
@@ -95,7 +96,11 @@ def layers(model: nn.Module) -> dict[str, KasminaLayer]:
     """Return the wrapped layers of a model by qualified name, in the model's order.
 
     A layer that is there under two names has the first. Empty if nothing is wrapped.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    check_module("layers", model)
     found = {n: m for n, m in named_host_modules(model).items() if isinstance(m, KasminaLayer)}
     for record in map(record_of, found.values()):
         if record.find_model() is None:  # fresh, or unpickled
@@ -108,7 +113,11 @@ def skipped(model: nn.Module) -> tuple[SkippedModule, ...]:
 
     It is worked out from the model as it is, so it holds for copies and reloaded models. For a
     model that is not wrapped it says what ``wrap`` would leave.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    check_module("skipped", model)
     if not layers(model):
         return choose(model).skipped
     return choose(model, lambda _, module: isinstance(module, KasminaLayer)).skipped
