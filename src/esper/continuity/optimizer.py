@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,11 +31,17 @@ from esper.continuity.placement import (
     check_trains,
     seeded_kernels,
 )
-from esper.continuity.replicas import bare, replicas, share_late_parameters, worst_of_ranks
+from esper.continuity.replicas import bare, num_ranks, replicas, share_kernels, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
+from esper.state.host_parts import SEEDS
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+    from esper.continuity.replicas import SeedKey
 
 _logger = logging.getLogger(__name__)
 
@@ -85,10 +92,26 @@ def sync_optimizer(
             _join(layer, seed_idx, kernel, Placement(inner, every, group_for), every)
     replicated = replicas(model)
     if replicated is not None:
-        share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
+        _share(replicated, inner, placement)
     link.watch_steps(model, every)
-    if replicated is not None:
+    if replicated is not None and num_ranks(replicated) > 1:
         _warn_of_lone_isolation(link.roster.busy())
+
+
+def _share(replicated: DistributedDataParallel, inner: nn.Module, placement: Placement) -> None:
+    """Let ranks agree on the kernels of a replicated model."""
+    params: dict[str, nn.Parameter] = {}
+    seeds: dict[str, SeedKey] = {}
+    for layer in _layers(inner):
+        for seed_idx, kernel in seeded_kernels(layer):
+            name = placement.name_in_model(layer, f"{SEEDS}.{seed_idx}")
+            seeds[name] = (layer, seed_idx)
+            params |= {
+                f"{name}.kernel.{below}": p
+                for below, p in kernel.named_parameters()
+                if p.requires_grad and not placement.is_hosts(p)
+            }
+    share_kernels(replicated, params, seeds)
 
 
 def _kernel_parameters(layer: nn.Module) -> list[nn.Parameter]:
