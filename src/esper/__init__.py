@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
+    from esper.continuity.following import follow
     from esper.continuity.optimizer import sync_optimizer
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
@@ -116,6 +117,7 @@ _HOME: Final = {
     "compile_blueprint": "esper.compiler.compile",
     "default_catalog": "esper.compiler.catalog",
     "export": "esper.wrapping.export",
+    "follow": "esper.continuity.following",
     "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
     "maintain": "esper.seeds.maintenance",
@@ -181,6 +183,7 @@ __all__ = [
     "compile_blueprint",
     "default_catalog",
     "export",
+    "follow",
     "in_shadow_pass",
     "layers",
     "maintain",

@@ -24,6 +24,7 @@ from esper.continuity.ensemble import (
     members_of,
     rebuilt,
 )
+from esper.continuity.following import tell_of_copies
 from esper.continuity.placement import (
     GroupFor,
     Place,
@@ -129,6 +130,8 @@ def _join(
     """Append what a kernel has to train; say what is trained by nobody that is known."""
     places, left = placement.places(layer, seed_idx, kernel)
     append_parameters(every, places)
+    if places:
+        tell_of_copies([layer])
     if left and not _is_known_elsewhere(layer, kernel, every):
         _logger.warning(
             "%s: in no param group, since the parameters of their host layer that are trainable "

@@ -102,7 +102,8 @@ def _leave_seeds_alone(model: DistributedDataParallel) -> None:
     """
     if not isinstance(model.parameters_to_ignore, _AndSeeds):
         model.parameters_to_ignore = _AndSeeds(model.parameters_to_ignore)
-        model._assign_modules_buffers()  # type: ignore[no-untyped-call]  # noqa: SLF001 - DDP has no other way
+        make_list = model._assign_modules_buffers  # noqa: SLF001 - DDP has no other way
+        make_list()  # type: ignore[no-untyped-call] # torch has none
 
 
 class _Told(NamedTuple):

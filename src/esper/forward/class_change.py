@@ -132,3 +132,4 @@ def choose_forward(layer: nn.Module) -> None:
     become(layer, "active" if record.plan else idle)
     allow_graph_of(layer, record.plan)
     update_roster(layer)
+    record.changed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -70,6 +71,8 @@ class LayerRecord:
         load_tickets: Number that a load of a seed must still hold when it is done, by index; it
             rises wherever the seed is given up meanwhile.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
+        on_change: Told when a seed has come, changed or gone; not so in copies.
+        copies: Records of copies of the layer that nobody has accounted for, held weakly.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -105,11 +108,18 @@ class LayerRecord:
         self.keep_buffers: Callable[[], None] | None = None
         self.load_tickets: Counter[int] = Counter()
         self.in_shadow = False
+        self.on_change: list[Callable[[], None]] = []
+        self.copies: list[weakref.ref[LayerRecord]] = []
 
     @property
     def forward_count(self) -> int:
         """Calls since birth, counted where telemetry is on."""
         return self.native_count + self.active_count
+
+    def changed(self) -> None:
+        """Tell those who want to know that seeds are not as they were."""
+        for tell in self.on_change:
+            tell()
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerRecord:
         copied = LayerRecord.__new__(LayerRecord)
@@ -118,6 +128,8 @@ class LayerRecord:
         shared = {"source": self.source, "shared": self.shared}
         own = {k: v for k, v in self.__dict__.items() if k not in cleared and k not in shared}
         copied.__dict__.update(copy.deepcopy(own, memo) | shared | cleared)
+        self.copies = [ref for ref in self.copies if ref() is not None]
+        self.copies.append(weakref.ref(copied))
         return copied
 
     def __getstate__(self) -> dict[str, object]:
@@ -138,6 +150,8 @@ class LayerRecord:
             "has_step_guard": False,
             "keep_buffers": None,
             "in_shadow": False,
+            "on_change": [],
+            "copies": [],
         }
 
 
