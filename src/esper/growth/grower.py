@@ -6,12 +6,14 @@ from collections import deque
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final, Self, Unpack
 
+from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
+from esper.growth.claims import claim, release
 from esper.growth.obstacles import missing_evidence, obstacle
 from esper.growth.options import GrowerOptions, show_options
 from esper.growth.probation import Probation
@@ -20,6 +22,7 @@ from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.seeds.maintenance import maintain_layers
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +92,8 @@ class Grower:
         ValueError: A setting is out of its range, the model has no layer with seeds or none that
             the optimizer trains, or the optimizer is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
-        GrowthError: A site named by hand is none of the model's.
+        GrowthError: A site named by hand is none of the model's or cannot grow, or another Grower
+            that was not closed has the model or an optimizer.
     """
 
     @show_options
@@ -100,6 +104,7 @@ class Grower:
         **options: Unpack[GrowerOptions],
     ) -> None:
         self._run = begin_run(model, optimizer, options)
+        claim(self, [*layers(self._run.model).values(), *members_of(self._run.optimizer)])
         settings = self._run.settings
         self._schedule = EvaluationSchedule(
             every=settings.evaluate_every, overhead=settings.overhead
@@ -220,6 +225,7 @@ class Grower:
         if self._closed:
             return
         self._closed = True
+        release(self)
         stage, self._stage = self._stage, None
         run = self._run
         try:
