@@ -1,10 +1,12 @@
 """Loading through a layer's door while the source and the kernels fail."""
 
 import asyncio
+import contextlib
 import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,10 +16,14 @@ from torch import nn
 import esper
 from esper.compiler.compile import compile_blueprint
 from esper.contracts.errors import (
+    KernelCorruptError,
+    KernelLoadError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
+    SeedLifecycleError,
 )
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer, KernelCache
@@ -119,6 +125,146 @@ def test_an_answer_is_not_asked_for_again():
     source = FlappingSource()
     assert layer_of(source).load_kernel_sync(0, NOBODY) is False
     assert len(source.threads) == 1
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    "answer",
+    [KernelNotFoundError, KernelCorruptError, KernelSourceRefused],
+    ids=lambda a: a.__name__,
+)
+def test_a_permanent_answer_is_asked_for_once_and_charges_no_breaker(answer, how):
+    """However often it is given; the control is an answer that may pass."""
+    for error, num_asked, state in (
+        (answer, 12, "closed"),
+        (KernelSourceUnavailable, None, "open"),
+    ):
+        source = FlappingSource()
+        source.fetch = lambda digest, error=error, source=source: _refuse(source, error)
+        layer = layer_of(source, cache_size_mb=8)
+        for number in range(12):
+            with contextlib.suppress(KernelLoadError):
+                load(layer, artifact=_Named(f"{number:064x}"), how=how)
+        assert num_asked in (None, len(source.threads))
+        assert layer.kernel_cache.get_stats()["breaker_state"] == state
+
+
+def _refuse(source, error):
+    source.threads.append(threading.get_ident())
+    raise error("no")
+
+
+@dataclass
+class _Named:
+    artifact_id: str
+
+
+class Gates:
+    """A source that holds each kernel back until a test lets it go."""
+
+    def __init__(self, missing=()):
+        self.blobs = {a.artifact_id: a.kernel_binary for a in (KERNEL, OTHER)}
+        self.gates = {a.artifact_id: threading.Event() for a in (KERNEL, OTHER)}
+        self.missing = {a.artifact_id for a in missing}
+
+    def fetch(self, digest):
+        assert self.gates[digest].wait(60)
+        if digest in self.missing:
+            raise KernelNotFoundError(digest)
+        return self.blobs[digest]
+
+
+async def two_loads(layer, source, first_to_arrive, between=lambda: None):
+    """Ask for KERNEL, then for OTHER; return what came of both."""
+    options = {"alpha": 0.5, "example": torch.ones(5, 6)}
+    loads = []
+    for artifact in (KERNEL, OTHER):
+        loads.append(asyncio.create_task(layer.load_kernel(0, artifact.artifact_id, **options)))
+        await asyncio.sleep(0.01)
+    between()
+    later = OTHER if first_to_arrive is KERNEL else KERNEL
+    source.gates[first_to_arrive.artifact_id].set()
+    await asyncio.wait(loads, return_when=asyncio.FIRST_COMPLETED)
+    assert layer.state_layout.state(0) != S.DORMANT
+    source.gates[later.artifact_id].set()
+    return await asyncio.gather(*loads, return_exceptions=True)
+
+
+@pytest.mark.parametrize("first_to_arrive", [KERNEL, OTHER], ids=["in order", "out of order"])
+def test_of_two_loads_the_one_asked_for_later_stands(first_to_arrive):
+    """Whichever of them arrives first; the one that came too late is told so."""
+    source = Gates()
+    layer = layer_of(source)
+
+    first, second = asyncio.run(two_loads(layer, source, first_to_arrive))
+
+    assert layer.state_layout.kernel_id(0) == OTHER.artifact_id
+    assert second is True
+    if first_to_arrive is OTHER:
+        assert isinstance(first, SeedLifecycleError)
+        assert "asked for later" in str(first)
+
+
+@pytest.mark.parametrize("first_to_arrive", [KERNEL, OTHER], ids=["in order", "out of order"])
+def test_a_load_that_fails_stands_in_nobodys_way(first_to_arrive):
+    """The one before it is put in place, whichever ends first."""
+    source = Gates(missing=[OTHER])
+    layer = layer_of(source)
+
+    results = asyncio.run(two_loads(layer, source, first_to_arrive))
+
+    assert results == [True, False]
+    assert layer.state_layout.kernel_id(0) == KERNEL.artifact_id
+
+
+def test_loads_that_all_fail_leave_the_seed_dormant():
+    """It is kept for as long as one of them may come."""
+    source = Gates(missing=[KERNEL, OTHER])
+    layer = layer_of(source)
+    assert asyncio.run(two_loads(layer, source, KERNEL)) == [False, False]
+    assert layer.state_layout.state(0) == S.DORMANT
+
+
+def test_a_graft_by_hand_stands_against_loads_that_were_asked_for_before():
+    """It was asked for last."""
+    source = Gates()
+    layer, kernel = layer_of(source), nn.Linear(6, 6)
+
+    def by_hand():
+        layer.graft(0, kernel, alpha=0.5, example=torch.ones(5, 6))
+
+    results = asyncio.run(two_loads(layer, source, KERNEL, by_hand))
+
+    assert layer.seed_kernel(0) is kernel
+    assert all(isinstance(result, SeedLifecycleError) for result in results)
+
+
+def test_a_graft_that_still_waits_gives_way_to_a_later_one():
+    """Its input comes when another kernel stands there already."""
+    layer, kernel = layer_of(FlappingSource()), nn.Linear(6, 6)
+    layer.load_kernel_sync(0, KERNEL.artifact_id)
+    layer.graft(0, kernel, alpha=0.5, example=torch.ones(5, 6))
+    layer(torch.ones(5, 6))
+    esper.maintain(layer)
+    assert layer.seed_kernel(0) is kernel
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_during_a_load_can_be_used(duplicate):
+    """Its seed is dormant, for the load is the original's; which ends as if there were no copy."""
+    source = Gates()
+    layer = layer_of(source)
+    copies = []
+
+    def copied():
+        copies.append(duplicate(layer))
+
+    asyncio.run(two_loads(layer, source, KERNEL, copied))
+
+    assert layer.state_layout.kernel_id(0) == OTHER.artifact_id
+    assert copies[0].state_layout.state(0) == S.DORMANT
+    copies[0].graft(0, nn.Linear(6, 6), alpha=0.5, example=torch.ones(5, 6))
+    assert copies[0].state_layout.state(0) == S.ACTIVE
 
 
 def test_a_missing_source_is_not_waited_for():

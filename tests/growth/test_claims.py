@@ -54,12 +54,15 @@ def test_a_graft_without_a_verdict_is_told_of(how):
 
 
 def test_an_audition_that_was_left_is_told_of():
-    """Its seed is taken, and no kernel stands in it."""
+    """Its seed is taken, and no kernel stands in it; a copy has nobody's audition."""
     model, _, grower = blending(SHORT["record_updates"] + 8)
     assert model[0].state_layout.state(0).name == "LOADING"
-    (note,) = taken_up(copy.deepcopy(model))
+    assert taken_up(copy.deepcopy(model)) == []
+    del grower
+    gc.collect()
+    (note,) = taken_up(model)
     assert note.startswith("seed 0 of '0' is LOADING")
-    grower.close()
+    model[0].unload_kernel(0)
     assert taken_up(model) == []
 
 

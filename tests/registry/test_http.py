@@ -20,6 +20,7 @@ from esper.contracts.errors import (
     KernelCorruptError,
     KernelLoadError,
     KernelNotFoundError,
+    KernelSourceRefused,
     KernelSourceUnavailable,
 )
 from esper.registry.http import HttpKernelSource
@@ -182,7 +183,12 @@ BAD = {
     "no bytes": (whole(body=b""), KernelCorruptError),
     "a failure": (whole(500), KernelSourceUnavailable),
     "overload": (whole(503, Retry_After="1"), KernelSourceUnavailable),
-    "no right": (whole(401), KernelSourceUnavailable),
+    "no right": (whole(401), KernelSourceRefused),
+    "no access": (whole(403), KernelSourceRefused),
+    "a bad request": (whole(400), KernelSourceRefused),
+    "not implemented": (whole(501), KernelSourceRefused),
+    "too many requests": (whole(429, Retry_After="1"), KernelSourceUnavailable),
+    "a slow request": (whole(408), KernelSourceUnavailable),
     "a part": (whole(206), KernelSourceUnavailable),
     "a page": (whole(content_type="text/html; charset=utf-8"), KernelSourceUnavailable),
     "compression": (whole(Content_Encoding="gzip"), KernelSourceUnavailable),
@@ -217,7 +223,7 @@ def test_every_misbehaviour_has_its_error(behaviour):
 )
 def test_more_than_the_limit_is_not_read(behave):
     """An artifact that is too long is refused when that is known, not at the deadline."""
-    with serving(behave) as server, pytest.raises(KernelSourceUnavailable, match="at most 10000"):
+    with serving(behave) as server, pytest.raises(KernelSourceRefused, match="at most 10000"):
         source_of(server, timeout_s=60).fetch(DIGEST)
 
 
@@ -231,7 +237,7 @@ def test_a_redirect_is_not_followed():
             handler.answer()
 
     with serving(behave) as server:
-        with pytest.raises(KernelSourceUnavailable, match="302"):
+        with pytest.raises(KernelSourceRefused, match="302"):
             source_of(server).fetch(DIGEST)
         assert [path for path, *_ in server.requests] == [PATH]
 

@@ -96,6 +96,9 @@ def test_a_score_that_was_critical_has_to_recover_to_a_half():
     assert monitor.should_intervene()[0] is True
     monitor.update_metrics(60, 100)
     assert monitor.should_intervene() == (True, "health score 0.40 is still low")
+    monitor.update_metrics(80, 100)
+    assert monitor.should_intervene() == (True, "health score 0.20 is critical")
+    monitor.update_metrics(60, 100)
     monitor.update_metrics(50, 100)
     assert monitor.should_intervene()[0] is False
 

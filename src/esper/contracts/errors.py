@@ -15,7 +15,8 @@ whether an artifact is quarantined. Nobody reads message text to find out.
         │   ├── KernelCorruptError      the bytes are not what their name says; permanent, alarming
         │   ├── KernelRefusedError      the kernel failed a check of the probe; permanent
         │   └── KernelSourceUnavailable the source did not answer; transient
-        │       └── KernelSourceSuspended   it was not asked, because it has been failing
+        │       ├── KernelSourceSuspended   it was not asked, because it has been failing
+        │       └── KernelSourceRefused     it answered, and will answer so again; permanent
         ├── KernelExecutionError        a kernel failed where nothing stands in for it
         ├── SeedLifecycleError          a transition that the table does not allow
         ├── CacheError                  the cache was used against its rules
@@ -98,6 +99,10 @@ class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's nam
 
 class KernelSourceSuspended(KernelSourceUnavailable):
     """The source has been failing, so it was not asked. Not to be retried at once."""
+
+
+class KernelSourceRefused(KernelSourceUnavailable):
+    """The source answered that it does not give the kernel. Permanent until somebody acts on it."""
 
 
 class KernelExecutionError(KasminaException):

@@ -303,6 +303,7 @@ class KasminaLayer(nn.Module):
             guard=guard,
             example=example,
         )
+        self._kasmina.loads[seed_idx].supersede()
 
     async def load_kernel(
         self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
@@ -324,63 +325,72 @@ class KasminaLayer(nn.Module):
             KernelSourceUnavailable: There is no source, or it did not answer.
             KernelCorruptError: The bytes are not what their id promises.
             KernelRefusedError: The probe refused the kernel.
-            SeedLifecycleError: The seed is a fossil, or was unloaded or cancelled meanwhile.
+            SeedLifecycleError: The seed is a fossil, or was unloaded, cancelled or given a kernel
+                that was asked for later meanwhile.
             ValueError: An argument is out of range.
         """
         load = functools.partial(self.kernel_cache.load_kernel, artifact_id)
-        with self._loading(seed_idx) as check_wanted:
+        with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
                 artifact = await load()
             else:
                 artifact = await self.error_recovery.run(load, self._context(seed_idx, artifact_id))
-            check_wanted()
-            return self._graft_loaded(seed_idx, artifact, options)
+            return self._graft_loaded(seed_idx, number, artifact, options)
 
     def load_kernel_sync(
         self, seed_idx: int, artifact_id: str, **options: Unpack[GraftOptions]
     ) -> bool:
         """Do what :meth:`load_kernel` does, and wait for it; another thread tries again."""
         load = functools.partial(self.kernel_cache.load_kernel_sync, artifact_id)
-        with self._loading(seed_idx) as check_wanted:
+        with self._loading(seed_idx) as number:
             if self.kernel_cache.source is None:  # another try does not give it one
                 artifact = load()
             else:
                 artifact = self.error_recovery.run_sync(load, self._context(seed_idx, artifact_id))
-            check_wanted()
-            return self._graft_loaded(seed_idx, artifact, options)
+            return self._graft_loaded(seed_idx, number, artifact, options)
 
     def _context(self, seed_idx: int, artifact_id: str) -> dict[str, object]:
         return {"layer": self.name, "seed_idx": seed_idx, "artifact_id": artifact_id}
 
     @contextmanager
-    def _loading(self, seed_idx: int) -> Iterator[Callable[[], None]]:
-        """Keep a dormant seed in LOADING; give it back unless the graft was made or waits.
+    def _loading(self, seed_idx: int) -> Iterator[int]:
+        """Keep a dormant seed in LOADING; the last load gives it back where nothing came of any.
 
-        Yields a function that raises if the seed was unloaded or cancelled meanwhile.
+        Yields the load's number in the seed's :class:`~esper.state.load_order.LoadOrder`.
         """
         record = self._kasmina
-        is_ours = record.layout.state(seed_idx) == SeedLifecycleState.DORMANT
-        if is_ours:
+        is_dormant = record.layout.state(seed_idx) == SeedLifecycleState.DORMANT
+        loads = record.loads[seed_idx]
+        if is_dormant:
             self.reserve(seed_idx)
-        before = record.load_tickets[seed_idx]
-
-        def check_wanted() -> None:
-            if record.load_tickets[seed_idx] != before:
-                msg = f"seed {seed_idx} of layer {record.name!r} was given up while it loaded"
-                raise SeedLifecycleError(msg)
-
+            loads.is_reserved = True
+        number = loads.begin()
         try:
-            yield check_wanted
+            yield number
         finally:
-            is_ours = is_ours and record.load_tickets[seed_idx] == before
-            if is_ours and seed_idx not in record.waiting:
-                grafting.cancel(self, seed_idx)
+            loads.num_under_way -= 1
+            if loads.is_reserved and not loads.num_under_way:
+                loads.is_reserved = False
+                if seed_idx not in record.waiting:
+                    grafting.cancel(self, seed_idx)
 
     def _graft_loaded(
-        self, seed_idx: int, artifact: CompiledKernelArtifact | None, options: GraftOptions
+        self,
+        seed_idx: int,
+        number: int,
+        artifact: CompiledKernelArtifact | None,
+        options: GraftOptions,
     ) -> bool:
+        loads = self._kasmina.loads[seed_idx]
+        if not loads.is_wanted(number):
+            msg = (
+                f"seed {seed_idx} of layer {self.name!r} was given up while it loaded, or holds a "
+                "kernel that was asked for later"
+            )
+            raise SeedLifecycleError(msg)
         if artifact is not None:
-            self.graft(seed_idx, artifact, **options)
+            grafting.graft(self, seed_idx, artifact, **options)
+            loads.settle(number)
             waiting = self._kasmina.waiting.get(seed_idx)
             user = self.seed_kernel(seed_idx) if waiting is None else waiting.request.kernel.module
             self.kernel_cache.pin_while(artifact.artifact_id, user)
@@ -449,7 +459,7 @@ class KasminaLayer(nn.Module):
             state = self.state_layout.state(seed_idx)
             msg = f"seed {seed_idx} of layer {self.name!r} is {state.name}, expected LOADING"
             raise SeedLifecycleError(msg)
-        self._kasmina.load_tickets[seed_idx] += 1
+        self._kasmina.loads[seed_idx].give_up()
 
     def fossilize(self, seed_idx: int) -> FoldCertificate:
         """Make an ACTIVE seed permanent; fold it into the host's weights where that is exact.

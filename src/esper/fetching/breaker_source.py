@@ -12,6 +12,7 @@ from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceRefused,
     KernelSourceSuspended,
 )
 from esper.resilience.circuit_breaker import BreakerState, BreakerTransition, CircuitBreaker
@@ -20,7 +21,12 @@ from esper.resilience.retry import RetryBudget
 if TYPE_CHECKING:
     from esper.contracts.ports import KernelSource
 
-ANSWERS: Final = (KernelNotFoundError, KernelCorruptError, KernelRefusedError)
+ANSWERS: Final = (
+    KernelNotFoundError,
+    KernelCorruptError,
+    KernelRefusedError,
+    KernelSourceRefused,
+)
 """Errors by which a source answers: it was reached, and it is no use to ask it again."""
 
 _logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from esper.contracts.errors import (
     KernelLoadError,
     KernelNotFoundError,
     KernelRefusedError,
+    KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
     SeedLifecycleError,
@@ -117,6 +118,7 @@ _TRANSIENT: Final = frozenset({_T.NETWORK_ERROR, _T.KERNEL_LOAD_FAILURE, _T.KERN
 
 _PERMANENT: Final = (
     KernelNotFoundError,
+    KernelSourceRefused,
     KernelSourceSuspended,
     CircuitOpenError,
     DeadlineExceededError,

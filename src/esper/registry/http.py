@@ -24,6 +24,7 @@ import httpx2
 from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
+    KernelSourceRefused,
     KernelSourceUnavailable,
 )
 from esper.contracts.reference import check_digest
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BINARY_TYPES: Final = frozenset({"application/octet-stream", "binary/octet-stream", ""})
+_PASSING_REFUSALS: Final = frozenset({408, 409, 421, 423, 425, 429})
+"""Statuses of the 400s that another try may not meet."""
+
+_NEVER_SERVED: Final = frozenset({501, 505})
 _REQUEST_HEADERS: Final = {
     "Accept": "application/octet-stream",
     "Accept-Encoding": "identity",
@@ -94,7 +99,9 @@ class HttpKernelSource:
         Raises:
             KernelNotFoundError: The server answered that it has none (404, 410).
             KernelCorruptError: It answered with other bytes.
-            KernelSourceUnavailable: It answered something else, too much, or not in time.
+            KernelSourceRefused: It answered that it does not give it (a status of the 300s or 400s
+                that stays), or with too much; another try would be answered so, too.
+            KernelSourceUnavailable: It answered something else, or not in time.
             ValueError: ``digest`` is not a digest.
         """
         url = f"{self.base_url}/api/v1/kernels/{check_digest(digest)}/binary"
@@ -164,7 +171,7 @@ class HttpKernelSource:
 
         Raises:
             httpx2.ReadTimeout: They are still coming when the clock reads ``until_s``.
-            KernelSourceUnavailable: They are more than this source takes.
+            KernelSourceRefused: They are more than this source takes.
         """
         self._check_size(int(answer.headers.get("Content-Length", "0")), url)
         parts: list[bytes] = []
@@ -185,7 +192,7 @@ class HttpKernelSource:
                 f"{url} answers with {size_bytes} bytes or more, and at most "
                 f"{self._max_size_bytes} are taken; raise max_size_bytes if that is right"
             )
-            raise KernelSourceUnavailable(msg)
+            raise KernelSourceRefused(msg)
 
 
 def _checked_base(base_url: str) -> str:
@@ -205,7 +212,8 @@ def _check_answer(answer: httpx2.Response, url: str) -> None:
 
     Raises:
         KernelNotFoundError: The server says that there is none.
-        KernelSourceUnavailable: It is another answer.
+        KernelSourceRefused: It is another answer that stays.
+        KernelSourceUnavailable: It is one that may pass.
     """
     if answer.status_code in (404, 410):
         msg = f"{url} has no such kernel ({answer.status_code})"
@@ -224,4 +232,10 @@ def _check_answer(answer: httpx2.Response, url: str) -> None:
                 f"{url} answered with {what} {found!r:.80}; expected 200 with the artifact's bytes "
                 "as application/octet-stream, not encoded and not elsewhere"
             )
-            raise KernelSourceUnavailable(msg)
+            raise _error_of(answer.status_code)(msg)
+
+
+def _error_of(status: int) -> type[KernelSourceUnavailable]:
+    """Return what an answer that is no artifact means, by its status."""
+    stays = (300 <= status < 500 and status not in _PASSING_REFUSALS) or status in _NEVER_SERVED
+    return KernelSourceRefused if stays else KernelSourceUnavailable

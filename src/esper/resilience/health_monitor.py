@@ -178,7 +178,8 @@ class HealthMonitor:
         has_begun = self._reason is not None
         score = self._score(found)
         if score < (RECOVERED_SCORE if has_begun else CRITICAL_SCORE):
-            return f"health score {score:.2f} is {'still low' if has_begun else 'critical'}"
+            how = "critical" if score < CRITICAL_SCORE else "still low"
+            return f"health score {score:.2f} is {how}"
         share = _RELIEF if has_begun else 1.0
         measured = {
             "error rate": (found.error_rate, self.limits.error_rate),
@@ -187,7 +188,8 @@ class HealthMonitor:
         }
         for name, (value, limit) in measured.items():
             if value is not None and value > share * limit:
-                return f"{name} is {value:.3g}, its limit {limit:.3g}"
+                reason = f"{name} is {value:.3g}, its limit {limit:.3g}"
+                return reason if value > limit else f"{reason}: still near"
         return None
 
 

@@ -79,7 +79,7 @@ def _check_alpha(alpha: object) -> None:
     if not isinstance(alpha, Real):
         msg = f"alpha must be a number in [0, 1], got {alpha!r} (a {type(alpha).__name__})"
         raise TypeError(msg)
-    if not 0.0 <= alpha <= 1.0:
+    if not 0.0 <= float(alpha) <= 1.0:
         msg = f"alpha must be a number in [0, 1], got {alpha}"
         raise ValueError(msg)
 
@@ -158,6 +158,7 @@ def _install(
     kernel = request.kernel
     _check_weight(layer, seed_idx, kernel, alpha)
     layout = record_of(layer).layout
+    forget_waiting(layer, seed_idx)  # it was asked for earlier
     seed = make_seed(layer, seed_idx, kernel, guard=request.guard, example=example.detached())
     if layout.state(seed_idx) in (_S.DORMANT, _S.ERROR_RECOVERY):
         layout.transition_seed_state(seed_idx, _S.LOADING)
@@ -239,7 +240,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
     if layout.state(seed_idx) == _S.DORMANT:
         return False
     layout.transition_seed_state(seed_idx, _S.DORMANT)
-    record_of(layer).load_tickets[seed_idx] += 1
+    record_of(layer).loads[seed_idx].give_up()
     forget_waiting(layer, seed_idx)
     withdraw(layer, seed_idx)
     return True

@@ -49,7 +49,7 @@ def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
     seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
-        record.load_tickets[i] += 1
+        record.loads[i].give_up()
         if i not in entries and (i in record.seeds or record.layout.state(i)):
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)

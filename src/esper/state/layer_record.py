@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import Counter
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.state.load_order import LoadOrder
 from esper.state.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
@@ -68,8 +70,7 @@ class LayerRecord:
         num_faults: Faulty kernel calls since birth, as far as they were read.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
         keep_buffers: Copies the model's buffers for steps that may be dropped; not so in copies.
-        load_tickets: Number that a load of a seed must still hold when it is done, by index; it
-            rises wherever the seed is given up meanwhile.
+        loads: Order of a seed's loads, by index; a copy has none under way.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
         on_change: Told when a seed has come, changed or gone; not so in copies.
         copies: Records of copies of the layer that nobody has accounted for, held weakly.
@@ -106,7 +107,7 @@ class LayerRecord:
         self.num_faults = 0
         self.has_step_guard = False
         self.keep_buffers: Callable[[], None] | None = None
-        self.load_tickets: Counter[int] = Counter()
+        self.loads: defaultdict[int, LoadOrder] = defaultdict(LoadOrder)
         self.in_shadow = False
         self.on_change: list[Callable[[], None]] = []
         self.copies: list[weakref.ref[LayerRecord]] = []
@@ -127,7 +128,7 @@ class LayerRecord:
         cleared = self._cleared_in_copies()
         shared = {"source": self.source, "shared": self.shared}
         own = {k: v for k, v in self.__dict__.items() if k not in cleared and k not in shared}
-        copied.__dict__.update(copy.deepcopy(own, memo) | shared | cleared)
+        copied.__setstate__(copy.deepcopy(own, memo) | shared | cleared)
         self.copies = [ref for ref in self.copies if ref() is not None]
         self.copies.append(weakref.ref(copied))
         return copied
@@ -141,14 +142,22 @@ class LayerRecord:
             "shared": Companions(),
         }
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take the state of a copy, in which nobody will end what the original has begun."""
+        self.__dict__.update(state)
+        for i in range(self.layout.num_seeds):
+            if self.layout.state(i) == SeedLifecycleState.LOADING:
+                self.layout.transition_seed_state(i, SeedLifecycleState.DORMANT)
+
     def _cleared_in_copies(self) -> dict[str, object]:
-        """Return what is not taken over by a copy: auditions, hooks, and promises to the layer."""
+        """Return what a copy does not take over: auditions, loads, hooks, promises to the layer."""
         return {
             "shadows": {},
             "waiting": {},
             "hooks_of_original": {i: w.handle.id for i, w in self.waiting.items()},
             "has_step_guard": False,
             "keep_buffers": None,
+            "loads": defaultdict(LoadOrder),
             "in_shadow": False,
             "on_change": [],
             "copies": [],
