@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from esper.bus.in_process import EventBus
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
+    from esper.continuity.following import follow
     from esper.continuity.optimizer import sync_optimizer
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
@@ -139,6 +140,7 @@ _HOME: Final = {
     "compile_blueprint": "esper.compiler.compile",
     "default_catalog": "esper.compiler.catalog",
     "export": "esper.wrapping.export",
+    "follow": "esper.continuity.following",
     "in_order": "esper.growth.ranking",
     "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
@@ -215,6 +217,7 @@ __all__ = [
     "compile_blueprint",
     "default_catalog",
     "export",
+    "follow",
     "in_order",
     "in_shadow_pass",
     "layers",

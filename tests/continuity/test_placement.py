@@ -196,6 +196,28 @@ def test_muon_takes_matrices_and_adamw_the_rest(bias, order, together):
         optimizer.step()
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("site", ["norm", "linear"])
+def test_muon_trains_the_matrices_of_a_block_and_adamw_the_embedding(site):
+    """A norm's kernel gets its matrices trained as its block's are, not as the embedding's."""
+    model = wrap(nn.Sequential(nn.Embedding(5, 4), nn.Sequential(Block(), Block())))
+    hidden = [p for p in model[1].parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if not any(p is q for q in hidden)]
+    muon, adamw = Muon(hidden), AdamW(rest)
+    grafted(model, model[1][0].get_submodule(site))
+    sync_optimizer(model, [muon, adamw])
+    assert dims_in(model, muon.param_groups[0]) == [2]
+    assert dims_in(model, adamw.param_groups[0]) == [1]
+
+
 def test_muon_is_given_no_convolution():
     """A kernel's weight that is no matrix goes where there is an optimizer that can train it."""
     model = host()

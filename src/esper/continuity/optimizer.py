@@ -22,6 +22,7 @@ from esper.continuity.ensemble import (
     members_of,
     rebuilt,
 )
+from esper.continuity.following import tell_of_copies
 from esper.continuity.placement import (
     GroupFor,
     Place,
@@ -29,17 +30,20 @@ from esper.continuity.placement import (
     check_trains,
     seeded_kernels,
 )
-from esper.continuity.replicas import bare, replicas, share_late_parameters, worst_of_ranks
+from esper.continuity.replicas import bare, num_ranks, replicas, share_kernels, worst_of_ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
 from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
-from esper.state.host_parts import check_module
+from esper.state.host_parts import SEEDS, check_module
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
     from torch.utils.hooks import RemovableHandle
+
+    from esper.continuity.replicas import SeedKey
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +98,9 @@ def sync_optimizer(
             _join(layer, seed_idx, kernel, Placement(inner, every, group_for), every)
     replicated = replicas(model)
     if replicated is not None:
-        share_late_parameters(replicated, [p for p in live.values() if p.requires_grad])
+        _share(replicated, inner, placement)
     link.watch_steps(model, every)
-    if replicated is not None:
+    if replicated is not None and num_ranks(replicated) > 1:
         _warn_of_lone_isolation(link.roster.busy())
 
 
@@ -114,6 +118,22 @@ def _finish_waiting(model: nn.Module) -> None:
             )
 
 
+def _share(replicated: DistributedDataParallel, inner: nn.Module, placement: Placement) -> None:
+    """Let ranks agree on the kernels of a replicated model."""
+    params: dict[str, nn.Parameter] = {}
+    seeds: dict[str, SeedKey] = {}
+    for layer in _layers(inner):
+        for seed_idx, kernel in seeded_kernels(layer):
+            name = placement.name_in_model(layer, f"{SEEDS}.{seed_idx}")
+            seeds[name] = (layer, seed_idx)
+            params |= {
+                f"{name}.kernel.{below}": p
+                for below, p in kernel.named_parameters()
+                if p.requires_grad and not placement.is_hosts(p)
+            }
+    share_kernels(replicated, params, seeds)
+
+
 def _kernel_parameters(layer: nn.Module) -> list[nn.Parameter]:
     return [p for _, kernel in seeded_kernels(layer) for p in kernel.parameters()]
 
@@ -129,6 +149,8 @@ def _join(
     """Append what a kernel has to train; say what is trained by nobody that is known."""
     places, left = placement.places(layer, seed_idx, kernel)
     append_parameters(every, places)
+    if places:
+        tell_of_copies([layer])
     if left and not _is_known_elsewhere(layer, kernel, every):
         _logger.warning(
             "%s: in no param group, since the parameters of their host layer that are trainable "

@@ -171,9 +171,12 @@ class Placement:
         """Return the group for a kind that the host does not have, given one that trains it."""
         there = [k for k in self._hosts if k.group is not None and self._takes(k.group, p)]
         kin = [k for k in there if k.kind == kind]
-        if self._takes(base, p) and any(k.group == base for k in kin):
+        of_owner = [k for k in kin if self._is_at(k, base)]
+        near = self._nearest(layer, kin)
+        if of_owner and not any(self._is_at(k, base) for k in near):
+            return near[0].group  # a block's weights are Muon's where AdamW has the embedding's
+        if any(k.group == base for k in of_owner):
             return base
-        of_owner = [k for k in kin if self._owner(k) is self._owners[base]]
         near = self._nearest(layer, of_owner or [k for k in kin if self._complements(k, base)])
         if near:
             return near[0].group

@@ -1,17 +1,40 @@
 """Kernels that appear in a replicated model: the same on every rank, and averaged like the rest.
 
 DistributedDataParallel averages the parameters that it found when it was made, and no later ones:
-each rank would train a kernel of its own, silently.
+each rank would train a kernel of its own, silently. And it waits, on every rank, for a gradient of
+each parameter that it found: a kernel that one rank has isolated would never give it one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
+
+from esper.state.host_parts import is_in_a_seed
+from esper.state.layer_record import RECORD, record_of
+
+BUCKET_BYTES: Final = 25 * 2**20
+"""Size of what is averaged at a time; DistributedDataParallel's own default."""
+
+Standing = Literal["known", "late", "appeared"]
+"""Whether the replicated model averages a parameter itself, Esper does, or nobody yet."""
+
+SeedKey = tuple[nn.Module, int]
+"""A layer and the index of a seed of it."""
+
+OverRanks = Callable[[Sequence[SeedKey], Tensor], Tensor]
+"""``(seeds, flags)`` to the flags' maximum over the ranks; shape (seeds, 2), bool."""
+
+_logger = logging.getLogger(__name__)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -26,58 +49,248 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def replicas(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the model, or what ``torch.compile`` holds of it, if that is replicated over ranks."""
+    """Return the model, or what ``torch.compile`` holds of it, if that is a replicated one."""
     inner: object = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, DistributedDataParallel):
-        return None
-    return inner if dist.get_world_size(inner.process_group) > 1 else None
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def share_late_parameters(model: DistributedDataParallel, params: Iterable[nn.Parameter]) -> None:
-    """Give parameters that came later rank 0's values, and average their gradients from now on.
+def num_ranks(model: DistributedDataParallel) -> int:
+    """Return over how many ranks a model is replicated."""
+    return dist.get_world_size(model.process_group)
 
-    Every rank has to call this with the same parameters, in the same order. A gradient is averaged
-    as soon as a backward has added to it, so that accumulating micro-batches stays right.
+
+def share_kernels(
+    model: DistributedDataParallel,
+    params: Mapping[str, nn.Parameter],
+    seeds: Mapping[str, SeedKey],
+) -> None:
+    """Give kernels that came later rank 0's values, and average their gradients from now on.
+
+    Every rank has to call this, and the ranks agree in it on what they all have. The gradients are
+    averaged at the end of each backward that synchronizes, before anybody can read them, also for a
+    rank whose backward did not reach them; under ``no_sync`` they accumulate, as the others do.
 
     Args:
         model: The replicated model.
-        params: Parameters of kernels; those that the model knew when it was made are left to it,
-            and so are those that have been shared before.
+        params: Trainable parameters of kernels by their names in the model. Those that the model
+            knew when it was made are left to it.
+        seeds: Every seed that holds a kernel, by a name that is the same on every rank.
     """
-    known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - the list is told to nobody
-    for parameter in params:
-        hooks = (parameter._post_accumulate_grad_hooks or {}).values()  # noqa: SLF001 - no public look
-        if id(parameter) in known or any(isinstance(hook, _Average) for hook in hooks):
-            continue
-        with torch.no_grad():
-            dist.broadcast(parameter, group=model.process_group, group_src=0)
-        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call] # torch has none
-            _Average(model.process_group)
-        )
+    _replication(model).follow(model, params, seeds)
 
 
-class _Average:
-    """The hook of a shared parameter. A copy of the parameter has none."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-
-    def __call__(self, parameter: Tensor) -> None:
-        """Replace the gradient by its mean over the ranks."""
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad, group=self._group)
-        parameter.grad.div_(dist.get_world_size(self._group))
-
-
-def worst_of_ranks(model: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+def worst_of_ranks(model: nn.Module | None) -> OverRanks | None:
     """Return what takes the elementwise maximum of flags over the ranks; None without ranks."""
     replicated = None if model is None else replicas(model)
-    if replicated is None:
+    if replicated is None or num_ranks(replicated) == 1:
         return None
+    return _replication(replicated).worst
 
-    def worst(flags: Tensor) -> Tensor:
-        counts = flags.to(torch.int32)
-        dist.all_reduce(counts, dist.ReduceOp.MAX, group=replicated.process_group)
-        return counts.to(torch.bool)
 
-    return worst
+class _AndSeeds(set[str]):
+    """Names of what a replicated model leaves alone, and every name in a seed."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or is_in_a_seed(str(name))
+
+
+def _leave_seeds_alone(model: DistributedDataParallel) -> None:
+    """Let the model send no buffers of seeds: ranks that hold other seeds would not understand.
+
+    The list is made anew at once; DDP does so only where it was not empty before, and fails where
+    it then is.
+    """
+    if not isinstance(model.parameters_to_ignore, _AndSeeds):
+        model.parameters_to_ignore = _AndSeeds(model.parameters_to_ignore)
+        make_list = model._assign_modules_buffers  # noqa: SLF001 - DDP has no other way
+        make_list()  # type: ignore[no-untyped-call] # torch has none
+
+
+class _Told(NamedTuple):
+    """What one rank tells the others: its kernels' parameters by name, and names of its seeds."""
+
+    params: dict[str, Standing]
+    seeds: list[str]
+
+
+class _Replication:
+    """What Esper does for one replicated model; its hook. A copy of the model has an empty one."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._device = torch.device("cpu")
+        self._buckets: list[list[nn.Parameter]] = []
+        self._late: dict[int, nn.Parameter] = {}
+        self._awaited: list[nn.Parameter] = []
+        self._rows: dict[SeedKey, int] = {}
+        self._num_rows = 0
+        self._is_queued = False
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, _: object) -> None:
+        self.__init__()  # type: ignore[misc] # a copy begins anew
+
+    def follow(
+        self,
+        model: DistributedDataParallel,
+        params: Mapping[str, nn.Parameter],
+        seeds: Mapping[str, SeedKey],
+    ) -> None:
+        """Agree with the other ranks on the kernels that there are."""
+        _leave_seeds_alone(model)
+        self._group = model.process_group
+        self._device = next(model.parameters()).device
+        known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - the list is told to nobody
+        mine = {name: self._standing(p, known) for name, p in params.items()}
+        of_ranks = self._gathered(_Told(mine, sorted(seeds)))
+        self._share([told.params for told in of_ranks], params)
+        self._await(p for p in params.values() if id(p) in known)
+        names = sorted({name for told in of_ranks for name in told.seeds})
+        self._rows = {seeds[name]: row for row, name in enumerate(names) if name in seeds}
+        self._num_rows = len(names)
+
+    def _standing(self, p: nn.Parameter, known: set[int]) -> Standing:
+        if id(p) in known:
+            return "known"
+        return "late" if id(p) in self._late else "appeared"
+
+    def _gathered(self, told: _Told) -> list[_Told]:
+        found = [told] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, told, group=self._group)
+        return found
+
+    def _share(
+        self, of_ranks: Sequence[Mapping[str, Standing]], params: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Average from now on what came late on every rank; what has just come is made equal."""
+        everywhere = [name for name in of_ranks[0] if all(name in told for told in of_ranks)]
+        shared = [n for n in everywhere if all(told[n] != "known" for told in of_ranks)]
+        for name in shared:
+            if any(told[name] == "appeared" for told in of_ranks):
+                with torch.no_grad():
+                    dist.broadcast(params[name], group=self._group, group_src=0)
+        self._late = {id(params[name]): params[name] for name in shared}
+        self._buckets = list(_buckets(self._late.values()))
+        apart = sorted({name for told in of_ranks for name in told}.difference(everywhere))
+        if apart:
+            _logger.warning(
+                "%s: not on every rank, so each rank that has it trains it apart; make the same "
+                "grafts on every rank, and unload on all what one has given up",
+                ", ".join(apart),
+            )
+
+    def _await(self, known: Iterable[nn.Parameter]) -> None:
+        """Remember what the model waits for, also when it is not in the model any more."""
+        awaited = {id(p): p for p in (*self._awaited, *known)}
+        self._awaited = list(awaited.values())
+
+    def worst(self, seeds: Sequence[SeedKey], flags: Tensor) -> Tensor:
+        """Return the maximum over the ranks, which may not have the same seeds under the guard."""
+        if not self._num_rows:
+            return flags
+        counts = torch.zeros(self._num_rows, 2, dtype=torch.int32, device=self._device)
+        rows = [self._rows[seed] for seed in seeds if seed in self._rows]
+        mine = [i for i, seed in enumerate(seeds) if seed in self._rows]
+        counts[rows] = flags[mine].to(counts)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._group)
+        worst = flags.clone()
+        worst[mine] = counts[rows].to(flags)
+        return worst
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # torch has no types here
+    def __call__(self, model: nn.Module, _: object, output: object) -> None:
+        """Prepare the backward of a forward that synchronizes, as the model's forward hook."""
+        self._is_queued = False  # a backward that failed has not ended
+        if torch.is_grad_enabled() and getattr(model, "require_backward_grad_sync", False):
+            idle = self._idle(model)
+            found = _find_tensors(output)  # type: ignore[no-untyped-call] # as above
+            tensors = [t for t in found if t.requires_grad]
+            for tensor in tensors or [p for p in model.parameters() if p.requires_grad]:
+                tensor.register_hook(_Begin(self, idle))
+
+    def begin(self, idle: Sequence[nn.Parameter]) -> None:
+        """Ask for the end of the backward that is under way, once; give what it would wait for."""
+        if self._is_queued:
+            return
+        self._is_queued = True
+        Variable._execution_engine.queue_callback(self._finish)  # noqa: SLF001 - as DDP itself does
+        for p in idle:
+            torch.autograd.backward([p], [torch.zeros_like(p)])
+
+    def _idle(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return what the model waits for although no forward of this rank uses it now."""
+        if not self._awaited or getattr(model, "find_unused_parameters", False):
+            return []
+        used = {id(p) for p in _used_parameters(model)}
+        return [p for p in self._awaited if p.requires_grad and id(p) not in used]
+
+    def _finish(self) -> None:
+        self._is_queued = False
+        for bucket in self._buckets if dist.get_world_size(self._group) > 1 else ():
+            _average(bucket, self._group)
+
+
+class _Begin:
+    """The hook of a tensor that a backward comes through early."""
+
+    def __init__(self, replication: _Replication, idle: Sequence[nn.Parameter]) -> None:
+        self._replication, self._idle = replication, idle
+
+    def __call__(self, _: Tensor) -> None:
+        self._replication.begin(self._idle)
+
+
+def _used_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the model but for those of seeds that do not contribute."""
+    silent = {
+        id(p)
+        for layer in model.modules()
+        if RECORD in layer.__dict__
+        for i, seed in record_of(layer).seeds.items()
+        if seed not in record_of(layer).plan
+        for p in seed.slot.parameters()
+    }
+    return (p for p in model.parameters() if id(p) not in silent)
+
+
+def _buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield parameters of one dtype and device together, up to a size."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in params:
+        bucket = by_kind.setdefault((p.dtype, p.device), [])
+        bucket.append(p)
+        if sum(q.nbytes for q in bucket) >= BUCKET_BYTES:
+            yield by_kind.pop((p.dtype, p.device))
+    yield from by_kind.values()
+
+
+@torch.no_grad()
+def _average(bucket: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """Replace gradients by their means over the ranks; one that no rank has stays None."""
+    present = [float(p.grad is not None) for p in bucket]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    flags = torch.tensor(present, dtype=bucket[0].dtype, device=bucket[0].device)
+    flat = torch.cat([*(g.flatten() for g in gradients), flags])
+    dist.all_reduce(flat.div_(dist.get_world_size(group)), group=group)
+    *means, flags = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])
+    somewhere = flags.tolist() if not all(present) else present
+    for p, mean, is_there in zip(bucket, means, somewhere, strict=True):
+        if p.grad is not None:
+            p.grad.copy_(mean.view_as(p))
+        elif is_there:
+            p.grad = mean.view_as(p).clone()
+
+
+_REPLICATIONS: Final[weakref.WeakKeyDictionary[nn.Module, _Replication]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _replication(model: DistributedDataParallel) -> _Replication:
+    found = _REPLICATIONS.get(model)
+    if found is None:
+        found = _REPLICATIONS[model] = _Replication()
+        model.register_forward_hook(found)
+    return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from esper.continuity.following import averages_of
 from esper.state.seed_slot import SeedSlot
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 class RunSnapshot:
     """Weights, buffers, optimizer state and random state of a run at one update.
+
+    Those of averages that follow the model are part of it (``esper.follow``).
 
     Values are cloned when the snapshot is taken and cloned again when it is restored, so that
     neither the run nor the snapshot ever holds the other's memory
@@ -33,12 +36,13 @@ class RunSnapshot:
 
     def __init__(self, model: nn.Module, optimizer: AnyOptimizer, *, update: int) -> None:
         self.update = update
-        parameters = dict.fromkeys(model.parameters())
+        models = [model, *averages_of(model)]
+        parameters = dict.fromkeys(p for each in models for p in each.parameters())
         parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
         self._values = {p: p.detach().clone() for p in parameters}
         state = optimizer.state
         self._state = {p: _cloned(state[p]) for p in parameters if p in state}
-        self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(model)]
+        self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(models)]
         self._random_state = random_state(model)
 
     def restore(self, optimizer: AnyOptimizer) -> None:
@@ -109,10 +113,11 @@ def seed_random_state(model: nn.Module, random_seed: int) -> None:
         torch.get_device_module(device).manual_seed(random_seed)
 
 
-def _host_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def _host_buffers(models: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
     """Buffers that a training forward may write or replace; a seed's slot keeps its own."""
     return [
         (module, name, buffer)
+        for model in models
         for module in model.modules()
         if not isinstance(module, SeedSlot)
         for name, buffer in module._buffers.items()  # noqa: SLF001 - past properties

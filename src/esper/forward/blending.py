@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from esper.forward.fence import run_kernel
+from esper.forward.fence import left_out, run_kernel
 from esper.forward.value_gates import kept, share_adder
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def blend(record: LayerRecord, call: LayerCall, h: Tensor, run: RunKernel = run_
     for seed in record.plan:
         k = run(seed, call, h)
         if k is None:
+            h = left_out(h, seed)
             continue
         alpha = seed.slot._buffers["alpha"]  # noqa: SLF001 - getattr costs a microsecond
         assert alpha is not None

@@ -142,6 +142,7 @@ def choose_forward(layer: nn.Module) -> None:
         is_watched=bool(record.watched),
     )
     update_roster(layer)
+    record.changed()
 
 
 def _kind_for(record: LayerRecord) -> Kind:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from esper.forward.finiteness import host_mark, in_transform
@@ -48,6 +49,34 @@ def run_kernel(
     except Exception as error:  # noqa: BLE001 - the one broad fence
         _remember_raised(seed, h, error)
         return None
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The identity of its first argument; the others get zeros as their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters  # no value of theirs is used: they may be written meanwhile
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(p) for p in ctx.parameters)
+
+
+def left_out(h: Tensor, seed: Seed) -> Tensor:
+    """Return ``h`` where a kernel has failed; among several processes, its weights get zeros.
+
+    The others wait for a gradient of each parameter that they average: none at all would leave them
+    waiting for ever.
+    """
+    if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+        return h
+    parameters = [p for p in seed.slot.parameters() if p.requires_grad]
+    if not parameters or in_transform():
+        return h
+    connected: Tensor = _ZeroGradients.apply(h, *parameters)  # type: ignore[no-untyped-call] # torch has none
+    return connected
 
 
 def _output(seed: Seed, call: LayerCall, h: Tensor) -> object:

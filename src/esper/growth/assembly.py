@@ -15,6 +15,7 @@ from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.growth.budget import Budget, Cost, count_parameters
+from esper.growth.claims import check_free, left_behind
 from esper.growth.embargoes import Embargoes
 from esper.growth.evaluation import Evaluator
 from esper.growth.graft import Grafts
@@ -59,7 +60,8 @@ def begin_run(
         ValueError: A setting is out of its range, the model has no layer with seeds, or none that
             the optimizer trains, or it is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
-        GrowthError: A site named by hand is none of the model's.
+        GrowthError: A site named by hand is none of the model's or cannot grow, or another Grower
+            has the model or an optimizer.
         OSError: The log cannot be written.
     """
     settings = check_options(options)
@@ -67,6 +69,8 @@ def begin_run(
     policy = options.get("policy") or DiminishingReturns()
     group_for = numbered(options.get("group_for"), every)
     found, untrained = _layers_to_grow(inner, every, policy)
+    check_free([*layers(inner).values(), *members_of(every)])
+    left = list(left_behind(layers(inner)))
     sync_optimizer(model, members_of(every), group_for=group_for)
     registry = options.get("registry")
     registry = open_registry("memory:") if registry is None else registry
@@ -75,6 +79,8 @@ def begin_run(
     journal = Journal(_bus(log, options.get("sink")), clock, lambda: watcher.updates)
     for name, parameters in untrained.items():
         journal.note(_said_of(name, parameters))
+    for told in left:
+        journal.note(told)
     compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
     return GrowthRun(
         model=inner,

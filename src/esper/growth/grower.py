@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, Unpack
 
+from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
@@ -17,6 +18,7 @@ from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
 from esper.growth.callbacks import asked, try_compute_loss
+from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
     NEVER_STEPPED,
     missing_evidence,
@@ -33,6 +35,7 @@ from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.maintenance import maintain_layers
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,7 +115,8 @@ class Grower:
         ValueError: A setting is out of its range, the model has no layer with seeds or none that
             the optimizer trains, or the optimizer is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
-        GrowthError: A site named by hand is none of the model's.
+        GrowthError: A site named by hand is none of the model's or cannot grow, or another Grower
+            that was not closed has the model or an optimizer.
         OSError: The log cannot be written in ``run_dir``.
     """
 
@@ -124,6 +128,7 @@ class Grower:
         **options: Unpack[GrowerOptions],
     ) -> None:
         self._run = begin_run(model, optimizer, options)
+        claim(self, [*layers(self._run.model).values(), *members_of(self._run.optimizer)])
         settings = self._run.settings
         self._schedule = EvaluationSchedule(
             every=settings.evaluate_every, overhead=settings.overhead
@@ -280,6 +285,7 @@ class Grower:
         if self._closed:
             return
         self._closed = True
+        release(self)
         stage, self._stage = self._stage, None
         run = self._run
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them

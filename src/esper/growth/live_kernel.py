@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from esper.continuity.following import tell_of_copies
 from esper.continuity.optimizer import append_parameters, remove_parameters
 from esper.seeds.shadow import seen_example
 from esper.state.roster import where_kernels_stand
@@ -72,6 +73,7 @@ def graft_kernel(
     layer.graft(audition.seed_idx, audition.kernel, alpha=0.0, example=example)
     places, _ = placement.places(layer, audition.seed_idx, audition.kernel.module)
     parameters = tuple(place.parameter for place in places)
+    tell_of_copies([layer])
     if parameters:
         state = None if audition.optimizer is None else audition.optimizer.state
         append_parameters(placement.optimizer, places, state=state)

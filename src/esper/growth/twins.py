@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esper.continuity.ensemble import Ensemble, rebuilt
+from esper.continuity.following import stands_apart
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
@@ -48,6 +49,7 @@ class Twin:
     ) -> None:
         memo: dict[int, object] = {}
         self.model = copy.deepcopy(model, memo)
+        stands_apart(model, self.model)
         self.optimizer = _copied_optimizer(optimizer, memo)
         self.factor = _copied_factor(factor, self.optimizer, model, memo)
         self._update = update

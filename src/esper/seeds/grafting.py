@@ -387,6 +387,8 @@ def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     seed.slot.set_alpha(after)
     if (before > 0.0) != (after > 0.0):
         choose_forward(layer)
+    else:
+        record_of(layer).changed()
 
 
 def set_guard(layer: nn.Module, seed_idx: int, guard: Guard) -> None:
@@ -396,6 +398,7 @@ def set_guard(layer: nn.Module, seed_idx: int, guard: Guard) -> None:
     seed.guard = guard
     seed.slot.set_structure(encoded_structure(layer, seed_idx))
     apply_guard(layer, seed)
+    record_of(layer).changed()
 
 
 def active_seed(layer: nn.Module, seed_idx: int, *, or_fossil: bool = False) -> Seed:

@@ -14,16 +14,17 @@ from esper.state.host_parts import host_parameters, is_in_a_seed
 from esper.state.layer_record import LayerRecord, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from esper.state.seed_slot import Seed
 
+    OverRanks = Callable[[Sequence[tuple[nn.Module, int]], Tensor], Tensor]
 
 _S: Final = SeedLifecycleState
 
 
 def read_step_flags(
-    layers: Iterable[nn.Module], over_ranks: Callable[[Tensor], Tensor] | None = None
+    layers: Iterable[nn.Module], over_ranks: OverRanks | None = None
 ) -> list[SeedFault]:
     """Read the flags of all seeds under ``guard="step"``, and isolate the faulty at once.
 
@@ -33,8 +34,9 @@ def read_step_flags(
 
     Args:
         layers: Wrapped layers.
-        over_ranks: Takes the maximum of bool flags over the ranks that train a model together, so
-            that all of them drop a step or none does.
+        over_ranks: ``(seeds, flags)`` to the maximum of bool flags over the ranks that train a
+            model together, so that all of them drop a step or none does; called also where this
+            rank has no seed under the guard.
 
     Returns:
         The faulty seeds; the caller drops the step's gradients if there is one.
@@ -45,10 +47,12 @@ def read_step_flags(
         for seed_idx, seed in record_of(layer).seeds.items()
         if seed.guard == "step"  # an isolated one, too: ranks may not have isolated it alike
     ]
-    if not watched:
+    if not watched and over_ranks is None:
         return []
-    stacked = torch.stack([_step_flag(layer, seed) for layer, _, seed in watched])
-    flags = (stacked if over_ranks is None else over_ranks(stacked)).tolist()
+    found = _step_flags(watched)
+    if over_ranks is not None:
+        found = over_ranks([(layer, seed_idx) for layer, seed_idx, _ in watched], found)
+    flags = found.tolist()
     faults = []
     for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
         raised = any(call.raised for call in seed.seen.calls)
@@ -73,6 +77,13 @@ def _end_run_of_faults(record: LayerRecord, seed_idx: int) -> None:
 def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
     """Say whether any seed of the layers is under ``guard="step"``."""
     return any(seed.guard == "step" for layer in layers for seed in record_of(layer).seeds.values())
+
+
+def _step_flags(watched: Sequence[tuple[nn.Module, int, Seed]]) -> Tensor:
+    """Return a ``[seeds, 2]`` bool tensor: output at fault, gradients at fault."""
+    if not watched:
+        return torch.zeros(0, 2, dtype=torch.bool)
+    return torch.stack([_step_flag(layer, seed) for layer, _, seed in watched])
 
 
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:

@@ -80,6 +80,8 @@ class LayerRecord:
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
         model: The model that was wrapped, weakly; a pickle does not keep it.
+        on_change: Told when a seed has come, changed or gone; not so in copies.
+        copies: Records of copies of the layer that nobody has accounted for, held weakly.
         own: What is kept with this layer, and copied and pickled with it.
         shared: What is the process's: copies of the layer share it, and pickles drop it.
     """
@@ -121,6 +123,8 @@ class LayerRecord:
         self.in_shadow = False
         self.surroundings: torch.Tensor | None = None
         self.model: weakref.ref[nn.Module] | None = None
+        self.on_change: list[Callable[[], None]] = []
+        self.copies: list[weakref.ref[LayerRecord]] = []
 
     def find_model(self) -> nn.Module | None:
         """Return the model that was wrapped, where it is known and still there."""
@@ -130,6 +134,11 @@ class LayerRecord:
     def forward_count(self) -> int:
         """Calls since birth, counted where telemetry is on."""
         return self.native_count + self.active_count
+
+    def changed(self) -> None:
+        """Tell those who want to know that seeds are not as they were."""
+        for tell in self.on_change:
+            tell()
 
     def __copy__(self) -> LayerRecord:
         """Return the record of a layer that shares its tensors with this one; it has no seeds."""
@@ -152,6 +161,8 @@ class LayerRecord:
         copied.__setstate__(copy.deepcopy(own, memo) | shared | cleared)
         model = memo.get(id(self.find_model()))  # there, if it is all copied
         copied.model = weakref.ref(model) if isinstance(model, nn.Module) else None
+        self.copies = [ref for ref in self.copies if ref() is not None]
+        self.copies.append(weakref.ref(copied))
         return copied
 
     def __getstate__(self) -> dict[str, object]:
@@ -182,6 +193,8 @@ class LayerRecord:
             "is_loading": False,
             "in_shadow": False,
             "model": None,
+            "on_change": [],
+            "copies": [],
         }
 
 
