@@ -228,6 +228,7 @@ def test_a_run_under_a_class_of_the_owners(verify):
     assert graft.verdict != "in progress"
 
 
+@pytest.mark.filterwarnings("ignore:nothing can grow")  # it is too short for that
 def test_a_job_may_have_several_optimizers():
     """They step together."""
     model = host()
