@@ -315,17 +315,19 @@ def test_another_host_is_refused_with_what_was_expected(tmp_path, make, words):
     assert [(name, id(module)) for name, module in host.named_modules()] == before
 
 
-def test_what_was_left_out_of_a_model_is_not_asked_of_a_host(tmp_path):
-    """Where a kernel has replaced a layer, any layer may stand in the fresh host."""
+def test_a_layer_that_a_kernel_has_replaced_is_asked_of_a_host_too(tmp_path):
+    """It is not called, and still there to be asked, as for its width."""
     torch.manual_seed(0)
     model = esper.wrap(Sized(6, 2)).eval()
     kernel = Bottleneck(6)
     model.parts[1].graft(0, kernel, alpha=1.0, mode="replace", example=torch.randn(2, 6))
     esper.export(model, tmp_path)
+    host, x = Sized(6, 2), torch.randn(3, 6)
+    assert torch.equal(rebuild(tmp_path, host)(x), model(x))
     host = Sized(6, 2)
     host.parts[1] = nn.Identity()
-    x = torch.randn(3, 6)
-    assert torch.equal(rebuild(tmp_path, host)(x), model(x))
+    with pytest.raises(ValueError, match=r"'parts.1' of the host is expected to be Linear"):
+        rebuild(tmp_path, host)
 
 
 def test_sites_inside_sites_keep_the_host_s_names(tmp_path):

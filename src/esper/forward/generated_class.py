@@ -185,15 +185,16 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
         record: LayerRecord = self._kasmina  # type: ignore[assignment] # a Module's attributes
         if record.watched and _is_written(record):
             return _look_again(self)(*args, **kwargs)
-        call = as_declared(names, args, kwargs)
+        given = call = as_declared(names, args, kwargs)
         writes = record.writes_input[self.training]
         watch = None
         if writes is not False:  # kernels run after the host, and read what it was given
-            watch, call = watched(call, is_known=writes is not None)
+            watch, call = watched(given, is_known=writes is not None)
         run = run_kernel if open_run is None else open_run(record, call)
         output = host_forward(self, *args, **kwargs)
         if watch is not None:
             record.writes_input[self.training] = watch.has_changed
+            call = call if watch.has_changed else given  # copies add gradients in another order
         h = graftable(output)
         if h is None:
             pass_on(record, output)

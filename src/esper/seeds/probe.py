@@ -16,6 +16,7 @@ from esper.contracts.errors import KernelRefusedError
 from esper.forward.host_output import blendable
 from esper.forward.host_view import completed, host_forward, host_view
 from esper.forward.input_watch import InputWatch
+from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
@@ -152,6 +153,7 @@ class _Probe:
             h = blendable(host_forward(self._layer, *call.args, **call.kwargs))
             self._host_s = self._clock.now() - start_s
         record_of(self._layer).writes_input[self._layer.training] = watch.has_changed
+        self._look_in_other_mode()
         if self._kernel.position == "serial":
             given = LayerCall.of(h.clone())
         elif self._takes is None:
@@ -159,6 +161,23 @@ class _Probe:
         else:
             given = self._takes.of(self._call).detached()
         return h, given.with_tensors(lambda t: t.requires_grad_(t.is_floating_point()))
+
+    def _look_in_other_mode(self) -> None:
+        """See whether the host writes to its input in its other mode, where it takes the call."""
+        layer, other = self._layer, not self._layer.training
+        writes = record_of(layer).writes_input
+        if writes[other] is not None:
+            return
+        call = self._call.detached()
+        watch = InputWatch(call)
+        modes = [(module, module.training) for module in layer.modules()]
+        layer.train(other)
+        with torch.no_grad():
+            ran = attempt(lambda: host_forward(layer, *call.args, **call.kwargs))
+        for module, training in modes:
+            module.training = training
+        if not isinstance(ran, Failed):
+            writes[other] = watch.has_changed
 
     def _output(self, module: nn.Module, given: LayerCall) -> Tensor:
         """Run the kernel and check what it does to what it is given."""
