@@ -1,5 +1,7 @@
 """One thread for every test: the machines are small and shared, and results do not change."""
 
+import signal
+
 import pytest
 import torch
 from execution_hosts import KINDS
@@ -11,3 +13,11 @@ torch.set_num_threads(1)
 def kind(request):
     """Each kind of layer that the engine's promises are checked on."""
     return KINDS[request.param]
+
+
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT raise, also where the tests' shell ignores it, as it does for a job with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -13,12 +13,17 @@ from esper import __version__
 from esper.cli.app import app, parse_random_seeds
 from esper.contracts.errors import EsperError
 
-pytestmark = pytest.mark.filterwarnings("ignore:nothing can grow")
-"""The jobs here are shorter than a graft."""
+SHORT = (
+    "esper: warning: nothing can grow: a graft takes 316 updates (record_updates, "
+    "audition_updates, ramp_updates and hold_updates), and horizon is 12; shorten them, or train "
+    "longer"
+)
+"""What is said of most jobs here: they are shorter than a graft."""
 
 JOB = """
 import os
 import signal
+import warnings
 import torch
 from torch import nn
 from esper.growth.job import GrowthJob
@@ -72,6 +77,8 @@ def fails_in_test(): return job(test=lambda batches: Loader(batches, 1, fail))
 def not_finite_in_test(): return job(test=lambda b: [(torch.full((9, 4), torch.nan), b[0][1][:9])])
 def fails_inside_torch(): return job(loss=lambda m, b: nn.functional.nll_loss(m(b[0]), b[1][:3]))
 def tested(): return job(test=lambda batches: batches)
+def warn(): warnings.warn("a word of\\nthe user's")
+def warns(): return job(train=lambda batches: Loader(batches, 1, warn))
 def no_file(): return open("no_such_file_of_mine")
 def shuffled(): return job(train=lambda b: torch.utils.data.DataLoader(
     torch.utils.data.TensorDataset(*map(torch.cat, zip(*b))), batch_size=16, shuffle=True))
@@ -81,7 +88,7 @@ def one_model(): return job(model=MODEL)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, ctrl_c):
     """A working folder with a module of jobs; the process forgets it afterwards."""
     (tmp_path / "jobs_of_a_user.py").write_text(JOB)
     monkeypatch.chdir(tmp_path)
@@ -226,7 +233,7 @@ def test_nothing_trained_is_lost(folder, target, status, words):
     assert report_in(folder / "out")["updates"] >= 2
 
 
-@pytest.mark.parametrize("size_bytes", [9_000, 4_000])
+@pytest.mark.parametrize("size_bytes", [9_000, 6_000])
 def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
     """Where a file finds no room it is named; the model is written before any page, and told of."""
     code = (
@@ -263,6 +270,34 @@ def test_second_run_leaves_the_first_one_alone(folder):
         assert f"Written to {base}-2:" in second.stdout
         assert f"{base} holds a run already" in second.stdout
         assert report_in(folder / base)["notes"] != report_in(folder / f"{base}-2")["notes"]
+
+
+@pytest.mark.parametrize("filters", ["", "error", "error::UserWarning"])
+def test_warning_is_one_line_and_ends_no_run(folder, filters):
+    """Told once, without Python's source line, though the process makes errors of warnings."""
+    command = ("-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out")
+    result = in_a_process(*command, PYTHONWARNINGS=filters)
+    assert result.returncode == 0, result.stderr
+    assert [row for row in result.stderr.splitlines() if "nothing can grow" in row] == [SHORT]
+    assert "UserWarning" not in result.stderr
+    assert "callback(" not in result.stderr
+
+
+def test_warning_of_a_users_own_code_keeps_its_file_and_line(folder):
+    """A warning that the user's code gives is one line too, and says where it comes from."""
+    result = run("grow", "jobs_of_a_user:warns", "--run-dir", "out")
+    assert result.exit_code == 0, result.stderr
+    (line,) = [row for row in result.stderr.splitlines() if "a word of" in row]
+    assert line.startswith("esper: warning: a word of the user's (at jobs_of_a_user.py:")
+
+
+def test_warnings_that_are_ignored_stay_ignored(folder):
+    """Whoever turns warnings off reads none; the report has them as notes."""
+    command = ("-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out")
+    result = in_a_process(*command, PYTHONWARNINGS="ignore")
+    assert result.returncode == 0
+    assert "nothing can grow" not in result.stderr
+    assert "Note: nothing can grow" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -346,8 +381,8 @@ def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
         (("--budget", "much"), "for example 0.2, or NAME=NUMBER"),
         (("--budget", "gifts=2"), "the budget has no 'gifts'; its limits are parameters"),
         (("--budget", "grafts=1.5"), "grafts is a whole number"),
-        (("--budget", "-1"), "is at least 0"),
-        (("--budget", "nan"), "is at least 0"),
+        (("--budget", "-1"), "is a share of the host, at least 0, or None; got -1"),
+        (("--budget", "nan"), "is a share of the host, at least 0, or None; got nan"),
         (("--budget", "grafts=inf"), "grafts is a whole number"),
     ],
 )

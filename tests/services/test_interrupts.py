@@ -8,6 +8,8 @@ import pytest
 
 from esper.services.interrupts import Interrupts
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def press():
     os.kill(os.getpid(), signal.SIGINT)

@@ -233,16 +233,20 @@ def parse_random_seeds(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[Environment]:
-    """Yield the environment; turn errors that a user can mend into one line and an exit status."""
+    """Yield the environment; turn errors that a user can mend into one line and an exit status.
+
+    Warnings to the user become one line each, and end nothing.
+    """
+    from esper.cli.errors import error_text, one_line_warnings
+
     environment = Environment()
     try:
         environment = read_environment()
-        yield environment
+        with one_line_warnings():
+            yield environment
     except (EsperError, ValueError, OSError) as error:
         if environment.traceback:
             raise
-        from esper.cli.errors import error_text
-
         typer.echo(error_text(error), err=True)
         raise typer.Exit(EXIT_ERROR) from error
     except KeyboardInterrupt as error:

@@ -1,18 +1,25 @@
-"""What a user reads of an error: one line, and where in the user's own code it came from."""
+"""What a user reads of an error or a warning: one line, and the place in the user's own code."""
 
 from __future__ import annotations
 
 import os
 import sysconfig
 import traceback
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import typer
 
 import esper
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import TextIO
+
+    _ShowWarning = Callable[..., None]
 
 _NOT_A_USERS: Final = (
     str(Path(esper.__file__).parent),
@@ -31,6 +38,45 @@ def error_text(error: BaseException) -> str:
         return f"esper: {error}"
     what = error if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"
     return f"esper: {what}\n  at {place}; ESPER_TRACEBACK=1 shows the whole traceback"
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print each ``UserWarning`` as one line; none ends a run, though warnings be errors.
+
+    Warnings of other classes are for who writes the code, and are left to Python.
+    """
+    with warnings.catch_warnings():
+        if any(action == "error" for action, *_ in warnings.filters):
+            warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _one_line_or(warnings.showwarning)
+        yield
+
+
+def _one_line_or(others: _ShowWarning) -> _ShowWarning:
+    """Return what prints a ``UserWarning`` as one line and leaves the rest to ``others``."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UserWarning):
+            with suppress(OSError):  # a reader that has gone away, as for Python's own
+                typer.echo(warning_text(str(message), filename, lineno), err=True)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    return show
+
+
+def warning_text(message: str, filename: str, lineno: int) -> str:
+    """Return a warning as one line, with its place where that is in a user's own code."""
+    text = f"esper: warning: {' '.join(message.split())}"
+    return f"{text} (at {_shown(filename)}:{lineno})" if _is_a_users(filename) else text
 
 
 def users_place(error: BaseException) -> str | None:
