@@ -12,6 +12,8 @@ import esper
 from esper.compiler import catalog
 from esper.state.site import describe_site
 
+pytestmark = pytest.mark.slow
+
 HOSTS = {
     "linear": (lambda: nn.Linear(6, 8), (3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, bias=False), (2, 4, 9)),

@@ -299,6 +299,7 @@ def test_every_kind_of_site_answers_with_all_that_its_host_has(name):
         assert {name: getattr(each, name) for name in settings} == settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize(
