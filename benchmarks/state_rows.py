@@ -86,12 +86,18 @@ class Controlled:
         self._x = torch.randn(2, 4, requires_grad=True)
         for layer in self.active:
             layer.graft(0, nn.Linear(4, 4), alpha=0.1, example=self._x.detach())
-        self.optimizer = torch.optim.SGD([self._x], lr=0.0)  # its own work is not what is timed
+        self._trained = self.model[0].weight  # one: the optimizer's own work is not what is timed
+        for layer in self.model:
+            layer.requires_grad_(requires_grad=False)
+        self._trained.requires_grad_()
+        for layer in self.active:
+            layer.seed_kernel(0).requires_grad_()
+        self.optimizer = torch.optim.SGD([self._trained], lr=0.0)
         self.grower = esper.Grower(self.model, self.optimizer)
 
     def train(self) -> None:
         """Call the active layers forward and backward, as a training step does."""
-        self._x.grad = torch.zeros_like(self._x)
+        self._trained.grad = torch.zeros_like(self._trained)
         for layer in self.active:
             layer(self._x).sum().backward()
 

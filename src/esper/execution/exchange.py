@@ -18,12 +18,12 @@ from esper.forward.class_change import choose_forward, return_class
 from esper.forward.generated_class import host_class_of
 from esper.seeds.grafting import cancel
 from esper.seeds.isolation import isolate_if_moved
-from esper.seeds.out_of_use import note_loss
+from esper.seeds.out_of_use import remember_loss
 from esper.seeds.probe import probe
 from esper.state.host_parts import SEEDS
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, record_of
-from esper.state.roster import layers_with_kernels, note_move
+from esper.state.roster import layers_with_kernels, remember_move
 from esper.state.seed_slot import SeedContainer
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _look_at_parameter(module: nn.Module, name: str, parameter: nn.Parameter | N
             "a parameter of its layer was exchanged for another and the kernel was not; where a "
             "norm was fused into the layer the kernel goes without it: fuse after esper.unwrap"
         )
-        note_loss(module, module, seed.seed_idx, reason)
+        remember_loss(module, module, seed.seed_idx, reason)
 
 
 def _exchange(
@@ -97,7 +97,7 @@ def _exchange(
         elif not (layer is before and _carries_as_many(layer, module)):
             for seed_idx in sorted({*record_of(layer).seeds, *record_of(layer).waiting}):
                 what = "nothing" if module is None else f"a {type(module).__name__}"
-                note_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
+                remember_loss(parent, layer, seed_idx, f"{what} was put in its place; {_CURE}")
     if before in staying and RECORD in before.__dict__ and not hasattr(module, SEEDS):
         module.__dict__[SEEDS] = before._modules.get(SEEDS)  # noqa: SLF001 - names from before
 
@@ -147,7 +147,7 @@ def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
     if container is not None:  # all seeds may be isolated
         module._modules[SEEDS] = container  # noqa: SLF001 - as above
     choose_forward(module)
-    note_move(layer, module)
+    remember_move(layer, module)
     _logger.warning(
         "layer %r: a %s was put in its place, and its kernels stand in that from now on",
         record.name,
@@ -159,7 +159,7 @@ def _move_seeds(layer: nn.Module, module: nn.Module) -> None:
             seed.last_error = reason
             record.layout.isolate(seed_idx)
             isolate_if_moved(module, seed_idx, seed, 1)
-            note_loss(module, module, seed_idx, f"does not fit what took its place: {reason}")
+            remember_loss(module, module, seed_idx, f"does not fit what took its place: {reason}")
 
 
 def _why_not(module: nn.Module, seed: Seed) -> str | None:

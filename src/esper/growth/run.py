@@ -14,8 +14,7 @@ from esper.growth.batch import num_samples
 from esper.growth.budget import Cost
 from esper.growth.losses import TrainingLosses
 from esper.seeds.shadow import shadow_pass
-from esper.state.layer_record import RECORD
-from esper.state.roster import where_kernels_stand
+from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +73,7 @@ class GrowthRun:
         grafts: All grafts so far.
         host_cost: What the model cost before any graft.
         losses: Recent training losses.
+        num_moves: Moves of kernels to other modules that the layers have followed.
         num_auditions: Auditions so far, several contenders side by side being one; the k-th is
             tested at the k-th level, which its contenders share.
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
@@ -107,6 +107,7 @@ class GrowthRun:
     host_cost: Cost
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_auditions: int = 0
+    num_moves: int = field(default_factory=lambda: Moves.count)
     last_change_update: int | None = None
     last_measurement: Measurement | None = None
 
@@ -122,9 +123,11 @@ class GrowthRun:
 
     def follow_exchanges(self) -> None:
         """Go on with what others have put in the place of a layer with kernels."""
+        if self.num_moves == Moves.count:
+            return
+        self.num_moves = Moves.count
         for name, layer in self.layers.items():
-            if RECORD not in layer.__dict__:
-                self.layers[name] = cast("KasminaLayer", where_kernels_stand(layer))
+            self.layers[name] = cast("KasminaLayer", where_kernels_stand(layer))
 
     def placement(self) -> Placement:
         """Look at whose the parameters are now."""

@@ -67,7 +67,9 @@ class SkippedCalls:
     reason: str
 
 
-def note_skipped(record: LayerRecord, seed: Seed, skipped: Mapping[str, int]) -> list[SkippedCalls]:
+def count_skipped(
+    record: LayerRecord, seed: Seed, skipped: Mapping[str, int]
+) -> list[SkippedCalls]:
     """Count calls that went on without a kernel; log each reason once for a seed."""
     record.num_skipped += sum(skipped.values())
     found = [

@@ -19,9 +19,9 @@ from esper.seeds.isolation import (
     FIRST_RETRY_READINGS,
     SeedFault,
     SkippedCalls,
+    count_skipped,
     drop_gradients,
     isolate_if_moved,
-    note_skipped,
 )
 from esper.seeds.layer_health import (
     UnhealthyLayer,
@@ -170,7 +170,7 @@ def _maintain_seed(
     else:
         reading = _read_calls(seed)
         outcomes = reading.outcomes
-        skipped += note_skipped(record, seed, reading.skipped)
+        skipped += count_skipped(record, seed, reading.skipped)
         longest = record.layout.record_calls(seed_idx, outcomes)
         if any(outcomes):
             fault = isolate_if_moved(layer, seed_idx, seed, sum(outcomes))
@@ -193,12 +193,14 @@ def _read_calls(seed: Seed) -> Reading:
     The optimizer's next step is still told under ``guard="step"``: the gradients may be waiting.
     """
     seed.follow_device()
-    keep_gated(seed)  # no backward of a graph does
     seen = seed.seen
     seed.forget_calls()  # before they are read: other threads may go on calling
     seed.seen.carried = seen.step_flags() if seed.guard == "step" else None
     reading = read(seen, works_on_batches=seed.works_on_batches)
     seed.works_on_batches = reading.works_on_batches
+    seed.runs_compiled |= reading.has_compiled
+    if seed.runs_compiled:
+        keep_gated(seed)  # no backward of a graph does
     if reading.reason and reading.reason != "raised":  # the fence has said more
         seed.last_error = reading.reason
     return reading

@@ -31,7 +31,7 @@ _looked_at: Final[weakref.WeakKeyDictionary[nn.Module, object]] = weakref.WeakKe
 _logger = logging.getLogger(__name__)
 
 
-def note_loss(place: nn.Module, layer: nn.Module, seed_idx: int, reason: str) -> None:
+def remember_loss(place: nn.Module, layer: nn.Module, seed_idx: int, reason: str) -> None:
     """Keep and log that a seed's kernel is out of use.
 
     Args:
@@ -49,12 +49,14 @@ def note_loss(place: nn.Module, layer: nn.Module, seed_idx: int, reason: str) ->
 
 def losses(model: nn.Module) -> list[SeedFault]:
     """Return what was noted of a model's modules and was not taken."""
-    return [fault for module in model.modules() for fault in _found.get(module, ())]
+    modules = model.modules() if _found else ()
+    return [fault for module in modules for fault in _found.get(module, ())]
 
 
 def take_losses(model: nn.Module) -> list[SeedFault]:
     """Return what was noted of a model's modules, and forget it."""
-    return [fault for module in model.modules() for fault in _found.pop(module, ())]
+    modules = model.modules() if _found else ()
+    return [fault for module in modules for fault in _found.pop(module, ())]
 
 
 def bypassed(layer: nn.Module, *, again: bool) -> list[SeedFault]:

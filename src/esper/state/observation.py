@@ -159,12 +159,14 @@ class Reading:
         reason: What the last fault was; empty where there was none.
         skipped: Calls without the kernel that show nothing of it, by the reason.
         works_on_batches: Whether a call of several samples has ever been clean.
+        has_compiled: Whether some of the calls were made in compiled code.
     """
 
     outcomes: list[bool]
     reason: str
     skipped: Counter[str]
     works_on_batches: bool
+    has_compiled: bool
 
 
 def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
@@ -180,6 +182,7 @@ def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
     """
     numbers = _Numbers(seen)
     outcomes, reason = _compiled_outcomes(seen, numbers)
+    has_compiled = bool(outcomes)
     blamed: set[int] = set()
     skipped = seen.skipped.copy()
     for call in tuple(seen.calls):  # a forward of another thread may be under way
@@ -194,7 +197,11 @@ def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
         outcomes.append(bool(fault))
         reason = fault or reason
     return Reading(
-        outcomes=outcomes, reason=reason, skipped=skipped, works_on_batches=works_on_batches
+        outcomes=outcomes,
+        reason=reason,
+        skipped=skipped,
+        works_on_batches=works_on_batches,
+        has_compiled=has_compiled,
     )
 
 

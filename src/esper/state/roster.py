@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from esper.state.layer_record import RECORD, record_of
 
@@ -36,11 +36,22 @@ def layers_with_kernels() -> list[nn.Module]:
         return [layer for layer in _busy if RECORD in layer.__dict__]
 
 
-def note_move(layer: nn.Module, module: nn.Module) -> None:
+class Moves:
+    """How often kernels were moved to another module in this process.
+
+    Attributes:
+        count: So often; who has seen as many need not look.
+    """
+
+    count: ClassVar[int] = 0
+
+
+def remember_move(layer: nn.Module, module: nn.Module) -> None:
     """Remember that the kernels of a layer stand in another module from now on."""
     with _lock:
         _moved.pop(module, None)
         _moved[layer] = module
+        Moves.count += 1
 
 
 def where_kernels_stand(layer: nn.Module) -> nn.Module:
@@ -63,6 +74,7 @@ class Roster:
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._num_moves = -1  # of moves before it too, once
         self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         for position, layer in enumerate(layers):
             self._positions[layer] = position
@@ -70,7 +82,7 @@ class Roster:
 
     def busy(self) -> list[nn.Module]:
         """Return the layers that hold or await kernels, in the order in which they were given."""
-        if _moved:
+        if self._num_moves != Moves.count:
             self._follow_moves()
         with _lock:
             found = [layer for layer in _busy if layer in self._positions]
@@ -78,5 +90,6 @@ class Roster:
         return sorted(wrapped, key=self._positions.__getitem__)
 
     def _follow_moves(self) -> None:
+        self._num_moves = Moves.count
         for layer, position in list(self._positions.items()):
             self._positions.setdefault(where_kernels_stand(layer), position)

@@ -210,6 +210,7 @@ class Seed:
         gated: Tables of the kernel's modules when its parameters were gated, and their lengths.
         gated_values: What stood there: a table, a name, the parameter or module.
         frozen: Parameters that needed no gate then.
+        runs_compiled: Whether it was seen to be called in compiled code.
         works_on_batches: Whether a call of several samples was seen to be clean.
         told: Reasons of skipped calls that were logged.
     """
@@ -236,6 +237,7 @@ class Seed:
         self.last_error = ""
         self.num_retries = 0
         self.readings_to_wait = 0
+        self.runs_compiled = False
         self.works_on_batches = False
         self.told: frozenset[str] = frozenset()
         self.handles: list[RemovableHandle] = []
