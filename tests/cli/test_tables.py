@@ -123,6 +123,9 @@ def test_suggestions_are_printed_in_their_order():
     assert lines[-3:] == [
         "head mlp-8 0.0123 0.004 1,234 2.4 kFLOP 12",
         "head noise \u2013 \u2013 0 \u2013 3 nothing to train",
-        "To put one in: esper.layers(model)[site].graft(0, kernel, example=...)",
+        (
+            "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
+            "esper.sync_optimizer(model, optimizer), so that it is trained"
+        ),
     ]
     assert "none" in printed(print_suggestions, [])[-1]

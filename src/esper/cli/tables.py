@@ -61,7 +61,10 @@ def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> No
     ]
     _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
     if rows:
-        console.print("To put one in: esper.layers(model)[site].graft(0, kernel, example=...)")
+        console.print(
+            "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
+            "esper.sync_optimizer(model, optimizer), so that it is trained"
+        )
 
 
 def print_checks(console: Console, checks: Sequence[Check]) -> None:

@@ -510,9 +510,12 @@ def _run_lines(report: RunReport) -> Iterator[str]:
     """Yield the report as plain text, a line at a time."""
     if report.interrupted:
         yield f"Stopped after {report.updates:,} updates, before the end of the run."
+    share = f"{report.overhead_share:.1%} of the work was growing"
+    if report.updates and not report.work.get("training"):
+        share = "what share of the work was growing is not known, since no batch= was given"
     yield (
         f"{report.updates:,} updates, {report.parameters_before:,} parameters before and "
-        f"{report.parameters_after:,} after; {report.overhead_share:.1%} of the work was growing."
+        f"{report.parameters_after:,} after; {share}."
     )
     yield from _loss_lines(report)
     if report.comparison is not None:

@@ -299,6 +299,8 @@ class Grower:
             self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
                 self._finish(self._say_what_is_never_called)
+            if not run.grafts.records and not run.journal.notes:
+                self._finish(run.journal.why_nothing)
 
     def _close_log(self) -> None:
         log = self._run.log
@@ -351,9 +353,9 @@ class Grower:
         """Warn where ``step`` is never called, or the optimizer's step never seen."""
         if not self._num_steps:
             self._warn(NEVER_STEPPED)
-        elif not self.updates:
+        elif not self._run.watcher.num_steps_of_optimizer:
             self._warn(
-                f"grower.step was called {self._num_steps} times, and the optimizer that the "
+                f"grower.step was called (so often: {self._num_steps}), and the optimizer that the "
                 "Grower was given has made no update: give it the optimizer that the loop steps, "
                 "and call grower.step after optimizer.step"
             )

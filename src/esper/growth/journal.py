@@ -77,6 +77,7 @@ class Journal:
         self.alphas: list[AlphaPoint] = []
         self.notes: list[str] = []
         self.not_finite: list[NotFinite] = []
+        self._last_reason = ""
 
     def started(self, settings: JsonObject) -> None:
         """Record the effective settings of the run, and say them."""
@@ -94,6 +95,11 @@ class Journal:
                 reason=reason,
             )
         )
+
+    def why_nothing(self) -> None:
+        """Tell the owner of a run without a graft what the policy said last."""
+        if self._last_reason:
+            self.note(f"nothing was grafted; the policy's last word: {self._last_reason}")
 
     def note(self, text: str) -> None:
         """Say a word to the owner, once: a text that was said is not repeated."""
@@ -149,7 +155,8 @@ class Journal:
         )
 
     def detected(self, decision: Decision) -> None:
-        """Record what the policy answered."""
+        """Record what the policy answered; its reason is what :meth:`why_nothing` says."""
+        self._last_reason = decision.reason
         self._sink.publish(
             Detected(
                 **self._now(),

@@ -93,7 +93,7 @@ def _tries_text(report: RunReport) -> str:
         return (
             f"kept {len(kept)} of {tries} grafts and dropped {gone}"
             if gone
-            else f"kept all {tries} grafts"
+            else ("kept its one graft" if tries == 1 else f"kept all {tries} grafts")
         )
     wins = sum((graft.contribution or 0.0) > 0.0 for graft in kept)
     good = f"beat a twin without it in {wins} of {tries} tries"
