@@ -1,7 +1,7 @@
 """Charts as inline SVG: lines with marks on them, and lanes of stages.
 
 Colours are classes that the page's style sheet fills in, once for light and once for dark. No
-line is told from another by colour alone: each has its own dashes and its label at its end.
+line is told from another by colour alone: each has its own dashes and its label beside it.
 """
 
 from __future__ import annotations
@@ -349,7 +349,7 @@ def _mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> Markup:
 
 
 def _end_labels(series: Sequence[Series], x_scale: Scale, y_scale: Scale) -> list[Markup]:
-    """Return the labels at the ends of the lines, moved apart where they would overlap."""
+    """Return the labels of the lines, at the right edge, moved apart where they would overlap."""
     named = [line for line in series if line.label and line.points]
     low, high = sorted((y_scale.start, y_scale.end))
     ends = {line: min(max(y_scale(line.points[-1][1]), low), high) for line in named}
@@ -367,7 +367,7 @@ def _end_labels(series: Sequence[Series], x_scale: Scale, y_scale: Scale) -> lis
             "text",
             line.label,
             class_=f"name {line.style}",
-            x=x_scale(line.points[-1][0]) + 8,
+            x=max(x_scale.start, x_scale.end) + 10,  # beyond the last mark
             y=height + 4,
         )
         for line, height in zip(named, heights, strict=True)
