@@ -161,6 +161,7 @@ def test_an_offloaded_grown_model_computes_the_same():
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:nothing can grow")  # it is too short for that
 @pytest.mark.parametrize("hand_over", [lambda o: o, lambda o: [o]], ids=["itself", "list"])
 def test_a_prepared_optimizer_is_taken(hand_over):
     """It is the optimizer inside that is followed, and that steps."""
