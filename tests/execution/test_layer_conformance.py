@@ -381,7 +381,7 @@ def test_an_alpha_is_a_number_from_zero_to_one(kind, alpha, error):
         lambda: layer.graft(1, kind.make_kernel(), example=x, alpha=alpha),
         lambda: layer.set_alpha(0, alpha),
     ):
-        with pytest.raises(error, match=r"alpha must be a number in \[0, 1\], got"):
+        with pytest.raises(error, match=r"alpha is a number in \[0, 1\]; got"):
             change()
     assert [layer.alpha(i) for i in (0, 1)] == [0.5, 0.0]
 

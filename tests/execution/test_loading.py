@@ -437,8 +437,8 @@ def test_copies_share_the_recovery_and_pickles_make_their_own():
     [
         ({"alphas": 0.5}, TypeError, "'alphas' is none of {how}'s arguments; did you mean alpha"),
         ({"zzz": 0.5}, TypeError, "'zzz' is none of {how}'s arguments; they are alpha, mode"),
-        ({"alpha": "1"}, TypeError, "alpha must be a number"),
-        ({"alpha": 1.5}, ValueError, "alpha must be a number"),
+        ({"alpha": "1"}, TypeError, "alpha is a number"),
+        ({"alpha": 1.5}, ValueError, "alpha is a number"),
         ({"mode": "ad"}, ValueError, "mode must be None or one of"),
         ({"position": "before"}, ValueError, "position must be None or one of"),
         ({"guard": "never"}, ValueError, "guard must be one of"),

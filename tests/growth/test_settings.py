@@ -8,6 +8,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from growing import growing, wrapped
 
 from esper.growth.grower import Grower
@@ -173,3 +174,22 @@ def test_every_option_is_documented():
     assert [name for name in PARTS if f"``{name}``:" not in Grower.__doc__] == []
     assert [name for name in NAMES if f"*{name}*" not in Grower.__doc__] == []
     assert [name for name in NAMES if f"\n        {name}: " not in GrowthSettings.__doc__] == []
+
+
+@pytest.mark.parametrize("random_seed", [-1, 2**70])
+def test_any_whole_number_starts_every_generator(random_seed):
+    """It is kept as given, and folded to where each of them takes it."""
+    settings = GrowthSettings(random_seed=random_seed)
+    assert settings.random_seed == random_seed
+    torch.Generator().manual_seed(settings.generator_seed * 1_000_003 + 10**9)
+    assert GrowthSettings(random_seed=7).generator_seed == 7
+
+
+@pytest.mark.parametrize("name", ["horizon", "overhead", "lr_new"])
+def test_a_number_beyond_every_float_is_refused_or_kept(name):
+    """It is compared, and raises nothing of Python's own."""
+    if name == "horizon":
+        assert GrowthSettings(horizon=10**400).horizon == 10**400
+    else:
+        with pytest.raises(ValueError, match=f"{name} is a share"):
+            GrowthSettings(**{name: 10**400})

@@ -63,7 +63,7 @@ def test_a_target_is_called_and_gives_its_job(module):
         ("jobs_to_load:mak", "its functions are: make, needs_more"),
         ("jobs_to_load:a_number", "found int, which cannot be called"),
         ("jobs_to_load:needs_more", "missing 1 required positional argument: 'size'"),
-        ("jobs_to_load:no_epochs", r"epochs=\.\.\.\) is at least 1, got 0"),
+        ("jobs_to_load:no_epochs", r"epochs=\.\.\.\) is a whole number, at least 1; got 0"),
         ("jobs_to_load:returns_a_number", "esper.GrowthJob; it returned int"),
     ],
 )

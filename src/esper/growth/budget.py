@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.contracts.arguments import Bounds, checked_number
 from esper.contracts.ports import Clock
-from esper.growth.settings import Bounds, checked_number
 
 Category = Literal["training", "evaluation", "shadow", "ranking", "twins"]
 

@@ -11,8 +11,8 @@ import math
 from statistics import median
 from typing import Final
 
+from esper.contracts.arguments import Bounds, checked_number
 from esper.growth.reading import Decision, PolicyState, Reading
-from esper.growth.settings import Bounds, checked_number
 
 _STATE_VERSION: Final = 1
 
@@ -59,16 +59,10 @@ class Detector:
     ) -> None:
         evaluations = Bounds(what="a number of evaluations", least=2)
         checked_number("window", window, evaluations, kind=int)
-        shares = {"fraction": fraction, "rise_fraction": rise_fraction, "deadline": deadline}
-        for name, share in shares.items():
-            checked_number(name, share, Bounds(what="a share", least=0, most=1))
         for name, share in (("fraction", fraction), ("rise_fraction", rise_fraction)):
-            if not 0.0 < share < 1.0:
-                msg = f"{name} is a share in (0, 1), got {share}"
-                raise ValueError(msg)
-        if not 0.0 < deadline <= 1.0:
-            msg = f"deadline is a share of the horizon in (0, 1], got {deadline}"
-            raise ValueError(msg)
+            checked_number(name, share, Bounds(what="a share", above=0, below=1))
+        of_horizon = Bounds(what="a share of the horizon", above=0, most=1)
+        checked_number("deadline", deadline, of_horizon)
         self.window = window
         self.fraction = fraction
         self.deadline = deadline

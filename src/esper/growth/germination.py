@@ -275,7 +275,7 @@ def _audition(
         rate_for_new(group, lr_new=run.settings.lr_new, peak=peak)
         for group, peak in zip(run.optimizer.param_groups, run.watcher.peaks, strict=True)
     ]
-    random_seed = run.settings.random_seed * 1_000_003 + run.updates
+    random_seed = run.settings.generator_seed * 1_000_003 + run.updates
     return Audition.begin(
         layer,
         seed_idx,
@@ -331,7 +331,7 @@ def _named(
 
 def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:
     """Let the initial weights follow the run's random seed."""
-    return replace(blueprint, init_seed=run.settings.random_seed)
+    return replace(blueprint, init_seed=run.settings.generator_seed)
 
 
 def _flops(module: nn.Module, seen: SiteObservation, kernel: PreparedKernel) -> float:

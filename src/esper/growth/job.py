@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from esper.continuity.ensemble import joined
+from esper.contracts.arguments import whole_number
 from esper.contracts.choices import SCHEDULES, Schedule
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import Progress
@@ -86,19 +87,15 @@ class GrowthJob:
             "model": (nn.Module, "a torch.nn.Module"),
             "train": (Iterable, "an iterable of batches"),
             "gate": (Iterable, "an iterable of batches"),
-            "epochs": (int, "a number of epochs"),
-            "num_seeds": (int, "a number of seeds"),
             "grower": (Mapping | GrowthSettings, "the Grower's arguments, or GrowthSettings"),
         }
         for name, (kind, words) in expected.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if not isinstance(value, kind):
                 msg = f"GrowthJob({name}=...) is {words}, got {type(value).__name__}"
                 raise TypeError(msg)
         for name in ("epochs", "num_seeds"):
-            if getattr(self, name) < 1:
-                msg = f"GrowthJob({name}=...) is at least 1, got {getattr(self, name)}"
-                raise ValueError(msg)
+            whole_number(f"GrowthJob({name}=...)", getattr(self, name), least=1)
         self._check_functions()
         if self.schedule not in SCHEDULES:
             msg = f'GrowthJob(schedule=...) is "epoch" or "update", got {self.schedule!r}'

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
+from esper.contracts.arguments import check_type
 from esper.growth.budget import Budget
 from esper.growth.callbacks import TAKES, check_function
 from esper.growth.policies import check_policy
@@ -101,12 +102,10 @@ def _check_part(name: str, part: object) -> None:
     """Refuse a part that cannot do its work."""
     if name in TAKES:
         check_function(name, part)
-    if name == "budget" and not isinstance(part, Budget):
-        msg = f"budget is an esper.Budget; got {part!r} (a {type(part).__name__})"
-        raise TypeError(msg)
-    if name == "run_dir" and not isinstance(part, (str, os.PathLike)):
-        msg = f"run_dir is a path; got {part!r} (a {type(part).__name__})"
-        raise TypeError(msg)
+    if name == "budget":
+        check_type(name, part, Budget, "an esper.Budget")
+    if name == "run_dir":
+        check_type(name, part, (str, os.PathLike), "a path")
     if name == "policy":
         check_policy(name, part)
     methods = _METHODS.get(name, ())

@@ -262,7 +262,7 @@ def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
     null, host, perturbed = (
         Twin(run.model, run.optimizer, run.factor, run.twin_update) for _ in range(3)
     )
-    perturbed.perturb(run.settings.random_seed + run.updates)
+    perturbed.perturb(run.settings.generator_seed + run.updates)
     site = layers(null.model)[contender.graft.site]
     kernel = graft_kernel(
         contender.null,

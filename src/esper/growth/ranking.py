@@ -31,7 +31,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from esper.contracts.arguments import positive_number, whole_number
+from esper.contracts.arguments import Bounds, checked_number, generator_seed, whole_number
 from esper.contracts.choices import Position
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
@@ -147,8 +147,8 @@ class FirstOrderGain:
     """
 
     def __init__(self, *, ridge: float = RIDGE, random_seed: int = 0) -> None:
-        self._ridge = positive_number("ridge", ridge)
-        self._random_seed = whole_number("random_seed", random_seed)
+        self._ridge = checked_number("ridge", ridge, Bounds(what="a finite number", above=0))
+        self._random_seed = generator_seed(whole_number("random_seed", random_seed))
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -178,7 +178,7 @@ class GradientNorm:
     """
 
     def __init__(self, *, random_seed: int = 0) -> None:
-        self._random_seed = whole_number("random_seed", random_seed)
+        self._random_seed = generator_seed(whole_number("random_seed", random_seed))
 
     def rank(
         self, observations: Mapping[str, SiteObservation], candidates: Iterable[Candidate]
@@ -205,7 +205,9 @@ class RandomChoice:
     """
 
     def __init__(self, random_seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(whole_number("random_seed", random_seed))
+        self._generator = torch.Generator().manual_seed(
+            generator_seed(whole_number("random_seed", random_seed))
+        )
 
     def rank(
         self,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
@@ -19,49 +17,13 @@ from typing import (
     get_type_hints,
 )
 
+from esper.contracts.arguments import Bounds, checked_number, generator_seed
 from esper.contracts.choices import Goal, Verification
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from esper.contracts.canonical_json import JsonValue
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """What a number may be.
-
-    Attributes:
-        what: What it is, for messages: ``"a number of updates"``.
-        least: Smallest value; None where there is none.
-        most: Largest value; None where there is none.
-        below: Value that it stays below; None where there is none.
-        may_be_infinite: Whether infinity is a value.
-    """
-
-    what: str
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    may_be_infinite: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if math.isnan(value) or (math.isinf(value) and not self.may_be_infinite):
-            return False
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        if self.least is None:
-            return self.what
-        if self.most is not None:
-            return f"{self.what} in [{self.least:g}, {self.most:g}]"
-        if self.below is not None:
-            return f"{self.what} in [{self.least:g}, {self.below:g})"
-        return f"{self.what}, at least {self.least:g}"
 
 
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
@@ -102,7 +64,7 @@ class GrowthSettings:
         verify: ``"snapshot"``: a graft stays if the gate split is not worse than at its
             admission. ``"fork"``: if it also beats a twin that got the same treatment with a
             kernel that adds nothing; costs three more models in training while it lasts.
-        random_seed: Starts every generator of the controller's own.
+        random_seed: Starts every generator of the controller's own; any whole number.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -159,6 +121,11 @@ class GrowthSettings:
         """Return the settings as the keywords that the Grower takes."""
         return cast("SettingOptions", asdict(self))
 
+    @property
+    def generator_seed(self) -> int:
+        """What generators are started from: ``random_seed``, folded to where each takes it."""
+        return generator_seed(self.random_seed)
+
     def as_dict(self) -> dict[str, JsonValue]:
         """Return the values by name."""
         return asdict(self)
@@ -207,33 +174,6 @@ def _checked(name: str, annotation: object, value: object) -> object:
     kind, bounds = get_args(told)
     assert isinstance(bounds, Bounds)
     return checked_number(name, value, bounds, kind=kind, optional=optional)
-
-
-def checked_number(
-    name: str, value: object, bounds: Bounds, *, kind: type = float, optional: bool = False
-) -> float:
-    """Return a number as a plain one of its kind, or refuse it.
-
-    Args:
-        name: Whose it is, for messages.
-        value: What was given.
-        bounds: What it may be.
-        kind: ``int`` or ``float``.
-        optional: Whether None would have been taken as well, for messages.
-
-    Raises:
-        TypeError: It is no number of that kind.
-        ValueError: It is out of bounds.
-    """
-    expected = f"{name} is {bounds}{', or None' if optional else ''}"
-    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
-        msg = f"{expected}; got {value!r} (a {type(value).__name__})"
-        raise TypeError(msg)
-    number: float = kind(value)
-    if number not in bounds:
-        msg = f"{expected}; got {value!r}"
-        raise ValueError(msg)
-    return number
 
 
 def _chosen(name: str, choices: tuple[str, ...], value: object) -> object:

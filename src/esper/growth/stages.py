@@ -79,7 +79,7 @@ class Recording:
             layers = {choice.site: layers[choice.site]}
         self._recorder = Recorder(
             layers,
-            random_seed=run.settings.random_seed + run.embargoes.num_decisions,
+            random_seed=run.settings.generator_seed + run.embargoes.num_decisions,
             records_shadow_passes=True,
         )
         self._updates_left = run.settings.record_updates if choice is None else 1

@@ -79,7 +79,9 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
         )
         raise GrowthError(msg)
     recorder = Recorder(
-        open_sites(run), random_seed=run.settings.random_seed, records_shadow_passes=True
+        open_sites(run),
+        random_seed=run.settings.generator_seed,
+        records_shadow_passes=True,
     )
     with recorder:
         for batch in batches:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from numbers import Real
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.arguments import Bounds, checked_number
 from esper.contracts.choices import GUARDS
 from esper.contracts.errors import KernelRefusedError, SeedLifecycleError
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from esper.contracts.choices import Guard
 
 _S: Final = SeedLifecycleState
+_ALPHAS: Final = Bounds(what="a number", least=0, most=1)
 
 _LOOKS_IN_SILENCE: Final = 3
 """After so many looks without a call of its layer a waiting graft is told."""
@@ -122,18 +123,9 @@ def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: Guard) -
         msg = f"seed {seed_idx} of layer {record.name!r} is a fossil; graft into another seed"
         raise SeedLifecycleError(msg)
     if alpha is not None:
-        _check_alpha(alpha)
+        checked_number("alpha", alpha, _ALPHAS)
     check_guard(layer, guard)
     _check_is_called(layer)
-
-
-def _check_alpha(alpha: object) -> None:
-    if not isinstance(alpha, Real):
-        msg = f"alpha must be a number in [0, 1], got {alpha!r} (a {type(alpha).__name__})"
-        raise TypeError(msg)
-    if not 0.0 <= float(alpha) <= 1.0:
-        msg = f"alpha must be a number in [0, 1], got {alpha}"
-        raise ValueError(msg)
 
 
 def _check_is_called(layer: nn.Module) -> None:
@@ -379,7 +371,7 @@ def unload(layer: nn.Module, seed_idx: int) -> bool:
 def set_alpha(layer: nn.Module, seed_idx: int, alpha: float) -> None:
     """Set the alpha of an ACTIVE seed; see ``KasminaLayer.set_alpha``."""
     seed = active_seed(layer, seed_idx)
-    _check_alpha(alpha)
+    checked_number("alpha", alpha, _ALPHAS)
     check_weight(layer, seed_idx, seed.kernel, alpha)
     layout = record_of(layer).layout
     before = layout.alpha(seed_idx)
