@@ -2,12 +2,10 @@
 
 import copy
 import logging
-import os
-import socket
-import traceback
 
 import torch
 import torch.distributed as dist
+from rank_cases import run_cases
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -193,22 +191,6 @@ CASES = {
 }
 
 
-def outcome(case):
-    """Run a case; return "passed", or what went wrong."""
-    try:
-        case()
-    except Exception:  # noqa: BLE001 - the test shows it
-        return traceback.format_exc(limit=-2)
-    return "passed"
-
-
-def run(rank, world_size, rendezvous, outcomes):
-    """Run every case in one process of a group, and put how it went on a queue."""
-    torch.set_num_threads(1)
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback  # not whatever the host's name resolves to
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    for name, case in CASES.items():
-        outcomes.put((name, outcome(case)))
-        dist.barrier()
-    dist.destroy_process_group()
+def run(*group):
+    """Run every case as one rank of a group."""
+    run_cases(CASES, *group)

@@ -2,12 +2,10 @@
 
 import contextlib
 import logging
-import os
-import socket
-import traceback
 
 import torch
 import torch.distributed as dist
+from rank_cases import run_cases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -324,24 +322,7 @@ CASES = {
 }
 
 
-def outcome(case):
-    """Run a case; return "passed", or what went wrong."""
-    try:
-        case()
-    except Exception:  # noqa: BLE001 - the test shows it
-        return traceback.format_exc(limit=-4)
-    return "passed"
-
-
-def run(rank, world_size, rendezvous, outcomes):
-    """Run every case in one process of a group, and put how it went on a queue."""
-    torch.set_num_threads(1)
+def run(*group):
+    """Run every case as one rank of a group."""
     logging.disable(logging.CRITICAL)
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback  # not whatever the host's name resolves to
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    for name, case in CASES.items():
-        outcomes.put((name, outcome(case)))
-        dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # an interpreter that ends may take threads of torch down while they run: abort
+    run_cases(CASES, *group)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
-
 from torch.amp.grad_scaler import GradScaler
 
-if TYPE_CHECKING:
-    from types import FrameType
+from esper.contracts.call_stack import frames
 
 
 def loss_scale_of_step() -> float:
@@ -21,10 +17,6 @@ def loss_scale_of_step() -> float:
     Returns:
         The scale, above 0; 1 where no scaler calls the step.
     """
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - the stack has no other door
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, GradScaler):
-            return float(caller.get_scale())
-        frame = frame.f_back
-    return 1.0
+    callers = (frame.f_locals.get("self") for frame in frames())
+    scaler = next((caller for caller in callers if isinstance(caller, GradScaler)), None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

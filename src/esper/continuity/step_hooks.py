@@ -6,7 +6,6 @@ every hook behind it would raise in the owner's training loop.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from esper.continuity.ensemble import members_of
+from esper.contracts.call_stack import frames
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from torch.utils.hooks import RemovableHandle
 
     from esper.continuity.ensemble import AnyOptimizer
@@ -73,9 +71,7 @@ class StepHooks:
 
 def _is_stepping(optimizer: Optimizer) -> bool:
     """Return whether a step of the optimizer is under way on this thread."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads source files
-    while frame is not None:
-        if frame.f_code.co_filename == _STEP_FILE and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        frame.f_code.co_filename == _STEP_FILE and frame.f_locals.get("self") is optimizer
+        for frame in frames()
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -10,10 +9,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from esper.contracts.call_stack import frames
 from esper.state.layer_call import LayerCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
     from esper.state.layer_record import LayerRecord
@@ -61,14 +60,6 @@ def _will_run_again(frame: FrameType) -> bool:
     if frame.f_code.co_filename != CHECKPOINT_FILE:
         return False
     return torch.is_grad_enabled() or frame.f_code.co_name == "forward"
-
-
-def frames() -> Iterator[FrameType]:
-    """Yield the frames of this thread, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads source files
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _note_compiled(note: Note, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from esper.contracts.call_stack import frames
 from esper.forward.finiteness import in_transform
-from esper.forward.noting import CHECKPOINT_FILE, frames
+from esper.forward.noting import CHECKPOINT_FILE
 from esper.forward.recompilation import put_back_compiled, set_aside_compiled
 from esper.state.layer_record import record_of
 from esper.state.waiting import Note
