@@ -3,6 +3,8 @@
 import copy
 import functools
 import logging
+import subprocess
+import sys
 import types
 
 import pytest
@@ -326,3 +328,21 @@ def test_adapters_leave_the_kernels_as_they_leave_the_layer(end):
     assert torch.allclose(ended(x), y, atol=1e-5)
     assert not [m for m in ended.modules() if type(m).__module__.startswith("peft")]
     assert type(ended.first.seed_kernel(0).up) is nn.Linear
+
+
+def test_nobody_looks_at_registrations_before_the_first_kernel():
+    """Importing Esper and wrapping a model adds nothing to building other models."""
+    code = """
+import torch
+from torch import nn
+from torch.nn.modules import module
+import esper
+hooks = module._global_module_registration_hooks, module._global_parameter_registration_hooks
+model = esper.wrap(nn.Sequential(nn.Linear(4, 4)))
+assert not any(hooks), "before"
+model[0].graft(0, nn.Linear(4, 4), example=torch.ones(2, 4))
+assert all(len(each) == 1 for each in hooks), "after"
+model[0].graft(1, nn.Linear(4, 4), example=torch.ones(2, 4))
+assert all(len(each) == 1 for each in hooks), "once"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,6 +36,7 @@ from esper.fetching.error_recovery import ErrorRecoveryManager, ErrorType
 from esper.fetching.kernel_cache import KernelCache
 from esper.resilience.health_monitor import HealthMonitor
 from esper.running.kernel_executor import RealKernelExecutor
+from esper.state.roster import at_first_kernel
 from esper.state.state_layout import KasminaStateLayout
 from esper.streams.async_conv2d_kernel import AsyncConv2dKernel
 from esper.streams.gradient_sync import GradientSynchronizer
@@ -75,4 +76,4 @@ __all__ = [
     "StreamManager",
 ]
 
-watch_exchanges()  # here, since a layer may come out of a pickle and nobody wraps anything
+at_first_kernel(watch_exchanges)  # a layer may come out of a pickle, and nobody wraps anything

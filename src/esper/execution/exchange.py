@@ -38,13 +38,9 @@ _logger = logging.getLogger(__name__)
 
 
 def watch_exchanges() -> None:
-    """See from now on which modules are put where in this process; doing it twice is once."""
-    if not _watching:
-        _watching.append(register_module_module_registration_hook(_look))
-        _watching.append(register_module_parameter_registration_hook(_look_at_parameter))
-
-
-_watching: Final[list[object]] = []
+    """See from now on which modules are put where in this process."""
+    register_module_module_registration_hook(_look)
+    register_module_parameter_registration_hook(_look_at_parameter)
 
 
 def _look(parent: nn.Module, name: str, module: nn.Module | None) -> None:

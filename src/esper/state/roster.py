@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from esper.state.layer_record import RECORD, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
@@ -17,7 +17,14 @@ _busy: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 _moved: Final[weakref.WeakKeyDictionary[nn.Module, nn.Module]] = weakref.WeakKeyDictionary()
 """Layers whose place another module took, and the module that their kernels stand in."""
 
+_at_first: Final[list[Callable[[], None]]] = []
+
 _lock = threading.Lock()
+
+
+def at_first_kernel(do: Callable[[], None]) -> None:
+    """Do something once, when the first layer of this process holds or awaits a kernel."""
+    _at_first.append(do)
 
 
 def update_roster(layer: nn.Module) -> None:
@@ -28,6 +35,9 @@ def update_roster(layer: nn.Module) -> None:
             _busy.add(layer)
         else:
             _busy.discard(layer)
+            return
+    while _at_first:
+        _at_first.pop()()
 
 
 def layers_with_kernels() -> list[nn.Module]:
