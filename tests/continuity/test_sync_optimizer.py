@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from esper.continuity.optimizer import sync_optimizer
 from esper.execution.host_class import adopt
-from esper.state.host_parts import host_parameters, kernel_parameters
+from esper.state.host_parts import host_parameters
 
 
 class Kernel(nn.Module):
@@ -113,7 +113,7 @@ def test_host_and_kernel_parameters_are_told_apart():
     model = wrapped()
     model[2].graft(0, Kernel(), alpha=1.0, example=batch())
     host = {id(p) for p in host_parameters(model[2])}
-    kernel = {id(p) for _, p in kernel_parameters(model[2])}
+    kernel = {id(p) for p in model[2].seed_kernel(0).parameters()}
     assert host == {id(model[2].weight), id(model[2].bias)}
     assert len(kernel) == 2
     assert not host & kernel

@@ -27,6 +27,7 @@ from esper.contracts.errors import (
 )
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution import EnhancedKernelCache, ErrorRecoveryManager, KasminaLayer, KernelCache
+from esper.execution.host_class import adopt
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 S = SeedLifecycleState
@@ -241,8 +242,16 @@ def test_a_graft_by_hand_stands_against_loads_that_were_asked_for_before():
 
 def test_a_graft_that_still_waits_gives_way_to_a_later_one():
     """Its input comes when another kernel stands there already."""
-    layer, kernel = layer_of(FlappingSource()), nn.Linear(6, 6)
-    layer.load_kernel_sync(0, KERNEL.artifact_id)
+
+    class Silent(nn.Module):
+        """A host that does not say what it takes."""
+
+        def forward(self, x):
+            return 2 * x
+
+    layer, earlier, kernel = adopt(Silent(), name="site"), nn.Linear(6, 6), nn.Linear(6, 6)
+    layer.graft(0, earlier, alpha=0.5)
+    assert layer.state_layout.state(0) == S.LOADING
     layer.graft(0, kernel, alpha=0.5, example=torch.ones(5, 6))
     layer(torch.ones(5, 6))
     esper.maintain(layer)

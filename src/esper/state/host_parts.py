@@ -39,12 +39,6 @@ def host_parameters(layer: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in layer.named_parameters() if not is_in_a_seed(name)]
 
 
-def kernel_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return name (below the layer) and parameter of the kernels in the layer's own seeds."""
-    named = layer.named_parameters()
-    return [(name, p) for name, p in named if name.startswith(SEEDS_PREFIX)]
-
-
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module that require a gradient, whosever they are."""
     return [p for p in module.parameters() if p.requires_grad]
