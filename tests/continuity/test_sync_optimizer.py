@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from esper.continuity.optimizer import sync_optimizer
+from esper.continuity.placement import Placement
 from esper.execution.host_class import adopt
 from esper.state.host_parts import host_parameters
 
@@ -163,3 +164,57 @@ def test_without_the_hook_a_kernel_spoils_the_step():
     model(batch()).square().sum().backward()
     optimizer.step()
     assert not model[0].weight.isfinite().all()
+
+
+def test_the_model_is_looked_through_once_however_many_kernels_it_has(monkeypatch):
+    """A sync of many kernels takes work in proportion to them."""
+    made = []
+
+    class Counted(Placement):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr("esper.continuity.optimizer.Placement", Counted)
+    model = wrapped()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for layer in (model[0], model[2]):
+        layer.graft(0, Kernel(), alpha=1.0, example=batch())
+        layer.graft(1, Kernel(), alpha=1.0, example=batch())
+    sync_optimizer(model, optimizer)
+    assert len(made) == 1
+    assert len(optimizer.param_groups[0]["params"]) == 4 + 8
+
+
+def test_a_parameter_of_two_kernels_joins_once():
+    """The second finds it in the group that the first one joined."""
+    model, shared = wrapped(), nn.Linear(4, 4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for index in (0, 2):
+        model[index].graft(0, nn.Sequential(shared), alpha=0.5, example=batch())
+    sync_optimizer(model, optimizer)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert len(held) == len(set(held)) == 4 + 2
+
+
+@pytest.mark.parametrize("within_a_step", [False, True])
+def test_optimizers_that_come_together_read_the_flags_once_a_step(monkeypatch, within_a_step):
+    """Synced apart, then together: what each had of its own goes, also during a step of theirs."""
+    model, reads = wrapped(), []
+    monkeypatch.setattr(
+        "esper.continuity.optimizer.read_step_flags", lambda *_: reads.append(1) or []
+    )
+    first, second = (SGD(model[index].parameters(), lr=0.1) for index in (0, 2))
+    for optimizer in (first, second):
+        sync_optimizer(model, optimizer)
+    if within_a_step:
+        handle = first.register_step_post_hook(lambda *_: sync_optimizer(model, (first, second)))
+        first.step()
+        handle.remove()
+    else:
+        sync_optimizer(model, (first, second))
+    reads.clear()
+    first.step()
+    assert len(reads) == 1
+    second.step()
+    assert len(reads) == 2

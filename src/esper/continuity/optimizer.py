@@ -31,6 +31,7 @@ from esper.continuity.placement import (
     seeded_kernels,
 )
 from esper.continuity.replicas import bare, num_ranks, replicas, share_kernels, worst_of_ranks
+from esper.continuity.step_hooks import StepHooks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
 from esper.seeds.out_of_use import losses
@@ -41,7 +42,6 @@ from esper.state.roster import Roster
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.hooks import RemovableHandle
 
     from esper.continuity.replicas import SeedKey
 
@@ -95,7 +95,7 @@ def sync_optimizer(
     for layer in _layers(inner):
         for seed_idx, kernel in seeded_kernels(layer):
             link.adopt(p for p in kernel.parameters() if _is_in_it_for_us(p, placement))
-            _join(layer, seed_idx, kernel, Placement(inner, every, group_for), every)
+            _join(layer, seed_idx, kernel, placement)
     replicated = replicas(model)
     if replicated is not None:
         _share(replicated, inner, placement)
@@ -143,15 +143,14 @@ def _is_in_it_for_us(p: nn.Parameter, placement: Placement) -> bool:
     return placement.holds(p) and not placement.is_hosts(p)
 
 
-def _join(
-    layer: nn.Module, seed_idx: int, kernel: nn.Module, placement: Placement, every: AnyOptimizer
-) -> None:
+def _join(layer: nn.Module, seed_idx: int, kernel: nn.Module, placement: Placement) -> None:
     """Append what a kernel has to train; say what is trained by nobody that is known."""
     places, left = placement.places(layer, seed_idx, kernel)
-    append_parameters(every, places)
+    append_parameters(placement.optimizer, places)
+    placement.hold(places)
     if places:
         tell_of_copies([layer])
-    if left and not _is_known_elsewhere(layer, kernel, every):
+    if left and not _is_known_elsewhere(layer, kernel, placement.optimizer):
         _logger.warning(
             "%s: in no param group, since the parameters of their host layer that are trainable "
             "are not in this optimizer; call esper.sync_optimizer with the optimizer that trains "
@@ -272,9 +271,7 @@ class _Link:
         self.kernels: dict[int, torch.Tensor] = {}
         self.roster = Roster([])
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._hooks: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._hooks: weakref.WeakKeyDictionary[Optimizer, StepHooks] = weakref.WeakKeyDictionary()
         self._kept: KeptBuffers | None = None
 
     def adopt(self, params: Iterable[torch.Tensor]) -> None:
@@ -291,13 +288,13 @@ class _Link:
         self._keep(model)
         for member in members_of(optimizer):
             if member not in self._hooks:
-                self._hooks[member] = member.register_step_pre_hook(self._before_step)
+                self._hooks[member] = StepHooks(member, before=self._before_step)
 
     def take_over(self, other: _Link) -> None:
         """Take the place of what was remembered of optimizers that came apart from these."""
         self.kernels.update(other.kernels)
-        for handle in other._hooks.values():
-            handle.remove()
+        for hooks in other._hooks.values():
+            hooks.close()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]

@@ -89,6 +89,10 @@ class Placement:
         """Say whether a parameter is in a group."""
         return id(p) in self._held
 
+    def hold(self, places: Iterable[Place]) -> None:
+        """Take over that parameters were appended."""
+        self._held.update({id(place.parameter): place.group for place in places})
+
     def untrained(self, layer: nn.Module) -> list[str]:
         """Return the names of a layer's own parameters that are trainable, and in no group."""
         own = self._own(layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from esper.continuity.ensemble import AnyOptimizer
 
-StepHook = Callable[[Optimizer], None]
+StepHook = Callable[..., Any]
+"""``(optimizer, args, kwargs)`` of a step, to what torch's own hooks return."""
 
 _STEP_FILE = Optimizer.profile_hook_step.__code__.co_filename
 
@@ -60,13 +61,12 @@ class StepHooks:
                     handle.remove()
                 del self._handles[member]
 
-    def _call_before(self, optimizer: Optimizer, *_: object) -> None:
-        if self._before is not None:
-            self._before(optimizer)
+    def _call_before(self, optimizer: Optimizer, *given: object) -> Any:
+        return None if self._before is None else self._before(optimizer, *given)
 
-    def _call_after(self, optimizer: Optimizer, *_: object) -> None:
+    def _call_after(self, optimizer: Optimizer, *given: object) -> None:
         if self._after is not None:
-            self._after(optimizer)
+            self._after(optimizer, *given)
 
 
 def _is_stepping(optimizer: Optimizer) -> bool:

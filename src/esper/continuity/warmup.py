@@ -47,7 +47,7 @@ class UpdateCounter:
         """Remove the hook; the count stays."""
         self._hooks.close()
 
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
         if overflow is not None and bool(overflow):
             return
@@ -201,12 +201,12 @@ class UpdateFactor:
             return 1.0
         return entry.num_updates / self.warmup_updates
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         for entry in self._of(optimizer):
             entry.before = entry.param.detach().clone()
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         for entry in self._of(optimizer):
             before, entry.before = entry.before, None
             if before is None or entry.param.grad is None:

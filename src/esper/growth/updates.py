@@ -98,7 +98,7 @@ class UpdateWatcher:
         self._counter.close()
         self._hooks.close()
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
         self.loss_scale = loss_scale_of_step() if self.reads_scale else 1.0
