@@ -162,7 +162,7 @@ def test_help_shows_every_option_with_its_default():
     """What a user sees in ``help(Grower)`` are the names, as if each were written there."""
     shown = inspect.signature(Grower).parameters
     assert list(shown) == ["model", "optimizer", *PARTS, *NAMES]
-    assert {name: shown[name].default for name in NAMES} == GrowthSettings().as_dict()
+    assert {name: shown[name].default for name in NAMES} == GrowthSettings().as_options()
     assert all(shown[name].default is None for name in PARTS)
     assert shown["looks"].annotation == "int"
     assert shown["horizon"].annotation == "int | None"

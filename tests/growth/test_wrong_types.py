@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from growing import growing, host, wrapped
@@ -34,6 +37,13 @@ def test_size_of_a_budget_is_a_count(name, value, error):
     """Parameters are whole, and there are 0 at least."""
     with pytest.raises(error, match=rf"Budget\({name}=\.\.\.\) is a count, at least 0; got"):
         esper.Budget(**{name: value})
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    """They are written to the log and to the report."""
+    budget = esper.Budget(parameters=np.float32(0.5), grafts=np.int64(2))
+    assert json.loads(json.dumps(asdict(budget)))["grafts"] == 2
+    assert type(budget.parameters) is float
 
 
 def test_budget_without_limits_is_one():

@@ -24,7 +24,7 @@ from esper.seeds.slots import insert, withdraw
 from esper.state.host_parts import SEEDS, host_parameters, is_in_a_seed
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, record_of
-from esper.state.seed_slot import Seed, SeedSlot
+from esper.state.seed_slot import Seed
 
 Average = TypeVar("Average", bound=nn.Module)
 
@@ -59,7 +59,6 @@ def follow(model: nn.Module, averaged: Average) -> Average:
         mirror()
         record_of(source).on_change.append(mirror)
     stands_apart(inner, averaged)
-    averaged.register_state_dict_pre_hook(_write_structures)  # type: ignore[no-untyped-call] # torch has none
     _AVERAGES.setdefault(inner, weakref.WeakSet()).add(averaged)
     return averaged
 
@@ -227,13 +226,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return wrapped layers outside of seeds by their names."""
     named = model.named_modules()
     return {n: m for n, m in named if RECORD in m.__dict__ and not is_in_a_seed(n)}
-
-
-def _write_structures(averaged: nn.Module, *_: object) -> None:
-    """Put right what averaging has done to bytes, before they are saved."""
-    for slot in averaged.modules():
-        if isinstance(slot, SeedSlot):
-            slot.set_structure(bytes(slot._structure))  # noqa: SLF001 - a slot's own
 
 
 _AVERAGES: Final[weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]] = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Final
 
-_PACKAGE: Final = str(Path(__file__).parent.parent)
+_PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
 
 
 def warn_owner(text: str) -> None:

@@ -85,7 +85,9 @@ class Budget:
             limit, optional = getattr(self, name), not name.startswith("small_")
             if limit is None and optional:
                 continue
-            checked_number(f"Budget({name}=...)", limit, bounds, kind=kind, optional=optional)
+            title = f"Budget({name}=...)"
+            plain = checked_number(title, limit, bounds, kind=kind, optional=optional)
+            object.__setattr__(self, name, plain)
 
     def check(
         self, *, host: Cost, candidate: Cost, admitted: Cost | None = None, grafts: int = 0

@@ -58,15 +58,12 @@ class Detector:
         rise_fraction: float = 0.02,
     ) -> None:
         evaluations = Bounds(what="a number of evaluations", least=2)
-        checked_number("window", window, evaluations, kind=int)
-        for name, share in (("fraction", fraction), ("rise_fraction", rise_fraction)):
-            checked_number(name, share, Bounds(what="a share", above=0, below=1))
+        self.window = int(checked_number("window", window, evaluations, kind=int))
+        share = Bounds(what="a share", above=0, below=1)
         of_horizon = Bounds(what="a share of the horizon", above=0, most=1)
-        checked_number("deadline", deadline, of_horizon)
-        self.window = window
-        self.fraction = fraction
-        self.deadline = deadline
-        self.rise_fraction = rise_fraction
+        self.fraction = checked_number("fraction", fraction, share)
+        self.deadline = checked_number("deadline", deadline, of_horizon)
+        self.rise_fraction = checked_number("rise_fraction", rise_fraction, share)
         self._updates: list[int] = []
         self._gate: list[float] = []
         self._train: list[float | None] = []

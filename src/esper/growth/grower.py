@@ -138,7 +138,7 @@ class Grower:
         self._reading = Reading(update=0, horizon=settings.horizon)
         self._has_advised = self._closed = self._tried_loss = False
         self._num_steps = 0
-        self._run.journal.started({**settings.as_dict(), "budget": asdict(self._run.budget)})
+        self._run.journal.started({**asdict(settings), "budget": asdict(self._run.budget)})
         try:
             self._warn(never_grows(self._run) or missing_part(self._run))
         except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
@@ -262,7 +262,7 @@ class Grower:
         """Return what happened so far; ``print`` it, or ask for its JSON."""
         run = self._run
         return RunReport(
-            settings={**run.settings.as_dict(), "budget": asdict(run.budget)},
+            settings={**asdict(run.settings), "budget": asdict(run.budget)},
             updates=run.updates,
             evaluations=tuple(run.journal.evaluations),
             grafts=run.grafts.records,

@@ -23,8 +23,6 @@ from esper.contracts.choices import Goal, Verification
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from esper.contracts.canonical_json import JsonValue
-
 
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
@@ -125,10 +123,6 @@ class GrowthSettings:
     def generator_seed(self) -> int:
         """What generators are started from: ``random_seed``, folded to where each takes it."""
         return generator_seed(self.random_seed)
-
-    def as_dict(self) -> dict[str, JsonValue]:
-        """Return the values by name."""
-        return asdict(self)
 
 
 class SettingOptions(TypedDict, total=False):

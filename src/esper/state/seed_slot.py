@@ -88,7 +88,7 @@ class SeedSlot(nn.Module):
     def _fill_structure(self, device: torch.device) -> None:
         with torch.inference_mode(mode=False):
             data = torch.frombuffer(self._structure or bytearray(1), dtype=torch.uint8)
-            self._buffers["structure"] = data[: len(self._structure)].to(device)
+            self._buffers["structure"] = data[: len(self._structure)].to(device, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the kernel's output, unblended; layers do not call this."""
