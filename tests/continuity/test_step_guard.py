@@ -177,3 +177,23 @@ def test_the_first_step_under_the_guard_can_be_undone() -> None:
     assert model[1].running_mean.isnan().any()
     optimizer.step()
     assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_a_remainder_of_one_sample_does_not_isolate_a_norm_kernel() -> None:
+    """It works on several samples, and statistics over one are none; it is told as skipped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    wrap(model, select="0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sync_optimizer(model, optimizer)
+    kernel = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    layer = layers(model)["0"]
+    layer.graft(0, kernel, alpha=0.5, guard="step", example=torch.randn(8, 4))
+    sync_optimizer(model, optimizer)
+    for _ in range(30):
+        for size in (8, 8, 8, 1):
+            optimizer.zero_grad()
+            model(torch.randn(size, 4)).square().mean().backward()
+            optimizer.step()
+            maintain(model)
+    assert layer.state_layout.state(0).name == "ACTIVE"

@@ -129,6 +129,15 @@ def test_what_others_write_to_the_buffer_is_the_alpha(write, before, after):
     assert_at(model, x, after)
 
 
+def test_an_alpha_whose_data_are_others_is_seen_by_whoever_asks():
+    """An average copied by ``buffer.data = other.data`` leaves the buffer and its version."""
+    model, x = grown(0.0)
+    buffer = model.get_submodule("0._seeds.0").alpha
+    buffer.data = torch.tensor(0.5)
+    esper.maintain(model)
+    assert_at(model, x, 0.5)
+
+
 @pytest.mark.parametrize("asked", ["alpha", "state_layout", "maintain", "structure", "get_stats"])
 def test_whoever_asks_is_told_the_alpha_of_the_buffer(asked):
     """A buffer that was exchanged for another is found between calls."""

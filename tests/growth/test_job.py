@@ -141,9 +141,52 @@ def test_progress_has_everything_that_is_measured():
 
 
 def test_one_shot_loader_is_refused_in_its_second_epoch():
-    """A generator is empty the second time, and the message says what to give instead."""
+    """One that hides a generator is empty then, and the message says what to give instead."""
+
+    class Hides:
+        def __init__(self, batches):
+            self.once = iter(batches)
+
+        def __iter__(self):
+            return self.once
+
     with pytest.raises(GrowthError, match="a generator cannot"):
-        grow(job(train=iter(loader(X, Y))))
+        grow(job(train=Hides(loader(X, Y))))
+
+
+@pytest.mark.parametrize("name", ["train", "gate"])
+def test_an_iterator_is_refused_at_the_door(name):
+    """It ends for good, and both loaders are gone through again."""
+    with pytest.raises(TypeError, match=f"the {name} loader is gone through more than once"):
+        job(**{name: iter(loader(X, Y))})
+
+
+def test_a_scheduler_that_wants_a_figure_is_refused_at_the_door():
+    """A job has none for it."""
+    given = job()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(given.optimizer)
+    with pytest.raises(TypeError, match="ReduceLROnPlateau, which needs one"):
+        replace(given, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ({"loss": lambda *_: 3}, r"loss=.*got 3 \(a int\)"),
+        ({"metrics": lambda *_: {"acc": torch.tensor(1.0)}}, r"metrics\['acc'\]=.*shape \(\)"),
+        ({"metrics": lambda *_: {"acc": "x"}}, r"metrics\['acc'\]=.*got 'x'"),
+    ],
+)
+def test_what_a_function_of_a_job_gives_is_refused_by_its_name(function, words):
+    """It is one figure a sample, and nothing of Python's or torch's own is raised."""
+    with pytest.raises(GrowthError, match=words):
+        grow(job(**function))
+
+
+def test_metrics_that_are_no_dict_are_refused_by_their_name():
+    """A list has no names for its figures."""
+    with pytest.raises(TypeError, match=r"GrowthJob\(metrics=\.\.\.\) is a function to figures"):
+        grow(job(metrics=lambda *_: [1]))
 
 
 def test_loss_that_is_a_mean_is_refused():

@@ -310,3 +310,11 @@ def test_memory_of_another_composition_is_refused():
     """A policy more or less is not the same policy."""
     with pytest.raises(ValueError, match="of 1 policies, this is made of 2"):
         AnyOf(EveryN(1), Never()).load_state_dict(AnyOf(Never()).state_dict())
+
+
+def test_a_policy_that_was_used_before_begins_anew():
+    """A second run's first updates come before the last germination of the first."""
+    policy = EveryN(20)
+    policy.germinated(480, None)
+    assert not policy.decide(Reading(update=10, horizon=500)).grow
+    assert policy.decide(Reading(update=20, horizon=500)).grow

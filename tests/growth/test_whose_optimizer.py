@@ -246,3 +246,19 @@ def test_a_job_may_have_several_optimizers():
     report = grow(job)
     assert report.updates == 8
     assert all(isinstance(optimizer, Optimizer) and optimizer.state for optimizer in pair)
+
+
+@pytest.mark.parametrize("answer", [99, "a"])
+def test_an_impossible_group_is_refused_when_the_grower_is_made(answer):
+    """And not by the first graft, in the middle of a run."""
+    model = host()
+    optimizer = torch.optim.AdamW(model.parameters())
+    wrap(model)
+    with pytest.raises(ValueError, match="group_for"):
+        Grower(
+            model,
+            optimizer,
+            compute_loss=compute_loss,
+            evaluate=evaluate,
+            group_for=lambda name, p: answer,
+        )

@@ -61,7 +61,8 @@ class Placement:
         group_for: The owner's choice, which comes first; None where there is none.
 
     Attributes:
-        optimizer: As given.
+        model: As given, like the next.
+        optimizer: What trains it.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Placement:
         named = list(model.named_modules())
         self._names = {id(module): name for name, module in named}
         self._positions = {id(module): i for i, (_, module) in enumerate(named)}
-        self.optimizer, self._group_for = optimizer, group_for
+        self.model, self.optimizer, self._group_for = model, optimizer, group_for
         self._owners = [owner for owner, _ in own_groups(optimizer)]
         groups = optimizer.param_groups
         self._held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -109,6 +110,16 @@ class Placement:
     def name_in_model(self, layer: nn.Module, name: str) -> str:
         """Return the name in the model of what has a name below a layer."""
         return ".".join(filter(None, (self._names[id(layer)], name)))
+
+    def try_choice(self, layer: nn.Module) -> None:
+        """Ask the owner for the groups of a kernel made like the layer.
+
+        Raises:
+            ValueError: ``group_for`` returned what is no group of the optimizer, nor its number.
+        """
+        for below, _, p, _ in _parts(layer):
+            if not is_in_a_seed(below):
+                self._chosen(self.name_in_model(layer, f"{SEEDS_PREFIX}0.kernel.{below}"), p)
 
     def places(
         self, layer: nn.Module, seed_idx: int, kernel: nn.Module

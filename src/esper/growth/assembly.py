@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from esper.continuity.ensemble import AnyOptimizer
     from esper.contracts.ports import EventSink
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
@@ -68,7 +67,7 @@ def begin_run(
     every, inner = joined(optimizer), bare(model)
     policy = options.get("policy") or DiminishingReturns()
     group_for = numbered(options.get("group_for"), every)
-    found, untrained = _layers_to_grow(inner, every, policy)
+    found, untrained = _layers_to_grow(Placement(inner, every, group_for), policy)
     check_free([*layers(inner).values(), *members_of(every)])
     left = list(left_behind(layers(inner)))
     sync_optimizer(model, members_of(every), group_for=group_for)
@@ -121,17 +120,17 @@ def _log_in(run_dir: str | Path | None) -> EventLog | None:
 
 
 def _layers_to_grow(
-    model: nn.Module, optimizer: AnyOptimizer, policy: Policy
+    placement: Placement, policy: Policy
 ) -> tuple[dict[str, KasminaLayer], dict[str, list[str]]]:
     """Return the layers with seeds that the optimizer trains, and of the others what it does not.
 
     Refuses a site named by hand that there is not, and a model of which nothing is left.
     """
+    model = placement.model
     found = layers(model)
     if not found:
         msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
         raise ValueError(msg)
-    placement = Placement(model, optimizer)
     check_trains(placement, map(id, model.parameters()))
     untrained = {name: placement.untrained(layer) for name, layer in found.items()}
     untrained = {name: parameters for name, parameters in untrained.items() if parameters}
@@ -142,6 +141,8 @@ def _layers_to_grow(
         if choice.site in untrained:
             raise GrowthError(_said_of(choice.site, untrained[choice.site]))
     trained = {name: layer for name, layer in found.items() if name not in untrained}
+    for layer in trained.values():
+        placement.try_choice(layer)
     if not trained:
         raise ValueError(_said_of(*next(iter(untrained.items()))))
     return trained, untrained

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from esper.continuity.ensemble import joined
-from esper.contracts.arguments import whole_number
+from esper.contracts.arguments import check_type, whole_number
 from esper.contracts.choices import SCHEDULES, Schedule
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import Progress
@@ -25,7 +26,6 @@ from esper.wrapping.wrap import wrap
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -104,6 +104,13 @@ class GrowthJob:
             loader = getattr(self, name)
             if isinstance(loader, Sized) and len(loader) == 0:
                 raise ValueError(_empty(name))
+            is_again = name == "gate" or (name == "train" and self.epochs > 1)
+            if is_again and isinstance(loader, Iterator):
+                msg = (
+                    f"GrowthJob({name}=...): the {name} loader is gone through more than once, got "
+                    f"a {type(loader).__name__}, which ends for good; give a list or a DataLoader"
+                )
+                raise TypeError(msg)
         joined(self.optimizer)
         check_options(options_of(self.grower))
 
@@ -116,6 +123,12 @@ class GrowthJob:
         if self.scheduler is not None and not hasattr(self.scheduler, "step"):
             msg = f"GrowthJob(scheduler=...) has a step(), got {type(self.scheduler).__name__}"
             raise TypeError(msg)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            msg = (
+                "GrowthJob(scheduler=...) is stepped without a figure, got ReduceLROnPlateau, "
+                "which needs one; step it in a loop of your own, beside a Grower"
+            )
+            raise TypeError(msg)
 
     @property
     def horizon(self) -> int | None:
@@ -124,7 +137,7 @@ class GrowthJob:
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch."""
-        return self.loss(model, batch).mean()
+        return _per_sample("loss", self.loss(model, batch)).mean()
 
     def evaluate(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """Return per-sample losses and metrics on the gate split."""
@@ -145,19 +158,32 @@ class GrowthJob:
         losses: list[Tensor] = []
         metrics: dict[str, list[Tensor]] = {}
         for batch in loader:
-            losses.append(self.loss(model, batch).detach())
+            losses.append(_per_sample("loss", self.loss(model, batch)).detach())
             found = {} if self.metrics is None else self.metrics(model, batch)
+            check_type("GrowthJob(metrics=...)", found, Mapping, "a function to figures by name")
             for key, values in found.items():
-                metrics.setdefault(key, []).append(values.detach())
+                figures = _per_sample(f"metrics[{key!r}]", values)
+                metrics.setdefault(key, []).append(figures.detach())
         if not losses:
             raise GrowthError(_empty(name))
-        if losses[0].ndim != 1:
-            msg = (
-                f"GrowthJob(loss=...) returns one loss per sample, shape (samples,); got shape "
-                f'{tuple(losses[0].shape)}. With torch losses, pass reduction="none"'
-            )
-            raise GrowthError(msg)
         return torch.cat(losses), {key: torch.cat(values) for key, values in metrics.items()}
+
+
+def _per_sample(name: str, values: object) -> Tensor:
+    """Return what an owner's function gave, if that is one figure per sample."""
+    if not isinstance(values, Tensor):
+        msg = (
+            f"GrowthJob({name}=...) returns one figure per sample, a tensor of shape (samples,); "
+            f"got {values!r:.80} (a {type(values).__name__})"
+        )
+        raise GrowthError(msg)
+    if values.ndim != 1:
+        msg = (
+            f"GrowthJob({name}=...) returns one figure per sample, shape (samples,); got shape "
+            f'{tuple(values.shape)}. With torch losses, pass reduction="none"'
+        )
+        raise GrowthError(msg)
+    return values
 
 
 def grow(

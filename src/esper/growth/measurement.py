@@ -76,7 +76,10 @@ def parse_measurement(result: object, *, goal: Goal = "min") -> Measurement:
             "mean, for example)"
         )
         raise ValueError(msg)
-    metrics = {name: mean_of(_as_float64(value, name)) for name, value in others.items()}
+    metrics = {
+        name: mean_of(_as_float64(value, f"metric {name!r} of evaluate"))
+        for name, value in others.items()
+    }
     per_sample = values if values.ndim == 1 else None
     return Measurement(loss=mean_of(values), per_sample=per_sample, metrics=metrics)
 

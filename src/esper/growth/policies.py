@@ -127,6 +127,8 @@ class EveryN(Policy):
         late = out_of_time(reading)
         if late:
             return late
+        if reading.update < self._last:  # the policy was used in another run before
+            self._last = 0
         due = self._last + self.updates
         if reading.update < due:
             return Decision(grow=False, verdict="waiting", reason=f"the next graft is due at {due}")

@@ -61,6 +61,7 @@ def read_step_flags(
             seed.last_error = f"its {what} were not finite where its host's were"
             faults.append(_isolate_now(layer, seed_idx, seed))
         elif not raised:
+            seed.works_on_batches |= any(call.shape[:1] != (1,) for call in seed.seen.calls)
             skipped = seed.seen.skipped  # which is told at the next reading
             seed.forget_calls()
             seed.seen.skipped = skipped

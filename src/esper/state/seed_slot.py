@@ -57,9 +57,9 @@ class SeedSlot(nn.Module):
         CPU its memory is looked at, where a write through ``.data`` leaves no version.
         """
         buffer = self._buffers["alpha"]
-        if (buffer is not self._noted.buffer or self._noted.is_written(self._alpha)) and (
-            buffer is not None and not buffer.is_meta
-        ):
+        noted = self._noted
+        is_new = buffer is not noted.buffer or noted.is_moved or noted.is_written(self._alpha)
+        if is_new and buffer is not None and not buffer.is_meta:
             self._alpha = float(buffer)
             if buffer.dtype != torch.float32:
                 self._fill_alpha(buffer.device)
@@ -143,11 +143,13 @@ class _Noted:
         buffer: The buffer.
         version: Its version then.
         memory: The memory of a buffer in CPU memory; None for any other.
+        address: Where its memory began then, in bytes.
     """
 
     buffer: Tensor | None
     version: int
     memory: np.ndarray[tuple[()], np.dtype[np.float32]] | None
+    address: int = 0
 
     @classmethod
     def of(cls, buffer: Tensor | None) -> _Noted:
@@ -159,7 +161,14 @@ class _Noted:
             buffer=buffer,
             version=buffer._version,  # noqa: SLF001 - torch has no other name for it
             memory=buffer.detach().numpy() if is_near else None,
+            address=buffer.data_ptr() if is_near else 0,
         )
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the buffer was given other memory since, as by ``buffer.data = other``."""
+        buffer = self.buffer
+        return buffer is not None and self.memory is not None and buffer.data_ptr() != self.address
 
     def is_written(self, alpha: float) -> bool:
         """Return whether the buffer was written since; where that can be seen, to another alpha."""
