@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from torch.nn.parallel.distributed import _find_tensors
 
 from esper.state.host_parts import is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
+
+if TYPE_CHECKING:
+    from esper.continuity.ensemble import AnyOptimizer
 
 BUCKET_BYTES: Final = 25 * 2**20
 """Size of what is averaged at a time; DistributedDataParallel's own default."""
@@ -33,6 +36,9 @@ SeedKey = tuple[nn.Module, int]
 
 OverRanks = Callable[[Sequence[SeedKey], Tensor], Tensor]
 """``(seeds, flags)`` to the flags' maximum over the ranks; shape (seeds, 2), bool."""
+
+AverageGradients = Callable[["AnyOptimizer"], None]
+"""Replaces the gradients of what an optimizer trains by their means over the ranks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -85,6 +91,29 @@ def worst_of_ranks(model: nn.Module | None) -> OverRanks | None:
     if replicated is None or num_ranks(replicated) == 1:
         return None
     return _replication(replicated).worst
+
+
+def averaging(model: nn.Module) -> AverageGradients | None:
+    """Return what averages the gradients of a twin over the ranks of the live run.
+
+    Args:
+        model: The live model, which may be replicated.
+
+    Returns:
+        A function of the twin's optimizer, to be called on every rank behind the backward; None
+        where there is one rank.
+    """
+    replicated = replicas(model)
+    if replicated is None or num_ranks(replicated) == 1:
+        return None
+    group = replicated.process_group
+
+    def average(optimizer: AnyOptimizer) -> None:
+        held = [p for own in optimizer.param_groups for p in own["params"] if p.requires_grad]
+        for bucket in _buckets(held):
+            _average(bucket, group)
+
+    return average
 
 
 class _AndSeeds(set[str]):

@@ -16,7 +16,6 @@ from esper.contracts.errors import GrowthError
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.growth.budget import Budget, Cost, count_parameters
 from esper.growth.claims import check_free, left_behind
-from esper.growth.embargoes import Embargoes
 from esper.growth.evaluation import Evaluator
 from esper.growth.graft import Grafts
 from esper.growth.journal import Journal
@@ -25,7 +24,8 @@ from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.run import GrowthRun
-from esper.growth.twins import twin_update
+from esper.growth.settings import OVERHEAD, OVERHEAD_OF_SMALL
+from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
 from esper.observability.run_folder import EVENTS_FILE, claim_run_folder
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
+    from esper.growth.settings import GrowthSettings
 
 
 def begin_run(
@@ -81,6 +82,10 @@ def begin_run(
     for told in left:
         journal.note(told)
     compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
+    functions = tuple(f for f in (compute_loss, options.get("update")) if f is not None)
+    budget = options.get("budget") or Budget()
+    host_cost = Cost(parameters=count_parameters(inner))
+    overhead = _overhead(settings, host_cost, budget)
     return GrowthRun(
         model=inner,
         given=model,
@@ -88,7 +93,7 @@ def begin_run(
         optimizer=every,
         group_for=group_for,
         settings=settings,
-        budget=options.get("budget") or Budget(),
+        budget=budget,
         policy=policy,
         ranking=options.get("ranking") or FirstOrderGain(random_seed=settings.random_seed),
         catalog=options.get("catalog") or default_catalog(),
@@ -98,17 +103,26 @@ def begin_run(
         compute_loss=compute_loss,
         evaluator=None
         if evaluate is None
-        else Evaluator(evaluate, goal=settings.goal, functions=(compute_loss,)),
+        else Evaluator(evaluate, goal=settings.goal, functions=functions),
+        functions=functions,
         twin_update=twin_update(options.get("update"), compute_loss),
+        build_twin=builder(options.get("twin")),
+        overhead=overhead,
         watcher=watcher,
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
         log=log,
         ledger=WorkLedger(settings),
-        embargoes=Embargoes(settings.embargo),
         grafts=Grafts(journal),
-        host_cost=Cost(parameters=count_parameters(inner)),
+        host_cost=host_cost,
     )
+
+
+def _overhead(settings: GrowthSettings, host: Cost, budget: Budget) -> float:
+    """Return what growing may take; kernels are large beside a small host."""
+    if settings.overhead is not None:
+        return settings.overhead
+    return OVERHEAD_OF_SMALL if host.parameters < budget.small_host else OVERHEAD
 
 
 def _bus(*sinks: EventSink | None) -> EventBus:

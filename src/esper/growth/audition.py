@@ -86,6 +86,17 @@ class Audition:
             example=example,
         )
 
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group of the audition's optimizer."""
+        return [] if self.optimizer is None else [g["lr"] for g in self.optimizer.param_groups]
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Set the learning rate of each group."""
+        assert self.optimizer is not None, "there is something to train"
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     def shadow_update(self, model: nn.Module, batch: Batch, compute_loss: LossFunction) -> None:
         """Train the kernel on one batch; gradients reach its parameters and nothing else."""
         if self.optimizer is None:

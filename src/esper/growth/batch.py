@@ -19,8 +19,9 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 OwnUpdate = Callable[[nn.Module, Any, Batch], None]
 """The owner's own update, ``(model, optimizer, batch)``; a tuple where several train the model."""
 
-TwinUpdate = Callable[[nn.Module, AnyOptimizer, list[Batch]], None]
-"""One update of a twin, ``(model, optimizer, batches)``: all the batches of one live update."""
+TwinUpdate = Callable[[nn.Module, AnyOptimizer, list[Batch], Any], None]
+"""One update of a twin, ``(model, optimizer, batches, step)``: the batches of one live update, and
+how the live run made it (``growth.twins.LiveStep``)."""
 
 
 def num_samples(batch: Batch) -> int:

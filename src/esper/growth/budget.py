@@ -25,7 +25,7 @@ _LIMITS: Final[dict[str, tuple[Bounds, type]]] = {
     "total_parameters": (_SHARE, float),
     "flops": (_SHARE, float),
     "latency": (_SHARE, float),
-    "grafts": (_COUNT, int),
+    "packages": (_COUNT, int),
     "small_host": (_COUNT, int),
     "small_graft": (_COUNT, int),
 }
@@ -62,7 +62,7 @@ class Budget:
         total_parameters: Of all admitted grafts together.
         flops: Of all admitted grafts together, in a forward.
         latency: Of all admitted grafts together, in a forward, measured.
-        grafts: How many may be admitted.
+        packages: How many packages may be taken over.
         small_host: Parameters under which a host is small.
         small_graft: Parameters of one graft in a small host.
 
@@ -75,7 +75,7 @@ class Budget:
     total_parameters: float | None = 0.25
     flops: float | None = 0.25
     latency: float | None = 0.10
-    grafts: int | None = 4
+    packages: int | None = 4
     small_host: int = 100_000
     small_graft: int = 10_000
 
@@ -89,22 +89,17 @@ class Budget:
             plain = checked_number(title, limit, bounds, kind=kind, optional=optional)
             object.__setattr__(self, name, plain)
 
-    def check(
-        self, *, host: Cost, candidate: Cost, admitted: Cost | None = None, grafts: int = 0
-    ) -> str | None:
+    def check(self, *, host: Cost, candidate: Cost, admitted: Cost | None = None) -> str | None:
         """Say why a candidate does not fit, or None where it does.
 
-        Figures that are None are not compared: parameters and FLOPs are known before an audition,
-        latency after it, so a candidate is checked once more when it has been measured.
+        Figures that are None are not compared: parameters and FLOPs are known before a trial,
+        latency in it, so a candidate is checked once more when it has been measured.
 
         Args:
             host: The model before any graft.
             candidate: What the candidate adds.
             admitted: What the admitted grafts add, together.
-            grafts: How many were admitted.
         """
-        if self.grafts is not None and grafts >= self.grafts:
-            return f"{grafts} grafts were admitted, the budget has {self.grafts}"
         if host.parameters < self.small_host:
             if candidate.parameters <= self.small_graft:
                 return None
@@ -126,6 +121,49 @@ class Budget:
             ("latency in all", self.latency, candidate.latency_s, held.latency_s, host.latency_s),
         )
         return next((reason for limit in limits if (reason := _exceeds(*limit))), None)
+
+    def room(self, *, host: Cost, admitted: Cost) -> Room:
+        """Return what one package may add: half of what is left in all; a small host has no limit.
+
+        Args:
+            host: The model before any graft.
+            admitted: What the admitted grafts add, together.
+        """
+        if host.parameters < self.small_host:
+            return Room()
+        return Room(
+            parameters=_half_left(self.total_parameters, host.parameters, admitted.parameters),
+            flops=_half_left(self.flops, host.flops, admitted.flops),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What may still be added to a package.
+
+    Attributes:
+        parameters: Number of parameters; infinite where there is no limit.
+        flops: FLOPs of a forward of one sample; likewise.
+    """
+
+    parameters: float = math.inf
+    flops: float = math.inf
+
+    def takes(self, cost: Cost) -> bool:
+        """Say whether a kernel fits; FLOPs that were not counted do."""
+        return cost.parameters <= self.parameters and (cost.flops or 0.0) <= self.flops
+
+    def without(self, cost: Cost) -> Room:
+        """Return what is left beside a kernel."""
+        return Room(
+            parameters=self.parameters - cost.parameters, flops=self.flops - (cost.flops or 0.0)
+        )
+
+
+def _half_left(limit: float | None, host: float | None, held: float | None) -> float:
+    if limit is None or host is None:
+        return math.inf
+    return (limit * host - (held or 0.0)) / 2
 
 
 class WorkMeter:

@@ -22,6 +22,7 @@ TAKES: Final[Mapping[str, tuple[str, ...]]] = {
     "compute_loss": ("model", "batch"),
     "evaluate": ("model",),
     "update": ("model", "optimizer", "batch"),
+    "twin": (),
     "group_for": ("name", "parameter"),
 }
 """What each of the owner's functions is called with, in order."""

@@ -23,13 +23,16 @@ class Detector:
     The first rule that applies decides:
 
     1. *too late*: in the last 20 % of a run of known length.
-    2. *too early*: in the first 10 % of the run or 500 updates, whichever is less.
+    2. *too early*: in the first 10 % of the run or 500 updates, whichever is less. Where the
+       length is known, the first package is due there (*scheduled*), whatever the losses: early
+       was better in every trial, and a moment that is fixed beforehand costs no luck.
     3. *overfitting*: the smoothed gate loss is above its lowest value, reached at least three
        evaluations ago, by more than 2 % of all that it had fallen and by more than three times
        the typical (median) change between two of the last evaluations; and the training loss
        has fallen since (or is unknown).
-    4. *diminishing*: over the last ``window`` evaluations the smoothed gate loss fell by less
-       than ``fraction`` of what it has fallen since the start. A plateau is its extreme.
+    4. *diminishing*: over the last ``window`` evaluations the smoothed training loss fell by less
+       than ``fraction`` of what it has fallen since the start. A plateau is its extreme. The
+       training loss decides, so that no sample of the gate split has a say in the moment.
     5. *deadline*: ``deadline`` of the horizon has passed since the start or the last change.
 
     Args:
@@ -84,6 +87,16 @@ class Detector:
         self._train.append(train_loss if known else None)
         return True
 
+    def first(self, reading: Reading) -> Decision | None:
+        """Say yes to the first package where a run of known length has come to its moment."""
+        if reading.horizon is None or reading.num_packages:
+            return None
+        if out_of_time(reading) or self._too_early(reading) or self._overfits():
+            return None
+        start = self._start(reading)
+        reason = f"the first package is due at update {start} of {reading.horizon}"
+        return Decision(grow=True, verdict="scheduled", reason=reason)
+
     def decide(self, reading: Reading) -> Decision:
         """Apply the rules to the evaluations so far; of the reading only times count."""
         outside = out_of_time(reading) or self._too_early(reading)
@@ -91,10 +104,10 @@ class Detector:
             return outside
         enough = len(self._gate) > self.window
         if enough:
-            decision = self._overfitting() or self._diminishing()
+            decision = self._overfitting() or self.first(reading) or self._diminishing()
             if decision:
                 return decision
-        return self._deadline(reading) or self._not_yet(enough=enough)
+        return self.first(reading) or self._deadline(reading) or self._not_yet(enough=enough)
 
     def state_dict(self) -> PolicyState:
         """Return what was observed, as JSON-able values of its own."""
@@ -125,10 +138,16 @@ class Detector:
         self._gate = list(state["gate"])
         self._train = list(state["train"])
 
+    def _overfits(self) -> bool:
+        return len(self._gate) > self.window and self._overfitting() is not None
+
+    def _start(self, reading: Reading) -> int:
+        if reading.horizon is None:
+            return self.EARLY_UPDATES
+        return min(self.EARLY_UPDATES, math.ceil(self.EARLY_FRACTION * reading.horizon))
+
     def _too_early(self, reading: Reading) -> Decision | None:
-        start = self.EARLY_UPDATES
-        if reading.horizon is not None:
-            start = min(start, math.ceil(self.EARLY_FRACTION * reading.horizon))
+        start = self._start(reading)
         if reading.update >= start:
             return None
         return Decision(
@@ -163,15 +182,18 @@ class Detector:
         return rise > self.NOISE_FACTOR * noise and rise > self.rise_fraction * fallen
 
     def _diminishing(self) -> Decision | None:
-        gate = _smoothed(self._gate)
-        recently = gate[-1 - self.window] - gate[-1]
-        in_all = max(gate[0] - gate[-1], 0.0)
+        known = [loss for loss in self._train if loss is not None]
+        if len(known) <= self.window:
+            return None
+        train = _smoothed(known)
+        recently = train[-1 - self.window] - train[-1]
+        in_all = max(train[0] - train[-1], 0.0)
         if recently > 0.0 and recently >= self.fraction * in_all:
             return None
         return Decision(
             grow=True,
             verdict="diminishing",
-            reason=f"the gate loss fell by {recently:.3g} over the last {self.window} "
+            reason=f"the training loss fell by {recently:.3g} over the last {self.window} "
             f"evaluations, by {in_all:.3g} since the start",
         )
 
@@ -190,7 +212,7 @@ class Detector:
 
     def _not_yet(self, *, enough: bool) -> Decision:
         if enough:
-            return Decision(grow=False, verdict="improving", reason="the gate loss still falls")
+            return Decision(grow=False, verdict="improving", reason="the training loss still falls")
         return Decision(
             grow=False,
             verdict="too_early",

@@ -1,4 +1,4 @@
-"""From recorded steps to kernels that are ready for their auditions."""
+"""From recorded steps to kernels that are ready to be tried."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from esper.compiler.catalog import own_shape_zeroed
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
-from esper.continuity.warmup import rate_for_new
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import (
     BlueprintError,
@@ -17,7 +15,6 @@ from esper.contracts.errors import (
     KasminaException,
     SiteDescriptionError,
 )
-from esper.growth.audition import Audition
 from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
@@ -39,25 +36,38 @@ if TYPE_CHECKING:
     from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
+    from esper.contracts.choices import GraftVerdict
     from esper.state.kernel import PreparedKernel
+    from esper.state.layer_call import Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contender:
-    """A candidate in its audition.
+    """A kernel that is compiled, fetched, verified and probed, and is no part of the model yet.
 
     Attributes:
         graft: The graft that it is a try of.
+        layer: Where it would stand.
+        seed_idx: The slot there, which is reserved.
         blueprint: The kernel's blueprint.
-        audition: Its audition.
-        null: The audition of the same-treatment null beside it; None under
-            ``verify="snapshot"``.
+        kernel: The kernel.
+        example: A call of the layer as it was recorded.
+        alpha: The largest alpha at which it changes no output yet: 1, or 0 where its last layer
+            is not zeroed.
     """
 
     graft: Graft
+    layer: KasminaLayer
+    seed_idx: int
     blueprint: BlueprintIR
-    audition: Audition
-    null: Audition | None
+    kernel: PreparedKernel
+    example: Example
+    alpha: float
+
+    def withdraw(self, reason: str, *, update: int, verdict: GraftVerdict) -> None:
+        """Free the seed; the run is as if the kernel had never been chosen."""
+        self.layer.cancel(self.seed_idx)
+        self.graft.cull(reason, update=update, verdict=verdict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,9 +86,9 @@ class Ranked:
 
 
 def free_seed(run: GrowthRun, site: str) -> int | None:
-    """Return the first seed of a site that is dormant and under no embargo, or None."""
+    """Return the first seed of a site that is dormant, or None."""
     dormant = run.layers[site].state_layout.get_dormant_seeds().nonzero().flatten().tolist()
-    return next((i for i in dormant if not run.embargoes.covers(site, i)), None)
+    return next(iter(dormant), None)
 
 
 def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
@@ -153,24 +163,35 @@ def make_candidate(
     )
 
 
-def germinate_best(
+def germinate_package(
     run: GrowthRun, ranked: Ranked, observations: Mapping[str, SiteObservation], limit: int
 ) -> list[Contender]:
-    """Germinate the best candidates from distinct sites that pass the probe."""
-    contenders: list[Contender] = []
+    """Germinate a package: at every open site the best kernel that budget and probe allow.
+
+    It takes at most half of what the budget has left in all, best predicted gain first.
+
+    Args:
+        run: The run.
+        ranked: What is on offer, best first.
+        observations: What was recorded, by site.
+        limit: How many kernels a package may have, at least 1.
+    """
+    package: list[Contender] = []
+    room = run.budget.room(host=run.host_cost, admitted=run.grafts.added_cost)
     for entry in ranked.order:
-        taken = {contender.graft.site for contender in contenders}
-        if len(contenders) == limit or entry.gain is None:
+        taken = {contender.graft.site for contender in package}
+        if len(package) == limit or entry.gain is None:
             break
-        if entry.site in taken or entry.gain <= 0:
+        cost = Cost(parameters=entry.parameters, flops=entry.flops)
+        if entry.site in taken or entry.gain <= 0 or not room.takes(cost):
             continue
-        reason = f"ranked first at its site, predicted gain {entry.gain:.3g}"
-        seen = observations[entry.site]
+        reason = f"the best at its site, predicted gain {entry.gain:.3g}"
         blueprint = ranked.blueprints[entry.site, entry.blueprint]
-        contender = germinate(run, entry.site, blueprint, seen, reason)
+        contender = germinate(run, entry.site, blueprint, observations[entry.site], reason)
         if contender is not None:
-            contenders.append(contender)
-    return contenders
+            package.append(contender)
+            room = room.without(contender.graft.cost)
+    return package
 
 
 def germinate_choice(
@@ -224,7 +245,7 @@ def germinate(
     seed_idx = free_seed(run, site)
     assert seed_idx is not None, f"{site} was offered without a dormant seed"
     try:
-        kernel = _fetched(run, layer, blueprint, seen)
+        kernel, is_identity = _fetched(run, layer, blueprint, seen)
     except (KasminaException, BlueprintError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
@@ -237,6 +258,7 @@ def germinate(
             artifact_id=kernel.artifact_id or "",
             reason=reason,
             update=run.updates,
+            package=run.num_packages + 1,
             cost=Cost(
                 parameters=count_parameters(kernel.module),
                 flops=_flops(kernel.module, seen, kernel),
@@ -245,61 +267,32 @@ def germinate(
     )
     return Contender(
         graft=graft,
+        layer=layer,
+        seed_idx=seed_idx,
         blueprint=blueprint,
-        audition=_audition(run, layer, seed_idx, kernel, seen),
-        null=_null_audition(run, layer, seed_idx, seen),
+        kernel=kernel,
+        example=seen.example,
+        alpha=1.0 if is_identity else 0.0,
     )
 
 
 def _fetched(
     run: GrowthRun, layer: KasminaLayer, blueprint: BlueprintIR, seen: SiteObservation
-) -> PreparedKernel:
+) -> tuple[PreparedKernel, bool]:
+    """Return a kernel that passed its probe, and whether it is the identity at alpha 1."""
     artifact = compile_blueprint(blueprint, clock=run.clock)
     record = None if artifact.record is None else artifact.record.to_document()
     digest = run.registry.put(artifact.kernel_binary, digest=artifact.artifact_id, record=record)
     loaded = run.cache.load_kernel_sync(digest)
     assert loaded is not None, "the registry has just acknowledged this artifact"
     kernel = prepare_kernel(layer, loaded)
-    probe(layer, kernel, seen.example, is_pristine=True)
-    return kernel
-
-
-def _audition(
-    run: GrowthRun,
-    layer: KasminaLayer,
-    seed_idx: int,
-    kernel: PreparedKernel,
-    seen: SiteObservation,
-) -> Audition:
-    rates = [
-        rate_for_new(group, lr_new=run.settings.lr_new, peak=peak)
-        for group, peak in zip(run.optimizer.param_groups, run.watcher.peaks, strict=True)
-    ]
-    random_seed = run.settings.generator_seed * 1_000_003 + run.updates
-    return Audition.begin(
-        layer,
-        seed_idx,
-        kernel,
-        placement=run.placement(),
-        rates=rates,
-        random_seed=random_seed,
-        example=seen.example,
-    )
-
-
-def _null_audition(
-    run: GrowthRun, layer: KasminaLayer, seed_idx: int, seen: SiteObservation
-) -> Audition | None:
-    """Set up the same-treatment null: a zeroed affine layer of the site's own shape."""
-    if run.settings.verify != "fork":
-        return None
-    null = prepare_kernel(layer, own_shape_zeroed(_described(run, layer, seen)))
-    return _audition(run, layer, seed_idx, null, seen)
+    found = probe(layer, kernel, seen.example, is_pristine=True)
+    return kernel, found.is_identity
 
 
 def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:
     offered = run.catalog.blueprints_for(_described(run, run.layers[site], seen))
-    return [_seeded(run, b) for b in offered if not run.embargoes.covers(site, b.id)]
+    return [_seeded(run, blueprint) for blueprint in offered]
 
 
 def _described(run: GrowthRun, layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:

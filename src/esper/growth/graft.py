@@ -77,6 +77,40 @@ class Graft:
         """What the graft adds to the model now."""
         return self.cost if self.stage in _IN_THE_MODEL else NO_COST
 
+    @property
+    def package(self) -> int:
+        """Number of the package that it is a part of, from 1."""
+        return self._record.package or 0
+
+    def begin_trial(self, reason: str) -> None:
+        """Go on to the trial in a twin.
+
+        Raises:
+            ValueError: The graft has another stage than germinated.
+        """
+        self._go_on(replace(self._record, stage=GraftStage.TRIAL, reason=reason))
+
+    def take_over(self, reason: str, *, update: int, blueprint: str) -> None:
+        """Become part of the model, under watch.
+
+        Args:
+            reason: Why.
+            update: Optimizer updates done.
+            blueprint: What stands in the model: the graft's own, or its linear form.
+
+        Raises:
+            ValueError: The graft is in no trial.
+        """
+        self._go_on(
+            replace(
+                self._record,
+                stage=GraftStage.HOLDING,
+                reason=reason,
+                admitted_at=update,
+                blueprint=blueprint,
+            )
+        )
+
     def begin_audition(self, reason: str) -> None:
         """Go on to the audition.
 
@@ -139,20 +173,13 @@ class Graft:
             )
         )
 
+    def measured_latency(self, latency_s: float) -> None:
+        """Add what the kernel adds to a forward, in seconds."""
+        self.cost = replace(self.cost, latency_s=latency_s)
+
     def record_dependence(self, dependence: float) -> None:
         """Add what switching the seed off costs, in units of the gate loss."""
         self._record = replace(self._record, dependence=_measured(dependence))
-
-    def record_contribution(
-        self, contribution: float | None, *, stderr: float | None, host_only: float
-    ) -> None:
-        """Add what the graft brought against its twins, in units of the gate loss."""
-        self._record = replace(
-            self._record,
-            contribution=contribution,
-            contribution_stderr=stderr,
-            host_only_contribution=_measured(host_only),
-        )
 
     def _go_on(self, changed: GraftRecord) -> None:
         before = self.stage
@@ -184,6 +211,7 @@ class Germination:
         artifact_id: The sha256 of the kernel's bytes; empty where it was not compiled.
         reason: Why it germinates.
         update: Optimizer updates done.
+        package: Number of the package that it is a part of, from 1.
         cost: What the kernel costs.
     """
 
@@ -193,6 +221,7 @@ class Germination:
     artifact_id: str
     reason: str
     update: int
+    package: int
     cost: Cost
 
 
@@ -213,9 +242,9 @@ class Grafts:
         return tuple(graft.record for graft in self._grafts)
 
     @property
-    def num_admitted(self) -> int:
-        """How many were ever admitted."""
-        return sum(record.admitted_at is not None for record in self.records)
+    def num_packages_admitted(self) -> int:
+        """How many packages were ever taken over, or admitted."""
+        return len({r.package for r in self.records if r.admitted_at is not None})
 
     @property
     def added_cost(self) -> Cost:
@@ -240,6 +269,7 @@ class Grafts:
             reason=germination.reason,
             parameters=germination.cost.parameters,
             germinated_at=germination.update,
+            package=germination.package,
         )
         graft = Graft(record, germination.cost, self._listener)
         self._grafts.append(graft)

@@ -8,7 +8,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
@@ -28,9 +28,10 @@ from esper.growth.obstacles import (
 )
 from esper.growth.options import GrowerOptions, show_options
 from esper.growth.policies import Never
-from esper.growth.probation import Probation
 from esper.growth.reading import Reading
+from esper.growth.rehearsal import rehearse
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
+from esper.growth.settings import OVERHEAD
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.resilience.attempt import Done, Failed, attempt
@@ -63,7 +64,7 @@ class Grower:
 
     Call :meth:`step` after every optimizer update (or micro-batch), :meth:`end_epoch` after an
     epoch if there are epochs, and :meth:`close` at the end, or use it as a context manager. Until
-    a kernel is admitted, the run is bit-identical to one without a Grower.
+    a package is taken over, the run is bit-identical to one without a Grower.
 
     Every option is a keyword. The numbers, in italics below, are told one by one in
     :class:`~esper.growth.settings.GrowthSettings`.
@@ -74,11 +75,11 @@ class Grower:
         and the model keep (counters, generators, metrics, the batch) is put back after each such
         pass, and what cannot be is named by a warning.
         ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
-        shape (samples,), at least 200 of them; or a dict whose first entry decides; or
+        shape (samples,), at least 300 of them, two thirds of which verdicts are read on; or a dict whose first entry decides; or
         ``(losses, metrics)``. A scalar is accepted, but then no gate passes and nothing is
         ranked. What it keeps is its owner's, but for random generators, which are put back.
-        ``update``: ``(model, optimizer, batch)``, one update of a twin; loss, backward and step
-        with the recorded rates where None.
+        ``update``: ``(model, optimizer, batch)``, one update of a twin; where None loss, backward
+        and step, with the rates, the clipping and the loss scale that the run was seen to have.
         ``group_for``: ``(name, parameter)`` to the param group that a kernel's parameter joins, or
         its number over all groups; where None, the one that trains the host layer's parameters of
         its kind.
@@ -91,12 +92,14 @@ class Grower:
         ``registry``: Where compiled kernels are stored and fetched from; one in memory where None.
 
     What it may cost:
-        ``budget``: Limits on parameters, FLOPs, latency and the number of grafts.
+        ``budget``: Limits on parameters, FLOPs, latency and the number of packages.
         Numbers: *overhead*, *evaluate_every*.
 
-    The course of a graft:
-        Numbers: *record_updates*, *candidates*, *audition_updates*, *min_effect*, *embargo*,
-        *ramp_updates*, *warmup_updates*, *lr_new*, *hold_updates*, *looks*, *verify*.
+    How a package of kernels is tried, and what becomes of it:
+        ``twin``: Builds a module like the model, for models that cannot be copied.
+        Numbers: *trial*, *record_updates*, *trial_updates*, *tries*, *spread*, *nulls*,
+        *attribution*, *pays*, *min_effect*, *warmup_updates*, *lr_new*, *hold_updates*; of
+        ``trial="shadow"`` alone *audition_updates*, *ramp_updates*.
 
     What is written down:
         ``run_dir``: Where ``events.jsonl`` is written; None writes no files. A folder that holds
@@ -136,9 +139,10 @@ class Grower:
         self._stage: Stage | None = None
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
-        self._has_advised = self._closed = self._tried_loss = False
+        self._has_advised = self._closed = self._tried_loss = self._tried_twin = False
+        self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
-        self._run.journal.started({**asdict(settings), "budget": asdict(self._run.budget)})
+        self._run.journal.started(self._effective_settings())
         try:
             self._warn(never_grows(self._run) or missing_part(self._run))
         except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
@@ -148,10 +152,16 @@ class Grower:
             self._run.journal.note(
                 f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"
             )
-        if settings.verify == "fork" and options.get("update") is None:
+        if settings.trial == "twin" and options.get("update") is None:
             self._run.journal.note(
-                "twins are updated by loss, backward and step with the recorded rates; give "
-                "update= if your own update does more"
+                "twins are updated by loss, backward and step with the rates, the clipping and the "
+                "loss scale that the run is seen to have; give update= if your own update does more"
+            )
+        if settings.overhead is None and self._run.overhead != OVERHEAD:
+            self._run.journal.note(
+                f"growing may take {self._run.overhead:g} of the training's FLOPs, and kernels "
+                f"have no limit relative to the host: it has fewer than "
+                f"{self._run.budget.small_host:,} parameters"
             )
 
     def __enter__(self) -> Self:
@@ -174,11 +184,6 @@ class Grower:
     def stages(self) -> tuple[GraftStatus, ...]:
         """Where each graft is that is under way: its site, its seed and its stage."""
         return () if self._stage is None else self._stage.statuses
-
-    @property
-    def host_twin(self) -> nn.Module | None:
-        """The twin without a graft, while ``verify="fork"`` has one; read it, do not train it."""
-        return self._stage.host_twin if isinstance(self._stage, Probation) else None
 
     @property
     def example(self) -> LayerCall | None:
@@ -262,23 +267,35 @@ class Grower:
         """Return what happened so far; ``print`` it, or ask for its JSON."""
         run = self._run
         return RunReport(
-            settings={**asdict(run.settings), "budget": asdict(run.budget)},
+            settings=self._effective_settings(),
+            run_id=run.journal.run_id,
             updates=run.updates,
             evaluations=tuple(run.journal.evaluations),
             grafts=run.grafts.records,
+            trials=tuple(run.journal.trials),
+            stages=tuple(run.journal.stages),
             timeline=tuple(run.journal.timeline),
             alphas=tuple(run.journal.alphas),
             work=run.ledger.by_category(),
+            seconds=run.ledger.seconds_by_category(),
+            overhead_limit=run.ledger.limit(run.updates),
+            **self._at_the_end,
             parameters_before=run.host_cost.parameters,
             parameters_after=count_parameters(run.model),
             notes=tuple(run.journal.notes),
             not_finite=tuple(run.journal.not_finite),
         )
 
+    def _effective_settings(self) -> dict[str, object]:
+        run = self._run
+        effective = {**asdict(run.settings), "overhead": run.overhead}
+        return {**effective, "budget": asdict(run.budget)}
+
     def close(self, reason: str = "the run ended") -> None:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
 
-        A graft that was admitted and not judged yet is removed: unmeasured means no. Closing
+        A trial that has no verdict is dropped, and no try is spent. A package under watch is
+        looked at once more, and goes where the gate loss has risen: unmeasured means no. Closing
         twice does nothing. Closing never raises: what could not be taken away is a note of the
         report, and everything else is taken away all the same.
         """
@@ -296,11 +313,28 @@ class Grower:
             steps.callback(self._finish, run.factor.close)
             if stage is not None:
                 self._finish(lambda: stage.close(f"{reason} before its verdict"))
+            self._finish(self._read_null_beside)
             self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
                 self._finish(self._say_what_is_never_called)
             if not run.grafts.records and not run.journal.notes:
                 self._finish(run.journal.why_nothing)
+
+    def _read_null_beside(self) -> None:
+        """Hold the run against the null that has trained beside it to the end."""
+        beside, self._run.null_beside = self._run.null_beside, None
+        if beside is None:
+            return
+        try:
+            found = beside.read()
+        finally:
+            beside.close()
+        if found is not None and found.effect is not None:
+            self._at_the_end = {
+                "end_capacity": found.effect,
+                "end_capacity_stderr": found.stderr,
+                "end_capacity_shown": found.passed,
+            }
 
     def _close_log(self) -> None:
         log = self._run.log
@@ -325,6 +359,11 @@ class Grower:
         run.follow_exchanges()
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
             run.journal.faulted(fault)
+        if run.null_beside is not None and batches:
+            run.null_beside.advance(batches)
+        if batches and not self._tried_twin:
+            self._tried_twin = True
+            self._rehearse(batches)
         if self._stage is not None:
             if not batches and self._stage.needs_batches:
                 msg = (
@@ -337,6 +376,16 @@ class Grower:
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
         self._decide()
+
+    def _rehearse(self, batches: list[Batch]) -> None:
+        """Try a twin, before anything depends on it."""
+        run = self._run
+        if run.settings.trial != "twin" or missing_part(run) is not None:
+            return
+        with run.ledger.timed("trial"):
+            run.no_twins = rehearse(run, batches)
+        if run.no_twins is not None:
+            self._warn(f"nothing can grow: {run.no_twins}")
 
     def _warn(self, text: str | None) -> None:
         """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
@@ -370,7 +419,7 @@ class Grower:
         if run.evaluator is not None and is_lost and self._schedule.last != run.updates:
             found = attempt(run.measure)
             if isinstance(found, Done):
-                run.journal.evaluated(found.value, None)
+                run.journal.evaluated(found.value.watchs_part, None)
 
     def _look(self) -> bool:
         """Let the policy see an evaluation where one is due; say whether it saw one."""
@@ -383,8 +432,9 @@ class Grower:
         found = run.last_measurement = run.measure()
         self._schedule.evaluated(run.updates, run.ledger.work("evaluation") - before)
         train_loss = run.losses.mean()
-        run.journal.evaluated(found, train_loss)
-        self._observe(train_loss=train_loss, gate_loss=found.loss, metrics=found.metrics)
+        watched = found.watchs_part
+        run.journal.evaluated(watched, train_loss)
+        self._observe(train_loss=train_loss, gate_loss=watched.loss, metrics=found.metrics)
         return True
 
     def _look_at_training_loss(self) -> bool:
@@ -410,6 +460,7 @@ class Grower:
             update=run.updates,
             rates=tuple(run.watcher.rates),
             last_change_update=run.last_change_update,
+            num_packages=run.num_packages,
         )
 
     def _decide(self) -> None:
@@ -422,14 +473,12 @@ class Grower:
             run.journal.detected(decision)
         if not decision.grow or self._is_hopeless():
             return
-        run.embargoes.count_decision()
+        run.num_decisions += 1
         against = obstacle(run)
         if against is not None:
             run.journal.note(against)
             return
         missing = missing_part(run)
-        if missing is None and run.num_affordable == 0:
-            run.ledger.count_overdraft()
         if missing is None or self._advises(missing):
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 

@@ -7,19 +7,25 @@ from typing import TYPE_CHECKING, cast
 
 from esper.continuity.following import tell_of_copies
 from esper.continuity.optimizer import append_parameters, remove_parameters
-from esper.seeds.shadow import seen_example
+from esper.contracts.lifecycle import SeedLifecycleState
+from esper.seeds.shadow import remember_call, seen_example
+from esper.state.layer_call import LayerCall
+from esper.state.layer_record import record_of
 from esper.state.roster import where_kernels_stand
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from esper.continuity.ensemble import AnyOptimizer
     from esper.continuity.placement import Placement
     from esper.continuity.warmup import UpdateFactor
+    from esper.contracts.choices import Guard
     from esper.execution.kasmina_layer import KasminaLayer
-    from esper.growth.audition import Audition
+    from esper.state.kernel import PreparedKernel
+    from esper.state.layer_call import Example
+    from esper.state.seed_slot import Seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +47,17 @@ class LiveKernel:
         """Where the kernel stands: the layer, or what has taken its place since."""
         return cast("KasminaLayer", where_kernels_stand(self.grafted_into))
 
+    @property
+    def seed(self) -> Seed:
+        """What the layer keeps of the kernel: the kernel itself, and a call that it has seen."""
+        return record_of(self.layer).seeds[self.seed_idx]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the kernel contributes, and is neither isolated nor taken out."""
+        state = self.layer.state_layout.state(self.seed_idx)
+        return state is SeedLifecycleState.ACTIVE
+
     def set_alpha(self, updates: int, ramp_updates: int) -> float:
         """Set alpha for the next update from the number of joint updates done; return it."""
         alpha = 1.0 if updates >= ramp_updates else updates / ramp_updates
@@ -49,40 +66,50 @@ class LiveKernel:
         return alpha
 
 
-def graft_kernel(
-    audition: Audition,
+def place_kernel(
     layer: KasminaLayer,
-    factor: UpdateFactor,
+    seed_idx: int,
+    kernel: PreparedKernel,
     *,
+    example: Example,
+    alpha: float,
     placement: Placement,
+    factor: UpdateFactor,
     peaks: Sequence[float],
+    state: Mapping[Tensor, object] | None = None,
+    guard: Guard = "always",
 ) -> LiveKernel:
-    """Graft an auditioned kernel at alpha 0 and hand its parameters to an optimizer.
+    """Put a kernel that was probed, or has run elsewhere, into a model and its optimizer.
 
     Parameters and moments go by reference, step included, to the groups that train their host.
 
     Args:
-        audition: The audition that ends here.
-        layer: The layer to graft into: the live one, or its counterpart in a twin.
-        factor: Warm-up of parameters that appear in the model that ``layer`` belongs to.
-        placement: Of that model and what trains it, as they are before the graft.
+        layer: The layer: the live one, or its counterpart in a twin.
+        seed_idx: The slot there.
+        kernel: The kernel; this object, not a copy.
+        example: A call of the layer.
+        alpha: Its share from now on, in [0, 1].
+        placement: Of the layer's model and what trains it, as they are before the graft.
+        factor: Warm-up of parameters that appear in that model.
         peaks: Highest rate that each of its groups has had.
+        state: Optimizer state of the kernel's parameters, by parameter; None starts without.
+        guard: Where its faults are stopped.
     """
-    seen = seen_example(layer, audition.kernel)  # none where the owner's own loss runs compiled
-    example = audition.example if seen is None else None
-    layer.graft(audition.seed_idx, audition.kernel, alpha=0.0, example=example)
-    places, _ = placement.places(layer, audition.seed_idx, audition.kernel.module)
+    if seen_example(layer, kernel) is None:
+        remember_call(layer, kernel, LayerCall.of(example))
+    layer.graft(seed_idx, kernel, alpha=alpha, guard=guard)
+    places, _ = placement.places(layer, seed_idx, kernel.module)
     parameters = tuple(place.parameter for place in places)
     tell_of_copies([layer])
     if parameters:
-        state = None if audition.optimizer is None else audition.optimizer.state
         append_parameters(placement.optimizer, places, state=state)
+        placement.hold(places)
         factor.add(parameters, peaks=peaks)
-    return LiveKernel(grafted_into=layer, seed_idx=audition.seed_idx, parameters=parameters)
+    return LiveKernel(grafted_into=layer, seed_idx=seed_idx, parameters=parameters)
 
 
 def remove_kernel(live: LiveKernel, optimizer: AnyOptimizer, factor: UpdateFactor) -> None:
-    """Undo :func:`graft_kernel`: the kernel goes, and its parameters and their state with it."""
+    """Undo :func:`place_kernel`: the kernel goes, and its parameters and their state with it."""
     factor.remove(live.parameters)
     live.layer.unload_kernel(live.seed_idx)
     remove_parameters(optimizer, live.parameters)

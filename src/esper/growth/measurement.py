@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from esper.contracts.choices import Goal
 
 Losses = NDArray[np.float64]
+
+PARTS: Final = 3
+"""One sample in three of the gate split is for the watch; the two between them are for verdicts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,6 +32,24 @@ class Measurement:
     loss: float
     per_sample: Losses | None
     metrics: dict[str, float]
+
+    @property
+    def verdicts_part(self) -> Measurement:
+        """The two thirds of the samples that verdicts are read on, and nothing else is."""
+        return self._part(watch=False)
+
+    @property
+    def watchs_part(self) -> Measurement:
+        """The third that passengers, the watch, policies and pages read; no verdict does."""
+        return self._part(watch=True)
+
+    def _part(self, *, watch: bool) -> Measurement:
+        """Return every third sample, or all others; a measure without samples stays as it is."""
+        if self.per_sample is None or len(self.per_sample) < PARTS:
+            return self
+        chosen = (np.arange(len(self.per_sample)) % PARTS == PARTS - 1) == watch
+        own = self.per_sample[chosen]
+        return replace(self, loss=mean_of(own), per_sample=own)
 
     @property
     def num_not_finite(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from esper.growth.gates import MIN_SAMPLES, NO_SAMPLES
+from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
+from esper.growth.tries import tries_spent
 
 if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
@@ -18,15 +19,19 @@ NEVER_STEPPED: Final = (
 
 def never_grows(run: GrowthRun) -> str | None:
     """Say why a run can never grow, as far as its settings tell, or None."""
-    horizon, needed = run.settings.horizon, run.settings.graft_updates
+    horizon, needed = run.settings.horizon, run.settings.package_updates
     if horizon is not None and needed > horizon:
         return (
-            f"nothing can grow: a graft takes {needed} updates (record_updates, audition_updates, "
-            f"ramp_updates and hold_updates), and horizon is {horizon}; shorten them, or train "
-            "longer"
+            f"nothing can grow: a package takes {needed} updates at least (record_updates, 50 of a "
+            f"trial and hold_updates; audition_updates and ramp_updates of an audition), and "
+            f"horizon is {horizon}; shorten them, or train longer"
         )
-    if run.budget.grafts == 0:
-        return "nothing can grow: the budget allows no graft; give Budget(grafts=...) at least 1"
+    if run.budget.packages == 0:
+        return (
+            "nothing can grow: the budget allows no package; give Budget(packages=...) at least 1"
+        )
+    if tries_spent(run.model) >= run.settings.tries:
+        return f"nothing can grow: {_no_tries(run)}"
     return None
 
 
@@ -40,7 +45,7 @@ def missing_part(run: GrowthRun) -> str | None:
     if run.evaluator is None:
         return (
             "nothing can grow: without evaluate= no gate can be read; give the Grower evaluate=, "
-            f"the model to one loss per held-out sample, at least {MIN_SAMPLES} of them"
+            f"the model to one loss per held-out sample, at least {MIN_GATE_SAMPLES} of them"
         )
     return None
 
@@ -64,25 +69,35 @@ def missing_evidence(run: GrowthRun, *, has_batches: bool) -> str | None:
             f"nothing can grow: {NO_SAMPLES}; return one loss per held-out sample, shape "
             '(samples,), in place of their mean (with torch losses, reduction="none")'
         )
-    if len(found.per_sample) < MIN_SAMPLES:
+    if len(found.per_sample) < MIN_GATE_SAMPLES:
         return (
             f"nothing can grow: too little power: {len(found.per_sample)} samples, at least "
-            f"{MIN_SAMPLES} needed; hold out more data for evaluate"
+            f"{MIN_GATE_SAMPLES} needed ({MIN_SAMPLES} for verdicts, the rest for the watch); hold "
+            "out more data for evaluate"
         )
     return None
 
 
 def obstacle(run: GrowthRun) -> str | None:
     """Say why nothing can germinate now, or None."""
-    horizon, needed = run.settings.horizon, run.settings.graft_updates
-    limit = run.budget.grafts
+    horizon, needed = run.settings.horizon, run.settings.package_updates
+    limit = run.budget.packages
+    if run.no_twins is not None:
+        return f"nothing can grow: {run.no_twins}"
+    if tries_spent(run.model) >= run.settings.tries:
+        return f"nothing more is tried: {_no_tries(run)}"
     if horizon is not None and run.updates + needed > horizon:
-        return f"a graft takes {needed} updates; too few are left of {horizon}"
-    if limit is not None and run.grafts.num_admitted >= limit:
-        return f"the budget's {limit} grafts were admitted"
-    if run.num_affordable == 0 and run.ledger.num_overdrafts >= (limit or 1):
-        share = run.settings.overhead
-        return f"the overhead of {share:.0%} is spent, one audition per graft included"
+        return f"a package takes {needed} updates at least; too few are left of {horizon}"
+    if limit is not None and run.grafts.num_packages_admitted >= limit:
+        return f"the budget's {limit} packages were taken over"
     if not open_sites(run):
-        return "no site has a seed that is dormant and under no embargo"
+        return "no site has a seed that is dormant"
     return None
+
+
+def _no_tries(run: GrowthRun) -> str:
+    spent, tries = tries_spent(run.model), run.settings.tries
+    return (
+        f"{spent} packages of this model were refused, and tries={tries}; each more would raise "
+        "the chance that one is kept by luck"
+    )

@@ -40,6 +40,7 @@ class GrowerOptions(SettingOptions, total=False):
     compute_loss: LossFunction | None
     evaluate: Callable[[nn.Module], object] | None
     update: OwnUpdate | None
+    twin: Callable[[], nn.Module] | None
     group_for: GroupFor | None
     policy: Policy | None
     ranking: Ranking | None
@@ -55,6 +56,15 @@ PARTS: Final = tuple(
     name for name in GrowerOptions.__annotations__ if name not in SettingOptions.__annotations__
 )
 """Names of the options that are no numbers; None leaves each at its default."""
+
+_GONE: Final = {
+    "verify": 'attribution="trial", "run" or "none" says what a package is held against beside the '
+    "live run",
+    "looks": "a verdict is read once, on weights averaged over the second half of the trial",
+    "candidates": "the best kernels of all sites are tried together, as a package",
+    "embargo": "tries= says after how many refusals nothing more is tried",
+}
+"""Arguments of before, and what to do instead."""
 
 _METHODS: Final = {
     "ranking": ("rank",),
@@ -93,6 +103,8 @@ def _unknown(name: str, known: list[str]) -> str:
             "the Grower takes each setting by its name: Grower(model, optimizer, "
             "**settings.as_options())"
         )
+    if name in _GONE:
+        return f"{name!r} is none of the Grower's arguments any more; {_GONE[name]}"
     nearest = difflib.get_close_matches(str(name), known, n=1)
     cure = f"did you mean {nearest[0]}?" if nearest else f"they are {', '.join(sorted(known))}"
     return f"{name!r} is none of the Grower's arguments; {cure}"

@@ -64,9 +64,9 @@ class Policy(Protocol):
 
 
 class DiminishingReturns(Policy):
-    """Grows where a run has reached diminishing returns; the default.
+    """Grows at 10 % of a run of known length, and again where returns diminish; the default.
 
-    It says yes at evaluations only, where its losses are fresh.
+    But for the first package it says yes at evaluations only, where its losses are fresh.
 
     Args:
         detector: Holds the rules; the default one where None.
@@ -89,6 +89,9 @@ class DiminishingReturns(Policy):
     def decide(self, reading: Reading) -> Decision:
         """Return the detector's decision."""
         if reading.update != self._observed_at:
+            first = self.detector.first(reading)
+            if first is not None:
+                return first
             return Decision(grow=False, verdict="waiting", reason="the next evaluation decides")
         return self.detector.decide(reading)
 

@@ -1,55 +1,30 @@
-"""From admission to verdict: blending, holding, the fossilization gate, and removal."""
+"""From an admission after an audition to the verdict: blending, holding, and removal."""
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
-from esper.continuity.placement import Placement
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.evaluation import averaged
-from esper.growth.gates import judge, judge_not_worse, test_level
-from esper.growth.live_kernel import LiveKernel, graft_kernel, remove_kernel
+from esper.growth.gates import judge_not_worse, level_of
+from esper.growth.live_kernel import place_kernel, remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
-from esper.growth.twins import Twin, tau_of
-from esper.wrapping.wrap import layers
+from esper.growth.tries import spend_try
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.evaluation import Evaluator
-    from esper.growth.gates import GateVerdict
+    from esper.growth.audition import Audition
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fork:
-    """The twins of an admission.
-
-    Attributes:
-        null: Carries the same-treatment null.
-        null_kernel: The null in it.
-        host: Carries nothing.
-        perturbed: The host twin's copy whose weights were perturbed at the start.
-    """
-
-    null: Twin
-    null_kernel: LiveKernel
-    host: Twin
-    perturbed: Twin
-
-    def named(self) -> tuple[tuple[str, Twin], ...]:
-        """Return all three with their names."""
-        return ("null", self.null), ("host", self.host), ("perturbed", self.perturbed)
+LOOKS: Final = 5
+"""Readings of the gate split whose mean stands for a model: one wobbles from update to update."""
 
 
 class Probation:
@@ -58,12 +33,18 @@ class Probation:
     Args:
         run: The run.
         contender: What was admitted.
-        before: The gate split at the admission, seed off.
+        audition: Its audition.
+        before: The watch's part of the gate split before the admission, seed off; a mean of looks.
         reason: Why it was admitted.
     """
 
     def __init__(
-        self, run: GrowthRun, contender: Contender, before: Measurement, reason: str
+        self,
+        run: GrowthRun,
+        contender: Contender,
+        audition: Audition,
+        before: Measurement,
+        reason: str,
     ) -> None:
         self._run = run
         self._contender = contender
@@ -71,33 +52,32 @@ class Probation:
         self._snapshot = RunSnapshot(run.model, run.optimizer, update=run.updates)
         self._host = list(run.model.parameters())
         self._factors = run.factor.state_dict(self._host)
-        self._fork = _make_fork(run, contender) if contender.null is not None else None
-        self._kernel = graft_kernel(
-            contender.audition,
-            contender.audition.layer,
-            run.factor,
+        optimizer = audition.optimizer
+        self._kernel = place_kernel(
+            contender.layer,
+            contender.seed_idx,
+            contender.kernel,
+            example=contender.example,
+            alpha=0.0,
             placement=run.placement(),
+            factor=run.factor,
             peaks=run.watcher.peaks,
+            state=None if optimizer is None else optimizer.state,
         )
         self._usual = SpikeLimit.after(run.losses)
-        self._looks: dict[str, list[Measurement]] = defaultdict(list)
-        hold, num_looks = run.settings.hold_updates, run.settings.looks
+        self._looks: list[Measurement] = []
+        hold, num_looks = run.settings.hold_updates, LOOKS
         moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
         self._look_at = sorted(moments)
         self._graft = contender.graft
         self._graft.admit(reason, update=run.updates)
-        self._level = test_level(run.grafts.num_admitted)
+        self._level = level_of(run.settings.tries)
         run.journal.alpha(self._graft, 0.0)
 
     @property
-    def host_twin(self) -> nn.Module | None:
-        """The twin that carries nothing, while there is a fork."""
-        return None if self._fork is None else self._fork.host.model
-
-    @property
     def needs_batches(self) -> bool:
-        """Twins train on the run's batches."""
-        return self._fork is not None
+        """The live run alone trains."""
+        return False
 
     @property
     def statuses(self) -> tuple[GraftStatus, ...]:
@@ -112,20 +92,19 @@ class Probation:
     def _num_updates(self) -> int:
         return self._run.updates - self._snapshot.update
 
-    def advance(self, batches: list[Batch]) -> Probation | None:
+    def advance(self, batches: list[Batch]) -> Probation | None:  # noqa: ARG002 - the protocol's signature
         """Follow one update of the run; None once the verdict is spoken."""
         trouble = self._trouble()
         if trouble is not None:
             self._remove(trouble)
             return None
-        self._advance_twins(batches)
         alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
         if self._graft.stage is GraftStage.BLENDING and self._num_updates >= self._ramp:
             self._run.journal.alpha(self._graft, alpha)
             self._graft.hold(f"alpha reached 1 after {self._ramp} updates")
         if self._look_at and self._num_updates >= self._look_at[0]:
             self._look_at = [u for u in self._look_at if u > self._num_updates]
-            self._look()
+            self._looks.append(self._run.measure().watchs_part)
         if self._num_updates < self._ramp + self._run.settings.hold_updates:
             return self
         self._judge()
@@ -152,57 +131,27 @@ class Probation:
     def _state(self) -> SeedLifecycleState:
         return self._kernel.layer.state_layout.state(self._kernel.seed_idx)
 
-    def _advance_twins(self, batches: list[Batch]) -> None:
-        if self._fork is None:
-            return
-        for _, twin in self._fork.named():
-            twin.update(batches, self._run.watcher.rates)
-            self._run.ledger.count_pass("twins", batches)
-        self._fork.null_kernel.set_alpha(self._num_updates, self._ramp)
-
-    def _look(self) -> None:
-        """Read the gate split for the live model and for every twin."""
-        run = self._run
-        self._looks["live"].append(run.measure())
-        if self._fork is not None:
-            for name, twin in self._fork.named():
-                read = run.measured(functools.partial(_measure_twin, twin), "twins")
-                self._looks[name].append(read)
-
     def _judge(self) -> None:
         """Read the fossilization gate, once, on the mean of the looks."""
         without = self._measure_without()
-        with_seed = averaged(self._looks["live"])
-        verdict = self._verdict(with_seed)
+        with_seed = averaged(self._looks)
+        verdict = judge_not_worse(self._before, with_seed, level=self._level)
         self._run.journal.gate(self._graft, "fossilization", verdict)
-        self._graft.record_dependence(without.loss - self._looks["live"][-1].loss)
+        self._graft.record_dependence(without.loss - self._looks[-1].loss)
         if verdict.passed:
             self._fossilize(verdict.reason)
         else:
             self._remove(verdict.reason, without)
 
-    def _verdict(self, with_seed: Measurement) -> GateVerdict:
-        if self._fork is None:
-            return judge_not_worse(self._before, with_seed, level=self._level)
-        null, host, perturbed = (
-            averaged(self._looks[name]) for name in ("null", "host", "perturbed")
-        )
-        tau = tau_of(host.loss, perturbed.loss)
-        verdict = judge(null, with_seed, level=self._level, tau=tau)
-        self._graft.record_contribution(
-            verdict.effect, stderr=verdict.stderr, host_only=host.loss - with_seed.loss
-        )
-        return verdict
-
     def _measure_without(self) -> Measurement:
         """Read the gate split with the seed off; an isolated seed is off already."""
         seed_idx = self._kernel.seed_idx
         if self._state() is not SeedLifecycleState.ACTIVE:
-            return self._run.measure()
+            return self._run.measure().watchs_part
         alpha = self._kernel.layer.alpha(seed_idx)
         self._kernel.layer.set_alpha(seed_idx, 0.0)
         try:
-            return self._run.measure()
+            return self._run.measure().watchs_part
         finally:
             self._kernel.layer.set_alpha(seed_idx, alpha)
 
@@ -222,6 +171,8 @@ class Probation:
             why=certificate.reason,
         )
         run.last_change_update = run.updates
+        if certificate.folded:
+            run.ledger.structure_changed()
         self._graft.fossilize(reason, update=run.updates, folded=certificate.folded)
 
     def _remove(self, reason: str, without: Measurement | None = None) -> None:
@@ -242,7 +193,8 @@ class Probation:
             run.factor.load_state_dict(self._factors, self._host)
             run.losses.clear()
         run.last_change_update = run.updates
-        run.embargoes.lay(self._graft.site, self._graft.seed_idx, self._contender.blueprint.id)
+        spend_try(run.model)
+        run.ledger.structure_changed()
         host = "the snapshot was restored" if updates_lost else "the trained host was kept"
         run.journal.rolled_back(self._graft, updates_lost, f"{host}: {why}")
         self._graft.cull(
@@ -251,24 +203,3 @@ class Probation:
             verdict="culled after admission",
             updates_lost=updates_lost,
         )
-
-
-def _measure_twin(twin: Twin, evaluator: Evaluator) -> Measurement:
-    return evaluator(twin.model)
-
-
-def _make_fork(run: GrowthRun, contender: Contender) -> Fork:
-    assert contender.null is not None
-    null, host, perturbed = (
-        Twin(run.model, run.optimizer, run.factor, run.twin_update) for _ in range(3)
-    )
-    perturbed.perturb(run.settings.generator_seed + run.updates)
-    site = layers(null.model)[contender.graft.site]
-    kernel = graft_kernel(
-        contender.null,
-        site,
-        null.factor,
-        placement=Placement(null.model, null.optimizer, run.group_for),
-        peaks=run.watcher.peaks,
-    )
-    return Fork(null=null, null_kernel=kernel, host=host, perturbed=perturbed)

@@ -27,8 +27,8 @@ class Reading:
             measures nothing, None before the first evaluation. It may not be finite.
         metrics: What ``evaluate`` returned beside the losses, by name, as returned.
         rates: Learning rate of each param group at the last update; empty before the first.
-        last_change_update: When the last graft ended, by a verdict or a removal; None where there
-            was none.
+        last_change_update: When the last package was judged or removed; None where there was none.
+        num_packages: Packages that were tried so far, at least 0.
     """
 
     update: int
@@ -38,6 +38,7 @@ class Reading:
     metrics: Mapping[str, float] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     last_change_update: int | None = None
+    num_packages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.continuity.placement import Placement
+from esper.continuity.replicas import averaging
 from esper.contracts.errors import GrowthError
 from esper.growth.batch import num_samples
 from esper.growth.budget import Cost
+from esper.growth.extrapolation import going_on
 from esper.growth.losses import TrainingLosses
+from esper.growth.twins import LiveStep
 from esper.seeds.shadow import shadow_pass
 from esper.state.roster import Moves, where_kernels_stand
 
@@ -29,17 +32,19 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
     from esper.growth.batch import Batch, LossFunction, TwinUpdate
-    from esper.growth.budget import Budget, Category
-    from esper.growth.embargoes import Embargoes
+    from esper.growth.budget import Budget
     from esper.growth.evaluation import Evaluator
     from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
     from esper.growth.ledger import WorkLedger
     from esper.growth.measurement import Measurement
+    from esper.growth.null_beside import NullBeside
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
     from esper.growth.settings import GrowthSettings
+    from esper.growth.twins import TwinBuilder
     from esper.growth.updates import UpdateWatcher
+    from esper.growth.verdict import GoingOn
     from esper.observability.event_log import EventLog
 
 
@@ -63,19 +68,24 @@ class GrowthRun:
         clock: Measures latencies, and dates the events.
         compute_loss: ``(model, batch)`` to a scalar loss; None where the owner gave none.
         evaluator: Reads the gate split; None where the owner gave no measure.
+        functions: The owner's functions that train; what they keep is put back behind each of our
+            passes.
         twin_update: One update of a twin.
+        build_twin: Makes a module for a twin where a copy cannot be made; None: a copy is.
+        overhead: What growing may take, as a share of the training's FLOPs.
         watcher: Knows the updates, and their rates.
         factor: Warm-up of parameters that appear.
         journal: Publishes what happens, and keeps it for the report.
         log: The file that it goes to; None where the owner wants none.
         ledger: Counts the work.
-        embargoes: What sits out, counted in decisions to grow.
         grafts: All grafts so far.
         host_cost: What the model cost before any graft.
         losses: Recent training losses.
         num_moves: Moves of kernels to other modules that the layers have followed.
-        num_auditions: Auditions so far, several contenders side by side being one; the k-th is
-            tested at the k-th level, which its contenders share.
+        num_packages: Packages that were tried so far.
+        num_decisions: Decisions to grow so far.
+        null_beside: The null twin that trains on to the end of the run; None without one.
+        no_twins: Why no twin can be made; None where one can, or nobody has tried.
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
             be had; None before.
         last_measurement: What the last evaluation of the model as it is gave.
@@ -96,17 +106,22 @@ class GrowthRun:
     clock: Clock
     compute_loss: LossFunction | None
     evaluator: Evaluator | None
+    functions: tuple[object, ...]
     twin_update: TwinUpdate
+    build_twin: TwinBuilder | None
+    overhead: float
     watcher: UpdateWatcher
     factor: UpdateFactor
     journal: Journal
     log: EventLog | None
     ledger: WorkLedger
-    embargoes: Embargoes
     grafts: Grafts
     host_cost: Cost
     losses: TrainingLosses = field(default_factory=TrainingLosses)
-    num_auditions: int = 0
+    num_packages: int = 0
+    num_decisions: int = 0
+    null_beside: NullBeside | None = None
+    no_twins: str | None = None
     num_moves: int = field(default_factory=lambda: Moves.count)
     last_change_update: int | None = None
     last_measurement: Measurement | None = None
@@ -115,11 +130,6 @@ class GrowthRun:
     def updates(self) -> int:
         """Optimizer updates done."""
         return self.watcher.updates
-
-    @property
-    def num_affordable(self) -> int:
-        """How many auditions side by side the overhead still allows; 0 where it is spent."""
-        return self.ledger.num_affordable(self.updates)
 
     def follow_exchanges(self) -> None:
         """Go on with what others have put in the place of a layer with kernels."""
@@ -133,25 +143,56 @@ class GrowthRun:
         """Look at whose the parameters are now."""
         return Placement(self.model, self.optimizer, self.group_for)
 
-    def measure(self) -> Measurement:
-        """Read the gate split for the model as it is."""
-        return self.measured(lambda evaluator: evaluator(self.model))
+    def live_step(self) -> LiveStep:
+        """Return how the live run made its last update, for twins to do likewise."""
+        return LiveStep(
+            rates=self.watcher.rates,
+            loss_scale=self.watcher.loss_scale,
+            clipping=self.watcher.clipping,
+            average=averaging(self.given),
+        )
 
-    def measured(
-        self, read: Callable[[Evaluator], Measurement], category: Category = "evaluation"
-    ) -> Measurement:
-        """Read the gate split in the way that ``read`` says, and count the work.
+    def going_on(self, flops: float) -> GoingOn | None:
+        """Say what so many FLOPs of going on would bring, from the run's own curve."""
+        points = [(e.update, e.gate_loss) for e in self.journal.evaluations]
+        each = self.ledger.update_flops
+        return going_on(points, at=self.updates, extra_updates=flops / each) if each else None
+
+    def measure(self) -> Measurement:
+        """Read the gate split for the model as it is, and count what that takes.
 
         Raises:
             GrowthError: The owner gave no ``evaluate``.
         """
+        evaluator, reading = self._evaluator(), self.ledger.reading
+        if reading.is_known:
+            with reading.counted():
+                return evaluator(self.model)
+        before = evaluator.num_readings
+        with self.ledger.measured("evaluation") as work:
+            found = evaluator(self.model)
+        reading.learn(work.flops, evaluator.num_readings - before)
+        return found
+
+    def measure_copy(self, model: nn.Module) -> Measurement:
+        """Read the gate split for a copy of the model, which may hold other kernels."""
+        return self.measured(lambda evaluator: evaluator(model))
+
+    def measured(self, read: Callable[[Evaluator], Measurement]) -> Measurement:
+        """Read the gate split in the way that ``read`` says, under the counter.
+
+        Raises:
+            GrowthError: The owner gave no ``evaluate``.
+        """
+        evaluator = self._evaluator()
+        with self.ledger.measured("evaluation"):
+            return read(evaluator)
+
+    def _evaluator(self) -> Evaluator:
         if self.evaluator is None:
             msg = "there is no evaluate=, so nothing can be measured; give one to the Grower"
             raise GrowthError(msg)
-        before = self.evaluator.samples_seen
-        result = read(self.evaluator)
-        self.ledger.count_forward(category, self.evaluator.samples_seen - before)
-        return result
+        return self.evaluator
 
     def over_budget(self, cost: Cost) -> str | None:
         """Say why a kernel of such a cost does not fit beside what was admitted, or None."""
@@ -159,7 +200,6 @@ class GrowthRun:
             host=self.host_cost,
             candidate=cost,
             admitted=self.grafts.added_cost,
-            grafts=self.grafts.num_admitted,
         )
 
     def count_host_flops(self, batches: list[Batch]) -> None:

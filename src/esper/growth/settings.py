@@ -8,6 +8,7 @@ from types import NoneType
 from typing import (
     TYPE_CHECKING,
     Annotated,
+    Final,
     Literal,
     Self,
     TypedDict,
@@ -18,7 +19,7 @@ from typing import (
 )
 
 from esper.contracts.arguments import Bounds, checked_number, generator_seed
-from esper.contracts.choices import Goal, Verification
+from esper.contracts.choices import Attribution, Goal, Pays, TrialKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
 _Count = Annotated[int, Bounds(what="a count", least=1)]
+_Overhead = Annotated[float, Bounds(what="a share of the training's FLOPs", least=0)]
+
+MIN_TRIAL: Final = 50
+"""Fewest updates of a trial: what is shorter shows the first steps of kernels and nothing else."""
+MIN_NULLS: Final = 3
+"""Fewest equal twins that a spread is measured on; one pair of runs is one degree of freedom."""
+OVERHEAD: Final = 0.10
+OVERHEAD_OF_SMALL: Final = 1.0
+"""Of hosts under ``Budget.small_host`` parameters, beside which kernels are large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,34 +44,42 @@ class GrowthSettings:
     """The numbers of a growth run; each is an argument of the Grower.
 
     *The run.* ``horizon``, ``goal``, ``random_seed``. *What growing may take.* ``overhead``,
-    ``evaluate_every``. *The course of a graft*, in its order. ``record_updates``, ``candidates``,
-    ``audition_updates``, ``min_effect``, ``embargo``, ``ramp_updates``, ``warmup_updates``,
-    ``lr_new``, ``hold_updates``, ``looks``, ``verify``.
+    ``evaluate_every``. *The trial of a package.* ``trial``, ``record_updates``, ``trial_updates``,
+    ``tries``, ``spread``, ``nulls``, ``attribution``, ``pays``, ``min_effect``. *After it.*
+    ``warmup_updates``, ``lr_new``, ``hold_updates``. *Of* ``trial="shadow"`` *alone.*
+    ``audition_updates``, ``ramp_updates``.
 
     Attributes:
         horizon: Length of the run in updates, at least 1; None where unknown.
         goal: ``"min"`` where lower is better of what ``evaluate`` returns, ``"max"`` where higher.
         evaluate_every: Updates between two evaluations, at least 1. None: at every
             ``Grower.end_epoch``, or every 50 updates where it is never called; less often
-            where that would take more than half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
-            every graft of the budget is given one audition all the same, and the report says
-            what that cost.
-        audition_updates: Shadow passes of an audition, at least 1.
-        ramp_updates: Updates over which alpha rises from 0 to 1, at least 1.
-        hold_updates: Updates at alpha 1 before the verdict, at least 0.
-        looks: Readings of the gate split, spread over the hold, whose mean the verdict is on; at
-            least 1.
+            where that would take more than a fifth of ``overhead``.
+        overhead: What growing may take, in FLOPs, as a share of the FLOPs of the training itself,
+            at least 0; evaluation, ranking, trials and shadow passes together. None: 0.10, and 1.0
+            for a host under 100,000 parameters.
+        trial: ``"twin"``: a package of kernels is tried in a copy of the run. ``"shadow"``: one
+            kernel at a time learns in passes beside the run; for models of which no copy fits.
+        record_updates: Updates that are recorded for a ranking, at least 1.
+        trial_updates: Updates of a trial, at least 50; fewer where ``overhead`` does not buy them.
+        tries: Packages that may be refused before growth of the model ends, at least 1; each is
+            tested at the level 0.05 / ``tries``.
+        spread: By what the standard error of a verdict is widened, since runs that are equal come
+            out apart; at least 1. Not used where ``nulls`` measures it.
+        nulls: Equal twins that train beside a trial to measure the spread; 0, or at least 3.
+        attribution: How long the package made linear trains beside it, so that a gain can be
+            told apart from its treatment: ``"trial"``, to the end of the ``"run"``, or ``"none"``.
+        pays: ``"updates"``: a package stays where it beats the live run at equal updates.
+            ``"flops"``: where it also beats what the same FLOPs of going on would have brought.
+        min_effect: Smallest fall of the gate loss that a package has to bring, as a share of it;
+            at least 0.
         warmup_updates: Updates over which the factor on new parameters rises to 1, at least 0.
         lr_new: Share of the peak rate that new parameters start at where the rate is spent, in
             [0, 1]; 0 leaves the host's rate.
-        record_updates: Updates that are recorded for a ranking, at least 1.
-        candidates: Auditions side by side, at most; at least 1.
-        min_effect: Smallest fall of the gate loss at admission, as a share of it; at least 0.
-        embargo: Decisions to grow that a slot and a blueprint sit out after a refusal, at least 0.
-        verify: ``"snapshot"``: a graft stays if the gate split is not worse than at its
-            admission. ``"fork"``: if it also beats a twin that got the same treatment with a
-            kernel that adds nothing; costs three more models in training while it lasts.
+        hold_updates: Updates under watch after the taking over, at least 0.
+        audition_updates: Shadow passes of an audition, at least 1.
+        ramp_updates: Updates over which alpha rises from 0 to 1 where it cannot begin at 1, at
+            least 1.
         random_seed: Starts every generator of the controller's own; any whole number.
 
     Raises:
@@ -72,24 +90,30 @@ class GrowthSettings:
     horizon: _Updates | None = None
     goal: Goal = "min"
     evaluate_every: _Updates | None = None
-    overhead: Annotated[float, Bounds(what="a share of the run's work", least=0, below=1)] = 0.10
-    audition_updates: _Updates = 100
-    ramp_updates: _Updates = 100
-    hold_updates: _UpdatesOrZero = 100
-    looks: _Count = 5
+    overhead: _Overhead | None = None
+    trial: TrialKind = "twin"
+    record_updates: _Updates = 16
+    trial_updates: Annotated[int, Bounds(what="a number of updates", least=MIN_TRIAL)] = 200
+    tries: _Count = 1
+    spread: Annotated[float, Bounds(what="a factor", least=1)] = 1.6
+    nulls: Annotated[int, Bounds(what="a count", least=0)] = 0
+    attribution: Attribution = "trial"
+    pays: Pays = "updates"
+    min_effect: Annotated[float, Bounds(what="a share of the gate loss", least=0)] = 0.001
     warmup_updates: _UpdatesOrZero = 100
     lr_new: Annotated[float, Bounds(what="a share of the peak rate", least=0, most=1)] = 0.3
-    record_updates: _Updates = 16
-    candidates: _Count = 3
-    min_effect: Annotated[float, Bounds(what="a share of the gate loss", least=0)] = 0.001
-    embargo: Annotated[int, Bounds(what="a count", least=0)] = 3
-    verify: Verification = "snapshot"
+    hold_updates: _UpdatesOrZero = 100
+    audition_updates: _Updates = 100
+    ramp_updates: _Updates = 100
     random_seed: Annotated[int, Bounds(what="a whole number")] = 0
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, and keep plain numbers only."""
         for name, annotation in _annotations().items():
             object.__setattr__(self, name, _checked(name, annotation, getattr(self, name)))
+        if 0 < self.nulls < MIN_NULLS:
+            msg = f"nulls is 0 or at least {MIN_NULLS}, got {self.nulls}: fewer tell no spread"
+            raise ValueError(msg)
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Self:
@@ -106,13 +130,15 @@ class GrowthSettings:
         return cls(**cast("SettingOptions", own))  # what they are is checked when it is made
 
     @property
-    def graft_updates(self) -> int:
-        """Updates from a decision to grow until the verdict."""
+    def package_updates(self) -> int:
+        """Fewest updates from a decision to grow until kernels are permanent."""
+        if self.trial == "twin":
+            return self.record_updates + MIN_TRIAL + self.hold_updates
         return self.record_updates + self.audition_updates + self.joint_updates
 
     @property
     def joint_updates(self) -> int:
-        """Updates from an admission until the verdict."""
+        """Updates from an admission until the verdict, after an audition."""
         return self.ramp_updates + self.hold_updates
 
     def as_options(self) -> SettingOptions:
@@ -134,18 +160,21 @@ class SettingOptions(TypedDict, total=False):
     horizon: int | None
     goal: Goal
     evaluate_every: int | None
-    overhead: float
-    audition_updates: int
-    ramp_updates: int
-    hold_updates: int
-    looks: int
+    overhead: float | None
+    trial: TrialKind
+    record_updates: int
+    trial_updates: int
+    tries: int
+    spread: float
+    nulls: int
+    attribution: Attribution
+    pays: Pays
+    min_effect: float
     warmup_updates: int
     lr_new: float
-    record_updates: int
-    candidates: int
-    min_effect: float
-    embargo: int
-    verify: Verification
+    hold_updates: int
+    audition_updates: int
+    ramp_updates: int
     random_seed: int
 
 

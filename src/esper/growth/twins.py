@@ -1,81 +1,133 @@
-"""Twins: copies of the run at a graft's admission, trained in lockstep on the same batches."""
+"""Twins: copies of the run, trained in lockstep with it on the same batches."""
 
 from __future__ import annotations
 
 import copy
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import nn
 
+from esper.continuity.clipping import Clipping
 from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.following import stands_apart
-from esper.continuity.snapshot import random_state, set_random_state
+from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
+from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
+from esper.forward.recompilation import uncompiled
+from esper.state.set_aside import set_aside
+from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
     from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.replicas import AverageGradients
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
+    from esper.growth.run import GrowthRun
 
-PERTURBATION = 1e-3
-"""Relative size of the perturbation whose effect on the gate loss is tau."""
+TwinBuilder = Callable[["nn.Module", dict[int, object]], "nn.Module"]
+"""``(live model, memo)`` to a model like it; the memo learns whose copy each parameter is."""
+
+PERTURBATION: Final = 1e-3
+"""Relative size of the noise by which twins differ that are to be equal but for luck."""
+
+_OWNERS_HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_LIBRARIES: Final = ("torch.", "esper.")
+"""Whose hooks belong to what a module computes; those of others watch it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveStep:
+    """How the live run made its last update, as far as a twin has to do likewise.
+
+    Attributes:
+        rates: Learning rate of each param group.
+        loss_scale: By what the loss was multiplied for the backward; 1 where nothing did.
+        clipping: How the gradients were clipped.
+        average: Averages the gradients over the ranks; None where there is one.
+    """
+
+    rates: Sequence[float]
+    loss_scale: float = 1.0
+    clipping: Clipping = Clipping()
+    average: AverageGradients | None = None
 
 
 class Twin:
-    """A copy of a model and its optimizer that takes the live run's batches and rates.
+    """A copy of a run that takes the live run's batches and rates.
 
-    It has a random state of its own, which starts as the run's, and no hook of the run's
-    optimizer.
+    It runs eagerly, has a random state of its own, which starts as the run's, and none of the
+    owner's hooks. What the owner's functions keep is put back after each of its updates.
 
     Args:
-        model: The live model, without a DDP or compile wrapper; copied.
-        optimizer: Its optimizer; copied, with its moments.
-        factor: Its warm-up of parameters that appeared; copied as far as it is.
-        update: Does one update, ``(model, optimizer, batches)``.
+        run: The run; its model, optimizer and warm-up are copied as far as they are.
 
     Raises:
-        GrowthError: The optimizer holds a parameter that is not the model's.
+        GrowthError: The optimizer holds a parameter that is not the model's, or the model cannot
+            be copied.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: AnyOptimizer,
-        factor: UpdateFactor,
-        update: TwinUpdate,
-    ) -> None:
+    def __init__(self, run: GrowthRun) -> None:
         memo: dict[int, object] = {}
-        self.model = copy.deepcopy(model, memo)
-        stands_apart(model, self.model)
-        self.optimizer = _copied_optimizer(optimizer, memo)
-        self.factor = _copied_factor(factor, self.optimizer, model, memo)
-        self._update = update
-        self._random_state = random_state(model)
+        self.model = copied_model(run, memo)
+        stands_apart(run.model, self.model)
+        self._memo = memo
+        self.optimizer = _copied_optimizer(run.optimizer, memo)
+        self.factor = _copied_factor(run.factor, self.optimizer, run.model, memo)
+        self._update = run.twin_update
+        self._functions = run.functions
+        self._random_state = random_state(run.model)
 
-    def update(self, batches: list[Batch], rates: list[float]) -> None:
+    def update(self, batches: list[Batch], step: LiveStep) -> None:
         """Do the update that the live run has just done: same batches, same rates."""
         # a group that the owner added to the live run later is not the twin's
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+        for group, rate in zip(self.optimizer.param_groups, step.rates, strict=False):
             group["lr"] = rate
         outer = random_state(self.model)
         set_random_state(self._random_state)
+        apart = set_aside(functions=self._functions, values=batches)
         try:
-            self._update(self.model, self.optimizer, batches)
+            with apart, uncompiled(self.model), torch.enable_grad():
+                self._update(self.model, self.optimizer, batches, step)
         finally:
             self._random_state = random_state(self.model)
             set_random_state(outer)
 
+    def copy_of(self, p: Tensor) -> Tensor:
+        """Return the twin's copy of a parameter that the live model had when it was made."""
+        return _copy_of(p, self._memo)
+
     def perturb(self, random_seed: int) -> None:
-        """Multiply every trainable weight by ``1 + 1e-3 * N(0, 1)``."""
+        """Multiply every trainable weight by ``1 + 1e-3 N(0, 1)``, and draw other random numbers.
+
+        Without it equal twins are equal bit for bit, and tell nothing of how far apart runs come
+        out that differ by luck alone.
+        """
         generator = torch.Generator().manual_seed(random_seed)
         with torch.no_grad():
             for p in self.model.parameters():
                 if p.requires_grad:
                     noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
                     p.mul_((1 + PERTURBATION * noise).to(p))
+        outer = random_state(self.model)
+        seed_random_state(self.model, random_seed)
+        self._random_state = random_state(self.model)
+        set_random_state(outer)
+
+    def close(self) -> None:
+        """Let go of the optimizer's hooks; the twin is trained no more."""
+        self.factor.close()
 
 
 def twin_update(own: OwnUpdate | None, compute_loss: LossFunction | None) -> TwinUpdate:
@@ -89,22 +141,39 @@ def twin_update(own: OwnUpdate | None, compute_loss: LossFunction | None) -> Twi
         return owner_update(own)
     if compute_loss is not None:
         return lockstep_update(compute_loss)
-    return lambda *_: None  # nothing is ever admitted, so there is never a twin
+    return lambda *_: None  # nothing ever grows, so there is never a twin
 
 
 def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
     """Return the update a twin does where the owner gave none: loss, backward, step.
 
-    Several micro-batches of one update are averaged.
+    Several micro-batches of one update are averaged. Gradients are scaled and clipped as those of
+    the live run were seen to be.
     """
 
-    def update(model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch]) -> None:
+    def update(
+        model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch], step: LiveStep
+    ) -> None:
         optimizer.zero_grad()
         for batch in batches:
-            (compute_loss(model, batch) / len(batches)).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+            share = compute_loss(model, batch) / len(batches)
+            (share * step.loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        if step.average is not None:
+            step.average(optimizer)
+        if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
+            return
+        step.clipping.apply(optimizer)
         optimizer.step()
 
     return update
+
+
+def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
+    """Take a loss's scale off the gradients; say whether they are finite then."""
+    held = (p.grad for group in optimizer.param_groups for p in group["params"])
+    gradients = [gradient for gradient in held if gradient is not None]
+    torch._foreach_div_(gradients, scale)  # noqa: SLF001 - as GradScaler does
+    return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def owner_update(update: OwnUpdate) -> TwinUpdate:
@@ -114,7 +183,12 @@ def owner_update(update: OwnUpdate) -> TwinUpdate:
     owner knows how to weigh them.
     """
 
-    def call(model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch]) -> None:
+    def call(
+        model: nn.Module,
+        optimizer: AnyOptimizer,
+        batches: list[Batch],
+        step: LiveStep,
+    ) -> None:
         if len(batches) != 1:
             msg = (
                 f"update= takes one batch, but {len(batches)} micro-batches were given to "
@@ -123,20 +197,94 @@ def owner_update(update: OwnUpdate) -> TwinUpdate:
             )
             raise GrowthError(msg)
         given = optimizer.members if isinstance(optimizer, Ensemble) else optimizer
-        update(model, given, batches[0])
+        average = step.average
+        if average is None:
+            update(model, given, batches[0])
+            return
+        hooks = StepHooks(optimizer, before=lambda member, *_: average(member))
+        try:
+            update(model, given, batches[0])
+        finally:
+            hooks.close()
 
     return call
 
 
-def tau_of(one: float | None, other: float | None) -> float:
-    """Return tau from the gate losses of two twins that differ by the perturbation only.
+def copied_model(run: GrowthRun, memo: dict[int, object] | None = None) -> nn.Module:
+    """Return a copy of the live model without the owner's hooks.
 
-    Returns:
-        The absolute difference; infinite where either was not measured, so that no gate passes.
+    Args:
+        run: The run.
+        memo: Learns what became what, as for ``copy.deepcopy``.
+
+    Raises:
+        GrowthError: The model cannot be copied.
     """
-    if one is None or other is None:
-        return math.inf
-    return abs(one - other)
+    memo = {} if memo is None else memo
+    if run.build_twin is not None:
+        return run.build_twin(run.model, memo)
+    try:
+        copied = copy.deepcopy(run.model, memo)
+    except Exception as error:
+        msg = (
+            f"the model cannot be copied for a twin ({type(error).__name__}: {error}); give the "
+            "Grower twin=, a function that builds such a module anew, or trial='shadow'"
+        )
+        raise GrowthError(msg) from error
+    for module in copied.modules():
+        _drop_hooks(module)
+    return copied
+
+
+def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
+    """Return how a twin's module is made by the owner's ``twin=``; None where there is none.
+
+    Args:
+        make: Builds a module of the model's class and shapes, not wrapped, on its device.
+    """
+    if make is None:
+        return None
+
+    def build(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+        made: object = make()
+        if not isinstance(made, nn.Module):
+            msg = f"twin= returns a torch.nn.Module like the model, got {type(made).__name__}"
+            raise GrowthError(msg)
+        found = layers(model)
+        if made is not model and not layers(made):
+            wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
+        try:
+            made.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            msg = f"what twin= returned does not take the model's state: {error}"
+            raise GrowthError(msg) from error
+        for module, copied in zip(model.modules(), made.modules(), strict=True):
+            copied.training = module.training
+        for p, copied in zip(model.parameters(), made.parameters(), strict=True):
+            if copied is p:
+                msg = "what twin= returned shares parameters with the model; build a module anew"
+                raise GrowthError(msg)
+            memo[id(p)] = copied.requires_grad_(p.requires_grad)
+        return made
+
+    return build
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    """Take the owner's hooks off a copy; those of libraries compute, as weight_norm's does."""
+    for name in _OWNERS_HOOKS:
+        hooks: dict[int, Callable[..., object]] = getattr(module, name)
+        for key, hook in list(hooks.items()):
+            if not _is_librarys(hook):
+                del hooks[key]
+                for flags in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+                    getattr(module, flags).pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)  # noqa: SLF001 - torch has no public way
+
+
+def _is_librarys(hook: object) -> bool:
+    named = hook if hasattr(hook, "__module__") else type(hook)
+    return str(getattr(named, "__module__", "")).startswith(_LIBRARIES)
 
 
 def _copied_optimizer(optimizer: AnyOptimizer, memo: dict[int, object]) -> AnyOptimizer:
@@ -147,7 +295,7 @@ def _copied_optimizer(optimizer: AnyOptimizer, memo: dict[int, object]) -> AnyOp
             msg = (
                 f"the optimizer holds {len(missing)} parameters that the model does not have (the "
                 f"first has the shape {tuple(missing[0].shape)}); a twin cannot be made of them. "
-                'Use verify="snapshot", or give the Grower the module that owns them all'
+                "Give the Grower the module that owns them all, or trial='shadow'"
             )
             raise GrowthError(msg)
         shares.append([_copy_of(p, memo) for p in group["params"]])

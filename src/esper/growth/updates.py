@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from esper.continuity.clipping import GradientWatch
 from esper.continuity.ensemble import members_of
 from esper.continuity.loss_scale import loss_scale_of_step
 from esper.continuity.step_hooks import StepHooks
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from esper.continuity.clipping import Clipping
     from esper.continuity.ensemble import AnyOptimizer, ParamGroup
     from esper.growth.batch import Batch
 
@@ -28,7 +30,7 @@ class UpdateWatcher:
         updates: Optimizer updates that were seen in :meth:`step`; of several optimizers, those of
             the one that makes most.
         reads_scale: Whether the scale of the loss is read at every step, for which the device is
-            waited for.
+            waited for, and the size of the gradients followed.
         loss_scale: By what the loss of the last update was multiplied; 1 where nothing did, or
             it was not read.
         share_kept: Share of the calls of :meth:`step` since the update before that the last
@@ -47,6 +49,12 @@ class UpdateWatcher:
         self.updates = 0
         self.reads_scale = False
         self.loss_scale = self.share_kept = 1.0
+        self._gradients = GradientWatch()
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the gradients were clipped, as far as those tell that were followed."""
+        return self._gradients.clipping
 
     def step(self, batch: Batch | None) -> list[Batch] | None:
         """Count a training step.
@@ -102,6 +110,8 @@ class UpdateWatcher:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped = True
         self.loss_scale = loss_scale_of_step() if self.reads_scale else 1.0
+        if self.reads_scale and optimizer is self._optimizer:  # of several, none is clipped alone
+            self._gradients.see(optimizer)
         groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
         rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]

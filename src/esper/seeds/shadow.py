@@ -48,6 +48,11 @@ def seen_example(layer: nn.Module, kernel: PreparedKernel) -> LayerCall | None:
     return _examples.get(kernel.module, {}).get(record_of(layer).name)
 
 
+def remember_call(layer: nn.Module, kernel: PreparedKernel, call: LayerCall) -> None:
+    """Remember a call with which a kernel has run, so that a graft need not probe it again."""
+    _examples.setdefault(kernel.module, {})[record_of(layer).name] = call
+
+
 def in_shadow_pass() -> bool:
     """Return whether a shadow pass is running here; forward hooks may ask."""
     return _in_shadow_pass.get()
@@ -207,7 +212,7 @@ def shadow(layer: nn.Module, seed_idx: int, kernel: PreparedKernel, alpha: float
     try:
         yield
         if seed.example is not None:
-            _examples.setdefault(kernel.module, {})[record.name] = seed.example
+            remember_call(layer, kernel, seed.example)
     finally:
         handle.remove()
         del record.shadows[seed_idx]

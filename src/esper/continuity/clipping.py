@@ -1,0 +1,93 @@
+"""Whether an owner clips gradients, told from the gradients that reach the optimizer.
+
+Nobody hands the limit over, but it shows: the norms of clipped gradients are all the same number,
+and no norm is above it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from esper.continuity.ensemble import AnyOptimizer
+
+WATCHED_UPDATES: Final = 64
+"""Norms that are looked back on."""
+_ALIKE: Final = 3
+"""So many updates with one and the same largest norm are no coincidence."""
+_ROUNDING: Final = 2e-5
+"""Relative difference of norms that a limit has made equal: ``limit n / (n + 1e-6)``, rounded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clipping:
+    """How gradients are clipped before a step.
+
+    Attributes:
+        norm: Largest norm of all gradients together, above 0; None where it is not limited.
+        value: Largest absolute value of a gradient's element, above 0; None likewise.
+    """
+
+    norm: float | None = None
+    value: float | None = None
+
+    def apply(self, optimizer: AnyOptimizer) -> None:
+        """Clip the gradients of everything that an optimizer trains."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.value is not None:
+            torch.nn.utils.clip_grad_value_(params, self.value)
+        if self.norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.norm)
+
+
+class GradientWatch:
+    """Follows the size of the gradients that reach an optimizer's steps."""
+
+    def __init__(self) -> None:
+        self._norms: deque[Tensor] = deque(maxlen=WATCHED_UPDATES)
+        self._values: deque[Tensor] = deque(maxlen=WATCHED_UPDATES)
+
+    @torch.no_grad()
+    def see(self, optimizer: Optimizer) -> None:
+        """Take the gradients of a step that is about to be made; no device is waited for."""
+        if getattr(optimizer, "grad_scale", None) is not None:
+            return  # a fused optimizer takes the scale off itself, later
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        gradients = [g for g in gradients if not g.is_sparse]
+        if gradients:
+            self._norms.append(_total(torch._foreach_norm(gradients)).norm())  # noqa: SLF001 - as clip_grad_norm_ does
+            self._values.append(
+                _total(torch._foreach_norm(gradients, float("inf"))).max()  # noqa: SLF001 - as above
+            )
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the gradients seen so far were clipped, as far as they tell."""
+        value = _limit(self._values, rounding=0.0)
+        return Clipping(norm=None if value is not None else _limit(self._norms), value=value)
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor:
+    return torch.stack([norm.float().to(norms[0].device) for norm in norms])
+
+
+def _limit(sizes: Iterable[Tensor], rounding: float = _ROUNDING) -> float | None:
+    """Return the largest size where several updates share it, and some are below or above all."""
+    known = [float(size) for size in sizes]
+    finite = [size for size in known if 0.0 < size < float("inf")]
+    if len(finite) < _ALIKE:
+        return None
+    largest = max(finite)
+    alike = [size for size in finite if size >= largest * (1.0 - rounding)]
+    return largest if len(alike) >= _ALIKE else None

@@ -1,0 +1,115 @@
+"""Weights averaged over a part of a run: a model's level, without the wobble of its last update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
+from esper.forward.recompilation import uncompiled
+from esper.state.seed_slot import SeedSlot
+from esper.state.set_aside import set_aside
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from esper.growth.batch import Batch, LossFunction
+
+
+class WeightAverage:
+    """The mean of a model's parameters and floating buffers over several updates.
+
+    Means of half precision are kept in float32. Integer buffers and what modules keep elsewhere
+    are those of the last update.
+
+    Attributes:
+        num_updates: Updates that are in the mean.
+    """
+
+    def __init__(self) -> None:
+        self.num_updates = 0
+        self._means: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, model: nn.Module) -> None:
+        """Take the model as it is into the mean.
+
+        Raises:
+            ValueError: The model has other parameters than at the first time.
+        """
+        values = _averaged_tensors(model)
+        self.num_updates += 1
+        if not self._means:
+            self._means = [value.detach().to(_wide(value), copy=True) for value in values]
+            return
+        if [m.shape for m in self._means] != [value.shape for value in values]:
+            msg = "the model has other parameters than when its average began"
+            raise ValueError(msg)
+        weight = 1.0 / self.num_updates
+        for mean, value in zip(self._means, values, strict=True):
+            mean.lerp_(value.to(mean.dtype), weight)
+
+    @torch.no_grad()
+    def write_to(self, model: nn.Module) -> None:
+        """Let a copy of the model have the averaged values."""
+        for value, mean in zip(_averaged_tensors(model), self._means, strict=True):
+            value.copy_(mean)
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+def _averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """Return parameters and floating buffers; of a seed its kernel's, not its alpha."""
+    found: dict[int, Tensor] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        if not isinstance(module, SeedSlot):
+            held = module._buffers.values()  # noqa: SLF001 - past properties
+            found.update({id(b): b for b in held if b is not None and b.is_floating_point()})
+    return list(found.values())
+
+
+def renew_statistics(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    compute_loss: LossFunction,
+    *,
+    random_seed: int,
+) -> None:
+    """Let running statistics be those of the model's weights as they are, computed on batches.
+
+    Averages of running statistics belong to no weights. Those of modules that are in evaluation
+    mode are their owner's, and stay. The random state comes back.
+
+    Args:
+        model: A copy of a model.
+        batches: Recorded training batches; without one the statistics stay as they are.
+        compute_loss: ``(model, batch)`` to the training loss, for its forward.
+        random_seed: Starts the random numbers of the passes; the same for models to be compared.
+    """
+    norms = [module for module in model.modules() if _has_statistics(module)]
+    if not norms or not batches:
+        return
+    state, momenta = random_state(model), [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    try:
+        seed_random_state(model, random_seed)
+        apart = set_aside(functions=(compute_loss,), values=batches)
+        with apart, uncompiled(model), torch.no_grad():
+            for batch in batches:
+                compute_loss(model, batch)
+    finally:
+        set_random_state(state)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+    return isinstance(module, _NormBase) and module.training and module.running_mean is not None

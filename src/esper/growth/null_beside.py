@@ -1,0 +1,67 @@
+"""The null twin that trains on to the end of a run, for a claim of capacity at its end."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from esper.growth.averaging import WeightAverage
+from esper.growth.gates import Spread, judge, level_of
+from esper.growth.twins import copied_model
+
+if TYPE_CHECKING:
+    from esper.growth.batch import Batch
+    from esper.growth.gates import GateVerdict
+    from esper.growth.run import GrowthRun
+    from esper.growth.trial import Arm
+
+
+class NullBeside:
+    """A package made linear, in a twin that goes on beside the run that took the package over.
+
+    What a treatment brings early may be gone by the end: capacity is claimed at the end only
+    where the grown model beats this twin there.
+
+    Args:
+        run: The run.
+        arm: The null twin of the trial.
+        window: Updates that are averaged for the reading, at least 1.
+    """
+
+    def __init__(self, run: GrowthRun, arm: Arm, window: int) -> None:
+        self._run, self._arm, self._window = run, arm, window
+        self._averages = (WeightAverage(), WeightAverage())
+        self._before = self._averages
+
+    def advance(self, batches: list[Batch]) -> None:
+        """Do the update that the live run has just done."""
+        self._arm.update(self._run, batches)
+        live, null = self._averages
+        if live.num_updates >= self._window:
+            self._before = self._averages
+            live, null = self._averages = (WeightAverage(), WeightAverage())
+        live.add(self._run.model)
+        null.add(self._arm.twin.model)
+
+    def read(self) -> GateVerdict | None:
+        """Hold the run against the twin, on averaged weights; None where neither was trained."""
+        run = self._run
+        is_short = self._averages[0].num_updates < self._window // 2
+        live, null = self._before if is_short else self._averages
+        if not live.num_updates:
+            return None
+        pairs = ((live, copied_model(run)), (null, copy.deepcopy(self._arm.twin.model)))
+        found = []
+        for average, model in pairs:
+            average.write_to(model)
+            found.append(run.measure_copy(model).verdicts_part)
+        return judge(
+            found[1],
+            found[0],
+            level=level_of(run.settings.tries),
+            spread=Spread(factor=run.settings.spread),
+        )
+
+    def close(self) -> None:
+        """Drop the twin."""
+        self._arm.twin.close()

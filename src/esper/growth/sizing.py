@@ -1,0 +1,151 @@
+"""How long a trial may be, and how large its package, for what growing may cost."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from esper.growth.batch import num_samples_in
+from esper.growth.budget import FORWARD_BACKWARD, Cost, synchronize
+from esper.growth.settings import MIN_TRIAL
+from esper.seeds.shadow import shadow_pass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from esper.growth.batch import Batch
+    from esper.growth.germination import Contender
+    from esper.growth.run import GrowthRun
+
+LAST_READINGS = 2
+"""Readings of the gate split at a verdict beside those of averaged weights: the last iterates."""
+WATCH_READINGS = 2
+LATENCY_REPEATS = 9
+
+
+def sized(
+    run: GrowthRun, package: Sequence[Contender], batches: list[Batch]
+) -> tuple[list[Contender], int]:
+    """Return what of a package can be tried, best first, and for how many updates.
+
+    Kernels at the end of the package are withdrawn where the overhead does not buy 50 updates
+    with them, or where a forward would become too slow; where nothing is left, the log says what
+    horizon it would take.
+
+    Args:
+        run: The run.
+        package: Kernels, best predicted gain first.
+        batches: The batches of the last update.
+    """
+    kept = list(package)
+    while kept:
+        slow = too_slow(run, kept, batches[-1]) if batches else None
+        updates = affordable_updates(run, kept, batches)
+        if slow is None and updates >= MIN_TRIAL:
+            return kept, updates
+        least = run.ledger.horizon_for(shortest_trial_flops(run, kept, batches))
+        reason = slow or f"the overhead buys no trial of {MIN_TRIAL} updates with it"
+        last = kept.pop()
+        last.withdraw(reason, update=run.updates, verdict="refused in trial")
+        if not kept and slow is None:
+            cure = "a larger overhead" if least is None else f"a horizon of about {least:,} updates"
+            run.journal.note(
+                f"overhead={run.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: it "
+                f"would take {cure}"
+            )
+    return [], 0
+
+
+def update_flops(run: GrowthRun, package: Sequence[Contender], batches: list[Batch]) -> float:
+    """Return the FLOPs of one update of all arms of a trial."""
+    settings, host = run.settings, run.ledger.update_flops
+    samples = num_samples_in(batches)
+    added = sum(FORWARD_BACKWARD * (c.graft.cost.flops or 0.0) * samples for c in package)
+    arms = 1 if settings.attribution == "none" else 2
+    return arms * (host + added) + settings.nulls * host
+
+
+def reading_flops(run: GrowthRun, num_kernels: int) -> float:
+    """Return the FLOPs of every reading of the gate split that a trial and its watch take."""
+    settings = run.settings
+    arms = (2 if settings.attribution == "none" else 3) + settings.nulls
+    passengers = 2 * num_kernels + 2
+    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS + passengers)
+
+
+def affordable_updates(
+    run: GrowthRun, package: Sequence[Contender], batches: list[Batch]
+) -> int:
+    """Return for how many updates a package can be tried, at most ``trial_updates``."""
+    each = update_flops(run, package, batches)
+    left = run.ledger.left_for_trials() - reading_flops(run, len(package))
+    bought = left / each if each > 0 else math.inf
+    limits = [run.settings.trial_updates, bought, *_updates_left(run)]
+    return max(0, int(min(limits)))
+
+
+def _updates_left(run: GrowthRun) -> list[int]:
+    """Updates that are left for a trial in a run of known length."""
+    settings = run.settings
+    if settings.horizon is None:
+        return []
+    return [settings.horizon - run.updates - settings.hold_updates]
+
+
+def shortest_trial_flops(run: GrowthRun, package: Sequence[Contender], batches: list[Batch]) -> float:
+    """Return what the shortest trial of a package takes, readings included."""
+    return MIN_TRIAL * update_flops(run, package, batches) + reading_flops(run, len(package))
+
+
+def is_earned(run: GrowthRun) -> bool:
+    """Say whether the overhead buys a whole trial by now, where no horizon is known.
+
+    With a horizon it is known from the start what can be afforded, and less may do.
+    """
+    if run.settings.horizon is not None or run.settings.trial != "twin":
+        return True
+    arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
+    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run, 1)
+    return run.ledger.affordable(wanted)
+
+
+def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str | None:
+    """Measure what a package adds to a forward, where the budget asks for it."""
+    if run.budget.latency is None or run.host_cost.parameters < run.budget.small_host:
+        return None
+    now_s = _forward_s(run, batch)
+    host_s = now_s - (run.grafts.added_cost.latency_s or 0.0)
+    with ExitStack() as stack:
+        for contender in package:
+            stack.enter_context(contender.layer.shadow(contender.seed_idx, contender.kernel))
+        added_s = max(0.0, _forward_s(run, batch) - now_s)
+    run.journal.note(
+        f"a package of {len(package)} kernels adds {added_s * 1e6:.0f} us to a forward of "
+        f"{now_s * 1e6:.0f} us"
+    )
+    for contender in package:
+        contender.graft.measured_latency(added_s / len(package))
+    return run.budget.check(
+        host=Cost(parameters=run.host_cost.parameters, latency_s=host_s),
+        candidate=Cost(parameters=0, latency_s=added_s),
+        admitted=run.grafts.added_cost,
+    )
+
+
+def _forward_s(run: GrowthRun, batch: Batch) -> float:
+    """Return the median time of a forward on the batch, in seconds, without a trace."""
+    compute_loss = run.compute_loss
+    assert compute_loss is not None, "nothing germinates without compute_loss"
+    times = []
+    apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
+    with apart, torch.no_grad():
+        for _ in range(LATENCY_REPEATS):
+            synchronize()
+            start = run.clock.now()
+            compute_loss(run.model, batch)
+            synchronize()
+            times.append(run.clock.now() - start)
+    return sorted(times)[LATENCY_REPEATS // 2]
