@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.continuity.placement import Placement
 from esper.continuity.replicas import averaging
 from esper.contracts.errors import GrowthError
-from esper.growth.batch import num_samples
-from esper.growth.budget import Cost
-from esper.growth.extrapolation import going_on
+from esper.growth.extrapolation import GoingOn, going_on
 from esper.growth.losses import TrainingLosses
+from esper.growth.memory import MemoryEstimate, available_bytes, estimate
 from esper.growth.twins import LiveStep
-from esper.seeds.shadow import shadow_pass
 from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
@@ -31,9 +26,10 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
-    from esper.growth.batch import Batch, LossFunction, TwinUpdate
-    from esper.growth.budget import Budget
+    from esper.growth.batch import LossFunction, TwinUpdate
+    from esper.growth.budget import Budget, Cost
     from esper.growth.evaluation import Evaluator
+    from esper.growth.germination import Contender
     from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
     from esper.growth.ledger import WorkLedger
@@ -44,7 +40,6 @@ if TYPE_CHECKING:
     from esper.growth.settings import GrowthSettings
     from esper.growth.twins import TwinBuilder
     from esper.growth.updates import UpdateWatcher
-    from esper.growth.verdict import GoingOn
     from esper.observability.event_log import EventLog
 
 
@@ -79,7 +74,8 @@ class GrowthRun:
         log: The file that it goes to; None where the owner wants none.
         ledger: Counts the work.
         grafts: All grafts so far.
-        host_cost: What the model cost before any graft.
+        host_cost: What the model cost before any graft; its FLOPs are known after the first batch.
+        activation_bytes: What one update keeps for its backward; 0 before the first batch.
         losses: Recent training losses.
         num_moves: Moves of kernels to other modules that the layers have followed.
         num_packages: Packages that were tried so far.
@@ -117,6 +113,7 @@ class GrowthRun:
     ledger: WorkLedger
     grafts: Grafts
     host_cost: Cost
+    activation_bytes: int = 0
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_packages: int = 0
     num_decisions: int = 0
@@ -194,6 +191,23 @@ class GrowthRun:
             raise GrowthError(msg)
         return self.evaluator
 
+    def trial_memory(self, package: Iterable[Contender]) -> MemoryEstimate:
+        """Estimate what a trial of a package needs of memory beside the run."""
+        settings = self.settings
+        return estimate(
+            self.model,
+            self.optimizer,
+            num_twins=(1 if settings.attribution == "none" else 2) + settings.nulls,
+            package_parameters=sum(c.graft.cost.parameters for c in package),
+            activation_bytes=self.activation_bytes,
+        )
+
+    def memory_shortage(self, package: Iterable[Contender]) -> str | None:
+        """Say that the twins of a trial do not fit, or None."""
+        device = next((p.device for p in self.model.parameters()), None)
+        found = None if device is None else available_bytes(device)
+        return self.trial_memory(package).shortage(found)
+
     def over_budget(self, cost: Cost) -> str | None:
         """Say why a kernel of such a cost does not fit beside what was admitted, or None."""
         return self.budget.check(
@@ -201,18 +215,3 @@ class GrowthRun:
             candidate=cost,
             admitted=self.grafts.added_cost,
         )
-
-    def count_host_flops(self, batches: list[Batch]) -> None:
-        """Count the host's FLOPs once, where the budget compares with them."""
-        compared = (
-            self.budget.flops is not None and self.host_cost.parameters >= self.budget.small_host
-        )
-        known = self.host_cost.flops is not None
-        if known or not compared or self.compute_loss is None or not batches:
-            return
-        compute_loss, batch = self.compute_loss, batches[0]
-        apart = shadow_pass(self.model, functions=(compute_loss,), values=(batch,))
-        with apart, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            compute_loss(self.model, batch)
-        per_sample = flops.get_total_flops() / num_samples(batches[0])
-        self.host_cost = replace(self.host_cost, flops=per_sample)

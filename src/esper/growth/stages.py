@@ -136,7 +136,7 @@ class Recording:
             if not self._advise_only:
                 run.last_change_update = run.updates
             return None
-        short = run.memory_is_short(package)
+        short = run.memory_shortage(package)
         if short is None:
             return Trial(run, package, updates)
         run.journal.note(short)

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
     from esper.growth.stages import Stage
-    from esper.growth.verdict import GoingOn, TrialVerdict
+    from esper.growth.extrapolation import GoingOn
+    from esper.growth.verdict import TrialVerdict
 
 STATISTICS_BATCHES: Final = 16
 """Training batches, the last of a trial, on which running statistics are computed anew."""
@@ -336,7 +337,7 @@ class Trial:
             num_nulls=settings.nulls,
             capacity_is_lower_bound=bool(adds),
             null_adds=adds,
-            memory_bytes=run.trial_memory_bytes(self._package),
+            memory_bytes=run.trial_memory(self._package).total,
         )
 
     def _read(self, verdict: TrialVerdict, going_on: GoingOn | None) -> TrialRecord:

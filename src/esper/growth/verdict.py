@@ -12,22 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.choices import TakenArm
+    from esper.growth.extrapolation import GoingOn
     from esper.growth.gates import GateVerdict
     from esper.growth.measurement import Measurement
     from esper.growth.settings import GrowthSettings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GoingOn:
-    """What the same work would have brought by going on as before, from the run's own curve.
-
-    Attributes:
-        gain: Fall of the gate loss.
-        stderr: Its standard error, at least 0.
-    """
-
-    gain: float
-    stderr: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
