@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from itertools import product
+from dataclasses import replace
 
 import pytest
 import torch
+from catalog_sites import (
+    ALL,
+    BEHIND,
+    GRID_2D,
+    LIFTS,
+    LINEARS,
+    OTHERS,
+    SMALL,
+    example_of,
+    host_of,
+    name_of,
+)
 from torch import nn
 
 from esper.compiler import catalog
@@ -24,136 +35,19 @@ CONTROLS = (
     catalog.random_features,
     catalog.own_shape_zeroed,
 )
-LINEARS = [
-    SiteSpec(kind="linear", in_features=i, out_features=o, bias=bias)
-    for i, o, bias in [(16, 10, True), (1, 1, True), (128, 64, False), (3, 200, True)]
-]
-
-
-def _conv(axes, kernel, stride, padding, dilation, **more):
-    return SiteSpec(
-        kind=f"conv{axes}d",
-        in_features=4,
-        out_features=6,
-        kernel_size=(kernel,) * axes,
-        stride=(stride,) * axes,
-        padding=(padding,) * axes,
-        dilation=(dilation,) * axes,
-        **more,
-    )
-
-
-GRID_2D = [
-    _conv(2, kernel, stride, padding, dilation)
-    for kernel, stride, padding, dilation in product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2))
-]
-OTHERS = [
-    _conv(1, 3, 1, 1, 1),
-    _conv(1, 4, 2, 1, 1),
-    _conv(3, 3, 2, 1, 1),
-    _conv(3, 3, 1, 1, 1, groups=2, bias=False),
-    _conv(2, 3, 1, 1, 1, groups=2),
-    *[_conv(2, 3, 2, 2, 1, padding_mode=mode) for mode in ("reflect", "replicate", "circular")],
-    SiteSpec(
-        kind="conv2d",
-        in_features=1,
-        out_features=4,
-        kernel_size=(3, 5),
-        stride=(1, 2),
-        padding=(1, 0),
-        dilation=(2, 1),
-    ),
-]
-
-
-LIFTS = [
-    SiteSpec(
-        kind="conv_transpose2d",
-        in_features=4,
-        out_features=6,
-        kernel_size=(3, 3),
-        stride=(stride, stride),
-        padding=(1, 1),
-        output_padding=(stride - 1, stride - 1),
-        dilation=(1, 1),
-        groups=groups,
-        bias=groups == 1,
-    )
-    for stride, groups in [(1, 1), (2, 1), (2, 2)]
-]
-BEHIND = [
-    *[SiteSpec(kind=kind, in_features=8, out_features=8) for kind in ("norm", "embedding")],
-    SiteSpec(kind="attention", in_features=8, out_features=8),
-    *[SiteSpec(kind="channel_norm", in_features=4, out_features=4, axes=n) for n in (0, 1, 2, 3)],
-    SiteSpec(kind="block", in_features=8, out_features=8, is_sequence=True),
-    SiteSpec(kind="block", in_features=8, out_features=8, is_sequence=True, is_causal=False),
-    SiteSpec(kind="block", in_features=3, out_features=8, is_sequence=True),
-    SiteSpec(kind="block", in_features=4, out_features=6, axes=2),
-    SiteSpec(kind="recurrent", in_features=3, out_features=8, is_sequence=True),
-]
-"""Kinds whose kernels read behind the host; what stands for the host keeps what it is given."""
-ALL = LINEARS + OTHERS + LIFTS + BEHIND
-
-
-def _name(site):
-    return "-".join(str(getattr(site, f.name)) for f in fields(site)).replace(" ", "")
-
-
-SMALL = [LINEARS[0], _conv(2, 3, 1, 1, 1), _conv(1, 3, 2, 1, 1), LIFTS[1], BEHIND[5], BEHIND[7]]
-
-
-def _host(site):
-    if site.kind == "linear":
-        return nn.Linear(site.in_features, site.out_features, bias=site.bias)
-    if site in LIFTS:
-        return nn.ConvTranspose2d(
-            site.in_features,
-            site.out_features,
-            site.kernel_size,
-            site.stride,
-            site.padding,
-            site.output_padding,
-            site.groups,
-            site.bias,
-            site.dilation,
-        )
-    if site in BEHIND:
-        return nn.Identity()
-    cls = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[site.kind]
-    return cls(
-        site.in_features,
-        site.out_features,
-        site.kernel_size,
-        site.stride,
-        site.padding,
-        site.dilation,
-        site.groups,
-        site.bias,
-        site.padding_mode,
-    )
-
-
-def _example(site, odd=0):
-    axes = len(site.kernel_size) or site.axes or 0
-    shape = (2, site.in_features, *(11 + odd + axis for axis in range(axes)))
-    if site in BEHIND and site.axes is None:
-        shape = (2, 11 + odd, site.out_features)
-    elif site in BEHIND:
-        shape = (2, site.out_features, *shape[2:])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _all(site):
     return DEFAULT.blueprints_for(site, capacity_only=False)
 
 
-@pytest.mark.parametrize("site", ALL, ids=_name)
-def test_every_kernel_gives_the_shape_of_its_host(site):
+@pytest.mark.parametrize("site", ALL, ids=name_of)
+def test_every_kernel_gives_the_shape_of_itshost_of(site):
     """For each entry and control, and for inputs of two sizes."""
-    host = _host(site)
+    host = host_of(site)
     assert _all(site)
     for odd in (0, 1):
-        x = _example(site, odd)
+        x = example_of(site, odd)
         h = host(x)
         for blueprint in [*_all(site), *(control(site) for control in CONTROLS)]:
             read = h if blueprint.position == "serial" else x
@@ -164,15 +58,15 @@ def test_every_kernel_gives_the_shape_of_its_host(site):
 def test_every_kernel_gives_the_shape_of_its_host_over_a_grid():
     """Kernel size, stride, padding and dilation in all combinations, as one test."""
     for site in GRID_2D:
-        test_every_kernel_gives_the_shape_of_its_host(site)
+        test_every_kernel_gives_the_shape_of_itshost_of(site)
 
 
-@pytest.mark.parametrize("site", ALL, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=name_of)
 def test_catalog_kernels_are_exactly_zero_at_birth_by_one_layer(site):
     """The output is exactly zero, by the tensors of the last layer alone."""
     for blueprint in _all(site):
         kernel = lower(blueprint)
-        assert not kernel(_example(site)).any()
+        assert not kernel(example_of(site)).any()
         zero = {name for name, tensor in kernel_tensors(kernel).items() if not tensor.any()}
         born_zero = {n for n in zero if n.startswith(("norm", "attention.")) and "bias" in n}
         assert zero - born_zero == {"out.weight", "out.bias"} & kernel_tensors(kernel).keys()
@@ -180,12 +74,12 @@ def test_catalog_kernels_are_exactly_zero_at_birth_by_one_layer(site):
         assert (blueprint.mode, blueprint.position) == ("add", "serial" if behind else "parallel")
 
 
-@pytest.mark.parametrize("site", SMALL, ids=_name)
+@pytest.mark.parametrize("site", SMALL, ids=name_of)
 def test_catalog_kernels_learn(site):
     """The last layer gets a gradient at birth and every other layer after one update."""
     for blueprint in _all(site):
-        kernel, x = lower(blueprint), _example(site)
-        target = torch.randn(_host(site)(x).shape, generator=torch.Generator().manual_seed(1))
+        kernel, x = lower(blueprint), example_of(site)
+        target = torch.randn(host_of(site)(x).shape, generator=torch.Generator().manual_seed(1))
         for names in ({"out.weight"}, kernel_tensors(kernel).keys()):
             (kernel(x) - target).square().mean().backward()
             tensors = kernel_tensors(kernel)
@@ -196,7 +90,7 @@ def test_catalog_kernels_learn(site):
                     parameter.grad = None
 
 
-@pytest.mark.parametrize("site", ALL, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=name_of)
 def test_capacity_is_claimed_exactly_where_the_kernel_is_not_affine(site):
     """A kernel that is affine in the host's input adds nothing to a trainable affine host.
 
@@ -241,20 +135,20 @@ def test_artifacts_name_the_zeroed_tensor_of_their_entry():
                 assert compile_blueprint(blueprint).metadata.zeroed == entry.zeroed
 
 
-@pytest.mark.parametrize("site", ALL, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=name_of)
 def test_the_noop_contributes_exactly_nothing_and_trains_nothing(site):
     """Zero for any finite input, without parameters."""
     kernel = lower(catalog.noop(site))
-    assert not kernel(_host(site)(_example(site))).any()
+    assert not kernel(host_of(site)(example_of(site))).any()
     assert list(kernel.parameters()) == []
 
 
-@pytest.mark.parametrize("site", SMALL, ids=_name)
+@pytest.mark.parametrize("site", SMALL, ids=name_of)
 def test_the_noise_is_noise_and_ignores_its_input(site):
     """Two forwards differ, the spread is as asked, and the blueprint declares it."""
     blueprint = catalog.noise(site, std=0.5)
     kernel = lower(blueprint).eval()
-    h = torch.full((400, *_host(site)(_example(site)).shape[1:]), 7.0)
+    h = torch.full((400, *host_of(site)(example_of(site)).shape[1:]), 7.0)
     torch.manual_seed(0)
     first, second = kernel(h), kernel(h)
     assert not torch.equal(first, second)
@@ -263,10 +157,10 @@ def test_the_noise_is_noise_and_ignores_its_input(site):
     assert blueprint.draws_random
 
 
-@pytest.mark.parametrize("site", LINEARS + OTHERS + LIFTS, ids=_name)
+@pytest.mark.parametrize("site", LINEARS + OTHERS + LIFTS, ids=name_of)
 def test_own_shape_kernels_are_the_hosts_own_layer(site):
     """With the host's weights in it, the kernel computes what the host does."""
-    host, x = _host(site), _example(site)
+    host, x = host_of(site), example_of(site)
     for control in (catalog.capacity_free, catalog.own_shape_zeroed):
         kernel = lower(control(site))
         assert not any(p.any() for p in kernel.parameters())
@@ -276,7 +170,7 @@ def test_own_shape_kernels_are_the_hosts_own_layer(site):
         assert torch.equal(kernel(x), host(x))
 
 
-@pytest.mark.parametrize("site", BEHIND, ids=_name)
+@pytest.mark.parametrize("site", BEHIND, ids=name_of)
 def test_own_shape_kernels_behind_a_host_are_affine_and_zero(site):
     """Behind what is no affine layer of its input: one affine layer, which claims no capacity."""
     for control in (catalog.capacity_free, catalog.own_shape_zeroed):
@@ -295,7 +189,7 @@ def test_a_block_sees_later_inputs_only_where_the_host_does():
     site = BEHIND[7]
     for known in (site, replace(site, is_causal=False)):
         block = next(b for b in _all(known) if b.id.startswith("block"))
-        kernel, x = lower(block), _example(known)
+        kernel, x = lower(block), example_of(known)
         nn.init.normal_(kernel.steps[-1].weight)
         changed = x.clone()
         changed[:, -1] += torch.randn(8, generator=torch.Generator().manual_seed(1))
@@ -311,11 +205,11 @@ def test_a_layer_whose_output_is_not_known_is_offered_nothing():
         assert _all(SiteSpec(kind=kind, in_features=4, out_features=0)) == []
 
 
-@pytest.mark.parametrize("site", ALL, ids=_name)
+@pytest.mark.parametrize("site", ALL, ids=name_of)
 def test_random_features_are_random_and_frozen_to_the_last_tensor(site):
     """The readout too is random and frozen, so that training can bring nothing."""
     kernel = lower(catalog.random_features(site))
-    assert kernel(_example(site)).any()
+    assert kernel(example_of(site)).any()
     assert all(p.any() and not p.requires_grad for p in kernel.parameters())
 
 

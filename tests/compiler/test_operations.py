@@ -8,98 +8,15 @@ import pickle
 
 import pytest
 import torch
+from operation_cases import CASES, CONV, HW, IDS, blueprint_of, example_of
 from torch import nn
 
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.graph import plan
 from esper.compiler.lowering import instantiate, lower
-from esper.compiler.operations import OPERATIONS, read_attributes
+from esper.compiler.operations import OPERATIONS
 from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
 from esper.contracts.errors import BlueprintError
-
-HW, L, DHW = (4, "H", "W"), (4, "L"), (4, "D", "H", "W")
-CONV = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
-ANY = ("*", 4)
-
-# op_type, attributes, input shape, output shape, number of inputs
-CASES = [
-    ("linear", {"in_features": 4, "out_features": 6}, ANY, ("*", 6), 1),
-    ("linear", {"in_features": 4, "out_features": 6, "bias": False}, ANY, ("*", 6), 1),
-    ("conv1d", {**CONV, "padding": 1}, L, (6, "L"), 1),
-    ("conv2d", {**CONV, "padding": "same", "dilation": 2}, HW, (6, "H", "W"), 1),
-    ("conv2d", {**CONV, "stride": (2, 1), "groups": 2, "bias": False}, HW, (6, "OH", "OW"), 1),
-    ("conv2d", {**CONV, "out_channels": 8, "groups": 4}, HW, (8, "OH", "OW"), 1),
-    ("conv3d", {**CONV, "padding": 1, "padding_mode": "circular"}, DHW, (6, "D", "H", "W"), 1),
-    ("conv_transpose2d", {**CONV, "padding": 1}, HW, (6, "H", "W"), 1),
-    (
-        "conv_transpose2d",
-        {**CONV, "stride": 2, "output_padding": (1, 0), "groups": 2, "bias": False, "dilation": 2},
-        HW,
-        (6, "OH", "OW"),
-        1,
-    ),
-    ("diagonal", {"num_features": 4}, ANY, ANY, 1),
-    ("diagonal", {"num_features": 4, "dim": 1, "bias": False}, HW, HW, 1),
-    *[("activation", {"type": name}, ANY, ANY, 1) for name in (
-        "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "softplus"
-    )],
-    ("layer_norm", {"normalized_shape": 4}, ANY, ANY, 1),
-    ("layer_norm", {"normalized_shape": (4,), "bias": False}, ANY, ANY, 1),
-    ("group_norm", {"num_groups": 2, "num_channels": 4}, HW, HW, 1),
-    ("rms_norm", {"normalized_shape": 4}, ANY, ANY, 1),
-    ("batch_norm", {"num_features": 4}, HW, HW, 1),
-    ("batch_norm", {"num_features": 4, "dims": 1, "affine": False}, L, L, 1),
-    ("batch_norm", {"num_features": 4, "dims": 3}, DHW, DHW, 1),
-    ("dropout", {"p": 0.5}, ANY, ANY, 1),
-    ("dropout", {"p": 0.0}, ANY, ANY, 1),
-    ("max_pool", {"kernel_size": 2}, HW, (4, "OH", "OW"), 1),
-    ("max_pool", {"kernel_size": 3, "stride": 1, "padding": 1, "dims": 1}, L, L, 1),
-    ("avg_pool", {"kernel_size": 2, "dims": 3}, DHW, (4, "OD", "OH", "OW"), 1),
-    ("adaptive_avg_pool", {"output_size": 2}, HW, (4, 2, 2), 1),
-    ("adaptive_max_pool", {"output_size": 3, "dims": 1}, L, (4, 3), 1),
-    ("flatten", {}, (4, 3, 2), (24,), 1),
-    ("reshape", {"shape": (2, -1)}, (4, 3), (2, 6), 1),
-    ("permute", {"dims": (2, 1)}, (4, 3), (3, 4), 1),
-    ("identity", {}, ANY, ANY, 1),
-    ("scale", {"factor": 0.5}, ANY, ANY, 1),
-    ("add", {}, ANY, ANY, 3),
-    ("sub", {}, ANY, ANY, 2),
-    ("mul", {}, ANY, ANY, 3),
-    ("concat", {"dim": 1}, HW, (8, "H", "W"), 2),
-    ("concat", {"dim": -1}, ANY, ("*", 8), 2),
-    ("matmul", {}, (4, 4), (4, 4), 2),
-    ("multihead_attention", {"embed_dim": 4, "num_heads": 2}, ("L", 4), ("L", 4), 1),
-    ("multihead_attention", {"embed_dim": 4, "num_heads": 2, "bias": False}, ("L", 4), ("L", 4), 3),
-    ("multihead_attention", {"embed_dim": 4, "num_heads": 2, "causal": True}, *[("L", 4)] * 2, 1),
-    ("noise", {"std": 0.1}, ANY, ANY, 1),
-]  # fmt: skip
-IDS = [f"{op}-{i}" for i, (op, *_) in enumerate(CASES)]
-
-
-def _blueprint(op, attributes, shape_in, shape_out, num_inputs, **changes):
-    """One node of the operation; further inputs come through scales, so that they differ."""
-    scales = [BlueprintNode(f"in{i}", "scale", {"factor": float(i)}) for i in range(1, num_inputs)]
-    edges = [BlueprintEdge("input", "op", 0), BlueprintEdge("op", "output")]
-    edges += [BlueprintEdge("input", node.id) for node in scales]
-    edges += [BlueprintEdge(node.id, "op", i) for i, node in enumerate(scales, start=1)]
-    operation = OPERATIONS[op]
-    draws = operation.draws_random(
-        read_attributes(operation, BlueprintNode("n", op, attributes).attributes)
-    )
-    fields = {
-        "id": op,
-        "nodes": (BlueprintNode("op", op, attributes), *scales),
-        "edges": tuple(edges),
-        "input_spec": TensorSpec(shape_in),
-        "output_spec": TensorSpec(shape_out),
-        "draws_random": draws,
-    }
-    return BlueprintIR(**{**fields, **changes})
-
-
-def _example(spec, batch=3, size=7):
-    shape = spec.resolve((batch, 2), dict.fromkeys(spec.free_sizes, size))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_every_operation_is_tried_here():
@@ -110,11 +27,11 @@ def test_every_operation_is_tried_here():
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_operation_keeps_the_promises_of_its_row(case):
     """Parameter count, affinity, output shape and a finite gradient are as the table says."""
-    blueprint = _blueprint(*case)
+    blueprint = blueprint_of(*case)
     kernel = lower(blueprint).eval()
     made = plan(blueprint)
     assert sum(p.numel() for p in kernel.parameters()) == made.parameter_count
-    x = _example(blueprint.input_spec).requires_grad_()
+    x = example_of(blueprint.input_spec).requires_grad_()
     out = kernel(x)
     sizes = dict.fromkeys(blueprint.input_spec.free_sizes, 7)
     expected = blueprint.output_spec.resolve((3, 2), {
@@ -129,9 +46,9 @@ def test_an_operation_keeps_the_promises_of_its_row(case):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_operation_is_affine_exactly_where_the_table_says(case):
     """Affine means f((x + y) / 2) = (f(x) + f(y)) / 2; the others break it somewhere."""
-    blueprint = _blueprint(*case)
+    blueprint = blueprint_of(*case)
     kernel = lower(blueprint).double().eval()
-    x = _example(blueprint.input_spec).double()
+    x = example_of(blueprint.input_spec).double()
     y = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
     middle = kernel((x + y) / 2)
     holds = torch.allclose(middle, (kernel(x) + kernel(y)) / 2, rtol=1e-9, atol=1e-9)
@@ -145,10 +62,10 @@ def test_an_operation_is_affine_exactly_where_the_table_says(case):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_operation_survives_the_life_of_a_module(case):
     """Compiling to bytes and back, deepcopy, pickle, train and eval keep what it computes."""
-    blueprint = _blueprint(*case)
+    blueprint = blueprint_of(*case)
     kernel = lower(blueprint)
     loaded = instantiate(compile_blueprint(blueprint))
-    x = _example(blueprint.input_spec)
+    x = example_of(blueprint.input_spec)
     copies = [kernel, loaded, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))]
     for training in (True, False):
         outs = []
@@ -164,19 +81,19 @@ def test_an_operation_survives_the_life_of_a_module(case):
 def test_trainable_false_freezes_every_tensor(case):
     """With the default every parameter is trainable, with false none is, after loading too."""
     op, attributes, *rest = case
-    frozen = _blueprint(op, {**attributes, "trainable": False}, *rest)
+    frozen = blueprint_of(op, {**attributes, "trainable": False}, *rest)
     for kernel in (lower(frozen), instantiate(compile_blueprint(frozen))):
         assert not any(p.requires_grad for p in kernel.parameters())
-    assert all(p.requires_grad for p in lower(_blueprint(*case)).parameters())
+    assert all(p.requires_grad for p in lower(blueprint_of(*case)).parameters())
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "init" in OPERATIONS[c[0]].attributes])
 def test_init_zeros_makes_every_tensor_of_the_layer_zero(case):
     """Such a layer is exactly zero, and trainable; with the default it is not zero."""
     op, attributes, *rest = case
-    zeroed = lower(_blueprint(op, {**attributes, "init": "zeros"}, *rest))
+    zeroed = lower(blueprint_of(op, {**attributes, "init": "zeros"}, *rest))
     assert all(not p.any() and p.requires_grad for p in zeroed.parameters())
-    assert any(p.any() for p in lower(_blueprint(*case)).parameters())
+    assert any(p.any() for p in lower(blueprint_of(*case)).parameters())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +121,7 @@ def test_initial_weights_follow_torchs_distributions(op, attributes, factory):
     """
     shape = {"linear": ("*", 400), "conv2d": (40, "H", "W")}.get(op, ("L", 128))
     out = {"linear": ("*", 300), "conv2d": (60, "OH", "OW")}.get(op, ("L", 128))
-    ours = dict(lower(_blueprint(op, attributes, shape, out, 1)).steps[0].state_dict())
+    ours = dict(lower(blueprint_of(op, attributes, shape, out, 1)).steps[0].state_dict())
     theirs = factory().state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -217,7 +134,9 @@ def test_causal_attention_does_not_look_ahead():
     """An output depends on its own place and those before; without the attribute on all."""
     for causal in (True, False):
         attributes = {"embed_dim": 4, "num_heads": 2, "causal": causal}
-        kernel = lower(_blueprint("multihead_attention", attributes, ("L", 4), ("L", 4), 1)).eval()
+        kernel = lower(
+            blueprint_of("multihead_attention", attributes, ("L", 4), ("L", 4), 1)
+        ).eval()
         x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
         changed = x.clone()
         changed[:, -1] += 1.0

@@ -12,16 +12,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final
 
-from esper.compiler.operations import OPERATIONS, Operation, read_attributes
+from esper.compiler.operations import MAX_PARAMETERS, OPERATIONS, Operation, read_attributes
 from esper.compiler.shape_rules import StepSettings
 from esper.contracts import canonical_json
 from esper.contracts.blueprint import INPUT, OUTPUT, BlueprintEdge, BlueprintIR, BlueprintNode
 from esper.contracts.errors import BlueprintError
 
 MAX_DEPTH: Final = 64
-MAX_PARAMETERS: Final = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Plan:
 
         Two kernels with the same graph digest differ in their weights only.
         """
-        rows = [[step.op_type, dict(step.settings), step.inputs] for step in self.steps]
+        rows = [[step.op_type, _without_numbers(step.settings), step.inputs] for step in self.steps]
         specs = [self.blueprint.input_spec, self.blueprint.output_spec]
         document = [rows, [spec.to_document() for spec in specs]]
         return hashlib.sha256(canonical_json.encode(document)).hexdigest()
@@ -84,6 +84,10 @@ class Plan:
     def is_affine(self) -> bool:
         """Whether the kernel is an affine function of its input, by its operations alone."""
         return all(step.operation.affine for step in self.steps)
+
+
+def _without_numbers(settings: StepSettings) -> dict[str, object]:
+    return {name: value for name, value in settings.items() if name != "init_after"}
 
 
 @lru_cache(maxsize=256)
@@ -112,6 +116,7 @@ def plan(blueprint: BlueprintIR) -> Plan:
         for node_id in order
     )
     _check_one_zeroed(steps)
+    _check_numbers(steps)
     _check_randomness(blueprint, steps)
     _check_dtypes(blueprint)
     return Plan(blueprint=blueprint, steps=steps, parameter_count=_count_parameters(steps))
@@ -259,6 +264,39 @@ def _check_one_zeroed(steps: tuple[Step, ...]) -> None:
             f"gradient: leave it to the last one"
         )
         raise BlueprintError(msg)
+
+
+def first_numbers(steps: tuple[Step, ...]) -> tuple[int, ...]:
+    """Return for each step how many numbers of the kernel's random stream come before its own.
+
+    A step that says nothing of it begins where the last one that drew any has ended.
+    """
+    firsts: list[int] = []
+    end = 0
+    for step in steps:
+        said = int(step.settings.get("init_after", -1))
+        firsts.append(end if said < 0 else said)
+        if num_numbers(step):
+            end = firsts[-1] + num_numbers(step)
+    return tuple(firsts)
+
+
+def num_numbers(step: Step) -> int:
+    """Return how many random numbers a step's tensors begin with."""
+    return 0 if step.settings.get("init") == "zeros" else step.operation.drawn(step.settings)
+
+
+def _check_numbers(steps: tuple[Step, ...]) -> None:
+    """No two layers begin with the same numbers: their units would stay alike."""
+    rows = zip(first_numbers(steps), steps, strict=True)
+    drawing = sorted((first, step.id, num_numbers(step)) for first, step in rows)
+    for (first, before, number), (second, after, _) in pairwise(r for r in drawing if r[2]):
+        if first + number > second:
+            msg = (
+                f"nodes {before!r} and {after!r} would begin with the same random numbers; give "
+                f"{after!r} an init_after of {first + number} at least, or none"
+            )
+            raise BlueprintError(msg)
 
 
 def _check_randomness(blueprint: BlueprintIR, steps: tuple[Step, ...]) -> None:

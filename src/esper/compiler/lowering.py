@@ -7,18 +7,16 @@ kernels of the same graph are the same program with other weights, for torch.com
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from esper.compiler.graph import Plan, plan
+from esper.compiler.initial_values import initialise_
 from esper.compiler.operations import build_module
-from esper.compiler.parts import Attention
 from esper.compiler.shapes import check_shapes
 from esper.contracts import artifact_format
 from esper.contracts.artifact import CompiledKernelArtifact
@@ -106,9 +104,7 @@ def lower(blueprint: BlueprintIR) -> LoweredKernel:
     kernel = _meta_kernel(checked_plan(blueprint))
     with torch.inference_mode(mode=False), torch.no_grad():
         kernel.to_empty(device=CPU)
-        generator = torch.Generator().manual_seed(blueprint.init_seed)
-        for step, module in zip(plan(blueprint).steps, kernel.steps, strict=True):
-            _initialise_(module, generator, zeros=step.settings.get("init") == "zeros")
+        initialise_(plan(blueprint), list(kernel.steps))
     return kernel
 
 
@@ -270,34 +266,3 @@ def _meta_modules(made: Plan) -> list[nn.Module]:
             raise BlueprintError(msg) from error
         modules.append(module)
     return modules
-
-
-def _initialise_(module: nn.Module, generator: torch.Generator, *, zeros: bool) -> None:
-    """Fill a step's tensors by torch.nn's own distributions, or by zeros."""
-    if zeros:
-        for parameter in module.parameters():
-            parameter.zero_()
-    elif isinstance(module, nn.Linear | _ConvNd):
-        _initialise_affine_(module.weight, module.bias, generator)
-    elif isinstance(module, Attention):
-        _initialise_attention_(module.attention, generator)
-    elif list(module.state_dict()):
-        module.reset_parameters()  # type: ignore[operator] # norms: ones and zeros
-
-
-def _initialise_affine_(weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
-    """Draw as torch.nn.Linear and the convolutions do: uniform within 1 / sqrt(fan in)."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-    if bias is not None:
-        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-        nn.init.uniform_(bias, -bound, bound, generator=generator)
-
-
-def _initialise_attention_(attention: nn.MultiheadAttention, generator: torch.Generator) -> None:
-    """Draw as torch.nn.MultiheadAttention does; its biases begin as zeros."""
-    nn.init.xavier_uniform_(attention.in_proj_weight, generator=generator)
-    out = attention.out_proj
-    nn.init.kaiming_uniform_(out.weight, a=math.sqrt(5), generator=generator)
-    for bias in (attention.in_proj_bias, out.bias):
-        if bias is not None:
-            bias.zero_()

@@ -2,7 +2,9 @@
 
 Attribute names and defaults are torch.nn's. Every operation with weights also takes ``trainable``
 (default true); the affine ones with weights take ``init``: ``"default"`` is torch.nn's own
-distribution, ``"zeros"`` makes every tensor of the layer zero.
+distribution, ``"zeros"`` makes every tensor of the layer zero. Those that begin with random numbers
+take ``init_after``: how many numbers of the kernel's random stream come before theirs; -1, the
+default, is those of the layers before.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from typing import Final
 
 from torch import nn
 
-from esper.compiler import parts, shape_rules
+from esper.compiler import parts, shape_rules, stand_ins
 from esper.compiler.shape_rules import Shape, ShapeRule, StepSettings
+from esper.compiler.stand_ins import StandInRule
 from esper.contracts.blueprint import MAX_DIMENSION, MAX_RANK
+
+MAX_PARAMETERS: Final = 1 << 26
+"""Most parameters of a blueprint."""
 
 REQUIRED: Final = object()
 """Default of an attribute that has none."""
@@ -44,7 +50,7 @@ def _one_input(_settings: StepSettings, _inputs: tuple[Shape, ...], output: Shap
     return math.prod(output)
 
 
-def _no_weights(_settings: StepSettings) -> int:
+def _none(_settings: StepSettings) -> int:
     return 0
 
 
@@ -63,7 +69,11 @@ class Operation:
         num_inputs: Fewest and most inputs.
         exchangeable: Whether inputs may be exchanged, so that positions do not matter.
         affine: Whether the output is an affine function of the inputs (jointly).
+        linear: Says what stands for it in a kernel's linear form (``linear_form``); None where it
+            is affine and stands for itself.
         weights: Number of parameters, from the settings alone.
+        drawn: Number of random numbers that its parameters begin with, from the settings, unless
+            it has ``init`` and that is ``"zeros"``.
         has_tensors: Whether the module has parameters or buffers.
         draws_random: Whether a forward draws random numbers in some mode, from the settings.
         work: Multiply-adds of a forward, from settings, input shapes and output shape.
@@ -77,7 +87,9 @@ class Operation:
     num_inputs: tuple[int, int] = (1, 1)
     exchangeable: bool = False
     affine: bool = False
-    weights: Callable[[StepSettings], int] = _no_weights
+    linear: StandInRule | None = None
+    weights: Callable[[StepSettings], int] = _none
+    drawn: Callable[[StepSettings], int] = _none
     has_tensors: bool = False
     draws_random: Callable[[StepSettings], bool] = _never
     work: Callable[[StepSettings, tuple[Shape, ...], Shape], int] = _one_input
@@ -137,14 +149,20 @@ def _integers(
 
 
 _SIZE: Final = _integer(1, MAX_DIMENSION)
+_SIZES: Final = _integers(1, MAX_DIMENSION)
 _TRAINABLE: Final = {"trainable": _flag(default=True)}
 _INIT: Final = {"init": _choice("default", "zeros", default="default"), **_TRAINABLE}
+_DRAWN: Final = {"init_after": _integer(-1, MAX_PARAMETERS, -1)}
 _EPS: Final = _number(1e-12, 1.0, 1e-5)
 _PROBABILITY: Final = (0.0, 0.99)
 _EXTENT: Final = (1, 64)
+_LONGEST_SPAN: Final = 64 * 63 + 1
 
 
 def _linear() -> Operation:
+    def weights(s: StepSettings) -> int:
+        return int(s["out_features"] * (s["in_features"] + s["bias"]))
+
     return Operation(
         shape=shape_rules.linear,
         build=nn.Linear,
@@ -153,10 +171,12 @@ def _linear() -> Operation:
             "out_features": _SIZE,
             "bias": _flag(default=True),
             **_INIT,
+            **_DRAWN,
         },
         affine=True,
         has_tensors=True,
-        weights=lambda s: s["out_features"] * (s["in_features"] + s["bias"]),
+        weights=weights,
+        drawn=weights,
         work=lambda s, _, output: math.prod(output) * s["in_features"],
     )
 
@@ -164,6 +184,9 @@ def _linear() -> Operation:
 def _conv(build: type[nn.Module], axes: int) -> Operation:
     def fan_in(s: StepSettings) -> int:
         return int(s["in_channels"] // s["groups"] * math.prod(s["kernel_size"]))
+
+    def weights(s: StepSettings) -> int:
+        return int(s["out_channels"] * (fan_in(s) + s["bias"]))
 
     return Operation(
         shape=shape_rules.convolution,
@@ -179,16 +202,22 @@ def _conv(build: type[nn.Module], axes: int) -> Operation:
             "bias": _flag(default=True),
             "padding_mode": _choice("zeros", "reflect", "replicate", "circular", default="zeros"),
             **_INIT,
+            **_DRAWN,
         },
         affine=True,
         has_tensors=True,
-        weights=lambda s: s["out_channels"] * (fan_in(s) + s["bias"]),
+        weights=weights,
+        drawn=weights,
         work=lambda s, _, output: math.prod(output) * fan_in(s),
         rank=lambda _: axes + 2,
     )
 
 
 def _conv_transpose() -> Operation:
+    def weights(s: StepSettings) -> int:
+        each = s["out_channels"] // s["groups"] * math.prod(s["kernel_size"])
+        return int(s["in_channels"] * each + s["out_channels"] * s["bias"])
+
     def work(s: StepSettings, inputs: tuple[Shape, ...], _output: Shape) -> int:
         each = s["out_channels"] // s["groups"] * math.prod(s["kernel_size"])
         return int(math.prod(inputs[0]) * each)
@@ -207,13 +236,12 @@ def _conv_transpose() -> Operation:
             "bias": _flag(default=True),
             "dilation": _integers(*_EXTENT, 1, count=2),
             **_INIT,
+            **_DRAWN,
         },
         affine=True,
         has_tensors=True,
-        weights=lambda s: (
-            s["in_channels"] * (s["out_channels"] // s["groups"]) * math.prod(s["kernel_size"])
-            + s["out_channels"] * s["bias"]
-        ),
+        weights=weights,
+        drawn=weights,
         work=work,
         rank=lambda _: 4,
     )
@@ -236,6 +264,7 @@ def _activation() -> Operation:
         shape=shape_rules.unchanged,
         build=lambda *, type: ACTIVATIONS[type](),  # noqa: A006 - the attribute's name
         attributes={"type": _choice(*ACTIVATIONS)},
+        linear=stand_ins.nothing,
     )
 
 
@@ -243,6 +272,7 @@ def _layer_norm() -> Operation:
     return Operation(
         shape=shape_rules.trailing_norm,
         build=nn.LayerNorm,
+        linear=stand_ins.affine_part_of_last_axes,
         attributes={
             "normalized_shape": _integers(1, MAX_DIMENSION),
             "eps": _EPS,
@@ -261,6 +291,7 @@ def _rms_norm() -> Operation:
     return Operation(
         shape=shape_rules.trailing_norm,
         build=nn.RMSNorm,
+        linear=stand_ins.affine_part_of_last_axes,
         attributes={
             "normalized_shape": _integers(1, MAX_DIMENSION),
             "eps": _number(1e-12, 1.0, 1e-6),
@@ -276,6 +307,7 @@ def _group_norm() -> Operation:
     return Operation(
         shape=shape_rules.group_norm,
         build=nn.GroupNorm,
+        linear=stand_ins.affine_part_of_channels,
         attributes={
             "num_groups": _SIZE,
             "num_channels": _SIZE,
@@ -288,15 +320,25 @@ def _group_norm() -> Operation:
     )
 
 
+def _accepts_features(value: object) -> bool:
+    return _SIZE.accepts(value) or (isinstance(value, tuple) and _SIZES.accepts(value))
+
+
 def _diagonal() -> Operation:
+    def weights(s: StepSettings) -> int:
+        sizes = s["num_features"]
+        size = math.prod(sizes) if isinstance(sizes, tuple) else int(sizes)
+        return size * (1 + int(s["bias"]))
+
+    features = Attribute(words=f"{_SIZE.words}, or {_SIZES.words}", accepts=_accepts_features)
     axis = Attribute(words="-1 or 1", accepts=lambda v: type(v) is int and v in (-1, 1), default=-1)
     return Operation(
         shape=shape_rules.diagonal,
         build=parts.Diagonal,
-        attributes={"num_features": _SIZE, "dim": axis, "bias": _flag(default=True), **_INIT},
+        attributes={"num_features": features, "dim": axis, "bias": _flag(default=True), **_INIT},
         affine=True,
         has_tensors=True,
-        weights=lambda s: s["num_features"] * (1 + s["bias"]),
+        weights=weights,
     )
 
 
@@ -308,6 +350,7 @@ def _batch_norm() -> Operation:
     classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     return Operation(
         shape=shape_rules.batch_norm,
+        linear=stand_ins.affine_part_of_channels,
         build=lambda *, dims, **settings: classes[dims](**settings),
         attributes={
             "num_features": _SIZE,
@@ -329,6 +372,9 @@ def _multihead_attention() -> Operation:
     def work(s: StepSettings, inputs: tuple[Shape, ...], output: Shape) -> int:
         return math.prod(output) * (4 * int(s["embed_dim"]) + 2 * inputs[-1][1])
 
+    def drawn(s: StepSettings) -> int:
+        return int(4 * s["embed_dim"] ** 2)  # its biases begin as zeros
+
     return Operation(
         shape=shape_rules.attention,
         build=parts.Attention,
@@ -342,15 +388,46 @@ def _multihead_attention() -> Operation:
         },
         num_inputs=(1, 3),
         has_tensors=True,
+        linear=stand_ins.mean_over_positions,
         weights=weights,
+        drawn=drawn,
         draws_random=lambda s: s["dropout"] > 0,
         work=work,
         rank=lambda _: 3,
     )
 
 
+def _mean_attention() -> Operation:
+    """What stands for ``multihead_attention``: it begins with the weights that it shares."""
+
+    def work(s: StepSettings, inputs: tuple[Shape, ...], output: Shape) -> int:
+        return math.prod(output) * (2 * int(s["embed_dim"]) + inputs[0][1])
+
+    return Operation(
+        shape=shape_rules.mean_attention,
+        build=parts.MeanAttention,
+        attributes={
+            "embed_dim": _SIZE,
+            "bias": _flag(default=True),
+            "causal": _flag(default=False),
+            **_TRAINABLE,
+            **_DRAWN,
+        },
+        num_inputs=(1, 2),
+        affine=True,
+        has_tensors=True,
+        weights=lambda s: 2 * s["embed_dim"] * (s["embed_dim"] + s["bias"]),
+        drawn=lambda s: 4 * s["embed_dim"] ** 2,
+        work=work,
+        rank=lambda _: 3,
+    )
+
+
 def _pool(kind: str) -> Operation:
-    """Pooling over ``dims`` axes; a stride of 0 means the kernel's size, as torch's None."""
+    """Pooling over ``dims`` axes; a stride of 0 means the kernel's size, as torch's None.
+
+    An average may span what a maximum with gaps does, which it stands for.
+    """
     classes = {dims: getattr(nn, f"{kind}Pool{dims}d") for dims in (1, 2, 3)}
     if kind == "Max":
         classes[1] = parts.MaxPool1d
@@ -360,7 +437,7 @@ def _pool(kind: str) -> Operation:
         return module
 
     attributes = {
-        "kernel_size": _integer(*_EXTENT),
+        "kernel_size": _integer(*_EXTENT) if kind == "Max" else _integer(1, _LONGEST_SPAN),
         "stride": _integer(0, 64, 0),
         "padding": _integer(0, 32, 0),
         "ceil_mode": _flag(default=False),
@@ -374,6 +451,7 @@ def _pool(kind: str) -> Operation:
         build=build,
         attributes=attributes,
         affine=kind == "Avg",
+        linear=stand_ins.average_of_window if kind == "Max" else None,
         work=lambda s, _, output: math.prod(output) * s["kernel_size"] ** s["dims"],
         rank=lambda s: s["dims"] + 2,
     )
@@ -385,6 +463,7 @@ def _adaptive_pool(kind: str) -> Operation:
         build=lambda *, dims, output_size: classes[dims](output_size),
         attributes={"output_size": _integer(1, 4096), "dims": _AXES},
         affine=kind == "Avg",
+        linear=stand_ins.adaptive_average if kind == "Max" else None,
         work=lambda _, inputs, output: math.prod(inputs[0]) + math.prod(output),
         rank=lambda s: s["dims"] + 2,
     )
@@ -394,6 +473,7 @@ def _matmul() -> Operation:
     return Operation(
         build=parts.MatMul,
         num_inputs=(2, 2),
+        linear=stand_ins.sum_of_means,
         work=lambda _, inputs, output: math.prod(output) * inputs[0][-1],
     )
 
@@ -410,6 +490,7 @@ def _dropout() -> Operation:
         shape=shape_rules.unchanged,
         build=nn.Dropout,
         attributes={"p": _number(*_PROBABILITY, 0.5)},
+        linear=stand_ins.nothing,
         draws_random=lambda s: s["p"] > 0,
     )
 
@@ -425,6 +506,7 @@ def _noise() -> Operation:
         shape=shape_rules.unchanged,
         build=parts.Noise,
         attributes={"std": _number(1e-12, 1e6)},
+        linear=stand_ins.nothing,
         draws_random=lambda _: True,
     )
 
@@ -471,13 +553,24 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     ),
     "sub": Operation(build=parts.Sub, num_inputs=(2, 2), affine=True, shape=shape_rules.broadcast),
     "mul": Operation(
-        build=parts.Mul, num_inputs=_MANY, exchangeable=True, shape=shape_rules.broadcast
+        build=parts.Mul,
+        num_inputs=_MANY,
+        exchangeable=True,
+        shape=shape_rules.broadcast,
+        linear=stand_ins.value_path,
     ),
     "concat": Operation(
         build=parts.Concat, attributes={"dim": _INNER_AXIS}, num_inputs=_MANY, affine=True
     ),
     "matmul": _matmul(),
+    "mean_matmul": Operation(
+        build=parts.MeanMatMul,
+        num_inputs=(2, 2),
+        affine=True,
+        work=lambda _, inputs, output: sum(map(math.prod, (*inputs, output))),
+    ),
     "multihead_attention": _multihead_attention(),
+    "mean_attention": _mean_attention(),
     "noise": _noise(),
 }
 """Every operation by its ``op_type``."""
@@ -512,6 +605,9 @@ def _read(name: str, attribute: Attribute, value: object) -> object:
     return value
 
 
+_NOT_TORCHS: Final = ("trainable", "init", "init_after")
+
+
 def build_module(operation: Operation, settings: StepSettings, **factory: object) -> nn.Module:
     """Build the module of one step.
 
@@ -523,7 +619,7 @@ def build_module(operation: Operation, settings: StepSettings, **factory: object
     Raises:
         ValueError: Settings contradict each other, for example groups that do not divide.
     """
-    own = {key: value for key, value in settings.items() if key not in ("trainable", "init")}
+    own = {key: value for key, value in settings.items() if key not in _NOT_TORCHS}
     build = partial(operation.build, **factory) if operation.has_tensors else operation.build
     module = build(**own)
     if not settings.get("trainable", True):

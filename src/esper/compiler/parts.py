@@ -75,6 +75,15 @@ class MatMul(nn.Module):
 
 
 @final
+class MeanMatMul(nn.Module):
+    """The sum of two tensors' means over the axis that a matrix product of them sums over."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the means of left's rows plus those of right's columns, shaped as the product."""
+        return left.mean(-1, keepdim=True) + right.mean(-2, keepdim=True)
+
+
+@final
 class Scale(nn.Module):
     """A constant factor.
 
@@ -96,17 +105,29 @@ class Diagonal(nn.Module):
     """A factor and a term for each feature.
 
     Args:
-        num_features: Size of the axis of the features.
+        num_features: Size of the axis of the features; several sizes for so many last axes.
         dim: That axis: -1, or 1 for channels.
         bias: Whether there is a term.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: Several sizes, and ``dim`` is 1.
     """
 
     def __init__(
-        self, *, num_features: int, dim: int, bias: bool, device: torch.device, dtype: torch.dtype
+        self,
+        *,
+        num_features: int | tuple[int, ...],
+        dim: int,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        if dim == 1 and isinstance(num_features, tuple):
+            msg = f"several axes are the last ones, dim -1, found num_features {num_features}"
+            raise ValueError(msg)
         self.dim = dim
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = (
@@ -254,3 +275,46 @@ class Attention(nn.Module):
             mask = query.new_ones(shape, dtype=torch.bool).triu(1)
         attended: Tensor = self.attention(query, key, value, need_weights=False, attn_mask=mask)[0]
         return attended
+
+
+@final
+class MeanAttention(nn.Module):
+    """Attention that looks at all allowed positions alike, of (batch, length, features) tensors.
+
+    Args:
+        embed_dim: Features of value and output.
+        bias: Whether the projections have biases.
+        causal: Whether a position looks at those up to its own place only.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        bias: bool,
+        causal: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.value = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, value: Tensor, query: Tensor | None = None) -> Tensor:
+        """Return the projected mean of the projected values, for each position of the query.
+
+        Args:
+            value: Shape (batch, length, embed_dim).
+            query: Shape (batch, other length, any); only its length counts. The value if None.
+        """
+        num_places = (value if query is None else query).size(1)
+        values = self.value(value)
+        if not self.causal:
+            mean: Tensor = self.out(values.mean(1, keepdim=True))
+            return mean.repeat(1, num_places, 1)
+        seen = value.new_ones((num_places, value.size(1))).tril()
+        mixed: Tensor = self.out((seen / seen.sum(-1, keepdim=True)) @ values)
+        return mixed

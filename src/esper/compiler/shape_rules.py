@@ -101,6 +101,20 @@ def attention(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     return inputs[0]
 
 
+def mean_attention(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
+    """The shape of the value, with the length of the query where there is one.
+
+    Raises:
+        ValueError: The value's last axis has not ``embed_dim``, or the query is of another batch.
+    """
+    value, query = inputs[0], inputs[-1]
+    _expect_axis(value, -1, settings["embed_dim"])
+    if query[0] != value[0]:
+        msg = f"value and query have one batch, found {value[0]} and {query[0]}"
+        raise ValueError(msg)
+    return (value[0], query[1], value[2])
+
+
 def convolution(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
     """Batch, ``out_channels``, and per axis floor((n + 2p - d (k - 1) - 1) / s) + 1.
 
@@ -151,12 +165,18 @@ def transposed_convolution(settings: StepSettings, inputs: tuple[Shape, ...]) ->
 
 
 def diagonal(settings: StepSettings, inputs: tuple[Shape, ...]) -> Shape:
-    """The shape of the input, whose axis ``dim`` has ``num_features``.
+    """The shape of the input, whose axis ``dim`` has ``num_features``, or its last axes have.
 
     Raises:
-        ValueError: It has not.
+        ValueError: They have not.
     """
-    _expect_axis(inputs[0], settings["dim"], settings["num_features"])
+    wanted = settings["num_features"]
+    if isinstance(wanted, tuple):
+        if settings["dim"] != -1:
+            msg = "attributes contradict each other: num_features of several axes needs dim -1"
+            raise ValueError(msg)
+        return trailing_norm({"normalized_shape": wanted}, inputs)
+    _expect_axis(inputs[0], settings["dim"], wanted)
     return inputs[0]
 
 

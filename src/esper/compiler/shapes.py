@@ -75,6 +75,15 @@ def infer(plan: Plan, shape: Shape) -> Shape:
     Raises:
         BlueprintError: A step does not take its input, or a limit is exceeded.
     """
+    return infer_all(plan, shape)[-1]
+
+
+def infer_all(plan: Plan, shape: Shape) -> tuple[Shape, ...]:
+    """Return the shape of the input, and of what each step gives for it.
+
+    Raises:
+        BlueprintError: As :func:`infer`.
+    """
     _check_limits("the input", shape)
     shapes = [shape]
     work = 0
@@ -89,7 +98,7 @@ def infer(plan: Plan, shape: Shape) -> Shape:
             f"{shape}; at most {MAX_WORK}: make it narrower"
         )
         raise BlueprintError(msg)
-    return shapes[-1]
+    return tuple(shapes)
 
 
 def _receptive_field(plan: Plan) -> int:

@@ -139,13 +139,14 @@ def _convolution(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     weight = dense(step.weight.detach().double(), step.groups)
     geometry = geometry_of(step)
     padded = any(geometry.padding)
+    pads_zeros = padded and geometry.padding_mode == "zeros"
     if all(size == 1 for size in step.kernel_size) and set(geometry.stride) == {1} and not padded:
         return after(inner, weight.flatten(1), bias)
     if inner.geometry is not None:
         msg = "a convolution after a convolution with a geometry of its own"
         raise NotFoldable(msg)
-    if padded and bool(inner.bias.any()):
-        msg = "a bias before a convolution that pads would act at the borders too"
+    if pads_zeros and bool(inner.bias.any()):  # the other modes pad what has the bias
+        msg = "a bias before a convolution that pads by zeros would act at the borders too"
         raise NotFoldable(msg)
     _check_axis(weight.shape[1], inner)
     composed = torch.einsum("om...,mi->oi...", weight, inner.weight)
@@ -178,6 +179,9 @@ def exchanged(weight: Tensor, groups: int) -> Tensor:
 
 def _diagonal(step: nn.Module, inputs: tuple[Affine, ...]) -> Affine:
     assert isinstance(step, Diagonal)
+    if step.weight.ndim > 1:
+        msg = "a factor for each element of several axes is no matrix on the features"
+        raise NotFoldable(msg)
     factors = step.weight.detach().double()
     return after(inputs[0], torch.diag(factors), _term(step.bias, factors))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NoReturn, final
 
 import torch
@@ -32,6 +33,7 @@ from esper.seeds.affine import (
 
 if TYPE_CHECKING:
     from esper.contracts.choices import Position
+    from esper.state.layer_call import LayerCall
     from esper.state.seed_slot import Seed
 
 _SAMPLES: Final = 8
@@ -39,6 +41,45 @@ _ROWS: Final = 64
 _TABLE_ROWS: Final = 4096
 
 Folded = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Joining:
+    """A kernel that is to become part of a host, and how it joins it.
+
+    Attributes:
+        kernel: The kernel.
+        alpha: Its share, from 0 to 1.
+        is_serial: Whether it reads the host's output.
+        replaces: Whether its share is taken from the host's.
+        example: A call of the layer that was seen; None where none was.
+    """
+
+    kernel: nn.Module
+    alpha: float
+    is_serial: bool
+    replaces: bool
+    example: LayerCall | None
+
+    @classmethod
+    def of(cls, seed: Seed) -> Joining:
+        """Return what stands in a seed, with the alpha that it has now."""
+        return cls(
+            kernel=seed.slot.kernel,
+            alpha=float(seed.slot.alpha),
+            is_serial=seed.is_serial,
+            replaces=seed.replaces,
+            example=seed.example,
+        )
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The host's weight in the sum and the kernel's."""
+        return (1.0 - self.alpha if self.replaces else 1.0), self.alpha
+
+    def in_float64(self) -> nn.Module:
+        """Return a copy of the kernel in float64."""
+        return copy.deepcopy(self.kernel).double()
 
 
 class FoldTarget(ABC):
@@ -70,24 +111,24 @@ class FoldTarget(ABC):
         bias: nn.Parameter | None = getattr(self.owner, "bias", None)
         return bias
 
-    def folded(self, seed: Seed) -> Folded:
-        """Return weight and bias with the seed in them; the bias None where there is none.
+    def folded(self, joining: Joining) -> Folded:
+        """Return weight and bias with the kernel in them; the bias None where there is none.
 
         Raises:
             NotFoldable: That is not exact.
         """
-        position = "serial" if seed.is_serial else "parallel"
+        position = "serial" if joining.is_serial else "parallel"
         if position not in self.positions:
             msg = f"into a {self._host_name} only {self.positions[0]} kernels fold"
             raise NotFoldable(msg)
         bias = None if self.bias is None else self.bias.detach().double()
-        return self._with(seed, self.weight.detach().double(), bias)
+        return self._with(joining, self.weight.detach().double(), bias)
 
     @abstractmethod
-    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded: ...
+    def _with(self, joining: Joining, weight: Tensor, bias: Tensor | None) -> Folded: ...
 
     @abstractmethod
-    def random_input(self, seed: Seed) -> Tensor:
+    def random_input(self, joining: Joining) -> Tensor:
         """Return an input to measure with, float64 unless the host takes integers.
 
         Raises:
@@ -111,12 +152,6 @@ def target_of(layer: nn.Module) -> FoldTarget:
     return make(layer)
 
 
-def shares(seed: Seed) -> tuple[float, float]:
-    """Return the host's weight in the sum and the kernel's."""
-    alpha = float(seed.slot.alpha)
-    return (1.0 - alpha if seed.replaces else 1.0), alpha
-
-
 class _AffineTarget(FoldTarget):
     """A host that is affine in its input; the subclasses say how its weight lies.
 
@@ -125,13 +160,13 @@ class _AffineTarget(FoldTarget):
 
     groups: int = 1
 
-    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
-        kept, alpha = shares(seed)
+    def _with(self, joining: Joining, weight: Tensor, bias: Tensor | None) -> Folded:
+        kept, alpha = joining.shares
         rows = self._rows(weight)
         known = rows.new_zeros(len(rows)) if bias is None else bias
-        kernel_reads = len(rows) if seed.is_serial else rows.shape[1] * self.groups
-        kernel = affine_of(seed.slot.kernel, kernel_reads, weight)
-        if seed.is_serial:
+        kernel_reads = len(rows) if joining.is_serial else rows.shape[1] * self.groups
+        kernel = affine_of(joining.kernel, kernel_reads, weight)
+        if joining.is_serial:
             if kernel.geometry is not None:
                 msg = "a serial kernel folds only where it is 1x1"
                 raise NotFoldable(msg)
@@ -159,7 +194,7 @@ class _AffineTarget(FoldTarget):
             raise NotFoldable(msg)
         return kernel.weight
 
-    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+    def random_input(self, joining: Joining) -> Tensor:  # noqa: ARG002 - any input will do
         return _random((_ROWS, self._rows(self.weight).shape[1]), self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -206,7 +241,7 @@ class _Convolution(_AffineTarget):
     def _on_taps(self, kernel: Affine) -> Tensor:
         return grouped(on_taps_of(kernel, self._conv), self.groups)
 
-    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+    def random_input(self, joining: Joining) -> Tensor:  # noqa: ARG002 - any input will do
         return _random_image(self._conv, self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -233,7 +268,7 @@ class _TransposedConvolution(_AffineTarget):
     def _on_taps(self, kernel: Affine) -> Tensor:
         return grouped(on_taps_of(kernel, self._conv), self.groups)
 
-    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+    def random_input(self, joining: Joining) -> Tensor:  # noqa: ARG002 - any input will do
         return _random_image(self._conv, self.weight)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -257,9 +292,9 @@ class _Norm(FoldTarget):
 
     positions = ("serial",)
 
-    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
-        kept, alpha = shares(seed)
-        kernel = affine_of(seed.slot.kernel, weight.shape[-1], weight)
+    def _with(self, joining: Joining, weight: Tensor, bias: Tensor | None) -> Folded:
+        kept, alpha = joining.shares
+        kernel = affine_of(joining.kernel, weight.shape[-1], weight)
         factors = kernel.weight.diagonal() if kernel.geometry is None else weight.new_zeros(0)
         if kernel.geometry is not None or not torch.equal(kernel.weight, torch.diag(factors)):
             msg = "behind a norm only a factor and a term for each feature fold"
@@ -271,9 +306,9 @@ class _Norm(FoldTarget):
         factor = kept + alpha * factors
         return weight * factor, None if bias is None else bias * factor + term
 
-    def random_input(self, seed: Seed) -> Tensor:
+    def random_input(self, joining: Joining) -> Tensor:
         """Return one of the shape that was seen: only that says which axis a kernel reads."""
-        seen = None if seed.example is None else seed.example.x
+        seen = None if joining.example is None else joining.example.x
         if not isinstance(seen, Tensor):
             msg = "no input of the norm was seen, so that the axis of its features is not known"
             raise NotFoldable(msg)
@@ -303,32 +338,27 @@ class _Table(FoldTarget):
         assert isinstance(layer, nn.Embedding)
         self._table = layer
 
-    def _with(self, seed: Seed, weight: Tensor, bias: Tensor | None) -> Folded:
+    def _with(self, joining: Joining, weight: Tensor, bias: Tensor | None) -> Folded:
         if self._table.max_norm is not None:
             msg = "an embedding with max_norm changes its rows when it is called"
             raise NotFoldable(msg)
-        kernel = seed.slot.kernel
+        kernel = joining.kernel
         steps = list(kernel.steps) if isinstance(kernel, LoweredKernel) else [kernel]
         mixing = next((step for step in steps if not _is_row_by_row(step)), None)
         if mixing is not None:
             msg = f"{type(mixing).__name__} is no operation that works row by row"
             raise NotFoldable(msg)
-        kept, alpha = shares(seed)
+        kept, alpha = joining.shares
         with torch.no_grad():
-            return kept * weight + alpha * in_float64(seed)(weight), bias
+            return kept * weight + alpha * joining.in_float64()(weight), bias
 
-    def random_input(self, seed: Seed) -> Tensor:  # noqa: ARG002 - any input will do
+    def random_input(self, joining: Joining) -> Tensor:  # noqa: ARG002 - any input will do
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(self._table.num_embeddings, generator=generator)[:_TABLE_ROWS]
         return drawn.to(self.weight.device)
 
     def run(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:  # noqa: ARG002 - none
         return weight[x]
-
-
-def in_float64(seed: Seed) -> nn.Module:
-    """Return a copy of a seed's kernel in float64."""
-    return copy.deepcopy(seed.slot.kernel).double()
 
 
 _ROW_BY_ROW: Final = frozenset(
@@ -340,7 +370,9 @@ def _is_row_by_row(step: nn.Module) -> bool:
     """Say whether a step makes of each row, by the last axis, what no other row has a part in."""
     if isinstance(step, nn.LayerNorm | nn.RMSNorm):
         return len(step.normalized_shape) == 1
-    return type(step) in _ROW_BY_ROW or (type(step) is Diagonal and step.dim == -1)
+    if isinstance(step, Diagonal):
+        return step.dim == -1 and step.weight.ndim == 1
+    return type(step) in _ROW_BY_ROW
 
 
 def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -15,15 +15,16 @@ from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.resilience.attempt import Done, attempt
 from esper.seeds.affine import NotFoldable
-from esper.seeds.fold_target import FoldTarget, in_float64, shares, target_of
+from esper.seeds.fold_target import FoldTarget, Joining, target_of
 from esper.seeds.grafting import active_seed
 from esper.seeds.slots import withdraw
 from esper.seeds.structure import encoded_structure
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from esper.seeds.fold_target import Folded
     from esper.state.seed_slot import Seed
 
 T = TypeVar("T")
@@ -71,18 +72,16 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
     The parameters stay the same objects; they are written in place, under ``no_grad``.
     """
     tolerance, rel_diff = FLOAT32_TOLERANCE, None
+    joining = Joining.of(seed)
     try:
-        _check_neighbours(layer, seed)
-        target = target_of(layer)
-        _check_tensors(target.owner)
+        target = target_beside(layer, [s for s in record_of(layer).seeds.values() if s is not seed])
         tolerance = _tolerance(target.weight)
-        exact_weight, exact_bias = _or_not_foldable(partial(target.folded, seed))
-        _check_owner(target.owner)  # late: it looks at every object that there is
+        exact_weight, exact_bias = composed(target, joining)
         weight = exact_weight.to(target.weight.dtype)
         bias = None
         if exact_bias is not None and target.bias is not None:
             bias = exact_bias.to(target.bias.dtype)
-        rel_diff = _or_not_foldable(partial(_rel_diff, target, seed, weight, bias))
+        rel_diff = measured(target, joining, weight, bias)
     except NotFoldable as refused:
         return FoldCertificate(
             folded=False, rel_diff=rel_diff, tolerance=tolerance, reason=str(refused)
@@ -95,6 +94,39 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         if bias is not None and target.bias is not None:
             target.bias.copy_(bias)
     return FoldCertificate(folded=True, rel_diff=rel_diff, tolerance=tolerance)
+
+
+def target_beside(layer: nn.Module, others: Iterable[Seed]) -> FoldTarget:
+    """Return the target that a layer's host is, beside the layer's other seeds.
+
+    Raises:
+        NotFoldable: The host, one of its tensors or another seed does not allow a fold.
+    """
+    if any(s.is_serial or s.replaces for s in others):  # at alpha 0 too
+        _refuse("another contributing seed of the layer is serial or replacing")
+    target = target_of(layer)
+    _check_tensors(target.owner)
+    return target
+
+
+def composed(target: FoldTarget, joining: Joining) -> Folded:
+    """Return a host's weight and bias with a kernel in them, in float64; nothing is changed.
+
+    Raises:
+        NotFoldable: That is not exact, or another module has the host's tensors too.
+    """
+    made = _or_not_foldable(partial(target.folded, joining))
+    _check_owner(target.owner)  # late: it looks at every object that there is
+    return made
+
+
+def measured(target: FoldTarget, joining: Joining, weight: Tensor, bias: Tensor | None) -> float:
+    """Return the relative difference of host and kernel to a host with another weight and bias.
+
+    Raises:
+        NotFoldable: There is nothing to measure it with.
+    """
+    return _or_not_foldable(partial(_rel_diff, target, joining, weight, bias))
 
 
 def _or_not_foldable(step: Callable[[], T]) -> T:
@@ -116,12 +148,6 @@ def _or_not_foldable(step: Callable[[], T]) -> T:
 def _tolerance(weight: Tensor) -> float:
     exact = weight.dtype in (torch.float32, torch.float64)
     return FLOAT32_TOLERANCE if exact else float(torch.finfo(weight.dtype).eps)
-
-
-def _check_neighbours(layer: nn.Module, seed: Seed) -> None:
-    others = [s for s in record_of(layer).seeds.values() if s is not seed]  # at alpha 0 too
-    if any(s.is_serial or s.replaces for s in others):
-        _refuse("another contributing seed of the layer is serial or replacing")
 
 
 def _check_tensors(owner: nn.Module) -> None:
@@ -158,23 +184,23 @@ def _is_module_table(table: dict[object, object]) -> bool:
     return False
 
 
-def _rel_diff(target: FoldTarget, seed: Seed, weight: Tensor, bias: Tensor | None) -> float:
+def _rel_diff(target: FoldTarget, joining: Joining, weight: Tensor, bias: Tensor | None) -> float:
     """Measure the fold on random inputs, in float64, against the formula."""
     with torch.no_grad():
-        x = target.random_input(seed)
+        x = target.random_input(joining)
         h = target.run(*_in_float64(target.weight, target.bias), x)
-        k = _output(seed, h if seed.is_serial else x)
+        k = _output(joining, h if joining.is_serial else x)
         if k.shape != h.shape:
             _refuse(f"the kernel gives {tuple(k.shape)} beside the host's {tuple(h.shape)}")
-        kept, alpha = shares(seed)
+        kept, alpha = joining.shares
         before = kept * h + alpha * k
         change = (target.run(*_in_float64(weight, bias), x) - before).abs().max()
         return float(change / before.abs().max().clamp_min(sys.float_info.min))
 
 
-def _output(seed: Seed, given: Tensor) -> Tensor:
+def _output(joining: Joining, given: Tensor) -> Tensor:
     try:
-        k: Tensor = in_float64(seed)(given)
+        k: Tensor = joining.in_float64()(given)
     except Exception as error:  # a kernel of anybody's, on an input of our choice
         msg = f"the kernel does not take the input that the fold is measured with: {error}"
         raise NotFoldable(msg) from error
