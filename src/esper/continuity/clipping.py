@@ -49,6 +49,10 @@ class Clipping:
             torch.nn.utils.clip_grad_norm_(params, self.norm)
 
 
+UNCLIPPED: Final = Clipping()
+"""Gradients as they come."""
+
+
 class GradientWatch:
     """Follows the size of the gradients that reach an optimizer's steps."""
 
@@ -62,7 +66,10 @@ class GradientWatch:
         if getattr(optimizer, "grad_scale", None) is not None:
             return  # a fused optimizer takes the scale off itself, later
         gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
         gradients = [g for g in gradients if not g.is_sparse]
         if gradients:

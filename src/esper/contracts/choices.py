@@ -76,14 +76,8 @@ TrialKind = Literal["twin", "shadow"]
 """Where kernels are tried: in a copy of the run, or by passes beside it that train them alone."""
 TRIAL_KINDS: Final[tuple[TrialKind, ...]] = get_args(TrialKind)
 
-Attribution = Literal["trial", "run", "none"]
-"""How long a package made linear trains beside: for its trial, to the end of the run, not at all."""
-
 Pays = Literal["updates", "flops"]
 """What a package has to beat: the live run at as many updates, or at as much work as well."""
-
-TakenArm = Literal["", "candidate", "null"]
-"""Which twin a run took over; none, where it is empty."""
 
 Verdict = Literal[
     "diminishing",

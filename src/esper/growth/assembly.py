@@ -14,7 +14,7 @@ from esper.continuity.replicas import bare
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
-from esper.growth.budget import Budget, Cost, count_parameters
+from esper.growth.budget import Budget, Cost, count_parameters, default_overhead
 from esper.growth.claims import check_free, left_behind
 from esper.growth.evaluation import Evaluator
 from esper.growth.graft import Grafts
@@ -24,7 +24,6 @@ from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.run import GrowthRun
-from esper.growth.settings import OVERHEAD, OVERHEAD_OF_SMALL
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
-    from esper.growth.settings import GrowthSettings
 
 
 def begin_run(
@@ -85,7 +83,9 @@ def begin_run(
     functions = tuple(f for f in (compute_loss, options.get("update")) if f is not None)
     budget = options.get("budget") or Budget()
     host_cost = Cost(parameters=count_parameters(inner))
-    overhead = _overhead(settings, host_cost, budget)
+    overhead = settings.overhead
+    if overhead is None:
+        overhead = default_overhead(host_cost.parameters, budget)
     return GrowthRun(
         model=inner,
         given=model,
@@ -112,17 +112,10 @@ def begin_run(
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
         log=log,
-        ledger=WorkLedger(settings),
+        ledger=WorkLedger(settings, clock, overhead=overhead),
         grafts=Grafts(journal),
         host_cost=host_cost,
     )
-
-
-def _overhead(settings: GrowthSettings, host: Cost, budget: Budget) -> float:
-    """Return what growing may take; kernels are large beside a small host."""
-    if settings.overhead is not None:
-        return settings.overhead
-    return OVERHEAD_OF_SMALL if host.parameters < budget.small_host else OVERHEAD
 
 
 def _bus(*sinks: EventSink | None) -> EventBus:

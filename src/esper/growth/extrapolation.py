@@ -56,7 +56,5 @@ def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     mean_x, mean_y = math.fsum(xs) / n, math.fsum(ys) / n
     spread = math.fsum((x - mean_x) ** 2 for x in xs)
     slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
-    left = math.fsum(
-        (y - mean_y - slope * (x - mean_x)) ** 2 for x, y in zip(xs, ys, strict=True)
-    )
+    left = math.fsum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in zip(xs, ys, strict=True))
     return slope, math.sqrt(left / (n - 2) / spread)

@@ -237,7 +237,11 @@ def judge(
     if reference.per_sample is None or candidate.per_sample is None:
         return _unmeasured(NO_SAMPLES, level=level)
     return read_gate(
-        reference.per_sample, candidate.per_sample, level=level, spread=spread, min_effect=min_effect
+        reference.per_sample,
+        candidate.per_sample,
+        level=level,
+        spread=spread,
+        min_effect=min_effect,
     )
 
 

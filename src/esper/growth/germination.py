@@ -26,17 +26,17 @@ from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
+    from esper.contracts.choices import GraftVerdict
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.ranking import RankedCandidate
     from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
-    from esper.contracts.choices import GraftVerdict
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import Example
 
@@ -119,7 +119,6 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             if over is None:
                 candidates.append(candidate)
                 blueprints[name, blueprint.id] = blueprint
-                run.ledger.count_forward("ranking", seen.num_samples)
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
     scored = map(finite_score, run.ranking.rank(observations, candidates))
@@ -163,35 +162,53 @@ def make_candidate(
     )
 
 
-def germinate_package(
-    run: GrowthRun, ranked: Ranked, observations: Mapping[str, SiteObservation], limit: int
-) -> list[Contender]:
-    """Germinate a package: at every open site the best kernel that budget and probe allow.
+def choose_package(run: GrowthRun, ranked: Ranked, limit: int) -> list[RankedCandidate]:
+    """Choose a package: at every open site the best kernel that the budget allows.
 
     It takes at most half of what the budget has left in all, best predicted gain first.
 
     Args:
         run: The run.
         ranked: What is on offer, best first.
-        observations: What was recorded, by site.
         limit: How many kernels a package may have, at least 1.
     """
-    package: list[Contender] = []
+    chosen: dict[str, RankedCandidate] = {}
     room = run.budget.room(host=run.host_cost, admitted=run.grafts.added_cost)
     for entry in ranked.order:
-        taken = {contender.graft.site for contender in package}
-        if len(package) == limit or entry.gain is None:
+        if len(chosen) == limit or entry.gain is None:
             break
         cost = Cost(parameters=entry.parameters, flops=entry.flops)
-        if entry.site in taken or entry.gain <= 0 or not room.takes(cost):
-            continue
-        reason = f"the best at its site, predicted gain {entry.gain:.3g}"
-        blueprint = ranked.blueprints[entry.site, entry.blueprint]
-        contender = germinate(run, entry.site, blueprint, observations[entry.site], reason)
-        if contender is not None:
-            package.append(contender)
-            room = room.without(contender.graft.cost)
-    return package
+        if entry.site not in chosen and entry.gain > 0 and room.takes(cost):
+            chosen[entry.site] = entry
+            room = room.without(cost)
+    return list(chosen.values())
+
+
+def germinate_package(
+    run: GrowthRun,
+    chosen: Iterable[RankedCandidate],
+    ranked: Ranked,
+    observations: Mapping[str, SiteObservation],
+) -> list[Contender]:
+    """Germinate what was chosen; a kernel that its probe refuses is left out, and the log says so.
+
+    Args:
+        run: The run.
+        chosen: At most one kernel of each site.
+        ranked: What it was chosen from.
+        observations: What was recorded, by site.
+    """
+    made = (
+        germinate(
+            run,
+            entry.site,
+            ranked.blueprints[entry.site, entry.blueprint],
+            observations[entry.site],
+            f"the best at its site, predicted gain {entry.gain:.3g}",
+        )
+        for entry in chosen
+    )
+    return [contender for contender in made if contender is not None]
 
 
 def germinate_choice(

@@ -16,7 +16,7 @@ from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
-from esper.growth.budget import count_parameters
+from esper.growth.budget import OVERHEAD, count_parameters
 from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
@@ -31,7 +31,7 @@ from esper.growth.policies import Never
 from esper.growth.reading import Reading
 from esper.growth.rehearsal import rehearse
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
-from esper.growth.settings import OVERHEAD
+from esper.growth.sizing import is_earned
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.resilience.attempt import Done, Failed, attempt
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from esper.contracts.canonical_json import JsonObject
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.stages import Stage
@@ -75,9 +76,9 @@ class Grower:
         and the model keep (counters, generators, metrics, the batch) is put back after each such
         pass, and what cannot be is named by a warning.
         ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
-        shape (samples,), at least 300 of them, two thirds of which verdicts are read on; or a dict whose first entry decides; or
-        ``(losses, metrics)``. A scalar is accepted, but then no gate passes and nothing is
-        ranked. What it keeps is its owner's, but for random generators, which are put back.
+        shape (samples,), at least 300 of them, two thirds of which verdicts are read on; or a
+        dict whose first entry decides; or ``(losses, metrics)``. A scalar is accepted, but then no
+        gate passes and nothing is ranked. What it keeps is its owner's, but for random generators, which are put back.
         ``update``: ``(model, optimizer, batch)``, one update of a twin; where None loss, backward
         and step, with the rates, the clipping and the loss scale that the run was seen to have.
         ``group_for``: ``(name, parameter)`` to the param group that a kernel's parameter joins, or
@@ -285,10 +286,10 @@ class Grower:
             not_finite=tuple(run.journal.not_finite),
         )
 
-    def _effective_settings(self) -> dict[str, object]:
+    def _effective_settings(self) -> JsonObject:
         run = self._run
-        effective = {**asdict(run.settings), "overhead": run.overhead}
-        return {**effective, "budget": asdict(run.budget)}
+        own = {**asdict(run.settings), "overhead": run.overhead}
+        return {**own, "budget": asdict(run.budget)}
 
     def close(self, reason: str = "the run ended") -> None:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
@@ -482,6 +483,8 @@ class Grower:
             run.journal.note(against)
             return
         missing = missing_part(run)
+        if missing is None and not is_earned(run):
+            return
         if missing is None or self._advises(missing):
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 

@@ -197,7 +197,7 @@ class Holding:
         sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
         if any(folded):
             run.ledger.structure_changed()
-        run.journal.kept(replace(self._record, verdict="kept"))
+        run.journal.trial_changed(replace(self._record, verdict="kept"))
         run.last_change_update = run.updates
 
 

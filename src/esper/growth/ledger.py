@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from esper.growth.batch import num_elements
-from esper.growth.budget import OVERHEAD
 from esper.growth.flops import counting
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ class WorkLedger:
     Args:
         settings: The run's; ``horizon`` and ``overhead``, and what an audition takes.
         clock: Dates the beginning and the end of a block.
+        overhead: What growing may take, as a ratio to the FLOPs of training, at least 0.
 
     Attributes:
         update: What an update of the live model takes, by element of its batches.
@@ -64,10 +64,10 @@ class WorkLedger:
         scheduled: FLOPs of the readings that were made because they were due.
     """
 
-    def __init__(self, settings: GrowthSettings, clock: Clock) -> None:
+    def __init__(self, settings: GrowthSettings, clock: Clock, *, overhead: float) -> None:
         self._settings = settings
         self._clock = clock
-        self._overhead = OVERHEAD if settings.overhead is None else settings.overhead
+        self._overhead = overhead
         self._flops: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
         self._open: list[Work] = []  # what blocks inside of the open ones took, the outermost first

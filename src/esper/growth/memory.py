@@ -164,7 +164,9 @@ def _storage_of(tensor: Tensor) -> tuple[int, int]:
 
 def _bytes(tensors: Iterable[Tensor], *, wide: bool = False) -> int:
     """Return the bytes of tensors; ``wide``: those that they have in float32 at least."""
-    return sum(t.numel() * (max(t.element_size(), 4) if wide else t.element_size()) for t in tensors)
+    return sum(
+        t.numel() * (max(t.element_size(), 4) if wide else t.element_size()) for t in tensors
+    )
 
 
 def _is_floating(tensor: Tensor) -> bool:

@@ -90,6 +90,8 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"a package takes {needed} updates at least; too few are left of {horizon}"
     if limit is not None and run.grafts.num_packages_admitted >= limit:
         return f"the budget's {limit} packages were taken over"
+    if horizon is not None and run.too_dear is not None:
+        return run.too_dear
     if not open_sites(run):
         return "no site has a seed that is dormant"
     return None

@@ -16,8 +16,8 @@ from esper.growth.tries import spend_try
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
-    from esper.growth.batch import Batch
     from esper.growth.audition import Audition
+    from esper.growth.batch import Batch
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun

@@ -106,7 +106,7 @@ def _digest(value: object) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(value: object, depth: int) -> Iterator[bytes | memoryview]:
+def _bytes_of(value: object, depth: int) -> Iterator[bytes]:
     """Yield what a value consists of; objects of classes of the owner's by their attributes."""
     if isinstance(value, Tensor):
         yield from _bytes_of_tensor(value)
@@ -127,13 +127,13 @@ def _bytes_of(value: object, depth: int) -> Iterator[bytes | memoryview]:
         yield from _bytes_of(getattr(value, "__dict__", None), depth + 1)
 
 
-def _bytes_of_items(items: Iterable[object], depth: int) -> Iterator[bytes | memoryview]:
+def _bytes_of_items(items: Iterable[object], depth: int) -> Iterator[bytes]:
     for item in list(items)[:_LOOKED_INTO]:
         yield from _bytes_of(item, depth + 1)
 
 
-def _bytes_of_tensor(value: Tensor) -> Iterator[bytes | memoryview]:
+def _bytes_of_tensor(value: Tensor) -> Iterator[bytes]:
     yield str((value.dtype, tuple(value.shape))).encode()
     if value.layout is torch.strided and not value.is_meta and value.numel():
         plain = value.detach().cpu().contiguous()
-        yield memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+        yield plain.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -81,6 +81,7 @@ class GrowthRun:
         num_packages: Packages that were tried so far.
         num_decisions: Decisions to grow so far.
         null_beside: The null twin that trains on to the end of the run; None without one.
+        too_dear: Why no package can be paid for in a run of this length; None where one can.
         no_twins: Why no twin can be made; None where one can, or nobody has tried.
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
             be had; None before.
@@ -118,6 +119,7 @@ class GrowthRun:
     num_packages: int = 0
     num_decisions: int = 0
     null_beside: NullBeside | None = None
+    too_dear: str | None = None
     no_twins: str | None = None
     num_moves: int = field(default_factory=lambda: Moves.count)
     last_change_update: int | None = None

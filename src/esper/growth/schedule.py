@@ -85,7 +85,9 @@ class EvaluationSchedule:
         if least == math.inf:
             return None
         at_ends = self._every is None and self._last_end is not None
-        return wanted * max(1, math.ceil(least / wanted)) if at_ends else max(wanted, math.ceil(least))
+        return (
+            wanted * max(1, math.ceil(least / wanted)) if at_ends else max(wanted, math.ceil(least))
+        )
 
     def stretched(self) -> str | None:
         """Say once that evaluations are further apart than wanted, and why; else None."""

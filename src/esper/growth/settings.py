@@ -34,9 +34,6 @@ MIN_TRIAL: Final = 50
 """Fewest updates of a trial: what is shorter shows the first steps of kernels and nothing else."""
 MIN_NULLS: Final = 3
 """Fewest equal twins that a spread is measured on; one pair of runs is one degree of freedom."""
-OVERHEAD: Final = 0.10
-OVERHEAD_OF_SMALL: Final = 1.0
-"""Of hosts under ``Budget.small_host`` parameters, beside which kernels are large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from esper.compiler.linear_form import linear_form
 from esper.continuity.warmup import rate_for_new
 from esper.growth.audition import Audition
-from esper.growth.batch import num_elements
 from esper.growth.evaluation import averaged
 from esper.growth.gates import Spread, judge, level_of
 from esper.growth.probation import LOOKS, Probation
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
     from esper.growth.stages import Stage
     from esper.state.kernel import PreparedKernel
+
 
 class Auditioning:
     """Trains a kernel by shadow passes and reads its gate, once, against its own linear form.
@@ -49,7 +49,9 @@ class Auditioning:
         self._rates = [a.rates for a in (self._audition, self._null)]
         self._looks: list[Measurement] = []
         first = self._num_passes // 2
-        self._look_at = {first + (self._num_passes - first) * (i + 1) // LOOKS for i in range(LOOKS)}
+        self._look_at = {
+            first + (self._num_passes - first) * (i + 1) // LOOKS for i in range(LOOKS)
+        }
         self._meters = [run.ledger.meter("shadow") for _ in range(2)]
         contender.graft.begin_audition("compiled, fetched, probed")
 
@@ -85,7 +87,7 @@ class Auditioning:
             if audition.optimizer is None:
                 continue
             audition.set_rates([rate * left for rate in self._rates[number]])
-            with self._meters[number].counted(num_elements(batches[-1])):
+            with self._meters[number].counted(batches[-1:]):
                 audition.shadow_update(run.model, batches[-1], run.compute_loss)
 
     def _judge(self) -> Stage | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from esper.growth.batch import num_samples_in
-from esper.growth.budget import FORWARD_BACKWARD, Cost, synchronize
+from esper.growth.budget import Cost, synchronize
 from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
@@ -24,46 +25,59 @@ LAST_READINGS = 2
 """Readings of the gate split at a verdict beside those of averaged weights: the last iterates."""
 WATCH_READINGS = 2
 LATENCY_REPEATS = 9
+FORWARD_BACKWARD = 3
+"""A backward takes twice the products of the forward."""
 
 
-def sized(
-    run: GrowthRun, package: Sequence[Contender], batches: list[Batch]
-) -> tuple[list[Contender], int]:
-    """Return what of a package can be tried, best first, and for how many updates.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large a trial may be.
 
-    Kernels at the end of the package are withdrawn where the overhead does not buy 50 updates
-    with them, or where a forward would become too slow; where nothing is left, the log says what
-    horizon it would take.
+    Attributes:
+        num_kernels: Kernels of the package, the best predicted gains; 0 where none can be tried.
+        updates: Updates of the trial.
+        reason: Why nothing can be tried; empty where something can.
+    """
+
+    num_kernels: int
+    updates: int = 0
+    reason: str = ""
+
+
+def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> Size:
+    """Return how much of a package the overhead buys a trial of, and for how many updates.
 
     Args:
         run: The run.
-        package: Kernels, best predicted gain first.
+        kernel_flops: FLOPs of a forward of one sample of each kernel, best predicted gain first;
+            None where they were not counted.
         batches: The batches of the last update.
     """
-    kept = list(package)
-    while kept:
-        slow = too_slow(run, kept, batches[-1]) if batches else None
-        updates = affordable_updates(run, kept, batches)
-        if slow is None and updates >= MIN_TRIAL:
-            return kept, updates
-        least = run.ledger.horizon_for(shortest_trial_flops(run, kept, batches))
-        reason = slow or f"the overhead buys no trial of {MIN_TRIAL} updates with it"
-        last = kept.pop()
-        last.withdraw(reason, update=run.updates, verdict="refused in trial")
-        if not kept and slow is None:
-            cure = "a larger overhead" if least is None else f"a horizon of about {least:,} updates"
-            run.journal.note(
-                f"overhead={run.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: it "
-                f"would take {cure}"
-            )
-    return [], 0
+    for num_kernels in range(len(kernel_flops), 0, -1):
+        updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
+        if updates >= MIN_TRIAL:
+            return Size(num_kernels=num_kernels, updates=updates)
+    return Size(num_kernels=0, reason=_too_dear(run, kernel_flops[:1], batches))
 
 
-def update_flops(run: GrowthRun, package: Sequence[Contender], batches: list[Batch]) -> float:
+def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> str:
+    settings, needed = run.settings, run.settings.package_updates
+    if settings.horizon is not None and run.updates + needed > settings.horizon:
+        return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
+    shortest = MIN_TRIAL * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
+    horizon = run.ledger.horizon_for(shortest)
+    cure = "it would take a larger one"
+    if horizon is not None:
+        cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
+    return f"overhead={run.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+
+
+def update_flops(
+    run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
+) -> float:
     """Return the FLOPs of one update of all arms of a trial."""
     settings, host = run.settings, run.ledger.update_flops
-    samples = num_samples_in(batches)
-    added = sum(FORWARD_BACKWARD * (c.graft.cost.flops or 0.0) * samples for c in package)
+    added = FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
     arms = 1 if settings.attribution == "none" else 2
     return arms * (host + added) + settings.nulls * host
 
@@ -77,11 +91,11 @@ def reading_flops(run: GrowthRun, num_kernels: int) -> float:
 
 
 def affordable_updates(
-    run: GrowthRun, package: Sequence[Contender], batches: list[Batch]
+    run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
 ) -> int:
     """Return for how many updates a package can be tried, at most ``trial_updates``."""
-    each = update_flops(run, package, batches)
-    left = run.ledger.left_for_trials() - reading_flops(run, len(package))
+    each = update_flops(run, kernel_flops, batches)
+    left = run.ledger.left_for_trials() - reading_flops(run, len(kernel_flops))
     bought = left / each if each > 0 else math.inf
     limits = [run.settings.trial_updates, bought, *_updates_left(run)]
     return max(0, int(min(limits)))
@@ -93,11 +107,6 @@ def _updates_left(run: GrowthRun) -> list[int]:
     if settings.horizon is None:
         return []
     return [settings.horizon - run.updates - settings.hold_updates]
-
-
-def shortest_trial_flops(run: GrowthRun, package: Sequence[Contender], batches: list[Batch]) -> float:
-    """Return what the shortest trial of a package takes, readings included."""
-    return MIN_TRIAL * update_flops(run, package, batches) + reading_flops(run, len(package))
 
 
 def is_earned(run: GrowthRun) -> bool:

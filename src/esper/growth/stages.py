@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from esper.growth.germination import (
+    choose_package,
     germinate_choice,
     germinate_package,
     open_sites,
@@ -19,7 +20,7 @@ from esper.growth.germination import (
 )
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import sized, too_slow
+from esper.growth.sizing import Size, sized, too_slow
 from esper.growth.trial import Trial
 
 if TYPE_CHECKING:
@@ -102,53 +103,70 @@ class Recording:
         if self._updates_left > 0 and not self._recorder.done:
             return self
         self.close("recorded")
-        observations = self._recorder.observations
-        return self._begin(self._germinated(), batches)
+        return self._begin(batches)
 
-    def _germinated(self) -> list[Contender]:
-        """Rank and germinate a package; the policy hears that its decision was carried out."""
+    def _begin(self, batches: list[Batch]) -> Stage | None:
+        """Rank, choose and germinate; where nothing can be tried, the log says why."""
+        run = self._run
+        size, package = self._package(batches)
+        if run.settings.trial == "shadow" and package:
+            return self._audition(package[0], batches)
+        short = run.memory_shortage(package) if package else None
+        slow = too_slow(run, package, batches[-1]) if package and batches else None
+        if package and (short or slow) is None:
+            return Trial(run, package, size.updates)
+        for contender in package:
+            reason = short or slow or ""
+            contender.withdraw(reason, update=run.updates, verdict="refused in trial")
+        if not self._advise_only:
+            run.last_change_update = run.updates
+            run.journal.note(
+                short
+                or slow
+                or size.reason
+                or "no candidate with a predicted gain passed budget and probe"
+            )
+        return None
+
+    def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
+        """Return what is to be tried; the policy hears that its decision was carried out."""
         run, observations = self._run, self._recorder.observations
         if self._choice is not None:
             run.policy.germinated(run.updates, self._choice)
-            contender = germinate_choice(run, self._choice, observations)
-            return [] if contender is None else [contender]
+            return self._chosen_by_hand(batches)
         with run.ledger.measured("ranking"):
             ranked = rank(run, observations)
         run.journal.ranked(ranked.order, ranked.refused)
         run.policy.germinated(run.updates, None)
         if self._advise_only:
-            return []
-        limit = len(run.layers) if run.settings.trial == "twin" else 1
-        package = germinate_package(run, ranked, observations, limit)
-        if not package:
-            run.journal.note("no candidate with a predicted gain passed budget and probe")
-        return package
+            return Size(num_kernels=0), []
+        if run.settings.trial == "shadow":
+            chosen = choose_package(run, ranked, 1)
+            return Size(num_kernels=1), germinate_package(run, chosen, ranked, observations)
+        chosen = choose_package(run, ranked, len(run.layers))
+        size = sized(run, [entry.flops for entry in chosen], batches)
+        if chosen and not size.num_kernels:
+            run.too_dear = size.reason
+        taken = chosen[: size.num_kernels]
+        return size, germinate_package(run, taken, ranked, observations)
 
-    def _begin(self, package: list[Contender], batches: list[Batch]) -> Stage | None:
-        """Begin the trial of a package; where nothing can be tried, the log says why."""
+    def _chosen_by_hand(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
-        if package and run.settings.trial == "shadow":
-            return self._audition(package[0], batches)
-        updates = 0
-        if package:
-            package, updates = sized(run, package, batches)
-        if not package:
-            if not self._advise_only:
-                run.last_change_update = run.updates
-            return None
-        short = run.memory_shortage(package)
-        if short is None:
-            return Trial(run, package, updates)
-        run.journal.note(short)
-        for contender in package:
-            contender.withdraw(short, update=run.updates, verdict="refused in trial")
-        run.last_change_update = run.updates
-        return None
+        assert self._choice is not None, "the owner named a graft"
+        contender = germinate_choice(run, self._choice, self._recorder.observations)
+        if contender is None:
+            return Size(num_kernels=0, reason="what was named by hand was refused"), []
+        size = sized(run, [contender.graft.cost.flops], batches)
+        if size.num_kernels or run.settings.trial == "shadow":
+            return size, [contender]
+        contender.withdraw(size.reason, update=run.updates, verdict="refused in trial")
+        return size, []
 
     def _audition(self, contender: Contender, batches: list[Batch]) -> Stage | None:
         slow = too_slow(self._run, [contender], batches[-1]) if batches else None
         if slow is None:
             return Auditioning(self._run, contender)
+        self._run.last_change_update = self._run.updates
         contender.withdraw(slow, update=self._run.updates, verdict="culled in audition")
         return None
 

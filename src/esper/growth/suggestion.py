@@ -83,11 +83,10 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
         random_seed=run.settings.generator_seed,
         records_shadow_passes=True,
     )
-    with recorder:
+    with recorder, run.ledger.measured("ranking"):
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
-            run.ledger.count_pass("ranking", [batch])
-    ranked = rank(run, recorder.observations)
+        ranked = rank(run, recorder.observations)
     return [
         Suggestion.of(entry, recorder.observations[entry.site], run.clock) for entry in ranked.order
     ]

@@ -126,7 +126,7 @@ def _write_state(live: State, p: Tensor, state: dict[str, object] | None) -> Non
 
 
 def _buffers(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the buffers of a model in order; alpha and structure of a seed are no state of a run."""
+    """Yield the buffers of a model in order; a seed's own are no state of the run."""
     for module in model.modules():
         if not isinstance(module, SeedSlot):
             yield from (b for b in module._buffers.values() if b is not None)  # noqa: SLF001 - past properties

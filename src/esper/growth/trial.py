@@ -12,13 +12,12 @@ from esper.compiler.linear_form import linear_form
 from esper.continuity.placement import Placement
 from esper.contracts.errors import GrowthError
 from esper.contracts.report import TrialRecord
-from esper.growth.batch import num_elements
 from esper.growth.averaging import WeightAverage, renew_statistics
 from esper.growth.gates import level_of
 from esper.growth.holding import Holding
 from esper.growth.live_kernel import LiveKernel, place_kernel
 from esper.growth.null_beside import NullBeside
-from esper.growth.takeover import Taken, take_over
+from esper.growth.takeover import take_over
 from esper.growth.tries import spend_try
 from esper.growth.twins import Twin, copied_model
 from esper.growth.verdict import TrialReadings, last_is_worse, read_trial
@@ -32,15 +31,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from esper.contracts.choices import TakenArm
+    from esper.contracts.choices import Taken
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
+    from esper.growth.extrapolation import GoingOn
     from esper.growth.germination import Contender
     from esper.growth.ledger import Meter
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
     from esper.growth.stages import Stage
-    from esper.growth.extrapolation import GoingOn
     from esper.growth.verdict import TrialVerdict
 
 STATISTICS_BATCHES: Final = 16
@@ -67,7 +66,7 @@ class Arm:
 
     def update(self, run: GrowthRun, batches: list[Batch]) -> None:
         """Do the update that the live run has just done."""
-        with self.meter.counted(sum(map(num_elements, batches))):
+        with self.meter.counted(batches):
             self.twin.update(batches, run.live_step())
 
     def set_alphas(self, num_updates: int, ramp_updates: int) -> None:
@@ -133,7 +132,8 @@ class Trial:
             reason: Why there is no verdict.
         """
         self._drop(reason)
-        self._publish(replace(self.record, verdict="refused", reason=reason))
+        self.record = replace(self.record, verdict="refused", reason=reason)
+        self._run.journal.trial_changed(self.record)
 
     @property
     def _done(self) -> int:
@@ -213,14 +213,16 @@ class Trial:
                 verdict, arm = verdict.refused(worse), None
         self.record = self._read(verdict, going_on)
         if arm is None or live_now is None or taken_now is None:
-            return self._refuse(verdict.reason)
+            self._refuse(verdict.reason)
+            return None
         return self._take_over(arm, verdict, live_now, taken_now)
 
     def _refuse(self, reason: str) -> None:
         run = self._run
         spent = spend_try(run.model)
         run.last_change_update = run.updates
-        self._publish(replace(self.record, verdict="refused"))
+        self.record = replace(self.record, verdict="refused")
+        run.journal.trial_read(self.record)
         self._drop(reason)
         if spent >= run.settings.tries:
             run.journal.note(
@@ -233,28 +235,26 @@ class Trial:
     ) -> Stage | None:
         run = self._run
         kernels = dict(zip(self.record.sites, arm.kernels, strict=True))
+        self.record = replace(
+            self.record,
+            verdict="taken over",
+            gate_loss_before=_finite(live_now.watchs_part.loss),
+            gate_loss_after=_finite(taken_now.watchs_part.loss),
+        )
+        run.journal.trial_read(self.record)
         outcome = attempt(lambda: take_over(run, arm.twin, kernels))
         if isinstance(outcome, Failed):
-            self._publish(replace(self.record, verdict="refused", taken=""))
-            self._drop(f"it could not be taken over, and the run is as it was: {outcome}")
+            self.close(f"it could not be taken over, and the run is as it was: {outcome}")
             return None
-        taken: Taken = outcome.value
+        taken = outcome.value
         run.last_change_update = run.updates
         run.ledger.structure_changed()
-        self._publish(
-            replace(
-                self.record,
-                verdict="taken over",
-                gate_loss_before=_finite(live_now.watchs_part.loss),
-                gate_loss_after=_finite(taken_now.watchs_part.loss),
-            )
-        )
         for contender, kernel in zip(self._package, taken.kernels, strict=True):
             kept = kernel.seed.kernel.kernel_id if verdict.taken == "null" else None
             blueprint = kernel.seed.kernel.blueprint
             name = contender.blueprint.id if kept is None or blueprint is None else blueprint.id
             contender.graft.take_over(verdict.reason, update=run.updates, blueprint=name)
-        run.journal.taken_over(self.record)
+        run.journal.taken_over(self.record, folded=False)
         self._leave(arm, verdict)
         return Holding(
             run,
@@ -276,15 +276,14 @@ class Trial:
                 arm.twin.close()
         self._arms = []
 
-    def _arm_named(self, name: TakenArm) -> Arm:
+    def _arm_named(self, name: Taken) -> Arm:
         return next(arm for arm in self._arms if arm.name == name)
 
     def _readings(self) -> TrialReadings:
         """Read the gate split for every arm and for the live run, on averaged weights."""
         run = self._run
         levels = {
-            arm.name: self._level(copy.deepcopy(arm.twin.model), arm.average)
-            for arm in self._arms
+            arm.name: self._level(copy.deepcopy(arm.twin.model), arm.average) for arm in self._arms
         }
         return TrialReadings(
             live=self._level(copied_model(run), self._live),
@@ -316,13 +315,7 @@ class Trial:
 
     def _begun(self) -> TrialRecord:
         run, settings = self._run, self._run.settings
-        reasons = [why_null_adds(c.layer, c.kernel) for c in self._package]
-        nulls = settings.attribution != "none"
-        adds = tuple(
-            f"{c.graft.site}: {reason}"
-            for c, reason in zip(self._package, reasons, strict=True)
-            if nulls and reason is not None
-        )
+        adds = self._null_adds() if settings.attribution != "none" else ()
         return TrialRecord(
             package=run.num_packages,
             grafts=tuple(c.graft.number for c in self._package),
@@ -339,6 +332,17 @@ class Trial:
             null_adds=adds,
             memory_bytes=run.trial_memory(self._package).total,
         )
+
+    def _null_adds(self) -> tuple[str, ...]:
+        """Say where the package made linear adds capacity of its own, and why."""
+        found = []
+        for contender in self._package:
+            layer = contender.layer
+            null = prepare_kernel(layer, linear_form(contender.blueprint))
+            reason = why_null_adds(layer, null)
+            if reason is not None:
+                found.append(f"{contender.graft.site}: {reason}")
+        return tuple(found)
 
     def _read(self, verdict: TrialVerdict, going_on: GoingOn | None) -> TrialRecord:
         run, live = self._run, verdict.live
@@ -370,10 +374,6 @@ class Trial:
         """FLOPs and seconds that all trials of the run have taken."""
         ledger = self._run.ledger
         return ledger.work("trial"), ledger.seconds_by_category()["trial"]
-
-    def _publish(self, record: TrialRecord) -> None:
-        self.record = record
-        self._run.journal.trial_read(record)
 
 
 def _finite(value: float) -> float | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from esper.continuity.clipping import Clipping
+from esper.continuity.clipping import UNCLIPPED, Clipping
 from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.following import stands_apart
 from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
@@ -60,7 +60,7 @@ class LiveStep:
 
     rates: Sequence[float]
     loss_scale: float = 1.0
-    clipping: Clipping = Clipping()
+    clipping: Clipping = UNCLIPPED
     average: AverageGradients | None = None
 
 
@@ -172,7 +172,7 @@ def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
     """Take a loss's scale off the gradients; say whether they are finite then."""
     held = (p.grad for group in optimizer.param_groups for p in group["params"])
     gradients = [gradient for gradient in held if gradient is not None]
-    torch._foreach_div_(gradients, scale)  # noqa: SLF001 - as GradScaler does
+    torch._foreach_div_(gradients, scale)
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
@@ -260,11 +260,11 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
             raise GrowthError(msg) from error
         for module, copied in zip(model.modules(), made.modules(), strict=True):
             copied.training = module.training
-        for p, copied in zip(model.parameters(), made.parameters(), strict=True):
-            if copied is p:
+        for p, theirs in zip(model.parameters(), made.parameters(), strict=True):
+            if theirs is p:
                 msg = "what twin= returned shares parameters with the model; build a module anew"
                 raise GrowthError(msg)
-            memo[id(p)] = copied.requires_grad_(p.requires_grad)
+            memo[id(p)] = theirs.requires_grad_(p.requires_grad)
         return made
 
     return build

@@ -11,7 +11,7 @@ from esper.growth.gates import Spread, is_worse, judge, spread_of_equals
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esper.contracts.choices import TakenArm
+    from esper.contracts.choices import Taken
     from esper.growth.extrapolation import GoingOn
     from esper.growth.gates import GateVerdict
     from esper.growth.measurement import Measurement
@@ -48,7 +48,7 @@ class TrialVerdict:
         reason: One sentence for the log.
     """
 
-    taken: TakenArm
+    taken: Taken
     live: GateVerdict
     null: GateVerdict | None
     capacity: GateVerdict | None
@@ -105,10 +105,10 @@ def read_trial(
         against_going_on = _does_not_pay(live, going_on)
         if against_going_on is not None:
             return made.refused(against_going_on)
-    if null is not None and treatment is not None and treatment.passed:
-        if null.loss < readings.candidate.loss:
-            words = f"made linear the package did better still: {treatment.reason}"
-            return replace(made, taken="null", reason=words)
+    is_better = null is not None and null.loss < readings.candidate.loss
+    if is_better and treatment is not None and treatment.passed:
+        words = f"made linear the package did better still: {treatment.reason}"
+        return replace(made, taken="null", reason=words)
     return made
 
 
