@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from esper.continuity.replicas import bare
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
-from esper.growth.budget import Budget, Cost, count_parameters
+from esper.growth.budget import Budget, Cost, count_parameters, default_overhead
 from esper.growth.claims import check_free, left_behind
 from esper.growth.embargoes import Embargoes
 from esper.growth.evaluation import Evaluator
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
+    from esper.growth.settings import GrowthSettings
 
 
 def begin_run(
@@ -80,6 +82,8 @@ def begin_run(
         journal.note(_said_of(name, parameters))
     for told in left:
         journal.note(told)
+    budget, host_cost = options.get("budget") or Budget(), Cost(parameters=count_parameters(inner))
+    settings = _with_overhead(settings, budget, host_cost, journal)
     compute_loss, evaluate = options.get("compute_loss"), options.get("evaluate")
     return GrowthRun(
         model=inner,
@@ -88,7 +92,7 @@ def begin_run(
         optimizer=every,
         group_for=group_for,
         settings=settings,
-        budget=options.get("budget") or Budget(),
+        budget=budget,
         policy=policy,
         ranking=options.get("ranking") or FirstOrderGain(random_seed=settings.random_seed),
         catalog=options.get("catalog") or default_catalog(),
@@ -104,11 +108,27 @@ def begin_run(
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
         log=log,
-        ledger=WorkLedger(settings),
+        ledger=WorkLedger(settings, clock),
         embargoes=Embargoes(settings.embargo),
         grafts=Grafts(journal),
-        host_cost=Cost(parameters=count_parameters(inner)),
+        host_cost=host_cost,
     )
+
+
+def _with_overhead(
+    settings: GrowthSettings, budget: Budget, host: Cost, journal: Journal
+) -> GrowthSettings:
+    """Fill in what growing may take where the owner does not say it."""
+    if settings.overhead is not None:
+        return settings
+    overhead = default_overhead(host.parameters, budget)
+    if host.parameters < budget.small_host:
+        journal.note(
+            f"overhead={overhead:g}, since the host has {host.parameters:,} parameters, fewer than "
+            f"{budget.small_host:,}: growing may take as many FLOPs as training; give overhead= "
+            "for another ratio"
+        )
+    return replace(settings, overhead=overhead)
 
 
 def _bus(*sinks: EventSink | None) -> EventBus:

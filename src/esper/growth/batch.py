@@ -25,17 +25,29 @@ TwinUpdate = Callable[[nn.Module, AnyOptimizer, list[Batch]], None]
 
 def num_samples(batch: Batch) -> int:
     """Return the number of samples in a batch: the first axis of its first tensor, else 1."""
-    if isinstance(batch, torch.Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, (tuple, list)):
-        for item in batch:
-            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
-                return num_samples(item)
-    return 1
+    first = _first_tensor(batch)
+    return int(first.shape[0]) if first is not None and first.ndim else 1
+
+
+def num_elements(batch: Batch) -> int:
+    """Return the number of elements of a batch's first tensor, else 1: what its cost grows with."""
+    first = _first_tensor(batch)
+    return 1 if first is None else first.numel()
 
 
 def num_samples_in(batches: list[Batch]) -> int:
     """Return the number of samples in several batches together."""
     return sum(num_samples(batch) for batch in batches)
+
+
+def _first_tensor(batch: Batch) -> Tensor | None:
+    """Return what stands first in a batch where that is, or holds, a tensor."""
+    if isinstance(batch, torch.Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for item in batch:
+            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
+                return _first_tensor(item)
+    return None

@@ -1,4 +1,4 @@
-"""What growth may cost: parameters, FLOPs and latency of the model, and work of the run."""
+"""What growth may cost: parameters, FLOPs and latency of the model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Final, Literal, get_args
+from typing import Final
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.contracts.arguments import Bounds, checked_number
 from esper.contracts.ports import Clock
-
-Category = Literal["training", "evaluation", "shadow", "ranking", "twins"]
+from esper.growth.flops import counting
 
 _SHARE: Final = Bounds(what="a share of the host", least=0, may_be_infinite=True)
 _COUNT: Final = Bounds(what="a count", least=0)
@@ -31,8 +29,10 @@ _LIMITS: Final[dict[str, tuple[Bounds, type]]] = {
 }
 """What each limit of a budget may be."""
 
-FORWARD: Final = 1
-FORWARD_BACKWARD: Final = 3
+OVERHEAD: Final = 0.10
+"""What growing may take where the owner does not say, as a ratio to the FLOPs of training."""
+SMALL_HOST_OVERHEAD: Final = 1.0
+"""The same for a small host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,8 @@ class Budget:
     """Limits on what growth adds, as shares of the host; None lifts one.
 
     A host under ``small_host`` parameters has no relative limit: there the smallest useful
-    kernel can be larger than the host, and each graft may have ``small_graft`` parameters.
+    kernel can be larger than the host, and each graft may have ``small_graft`` parameters. Growing
+    may take 1.0 times the FLOPs of its training where the owner gives no ``overhead``.
 
     Attributes:
         parameters: Of one graft.
@@ -128,77 +129,16 @@ class Budget:
         return next((reason for limit in limits if (reason := _exceeds(*limit))), None)
 
 
-class WorkMeter:
-    """Counts the work of a run: a forward is 1, a forward with backward 3, per sample."""
+def default_overhead(parameters: int, budget: Budget) -> float:
+    """Return what growing may take where the owner does not say, as a ratio to training's FLOPs.
 
-    def __init__(self) -> None:
-        self._work: dict[str, int] = dict.fromkeys(get_args(Category), 0)
-
-    def add(self, category: Category, samples: int, cost: int = FORWARD_BACKWARD) -> None:
-        """Count work.
-
-        Args:
-            category: What it was done for.
-            samples: Number of samples, at least 0.
-            cost: ``FORWARD`` or ``FORWARD_BACKWARD``.
-
-        Raises:
-            ValueError: The category is unknown or ``samples`` negative.
-        """
-        if category not in self._work:
-            msg = f"work is counted as one of {', '.join(self._work)}, got {category!r}"
-            raise ValueError(msg)
-        if samples < 0:
-            msg = f"samples is at least 0, got {samples}"
-            raise ValueError(msg)
-        self._work[category] += samples * cost
-
-    def work(self, category: Category) -> int:
-        """Return the work counted in one category."""
-        return self._work[category]
-
-    @property
-    def total(self) -> int:
-        """Return all work counted."""
-        return sum(self._work.values())
-
-    @property
-    def overhead(self) -> int:
-        """Return all work counted that was not training."""
-        return self.total - self._work["training"]
-
-    def share(self) -> float:
-        """Return the overhead's share of all work counted, in [0, 1]; 0 before any."""
-        return self.overhead / self.total if self.total else 0.0
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the counts by category."""
-        return dict(self._work)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over counts; a category that is missing is 0."""
-        self._work = {category: int(state.get(category, 0)) for category in self._work}
-
-
-def overhead_allowance(*, horizon: int, samples_per_update: int, overhead: float) -> int:
-    """Return how much work beside training a run may do, fixed before it starts.
-
-    With ``T`` the work of training, ``O = T overhead / (1 - overhead)``, so that ``O`` is the
-    share ``overhead`` of ``T + O``.
+    What a trial costs follows from its number of updates, and runs of small hosts have few.
 
     Args:
-        horizon: Length of the run in updates, at least 0.
-        samples_per_update: Samples in a training batch, at least 0.
-        overhead: Share of the run's counted work, in [0, 1).
-
-    Raises:
-        ValueError: ``overhead`` is outside its range.
+        parameters: Parameters of the host.
+        budget: Says which hosts are small.
     """
-    if not 0.0 <= overhead < 1.0:
-        msg = f"overhead is a share of the run's work in [0, 1), got {overhead}"
-        raise ValueError(msg)
-    training = FORWARD_BACKWARD * horizon * samples_per_update
-    return math.floor(training * overhead / (1.0 - overhead))
+    return SMALL_HOST_OVERHEAD if parameters < budget.small_host else OVERHEAD
 
 
 def forward_flops(model: nn.Module, *example: object) -> int:
@@ -210,7 +150,7 @@ def forward_flops(model: nn.Module, *example: object) -> int:
         model: Any module.
         example: Its inputs. Divide the result by their number of samples for one sample.
     """
-    with _looking_only(model), FlopCounterMode(display=False) as counter:
+    with _looking_only(model), counting() as counter:
         model(*example)
     return int(counter.get_total_flops())
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from esper.growth.batch import num_samples
+from esper.growth.batch import num_elements, num_samples
+from esper.growth.memory import saved_for_backward
 from esper.growth.reading import Decision
+from esper.resilience.attempt import Done, attempt
 from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import trainable_parameters
 
 if TYPE_CHECKING:
     from esper.growth.batch import Batch
@@ -62,23 +67,50 @@ def _signature(function: Callable[..., object]) -> inspect.Signature | None:
 
 
 def try_compute_loss(run: GrowthRun, batch: Batch) -> None:
-    """Call the owner's loss once, on the first batch, without a trace in the run.
+    """Call the owner's loss once, on the first batch, and learn what an update takes.
 
     Raises:
         TypeError: It does not return a tensor.
         ValueError: It returns no scalar, or one that no gradient can be taken of.
     """
-    compute_loss = run.compute_loss
-    if compute_loss is None:
-        return
     try:
-        apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
-        with apart, torch.enable_grad():
-            check_loss(compute_loss(run.model, batch))
+        forward_flops = measure_update(run, batch)
     except Exception as error:
         error.add_note("(compute_loss was tried on the first batch that grower.step was given)")
         raise
-    run.ledger.count_forward("evaluation", num_samples(batch))
+    if forward_flops is not None:
+        run.host_cost = replace(run.host_cost, flops=forward_flops / max(num_samples(batch), 1))
+
+
+def measure_update(run: GrowthRun, batch: Batch) -> int | None:
+    """Measure what an update of the live model takes, by a pass beside the run.
+
+    The pass has no trace in the run, and is counted itself. A model of which no gradient can be
+    asked for in this way (a sharded one) is taken to need twice its forward for its backward.
+
+    Returns:
+        FLOPs of the forward; None where there is no ``compute_loss``.
+
+    Raises:
+        TypeError: The owner's loss is no tensor.
+        ValueError: It is no scalar, or one that no gradient can be taken of.
+    """
+    compute_loss, ledger = run.compute_loss, run.ledger
+    if compute_loss is None:
+        return None
+    apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
+    with apart, torch.enable_grad(), saved_for_backward(run.model) as saved:
+        with ledger.measured("evaluation") as forward:
+            loss = compute_loss(run.model, batch)
+        check_loss(loss)
+        gradients_of = functools.partial(torch.autograd.grad, loss, allow_unused=True)
+        with ledger.measured("evaluation") as backward:
+            found = attempt(lambda: gradients_of(trainable_parameters(run.model)))
+    run.activation_bytes = saved.size_bytes
+    is_known = isinstance(found, Done) and any(g is not None for g in found.value)
+    backward_flops = backward.flops if is_known else 2 * forward.flops
+    ledger.update.learn(forward.flops + backward_flops, num_elements(batch))
+    return forward.flops
 
 
 def check_loss(loss: object) -> None:

@@ -11,7 +11,6 @@ import torch
 from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
-from esper.growth.batch import num_samples
 from esper.growth.measurement import Measurement, mean_of, parse_measurement
 from esper.state.layer_call import LayerCall
 from esper.state.set_aside import set_aside
@@ -31,7 +30,7 @@ class Evaluator:
     paired test meaningless.
 
     Attributes:
-        samples_seen: Samples that passed the model's forward.
+        num_readings: Readings made; the first call makes three.
         example: The first input that the model was given, without its data (on the device
             ``meta``); None before.
 
@@ -53,7 +52,7 @@ class Evaluator:
         self._functions = functions
         self._goal = goal
         self._repeats = False
-        self.samples_seen = 0
+        self.num_readings = 0
         self.example: LayerCall | None = None
 
     def __call__(self, model: nn.Module) -> Measurement:
@@ -68,11 +67,11 @@ class Evaluator:
 
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
         apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
-        with apart, _counting(model, self._see) as counted:
+        with apart, _seeing(model, self._see):
             if random_seed is not None:
                 torch.manual_seed(random_seed)
             result = parse_measurement(self._evaluate(model), goal=self._goal)
-        self.samples_seen += counted[0]
+        self.num_readings += 1
         return result
 
     def _see(self, call: LayerCall) -> None:
@@ -144,21 +143,19 @@ def measuring(
 
 
 @contextmanager
-def _counting(model: nn.Module, see: Callable[[LayerCall], None]) -> Iterator[list[int]]:
-    """Count the samples that pass the model's forward, for the accounting of work.
+def _seeing(model: nn.Module, see: Callable[[LayerCall], None]) -> Iterator[None]:
+    """Let each call of the model be seen.
 
     Args:
         model: The model.
         see: Told of each of its calls.
     """
-    counted = [0]
 
-    def count(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        counted[0] += num_samples((*args, *kwargs.values()))
+    def tell(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         see(LayerCall(args, kwargs))
 
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    handle = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
-        yield counted
+        yield
     finally:
         handle.remove()

@@ -109,7 +109,6 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
             if over is None:
                 candidates.append(candidate)
                 blueprints[name, blueprint.id] = blueprint
-                run.ledger.count_forward("ranking", seen.num_samples)
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
     scored = map(finite_score, run.ranking.rank(observations, candidates))

@@ -17,7 +17,7 @@ from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
-from esper.growth.callbacks import asked, try_compute_loss
+from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
     NEVER_STEPPED,
@@ -128,11 +128,10 @@ class Grower:
         **options: Unpack[GrowerOptions],
     ) -> None:
         self._run = begin_run(model, optimizer, options)
+        self._num_told = len(self._run.journal.notes)
         claim(self, [*layers(self._run.model).values(), *members_of(self._run.optimizer)])
         settings = self._run.settings
-        self._schedule = EvaluationSchedule(
-            every=settings.evaluate_every, overhead=settings.overhead
-        )
+        self._schedule = EvaluationSchedule(self._run.ledger, every=settings.evaluate_every)
         self._stage: Stage | None = None
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
@@ -211,8 +210,9 @@ class Grower:
     def step(self, loss: Tensor | float | None = None, batch: Batch = None) -> None:
         """Count one training step; call it after the optimizer's.
 
-        At the first step with a batch ``compute_loss`` is tried on it, and after the first update
-        ``evaluate`` is; both leave no trace in the run.
+        At the first step with a batch ``compute_loss`` is tried on it, forward and backward, and
+        after the first update ``evaluate`` is; both leave no trace in the run. What they take is
+        counted; so is one more pass of ``compute_loss`` after each change of the model.
 
         Args:
             loss: The training loss: a scalar tensor, which stays on its device, or a number.
@@ -243,7 +243,7 @@ class Grower:
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
         self._say_what_is_never_called()
-        self._schedule.end_epoch()
+        self._schedule.end_epoch(self._run.updates)
         if not self._closed and self._run.updates and self._look():
             self._decide()
 
@@ -299,7 +299,7 @@ class Grower:
             self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
                 self._finish(self._say_what_is_never_called)
-            if not run.grafts.records and not run.journal.notes:
+            if not run.grafts.records and len(run.journal.notes) == self._num_told:
                 self._finish(run.journal.why_nothing)
 
     def _close_log(self) -> None:
@@ -319,8 +319,9 @@ class Grower:
     def _after_update(self, batches: list[Batch]) -> None:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
+        if batches and not run.ledger.update.is_known:
+            measure_update(run, batches[-1])
         run.ledger.count_update(batches)
-        run.count_host_flops(batches)
         self._recent.extend(batches)
         run.follow_exchanges()
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
@@ -377,11 +378,14 @@ class Grower:
         run = self._run
         if run.evaluator is None:
             return run.updates % EVALUATE_EVERY == 0 and self._look_at_training_loss()
-        if not self._schedule.is_due(run.updates, run.ledger.samples_per_update):
+        if not self._schedule.is_due(run.updates):
             return False
         before = run.ledger.work("evaluation")
         found = run.last_measurement = run.measure()
         self._schedule.evaluated(run.updates, run.ledger.work("evaluation") - before)
+        stretched = self._schedule.stretched()
+        if stretched is not None:
+            run.journal.note(stretched)
         train_loss = run.losses.mean()
         run.journal.evaluated(found, train_loss)
         self._observe(train_loss=train_loss, gate_loss=found.loss, metrics=found.metrics)
@@ -428,8 +432,6 @@ class Grower:
             run.journal.note(against)
             return
         missing = missing_part(run)
-        if missing is None and run.num_affordable == 0:
-            run.ledger.count_overdraft()
         if missing is None or self._advises(missing):
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 

@@ -1,85 +1,360 @@
-"""The ledger of a run: what work was done, for what, and how much growing may still take."""
+"""The ledger of a run: FLOPs and seconds by what they were spent on, and what growing may take."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from esper.growth.batch import num_samples_in
-from esper.growth.budget import FORWARD, FORWARD_BACKWARD, WorkMeter, overhead_allowance
+from esper.growth.batch import num_elements
+from esper.growth.budget import OVERHEAD
+from esper.growth.flops import counting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from esper.contracts.ports import Clock
     from esper.growth.batch import Batch
-    from esper.growth.budget import Category
     from esper.growth.settings import GrowthSettings
 
-NUM_TWINS = 3
+Category = Literal["training", "evaluation", "ranking", "trial", "shadow"]
+"""What work was done for: the run's own training, or one of four parts of growing."""
+CATEGORIES: Final[tuple[Category, ...]] = get_args(Category)
+
+WORK_UNIT: Final = "FLOPs"
+SHARE: Final = 0.2
+"""Of the overhead, what scheduled evaluations may take, and as much again what rankings may."""
+NUM_TWINS: Final = 3
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Work:
+    """What one block took; known once it has ended.
+
+    Attributes:
+        flops: FLOPs, those of blocks inside of it included; 0 where they were not counted.
+        seconds: Seconds by the ledger's clock.
+    """
+
+    flops: int = 0
+    seconds: float = 0.0
 
 
 class WorkLedger:
-    """Counts the work of a run by category, one forward of one sample being 1.
+    """Counts a run's FLOPs and seconds by category, and says what growing may still take.
 
-    No clock is read, so that a run can be replayed.
+    FLOPs are of what torch executed, kernels included, as :func:`~esper.growth.flops.counting`
+    sees them: operations that it does not know count nothing. The live model is never run under
+    the counter: what an update of it takes is learned from passes beside the run (:attr:`update`),
+    what a reading of the gate split takes from the first of each structure (:attr:`reading`).
+    Decisions follow from FLOPs alone, so that a run can be replayed; seconds are for the report.
+    On an accelerator they are those of the thread, which waits only where a value is read.
+
+    Growing may take ``overhead`` times the FLOPs of training over the horizon. What an update takes
+    is known for the past, and expected to stay as it is for the rest. Without a horizon the
+    allowance follows from the updates done.
 
     Args:
-        settings: The run's; from them follow what growing may take, and what a graft takes.
+        settings: The run's; ``horizon`` and ``overhead``, and what an audition takes.
+        clock: Dates the beginning and the end of a block.
 
     Attributes:
-        samples_per_update: Samples in the last update that came with batches; 0 before it.
-        num_overdrafts: Auditions that were given although the overhead was spent.
+        update: What an update of the live model takes, by element of its batches.
+        reading: What a reading of the gate split takes.
+        scheduled: FLOPs of the readings that were made because they were due.
     """
 
-    def __init__(self, settings: GrowthSettings) -> None:
+    def __init__(self, settings: GrowthSettings, clock: Clock) -> None:
         self._settings = settings
-        self._meter = WorkMeter()
-        self.samples_per_update = 0
-        self.num_overdrafts = 0
+        self._clock = clock
+        self._overhead = OVERHEAD if settings.overhead is None else settings.overhead
+        self._flops: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+        self._open: list[Work] = []  # what blocks inside of the open ones took, the outermost first
+        self._updates = self._num_counted = self._elements = 0
+        self._last_update: tuple[float, float] | None = None
+        self.update = Meter(self, "training")
+        self.reading = Meter(self, "evaluation")
+        self.scheduled = 0
 
-    def count_update(self, batches: list[Batch]) -> None:
-        """Count an update of the run itself."""
-        self.samples_per_update = num_samples_in(batches) or self.samples_per_update
-        self.count_pass("training", batches)
+    @contextmanager
+    def measured(self, category: Category) -> Iterator[Work]:
+        """Count what torch executes in the block, forwards and backwards, and its seconds.
 
-    def count_pass(self, category: Category, batches: list[Batch]) -> None:
-        """Count one forward and backward over the batches."""
-        self._meter.add(category, num_samples_in(batches), FORWARD_BACKWARD)
+        Blocks may stand in one another: each FLOP and each second counts once, under the category
+        of the innermost.
+        """
+        with self.timed(category) as work, counting() as counter:
+            try:
+                yield work
+            finally:
+                work.flops = int(counter.get_total_flops())
 
-    def count_forward(self, category: Category, samples: int) -> None:
-        """Count one forward of so many samples, at least 0."""
-        self._meter.add(category, samples, FORWARD)
+    @contextmanager
+    def timed(self, category: Category) -> Iterator[Work]:
+        """Count the seconds of the block, and no FLOPs."""
+        work, inside = Work(), Work()
+        self._open.append(inside)
+        start_s = self._clock.now()
+        try:
+            yield work
+        finally:
+            work.seconds = self._clock.now() - start_s
+            self._open.pop()
+            self._add(category, max(0, work.flops - inside.flops), work.seconds - inside.seconds)
+            self._tell_outer(max(work.flops, inside.flops), work.seconds)
 
-    def count_overdraft(self) -> None:
-        """Count an audition that is given although the overhead is spent."""
-        self.num_overdrafts += 1
-
-    def work(self, category: Category) -> int:
-        """Return the work counted in one category."""
-        return self._meter.work(category)
-
-    def by_category(self) -> dict[str, float]:
-        """Return all work counted, by category."""
-        return {name: float(work) for name, work in self._meter.state_dict().items()}
-
-    def allowance_left(self, updates: int) -> float:
-        """Return how much work growing may still take; negative where it took more.
+    def count(self, category: Category, *, flops: float = 0, seconds: float = 0.0) -> None:
+        """Count what was done without a block; within one, as a part of it.
 
         Args:
-            updates: Updates done; the allowance follows from them where there is no horizon.
-        """
-        allowed = overhead_allowance(
-            horizon=self._settings.horizon or max(updates, 1),
-            samples_per_update=self.samples_per_update,
-            overhead=self._settings.overhead,
-        )
-        return allowed - self._meter.overhead
+            category: What it was done for.
+            flops: At least 0.
+            seconds: At least 0.
 
-    def num_affordable(self, updates: int) -> int:
-        """Return how many auditions side by side the overhead still allows; 0 where it is spent.
+        Raises:
+            ValueError: The category is unknown, or a figure negative or not finite.
+        """
+        for name, value in (("flops", flops), ("seconds", seconds)):
+            if not 0 <= value < math.inf:
+                msg = f"{name} is a finite number, at least 0; got {value}"
+                raise ValueError(msg)
+        self._add(category, round(flops), seconds)
+        self._tell_outer(round(flops), seconds)
+
+    def meter(self, category: Category) -> Meter:
+        """Return a meter for a piece of work that is done again and again."""
+        return Meter(self, category)
+
+    def count_update(self, batches: Sequence[Batch]) -> None:
+        """Count an update of the live model, by the elements of its batches.
+
+        Without batches its FLOPs are not known, and none are counted. The seconds since the update
+        before it are training's, but for those that growing took of them.
+        """
+        self._updates += 1
+        elements = sum(map(num_elements, batches))
+        if elements:
+            self._num_counted += 1
+            self._elements += elements
+        now_s, growing_s = self._clock.now(), sum(self._seconds.values())
+        growing_s -= self._seconds["training"]
+        took_s = 0.0
+        if self._last_update is not None:
+            took_s = now_s - self._last_update[0] - (growing_s - self._last_update[1])
+        self._last_update = (now_s, growing_s)
+        self._add("training", self.update.flops(elements), max(0.0, took_s))
+
+    def structure_changed(self) -> None:
+        """Learn that the live model computes something else now: what it takes is to be measured.
+
+        To be called where a kernel enters, first contributes, leaves or is folded, and where blocks
+        wake. The next update and the next reading are measured.
+        """
+        self.update.forget()
+        self.reading.forget()
+
+    @property
+    def spent(self) -> int:
+        """FLOPs that growing has taken: of every category but training."""
+        return sum(self._flops.values()) - self._flops["training"]
+
+    @property
+    def overhead(self) -> float:
+        """What growing may take, as a ratio to the FLOPs of training."""
+        return self._overhead
+
+    @property
+    def update_flops(self) -> int:
+        """FLOPs of an update of the live model at its usual batch; 0 before they are known."""
+        if not self._num_counted:
+            return self.update.flops(self.update.elements)
+        return self.update.flops(self._elements / self._num_counted)
+
+    @property
+    def reading_flops(self) -> int:
+        """FLOPs of a reading of the gate split by the live model; 0 before they are known."""
+        return self.reading.flops(1)
+
+    def work(self, category: Category) -> int:
+        """Return the FLOPs counted in one category."""
+        return self._flops[category]
+
+    def by_category(self) -> dict[str, float]:
+        """Return the FLOPs counted, by category."""
+        return {name: float(flops) for name, flops in self._flops.items()}
+
+    def seconds_by_category(self) -> dict[str, float]:
+        """Return the seconds counted, by category.
+
+        Training's are those between updates that no other category has: what the owner does there,
+        loading of data included.
+        """
+        return dict(self._seconds)
+
+    def updates_left(self, updates: int) -> int:
+        """Return how many updates a run of known length still has; 0 where it is not known."""
+        return max(0, (self._settings.horizon or 0) - updates)
+
+    def limit(self, updates: int) -> int:
+        """Return how many FLOPs growing may take in all, as far as it is known.
 
         Args:
             updates: Updates done.
         """
-        forked = self._settings.verify == "fork"
-        one_pass = FORWARD_BACKWARD * max(self.samples_per_update, 1)
-        twins = NUM_TWINS * self._settings.joint_updates * one_pass if forked else 0
-        audition = self._settings.audition_updates * one_pass * (2 if forked else 1)
-        return max(0, int((self.allowance_left(updates) - twins) // audition))
+        to_come = self.updates_left(updates) * self.update_flops
+        return math.floor(self._overhead * (self._flops["training"] + to_come))
+
+    def allowance_left(self, updates: int) -> int:
+        """Return how many FLOPs growing may still take; negative where it took more.
+
+        Args:
+            updates: Updates done.
+        """
+        return self.limit(updates) - self.spent
+
+    def share_left(self, spent: int, updates: int) -> float:
+        """Return what is left of the fifth that evaluations, or rankings, may take.
+
+        Args:
+            spent: FLOPs that they took.
+            updates: Updates done.
+        """
+        return min(SHARE * self.limit(updates) - spent, self.allowance_left(updates))
+
+    def affordable(self, cost: float) -> bool:
+        """Say whether a trial of such a cost fits, and leaves to evaluations what is theirs.
+
+        Args:
+            cost: All of its FLOPs: updates of every twin, and the readings of its verdict.
+        """
+        return cost <= self._left_for_trials()
+
+    def horizon_for(self, cost: float) -> int | None:
+        """Return how many updates a run has to have for a trial of such a cost.
+
+        Rankings and evaluations have their fifths. None where no length would do: the overhead is
+        0, or what an update takes is not known, or nothing.
+        """
+        earned = (1 - 2 * SHARE) * self._overhead * self.update_flops
+        return math.ceil(cost / earned) if earned > 0 else None
+
+    def num_affordable(self) -> int:
+        """Return how many auditions side by side the overhead still allows; 0 where it is spent."""
+        settings = self._settings
+        passes = settings.audition_updates * (2 if settings.verify == "fork" else 1)
+        one = passes * self.update_flops + self.reading_flops
+        left = self._left_for_trials() - self.flops_after_audition
+        if one == 0:
+            return settings.candidates if left >= 0 else 0
+        return max(0, int(left // one))
+
+    @property
+    def flops_after_audition(self) -> int:
+        """FLOPs that a graft takes from its audition to its verdict: readings, and twins."""
+        settings, looks = self._settings, self._settings.looks * self.reading_flops
+        twins = NUM_TWINS * (settings.joint_updates * self.update_flops + looks)
+        rest = looks + 2 * self.reading_flops
+        return rest + twins if settings.verify == "fork" else rest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything counted and learned, as JSON can hold it."""
+        return {
+            "flops": dict(self._flops),
+            "seconds": dict(self._seconds),
+            "updates": [self._updates, self._num_counted, self._elements],
+            "scheduled": self.scheduled,
+            "update": self.update.state_dict(),
+            "reading": self.reading.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another ledger had counted."""
+        self._flops = {name: int(state["flops"].get(name, 0)) for name in CATEGORIES}
+        self._seconds = {name: float(state["seconds"].get(name, 0.0)) for name in CATEGORIES}
+        self._updates, self._num_counted, self._elements = state["updates"]
+        self.scheduled = state["scheduled"]
+        self.update.load_state_dict(state["update"])
+        self.reading.load_state_dict(state["reading"])
+        self._last_update = None
+
+    def _left_for_trials(self) -> float:
+        reserved = max(0.0, SHARE * self.limit(self._updates) - self.scheduled)
+        return self.allowance_left(self._updates) - reserved
+
+    def _add(self, category: Category, flops: int, seconds: float) -> None:
+        if category not in self._flops:
+            msg = f"work is counted as one of {', '.join(CATEGORIES)}; got {category!r}"
+            raise ValueError(msg)
+        self._flops[category] += flops
+        self._seconds[category] += seconds
+
+    def _tell_outer(self, flops: int, seconds: float) -> None:
+        """Let the block around it not count once more what is counted already."""
+        if self._open:
+            self._open[-1].flops += flops
+            self._open[-1].seconds += seconds
+
+
+class Meter:
+    """A piece of work that is done again and again: measured once, then counted by its figure.
+
+    Running a model under the counter takes time, so it is not done for every update.
+
+    Args:
+        ledger: Where it is counted.
+        category: As what.
+
+    Attributes:
+        is_known: Whether the figure stands; after :meth:`forget` the last one is kept for
+            estimates, and the next piece of work is measured.
+        elements: Elements of the piece that was measured; 0 before one was.
+    """
+
+    def __init__(self, ledger: WorkLedger, category: Category) -> None:
+        self._ledger = ledger
+        self._category = category
+        self._measured = 0
+        self.elements = 0
+        self.is_known = False
+
+    def flops(self, elements: float = 1) -> int:
+        """Return what a piece of work of so many elements takes; 0 before one was measured."""
+        return round(self._measured * elements / self.elements) if self.elements else 0
+
+    def learn(self, flops: int, elements: int = 1) -> None:
+        """Take over what a piece of work of so many elements took; of none it says nothing."""
+        if elements:
+            self._measured, self.elements, self.is_known = flops, elements, True
+
+    def forget(self) -> None:
+        """Let the next piece of work be measured."""
+        self.is_known = False
+
+    @contextmanager
+    def counted(self, batches: Sequence[Batch] | None = None) -> Iterator[Work]:
+        """Count the block: measured where the figure does not stand, else by the figure.
+
+        Args:
+            batches: What the work is done on, and grows with; None: it is always as much.
+        """
+        elements = 1 if batches is None else sum(map(num_elements, batches))
+        if not self.is_known:
+            with self._ledger.measured(self._category) as work:
+                yield work
+            self.learn(work.flops, elements)
+            return
+        with self._ledger.timed(self._category) as work:
+            yield work
+        work.flops = self.flops(elements)
+        self._ledger.count(self._category, flops=work.flops)
+
+    def state_dict(self) -> list[int]:
+        """Return the figure, and whether it stands."""
+        return [self._measured, self.elements, int(self.is_known)]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        """Take over a figure."""
+        self._measured, self.elements = state[0], state[1]
+        self.is_known = bool(state[2])

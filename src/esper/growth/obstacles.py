@@ -72,6 +72,14 @@ def missing_evidence(run: GrowthRun, *, has_batches: bool) -> str | None:
     return None
 
 
+def unaffordable(run: GrowthRun) -> str:
+    """Say that the overhead buys no audition now."""
+    overhead = f"overhead={run.ledger.overhead:g} (FLOPs, as a ratio to those of training)"
+    if run.settings.horizon is None:
+        return f"{overhead} buys no audition yet: with more updates it will"
+    return f"{overhead} buys no audition any more; raise it, or train longer"
+
+
 def obstacle(run: GrowthRun) -> str | None:
     """Say why nothing can germinate now, or None."""
     horizon, needed = run.settings.horizon, run.settings.graft_updates
@@ -80,9 +88,8 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"a graft takes {needed} updates; too few are left of {horizon}"
     if limit is not None and run.grafts.num_admitted >= limit:
         return f"the budget's {limit} grafts were admitted"
-    if run.num_affordable == 0 and run.ledger.num_overdrafts >= (limit or 1):
-        share = run.settings.overhead
-        return f"the overhead of {share:.0%} is spent, one audition per graft included"
+    if run.compute_loss is not None and run.num_affordable == 0:
+        return unaffordable(run)
     if not open_sites(run):
         return "no site has a seed that is dormant and under no embargo"
     return None

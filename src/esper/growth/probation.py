@@ -84,6 +84,8 @@ class Probation:
         hold, num_looks = run.settings.hold_updates, run.settings.looks
         moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
         self._look_at = sorted(moments)
+        self._meters = {name: run.ledger.meter("trial") for name, _ in self._twins()}
+        run.ledger.structure_changed()
         self._graft = contender.graft
         self._graft.admit(reason, update=run.updates)
         self._level = test_level(run.grafts.num_admitted)
@@ -120,6 +122,8 @@ class Probation:
             return None
         self._advance_twins(batches)
         alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
+        if self._num_updates == 1:
+            self._starts_to_contribute()
         if self._graft.stage is GraftStage.BLENDING and self._num_updates >= self._ramp:
             self._run.journal.alpha(self._graft, alpha)
             self._graft.hold(f"alpha reached 1 after {self._ramp} updates")
@@ -155,19 +159,27 @@ class Probation:
     def _advance_twins(self, batches: list[Batch]) -> None:
         if self._fork is None:
             return
-        for _, twin in self._fork.named():
-            twin.update(batches, self._run.watcher.rates)
-            self._run.ledger.count_pass("twins", batches)
+        for name, twin in self._fork.named():
+            with self._meters[name].counted(batches):
+                twin.update(batches, self._run.watcher.rates)
         self._fork.null_kernel.set_alpha(self._num_updates, self._ramp)
+
+    def _twins(self) -> tuple[tuple[str, Twin], ...]:
+        return () if self._fork is None else self._fork.named()
+
+    def _starts_to_contribute(self) -> None:
+        """Let what an update takes be measured again: at alpha 0 a kernel takes nothing."""
+        self._run.ledger.structure_changed()
+        for meter in self._meters.values():
+            meter.forget()
 
     def _look(self) -> None:
         """Read the gate split for the live model and for every twin."""
         run = self._run
         self._looks["live"].append(run.measure())
-        if self._fork is not None:
-            for name, twin in self._fork.named():
-                read = run.measured(functools.partial(_measure_twin, twin), "twins")
-                self._looks[name].append(read)
+        for name, twin in self._twins():
+            read = run.measured(functools.partial(_measure_twin, twin), "trial")
+            self._looks[name].append(read)
 
     def _judge(self) -> None:
         """Read the fossilization gate, once, on the mean of the looks."""
@@ -222,6 +234,7 @@ class Probation:
             why=certificate.reason,
         )
         run.last_change_update = run.updates
+        run.ledger.structure_changed()
         self._graft.fossilize(reason, update=run.updates, folded=certificate.folded)
 
     def _remove(self, reason: str, without: Measurement | None = None) -> None:
@@ -235,6 +248,7 @@ class Probation:
         """Remove the kernel, and go back to the admission unless the trained host is kept."""
         run = self._run
         remove_kernel(self._kernel, run.optimizer, run.factor)
+        run.ledger.structure_changed()
         updates_lost = 0
         if not keeps_host:
             updates_lost = self._num_updates

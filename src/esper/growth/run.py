@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.continuity.placement import Placement
 from esper.contracts.errors import GrowthError
-from esper.growth.batch import num_samples
-from esper.growth.budget import Cost
 from esper.growth.losses import TrainingLosses
-from esper.seeds.shadow import shadow_pass
 from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
@@ -28,13 +22,13 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
-    from esper.growth.batch import Batch, LossFunction, TwinUpdate
-    from esper.growth.budget import Budget, Category
+    from esper.growth.batch import LossFunction, TwinUpdate
+    from esper.growth.budget import Budget, Cost
     from esper.growth.embargoes import Embargoes
     from esper.growth.evaluation import Evaluator
     from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
-    from esper.growth.ledger import WorkLedger
+    from esper.growth.ledger import Category, WorkLedger
     from esper.growth.measurement import Measurement
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
@@ -71,7 +65,8 @@ class GrowthRun:
         ledger: Counts the work.
         embargoes: What sits out, counted in decisions to grow.
         grafts: All grafts so far.
-        host_cost: What the model cost before any graft.
+        host_cost: What the model cost before any graft; its FLOPs are known after the first batch.
+        activation_bytes: What one update keeps for its backward; 0 before the first batch.
         losses: Recent training losses.
         num_moves: Moves of kernels to other modules that the layers have followed.
         num_auditions: Auditions so far, several contenders side by side being one; the k-th is
@@ -105,6 +100,7 @@ class GrowthRun:
     embargoes: Embargoes
     grafts: Grafts
     host_cost: Cost
+    activation_bytes: int = 0
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_auditions: int = 0
     num_moves: int = field(default_factory=lambda: Moves.count)
@@ -119,7 +115,7 @@ class GrowthRun:
     @property
     def num_affordable(self) -> int:
         """How many auditions side by side the overhead still allows; 0 where it is spent."""
-        return self.ledger.num_affordable(self.updates)
+        return self.ledger.num_affordable()
 
     def follow_exchanges(self) -> None:
         """Go on with what others have put in the place of a layer with kernels."""
@@ -134,24 +130,38 @@ class GrowthRun:
         return Placement(self.model, self.optimizer, self.group_for)
 
     def measure(self) -> Measurement:
-        """Read the gate split for the model as it is."""
-        return self.measured(lambda evaluator: evaluator(self.model))
-
-    def measured(
-        self, read: Callable[[Evaluator], Measurement], category: Category = "evaluation"
-    ) -> Measurement:
-        """Read the gate split in the way that ``read`` says, and count the work.
+        """Read the gate split for the model as it is, and count what that takes.
 
         Raises:
             GrowthError: The owner gave no ``evaluate``.
         """
+        evaluator, reading = self._evaluator(), self.ledger.reading
+        if reading.is_known:
+            with reading.counted():
+                return evaluator(self.model)
+        before = evaluator.num_readings
+        with self.ledger.measured("evaluation") as work:
+            found = evaluator(self.model)
+        reading.learn(work.flops, evaluator.num_readings - before)
+        return found
+
+    def measured(
+        self, read: Callable[[Evaluator], Measurement], category: Category = "evaluation"
+    ) -> Measurement:
+        """Read the gate split of another model in the way that ``read`` says, under the counter.
+
+        Raises:
+            GrowthError: The owner gave no ``evaluate``.
+        """
+        evaluator = self._evaluator()
+        with self.ledger.measured(category):
+            return read(evaluator)
+
+    def _evaluator(self) -> Evaluator:
         if self.evaluator is None:
             msg = "there is no evaluate=, so nothing can be measured; give one to the Grower"
             raise GrowthError(msg)
-        before = self.evaluator.samples_seen
-        result = read(self.evaluator)
-        self.ledger.count_forward(category, self.evaluator.samples_seen - before)
-        return result
+        return self.evaluator
 
     def over_budget(self, cost: Cost) -> str | None:
         """Say why a kernel of such a cost does not fit beside what was admitted, or None."""
@@ -161,18 +171,3 @@ class GrowthRun:
             admitted=self.grafts.added_cost,
             grafts=self.grafts.num_admitted,
         )
-
-    def count_host_flops(self, batches: list[Batch]) -> None:
-        """Count the host's FLOPs once, where the budget compares with them."""
-        compared = (
-            self.budget.flops is not None and self.host_cost.parameters >= self.budget.small_host
-        )
-        known = self.host_cost.flops is not None
-        if known or not compared or self.compute_loss is None or not batches:
-            return
-        compute_loss, batch = self.compute_loss, batches[0]
-        apart = shadow_pass(self.model, functions=(compute_loss,), values=(batch,))
-        with apart, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            compute_loss(self.model, batch)
-        per_sample = flops.get_total_flops() / num_samples(batches[0])
-        self.host_cost = replace(self.host_cost, flops=per_sample)

@@ -3,69 +3,128 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from esper.growth.budget import FORWARD_BACKWARD
+from esper.growth.ledger import SHARE
+
+if TYPE_CHECKING:
+    from esper.growth.ledger import WorkLedger
 
 EVALUATE_EVERY: Final = 50
 """Updates between two evaluations where the owner says nothing and calls no ``end_epoch``."""
-READINGS_AT_FIRST: Final = 3
-"""The evaluator reads the first time twice more, to see whether the order of samples holds."""
 
 
 class EvaluationSchedule:
     """Says when an evaluation is due: at first at once, then as the owner wants it.
 
+    But so seldom that evaluations take at most a fifth of the overhead. The first is made
+    whatever it takes: it tells what a reading takes. Readings for a verdict or a watch are none of
+    the schedule's. Where it is not known what an update takes (nothing says how the model is
+    trained, or no batches are given), nothing is stretched.
+
     Args:
+        ledger: Knows what a reading and an update take.
         every: Updates between two; None: at the ends of epochs, or every 50 updates where there
-            are none, but so seldom that evaluations take at most half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1).
+            are none.
 
     Attributes:
         last: Update of the last evaluation; None before the first.
     """
 
-    def __init__(self, *, every: int | None, overhead: float) -> None:
+    def __init__(self, ledger: WorkLedger, *, every: int | None) -> None:
+        self._ledger = ledger
         self._every = every
-        self._share = overhead / 2
-        self._epoch_ended = self._has_epochs = False
-        self._work = 0
+        self._epoch_ended = False
+        self._last_end: int | None = None
+        self._epoch_updates: int | None = None
+        self._has_told = False
+        self._num_made = 0
         self.last: int | None = None
 
-    def end_epoch(self) -> None:
-        """Learn that an epoch ended."""
-        self._epoch_ended = self._has_epochs = True
+    def end_epoch(self, update: int) -> None:
+        """Learn that an epoch ended after so many updates."""
+        self._epoch_updates = update - (self._last_end or 0)
+        self._last_end, self._epoch_ended = update, True
 
-    def is_due(self, update: int, samples_per_update: int) -> bool:
+    def is_due(self, update: int) -> bool:
         """Say whether the gate split is to be read now; once an update at most.
 
         Args:
             update: Updates done.
-            samples_per_update: Samples in an update; 0 where unknown.
         """
         if self.last is None:
             return True
         since = update - self.last
-        if since == 0:
+        if since == 0 or not self._is_wanted(since):
             return False
-        if self._every is not None:
-            return since >= self._every
-        due = self._epoch_ended or (not self._has_epochs and since >= EVALUATE_EVERY)
-        return due and since >= self._least_gap(samples_per_update)
+        return since >= self._least_gap(update) and self._is_earned(update)
 
-    def evaluated(self, update: int, work: int) -> None:
-        """Learn that the gate split was read.
+    def evaluated(self, update: int, flops: int) -> None:
+        """Learn that the gate split was read because it was due.
 
         Args:
             update: Updates done.
-            work: Work of that evaluation, one forward of one sample being 1.
+            flops: What that took.
         """
-        self._work = work // (READINGS_AT_FIRST if self.last is None else 1)
+        self._ledger.scheduled += flops
         self._epoch_ended = False
+        self._num_made += 1
         self.last = update
 
-    def _least_gap(self, samples_per_update: int) -> int:
-        """Updates between evaluations that keep them within half of the overhead."""
-        affordable = self._share / (1 - self._share)
-        per_update = FORWARD_BACKWARD * max(samples_per_update, 1) * affordable
-        return math.ceil(self._work / per_update) if per_update else EVALUATE_EVERY
+    @property
+    def wanted(self) -> int:
+        """Updates between two evaluations that the owner wants, or that are usual."""
+        if self._every is not None:
+            return self._every
+        return self._epoch_updates or EVALUATE_EVERY
+
+    @property
+    def interval(self) -> int | None:
+        """Updates between two evaluations as they are now; None where no more are affordable."""
+        least, wanted = self._least_gap(self.last or 0), self.wanted
+        if least == math.inf:
+            return None
+        at_ends = self._every is None and self._last_end is not None
+        return (
+            wanted * max(1, math.ceil(least / wanted)) if at_ends else max(wanted, math.ceil(least))
+        )
+
+    def stretched(self) -> str | None:
+        """Say once that evaluations are further apart than wanted, and why; else None."""
+        interval = self.interval
+        may_have_epochs = self._every is None and self._last_end is None and self._num_made < 2
+        if self._has_told or interval == self.wanted or (may_have_epochs and interval is not None):
+            return None
+        self._has_told = True
+        share = f"a fifth of overhead={self._ledger.overhead:g}"
+        cure = "raise overhead=, or let evaluate read fewer samples"
+        if interval is None:
+            return f"no more evaluations are due: one more takes more than {share}; {cure}"
+        return (
+            f"evaluations are {interval} updates apart, where {self.wanted} were wanted, so that "
+            f"they take at most {share}; {cure}"
+        )
+
+    def _is_wanted(self, since: int) -> bool:
+        if self._every is None and self._last_end is not None:
+            return self._epoch_ended
+        return since >= self.wanted
+
+    def _least_gap(self, update: int) -> float:
+        """Updates between evaluations that keep them within a fifth of the overhead."""
+        reading, update_flops = self._ledger.reading_flops, self._ledger.update_flops
+        if reading == 0 or update_flops == 0:
+            return 0.0
+        left = self._ledger.updates_left(update)
+        if left:
+            share = self._share_left(update)
+            return left * reading / share if share >= reading else math.inf
+        per_update = SHARE * self._ledger.overhead * update_flops
+        return reading / per_update if per_update > 0 else math.inf
+
+    def _is_earned(self, update: int) -> bool:
+        known = self._ledger.update_flops > 0
+        return not known or self._share_left(update) >= self._ledger.reading_flops
+
+    def _share_left(self, update: int) -> float:
+        return self._ledger.share_left(self._ledger.scheduled, update)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
 _Count = Annotated[int, Bounds(what="a count", least=1)]
+_Overhead = Annotated[float, Bounds(what="a ratio to the FLOPs of training", least=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,11 @@ class GrowthSettings:
         horizon: Length of the run in updates, at least 1; None where unknown.
         goal: ``"min"`` where lower is better of what ``evaluate`` returns, ``"max"`` where higher.
         evaluate_every: Updates between two evaluations, at least 1. None: at every
-            ``Grower.end_epoch``, or every 50 updates where it is never called; less often
-            where that would take more than half of ``overhead``.
-        overhead: Share of the run's counted work that growing may take, in [0, 1). Beyond it
-            every graft of the budget is given one audition all the same, and the report says
-            what that cost.
+            ``Grower.end_epoch``, or every 50 updates where it is never called. Less often where
+            that would take more than a fifth of ``overhead``.
+        overhead: What growing may take (evaluations, rankings, trials and shadow passes together),
+            in FLOPs, as a ratio to those of training; at least 0. Without a ``horizon`` it is
+            earned by the updates done. None: 0.10, or 1.0 for a host that the budget calls small.
         audition_updates: Shadow passes of an audition, at least 1.
         ramp_updates: Updates over which alpha rises from 0 to 1, at least 1.
         hold_updates: Updates at alpha 1 before the verdict, at least 0.
@@ -72,7 +73,7 @@ class GrowthSettings:
     horizon: _Updates | None = None
     goal: Goal = "min"
     evaluate_every: _Updates | None = None
-    overhead: Annotated[float, Bounds(what="a share of the run's work", least=0, below=1)] = 0.10
+    overhead: _Overhead | None = None
     audition_updates: _Updates = 100
     ramp_updates: _Updates = 100
     hold_updates: _UpdatesOrZero = 100
@@ -134,7 +135,7 @@ class SettingOptions(TypedDict, total=False):
     horizon: int | None
     goal: Goal
     evaluate_every: int | None
-    overhead: float
+    overhead: float | None
     audition_updates: int
     ramp_updates: int
     hold_updates: int

@@ -23,6 +23,7 @@ from esper.growth.germination import (
     open_sites,
     rank,
 )
+from esper.growth.obstacles import unaffordable
 from esper.growth.probation import Probation
 from esper.growth.recording import Recorder, record_beside
 from esper.seeds.shadow import shadow_pass
@@ -114,12 +115,16 @@ class Recording:
             self._run.policy.germinated(self._run.updates, self._choice)
             contender = germinate_choice(self._run, self._choice, observations)
             return None if contender is None else Auditioning(self._run, [contender])
-        ranked = rank(self._run, observations)
+        with self._run.ledger.measured("ranking"):
+            ranked = rank(self._run, observations)
         self._run.journal.ranked(ranked.order, ranked.refused)
         self._run.policy.germinated(self._run.updates, None)
         if self._advise_only:
             return None
-        limit = max(1, min(self._run.settings.candidates, self._run.num_affordable))
+        limit = min(self._run.settings.candidates, self._run.num_affordable)
+        if limit == 0:
+            self._run.journal.note(unaffordable(self._run))
+            return None
         contenders = germinate_best(self._run, ranked, observations, limit)
         if not contenders:
             self._run.last_change_update = self._run.updates
@@ -142,8 +147,8 @@ class Recording:
         if self._has_made_up or not silent or compute_loss is None or not batches:
             return
         self._has_made_up = True
-        record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)
-        run.ledger.count_pass("ranking", batches[-1:])
+        with run.ledger.measured("ranking"):
+            record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)
 
 
 class Auditioning:
@@ -165,6 +170,7 @@ class Auditioning:
         run.num_auditions += 1
         trained = any(c.audition.optimizer is not None for c in contenders)
         self._passes_left = run.settings.audition_updates if trained else 0
+        self._meters = [run.ledger.meter("shadow") for _ in self._auditions]
         for contender in contenders:
             contender.graft.begin_audition("compiled, fetched, probed")
 
@@ -184,16 +190,26 @@ class Auditioning:
             self._passes_left -= 1
             compute_loss = self._run.compute_loss
             assert compute_loss is not None, "nothing germinates without compute_loss"
-            for audition in self._auditions:
+            for audition, meter in zip(self._auditions, self._meters, strict=True):
                 if audition.optimizer is not None:
-                    audition.shadow_update(self._run.model, batches[-1], compute_loss)
-                    self._run.ledger.count_pass("shadow", batches[-1:])
+                    with meter.counted(batches[-1:]):
+                        audition.shadow_update(self._run.model, batches[-1], compute_loss)
+            self._shorten()
         return self if self._passes_left > 0 else self._judge(batches)
 
     def close(self, reason: str) -> None:
         """Cull every contender; the run is as if it had never grafted."""
         for contender in self._contenders:
             self._cull(contender, reason, "culled in audition")
+
+    def _shorten(self) -> None:
+        """Make no more passes than the overhead buys, by what the first of them took."""
+        ledger = self._run.ledger
+        passes = sum(meter.flops(meter.elements) for meter in self._meters)
+        readings = len(self._contenders) * ledger.reading_flops
+        rest = readings + ledger.flops_after_audition
+        while self._passes_left and not ledger.affordable(self._passes_left * passes + rest):
+            self._passes_left -= 1
 
     def _judge(self, batches: list[Batch]) -> Stage | None:
         """Read the admission gate of every contender, each once; the best that passes goes on."""
@@ -261,11 +277,15 @@ def _forward_s(run: GrowthRun, batch: Batch, repeats: int = 9) -> float:
     assert compute_loss is not None
     times = []
     apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
+    meter = run.ledger.meter("evaluation")
     with apart, torch.no_grad():
+        with meter.counted():
+            compute_loss(run.model, batch)
         for _ in range(repeats):
             synchronize()
             start = run.clock.now()
             compute_loss(run.model, batch)
             synchronize()
             times.append(run.clock.now() - start)
+    run.ledger.count("evaluation", flops=repeats * meter.flops())
     return sorted(times)[repeats // 2]

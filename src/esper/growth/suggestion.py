@@ -85,9 +85,10 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     )
     with recorder:
         for batch in batches:
-            record_beside(recorder, run.model, compute_loss, batch)
-            run.ledger.count_pass("ranking", [batch])
-    ranked = rank(run, recorder.observations)
+            with run.ledger.measured("ranking"):
+                record_beside(recorder, run.model, compute_loss, batch)
+    with run.ledger.measured("ranking"):
+        ranked = rank(run, recorder.observations)
     return [
         Suggestion.of(entry, recorder.observations[entry.site], run.clock) for entry in ranked.order
     ]
