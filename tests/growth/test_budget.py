@@ -1,18 +1,16 @@
-"""The budget: what does not fit is refused with a reason, and the work of a run is counted."""
+"""The budget: what does not fit is refused with a reason, and what a model costs is measured."""
 
 import pytest
 import torch
 from torch import nn
 
 from esper.growth.budget import (
-    FORWARD,
     Budget,
     Cost,
-    WorkMeter,
     count_parameters,
+    default_overhead,
     forward_flops,
     forward_latency_s,
-    overhead_allowance,
 )
 from esper.resilience.clock import ManualClock
 
@@ -115,41 +113,8 @@ def test_shared_parameters_count_once():
     assert count_parameters(nn.Sequential(first, second)) == 9
 
 
-def test_work_is_counted_by_category():
-    """A forward is 1 and a forward with backward 3, per sample; training is no overhead."""
-    meter = WorkMeter()
-    meter.add("training", 30)
-    meter.add("shadow", 2)
-    meter.add("evaluation", 4, FORWARD)
-    assert meter.work("training") == 90
-    assert meter.overhead == 10
-    assert meter.share() == pytest.approx(0.10)
-
-
-def test_share_before_any_work_is_zero():
-    """A run that has done nothing has no overhead."""
-    assert WorkMeter().share() == 0.0
-
-
-def test_unknown_category_is_refused():
-    """Work in a category that nobody reads would vanish."""
-    with pytest.raises(ValueError, match="training"):
-        WorkMeter().add("testing", 1)
-
-
-def test_allowance_is_the_share_that_was_asked_for():
-    """Spending the whole allowance gives exactly the share, to one unit of work."""
-    allowance = overhead_allowance(horizon=1200, samples_per_update=32, overhead=0.10)
-    meter = WorkMeter()
-    meter.add("training", 1200 * 32)
-    meter.add("evaluation", allowance, FORWARD)
-    assert 0.0999 < meter.share() <= 0.10
-
-
-def test_counts_survive_a_round_trip():
-    """A meter with the state of another goes on from its counts."""
-    meter, copy = WorkMeter(), WorkMeter()
-    meter.add("twins", 7)
-    copy.load_state_dict(meter.state_dict())
-    copy.add("twins", 1)
-    assert (meter.work("twins"), copy.work("twins")) == (21, 24)
+@pytest.mark.parametrize(("parameters", "overhead"), [(99_999, 1.0), (100_000, 0.10)])
+def test_small_host_has_a_larger_overhead(parameters, overhead):
+    """What the budget calls small may take as much as its training; who lifts that, may not."""
+    assert default_overhead(parameters, Budget()) == overhead
+    assert default_overhead(parameters, Budget(small_host=0)) == 0.10

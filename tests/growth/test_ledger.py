@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -9,74 +12,221 @@ from esper.growth.embargoes import Embargoes
 from esper.growth.ledger import WorkLedger
 from esper.growth.losses import LOSS_CHECK_EVERY, LOSS_WINDOW, SpikeLimit, TrainingLosses
 from esper.growth.settings import GrowthSettings
+from esper.resilience.clock import ManualClock
 
 BATCH = torch.zeros(32, 4)
+UPDATE = 3200
+"""FLOPs of an update on that batch."""
 
 
-def a_ledger(**settings):
-    defaults = {"audition_updates": 10, "ramp_updates": 20, "hold_updates": 30, "horizon": 1000}
-    ledger = WorkLedger(GrowthSettings(**{**defaults, **settings}))
-    ledger.count_update([BATCH])
+def a_ledger(*, updates=1, reading=70, **settings):
+    """A ledger that knows what an update and a reading take, after some updates."""
+    clock = settings.pop("clock", None) or ManualClock()
+    ledger = WorkLedger(GrowthSettings(**{"horizon": 1000, "overhead": 0.5, **settings}), clock)
+    ledger.update.learn(UPDATE, BATCH.numel())
+    ledger.reading.learn(reading)
+    for _ in range(updates):
+        ledger.count_update([BATCH])
     return ledger
 
 
-def test_work_is_counted_by_category():
-    """A forward is one a sample, a forward with its backward three."""
-    ledger = a_ledger()
-    ledger.count_pass("shadow", [BATCH, BATCH])
-    ledger.count_forward("evaluation", 7)
+def multiply():
+    """Take 2 * 8 * 4 * 2 = 128 FLOPs, and twice as many in the backward."""
+    left, right = torch.ones(8, 4, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    (left @ right).sum().backward()
+
+
+def test_what_torch_executes_is_counted_forward_and_backward():
+    """Under its category, and what the block took is known after it."""
+    ledger = a_ledger(updates=0)
+    with ledger.measured("trial") as work:
+        multiply()
+    assert work.flops == 3 * 128
     assert ledger.by_category() == {
-        "training": 96.0,
-        "evaluation": 7.0,
-        "shadow": 192.0,
+        "training": 0.0,
+        "evaluation": 0.0,
         "ranking": 0.0,
-        "twins": 0.0,
+        "trial": 384.0,
+        "shadow": 0.0,
     }
-    assert ledger.work("shadow") == 192
+    assert ledger.spent == 384
 
 
-def test_samples_of_an_update_are_those_of_the_last_with_batches():
-    """A step without its batch does not say that an update has none."""
-    ledger = a_ledger()
-    ledger.count_update([BATCH[:8], BATCH[:4]])
-    assert ledger.samples_per_update == 12
-    ledger.count_update([])
-    assert ledger.samples_per_update == 12
+def test_a_block_in_a_block_counts_once():
+    """FLOPs and seconds belong to the innermost; the outer one knows both."""
+    clock = ManualClock()
+    ledger = a_ledger(updates=0, clock=clock)
+    with ledger.measured("trial") as outer:
+        clock.advance(1.0)
+        multiply()
+        with ledger.measured("evaluation") as inner:
+            clock.advance(2.0)
+            multiply()
+        with ledger.reading.counted():
+            clock.advance(4.0)
+    assert (outer.flops, inner.flops) == (768, 384)
+    assert ledger.work("evaluation") == 384 + 70
+    assert ledger.work("trial") == 384 - 70
+    assert ledger.seconds_by_category()["evaluation"] == 6.0
+    assert ledger.seconds_by_category()["trial"] == 1.0
 
 
-def test_the_allowance_is_a_share_of_the_whole_run():
-    """Of a run of known length; growing takes from it, training does not."""
-    ledger = a_ledger(overhead=0.5)
-    assert ledger.allowance_left(1) == 1000 * 96
+def test_what_a_block_took_before_it_raised_is_counted():
+    """It was executed."""
+    ledger = a_ledger(updates=0)
+    with suppress(ZeroDivisionError), ledger.measured("ranking"):
+        multiply()
+        raise ZeroDivisionError
+    assert ledger.work("ranking") == 384
+
+
+def test_seconds_between_updates_are_of_training_but_for_what_growing_took():
+    """Loading of data is among them."""
+    clock = ManualClock()
+    ledger = a_ledger(clock=clock)
+    clock.advance(5.0)
+    with ledger.timed("shadow"):
+        clock.advance(2.0)
+    ledger.count("trial", flops=1, seconds=1.0)
     ledger.count_update([BATCH])
-    ledger.count_forward("ranking", 96)
-    assert ledger.allowance_left(1) == 999 * 96
+    seconds = ledger.seconds_by_category()
+    assert (seconds["training"], seconds["shadow"], seconds["trial"]) == (4.0, 2.0, 1.0)
+
+
+def test_an_update_counts_by_the_elements_of_its_batches():
+    """So that a shorter batch, or a longer sequence, counts for what it is."""
+    ledger = a_ledger(updates=0)
+    ledger.count_update([BATCH[:8], BATCH[:4]])
+    assert ledger.work("training") == UPDATE * 12 // 32
+    ledger.count_update([torch.zeros(32, 8)])
+    assert ledger.work("training") == UPDATE * 12 // 32 + 2 * UPDATE
+    ledger.count_update([])
+    assert ledger.work("training") == UPDATE * 12 // 32 + 2 * UPDATE
+    assert ledger.update_flops == round(UPDATE * (12 / 32 + 2) / 2)
+
+
+def test_the_allowance_is_a_ratio_to_the_training_of_the_whole_run():
+    """Of a run of known length; growing takes from it, training does not."""
+    ledger = a_ledger()
+    assert ledger.limit(1) == ledger.allowance_left(1) == 500 * UPDATE
+    ledger.count_update([BATCH])
+    ledger.count("ranking", flops=100)
+    assert ledger.limit(2) == 500 * UPDATE
+    assert ledger.allowance_left(2) == 500 * UPDATE - 100
+
+
+def test_the_allowance_ends_as_a_ratio_to_what_training_took():
+    """Though updates became cheaper than expected."""
+    ledger = a_ledger(updates=1, horizon=3)
+    assert ledger.limit(1) == 1.5 * UPDATE
+    ledger.count_update([BATCH[:16]])
+    ledger.count_update([BATCH[:16]])
+    assert ledger.limit(3) == 0.5 * ledger.work("training") == UPDATE
 
 
 def test_without_a_horizon_the_allowance_follows_from_the_updates():
     """So that it grows with the run, and no clock is read."""
-    ledger = a_ledger(horizon=None, overhead=0.5)
-    assert [ledger.allowance_left(updates) for updates in (0, 1, 10)] == [96, 96, 960]
+    ledger = a_ledger(horizon=None, updates=0)
+    assert ledger.limit(0) == 0
+    for updates in (1, 2):
+        ledger.count_update([BATCH])
+        assert ledger.limit(updates) == updates * UPDATE // 2
+
+
+def test_growing_may_take_more_than_training():
+    """The overhead is a ratio, not a share."""
+    assert a_ledger(overhead=4.0).limit(1) == 4000 * UPDATE
+
+
+def test_a_trial_leaves_to_evaluations_their_fifth():
+    """Of what was not read yet; what it costs otherwise it may take to the last FLOP."""
+    ledger = a_ledger()
+    limit = ledger.limit(1)
+    assert ledger.affordable(0.8 * limit)
+    assert not ledger.affordable(0.8 * limit + 1)
+    ledger.scheduled = limit // 5
+    ledger.count("evaluation", flops=limit // 5)
+    assert ledger.affordable(0.8 * limit)
+    ledger.count("trial", flops=round(0.8 * limit))
+    assert ledger.affordable(0)
+    assert not ledger.affordable(1)
+
+
+def test_the_horizon_that_a_trial_would_take_is_told():
+    """A run of that length affords it, beside both fifths; where nothing would, None."""
+    ledger = a_ledger()
+    needed = ledger.horizon_for(10_000 * UPDATE)
+    longer = a_ledger(horizon=needed)
+    assert longer.affordable(10_000 * UPDATE + 0.2 * longer.limit(1))
+    assert not a_ledger(horizon=needed - 1).affordable(
+        10_000 * UPDATE + 0.2 * a_ledger(horizon=needed).limit(1)
+    )
+    assert a_ledger(overhead=0.0).horizon_for(1) is None
+    assert WorkLedger(GrowthSettings(), ManualClock()).horizon_for(1) is None
+
+
+def test_after_a_change_of_the_model_the_next_piece_is_measured():
+    """Until then the last figure is what is expected, and what counts."""
+    ledger = a_ledger(updates=0)
+    ledger.structure_changed()
+    assert not ledger.update.is_known
+    assert ledger.update_flops == UPDATE
+    with ledger.reading.counted() as work:
+        multiply()
+    assert work.flops == ledger.reading_flops == 384
+    with ledger.reading.counted() as work:
+        pass
+    assert work.flops == 384
+
+
+def test_a_meter_measures_once_and_scales_by_the_batch():
+    """A trial's updates cost what the first did, by element."""
+    ledger = a_ledger(updates=0)
+    meter = ledger.meter("trial")
+    for batch in (BATCH, BATCH[:16]):
+        with meter.counted([batch]):
+            multiply()
+    assert ledger.work("trial") == 384 + 192
+
+
+def test_a_model_that_counts_nothing_affords_nothing():
+    """Where torch knows none of its operations no figure is divided by."""
+    ledger = a_ledger(updates=0, reading=0)
+    ledger.update.learn(0, 128)
+    ledger.count_update([BATCH])
+    assert (ledger.limit(1), ledger.update_flops) == (0, 0)
+    assert ledger.affordable(0)
+    assert not ledger.affordable(1)
+    assert ledger.horizon_for(1) is None
+    ledger.update.learn(5, 0)
+    assert ledger.update_flops == 0
 
 
 @pytest.mark.parametrize(
-    ("verify", "num"),
-    [("snapshot", 1000 // 10), ("fork", (1000 - 3 * 50) // 20)],
+    ("category", "figures"),
+    [
+        ("testing", {"flops": 1}),
+        ("trial", {"flops": -1}),
+        ("trial", {"seconds": float("nan")}),
+        ("trial", {"flops": float("inf")}),
+    ],
 )
-def test_auditions_are_affordable_within_the_allowance(verify, num):
-    """An audition is its passes; under a fork twice as many, after three twins' updates."""
-    ledger = a_ledger(overhead=0.5, verify=verify)
-    assert ledger.num_affordable(1) == num
-    ledger.count_forward("twins", 10**9)
-    assert ledger.num_affordable(1) == 0
+def test_work_that_nobody_could_read_is_refused(category, figures):
+    """By its name."""
+    with pytest.raises(ValueError, match=r"testing|flops|seconds"):
+        a_ledger().count(category, **figures)
 
 
-def test_overdrafts_are_counted():
-    """One audition per graft of the budget is given although nothing is left."""
-    ledger = a_ledger()
-    assert ledger.num_overdrafts == 0
-    ledger.count_overdraft()
-    assert ledger.num_overdrafts == 1
+def test_counts_survive_a_round_trip():
+    """A ledger with the state of another, as JSON, goes on from its counts and figures."""
+    ledger, other = a_ledger(updates=3), a_ledger(updates=0)
+    ledger.count("trial", flops=7, seconds=2.0)
+    ledger.scheduled = 5
+    ledger.structure_changed()
+    other.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert other.state_dict() == ledger.state_dict()
+    assert other.limit(3) == ledger.limit(3)
+    assert not other.update.is_known
 
 
 def test_an_embargo_is_over_after_so_many_decisions():

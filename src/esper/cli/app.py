@@ -59,7 +59,7 @@ Epochs = Annotated[
 ]
 Overhead = Annotated[
     float | None,
-    typer.Option(help="Share of the run's work that growing may take, in [0, 1)."),
+    typer.Option(help="What growing may take, in FLOPs, as a ratio to those of training."),
 ]
 RandomSeed = Annotated[
     int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
+    from esper.growth.settings import GrowthSettings
 
 
 def begin_run(
@@ -83,9 +85,7 @@ def begin_run(
     functions = tuple(f for f in (compute_loss, options.get("update")) if f is not None)
     budget = options.get("budget") or Budget()
     host_cost = Cost(parameters=count_parameters(inner))
-    overhead = settings.overhead
-    if overhead is None:
-        overhead = default_overhead(host_cost.parameters, budget)
+    settings = _with_overhead(settings, budget, host_cost, journal)
     return GrowthRun(
         model=inner,
         given=model,
@@ -107,15 +107,30 @@ def begin_run(
         functions=functions,
         twin_update=twin_update(options.get("update"), compute_loss),
         build_twin=builder(options.get("twin")),
-        overhead=overhead,
         watcher=watcher,
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
         log=log,
-        ledger=WorkLedger(settings, clock, overhead=overhead),
+        ledger=WorkLedger(settings, clock),
         grafts=Grafts(journal),
         host_cost=host_cost,
     )
+
+
+def _with_overhead(
+    settings: GrowthSettings, budget: Budget, host: Cost, journal: Journal
+) -> GrowthSettings:
+    """Fill in what growing may take where the owner does not say it."""
+    if settings.overhead is not None:
+        return settings
+    overhead = default_overhead(host.parameters, budget)
+    if host.parameters < budget.small_host:
+        journal.note(
+            f"overhead={overhead:g}, since the host has {host.parameters:,} parameters, fewer than "
+            f"{budget.small_host:,}: growing may take as many FLOPs as training, and a kernel up "
+            f"to {budget.small_graft:,} parameters; give overhead= and budget= for other limits"
+        )
+    return replace(settings, overhead=overhead)
 
 
 def _bus(*sinks: EventSink | None) -> EventBus:

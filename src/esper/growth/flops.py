@@ -9,8 +9,7 @@ Fourier transforms, kernels written in Triton or C++.
 from __future__ import annotations
 
 import math
-import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -41,10 +40,8 @@ def counting() -> Iterator[FlopCounterMode]:
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     counter.mod_tracker = _NoModules()
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield stack.enter_context(counter)
+    with torch.compiler.set_stance("force_eager"), counter:
+        yield counter
 
 
 class _NoModules(ModuleTracker):

@@ -16,7 +16,7 @@ from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.growth.assembly import begin_run
-from esper.growth.budget import OVERHEAD, count_parameters
+from esper.growth.budget import count_parameters
 from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
@@ -78,7 +78,8 @@ class Grower:
         ``evaluate``: ``evaluate(model)`` on held-out data (the *gate* split): per-sample losses,
         shape (samples,), at least 300 of them, two thirds of which verdicts are read on; or a
         dict whose first entry decides; or ``(losses, metrics)``. A scalar is accepted, but then no
-        gate passes and nothing is ranked. What it keeps is its owner's, but for random generators, which are put back.
+        gate passes and nothing is ranked. What it keeps is its owner's, but for random generators,
+        which are put back.
         ``update``: ``(model, optimizer, batch)``, one update of a twin; where None loss, backward
         and step, with the rates, the clipping and the loss scale that the run was seen to have.
         ``group_for``: ``(name, parameter)`` to the param group that a kernel's parameter joins, or
@@ -132,6 +133,7 @@ class Grower:
         **options: Unpack[GrowerOptions],
     ) -> None:
         self._run = begin_run(model, optimizer, options)
+        self._num_told = len(self._run.journal.notes)
         claim(self, [*layers(self._run.model).values(), *members_of(self._run.optimizer)])
         settings = self._run.settings
         self._schedule = EvaluationSchedule(self._run.ledger, every=settings.evaluate_every)
@@ -155,12 +157,6 @@ class Grower:
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the rates, the clipping and the "
                 "loss scale that the run is seen to have; give update= if your own update does more"
-            )
-        if settings.overhead is None and self._run.overhead != OVERHEAD:
-            self._run.journal.note(
-                f"growing may take {self._run.overhead:g} of the training's FLOPs, and kernels "
-                f"have no limit relative to the host: it has fewer than "
-                f"{self._run.budget.small_host:,} parameters"
             )
 
     def __enter__(self) -> Self:
@@ -288,8 +284,7 @@ class Grower:
 
     def _effective_settings(self) -> JsonObject:
         run = self._run
-        own = {**asdict(run.settings), "overhead": run.overhead}
-        return {**own, "budget": asdict(run.budget)}
+        return {**asdict(run.settings), "budget": asdict(run.budget)}
 
     def close(self, reason: str = "the run ended") -> None:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
@@ -317,7 +312,7 @@ class Grower:
             self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
                 self._finish(self._say_what_is_never_called)
-            if not run.grafts.records and not run.journal.notes:
+            if not run.grafts.records and len(run.journal.notes) == self._num_told:
                 self._finish(run.journal.why_nothing)
 
     def _read_null_beside(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from esper.growth.batch import num_elements
+from esper.growth.budget import OVERHEAD
 from esper.growth.flops import counting
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ CATEGORIES: Final[tuple[Category, ...]] = get_args(Category)
 WORK_UNIT: Final = "FLOPs"
 SHARE: Final = 0.2
 """Of the overhead, what scheduled evaluations may take, and as much again what rankings may."""
+NUM_TWINS: Final = 3
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -56,7 +58,6 @@ class WorkLedger:
     Args:
         settings: The run's; ``horizon`` and ``overhead``, and what an audition takes.
         clock: Dates the beginning and the end of a block.
-        overhead: What growing may take, as a ratio to the FLOPs of training, at least 0.
 
     Attributes:
         update: What an update of the live model takes, by element of its batches.
@@ -64,10 +65,10 @@ class WorkLedger:
         scheduled: FLOPs of the readings that were made because they were due.
     """
 
-    def __init__(self, settings: GrowthSettings, clock: Clock, *, overhead: float) -> None:
+    def __init__(self, settings: GrowthSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
-        self._overhead = overhead
+        self._overhead = OVERHEAD if settings.overhead is None else settings.overhead
         self._flops: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
         self._open: list[Work] = []  # what blocks inside of the open ones took, the outermost first

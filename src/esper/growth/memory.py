@@ -82,7 +82,7 @@ def estimate(
     """
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    buffers = [b for b in model.buffers() if b is not None]
+    buffers = list(model.buffers())
     own, trained = _bytes(parameters), _bytes(trainable)
     moments = _bytes(t for state in optimizer.state.values() for t in _tensors(state))
     num_trained = sum(p.numel() for p in trainable)
@@ -164,9 +164,8 @@ def _storage_of(tensor: Tensor) -> tuple[int, int]:
 
 def _bytes(tensors: Iterable[Tensor], *, wide: bool = False) -> int:
     """Return the bytes of tensors; ``wide``: those that they have in float32 at least."""
-    return sum(
-        t.numel() * (max(t.element_size(), 4) if wide else t.element_size()) for t in tensors
-    )
+    least = 4 if wide else 1
+    return sum(t.numel() * max(t.element_size(), least) for t in tensors)
 
 
 def _is_floating(tensor: Tensor) -> bool:

@@ -67,7 +67,6 @@ class GrowthRun:
             passes.
         twin_update: One update of a twin.
         build_twin: Makes a module for a twin where a copy cannot be made; None: a copy is.
-        overhead: What growing may take, as a share of the training's FLOPs.
         watcher: Knows the updates, and their rates.
         factor: Warm-up of parameters that appear.
         journal: Publishes what happens, and keeps it for the report.
@@ -106,7 +105,6 @@ class GrowthRun:
     functions: tuple[object, ...]
     twin_update: TwinUpdate
     build_twin: TwinBuilder | None
-    overhead: float
     watcher: UpdateWatcher
     factor: UpdateFactor
     journal: Journal

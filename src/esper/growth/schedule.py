@@ -25,7 +25,7 @@ class EvaluationSchedule:
     Args:
         ledger: Knows what a reading and an update take.
         every: Updates between two; None: at the ends of epochs, or every 50 updates where there
-            are none.
+            are none. Where the end of an epoch is too early, it is later, within the next one.
 
     Attributes:
         last: Update of the last evaluation; None before the first.
@@ -81,13 +81,8 @@ class EvaluationSchedule:
     @property
     def interval(self) -> int | None:
         """Updates between two evaluations as they are now; None where no more are affordable."""
-        least, wanted = self._least_gap(self.last or 0), self.wanted
-        if least == math.inf:
-            return None
-        at_ends = self._every is None and self._last_end is not None
-        return (
-            wanted * max(1, math.ceil(least / wanted)) if at_ends else max(wanted, math.ceil(least))
-        )
+        least = self._least_gap(self.last or 0)
+        return None if least == math.inf else max(self.wanted, math.ceil(least))
 
     def stretched(self) -> str | None:
         """Say once that evaluations are further apart than wanted, and why; else None."""

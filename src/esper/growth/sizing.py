@@ -69,7 +69,9 @@ def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: lis
     cure = "it would take a larger one"
     if horizon is not None:
         cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
-    return f"overhead={run.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+    return (
+        f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+    )
 
 
 def update_flops(

@@ -508,7 +508,7 @@ _NOTES: Final = (
         "which was read once, at the end of each run."
     ),
     (
-        "The training FLOPs of the grown and the random arm count shadow passes, evaluations and "
-        "twins, every pass as one of the final model."
+        "The training FLOPs of the grown and the random arm count what growing took as well: "
+        "evaluations, rankings, shadow passes and twins."
     ),
 )

@@ -22,7 +22,7 @@ class JobOptions:
 
     Attributes:
         epochs: Passes over the training data, at least 1.
-        overhead: Share of the counted work that growing may take, in [0, 1).
+        overhead: What growing may take, in FLOPs, as a ratio to those of training; at least 0.
         random_seed: Starts the generators of Python, numpy and torch before the job is made, and
             the controller's own.
         budget: Limits of :class:`esper.Budget` by name, the others as the job has them; None
