@@ -37,11 +37,13 @@ class Size:
         num_kernels: Kernels of the package, the best predicted gains; 0 where none can be tried.
         updates: Updates of the trial.
         reason: Why nothing can be tried; empty where something can.
+        waits: Whether more can be tried later, when it is earned.
     """
 
     num_kernels: int
     updates: int = 0
     reason: str = ""
+    waits: bool = False
 
 
 def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> Size:
@@ -57,7 +59,10 @@ def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Ba
         updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
         if updates >= MIN_TRIAL:
             return Size(num_kernels=num_kernels, updates=updates)
-    return Size(num_kernels=0, reason=_too_dear(run, kernel_flops[:1], batches))
+    if not kernel_flops:
+        return Size(num_kernels=0)
+    reason = _too_dear(run, kernel_flops[:1], batches)
+    return Size(num_kernels=0, reason=reason, waits=run.awaited_flops > 0)
 
 
 def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> str:
@@ -65,12 +70,16 @@ def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: lis
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
     shortest = MIN_TRIAL * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
-    horizon = run.ledger.horizon_for(shortest)
-    cure = "it would take a larger one"
-    if horizon is not None:
-        cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
+    bought = f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates"
+    length = run.ledger.horizon_for(shortest)
+    if length is None:
+        return f"{bought} in this run: it would take a larger one"
+    if settings.horizon is None:
+        run.awaited_flops = shortest
+        return f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
     return (
-        f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+        f"{bought} in this run: it would take a horizon of about {length:,} updates, or a larger "
+        "overhead"
     )
 
 
@@ -120,7 +129,7 @@ def is_earned(run: GrowthRun) -> bool:
         return True
     arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
     wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run, 1)
-    return run.ledger.affordable(wanted)
+    return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 
 def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str | None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from esper.growth.germination import (
     choose_package,
-    germinate_choice,
+    germinate,
     germinate_package,
+    named_kernel,
     open_sites,
     rank,
 )
@@ -119,7 +120,8 @@ class Recording:
             reason = short or slow or ""
             contender.withdraw(reason, update=run.updates, verdict="refused in trial")
         if not self._advise_only:
-            run.last_change_update = run.updates
+            if not size.waits:
+                run.last_change_update = run.updates
             run.journal.note(
                 short
                 or slow
@@ -129,15 +131,20 @@ class Recording:
         return None
 
     def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
-        """Return what is to be tried; the policy hears that its decision was carried out."""
+        """Return what is to be tried; the policy hears of a decision that does not wait."""
+        if self._choice is None:
+            size, package = self._chosen_by_ranking(batches)
+        else:
+            size, package = self._chosen_by_hand(self._choice, batches)
+        if not size.waits:
+            self._run.policy.germinated(self._run.updates, self._choice)
+        return size, package
+
+    def _chosen_by_ranking(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run, observations = self._run, self._recorder.observations
-        if self._choice is not None:
-            run.policy.germinated(run.updates, self._choice)
-            return self._chosen_by_hand(batches)
         with run.ledger.measured("ranking"):
             ranked = rank(run, observations)
         run.journal.ranked(ranked.order, ranked.refused)
-        run.policy.germinated(run.updates, None)
         if self._advise_only:
             return Size(num_kernels=0), []
         if run.settings.trial == "shadow":
@@ -145,22 +152,28 @@ class Recording:
             return Size(num_kernels=1), germinate_package(run, chosen, ranked, observations)
         chosen = choose_package(run, ranked, len(run.layers))
         size = sized(run, [entry.flops for entry in chosen], batches)
-        if chosen and not size.num_kernels:
+        if chosen and not size.num_kernels and not size.waits:
             run.too_dear = size.reason
         taken = chosen[: size.num_kernels]
         return size, germinate_package(run, taken, ranked, observations)
 
-    def _chosen_by_hand(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
+    def _chosen_by_hand(
+        self, choice: Choice, batches: list[Batch]
+    ) -> tuple[Size, list[Contender]]:
         run = self._run
-        assert self._choice is not None, "the owner named a graft"
-        contender = germinate_choice(run, self._choice, self._recorder.observations)
-        if contender is None:
-            return Size(num_kernels=0, reason="what was named by hand was refused"), []
-        size = sized(run, [contender.graft.cost.flops], batches)
-        if size.num_kernels or run.settings.trial == "shadow":
-            return size, [contender]
-        contender.withdraw(size.reason, update=run.updates, verdict="refused in trial")
-        return size, []
+        refused = Size(num_kernels=0, reason="what was named by hand was refused")
+        found = named_kernel(run, choice, self._recorder.observations)
+        if found is None:
+            return refused, []
+        blueprint, cost = found
+        size = Size(num_kernels=1)
+        if run.settings.trial == "twin":
+            size = sized(run, [cost.flops], batches)
+        if not size.num_kernels:
+            return size, []
+        seen = self._recorder.observations[choice.site]
+        contender = germinate(run, choice.site, blueprint, seen, "named by hand")
+        return (refused, []) if contender is None else (size, [contender])
 
     def _audition(self, contender: Contender, batches: list[Batch]) -> Stage | None:
         slow = too_slow(self._run, [contender], batches[-1]) if batches else None
