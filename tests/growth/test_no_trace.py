@@ -1,4 +1,4 @@
-"""Auditions, rankings and evaluations leave no trace, wherever a model keeps something."""
+"""Trials, auditions, rankings and evaluations leave no trace, wherever a model keeps something."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ class Metric(nn.Module):
 @dataclasses.dataclass(slots=True)
 class Slotted:
     count: int = 0
+
+
+OF_FORWARD = torch.Generator()
 
 
 class Keeper(nn.Module):
@@ -142,6 +145,9 @@ class Keeper(nn.Module):
         Keeper.calls += 1
         return Keeper.calls % 7
 
+    def _global(self, x):
+        return torch.rand((), generator=OF_FORWARD)
+
     def _flags(self, x):
         self.module.train(not self.module.training)
         return float(self.module.training)
@@ -153,6 +159,11 @@ class Keeper(nn.Module):
 
 
 KEPT = [name[1:] for name in vars(Keeper) if name.startswith("_") and name[1] != "_"]
+
+
+def begin_anew():
+    Keeper.calls = 0
+    OF_FORWARD.manual_seed(9)
 
 
 def model_that(keeps):
@@ -171,7 +182,11 @@ def held_out(model):
     return (model(GATE_X) - GATE_Y).square()
 
 
-def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
+UPDATES = {"twin": 66, "shadow": 40}
+"""Each kind of trial with the updates that one of it takes, and a few."""
+
+
+def trained(model, compute_loss, *, grows, evaluate=held_out, trial="twin"):
     """Train with a controller that refuses whatever it tried, or without one."""
     esper.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -184,9 +199,10 @@ def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
             evaluate=evaluate,
             policy=EveryN(5),
             min_effect=1e9,
+            trial=trial,
             **{**SHORT, "audition_updates": 5},
         )
-    for batch in batches(num):
+    for batch in batches(UPDATES[trial]):
         loss = compute_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -194,7 +210,8 @@ def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
         if grower is not None:
             grower.step(loss.detach(), batch=batch)
     if grower is not None:
-        assert any(graft.verdict == "culled at admission" for graft in grower.report().grafts)
+        refused = "refused in trial" if trial == "twin" else "culled at admission"
+        assert refused in {graft.verdict for graft in grower.report().grafts}
         grower.suggest()
         grower.close()
     return [p.detach().clone() for p in model.parameters()]
@@ -204,13 +221,14 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("trial", UPDATES)
 @pytest.mark.parametrize("keeps", KEPT)
-def test_what_a_module_keeps_is_as_in_a_run_without_a_controller(keeps):
+def test_what_a_module_keeps_is_as_in_a_run_without_a_controller(keeps, trial):
     """It reaches the outputs here, so that one pass too many would change the weights."""
     finals = []
     for grows in (False, True):
-        Keeper.calls = 0
-        finals.append(trained(model_that(keeps), mean_loss, grows=grows))
+        begin_anew()
+        finals.append(trained(model_that(keeps), mean_loss, grows=grows, trial=trial))
     assert equal(*finals)
 
 
@@ -219,7 +237,7 @@ def test_every_keeper_would_notice_a_pass(keeps):
     """The control: one forward beside the training is seen in the weights."""
     finals = []
     for beside in (0, 1):
-        Keeper.calls = 0
+        begin_anew()
         model = model_that(keeps)
         for _ in range(beside):
             model(X[:8])
@@ -267,6 +285,23 @@ class Objective:
         return self.loss(model, batch).sum()
 
 
+class Centred(nn.Module):
+    """A criterion with a buffer that a forward writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def forward(self, found, wanted):
+        self.centre.lerp_(wanted.mean(), 0.1)
+        return (found - wanted - self.centre).square().mean()
+
+
+def criterion_with_a_buffer():
+    criterion = Centred()
+    return lambda model, batch: criterion(model(X[batch]), Y[batch])
+
+
 OF_THE_FILE = torch.Generator()
 
 
@@ -288,6 +323,7 @@ LOSSES = {
     "counters": closure_with_counters,
     "method": lambda: Objective().loss,
     "object": Objective,
+    "criterion": criterion_with_a_buffer,
     "global": lambda: loss_with_a_global,
     "partial": lambda: functools.partial(with_argument, generator=torch.Generator()),
     "random": lambda: global_random,
@@ -295,8 +331,10 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("evaluates", [False, True])
-def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates):
+@pytest.mark.parametrize(
+    ("evaluates", "trial"), [(False, "twin"), (True, "twin"), (True, "shadow")]
+)
+def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates, trial):
     """Also where the measure draws from the same generators, and calls the loss."""
     finals = []
     for grows in (False, True):
@@ -311,7 +349,8 @@ def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates):
                 loss(model, torch.arange(8))
             return held_out(model)
 
-        finals.append(trained(model_that("counter"), loss, grows=grows, evaluate=evaluate))
+        settings = {"grows": grows, "evaluate": evaluate, "trial": trial}
+        finals.append(trained(model_that("counter"), loss, **settings))
     assert equal(*finals)
 
 
