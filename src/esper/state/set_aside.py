@@ -147,8 +147,8 @@ class Apart:
         return self._walked(_Kept(with_buffers=False, is_small=True))
 
     def _walked(self, kept: _Kept, values: Iterable[object] = ()) -> _Kept:
-        for module in self._model.modules():
-            kept.walk_classes(module)
+        for cls in {type(module): None for module in self._model.modules()}:
+            kept.walk_class(cls)
         kept.walk_batch(values)
         kept.walk_functions(self._functions)
         return kept
@@ -195,9 +195,9 @@ class _Kept:
             self.walk(value, "batch")
         self.is_data = False
 
-    def walk_classes(self, module: nn.Module) -> None:
-        """Look into what the owner's classes of a module keep for all of their objects."""
-        self._classes(module)
+    def walk_class(self, cls: type) -> None:
+        """Look into what a class of modules keeps for all of them, as far as it is the owner's."""
+        self._classes(cls)
         self._walk_on()
 
     def walk(self, root: object, path: str) -> None:
@@ -378,11 +378,11 @@ class _Kept:
             hooks = own.get(kind)
             if hooks:
                 self._items(hooks.items(), f"{path}.{kind}")
-        self._classes(module)
+        self._classes(type(module))
 
-    def _classes(self, module: nn.Module) -> None:
-        for cls in filter(_is_owners, type(module).__mro__):
-            self._class(cls)
+    def _classes(self, cls: type) -> None:
+        for base in filter(_is_owners, cls.__mro__):
+            self._class(base)
 
     def _looked_into(self, own: dict[str, Any], path: str) -> None:
         """Look into a module's attributes, torch's own left out."""
