@@ -183,7 +183,7 @@ def held_out(model):
 
 
 TRIALS = {
-    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 3)]), "attribution": "none"},
+    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)]), "attribution": "none"},
     "shadow": lambda: {"policy": EveryN(5), "audition_updates": 5},
 }
 UPDATES = {"twin": 60, "shadow": 40}

@@ -20,6 +20,7 @@ from esper.growth.germination import (
     rank,
 )
 from esper.growth.recording import Recorder, record_beside
+from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
 from esper.growth.sizing import Size, sized, too_slow
 from esper.growth.trial import Trial
@@ -77,7 +78,9 @@ class Recording:
             random_seed=run.settings.generator_seed + run.num_decisions,
             records_shadow_passes=True,
         )
-        self._updates_left = run.settings.record_updates if choice is None else 1
+        self._least = LEAST_RECORDED if run.settings.trial == "twin" else 1
+        self._wanted = run.settings.record_updates if choice is None else 1
+        self._num_recorded = 0
         self._has_made_up = False
         run.watcher.reads_scale = True
 
@@ -92,8 +95,11 @@ class Recording:
         return ()
 
     def advance(self, batches: list[Batch]) -> Stage | None:
-        """Count one recorded update; after the last, rank and germinate."""
-        self._updates_left -= 1
+        """Count one recorded update; after the last, rank and germinate.
+
+        Twins need a few in any case: they tell how the run clips its gradients.
+        """
+        self._num_recorded += 1
         watcher = self._run.watcher
         self._recorder.end_update(
             num_batches=len(batches),
@@ -101,7 +107,8 @@ class Recording:
             share_kept=watcher.share_kept,
         )
         self._make_up_for_silent_sites(batches)
-        if self._updates_left > 0 and not self._recorder.done:
+        has_enough = self._num_recorded >= self._wanted or self._recorder.done
+        if self._num_recorded < self._least or not has_enough:
             return self
         self.close("recorded")
         return self._begin(batches)

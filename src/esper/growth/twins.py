@@ -163,17 +163,17 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
             step.average(optimizer)
         if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
             return
-        step.clipping.apply(optimizer)
+        step.clipping.apply(model.parameters())
         optimizer.step()
 
     return update
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
-    """Take a loss's scale off the gradients; say whether they are finite then."""
+    """Take a loss's scale off the gradients, as GradScaler does; say whether they are finite then."""
     held = (p.grad for group in optimizer.param_groups for p in group["params"])
     gradients = [gradient for gradient in held if gradient is not None]
-    torch._foreach_div_(gradients, scale)
+    torch._foreach_mul_(gradients, float(torch.tensor(1.0 / scale)))
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
