@@ -24,6 +24,7 @@ from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
 from esper.growth.sizing import Size, sized, too_slow
 from esper.growth.trial import Trial
+from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -119,23 +120,26 @@ class Recording:
         size, package = self._package(batches)
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], batches)
-        short = run.memory_shortage(package) if package else None
-        slow = too_slow(run, package, batches[-1]) if package and batches else None
-        if package and (short or slow) is None:
-            return Trial(run, package, size.updates)
+        reason = self._obstacle(package, batches) if package else size.reason
+        if package and reason is None:
+            trial = attempt(lambda: Trial(run, package, size.updates))
+            if isinstance(trial, Done):
+                return trial.value
+            reason = f"no trial could begin: {trial}"
         for contender in package:
-            reason = short or slow or ""
-            contender.withdraw(reason, update=run.updates, verdict="refused in trial")
+            contender.withdraw(reason or "", update=run.updates, verdict="refused in trial")
         if not self._advise_only:
             if not size.waits:
                 run.last_change_update = run.updates
-            run.journal.note(
-                short
-                or slow
-                or size.reason
-                or "no candidate with a predicted gain passed budget and probe"
-            )
+            run.journal.note(reason or "no candidate with a predicted gain passed budget and probe")
         return None
+
+    def _obstacle(self, package: list[Contender], batches: list[Batch]) -> str | None:
+        """Say what stands against a package that was chosen: memory, or time; or None."""
+        short = self._run.memory_shortage(package)
+        if short is not None or not batches:
+            return short
+        return too_slow(self._run, package, batches[-1])
 
     def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         """Return what is to be tried; the policy hears of a decision that does not wait."""
@@ -164,9 +168,7 @@ class Recording:
         taken = chosen[: size.num_kernels]
         return size, germinate_package(run, taken, ranked, observations)
 
-    def _chosen_by_hand(
-        self, choice: Choice, batches: list[Batch]
-    ) -> tuple[Size, list[Contender]]:
+    def _chosen_by_hand(self, choice: Choice, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
         refused = Size(num_kernels=0, reason="what was named by hand was refused")
         found = named_kernel(run, choice, self._recorder.observations)

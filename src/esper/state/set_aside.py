@@ -222,7 +222,7 @@ class _Kept:
         """
         undo = reversed(self._undo)
         if within is not None:
-            undo = (entry for entry in undo if id(entry[0]) in within._seen)
+            undo = (entry for entry in undo if id(entry[0]) in within._seen)  # noqa: SLF001 - of this file
         return [lost for _, put in undo if (lost := put()) is not None]
 
     def _keep(self, value: object, path: str) -> None:
@@ -456,7 +456,7 @@ class _Kept:
             value = held[name]
             self._left.append((value, name))
             if isinstance(value, _ITERATORS):
-                value = self._iterator(value, functools.partial(held.__setitem__, name))  # noqa: PLW2901 - as the other ways
+                value = self._iterator(value, functools.partial(held.__setitem__, name))
             self._later(functools.partial(_set_item, held, name, value))
 
     def _method(self, value: types.MethodType, path: str) -> None:
