@@ -11,6 +11,7 @@ import torch
 
 from esper.growth.batch import num_samples_in
 from esper.growth.budget import Cost, synchronize
+from esper.growth.probation import LOOKS
 from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
@@ -55,12 +56,16 @@ def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Ba
             None where they were not counted.
         batches: The batches of the last update.
     """
-    for num_kernels in range(len(kernel_flops), 0, -1):
-        updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
-        if updates >= MIN_TRIAL:
-            return Size(num_kernels=num_kernels, updates=updates)
     if not kernel_flops:
         return Size(num_kernels=0)
+    if run.settings.trial == "shadow":
+        if run.ledger.affordable(_least_flops(run, kernel_flops[:1], batches)):
+            return Size(num_kernels=1)
+    else:
+        for num_kernels in range(len(kernel_flops), 0, -1):
+            updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
+            if updates >= MIN_TRIAL:
+                return Size(num_kernels=num_kernels, updates=updates)
     reason = _too_dear(run, kernel_flops[:1], batches)
     return Size(num_kernels=0, reason=reason, waits=run.awaited_flops > 0)
 
@@ -69,13 +74,16 @@ def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: lis
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
-    shortest = MIN_TRIAL * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
-    bought = f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates"
-    length = run.ledger.horizon_for(shortest)
+    least = _least_flops(run, kernel_flops, batches)
+    what = f"trial of {MIN_TRIAL} updates"
+    if settings.trial == "shadow":
+        what = f"audition of {settings.audition_updates} passes"
+    bought = f"overhead={run.ledger.overhead:g} buys no {what}"
+    length = run.ledger.horizon_for(least)
     if length is None:
         return f"{bought} in this run: it would take a larger one"
     if settings.horizon is None:
-        run.awaited_flops = shortest
+        run.awaited_flops = least
         return f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
     return (
         f"{bought} in this run: it would take a horizon of about {length:,} updates, or a larger "
@@ -83,12 +91,22 @@ def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: lis
     )
 
 
+def _least_flops(
+    run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
+) -> float:
+    """Return the FLOPs of the shortest trial of a package, every reading included."""
+    num = run.settings.audition_updates if run.settings.trial == "shadow" else MIN_TRIAL
+    return num * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
+
+
 def update_flops(
     run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
 ) -> float:
-    """Return the FLOPs of one update of all arms of a trial."""
+    """Return the FLOPs of one update of all arms of a trial, or of both passes of an audition."""
     settings, host = run.settings, run.ledger.update_flops
     added = FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
+    if settings.trial == "shadow":
+        return 2 * (host + added)
     arms = 1 if settings.attribution == "none" else 2
     return arms * (host + added) + settings.nulls * host
 
@@ -96,6 +114,8 @@ def update_flops(
 def reading_flops(run: GrowthRun, num_kernels: int) -> float:
     """Return the FLOPs of every reading of the gate split that a trial and its watch take."""
     settings = run.settings
+    if settings.trial == "shadow":
+        return run.ledger.reading_flops * (2 * LOOKS + LAST_READINGS + WATCH_READINGS)
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
     passengers = 2 * num_kernels + 2
     return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS + passengers)
@@ -121,14 +141,15 @@ def _updates_left(run: GrowthRun) -> list[int]:
 
 
 def is_earned(run: GrowthRun) -> bool:
-    """Say whether the overhead buys a whole trial by now, where no horizon is known.
+    """Say whether the overhead buys a whole trial of a host by now, where no horizon is known.
 
     With a horizon it is known from the start what can be afforded, and less may do.
     """
-    if run.settings.horizon is not None or run.settings.trial != "twin":
+    if run.settings.horizon is not None:
         return True
-    arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
-    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run, 1)
+    is_short = run.settings.trial == "shadow"
+    num = run.settings.audition_updates if is_short else run.settings.trial_updates
+    wanted = num * update_flops(run, (), []) + reading_flops(run, 1)
     return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 

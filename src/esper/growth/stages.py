@@ -158,10 +158,8 @@ class Recording:
         run.journal.ranked(ranked.order, ranked.refused)
         if self._advise_only:
             return Size(num_kernels=0), []
-        if run.settings.trial == "shadow":
-            chosen = choose_package(run, ranked, 1)
-            return Size(num_kernels=1), germinate_package(run, chosen, ranked, observations)
-        chosen = choose_package(run, ranked, len(run.layers))
+        limit = 1 if run.settings.trial == "shadow" else len(run.layers)
+        chosen = choose_package(run, ranked, limit)
         size = sized(run, [entry.flops for entry in chosen], batches)
         if chosen and not size.num_kernels and not size.waits:
             run.too_dear = size.reason
@@ -175,9 +173,7 @@ class Recording:
         if found is None:
             return refused, []
         blueprint, cost = found
-        size = Size(num_kernels=1)
-        if run.settings.trial == "twin":
-            size = sized(run, [cost.flops], batches)
+        size = sized(run, [cost.flops], batches)
         if not size.num_kernels:
             return size, []
         seen = self._recorder.observations[choice.site]
