@@ -228,7 +228,7 @@ def test_suggestion_needs_a_batch():
 def test_micro_batches_are_one_update():
     """step() may be called per micro-batch; only optimizer updates count."""
     model, optimizer = wrapped()
-    grower = growing(model, optimizer, policy=EveryN(5))
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND), attribution="none")
     for index in range(100):
         batch = torch.arange(index, index + 32)
         loss = compute_loss(model, batch)
