@@ -183,7 +183,7 @@ def held_out(model):
 
 
 TRIALS = {
-    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)]), "attribution": "none"},
+    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)])},
     "shadow": lambda: {"policy": EveryN(5), "audition_updates": 5},
 }
 UPDATES = {"twin": 60, "shadow": 40}
@@ -192,7 +192,7 @@ UPDATES = {"twin": 60, "shadow": 40}
 
 def trained(model, compute_loss, *, grows, evaluate=held_out, trial="twin"):
     """Train with a controller that refuses whatever it tried, or without one."""
-    esper.wrap(model)
+    esper.wrap(model, select=["0"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     grower = None
     if grows:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.ensemble import AnyOptimizer, ParamGroup
     from esper.continuity.replicas import AverageGradients
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
     from esper.growth.run import GrowthRun
@@ -52,20 +52,20 @@ class LiveStep:
     """How the live run made its last update, as far as a twin has to do likewise.
 
     Attributes:
-        rates: Learning rate of each param group.
+        settings: What each param group was set to, its rate among it; schedules move momenta, too.
         loss_scale: By what the loss was multiplied for the backward; 1 where nothing did.
         clipping: How the gradients were clipped.
         average: Averages the gradients over the ranks; None where there is one.
     """
 
-    rates: Sequence[float]
+    settings: Sequence[ParamGroup]
     loss_scale: float = 1.0
     clipping: Clipping = UNCLIPPED
     average: AverageGradients | None = None
 
 
 class Twin:
-    """A copy of a run that takes the live run's batches and rates.
+    """A copy of a run that takes the live run's batches, rates and other settings.
 
     It runs eagerly, has a random state of its own, which starts as the run's, and none of the
     owner's hooks. What the owner's functions keep is its own likewise, and the run's comes back
@@ -91,10 +91,10 @@ class Twin:
         self._random_state = random_state(run.model)
 
     def update(self, batches: list[Batch], step: LiveStep) -> None:
-        """Do the update that the live run has just done: same batches, same rates."""
+        """Do the update that the live run has just done: same batches, same settings."""
         # a group that the owner added to the live run later is not the twin's
-        for group, rate in zip(self.optimizer.param_groups, step.rates, strict=False):
-            group["lr"] = rate
+        for group, settings in zip(self.optimizer.param_groups, step.settings, strict=False):
+            group.update(settings)
         outer = random_state(self.model)
         set_random_state(self._random_state)
         apart = self._apart.inside(batches)
