@@ -261,6 +261,16 @@ def closure_with_generators():
     return loss
 
 
+def closure_that_yields():
+    def noise(random_seed):
+        own = random.Random(random_seed)
+        while True:
+            yield own.random()
+
+    drawn = noise(3)
+    return lambda model, batch: mean_loss(model, batch) * (1 + next(drawn))
+
+
 def closure_with_counters():
     count, state, average = 0, {"n": 0}, torch.zeros(())
 
@@ -324,6 +334,7 @@ def global_random(model, batch):
 
 LOSSES = {
     "generators": closure_with_generators,
+    "yields": closure_that_yields,
     "counters": closure_with_counters,
     "method": lambda: Objective().loss,
     "object": Objective,

@@ -204,7 +204,7 @@ class Images(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm = nn.Conv2d(1, 6, 2, padding="same"), nn.BatchNorm2d(6)
+        self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
         self.drop, self.head = nn.Dropout2d(0.2), nn.Linear(24, 1)
 
     def forward(self, x):
