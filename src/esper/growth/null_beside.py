@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from esper.growth.averaging import WeightAverage
@@ -52,7 +51,7 @@ class NullBeside:
         live, null = self._before if is_short else self._averages
         if not live.num_updates or not live.fits(run.model):
             return None
-        pairs = ((live, copied_model(run)), (null, copy.deepcopy(self._arm.twin.model)))
+        pairs = ((live, copied_model(run)), (null, copied_model(run, of=self._arm.twin.model)))
         found = []
         for average, model in pairs:
             average.write_to(model)
