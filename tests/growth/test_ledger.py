@@ -270,3 +270,14 @@ def test_a_loss_that_is_not_finite_is_trouble_without_a_limit():
     assert limit.trouble(lost(1e9)) is None
     assert limit.trouble(lost()) is None
     assert limit.trouble(lost(float("nan"))) == "the training loss became nan"
+
+
+def test_the_horizon_that_is_told_counts_what_was_taken_already():
+    """Where rankings took more than their fifth, a run of that length affords a trial beside it."""
+    ledger = a_ledger()
+    ledger.count("ranking", flops=500 * UPDATE)
+    needed = ledger.horizon_for(100 * UPDATE)
+    for horizon, buys in ((needed, True), (needed - 2, False)):
+        other = a_ledger(horizon=horizon)
+        other.count("ranking", flops=500 * UPDATE)
+        assert other.affordable(100 * UPDATE) is buys

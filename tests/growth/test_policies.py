@@ -33,6 +33,14 @@ def test_default_policy_asks_the_detector():
     assert decision.choice is None
 
 
+def test_default_policy_says_yes_to_the_first_package_between_evaluations_too():
+    """Its moment is fixed beforehand, and no loss has a say in it."""
+    policy = DiminishingReturns()
+    for update, grows in ((99, False), (100, True)):
+        assert policy.decide(Reading(update=update, horizon=1000)).grow is grows
+    assert not policy.decide(Reading(update=101, horizon=1000, num_packages=1)).grow
+
+
 def test_default_policy_says_yes_at_evaluations_only():
     """Between two of them its losses are stale."""
     policy = DiminishingReturns()

@@ -127,3 +127,18 @@ def test_an_audition_that_is_refused_is_a_try_of_the_same_model():
         course.update()
     assert tries_spent(course.model) == 1
     assert [g.verdict for g in course.grower.report().grafts] == ["culled at admission"]
+
+
+def test_rankings_take_a_fifth_of_the_overhead_at_most():
+    """A policy that is never content costs the run no more; the owner is told."""
+    course = useless(
+        budget=Budget(small_graft=1), policy=esper.EveryN(1), overhead=1.0, horizon=400
+    )
+    for _ in range(60):
+        course.update()
+    report = course.grower.report()
+    assert any("rankings took a fifth of overhead=1" in note for note in report.notes)
+    before = report.work["ranking"]
+    for _ in range(20):
+        course.update()
+    assert course.grower.report().work["ranking"] == before > 0
