@@ -56,7 +56,7 @@ def is_run_to_a_verdict(grower):
     ("site", "how"),
     [
         (nn.Linear, "model"),
-        (Bent, "layers"),
+        pytest.param(Bent, "layers", marks=pytest.mark.slow),
         pytest.param(nn.Linear, "layers", marks=pytest.mark.slow),
         pytest.param(Bent, "model", marks=pytest.mark.slow),
     ],
