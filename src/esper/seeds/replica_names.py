@@ -1,0 +1,110 @@
+"""Which parameters DistributedDataParallel leaves alone, told to whatever module it is given."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from esper.seeds.stack import Stack
+
+IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks, on the module that it is given and on no other."""
+_OURS: Final = "_esper_ignored"
+"""Which of the names there are ours, to be taken out again."""
+
+_roots: Final[weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The outermost module that was told of a block."""
+
+
+def ignore_in_replicas(
+    root: nn.Module, model: nn.Module, stack: Stack, numbers: Iterable[int]
+) -> None:
+    """Let DistributedDataParallel ignore blocks, whichever module around them it is given.
+
+    Args:
+        root: The outermost module that it may be given.
+        model: The model that the stack is in.
+        stack: The stack.
+        numbers: Which of its blocks sleep; what they share with others is not ignored.
+
+    Raises:
+        ValueError: The model is not in ``root``.
+    """
+    blocks = [stack.blocks[i] for i in numbers]
+    own = _own_tensors(root, blocks)
+    for holder, names in _holders(root, model, stack, blocks):
+        below = {
+            f"{name}.{part}"
+            for name, block in names
+            for part, tensor in (*block.named_parameters(), *block.named_buffers())
+            if id(tensor) in own
+        }
+        ours = below | {f"_orig_mod.{name}" for name in below}
+        kept = set(getattr(holder, IGNORED, ()))
+        holder.__dict__[_OURS] = holder.__dict__.get(_OURS, set()) | (ours - kept)
+        holder.__dict__[IGNORED] = kept | ours
+    _roots.update(dict.fromkeys(blocks, weakref.ref(root)))
+
+
+def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Let replications that are made from now on have the parameters of blocks that are awake.
+
+    Args:
+        model: The model that they are in.
+        blocks: The blocks.
+    """
+    wanted: set[int] = set()
+    holders = dict.fromkeys(model.modules())
+    for block in blocks:
+        wanted.update(map(id, (*block.parameters(), *block.buffers())))
+        root = _roots.pop(block, lambda: None)()
+        holders.update(dict.fromkeys(() if root is None else root.modules()))
+    for holder in holders:
+        ours = holder.__dict__.get(_OURS)
+        if ours is None:
+            continue
+        tensors = (*holder.named_parameters(), *holder.named_buffers())
+        names = {name for name, tensor in tensors if id(tensor) in wanted}
+        gone = ours & (names | {f"_orig_mod.{name}" for name in names})
+        holder.__dict__[_OURS] = ours - gone
+        holder.__dict__[IGNORED] = holder.__dict__[IGNORED] - gone
+        for entry in (_OURS, IGNORED):
+            if not holder.__dict__[entry]:
+                del holder.__dict__[entry]
+
+
+def _own_tensors(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
+    """Return the ids of what the blocks hold, and nothing else in the model does."""
+    inside = {id(part) for block in blocks for part in block.modules()}
+    others = {
+        id(tensor)
+        for part in root.modules()
+        if id(part) not in inside
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+    }
+    own = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
+    return own - others
+
+
+def _holders(
+    root: nn.Module, model: nn.Module, stack: Stack, blocks: list[nn.Module]
+) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
+    """Yield each module from the root down to the stack, with the blocks by their names in it."""
+    modules = {id(module): name for name, module in root.named_modules()}
+    if id(model) not in modules:
+        msg = (
+            "root= is the module that DistributedDataParallel will be given, and holds the model; "
+            f"this {type(root).__name__} does not"
+        )
+        raise ValueError(msg)
+    wanted = {id(block): block for block in blocks}
+    for holder in root.modules():
+        inside = [(name, m) for name, m in holder.named_modules() if id(m) in wanted]
+        if inside and id(holder) not in wanted:
+            yield holder, inside
