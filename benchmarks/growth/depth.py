@@ -1,0 +1,183 @@
+"""Depth by stages: the final model from scratch, the small one alone, and the small one grown.
+
+All arms of a random seed have the same initial weights and see the same batch at each update. The
+rate warms up, stays, and falls over the last part of a run, so that runs of several horizons have
+one beginning, which is trained once.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from byte_model import ByteModel, Shape, build, compute_loss
+from byte_text import Batches, load_text, loss_on, windows
+from store import Result
+from task import Task
+from training import Training, falling, warm_then_constant
+
+import esper
+from esper.seeds.shallow import shallow
+from esper.growth.flops import update_flops
+
+SHORT: dict[str, Any] = {
+    "blocks": 6,
+    "blocks_at_first": 2,
+    "width": 64,
+    "context": 64,
+    "batch": 16,
+    "rate": 4e-3,
+    "weight_decay": 0.1,
+    "warmup": 100,
+    "updates": 2_000,
+    "decay_share": 0.2,
+    "horizons": [0.6, 0.8, 1.0, 1.25],
+    "look_every": 200,
+    "test_windows": 2_048,
+}
+LONG = {**SHORT, "updates": 8_000, "look_every": 800}
+QUICK = {**SHORT, "width": 16, "updates": 20, "warmup": 2, "look_every": 10, "test_windows": 64}
+PATH = "blocks"
+
+Grow = Callable[[Training, int], None]
+"""Takes a forked run and the updates that are left; changes its model."""
+
+
+def percent(share: float) -> str:
+    """Name a horizon."""
+    return f"{100 * share:.0f}"
+
+
+SCRATCH = tuple(f"scratch {percent(h)}" for h in SHORT["horizons"])
+SMALL = tuple(f"small {percent(h)}" for h in (0.8, 1.0))
+GROWN = ("grown fresh", "grown copy")
+
+
+def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Training:
+    """Begin a run of the final model with ``depth`` blocks awake."""
+    text = load_text()
+    model = build(shape_of(settings, settings["blocks"]), random_seed)
+    if depth < settings["blocks"]:
+        shallow(model, PATH, depth=depth)
+    batches = Batches(text.train, random_seed, settings["batch"], settings["context"])
+    watched = windows(text.gate, 256, settings["context"])
+    return Training.of(model, batches, watched, settings)
+
+
+def shape_of(settings: Mapping[str, Any], num_blocks: int) -> Shape:
+    """Return the shape of a model of so many blocks."""
+    width = settings["width"]
+    return Shape(num_blocks=num_blocks, width=width, hidden=4 * width, context=settings["context"])
+
+
+def flops_at(settings: Mapping[str, Any], depth: int) -> float:
+    """Return the FLOPs of an update of a model of so many blocks."""
+    batch = Batches(load_text().train, 0, settings["batch"], settings["context"]).of_update(0)
+    return float(update_flops(ByteModel(shape_of(settings, depth)), compute_loss, batch))
+
+
+def result(task: str, arm: str, random_seed: int, run: Training, settings: Mapping[str, Any],
+           **figures: float) -> Result:  # fmt: skip
+    """Read the test split, and put a run down."""
+    text = load_text()
+    sequences = windows(text.test, settings["test_windows"], settings["context"])
+    return Result(
+        task=task,
+        arm=arm,
+        random_seed=random_seed,
+        settings={**settings},
+        figures={"loss": loss_on(run.model, sequences), "updates": run.updates, **figures},
+        flops=run.flops,
+        seconds=run.seconds,
+        curve=tuple(run.curve),
+        details={"text": text.digest},
+    )
+
+
+def runs(
+    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+) -> Iterator[Result]:
+    """Run the missing arms of a random seed."""
+    if any(arm in missing for arm in SCRATCH):
+        trunk = begin(settings, random_seed, depth=settings["blocks"])
+        ends = {arm: _updates(arm, settings["updates"]) for arm in SCRATCH}
+        yield from _horizons(task, trunk, ends, random_seed, missing, settings)
+    small = [arm for arm in (*SMALL, *GROWN) if arm in missing]
+    if small:
+        yield from _from_small(task, random_seed, small, settings)
+
+
+def _updates(arm: str, updates: int) -> int:
+    """Return the updates of a horizon in an arm's name; all of them where there is none."""
+    last = arm.rsplit(" ", 1)[-1]
+    return round(updates * (int(last) / 100 if last.isdigit() else 1.0))
+
+
+def _horizons(
+    task: str,
+    trunk: Training,
+    ends: Mapping[str, int],
+    random_seed: int,
+    missing: Collection[str],
+    settings: Mapping[str, Any],
+) -> Iterator[Result]:
+    rate = warm_then_constant(settings["warmup"])
+    for arm in sorted((a for a in ends if a in missing), key=ends.__getitem__):
+        start = round((1 - settings["decay_share"]) * ends[arm])
+        trunk.train(start, rate)
+        run = trunk.fork().train(ends[arm], falling(start, ends[arm], rate))
+        yield result(task, arm, random_seed, run, settings)
+
+
+def _from_small(
+    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+) -> Iterator[Result]:
+    """Run the small model alone, and grow it where its own rate begins to fall."""
+    small, whole = (
+        flops_at(settings, d) for d in (settings["blocks_at_first"], settings["blocks"])
+    )
+    late = settings["decay_share"]
+    equal = round(settings["updates"] * ((1 - late) * small + late * whole) / small)
+    ends = {arm: _updates(arm, equal) for arm in SMALL}
+    moments = {arm: round((1 - late) * ends[arm]) for arm in SMALL if arm in missing}
+    for arm in GROWN:
+        if arm in missing:
+            moments[arm] = round((1 - late) * _updates(arm, settings["updates"]))
+    trunk = begin(settings, random_seed, depth=settings["blocks_at_first"])
+    rate = warm_then_constant(settings["warmup"])
+    for arm in sorted(moments, key=moments.__getitem__):
+        trunk.train(moments[arm], rate)
+        if arm in SMALL:
+            yield from _horizons(task, trunk, {arm: ends[arm]}, random_seed, missing, settings)
+        else:
+            yield _grown(task, trunk.fork(), arm, random_seed, settings)
+
+
+def _grown(
+    task: str, run: Training, arm: str, random_seed: int, settings: Mapping[str, Any]
+) -> Result:
+    rate = warm_then_constant(settings["warmup"])
+    end, start = _updates(arm, settings["updates"]), run.updates
+    before = run.look()
+    esper.deepen(
+        run.model,
+        run.optimizer,
+        depth=settings["blocks"],
+        init="copy" if "copy" in arm else "fresh",
+        ramp_updates=max(1, round(0.2 * (end - start))),
+    )
+    run.train(end, falling(start, end, rate))
+    return result(task, arm, random_seed, run, settings, before=before)
+
+
+def _task(name: str, settings: Mapping[str, Any]) -> Task:
+    return Task(
+        name=name,
+        arms=(*SCRATCH, *SMALL, *GROWN),
+        random_seeds=tuple(range(100, 106)),
+        settings=settings,
+        quick=QUICK,
+        runs=functools.partial(runs, name),
+    )
+
+
+TASKS = (_task("depth, short", SHORT), _task("depth", LONG))

@@ -1,0 +1,7 @@
+from store import ROOT
+
+DOCUMENT = ROOT / "docs" / "growth.md"
+
+
+def write():
+    pass
