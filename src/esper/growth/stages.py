@@ -22,6 +22,7 @@ from esper.growth.recording import Recorder, record_beside
 from esper.growth.shadow_trial import Auditioning
 from esper.growth.sizing import Size, sized, too_slow
 from esper.growth.trial import Trial
+from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -114,7 +115,10 @@ class Recording:
         short = run.memory_shortage(package) if package else None
         slow = too_slow(run, package, batches[-1]) if package and batches else None
         if package and (short or slow) is None:
-            return Trial(run, package, size.updates)
+            made = attempt(lambda: Trial(run, package, size.updates))
+            if isinstance(made, Done):
+                return made.value
+            slow = f"no trial could begin: {made}"
         for contender in package:
             reason = short or slow or ""
             contender.withdraw(reason, update=run.updates, verdict="refused in trial")
@@ -173,7 +177,7 @@ class Recording:
     def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
         """Remove the hooks."""
         self._recorder.close()
-        self._run.watcher.reads_scale = self._run.settings.trial == "twin"
+        self._run.watcher.reads_scale = False
 
     def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
         """Record one pass beside the run of the sites that the step had nothing of.
