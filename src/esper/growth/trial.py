@@ -20,7 +20,7 @@ from esper.growth.holding import Holding
 from esper.growth.live_kernel import LiveKernel, place_kernel
 from esper.growth.null_beside import NullBeside
 from esper.growth.takeover import take_over
-from esper.growth.tries import spend_try
+from esper.growth.tries import no_tries_left, spend_try
 from esper.growth.twins import Twin, copied_model
 from esper.growth.verdict import TrialReadings, last_is_worse, read_trial
 from esper.resilience.attempt import Failed, attempt
@@ -243,10 +243,7 @@ class Trial:
         run.journal.trial_read(self.record)
         self._drop(reason)
         if spent >= run.settings.tries:
-            run.journal.note(
-                f"package {self.record.package} was refused, and tries={run.settings.tries}: "
-                "nothing more is tried in this model"
-            )
+            run.journal.note(no_tries_left(run.model, run.settings.tries))
 
     def _take_over(
         self, arm: Arm, verdict: TrialVerdict, live_now: Measurement, taken_now: Measurement
