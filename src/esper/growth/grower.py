@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestion
     from esper.state.layer_call import LayerCall
 

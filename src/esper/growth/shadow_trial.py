@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.state.kernel import PreparedKernel
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from esper.compiler.linear_form import linear_form
@@ -14,10 +14,11 @@ from esper.continuity.replicas import all_agree
 from esper.contracts.choices import TAKEN
 from esper.contracts.errors import BlueprintError, GrowthError
 from esper.contracts.report import TrialRecord
+from esper.growth.arm import Arm
 from esper.growth.averaging import WeightAverage, renew_statistics
 from esper.growth.gates import level_of
 from esper.growth.holding import Holding
-from esper.growth.live_kernel import LiveKernel, place_kernel
+from esper.growth.live_kernel import place_kernel
 from esper.growth.null_beside import NullBeside
 from esper.growth.takeover import take_over
 from esper.growth.tries import no_tries_left, spend_try
@@ -39,43 +40,13 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch
     from esper.growth.extrapolation import GoingOn
     from esper.growth.germination import Contender
-    from esper.growth.ledger import Meter
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.growth.verdict import TrialVerdict
 
 STATISTICS_BATCHES: Final = 16
 """Training batches, the last of a trial, on which running statistics are computed anew."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Arm:
-    """One twin of a trial.
-
-    Attributes:
-        name: ``"candidate"``, ``"null"``, or ``"equal 1"`` and so on.
-        twin: The twin.
-        meter: Counts its updates.
-        kernels: What stands in it that the live run does not have.
-        average: Its weights averaged over the second half of the trial.
-    """
-
-    name: str
-    twin: Twin
-    meter: Meter
-    kernels: tuple[LiveKernel, ...] = ()
-    average: WeightAverage = field(default_factory=WeightAverage)
-
-    def update(self, run: GrowthRun, batches: list[Batch]) -> None:
-        """Do the update that the live run has just done."""
-        with self.meter.counted(batches):
-            self.twin.update(batches, run.live_step())
-
-    def set_alphas(self, num_updates: int, ramp_updates: int) -> None:
-        """Let kernels that could not enter at alpha 1 rise to it."""
-        for kernel in self.kernels:
-            kernel.set_alpha(num_updates, ramp_updates)
 
 
 class Trial:
@@ -335,12 +306,13 @@ class Trial:
         run, settings = self._run, self._run.settings
         with run.ledger.timed("trial"):
             adds = self._null_adds()
+        parameters = sum(c.graft.cost.parameters for c in self._package)
         return TrialRecord(
             package=run.num_packages,
             grafts=tuple(c.graft.number for c in self._package),
             sites=tuple(c.graft.site for c in self._package),
             blueprints=tuple(c.blueprint.id for c in self._package),
-            parameters=sum(c.graft.cost.parameters for c in self._package),
+            parameters=parameters,
             started_at=run.updates,
             trial_updates=self._num_updates,
             level=level_of(settings.tries),
@@ -349,7 +321,7 @@ class Trial:
             num_nulls=settings.nulls,
             capacity_is_lower_bound=bool(adds),
             null_adds=adds,
-            memory_bytes=run.trial_memory(self._package).total,
+            memory_bytes=run.trial_memory(parameters).total,
         )
 
     def _null_adds(self) -> tuple[str, ...]:
