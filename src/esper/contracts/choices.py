@@ -43,9 +43,34 @@ GraftVerdict = Literal[
     "culled in audition",
     "culled at admission",
     "culled after admission",
+    "refused in trial",
+    "rolled back",
+    "removed as a passenger",
     "fossilized",
 ]
-"""What became of a graft."""
+"""What became of a graft. Those that are refused in trial, rolled back, or removed as a passenger
+belonged to a package; those that are culled were auditioned one by one.
+"""
+
+TrialVerdict = Literal["in trial", "refused", "taken over", "rolled back", "kept"]
+"""What became of a package; of those that are taken over the watch has not decided yet."""
+TRIAL_VERDICTS: Final[tuple[TrialVerdict, ...]] = get_args(TrialVerdict)
+
+Taken = Literal["", "candidate", "null"]
+"""Whose state the live run took over: nobody's, the candidate twin's, or the null twin's."""
+TAKEN: Final[tuple[Taken, ...]] = get_args(Taken)
+
+Attribution = Literal["trial", "run", "none"]
+"""How long a null twin trains beside a package: through the trial, to the end of the run, never."""
+ATTRIBUTIONS: Final[tuple[Attribution, ...]] = get_args(Attribution)
+
+DepthVerdict = Literal["waking", "awake", "put to sleep"]
+"""What became of a planned stage of depth."""
+DEPTH_VERDICTS: Final[tuple[DepthVerdict, ...]] = get_args(DepthVerdict)
+
+WorkUnit = Literal["flops", "passes"]
+"""What work is counted in: FLOPs, or forwards of one sample, as files of format 1 do."""
+WORK_UNITS: Final[tuple[WorkUnit, ...]] = get_args(WorkUnit)
 
 Verification = Literal["snapshot", "fork"]
 """What an admitted graft is held against: the run at its admission, or twins in training."""

@@ -1,39 +1,77 @@
 """Everything that happens in a run, as frozen values with one JSON form.
 
-An event log is a line of JSON per event: ``{"format_version": 1, "kind": ..., "update": ...,
-"time_s": ..., ...}``. ``time_s`` is the only field that a replay may not compare.
+An event log is a line of JSON per event: ``{"format_version": "1.1", "kind": ..., "run_id": ...,
+"seq": ..., "id": ..., "update": ..., "time_s": ..., ...}``. ``time_s`` and ``run_id``, of which
+``id`` is made, are the only fields that a replay may not compare.
+
+A log of a higher minor version can be read: a field that is absent takes its default, one that is
+not known is kept in ``more``, and an event of another kind is an :class:`UnknownEvent`. They are
+written again byte for byte. Only a higher major version is refused.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from esper.contracts.choices import GATES, SEED_STATES
+from esper.contracts.choices import (
+    ATTRIBUTIONS,
+    DEPTH_VERDICTS,
+    GATES,
+    SEED_STATES,
+    TAKEN,
+    TRIAL_VERDICTS,
+)
 from esper.contracts.lifecycle import GraftStage
+from esper.contracts.value_json import (
+    WHERE_KNOWN,
+    Extensible,
+    is_newer,
+    members,
+    text_of,
+    value_from,
+    version_to_write,
+)
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import Gate, SeedState, Verdict
+    from esper.contracts.choices import (
+        Attribution,
+        DepthVerdict,
+        Gate,
+        SeedState,
+        Taken,
+        TrialVerdict,
+        Verdict,
+    )
 
-EVENT_FORMAT_VERSION: Final = 1
+EVENT_FORMAT_VERSION: Final = "1.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(Extensible):
     """Base of all events.
 
     Attributes:
         update: Number of optimizer updates done when it happened; 0 before the first.
         time_s: Seconds since the run started, by the injected clock.
+        run_id: Names the run among all runs; empty where nobody gave it a name.
+        seq: Number of the event in its run: 0, 1, 2 and so on.
     """
 
     kind: ClassVar[str] = ""
     update: int
     time_s: float
+    run_id: str = ""
+    seq: int = 0
+
+    @property
+    def id(self) -> str:
+        """Names the event among all events, so that one that comes twice is known."""
+        return f"{self.run_id}-{self.seq}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +153,7 @@ class StageChanged(Event):
         before: Stage that was left; empty at germination.
         after: Stage that was entered.
         reason: Why, in a sentence.
+        package: Number of its package, from 1; None where it was tried by itself.
 
     Raises:
         ValueError: A stage is none.
@@ -129,6 +168,7 @@ class StageChanged(Event):
     before: GraftStage | Literal[""]
     after: GraftStage
     reason: str
+    package: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "after", GraftStage(self.after))
@@ -138,7 +178,7 @@ class StageChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRead(Event):
-    """A gate was read, once.
+    """A gate was read, once, for a kernel that was auditioned by itself.
 
     Attributes:
         graft: Number of the graft, from 1.
@@ -146,14 +186,13 @@ class GateRead(Event):
         passed: Whether the graft may go on.
         effect: Mean fall of the gate loss, reference minus candidate, in units of the loss;
             positive is better. None where it was not measured.
-        stderr: Standard error of ``effect`` with tau in it, in units of the loss, at least 0;
-            None where it was not measured.
-        tau: Spread between models that ought to be equal, in units of the loss, at least 0; None
-            where it was not measured.
+        stderr: Standard error of ``effect``, in units of the loss, at least 0; None where it was
+            not measured.
         z: ``effect / stderr``; None where one is missing or the error is 0.
         level: One-sided level of the test, in (0, 0.5).
         samples: Number of paired samples of the gate split, at least 0.
         reason: What was decided and on what, in a sentence.
+        tau: Only in logs of format 1: spread between two models that ought to be equal.
     """
 
     kind: ClassVar[str] = "gate_read"
@@ -162,11 +201,11 @@ class GateRead(Event):
     passed: bool
     effect: float | None
     stderr: float | None
-    tau: float | None
     z: float | None
     level: float
     samples: int
     reason: str
+    tau: float | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,18 +245,196 @@ class Fossilized(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack(Event):
-    """A graft was removed after admission.
+    """A graft, or a whole package, was removed after it had come into the model.
 
     Attributes:
-        graft: Number of the graft, from 1.
+        graft: Number of the graft, from 1; 0 where it was a package.
         updates_lost: Optimizer updates that were undone, at least 0; 0 where the host was kept.
         reason: Why, in a sentence.
+        package: Number of the package, from 1; None where it was one graft.
     """
 
     kind: ClassVar[str] = "rolled_back"
     graft: int
     updates_lost: int
     reason: str
+    package: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStarted(Event):
+    """The run was copied, and a package began to train in a twin.
+
+    Attributes:
+        package: Number of the package in its run, from 1.
+        grafts: Numbers of its grafts.
+        sites: Dotted names of their layers, in the same order.
+        blueprints: Human names of their kernels, in the same order.
+        parameters: Of all its kernels together.
+        trial_updates: Updates after which there is a verdict.
+        arms: What trains beside one another, for example ``"live"``, ``"candidate"``, ``"null"``.
+        attribution: How long the null trains.
+        level: One-sided level of the test, in (0, 0.5).
+        memory_bytes: Memory that the copies take, estimated beforehand; None where it was not.
+        null_adds: Sites at which the linear package adds capacity itself, each with the reason.
+    """
+
+    kind: ClassVar[str] = "trial_started"
+    package: int
+    grafts: tuple[int, ...]
+    sites: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    parameters: int
+    trial_updates: int
+    arms: tuple[str, ...] = ()
+    attribution: Attribution = "trial"
+    level: float = 0.05
+    memory_bytes: int | None = None
+    null_adds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRead(Event):
+    """The verdict on a package was read, once, on weights averaged over half of the trial.
+
+    Falls are of the gate loss, in its unit; positive is better. What was not measured is None.
+
+    Attributes:
+        package: Number of the package, from 1.
+        sites: Dotted names of its layers.
+        verdict: ``"taken over"`` or ``"refused"``.
+        taken: Whose state the live run takes over; empty where it takes nobody's.
+        reason: What was decided and on what, in a sentence.
+        level: One-sided level of the test, in (0, 0.5).
+        spread: By how much standard errors were widened for the spread between equal runs, at
+            least 1.
+        samples: Paired samples of the gate split, at least 0.
+        effect: Fall of the candidate twin against the live run.
+        stderr: Standard error of ``effect``, widened, at least 0.
+        z: ``effect / stderr``.
+        threshold: What ``z`` had to exceed.
+        null_effect: Fall of the null twin against the live run: the treatment's part.
+        null_stderr: Standard error of ``null_effect``, widened.
+        capacity: Fall of the candidate twin against the null twin.
+        capacity_stderr: Standard error of ``capacity``, widened.
+        capacity_shown: Whether ``capacity`` passed the test; None where there was no null.
+        capacity_is_lower_bound: Whether the null adds capacity itself.
+        null_adds: Sites at which it does, each with the reason.
+        attribution: How long the null trains.
+        going_on: Fall that the same FLOPs of simply going on would have brought.
+        going_on_stderr: Standard error of ``going_on``.
+        flops: What the trial took.
+        num_nulls: Equal twins that the spread was measured on; 0 where it was given.
+    """
+
+    kind: ClassVar[str] = "trial_read"
+    package: int
+    sites: tuple[str, ...]
+    verdict: TrialVerdict
+    taken: Taken = ""
+    reason: str
+    level: float = 0.05
+    spread: float = 1.0
+    samples: int = 0
+    effect: float | None = None
+    stderr: float | None = None
+    z: float | None = None
+    threshold: float | None = None
+    null_effect: float | None = None
+    null_stderr: float | None = None
+    capacity: float | None = None
+    capacity_stderr: float | None = None
+    capacity_shown: bool | None = None
+    capacity_is_lower_bound: bool = False
+    null_adds: tuple[str, ...] = ()
+    attribution: Attribution = "trial"
+    going_on: float | None = None
+    going_on_stderr: float | None = None
+    flops: float | None = None
+    num_nulls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenOver(Event):
+    """The live run took the state of a twin over, between two updates.
+
+    Attributes:
+        package: Number of the package, from 1.
+        taken: Whose state: ``"candidate"`` or ``"null"``.
+        grafts: Numbers of its grafts.
+        sites: Dotted names of their layers, in the same order.
+        folded: Whether the package went into the host's own weights at once, as a null may.
+        gate_loss_before: Gate loss just before the switch; None where it was not read.
+        gate_loss_after: Gate loss just after it; None where it was not read.
+    """
+
+    kind: ClassVar[str] = "taken_over"
+    package: int
+    taken: Taken
+    grafts: tuple[int, ...]
+    sites: tuple[str, ...]
+    folded: bool = False
+    gate_loss_before: float | None = None
+    gate_loss_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassengerRemoved(Event):
+    """A kernel of a kept package left, since the package does without it.
+
+    Attributes:
+        package: Number of the package, from 1.
+        graft: Number of the graft, from 1.
+        site: Dotted name of its layer.
+        rise: Cumulative rise of the gate loss, on the watch's samples, with this kernel and the
+            passengers before it switched off.
+        upper: Upper end of the 95 % interval of ``rise``.
+        allowed: What ``upper`` had to stay below.
+        reason: The same in a sentence.
+    """
+
+    kind: ClassVar[str] = "passenger_removed"
+    package: int
+    graft: int
+    site: str
+    rise: float
+    upper: float
+    allowed: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageWoken(Event):
+    """A planned stage of depth began, was done, or was taken back.
+
+    Attributes:
+        path: Dotted name of the stack of blocks.
+        depth: Blocks of it that are awake after the stage.
+        blocks: Dotted names of those that it wakes.
+        init: What a waking block begins with: ``"fresh"`` or ``"copy"``.
+        started_at: Update at which it began.
+        ramp_updates: Updates over which its blocks come in.
+        ended_at: Update at which they were in, or asleep again; None before that.
+        loss_before: Loss when it began; None where it was not read.
+        loss_after: Loss at its end; None where it was not read.
+        flops: FLOPs of the updates that were made at this depth; None where not counted.
+        verdict: ``"waking"``, ``"awake"`` or ``"put to sleep"``.
+        reason: Why, in a sentence.
+    """
+
+    kind: ClassVar[str] = "stage_woken"
+    path: str
+    depth: int
+    blocks: tuple[str, ...]
+    init: str = "fresh"
+    started_at: int
+    ramp_updates: int
+    ended_at: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    flops: float | None = None
+    verdict: DepthVerdict = "waking"
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +486,19 @@ class RunEnded(Event):
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnknownEvent(Event):
+    """An event that a newer Esper wrote; it is passed on as it is.
+
+    Attributes:
+        kind: Its kind.
+        body: The whole event, as JSON, byte for byte.
+    """
+
+    kind: str  # type: ignore[misc]  # of the value here, of the class elsewhere
+    body: str
+
+
 EVENT_TYPES: Final[dict[str, type[Event]]] = {
     cls.kind: cls
     for cls in (
@@ -281,6 +511,11 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
         AlphaChanged,
         Fossilized,
         RolledBack,
+        TrialStarted,
+        TrialRead,
+        TakenOver,
+        PassengerRemoved,
+        StageWoken,
         SeedFaulted,
         Noted,
         RunEnded,
@@ -288,13 +523,16 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
 }
 
 _STAGES: Final = tuple(stage.value for stage in GraftStage)
-_CLOSED: Final[dict[str, tuple[str, ...]]] = {
-    "gate": GATES,
-    "state": SEED_STATES,
-    "before": ("", *_STAGES),
-    "after": _STAGES,
+_CLOSED: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "gate_read": {"gate": GATES},
+    "seed_faulted": {"state": SEED_STATES},
+    "stage_changed": {"before": ("", *_STAGES), "after": _STAGES},
+    "trial_started": {"attribution": ATTRIBUTIONS},
+    "trial_read": {"verdict": TRIAL_VERDICTS, "taken": TAKEN, "attribution": ATTRIBUTIONS},
+    "taken_over": {"taken": TAKEN},
+    "stage_woken": {"verdict": DEPTH_VERDICTS},
 }
-"""Fields that hold a word of a closed set, and the set."""
+"""Fields that hold a word of a closed set, and the set, by the kind of the event."""
 
 
 def event_to_json(event: Event) -> str:
@@ -303,43 +541,54 @@ def event_to_json(event: Event) -> str:
     Raises:
         ValueError: A number in the event is not finite; a gate records None instead.
     """
-    body = {"format_version": EVENT_FORMAT_VERSION, "kind": event.kind, **asdict(event)}
-    return json.dumps(body, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    if isinstance(event, UnknownEvent):
+        return event.body
+    also = {"format_version": EVENT_FORMAT_VERSION, "kind": event.kind, "id": event.id}
+    return text_of(event, also=also)
 
 
 def event_from_json(line: str) -> Event:
     """Read one event back; the inverse of :func:`event_to_json`.
 
     Raises:
-        ValueError: The line is not an event, is of a newer format, has other fields, or has a word
-            in one that is none of its set.
+        ValueError: The line is not an event, is of a higher major format, lacks a field that has
+            no default, or has a word in one that is none of its set.
     """
-    body = json.loads(line)
-    if not isinstance(body, dict):
-        msg = f"an event is a JSON object, found {type(body).__name__}"
+    found = members(line)
+    version = json.loads(found.pop("format_version", "null"))
+    written = version_to_write("event", version, EVENT_FORMAT_VERSION)
+    kind = json.loads(found.pop("kind", "null"))
+    if not isinstance(kind, str):
+        msg = f"an event has a kind, which is a word; found {kind!r}"
         raise ValueError(msg)  # noqa: TRY004 - a malformed file is a value, not a caller's type
-    version = body.pop("format_version", None)
-    if not isinstance(version, int) or version > EVENT_FORMAT_VERSION:
-        msg = (
-            f"event format {version!r} is not known here (this Esper reads up to "
-            f"{EVENT_FORMAT_VERSION}); read it with a newer Esper"
-        )
-        raise ValueError(msg)
-    kind = body.pop("kind", None)
-    cls = EVENT_TYPES.get(kind)
-    if cls is None:
-        msg = f"unknown event kind {kind!r}; known: {', '.join(sorted(EVENT_TYPES))}"
-        raise ValueError(msg)
-    known = {f.name for f in fields(cls)}
-    if known != body.keys():
-        odd = sorted(known ^ body.keys())
-        msg = f"a {kind!r} event has the fields {sorted(known)}; these do not match: {odd}"
-        raise ValueError(msg)
-    for name, words in _CLOSED.items():
-        if name in body and body[name] not in words:
-            msg = (
+    newer = is_newer(written, EVENT_FORMAT_VERSION)
+    wrong = _wrong_word(kind, found)
+    if kind not in EVENT_TYPES or (newer and wrong):
+        return _unknown(kind, found, line)
+    if wrong:
+        raise ValueError(wrong)
+    if newer:
+        found["format_version"] = json.dumps(written)
+    return value_from(EVENT_TYPES[kind], found, {}, derived=("id",))
+
+
+def _wrong_word(kind: str, found: dict[str, str]) -> str:
+    """Say which field of an event holds a word that is none of its set; empty where none does."""
+    for name, words in _CLOSED.get(kind, {}).items():
+        word = json.loads(found.get(name, json.dumps(words[0])))
+        if word not in words:
+            return (
                 f"the field {name!r} of a {kind!r} event is one of {', '.join(map(repr, words))}, "
-                f"found {body[name]!r}"
+                f"found {word!r}"
             )
-            raise ValueError(msg)
-    return cls(**body)
+    return ""
+
+
+def _unknown(kind: str, found: dict[str, str], line: str) -> UnknownEvent:
+    """Keep an event as it is; when and in which run it happened is read as far as it can be."""
+    envelope: dict[str, Any] = {"update": 0, "time_s": 0.0, "run_id": "", "seq": 0}
+    for name, default in envelope.items():
+        value = json.loads(found.get(name, json.dumps(default)))
+        if type(value) is type(default):
+            envelope[name] = value
+    return UnknownEvent(**envelope, kind=kind, body=line)

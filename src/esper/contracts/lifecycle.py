@@ -1,8 +1,8 @@
 """The two state machines: the lifecycle of a seed and the stage of a graft.
 
 A seed is a slot in a layer; its lifecycle belongs to the execution engine. A graft is one try to
-grow; its stage belongs to the growth controller and sits on top. While a graft is GERMINATED or
-in AUDITION its seed is LOADING and holds nothing.
+grow; its stage belongs to the growth controller and sits on top. While a graft is GERMINATED, in
+TRIAL or in AUDITION its seed is LOADING and holds nothing.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ class GraftStage(StrEnum):
 
     Attributes:
         GERMINATED: A kernel and a seed have been chosen.
+        TRIAL: Its package trains in a twin, and the model does not notice.
         AUDITION: The kernel learns in shadow passes, and the model does not notice.
-        BLENDING: It was admitted, and its alpha rises from 0.
-        HOLDING: It trains with the model, until its verdict.
+        BLENDING: It was admitted after an audition, and its alpha rises from 0.
+        HOLDING: It trains with the model under watch, until its verdict.
         FOSSILIZED: It stays.
-        CULLED: It was refused, or removed after its admission.
+        CULLED: It was refused, or removed after it had come into the model.
     """
 
     GERMINATED = "germinated"
+    TRIAL = "trial"
     AUDITION = "audition"
     BLENDING = "blending"
     HOLDING = "holding"
@@ -64,7 +66,8 @@ class GraftStage(StrEnum):
 _G = GraftStage
 
 ALLOWED_STAGES: Final[dict[GraftStage, frozenset[GraftStage]]] = {
-    _G.GERMINATED: frozenset({_G.AUDITION, _G.CULLED}),
+    _G.GERMINATED: frozenset({_G.TRIAL, _G.AUDITION, _G.CULLED}),
+    _G.TRIAL: frozenset({_G.HOLDING, _G.CULLED}),
     _G.AUDITION: frozenset({_G.BLENDING, _G.CULLED}),
     _G.BLENDING: frozenset({_G.HOLDING, _G.CULLED}),
     _G.HOLDING: frozenset({_G.FOSSILIZED, _G.CULLED}),

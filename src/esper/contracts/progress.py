@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from esper.contracts.lifecycle import GraftStage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from esper.contracts.lifecycle import GraftStage
+    from collections.abc import Mapping, Sequence
 
 
 class GraftStatus(NamedTuple):
@@ -18,14 +19,39 @@ class GraftStatus(NamedTuple):
         site: Dotted name of the layer.
         seed_idx: Slot in that layer.
         stage: Stage of the graft.
+        package: Number of its package, from 1; None where it is tried by itself.
     """
 
     site: str
     seed_idx: int
     stage: GraftStage
+    package: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.site}.{self.seed_idx} {self.stage.value}"
+        return f"{self.site}.{self.seed_idx} {self.stage}"
+
+
+def statuses_text(statuses: Sequence[GraftStatus]) -> str:
+    """Say where grafts are, a package in one piece: ``"package 2 of 5 kernels in trial"``.
+
+    Returns:
+        The pieces with commas between them; empty where there are none.
+    """
+    packages = Counter((each.package, each.stage) for each in statuses if each.package is not None)
+    alone = [str(each) for each in statuses if each.package is None]
+    together = [
+        f"package {package} of {num} kernel{'s' * (num > 1)} {_DOING.get(stage, str(stage))}"
+        for (package, stage), num in packages.items()
+    ]
+    return ", ".join([*together, *alone])
+
+
+_DOING: Final = {
+    GraftStage.GERMINATED: "being made",
+    GraftStage.TRIAL: "in trial in a twin",
+    GraftStage.HOLDING: "under watch",
+}
+"""What a package does at a stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

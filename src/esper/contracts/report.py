@@ -1,27 +1,48 @@
 """What a run and the demo report, as frozen values with one JSON form each.
 
 What follows from other fields is computed when the value is made, so that a report cannot
-contradict itself; a reader of the JSON finds the results beside their sources.
+contradict itself; a reader of the JSON finds the results beside their sources. What a run says in
+words is in ``report_text``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from esper.contracts.intervals import Interval, mean_interval
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import GraftStatus, ProgressRow
+from esper.contracts.value_json import (
+    WHERE_KNOWN,
+    Extensible,
+    is_newer,
+    items,
+    members,
+    text_of,
+    value_from,
+    version_to_write,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import GraftVerdict
+    from esper.contracts.choices import (
+        Attribution,
+        DepthVerdict,
+        GraftVerdict,
+        Taken,
+        TrialVerdict,
+        WorkUnit,
+    )
+    from esper.contracts.value_json import Parts, Reader
 
-REPORT_FORMAT_VERSION: Final = 1
+REPORT_FORMAT_VERSION: Final = "1.1"
 
 Arm = Literal["host", "grown", "random", "scratch"]
 """How a model of the demo was made."""
@@ -34,9 +55,12 @@ CONTROL_KINDS: Final[tuple[ControlKind, ...]] = get_args(ControlKind)
 OPTIMISTIC: Final = "used for growing: optimistic"
 ONE_RUN_EACH: Final = "One run each: another random seed may tell otherwise."
 
+BEYOND_LUCK: Final = 1.645
+"""Standard errors that a difference has to exceed, one-sided at 5 %, where no test was made."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Extensible):
     """One reading of the owner's measure on the gate split.
 
     Attributes:
@@ -53,7 +77,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NotFinite:
+class NotFinite(Extensible):
     """A figure of a run that was NaN or infinite for a while.
 
     Attributes:
@@ -70,7 +94,7 @@ class NotFinite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraftRecord:
+class GraftRecord(Extensible):
     """One try to grow, from germination to verdict. Losses are those of the gate split.
 
     Attributes:
@@ -86,12 +110,15 @@ class GraftRecord:
         germinated_at: Update at which the graft was chosen.
         admitted_at: Update at which it entered the model; None if it never did.
         decided_at: Update of the verdict; None while there is none.
-        contribution: Gate loss of the twin minus that of the grown model; None if not measured.
-        contribution_stderr: Standard error of ``contribution``, the twins' own spread included.
-        dependence: Gate loss with the seed off minus with it on; None if not measured.
-        host_only_contribution: As ``contribution``, against a twin that carries nothing.
+        contribution: Only where a single graft had a twin, as in files of format 1: gate loss of
+            the twin minus that of the grown model.
+        contribution_stderr: Likewise, standard error of ``contribution``.
+        dependence: Gate loss with the seed off minus with it on, which is how much the model leans
+            on it, and not what it brought; None if not measured.
+        host_only_contribution: As ``contribution``, against a twin that carried nothing.
         updates_lost: Updates that its removal cost.
         folded: Whether its weights went into the host's; None unless it is fossilized.
+        package: Number of its package, from 1; None where it was tried by itself.
     """
 
     graft: int
@@ -106,16 +133,161 @@ class GraftRecord:
     germinated_at: int
     admitted_at: int | None = None
     decided_at: int | None = None
-    contribution: float | None = None
-    contribution_stderr: float | None = None
+    contribution: float | None = field(default=None, metadata=WHERE_KNOWN)
+    contribution_stderr: float | None = field(default=None, metadata=WHERE_KNOWN)
     dependence: float | None = None
-    host_only_contribution: float | None = None
+    host_only_contribution: float | None = field(default=None, metadata=WHERE_KNOWN)
     updates_lost: int = 0
     folded: bool | None = None
+    package: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimelineEntry:
+class TrialRecord(Extensible):
+    """One package, from the copy of the run to what became of it.
+
+    Effects are falls of the gate loss, in its unit, read once on weights averaged over the second
+    half of the trial; positive is better, None is not measured. Standard errors are widened by
+    ``spread``.
+
+    Attributes:
+        package: Number of the package in its run, from 1.
+        grafts: Numbers of its grafts.
+        sites: Dotted names of their layers, in the same order.
+        blueprints: Human names of their kernels, in the same order.
+        parameters: Of all its kernels together.
+        started_at: Update at which the run was copied.
+        trial_updates: Updates after which the verdict is read.
+        decided_at: Update of the verdict; None while there is none.
+        verdict: What became of it; one of ``TrialVerdict``.
+        taken: Whose state the live run took over; empty where it took nobody's.
+        reason: Why, in a sentence.
+        level: One-sided level of the test, in (0, 0.5).
+        spread: By how much standard errors are widened for the spread between equal runs, at
+            least 1.
+        samples: Paired samples of the gate split, at least 0.
+        effect: The candidate twin against the live run.
+        stderr: Standard error of ``effect``.
+        z: ``effect / stderr``.
+        threshold: What ``z`` had to exceed.
+        null_effect: The null twin against the live run: what the treatment alone brought.
+        null_stderr: Standard error of ``null_effect``.
+        capacity: The candidate twin against the null twin.
+        capacity_stderr: Standard error of ``capacity``.
+        capacity_shown: Whether ``capacity`` passed the test; None where there was no null.
+        capacity_is_lower_bound: Whether the null adds capacity itself, so that ``capacity`` is
+            less than what the package has.
+        null_adds: Sites at which it does, each with the reason.
+        attribution: How long a null trains beside the package.
+        going_on: Fall that the same FLOPs of simply going on would have brought, by the run's own
+            curve.
+        going_on_stderr: Standard error of ``going_on``.
+        gate_loss_before: Gate loss just before the switch.
+        gate_loss_after: Gate loss just after it.
+        flops: FLOPs that the trial took.
+        seconds: Wall time that the trial took.
+        memory_bytes: Memory that its copies take, as estimated before them.
+        memory_peak_bytes: Most memory that was in use while it ran.
+        updates_lost: Updates that going back to the switch cost.
+        num_nulls: Equal twins that the spread was measured on; 0 where it was given.
+    """
+
+    package: int
+    grafts: tuple[int, ...]
+    sites: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    parameters: int
+    started_at: int
+    trial_updates: int
+    decided_at: int | None = None
+    verdict: TrialVerdict = "in trial"
+    taken: Taken = ""
+    reason: str = ""
+    level: float = 0.05
+    spread: float = 1.0
+    samples: int = 0
+    effect: float | None = None
+    stderr: float | None = None
+    z: float | None = None
+    threshold: float | None = None
+    null_effect: float | None = None
+    null_stderr: float | None = None
+    capacity: float | None = None
+    capacity_stderr: float | None = None
+    capacity_shown: bool | None = None
+    capacity_is_lower_bound: bool = False
+    null_adds: tuple[str, ...] = ()
+    attribution: Attribution = "trial"
+    going_on: float | None = None
+    going_on_stderr: float | None = None
+    gate_loss_before: float | None = None
+    gate_loss_after: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+    updates_lost: int = 0
+    num_nulls: int = 0
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the package was held against the live run; one that was not met nothing."""
+        return self.decided_at is not None and self.effect is not None
+
+    @property
+    def brought(self) -> tuple[float | None, float | None]:
+        """The effect of what was taken over, or would have been, with its standard error."""
+        if self.taken == "null":
+            return self.null_effect, self.null_stderr
+        return self.effect, self.stderr
+
+    @property
+    def beat_going_on(self) -> bool | None:
+        """Whether it brought more than going on for the same FLOPs would have, beyond luck.
+
+        None where one of the two, or its standard error, is not known.
+        """
+        (effect, stderr), going_on, error = self.brought, self.going_on, self.going_on_stderr
+        if effect is None or stderr is None or going_on is None or error is None:
+            return None
+        return effect - going_on > BEYOND_LUCK * math.hypot(stderr, error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord(Extensible):
+    """One planned stage of depth: blocks that slept and were woken. No gate decides about it.
+
+    Attributes:
+        path: Dotted name of the stack of blocks.
+        depth: Blocks of it that are awake after the stage.
+        blocks: Dotted names of those that it wakes.
+        init: What a waking block begins with: ``"fresh"`` or ``"copy"``.
+        started_at: Update at which it began.
+        ramp_updates: Updates over which its blocks come in.
+        ended_at: Update at which they were in, or asleep again; None before that.
+        loss_before: Loss when it began; None where it was not read.
+        loss_after: Loss at its end; None where it was not read.
+        flops: FLOPs of the updates that were made at this depth; None where not counted.
+        verdict: What became of it; one of ``DepthVerdict``.
+        reason: Why, in a sentence.
+    """
+
+    path: str
+    depth: int
+    blocks: tuple[str, ...]
+    init: str = "fresh"
+    started_at: int
+    ramp_updates: int
+    ended_at: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    flops: float | None = None
+    verdict: DepthVerdict = "waking"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineEntry(Extensible):
     """One change of stage.
 
     Attributes:
@@ -138,7 +310,7 @@ class TimelineEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlphaPoint:
+class AlphaPoint(Extensible):
     """A graft's alpha from an update on.
 
     Attributes:
@@ -176,7 +348,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunReport:
+class RunReport(Extensible):
     """What ``grower.report()`` returns: one run of growth.
 
     Attributes:
@@ -187,15 +359,26 @@ class RunReport:
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
-        work: Counted work by category, one forward of one sample being 1; ``"training"`` is the
-            run's own, every other category was spent on growing.
+        trials: Packages, in the order in which they were tried.
+        stages: Planned stages of depth, in order.
+        work: Counted work by category, in ``work_unit``; ``"training"`` is the run's own, every
+            other category was spent on growing.
+        work_unit: FLOPs of what was executed, or forwards of one sample as in files of format 1.
+        seconds: Wall time by the same categories.
+        overhead_limit: FLOPs that growing may take in all; None where it is not known.
         parameters_before: Parameters of the model when the run began.
         parameters_after: Parameters of the model now.
         test_metrics: Read once, at the end, on a split that growth never saw; empty without one.
         notes: Words to the owner.
         interrupted: Whether the run was stopped before its end.
         control: The same job trained without growth; None where it was not asked for.
-        overhead_share: All work spent on growing over all work, in [0, 1].
+        run_id: Names the run among all runs, as in its events; empty where it has no name.
+        end_capacity: Fall of the gate loss at the end of the run against a run that trained on
+            with the linear package; None unless ``attribution="run"``.
+        end_capacity_stderr: Standard error of ``end_capacity``.
+        end_capacity_shown: Whether ``end_capacity`` passed the test.
+        overhead_share: All work that is not training over training, at least 0; in files of format
+            1 over all work, in [0, 1].
         format_version: Of the JSON form.
     """
 
@@ -206,20 +389,34 @@ class RunReport:
     grafts: tuple[GraftRecord, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
     alphas: tuple[AlphaPoint, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     work: dict[str, float] = field(default_factory=dict)
+    work_unit: WorkUnit = "flops"
+    seconds: dict[str, float] = field(default_factory=dict)
+    overhead_limit: float | None = None
     parameters_before: int
     parameters_after: int
     test_metrics: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     interrupted: bool = False
     control: RunReport | None = None
+    run_id: str = ""
+    end_capacity: float | None = None
+    end_capacity_stderr: float | None = None
+    end_capacity_shown: bool | None = None
     overhead_share: float = field(init=False)
-    format_version: int = REPORT_FORMAT_VERSION
+    format_version: str = REPORT_FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        total = sum(self.work.values())
-        share = (total - self.work.get("training", 0.0)) / total if total else 0.0
-        object.__setattr__(self, "overhead_share", share)
+        training = self.work.get("training", 0.0)
+        base = training if self.work_unit == "flops" else sum(self.work.values())
+        object.__setattr__(self, "overhead_share", self.overhead / base if base else 0.0)
+
+    @property
+    def overhead(self) -> float:
+        """All work that was spent on growing, in ``work_unit``."""
+        return sum(work for category, work in self.work.items() if category != "training")
 
     def progress_row(self, name: str = "run") -> ProgressRow:
         """Return where the run is, as it was told while it went on.
@@ -236,7 +433,12 @@ class RunReport:
             metrics={} if last is None else last.metrics,
             parameters=self.parameters_after,
             grafts=tuple(
-                GraftStatus(site=graft.site, seed_idx=graft.seed_idx, stage=graft.stage)
+                GraftStatus(
+                    site=graft.site,
+                    seed_idx=graft.seed_idx,
+                    stage=graft.stage,
+                    package=graft.package,
+                )
                 for graft in self.grafts
                 if graft.decided_at is None
             ),
@@ -285,17 +487,19 @@ class RunReport:
         return _to_json(self)
 
     def __str__(self) -> str:
-        return "\n".join(_run_lines(self))
+        from esper.contracts.report_text import run_lines
+
+        return "\n".join(run_lines(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArmReport:
+class ArmReport(Extensible):
     """One arm of the demo over all random seeds that were completed.
 
     Attributes:
         accuracy: Percent on the test split, one per random seed.
         parameters_by_seed: Parameters of the final model, one per random seed.
-        train_flops: FLOPs of one run, shadow passes, probes and twins included; mean.
+        train_flops: FLOPs of one run, all that growing took included; mean.
         latency_us: Microseconds of one forward of the final model; mean.
         seconds: Wall-clock seconds of one run; mean.
         worst_dip_points: Largest fall of gate accuracy after a change, less that of the twin, in
@@ -334,7 +538,7 @@ class ArmReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArmRun:
+class ArmRun(Extensible):
     """One arm at one random seed, looked at along the way.
 
     Attributes:
@@ -364,7 +568,7 @@ class ArmRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlRow:
+class ControlRow(Extensible):
     """What became of one kind of control graft, none of which deserves to stay.
 
     Attributes:
@@ -383,7 +587,7 @@ class ControlRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlsReport:
+class ControlsReport(Extensible):
     """The controls, by kind, and the counts that are asked for most.
 
     Attributes:
@@ -411,7 +615,7 @@ class ControlsReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoReport:
+class DemoReport(Extensible):
     """What ``esper demo`` found: the contents of ``report.json``.
 
     Attributes:
@@ -458,7 +662,7 @@ class DemoReport:
     worst_dip_points: float | None = field(init=False)
     fossilized: int = field(init=False)
     culled: int = field(init=False)
-    format_version: int = REPORT_FORMAT_VERSION
+    format_version: str = REPORT_FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if set(self.arms) != set(ARMS):
@@ -502,73 +706,94 @@ def _differences(grown: ArmReport, other: ArmReport, name: str) -> list[float]:
     return [a - b for a, b in zip(grown.accuracy, other.accuracy, strict=True)]
 
 
-def _to_json(report: RunReport | DemoReport) -> str:
-    return json.dumps(asdict(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _run_lines(report: RunReport) -> Iterator[str]:
-    """Yield the report as plain text, a line at a time."""
-    if report.interrupted:
-        yield f"Stopped after {report.updates:,} updates, before the end of the run."
-    share = f"{report.overhead_share:.1%} of the work was growing"
-    if report.updates and not report.work.get("training"):
-        share = "what share of the work was growing is not known, since no batch= was given"
-    yield (
-        f"{report.updates:,} updates, {report.parameters_before:,} parameters before and "
-        f"{report.parameters_after:,} after; {share}."
-    )
-    yield from _loss_lines(report)
-    if report.comparison is not None:
-        hint = f" ({OPTIMISTIC})" if report.optimistic else ""
-        found = str(report.comparison)
-        yield f"Did it help? {found[0].upper()}{found[1:]}{hint}. {ONE_RUN_EACH}"
-    yield f"Grafts: {len(report.grafts) or 'none'}"
-    for graft in report.grafts:
-        yield from _graft_lines(graft)
-    for note in report.notes:
-        yield f"Note: {note}"
-
-
 def _last_gate_loss(report: RunReport) -> float | None:
     return report.evaluations[-1].gate_loss if report.evaluations else None
 
 
-def _loss_lines(report: RunReport) -> Iterator[str]:
-    hint = f" ({OPTIMISTIC})" if report.optimistic else ""
-    lost = report.is_lost("gate loss")
-    if report.evaluations:
-        first, last = report.evaluations[0], report.evaluations[-1]
-        if lost is None:
-            end = f"{last.gate_loss:.4g} at the end"
-        else:
-            seen = f"{last.gate_loss:.4g} at update {last.update:,}"
-            end = f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
-        yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {end}."
-        for name in [name for name in first.metrics if name in last.metrics]:
-            values = f"{first.metrics[name]:.4g} at first, {last.metrics[name]:.4g} at the end"
-            yield f"Gate {name}{hint}: {values}."
-    elif lost is not None:
-        yield f"Gate loss{hint}: {lost.value} at first, {lost.value} at the end."
-    for other in report.not_finite:
-        if other.what != "gate loss" and other.until is None:
-            name = other.what[0].upper() + other.what[1:]
-            yield f"{name}: {other.value} at the end, since update {other.since:,}."
-    for name, value in report.test_metrics.items():
-        yield f"Test {name}: {value:.4g}"
+def run_report_from_json(text: str) -> RunReport:
+    """Read the report of a run, of this version, an earlier or a higher minor one.
+
+    A field that is absent takes its default, one that is not known is kept in ``more`` and written
+    again as it was; what follows from other fields is computed anew.
+
+    Args:
+        text: The JSON form.
+
+    Raises:
+        ValueError: The text is no report, or one of a higher major version.
+    """
+    found, newer = _versioned("run report", text)
+    return value_from(RunReport, found, _parts(newer=newer))
 
 
-def _graft_lines(graft: GraftRecord) -> Iterator[str]:
-    yield (
-        f"  {graft.graft}. {graft.blueprint} at {graft.site}, {graft.parameters:,} parameters: "
-        f"{graft.verdict} ({graft.reason})"
-    )
-    measured = {
-        "contribution": graft.contribution,
-        "against the host alone": graft.host_only_contribution,
-        "dependence": graft.dependence,
+def demo_report_from_json(text: str) -> DemoReport:
+    """Read the report of a demo, as :func:`run_report_from_json` does that of a run.
+
+    Args:
+        text: The contents of ``report.json``.
+
+    Raises:
+        ValueError: The text is no report, one of a higher major version, or contradicts itself.
+    """
+    found, newer = _versioned("demo report", text)
+    return value_from(DemoReport, found, _parts(newer=newer))
+
+
+def _to_json(report: RunReport | DemoReport) -> str:
+    return text_of(report, indent=1) + "\n"
+
+
+def _versioned(what: str, text: str) -> tuple[dict[str, str], bool]:
+    """Return the members of a report of a version that can be read, and whether it is newer."""
+    found = members(text)
+    version = json.loads(found.get("format_version", "null"))
+    written = version_to_write(what, version, REPORT_FORMAT_VERSION)
+    if version == 1 and what == "run report":
+        found.setdefault("work_unit", '"passes"')
+    found["format_version"] = json.dumps(written)
+    return found, is_newer(written, REPORT_FORMAT_VERSION)
+
+
+def _parts(*, newer: bool) -> Parts:
+    """Return how the fields of a report are read; a newer one may have stages that are not known.
+
+    Such a stage stays the word that it is.
+    """
+    own: dict[type, dict[str, Reader]] = {}
+
+    def value(cls: type[Extensible]) -> Reader:
+        return lambda text: value_from(cls, members(text), own)
+
+    def each(cls: type[Extensible]) -> Reader:
+        return lambda text: tuple(map(value(cls), items(text)))
+
+    stage = partial(_stage, newer=newer)
+    arms: Reader = lambda text: {  # noqa: E731 - one of a table of such readers
+        name: value(ArmReport)(arm) for name, arm in members(text).items()
     }
-    known = [f"{name} {value:+.4g}" for name, value in measured.items() if value is not None]
-    if known:
-        yield f"     loss saved: {', '.join(known)}"
-    if graft.updates_lost:
-        yield f"     its removal cost {graft.updates_lost:,} updates"
+    own[GraftRecord] = {"stage": stage}
+    own[TimelineEntry] = {"before": stage, "after": stage}
+    own[RunReport] = {
+        "evaluations": each(Evaluation),
+        "not_finite": each(NotFinite),
+        "grafts": each(GraftRecord),
+        "timeline": each(TimelineEntry),
+        "alphas": each(AlphaPoint),
+        "trials": each(TrialRecord),
+        "stages": each(StageRecord),
+        "control": _run_or_none,
+    }
+    own[ArmRun] = {"report": _run_or_none}
+    own[ControlsReport] = {"rows": each(ControlRow)}
+    own[DemoReport] = {"arms": arms, "controls": value(ControlsReport), "runs": each(ArmRun)}
+    return own
+
+
+def _run_or_none(text: str) -> RunReport | None:
+    return None if json.loads(text) is None else run_report_from_json(text)
+
+
+def _stage(text: str, *, newer: bool) -> object:
+    word = json.loads(text)
+    is_known = word is None or not newer or word in list(GraftStage)
+    return GraftStage(word) if word is not None and is_known else word

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+import uuid
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     AlphaChanged,
     Detected,
     Evaluated,
+    Event,
     Fossilized,
     GateRead,
     Noted,
+    PassengerRemoved,
     Ranked,
     RolledBack,
     RunEnded,
     RunStarted,
     SeedFaulted,
     StageChanged,
+    StageWoken,
+    TakenOver,
+    TrialRead,
+    TrialStarted,
 )
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.owner_warning import warn_owner
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
-    from esper.contracts.report import GraftRecord
+    from esper.contracts.report import GraftRecord, StageRecord, TrialRecord
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
     from esper.growth.measurement import Measurement
@@ -49,6 +56,8 @@ class _When(TypedDict):
 
     update: int
     time_s: float
+    run_id: str
+    seq: int
 
 
 class Journal:
@@ -65,6 +74,9 @@ class Journal:
         alphas: Every alpha that was recorded, in order.
         notes: Words to the owner, each once.
         not_finite: What was NaN or infinite, and when, in order.
+        trials: Every package as it is known now, in order.
+        stages: Every planned stage of depth as it is known now, in order.
+        run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
 
     def __init__(self, sink: EventSink, clock: Clock, updates: Callable[[], int]) -> None:
@@ -77,6 +89,10 @@ class Journal:
         self.alphas: list[AlphaPoint] = []
         self.notes: list[str] = []
         self.not_finite: list[NotFinite] = []
+        self.trials: list[TrialRecord] = []
+        self.stages: list[StageRecord] = []
+        self.run_id = uuid.uuid4().hex
+        self._num_events = 0
         self._last_reason = ""
 
     def started(self, settings: JsonObject) -> None:
@@ -210,11 +226,127 @@ class Journal:
                 before="" if before is None else before,
                 after=record.stage,
                 reason=record.reason,
+                package=record.package,
             )
         )
 
+    def trial_started(self, record: TrialRecord, *, arms: Sequence[str]) -> None:
+        """Record a package that begins to train in a twin, and what trains beside it."""
+        self._keep_trial(record)
+        self._sink.publish(
+            TrialStarted(
+                **self._now(),
+                package=record.package,
+                grafts=record.grafts,
+                sites=record.sites,
+                blueprints=record.blueprints,
+                parameters=record.parameters,
+                trial_updates=record.trial_updates,
+                arms=tuple(arms),
+                attribution=record.attribution,
+                level=record.level,
+                memory_bytes=record.memory_bytes,
+                null_adds=record.null_adds,
+            )
+        )
+
+    def trial_read(self, record: TrialRecord) -> None:
+        """Record the verdict on a package; what a clock or a meter read is left to the report."""
+        self._keep_trial(record)
+        self._sink.publish(TrialRead(**self._now(), **_read_of(record)))
+
+    def taken_over(self, record: TrialRecord, *, folded: bool) -> None:
+        """Record that the live run took a twin's state over.
+
+        Args:
+            record: The package, with the gate losses around the switch.
+            folded: Whether the package went into the host's own weights at once.
+        """
+        self._keep_trial(record)
+        self._sink.publish(
+            TakenOver(
+                **self._now(),
+                package=record.package,
+                taken=record.taken,
+                grafts=record.grafts,
+                sites=record.sites,
+                folded=folded,
+                gate_loss_before=record.gate_loss_before,
+                gate_loss_after=record.gate_loss_after,
+            )
+        )
+
+    def passenger_removed(
+        self, package: int, graft: Graft, *, rise: float, upper: float, allowed: float
+    ) -> None:
+        """Record a kernel that its package does as well without.
+
+        Args:
+            package: Number of the package.
+            graft: The kernel's graft.
+            rise: Cumulative rise of the gate loss with it and those before it switched off.
+            upper: Upper end of the 95 % interval of ``rise``.
+            allowed: What ``upper`` stayed below.
+        """
+        reason = (
+            f"with it and the passengers before it off the gate loss rises by {rise:.3g}, at most "
+            f"{upper:.3g} where {allowed:.3g} is allowed"
+        )
+        self._sink.publish(
+            PassengerRemoved(
+                **self._now(),
+                package=package,
+                graft=graft.number,
+                site=graft.site,
+                rise=rise,
+                upper=upper,
+                allowed=allowed,
+                reason=reason,
+            )
+        )
+
+    def package_rolled_back(self, record: TrialRecord, reason: str) -> None:
+        """Record that the run went back to the switch of a package; what it cost is in the record.
+
+        Args:
+            record: The package, with the updates that are lost.
+            reason: Why, in a sentence.
+        """
+        self._keep_trial(record)
+        self._sink.publish(
+            RolledBack(
+                **self._now(),
+                graft=0,
+                package=record.package,
+                updates_lost=record.updates_lost,
+                reason=reason,
+            )
+        )
+
+    def trial_changed(self, record: TrialRecord) -> None:
+        """Keep what is known of a package now, of which no event tells: for the report."""
+        self._keep_trial(record)
+
+    def stage_woken(self, record: StageRecord) -> None:
+        """Record a planned stage of depth: when it begins, and again when it is done or undone."""
+        for place, known in enumerate(self.stages):
+            if (known.path, known.started_at) == (record.path, record.started_at):
+                self.stages[place] = record
+                break
+        else:
+            self.stages.append(record)
+        told = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "more"}
+        self._sink.publish(StageWoken(**self._now(), **told))
+
+    def _keep_trial(self, record: TrialRecord) -> None:
+        for place, known in enumerate(self.trials):
+            if known.package == record.package:
+                self.trials[place] = record
+                return
+        self.trials.append(record)
+
     def gate(self, graft: Graft, gate: Gate, verdict: GateVerdict) -> None:
-        """Record a gate that was read."""
+        """Record a gate that was read for a kernel that was auditioned by itself."""
         self._sink.publish(
             GateRead(
                 **self._now(),
@@ -223,7 +355,6 @@ class Journal:
                 passed=verdict.passed,
                 effect=verdict.effect,
                 stderr=verdict.stderr,
-                tau=verdict.tau,
                 z=verdict.z,
                 level=verdict.level,
                 samples=verdict.samples,
@@ -250,7 +381,7 @@ class Journal:
         )
 
     def rolled_back(self, graft: Graft, updates_lost: int, reason: str) -> None:
-        """Record a removal after admission."""
+        """Record the removal of one graft after its admission."""
         self._sink.publish(
             RolledBack(**self._now(), graft=graft.number, updates_lost=updates_lost, reason=reason)
         )
@@ -269,4 +400,22 @@ class Journal:
         )
 
     def _now(self) -> _When:
-        return {"update": self._updates(), "time_s": self._clock.now() - self._start_s}
+        """Return the envelope of the next event; each event takes one."""
+        seq = self._num_events
+        self._num_events += 1
+        return {
+            "update": self._updates(),
+            "time_s": self._clock.now() - self._start_s,
+            "run_id": self.run_id,
+            "seq": seq,
+        }
+
+
+_OF_A_READING: Final = tuple(
+    f.name for f in fields(TrialRead) if f.name not in {g.name for g in fields(Event)}
+)
+
+
+def _read_of(record: TrialRecord) -> dict[str, Any]:
+    """Return what a verdict's event says of a package; both name it alike."""
+    return {name: getattr(record, name) for name in _OF_A_READING}

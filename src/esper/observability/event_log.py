@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from esper.contracts.events import (
     AlphaChanged,
     Event,
     Fossilized,
+    PassengerRemoved,
     RolledBack,
     StageChanged,
+    TakenOver,
     event_from_json,
     event_to_json,
 )
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 IN_THE_MODEL = frozenset({GraftStage.BLENDING, GraftStage.HOLDING, GraftStage.FOSSILIZED})
-"""Stages in which a kernel is part of the model; an audition leaves no trace in it."""
+"""Stages in which a kernel is part of the model; trials and auditions leave no trace in it."""
 
 
 class EventLog:
@@ -111,7 +113,8 @@ class ReplayedSeed:
         blueprint: Human name of the kernel's blueprint.
         artifact_id: The sha256 of the kernel's bytes.
         stage: Stage of the graft.
-        alpha: Its alpha, in [0, 1]; None if the log has none.
+        alpha: Its alpha, in [0, 1]; None if the log has none, as for a kernel of a package, which
+            stands at 1.
         folded: Whether its weights are in the host's own.
     """
 
@@ -127,38 +130,64 @@ class ReplayedSeed:
 def replay_structure(events: Iterable[Event]) -> dict[str, list[ReplayedSeed]]:
     """Return the structure that a log leads to: the seeds in the model, by site, by slot.
 
-    What was only auditioned or has been removed is not in it, nor is a site without seeds.
+    What was only tried or has been removed is not in it, nor is a site without seeds.
     """
-    sites: dict[int, str] = {}
-    seeds: dict[int, ReplayedSeed] = {}
-    alphas: dict[int, float] = {}
+    replay = _Replay()
     for event in events:
+        replay.take(event)
+    return replay.structure()
+
+
+class _Replay:
+    """Follows the grafts of a log."""
+
+    def __init__(self) -> None:
+        self._sites: dict[int, str] = {}
+        self._seeds: dict[int, ReplayedSeed] = {}
+        self._alphas: dict[int, float] = {}
+        self._packages: dict[int | None, list[int]] = {}
+
+    def take(self, event: Event) -> None:
+        """Follow one event; those that change no structure are passed over."""
         match event:
             case StageChanged():
-                sites[event.graft] = event.site
-                seeds[event.graft] = _seed_of(event, seeds.get(event.graft))
+                self._change_stage(event)
             case AlphaChanged():
-                alphas[event.graft] = event.alpha
-            case Fossilized(graft=graft) if graft in seeds:
-                seeds[graft] = replace(seeds[graft], folded=event.folded)
-            case RolledBack(graft=graft) if graft in seeds:
-                seeds[graft] = replace(seeds[graft], stage=GraftStage.CULLED)
-            case _:
-                pass
-    structure: dict[str, list[ReplayedSeed]] = {}
-    for graft, seed in sorted(seeds.items(), key=lambda item: (item[1].seed_idx, item[0])):
-        if seed.stage in IN_THE_MODEL:
-            row = replace(seed, alpha=alphas.get(graft))
-            structure.setdefault(sites[graft], []).append(row)
-    return structure
+                self._alphas[event.graft] = event.alpha
+            case Fossilized():
+                self._change([event.graft], folded=event.folded)
+            case TakenOver():
+                self._change(event.grafts, folded=event.folded)
+            case PassengerRemoved():
+                self._change([event.graft], stage=GraftStage.CULLED)
+            case RolledBack():
+                grafts = self._packages.get(event.package, [])
+                self._change([event.graft, *grafts], stage=GraftStage.CULLED)
 
+    def structure(self) -> dict[str, list[ReplayedSeed]]:
+        """Return the seeds that are in the model now."""
+        found: dict[str, list[ReplayedSeed]] = {}
+        for graft, seed in sorted(self._seeds.items(), key=lambda at: (at[1].seed_idx, at[0])):
+            if seed.stage in IN_THE_MODEL:
+                row = replace(seed, alpha=self._alphas.get(graft))
+                found.setdefault(self._sites[graft], []).append(row)
+        return found
 
-def _seed_of(event: StageChanged, before: ReplayedSeed | None) -> ReplayedSeed:
-    return ReplayedSeed(
-        seed_idx=event.seed_idx,
-        graft=event.graft,
-        blueprint=event.blueprint,
-        artifact_id=event.artifact_id,
-        stage=event.after,
-        folded=before.folded if before else False,
-    )
+    def _change_stage(self, event: StageChanged) -> None:
+        before = self._seeds.get(event.graft)
+        self._sites[event.graft] = event.site
+        if event.package is not None and before is None:
+            self._packages.setdefault(event.package, []).append(event.graft)
+        self._seeds[event.graft] = ReplayedSeed(
+            seed_idx=event.seed_idx,
+            graft=event.graft,
+            blueprint=event.blueprint,
+            artifact_id=event.artifact_id,
+            stage=event.after,
+            folded=before.folded if before else False,
+        )
+
+    def _change(self, grafts: Iterable[int], **changes: Any) -> None:
+        for graft in grafts:
+            if graft in self._seeds:
+                self._seeds[graft] = replace(self._seeds[graft], **changes)
