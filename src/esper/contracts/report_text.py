@@ -294,7 +294,7 @@ def _against_twins(grafts: Sequence[GraftRecord]) -> str:
 
 def _of_stages(report: RunReport) -> Iterator[str]:
     for stage in report.stages:
-        yield f"In {stage.path} {_stage_text(stage)}."
+        yield f"In {stage.path}, {_stage_text(stage)}."
     if report.stages:
         yield _DEPTH_ALONE
 
