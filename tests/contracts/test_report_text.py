@@ -6,14 +6,14 @@ import pytest
 
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import (
-    OPTIMISTIC,
     Evaluation,
     GraftRecord,
     RunReport,
     StageRecord,
     TrialRecord,
 )
-from esper.contracts.report_text import flops_text, headline, words_for, work_text
+from esper.contracts.report_text import OPTIMISTIC, flops_text
+from esper.contracts.run_report import headline, words_for, work_text
 
 FROM_SCRATCH = "Nothing here was compared with a network of the final size trained from scratch"
 NOBODY_MEASURED = "Whether the run needed a graft nobody measured"

@@ -15,7 +15,8 @@ from esper.contracts.report import (
     demo_report_from_json,
     run_report_from_json,
 )
-from esper.contracts.report_text import WORDS, headline
+from esper.contracts.report_text import WORDS
+from esper.contracts.run_report import headline
 from esper.observability.report_page import demo_page, run_page
 
 LOOKS = range(0, 1201, 10)

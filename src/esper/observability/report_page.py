@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from esper.contracts.report import ARMS, OPTIMISTIC
-from esper.contracts.report_text import WORDS, flops_text, headline_sentences, words_for
+from esper.contracts.report import ARMS
+from esper.contracts.report_text import OPTIMISTIC, WORDS, flops_text
+from esper.contracts.run_report import headline_sentences, words_for
 from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
