@@ -65,6 +65,13 @@ def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> No
         for row in suggestions
     ]
     _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
+    first = next((row for row in suggestions if row.going_on is not None), None)
+    if first is not None:
+        console.print(
+            "Going on without growing, for the FLOPs of a trial of the first: held-out loss lower "
+            f"by {first.going_on:.3g} ± {first.going_on_stderr:.2g}, by the run's own curve. Where "
+            "that is as much as a kernel brings, training is missing, and not capacity"
+        )
     if rows:
         console.print(
             "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
