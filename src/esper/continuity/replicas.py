@@ -116,6 +116,24 @@ def averaging(model: nn.Module) -> AverageGradients | None:
     return average
 
 
+def all_agree(model: nn.Module, choice: int) -> bool:
+    """Say whether every rank of a replicated model made the same choice; True where there is one.
+
+    To be called by all ranks at the same moment.
+
+    Args:
+        model: The live model, which may be replicated.
+        choice: This rank's, a small number.
+    """
+    replicated = replicas(model)
+    if replicated is None or num_ranks(replicated) == 1:
+        return True
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    both = torch.tensor([choice, -choice], device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=replicated.process_group)
+    return int(both[0]) == -int(both[1])
+
+
 class _AndSeeds(set[str]):
     """Names of what a replicated model leaves alone, and every name in a seed."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
+from esper.continuity.replicas import all_agree
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestion
     from esper.state.layer_call import LayerCall
 
@@ -378,7 +379,7 @@ class Grower:
         run = self._run
         if run.settings.trial != "twin" or missing_part(run) is not None:
             return
-        with run.ledger.timed("trial"):
+        with run.ledger.measured("trial"):
             run.no_twins = rehearse(run, batches)
         if run.no_twins is not None:
             self._warn(f"nothing can grow: {run.no_twins}")
@@ -468,6 +469,9 @@ class Grower:
         if self._stage is not None:
             return
         decision = asked(run.policy, self._reading_now())
+        if self._schedule.last == run.updates and not all_agree(run.given, int(decision.grow)):
+            run.journal.note("the ranks did not agree to grow, so none does: their losses differ")
+            return
         if decision.grow or self._schedule.last == run.updates:
             run.journal.detected(decision)
         if not decision.grow or self._is_hopeless():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
-from esper.growth.tries import tries_spent
+from esper.growth.tries import no_tries_left, tries_spent
 
 if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
@@ -31,7 +31,7 @@ def never_grows(run: GrowthRun) -> str | None:
             "nothing can grow: the budget allows no package; give Budget(packages=...) at least 1"
         )
     if tries_spent(run.model) >= run.settings.tries:
-        return f"nothing can grow: {_no_tries(run)}"
+        return no_tries_left(run.model, run.settings.tries)
     return None
 
 
@@ -85,7 +85,7 @@ def obstacle(run: GrowthRun) -> str | None:
     if run.no_twins is not None:
         return f"nothing can grow: {run.no_twins}"
     if tries_spent(run.model) >= run.settings.tries:
-        return f"nothing more is tried: {_no_tries(run)}"
+        return no_tries_left(run.model, run.settings.tries)
     if horizon is not None and run.updates + needed > horizon:
         return f"a package takes {needed} updates at least; too few are left of {horizon}"
     if limit is not None and run.grafts.num_packages_admitted >= limit:
@@ -95,11 +95,3 @@ def obstacle(run: GrowthRun) -> str | None:
     if not open_sites(run):
         return "no site has a seed that is dormant"
     return None
-
-
-def _no_tries(run: GrowthRun) -> str:
-    spent, tries = tries_spent(run.model), run.settings.tries
-    return (
-        f"{spent} packages of this model were refused, and tries={tries}; each more would raise "
-        "the chance that one is kept by luck"
-    )

@@ -1,15 +1,12 @@
-"""The stages between a decision to grow and its verdict, each advanced once per update of the run.
+"""From a decision to grow to what is tried: recording, ranking, and the trial that follows.
 
-    Recording -> Trial -> Holding                   trial="twin"
-    Recording -> Auditioning -> Probation           trial="shadow"
-
-``advance`` returns the stage that follows, or None where there is nothing more to do; ``close``
-takes away everything that the stage put anywhere.
+Recording -> Trial -> Holding                   trial="twin"
+Recording -> Auditioning -> Probation           trial="shadow"
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from esper.growth.germination import (
     choose_package,
@@ -22,6 +19,7 @@ from esper.growth.recording import Recorder, record_beside
 from esper.growth.shadow_trial import Auditioning
 from esper.growth.sizing import Size, sized, too_slow
 from esper.growth.trial import Trial
+from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -29,28 +27,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
-
-
-class Stage(Protocol):
-    """What is under way between a decision to grow and its verdict."""
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether ``advance`` cannot do without the batches of the update."""
-        ...
-
-    @property
-    def statuses(self) -> tuple[GraftStatus, ...]:
-        """Where each graft is that is under way."""
-        ...
-
-    def advance(self, batches: list[Batch]) -> Stage | None:
-        """Follow one update, given the batches that it was made of."""
-        ...
-
-    def close(self, reason: str) -> None:
-        """Take away everything that is not decided yet."""
-        ...
+    from esper.growth.stage import Stage
 
 
 class Recording:
@@ -111,10 +88,14 @@ class Recording:
         size, package = self._package(batches)
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], batches)
-        short = run.memory_shortage(package) if package else None
+        parameters = sum(contender.graft.cost.parameters for contender in package)
+        short = run.memory_shortage(parameters) if package else None
         slow = too_slow(run, package, batches[-1]) if package and batches else None
         if package and (short or slow) is None:
-            return Trial(run, package, size.updates)
+            made = attempt(lambda: Trial(run, package, size.updates))
+            if isinstance(made, Done):
+                return made.value
+            slow = f"no trial could begin: {made}"
         for contender in package:
             reason = short or slow or ""
             contender.withdraw(reason, update=run.updates, verdict="refused in trial")
@@ -173,7 +154,7 @@ class Recording:
     def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
         """Remove the hooks."""
         self._recorder.close()
-        self._run.watcher.reads_scale = self._run.settings.trial == "twin"
+        self._run.watcher.reads_scale = False
 
     def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
         """Record one pass beside the run of the sites that the step had nothing of.

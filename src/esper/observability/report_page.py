@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from esper.contracts.report import ARMS, OPTIMISTIC
+from esper.contracts.report import ARMS
+from esper.contracts.report_text import OPTIMISTIC, WORDS, flops_text
+from esper.contracts.run_report import headline_sentences, words_for
 from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
@@ -29,27 +31,38 @@ from esper.observability.page_frame import (
     settings_table,
     table,
 )
+from esper.observability.trial_parts import (
+    cost_table,
+    depth_table,
+    effect_figure,
+    evidence_table,
+    outcome_table,
+    package_marks,
+    words_list,
+)
 from esper.observability.wording import (
     ARM_NAMES,
     CONTROL_NAMES,
-    flops_text,
+    NOT_MEASURED,
     interval_text,
     measured_text,
     metric_text,
     not_beaten,
-    not_beaten_in_run,
     number_text,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esper.contracts.report import ArmReport, ArmRun, DemoReport, RunReport
+    from esper.contracts.report import ArmReport, ArmRun, DemoReport, RunReport, TrialRecord
     from esper.observability.charts import Mark
 
 MIN_LATE = 4
 """Readings from which on an axis is cut to them."""
-MARK_CAPTION = "Triangle: a graft is admitted; diamond: it is made permanent; cross: it is removed."
+MARK_CAPTION = (
+    "Triangle: a package is taken over, or a graft admitted; diamond: it is made permanent; cross: "
+    "it is refused or removed."
+)
 
 
 def demo_page(report: DemoReport) -> str:
@@ -75,34 +88,56 @@ def demo_page(report: DemoReport) -> str:
 
 
 def run_page(report: RunReport) -> str:
-    """Return the page of one run as HTML. Its first sentence says the good and the bad."""
-    named = [(str(graft.graft), graft) for graft in report.grafts]
+    """Return the page of one run as HTML. Its first sentences are those of the terminal."""
     changes = [(str(entry.graft), entry) for entry in report.timeline]
-    title = "When each graft was tried, and what became of it"
-    lanes = lanes_of(report, coloured=True)
-    life = draw_lanes("lanes", title, _lane_description(report), lanes, report.updates)
-    alphas = tuple(alpha_series(report, label="graft {graft}"))
     return document(
         "Esper: a run of growth",
-        not_beaten_in_run(report),
+        *headline_sentences(report),
         intro=[
             _stopped(report.interrupted, f"{report.updates:,} updates were done"),
             _run_facts(report),
         ],
         sections=[
             section("Loss", _loss_figure(report)),
-            section(
-                "The lifecycle",
-                figure(life, STAGE_CAPTION),
-                _alpha_chart(alphas, report, "One colour and dash for each graft."),
-            ),
-            section("Grafts", graft_table(named)),
+            section("Trials", *_trial_parts(report)) if report.trials else None,
+            section("Depth", depth_table(report.stages)) if report.stages else None,
+            section("The lifecycle", *_life_parts(report)),
+            section("Grafts", graft_table([(str(g.graft), g) for g in report.grafts])),
             section("Timeline", timeline_table(changes)),
-            section("Work", _work_table(report)),
+            section("Work", *_work_parts(report)),
             notes(report.notes),
             section("Settings", *_settings_parts(report)),
         ],
     )
+
+
+def _trial_parts(report: RunReport) -> list[Markup]:
+    """Return the verdicts as a chart and a table, the words that they use, and the rest."""
+    named = [(str(trial.package), trial) for trial in report.trials]
+    hint = f" Figures of the gate split were {OPTIMISTIC}." if report.optimistic else ""
+    lead = (
+        "A package was tried in a copy of the run, and judged once against the run itself, which "
+        f"went on untouched.{hint}"
+    )
+    return [
+        paragraph(lead),
+        effect_figure(report.trials),
+        words_list(words_for(report)),
+        evidence_table(named),
+        outcome_table((name, trial, report) for name, trial in named),
+        cost_table(named),
+    ]
+
+
+def _life_parts(report: RunReport) -> list[Markup]:
+    title = "When each graft was tried, and what became of it"
+    lanes = lanes_of(report, coloured=True)
+    life = draw_lanes("lanes", title, _lane_description(report), lanes, report.updates)
+    parts = [figure(life, STAGE_CAPTION)]
+    if report.alphas or not report.trials:
+        alphas = tuple(alpha_series(report, label="graft {graft}"))
+        parts.append(_alpha_chart(alphas, report, "One colour and dash for each graft."))
+    return parts
 
 
 def _settings_parts(report: RunReport) -> list[Markup]:
@@ -160,7 +195,7 @@ def _arm_table(report: DemoReport) -> Markup:
     rows = [_arm_row(ARM_NAMES[name], report.arms[name]) for name in ARMS]
     caption = (
         f"{len(report.random_seeds)} random seeds, {report.updates:,} updates each; the test split "
-        "was read once, at the end. Training work includes shadow passes, probes and twins."
+        "was read once, at the end. Training work includes all that growing took."
     )
     return table(caption, columns, rows, "No arm was run.")
 
@@ -384,11 +419,31 @@ def _demo_graft_tables(report: DemoReport) -> list[Markup]:
         if run.report
         for entry in run.report.timeline
     ]
+    trials = [
+        (f"{run.random_seed} \u00b7 {trial.package}", trial, run.report)
+        for run in report.runs_of("grown")
+        if run.report
+        for trial in run.report.trials
+    ]
     return [
+        *_demo_trials(trials),
         paragraph("Grafts of the grown arm, named by random seed \u00b7 number."),
         graft_table(grown),
         folded("Grafts of the random arm", graft_table(other)),
         folded("Timeline of the grown arm", timeline_table(changes)),
+    ]
+
+
+def _demo_trials(trials: list[tuple[str, TrialRecord, RunReport]]) -> list[Markup]:
+    if not trials:
+        return []
+    named = [(name, trial) for name, trial, _ in trials]
+    return [
+        paragraph("Packages of the grown arm, named by random seed \u00b7 number."),
+        words_list(WORDS),
+        evidence_table(named),
+        outcome_table(trials),
+        folded("What the trials took", cost_table(named)),
     ]
 
 
@@ -409,7 +464,7 @@ def _control_table(report: DemoReport) -> Markup:
     ]
     caption = (
         "Kernels that add nothing, put through the same gates. The naive gate switches a trained "
-        "graft off and keeps it if that hurts: it measures dependence, not contribution."
+        "graft off and keeps it if that hurts: it measures dependence, not what the graft brought."
     )
     return table(caption, columns, rows, "No control was run.")
 
@@ -427,7 +482,7 @@ def _run_facts(report: RunReport) -> Markup:
         "Updates": f"{report.updates:,}",
         "Parameters before": f"{report.parameters_before:,}",
         "Parameters after": f"{report.parameters_after:,}",
-        "Work spent on growing": f"{report.overhead_share:.1%}",
+        **_growing_share(report),
     }
     gate = measured_text(report.progress_row())
     training = gate.pop("training loss", None)
@@ -440,6 +495,15 @@ def _run_facts(report: RunReport) -> Markup:
     test = {name: metric_text(name, value) for name, value in report.test_metrics.items()}
     splits = (("Gate", gate), ("Test", test))
     return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
+
+
+def _growing_share(report: RunReport) -> dict[str, str]:
+    """Return what share growing took, under the name of what it is a share of."""
+    if report.updates and not report.work.get("training"):
+        return {"Work spent on growing": "not known"}
+    if report.work_unit == "passes":
+        return {"Work spent on growing": f"{report.overhead_share:.1%}"}
+    return {"Growing over training, FLOPs": f"{report.overhead_share:.1%}"}
 
 
 def _loss_figure(report: RunReport) -> Markup:
@@ -463,9 +527,11 @@ def _loss_figure(report: RunReport) -> Markup:
         ),
         x_range=(0.0, report.updates),
         y_range=y_range,
-        marks=tuple(marks_of(report.grafts, curve(gate), coloured=True)) if gate else (),
+        marks=tuple(_loss_marks(report, gate)),
     )
-    captions = [MARK_CAPTION, "Each has its graft's colour and number."]
+    captions = [MARK_CAPTION, "Each has the colour and number of its package (P) or graft."]
+    if report.stages:
+        captions.append("Block: a stage of depth begins.")
     if report.control is not None:
         captions.append("Control: the same job without growth.")
     if y_range is not None and gate[0][1] > y_range[1]:
@@ -476,6 +542,13 @@ def _loss_figure(report: RunReport) -> Markup:
     if report.optimistic:
         captions.append(f"There is no test split, so every figure was {OPTIMISTIC}.")
     return figure(draw_lines(chart), " ".join(captions), legend(chart))
+
+
+def _loss_marks(report: RunReport, gate: tuple[tuple[float, float], ...]) -> list[Mark]:
+    if not gate:
+        return []
+    single = marks_of(report.grafts, curve(gate), coloured=True)
+    return [*single, *package_marks(report, gate)]
 
 
 def _gate_points(report: RunReport) -> tuple[tuple[float, float], ...]:
@@ -491,6 +564,7 @@ def _effect_range(
     that was earlier. None where nothing was read there.
     """
     admitted = [g.admitted_at for g in report.grafts if g.admitted_at is not None]
+    admitted += [t.decided_at for t in report.trials if t.decided_at is not None]
     start = min([report.updates / 6, *admitted])
     late = [loss for line in lines for update, loss in line if update >= start]
     if len(late) < MIN_LATE:
@@ -500,7 +574,48 @@ def _effect_range(
     return low - room, high + room
 
 
-def _work_table(report: RunReport) -> Markup:
+def _work_parts(report: RunReport) -> list[Markup]:
+    """Return what growing took, what it might take, and all work by category."""
+    if report.work_unit == "passes":
+        return [_pass_table(report)]
+    training = report.seconds.get("training")
+    growing_s = sum(report.seconds.values()) - (training or 0.0)
+    known = report.overhead_limit is not None
+    figures = {
+        "Spent on growing": flops_text(report.overhead),
+        "Growing may take": flops_text(report.overhead_limit) if known else "no limit was recorded",
+        "Share of training's FLOPs": f"{report.overhead_share:.1%}",
+    }
+    if training is not None:
+        figures["Wall time beside training"] = f"{growing_s:,.1f} s of {training:,.1f} s"
+    return [facts(figures), _flops_table(report)]
+
+
+def _flops_table(report: RunReport) -> Markup:
+    training = report.work.get("training", 0.0)
+    columns = (
+        Column(head="category"),
+        Column(head="FLOPs", kind="number"),
+        Column(head="over training's", kind="number"),
+        Column(head="wall time, s", kind="number"),
+    )
+    rows = [
+        (
+            name,
+            flops_text(report.work.get(name)),
+            f"{report.work.get(name, 0.0) / training:.1%}" if training else NOT_MEASURED,
+            number_text(report.seconds.get(name), ",.2f"),
+        )
+        for name in {**report.work, **report.seconds}
+    ]
+    caption = (
+        "FLOPs of what was executed, kernels included. A trial counts the updates of its twins; "
+        "evaluation is of the gate split."
+    )
+    return table(caption, columns, rows, "No work was counted.")
+
+
+def _pass_table(report: RunReport) -> Markup:
     total = sum(report.work.values())
     columns = (
         Column(head="category"),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from esper.contracts.lifecycle import GraftStage
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.intervals import Interval
     from esper.contracts.progress import ProgressRow
-    from esper.contracts.report import DemoReport, RunReport
+    from esper.contracts.report import DemoReport
 
 NOT_MEASURED: Final = "\u2013"
 
@@ -35,9 +33,6 @@ _SHARES: Final = frozenset({"accuracy"})
 """Metrics that are shares in [0, 1], and shown in percent."""
 
 _ORDER: Final = ("host", "random", "scratch")
-_ALONE: Final = (
-    "was compared neither with a larger network trained from scratch nor with a random choice"
-)
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
     "random": "a random choice of site and kernel under the same budget and gates",
@@ -65,42 +60,6 @@ def not_beaten(report: DemoReport) -> str:
     if not beaten:
         return f"Growth did not beat {_listing(unbeaten, 'or')}."
     return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}."
-
-
-def not_beaten_in_run(report: RunReport) -> str:
-    """Return one sentence that says what a single run of growth brought, and what it does not show.
-
-    Of a twin it speaks only where there was one.
-    """
-    if not report.grafts:
-        return f"Growth did not beat anything here: no graft was tried, and the run {_ALONE}."
-    found = _tries_text(report)
-    comparison = report.comparison
-    if comparison is not None:
-        return (
-            f"Growth {found}: {comparison}, in one run each, and it was compared neither with a "
-            "larger network trained from scratch nor with a random choice."
-        )
-    return f"Growth {found}, and the run {_ALONE}."
-
-
-def _tries_text(report: RunReport) -> str:
-    """Say how many grafts stayed, against a twin where there was one, and how many did not."""
-    tries = len(report.grafts)
-    kept = [graft for graft in report.grafts if graft.stage is GraftStage.FOSSILIZED]
-    if report.settings.get("verify") != "fork":
-        gone = tries - len(kept)
-        return (
-            f"kept {len(kept)} of {tries} grafts and dropped {gone}"
-            if gone
-            else ("kept its one graft" if tries == 1 else f"kept all {tries} grafts")
-        )
-    wins = sum((graft.contribution or 0.0) > 0.0 for graft in kept)
-    good = f"beat a twin without it in {wins} of {tries} tries"
-    bad = f"was not shown to beat a twin without it in {tries - wins} of {tries} tries"
-    if wins == tries:
-        return good
-    return f"{good} and was not shown to in {tries - wins}" if wins else bad
 
 
 def interval_text(interval: Interval, *, sign: bool = False) -> str:
@@ -141,14 +100,14 @@ def number_text(value: float | None, form: str = ",.2f", unit: str = "") -> str:
     return f"{value:{form}} {unit}".rstrip()
 
 
-def flops_text(value: float | None) -> str:
-    """Return FLOPs with a decimal prefix: ``"1.24 GFLOP"``."""
+def bytes_text(value: int | None) -> str:
+    """Return bytes with a binary prefix: ``"1.5 GiB"``; what is not known is a dash."""
     if value is None:
         return NOT_MEASURED
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}FLOP"
-    return f"{value:.0f} FLOP"
+    for prefix, size in (("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}B"
+    return f"{value} B"
 
 
 def _difference_text(interval: Interval) -> str:
