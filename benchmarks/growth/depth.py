@@ -16,7 +16,6 @@ from task import Task
 from training import Training, falling, warm_then_constant
 
 import esper
-from esper.seeds.shallow import shallow
 from esper.growth.flops import update_flops
 
 SHORT: dict[str, Any] = {
@@ -28,13 +27,13 @@ SHORT: dict[str, Any] = {
     "rate": 4e-3,
     "weight_decay": 0.1,
     "warmup": 100,
-    "updates": 2_000,
+    "updates": 1_000,
     "decay_share": 0.2,
     "horizons": [0.6, 0.8, 1.0, 1.25],
-    "look_every": 200,
-    "test_windows": 2_048,
+    "look_every": 250,
+    "test_windows": 1_024,
 }
-LONG = {**SHORT, "updates": 8_000, "look_every": 800}
+LONG = {**SHORT, "updates": 8_000, "look_every": 1_000, "test_windows": 4_096}
 QUICK = {**SHORT, "width": 16, "updates": 20, "warmup": 2, "look_every": 10, "test_windows": 64}
 PATH = "blocks"
 
@@ -57,7 +56,7 @@ def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Train
     text = load_text()
     model = build(shape_of(settings, settings["blocks"]), random_seed)
     if depth < settings["blocks"]:
-        shallow(model, PATH, depth=depth)
+        esper.shallow(model, PATH, depth=depth)
     batches = Batches(text.train, random_seed, settings["batch"], settings["context"])
     watched = windows(text.gate, 256, settings["context"])
     return Training.of(model, batches, watched, settings)
