@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -162,7 +163,9 @@ def make_candidate(
     )
 
 
-def choose_package(run: GrowthRun, ranked: Ranked, limit: int) -> list[RankedCandidate]:
+def choose_package(
+    run: GrowthRun, ranked: Ranked, *, limit: int, flops: float = math.inf
+) -> list[RankedCandidate]:
     """Choose a package: at every open site the best kernel that the budget allows.
 
     It takes at most half of what the budget has left in all, best predicted gain first.
@@ -171,9 +174,11 @@ def choose_package(run: GrowthRun, ranked: Ranked, limit: int) -> list[RankedCan
         run: The run.
         ranked: What is on offer, best first.
         limit: How many kernels a package may have, at least 1.
+        flops: What they may take together in a forward of one sample, for their trial to be paid.
     """
     chosen: dict[str, RankedCandidate] = {}
     room = run.budget.room(host=run.host_cost, admitted=run.grafts.added_cost)
+    room = replace(room, flops=min(room.flops, flops))
     for entry in ranked.order:
         if len(chosen) == limit or entry.gain is None:
             break

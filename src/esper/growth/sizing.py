@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +14,11 @@ from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from esper.growth.batch import Batch
     from esper.growth.germination import Contender
+    from esper.growth.ranking import RankedCandidate
     from esper.growth.run import GrowthRun
 
 LAST_READINGS = 2
@@ -29,49 +29,56 @@ FORWARD_BACKWARD = 3
 """A backward takes twice the products of the forward."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How large a trial may be.
+def paid_trial(
+    run: GrowthRun, choose: Callable[[float], list[RankedCandidate]], batches: list[Batch]
+) -> tuple[list[RankedCandidate], int]:
+    """Choose a package whose trial the overhead buys, and say for how many updates.
 
-    Attributes:
-        num_kernels: Kernels of the package, the best predicted gains; 0 where none can be tried.
-        updates: Updates of the trial.
-        reason: Why nothing can be tried; empty where something can.
-    """
-
-    num_kernels: int
-    updates: int = 0
-    reason: str = ""
-
-
-def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> Size:
-    """Return how much of a package the overhead buys a trial of, and for how many updates.
+    A trial as long as the owner wants comes before kernels that are dear; only where it buys none
+    at all it is halved, down to 50 updates.
 
     Args:
         run: The run.
-        kernel_flops: FLOPs of a forward of one sample of each kernel, best predicted gain first;
-            None where they were not counted.
+        choose: What would be tried, given the FLOPs that its kernels may take together in a
+            forward of one sample; best predicted gain first.
         batches: The batches of the last update.
+
+    Returns:
+        Nothing and 0 where nothing can be paid.
     """
-    for num_kernels in range(len(kernel_flops), 0, -1):
-        updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
-        if updates >= MIN_TRIAL:
-            return Size(num_kernels=num_kernels, updates=updates)
-    return Size(num_kernels=0, reason=_too_dear(run, kernel_flops[:1], batches))
+    updates = min(run.settings.trial_updates, *_updates_left(run))
+    while updates >= MIN_TRIAL:
+        chosen = choose(_kernel_flops(run, updates, batches))
+        if chosen:
+            flops = [entry.flops for entry in chosen]
+            return chosen, affordable_updates(run, flops, batches)
+        if updates == MIN_TRIAL:
+            break
+        updates = max(MIN_TRIAL, updates // 2)
+    return [], 0
 
 
-def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> str:
+def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
+    """Return what kernels may take in a forward of one sample for a trial of so many updates."""
+    settings, host = run.settings, run.ledger.update_flops
+    arms = 1 if settings.attribution == "none" else 2
+    each = (run.ledger.left_for_trials() - reading_flops(run)) / updates
+    of_kernels = (each - (arms + settings.nulls) * host) / arms
+    return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
+
+
+def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> str:
+    """Say why not even one kernel can be tried, and what it would take."""
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
-    shortest = MIN_TRIAL * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
+    shortest = MIN_TRIAL * update_flops(run, [kernel_flops], batches) + reading_flops(run)
     horizon = run.ledger.horizon_for(shortest)
     cure = "it would take a larger one"
     if horizon is not None:
         cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
-    return (
-        f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
-    )
+    overhead = f"overhead={run.ledger.overhead:g}"
+    return f"{overhead} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
 
 
 def update_flops(
@@ -84,12 +91,14 @@ def update_flops(
     return arms * (host + added) + settings.nulls * host
 
 
-def reading_flops(run: GrowthRun, num_kernels: int) -> float:
-    """Return the FLOPs of every reading of the gate split that a trial and its watch take."""
+def reading_flops(run: GrowthRun) -> float:
+    """Return the FLOPs of the readings of the gate split that a verdict and its watch take.
+
+    Those that look for passengers come after them, as far as the overhead still buys them.
+    """
     settings = run.settings
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
-    passengers = 2 * num_kernels + 2
-    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS + passengers)
+    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS)
 
 
 def affordable_updates(
@@ -97,17 +106,17 @@ def affordable_updates(
 ) -> int:
     """Return for how many updates a package can be tried, at most ``trial_updates``."""
     each = update_flops(run, kernel_flops, batches)
-    left = run.ledger.left_for_trials() - reading_flops(run, len(kernel_flops))
+    left = run.ledger.left_for_trials() - reading_flops(run)
     bought = left / each if each > 0 else math.inf
     limits = [run.settings.trial_updates, bought, *_updates_left(run)]
     return max(0, int(min(limits)))
 
 
 def _updates_left(run: GrowthRun) -> list[int]:
-    """Updates that are left for a trial in a run of known length."""
+    """Updates that are left for a trial, where the length of the run is known; else as wanted."""
     settings = run.settings
     if settings.horizon is None:
-        return []
+        return [settings.trial_updates]
     return [settings.horizon - run.updates - settings.hold_updates]
 
 
@@ -119,7 +128,7 @@ def is_earned(run: GrowthRun) -> bool:
     if run.settings.horizon is not None or run.settings.trial != "twin":
         return True
     arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
-    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run, 1)
+    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run)
     return run.ledger.affordable(wanted)
 
 

@@ -6,6 +6,7 @@ Recording -> Auditioning -> Probation           trial="shadow"
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from esper.growth.germination import (
@@ -16,15 +17,16 @@ from esper.growth.germination import (
     rank,
 )
 from esper.growth.recording import Recorder, record_beside
+from esper.growth.settings import MIN_TRIAL
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import Size, sized, too_slow
+from esper.growth.sizing import affordable_updates, paid_trial, too_dear, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.germination import Contender
+    from esper.growth.germination import Contender, Ranked
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
     from esper.growth.stage import Stage
@@ -85,32 +87,28 @@ class Recording:
     def _begin(self, batches: list[Batch]) -> Stage | None:
         """Rank, choose and germinate; where nothing can be tried, the log says why."""
         run = self._run
-        size, package = self._package(batches)
+        package, updates = self._package(batches)
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], batches)
         parameters = sum(contender.graft.cost.parameters for contender in package)
-        short = run.memory_shortage(parameters) if package else None
-        slow = too_slow(run, package, batches[-1]) if package and batches else None
-        if package and (short or slow) is None:
-            made = attempt(lambda: Trial(run, package, size.updates))
+        against = run.memory_shortage(parameters) if package else None
+        if against is None and package and batches:
+            against = too_slow(run, package, batches[-1])
+        if package and against is None:
+            made = attempt(lambda: Trial(run, package, updates))
             if isinstance(made, Done):
                 return made.value
-            slow = f"no trial could begin: {made}"
+            against = f"no trial could begin: {made}"
         for contender in package:
-            reason = short or slow or ""
-            contender.withdraw(reason, update=run.updates, verdict="refused in trial")
+            contender.withdraw(against or "", update=run.updates, verdict="refused in trial")
+        if against is not None:
+            run.journal.note(against)
         if not self._advise_only:
             run.last_change_update = run.updates
-            run.journal.note(
-                short
-                or slow
-                or size.reason
-                or "no candidate with a predicted gain passed budget and probe"
-            )
         return None
 
-    def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
-        """Return what is to be tried; the policy hears that its decision was carried out."""
+    def _package(self, batches: list[Batch]) -> tuple[list[Contender], int]:
+        """Return what is to be tried, and for how many updates; the policy hears of it."""
         run, observations = self._run, self._recorder.observations
         if self._choice is not None:
             run.policy.germinated(run.updates, self._choice)
@@ -120,28 +118,43 @@ class Recording:
         run.journal.ranked(ranked.order, ranked.refused)
         run.policy.germinated(run.updates, None)
         if self._advise_only:
-            return Size(num_kernels=0), []
+            return [], 0
         if run.settings.trial == "shadow":
-            chosen = choose_package(run, ranked, 1)
-            return Size(num_kernels=1), germinate_package(run, chosen, ranked, observations)
-        chosen = choose_package(run, ranked, len(run.layers))
-        size = sized(run, [entry.flops for entry in chosen], batches)
-        if chosen and not size.num_kernels:
-            run.too_dear = size.reason
-        taken = chosen[: size.num_kernels]
-        return size, germinate_package(run, taken, ranked, observations)
+            chosen, updates = choose_package(run, ranked, limit=1), 0
+        else:
+            limit = len(run.layers)
+            choose = functools.partial(choose_package, run, ranked, limit=limit)
+            chosen, updates = paid_trial(run, lambda flops: choose(flops=flops), batches)
+        if not chosen:
+            self._say_why_not(ranked, batches)
+        package = germinate_package(run, chosen, ranked, observations)
+        if chosen and not package:
+            run.journal.note("no kernel that was chosen passed its probe")
+        return package, updates
 
-    def _chosen_by_hand(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
+    def _say_why_not(self, ranked: Ranked, batches: list[Batch]) -> None:
+        run = self._run
+        wanted = choose_package(run, ranked, limit=len(run.layers))
+        if not wanted:
+            run.journal.note("no candidate with a predicted gain is within the budget")
+            return
+        cheapest = min((entry.flops or 0.0 for entry in wanted), default=0.0)
+        run.too_dear = too_dear(run, cheapest, batches)
+        run.journal.note(run.too_dear)
+
+    def _chosen_by_hand(self, batches: list[Batch]) -> tuple[list[Contender], int]:
         run = self._run
         assert self._choice is not None, "the owner named a graft"
         contender = germinate_choice(run, self._choice, self._recorder.observations)
-        if contender is None:
-            return Size(num_kernels=0, reason="what was named by hand was refused"), []
-        size = sized(run, [contender.graft.cost.flops], batches)
-        if size.num_kernels or run.settings.trial == "shadow":
-            return size, [contender]
-        contender.withdraw(size.reason, update=run.updates, verdict="refused in trial")
-        return size, []
+        if contender is None or run.settings.trial == "shadow":
+            return ([] if contender is None else [contender]), 0
+        updates = affordable_updates(run, [contender.graft.cost.flops], batches)
+        if updates >= MIN_TRIAL:
+            return [contender], updates
+        reason = too_dear(run, contender.graft.cost.flops, batches)
+        contender.withdraw(reason, update=run.updates, verdict="refused in trial")
+        run.journal.note(reason)
+        return [], 0
 
     def _audition(self, contender: Contender, batches: list[Batch]) -> Stage | None:
         slow = too_slow(self._run, [contender], batches[-1]) if batches else None
