@@ -75,8 +75,10 @@ def missing_evidence(run: GrowthRun, *, has_batches: bool) -> str | None:
 def unaffordable(run: GrowthRun) -> str:
     """Say that the overhead buys no audition now."""
     overhead = f"overhead={run.ledger.overhead:g} (FLOPs, as a ratio to those of training)"
-    if run.settings.horizon is None:
-        return f"{overhead} buys no audition yet: with more updates it will"
+    if run.ledger.update.is_known and run.ledger.update_flops == 0:
+        return "torch counts no FLOPs in an update of this model, so that no ratio to them buys any"
+    if run.settings.horizon is None and run.ledger.overhead > 0:
+        return f"{overhead} buys no audition yet: it is earned by updates"
     return f"{overhead} buys no audition any more; raise it, or train longer"
 
 

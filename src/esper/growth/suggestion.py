@@ -65,6 +65,8 @@ class Suggestion:
 def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     """Rank every kernel on offer on some batches; the run does not notice.
 
+    What that takes counts as spent, but is not bounded: it was asked for.
+
     Returns:
         Best first; those that the ranking cannot score come last.
 
@@ -88,7 +90,7 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
             with run.ledger.measured("ranking"):
                 record_beside(recorder, run.model, compute_loss, batch)
     with run.ledger.measured("ranking"):
-        ranked = rank(run, recorder.observations)
+        ranked = rank(run, recorder.observations, is_bounded=False)
     return [
         Suggestion.of(entry, recorder.observations[entry.site], run.clock) for entry in ranked.order
     ]
