@@ -12,6 +12,7 @@ import torch
 from growing import X, compute_loss, evaluate, growing, train, wrapped
 
 from esper.growth.budget import Budget
+from esper.growth.flops import update_flops
 from esper.growth.grower import STEPS_WITHOUT_UPDATE, Grower
 from esper.growth.policies import ByHand, EveryN, Never
 from esper.growth.ranking import FirstOrderGain
@@ -319,11 +320,13 @@ def test_compute_loss_is_tried_at_the_first_step(function, error, words):
 
 
 def test_compute_loss_is_tried_once():
-    """One forward in all, and it is counted."""
+    """One forward and backward in all, and they are counted as growing."""
     model, optimizer = wrapped()
     grower = growing(model, optimizer, policy=Never(), evaluate_every=1000)
     train(model, optimizer, 10, grower)
-    assert grower.report().work["evaluation"] == 32 + 3 * 400
+    update, reading = update_flops(model, compute_loss, torch.arange(32)), 400 * 2 * (4 * 4 + 4)
+    assert grower.report().work["evaluation"] == update + 3 * reading
+    assert grower.report().work["training"] == 10 * update
 
 
 @pytest.mark.parametrize(

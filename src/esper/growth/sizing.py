@@ -72,6 +72,8 @@ def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
+    if run.ledger.update.is_known and run.ledger.update_flops == 0:
+        return "torch counts no FLOPs in an update of this model, so that no ratio to them buys any"
     shortest = MIN_TRIAL * update_flops(run, [kernel_flops], batches) + reading_flops(run)
     horizon = run.ledger.horizon_for(shortest)
     cure = "it would take a larger one"
