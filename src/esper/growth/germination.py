@@ -237,10 +237,13 @@ def germinate_package(
     return [contender for contender in made if contender is not None]
 
 
-def germinate_choice(
+def named_kernel(
     run: GrowthRun, choice: Choice, observations: Mapping[str, SiteObservation]
-) -> Contender | None:
-    """Germinate what the owner named: without the ranking, with the budget and the probe.
+) -> tuple[BlueprintIR, Cost] | None:
+    """Return what the owner named and what it costs: without the ranking, with the budget.
+
+    Returns:
+        None where something refused it; the reason is in the log.
 
     Raises:
         GrowthError: The site or the blueprint is not known, or the site has no dormant seed.
@@ -273,7 +276,7 @@ def germinate_choice(
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
         return None
-    return germinate(run, choice.site, blueprint, seen, "named by hand")
+    return blueprint, cost
 
 
 def germinate(
