@@ -377,7 +377,7 @@ def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--overhead", "2"), "overhead is a share of the run's work in [0, 1)"),
+        (("--overhead", "-1"), "overhead is a ratio to the FLOPs of training, at least 0"),
         (("--budget", "much"), "for example 0.2, or NAME=NUMBER"),
         (("--budget", "gifts=2"), "the budget has no 'gifts'; its limits are parameters"),
         (("--budget", "grafts=1.5"), "grafts is a whole number"),

@@ -23,8 +23,9 @@ from esper.contracts.errors import GrowthError
 from esper.contracts.events import GateRead, StageChanged
 from esper.contracts.lifecycle import GraftStage
 from esper.growth.budget import Budget
+from esper.growth.flops import update_flops
 from esper.growth.grower import Grower
-from esper.growth.policies import ByHand, EveryN
+from esper.growth.policies import ByHand, EveryN, Never
 from esper.observability.event_log import read_events, replay_structure
 from esper.wrapping.unwrap import unwrap
 from esper.wrapping.wrap import layers, wrap
@@ -217,7 +218,8 @@ def test_micro_batches_are_one_update():
             optimizer.zero_grad()
         grower.step(loss, batch=batch)
     assert grower.updates == 50
-    assert grower.report().work["training"] == 3 * 32 * 100
+    one = update_flops(model, compute_loss, torch.arange(32))
+    assert grower.report().work["training"] == 100 * one
 
 
 def test_batch_must_not_be_missing_under_way():
@@ -395,20 +397,48 @@ def test_embargo_ends_where_everything_is_under_it():
 
 
 def test_overhead_bounds_the_auditions():
-    """Beyond the overhead there is one audition per graft of the budget, and then no more."""
+    """An audition that it does not buy is not given, and the owner is told."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=EveryN(5), min_effect=1e9, embargo=0, overhead=0.0)
+    train(model, optimizer, 300, grower)
+    assert not grower.report().grafts
+    assert any("overhead=0 (FLOPs" in note for note in grower.report().notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("horizon", [600, None])
+@pytest.mark.parametrize("verify", ["snapshot", "fork"])
+def test_growing_takes_no_more_than_the_overhead(verify, horizon):
+    """Kernels and twins included, though every candidate is refused and the next is tried."""
     model, optimizer = wrapped()
     grower = growing(
         model,
         optimizer,
         policy=EveryN(5),
-        min_effect=1e9,
+        min_effect=1e9 if verify == "snapshot" else 0.0,
         embargo=0,
-        overhead=0.0,
-        budget=Budget(grafts=2),
+        overhead=60.0,
+        horizon=horizon,
+        verify=verify,
     )
-    train(model, optimizer, 300, grower)
-    assert len(grower.report().grafts) == 2
-    assert any("the overhead of 0% is spent" in note for note in grower.report().notes)
+    train(model, optimizer, 600, grower)
+    work = grower.report().work
+    spent = sum(work.values()) - work["training"]
+    assert grower.report().grafts
+    assert spent <= 60.0 * work["training"]
+    assert spent == grower._run.ledger.spent
+
+
+@pytest.mark.parametrize(("parameters", "overhead"), [(99_999, 1.0), (0, 0.10)])
+def test_the_overhead_of_a_small_host_is_told(parameters, overhead):
+    """In the effective settings, and in a note where it is another than usual."""
+    model, optimizer = wrapped()
+    budget = Budget(small_host=parameters)
+    report = Grower(model, optimizer, policy=Never(), budget=budget).report()
+    assert report.settings["overhead"] == overhead
+    assert [note for note in report.notes if "overhead=1, since the host has 33" in note] == (
+        list(report.notes) if parameters else []
+    )
 
 
 def test_advice_needs_no_batch():

@@ -20,6 +20,7 @@ from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate, finite_score
+from esper.growth.ranking_cost import CUT, affordable_ranking
 from esper.growth.recording import finite_steps
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.ranking import RankedCandidate
+    from esper.growth.ranking_cost import AffordableRanking
     from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
@@ -97,8 +99,16 @@ def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
     return {name: layer for name, layer in run.layers.items() if free_seed(run, name) is not None}
 
 
-def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
-    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing."""
+def rank(
+    run: GrowthRun, observations: Mapping[str, SiteObservation], *, is_bounded: bool = True
+) -> Ranked:
+    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing.
+
+    Args:
+        run: The run.
+        observations: What was recorded, by site.
+        is_bounded: Whether samples and candidates are cut to what the overhead leaves to rankings.
+    """
     candidates: list[Candidate] = []
     refused: list[RefusedCandidate] = []
     blueprints: dict[tuple[str, str], BlueprintIR] = {}
@@ -122,9 +132,20 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
                 blueprints[name, blueprint.id] = blueprint
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
+    if is_bounded and run.ledger.update_flops > 0:
+        cut = affordable_ranking(observations, candidates, run.ledger.ranking_left(run.updates))
+        observations, candidates = cut.observations, cut.candidates
+        refused += cut.refused
+        _tell_of_cut(run, cut)
     scored = map(finite_score, run.ranking.rank(observations, candidates))
     order = sorted(scored, key=lambda entry: entry.gain is None)
     return Ranked(order=order, blueprints=blueprints, refused=refused)
+
+
+def _tell_of_cut(run: GrowthRun, cut: AffordableRanking) -> None:
+    """Say what of the first ranking that was cut was left out; others are as the overhead is."""
+    if cut.text is not None and not any(n.startswith(CUT) for n in run.journal.notes):
+        run.journal.note(cut.text)
 
 
 def _tell_of_lost_steps(run: GrowthRun, seen: SiteObservation) -> None:
@@ -216,10 +237,13 @@ def germinate_package(
     return [contender for contender in made if contender is not None]
 
 
-def germinate_choice(
+def named_kernel(
     run: GrowthRun, choice: Choice, observations: Mapping[str, SiteObservation]
-) -> Contender | None:
-    """Germinate what the owner named: without the ranking, with the budget and the probe.
+) -> tuple[BlueprintIR, Cost] | None:
+    """Return what the owner named and what it costs: without the ranking, with the budget.
+
+    Returns:
+        None where something refused it; the reason is in the log.
 
     Raises:
         GrowthError: The site or the blueprint is not known, or the site has no dormant seed.
@@ -252,7 +276,7 @@ def germinate_choice(
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
         return None
-    return germinate(run, choice.site, blueprint, seen, "named by hand")
+    return blueprint, cost
 
 
 def germinate(
@@ -351,4 +375,4 @@ def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:
 
 def _flops(module: nn.Module, seen: SiteObservation, kernel: PreparedKernel) -> float:
     example = seen.inputs[0] if kernel.position == "parallel" else seen.outputs[0]
-    return forward_flops(module, example) / len(example)
+    return float(forward_flops(module, example[:1]))

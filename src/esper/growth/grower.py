@@ -202,7 +202,7 @@ class Grower:
         return ProgressRow(
             name=name,
             update=self.updates,
-            gate_loss=None if found is None else found.loss,
+            gate_loss=None if found is None else found.told,
             train_loss=evaluations[-1].train_loss if evaluations else None,
             metrics=self.last_metrics,
             parameters=count_parameters(self._run.model),
@@ -377,7 +377,8 @@ class Grower:
     def _rehearse(self, batches: list[Batch]) -> None:
         """Try a twin, before anything depends on it."""
         run = self._run
-        if run.settings.trial != "twin" or missing_part(run) is not None:
+        never = isinstance(run.policy, Never) or missing_part(run) is not None
+        if run.settings.trial != "twin" or never:
             return
         with run.ledger.measured("trial"):
             run.no_twins = rehearse(run, batches)
@@ -416,7 +417,7 @@ class Grower:
         if run.evaluator is not None and is_lost and self._schedule.last != run.updates:
             found = attempt(run.measure)
             if isinstance(found, Done):
-                run.journal.evaluated(found.value.watchs_part, None)
+                run.journal.evaluated(found.value, None)
 
     def _look(self) -> bool:
         """Let the policy see an evaluation where one is due; say whether it saw one."""
@@ -432,9 +433,8 @@ class Grower:
         if stretched is not None:
             run.journal.note(stretched)
         train_loss = run.losses.mean()
-        watched = found.watchs_part
-        run.journal.evaluated(watched, train_loss)
-        self._observe(train_loss=train_loss, gate_loss=watched.loss, metrics=found.metrics)
+        run.journal.evaluated(found, train_loss)
+        self._observe(train_loss=train_loss, gate_loss=found.told, metrics=found.metrics)
         return True
 
     def _look_at_training_loss(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
+from esper.growth.ledger import SHARE
 from esper.growth.tries import no_tries_left, tries_spent
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"the budget's {limit} packages were taken over"
     if horizon is not None and run.too_dear is not None:
         return run.too_dear
+    if run.ledger.work("ranking") > SHARE * run.ledger.limit(run.updates):
+        return (
+            f"rankings took a fifth of overhead={run.ledger.overhead:g}: the next waits until more "
+            "is earned, if ever it is"
+        )
     if not open_sites(run):
         return "no site has a seed that is dormant"
     return None

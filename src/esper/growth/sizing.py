@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,9 +30,24 @@ FORWARD_BACKWARD = 3
 """A backward takes twice the products of the forward."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How long a trial may be.
+
+    Attributes:
+        updates: Updates of the trial; 0 where none can be paid, or none is wanted.
+        reason: Why none can be paid; empty where one can.
+        waits: Whether one can be paid later, when it is earned.
+    """
+
+    updates: int = 0
+    reason: str = ""
+    waits: bool = False
+
+
 def paid_trial(
     run: GrowthRun, choose: Callable[[float], list[RankedCandidate]], batches: list[Batch]
-) -> tuple[list[RankedCandidate], int]:
+) -> tuple[list[RankedCandidate], Size]:
     """Choose a package whose trial the overhead buys, and say for how many updates.
 
     A trial as long as the owner wants comes before kernels that are dear; only where it buys none
@@ -42,20 +58,20 @@ def paid_trial(
         choose: What would be tried, given the FLOPs that its kernels may take together in a
             forward of one sample; best predicted gain first.
         batches: The batches of the last update.
-
-    Returns:
-        Nothing and 0 where nothing can be paid.
     """
     updates = min(run.settings.trial_updates, *_updates_left(run))
     while updates >= MIN_TRIAL:
         chosen = choose(_kernel_flops(run, updates, batches))
         if chosen:
             flops = [entry.flops for entry in chosen]
-            return chosen, affordable_updates(run, flops, batches)
+            return chosen, Size(updates=affordable_updates(run, flops, batches))
         if updates == MIN_TRIAL:
             break
         updates = max(MIN_TRIAL, updates // 2)
-    return [], 0
+    wanted = choose(math.inf)
+    if not wanted:
+        return [], Size(reason="no candidate with a predicted gain is within the budget")
+    return [], too_dear(run, min(entry.flops or 0.0 for entry in wanted), batches)
 
 
 def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
@@ -67,18 +83,28 @@ def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
     return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
 
 
-def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> str:
+def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
     """Say why not even one kernel can be tried, and what it would take."""
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
-        return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
+        left = f"too few are left of {settings.horizon}"
+        return Size(reason=f"a package takes {needed} updates at least; {left}")
+    if run.ledger.update.is_known and run.ledger.update_flops == 0:
+        return Size(
+            reason="torch counts no FLOPs in an update of this model, so that no ratio to them "
+            "buys any"
+        )
     shortest = MIN_TRIAL * update_flops(run, [kernel_flops], batches) + reading_flops(run)
-    horizon = run.ledger.horizon_for(shortest)
-    cure = "it would take a larger one"
-    if horizon is not None:
-        cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
-    overhead = f"overhead={run.ledger.overhead:g}"
-    return f"{overhead} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+    bought = f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates"
+    length = run.ledger.horizon_for(shortest + run.ledger.spent)
+    if length is None:
+        return Size(reason=f"{bought} in this run: it would take a larger one")
+    if settings.horizon is None:
+        run.awaited_flops = shortest
+        words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
+        return Size(reason=words, waits=True)
+    cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
+    return Size(reason=f"{bought} in this run: {cure}")
 
 
 def update_flops(
@@ -129,7 +155,7 @@ def is_earned(run: GrowthRun) -> bool:
         return True
     arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
     wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run)
-    return run.ledger.affordable(wanted)
+    return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 
 def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str | None:

@@ -75,6 +75,8 @@ class Suggestion:
 def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     """Rank every kernel on offer on some batches; the run does not notice.
 
+    What that takes counts as spent, but is not bounded: it was asked for.
+
     Returns:
         Best first; those that the ranking cannot score come last.
 
@@ -96,5 +98,5 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     with recorder, run.ledger.measured("ranking"):
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
-        ranked = rank(run, recorder.observations)
+        ranked = rank(run, recorder.observations, is_bounded=False)
     return [Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order]
