@@ -21,6 +21,14 @@ class Task:
         settings: What its runs depend on; results of other settings do not count.
         quick: Settings of a run that shows that it works, and nothing else.
         runs: Runs arms of one random seed.
+        title: Its heading in the document.
+        told: What it is and what its arms are, a paragraph.
+        section: How its results are told; a key of ``sections.SECTIONS``.
+        figure: The figure of the table of arms.
+        unit: What that figure is.
+        digits: Digits behind its point.
+        counted: What the table of arms counts: runs, or blocks of them.
+        tried: What was tried before the arms were settled, and how many variants these are.
         missing: Why it cannot run here; None where it can.
     """
 
@@ -30,4 +38,12 @@ class Task:
     settings: Mapping[str, Any]
     quick: Mapping[str, Any]
     runs: Runs
+    title: str
+    told: str
+    section: str
+    figure: str
+    unit: str
+    digits: int = 3
+    counted: str = "random seeds"
+    tried: str = ""
     missing: Callable[[], str | None] = lambda: None

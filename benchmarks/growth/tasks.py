@@ -1,6 +1,10 @@
 """Every task of ``make bench-growth``, by name."""
 
 import depth
+import extra_budget
 import images
+import useless
 
-TASKS = {task.name: task for task in (*images.TASKS, *depth.TASKS)}
+TASKS = {
+    task.name: task for task in (*images.TASKS, *depth.TASKS, *extra_budget.TASKS, *useless.TASKS)
+}

@@ -114,6 +114,11 @@ class Training:
         end = self.updates + max(1, round(flops / per_update))
         return self.train(end, falling(self.updates, end, lambda _: 1.0))
 
+    def train_falling(self, flops: float, per_update: float, warmup: int) -> Self:
+        """Train for so many FLOPs from the start: warm up, and fall in a straight line to 0."""
+        end = max(warmup + 1, round(flops / per_update))
+        return self.train(end, falling(warmup, end, warm_then_constant(warmup)))
+
     def look(self) -> float:
         """Read the loss, and keep it."""
         loss = loss_on(self.model, self.watched)
@@ -131,6 +136,7 @@ class Training:
         if shape in self.flops_by_shape:
             loss = self._forward_and_backward(batch)
         else:
+            loss_on(self.model, batch)  # a block that sleeps learns its form at the first call
             with counting() as counter:
                 loss = self._forward_and_backward(batch)
             self.flops_by_shape[shape] = float(counter.get_total_flops())
