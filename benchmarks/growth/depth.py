@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from byte_model import ByteModel, Shape, build, compute_loss
-from byte_text import Batches, load_text, loss_on, windows
+import torch
+from images import no_fashion
+from learners import learner_of
 from store import Result
 from task import Task
 from training import Training, falling, warm_then_constant
@@ -37,9 +38,6 @@ LONG = {**SHORT, "updates": 8_000, "look_every": 1_000, "test_windows": 4_096}
 QUICK = {**SHORT, "width": 16, "updates": 20, "warmup": 2, "look_every": 10, "test_windows": 64}
 PATH = "blocks"
 
-Grow = Callable[[Training, int], None]
-"""Takes a forked run and the updates that are left; changes its model."""
-
 
 def percent(share: float) -> str:
     """Name a horizon."""
@@ -53,25 +51,20 @@ GROWN = ("grown fresh", "grown copy")
 
 def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Training:
     """Begin a run of the final model with ``depth`` blocks awake."""
-    text = load_text()
-    model = build(shape_of(settings, settings["blocks"]), random_seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        model = learner_of(settings).build(settings, settings["blocks"])
     if depth < settings["blocks"]:
         esper.shallow(model, PATH, depth=depth)
-    batches = Batches(text.train, random_seed, settings["batch"], settings["context"])
-    watched = windows(text.gate, 256, settings["context"])
-    return Training.of(model, batches, watched, settings)
-
-
-def shape_of(settings: Mapping[str, Any], num_blocks: int) -> Shape:
-    """Return the shape of a model of so many blocks."""
-    width = settings["width"]
-    return Shape(num_blocks=num_blocks, width=width, hidden=4 * width, context=settings["context"])
+    return Training.of(model, random_seed, settings)
 
 
 def flops_at(settings: Mapping[str, Any], depth: int) -> float:
     """Return the FLOPs of an update of a model of so many blocks."""
-    batch = Batches(load_text().train, 0, settings["batch"], settings["context"]).of_update(0)
-    return float(update_flops(ByteModel(shape_of(settings, depth)), compute_loss, batch))
+    learner = learner_of(settings)
+    with torch.random.fork_rng(devices=[]):
+        model = learner.build(settings, depth)
+    return float(update_flops(model, learner.compute_loss, learner.feed(settings, 0).of_update(0)))
 
 
 def result(
@@ -83,18 +76,18 @@ def result(
     **figures: float,
 ) -> Result:
     """Read the test split, and put a run down."""
-    text = load_text()
-    sequences = windows(text.test, settings["test_windows"], settings["context"])
+    learner = learner_of(settings)
+    loss = learner.test(settings)(run.model)
     return Result(
         task=task,
         arm=arm,
         random_seed=random_seed,
         settings={**settings},
-        figures={"loss": loss_on(run.model, sequences), "updates": run.updates, **figures},
+        figures={"loss": loss, "updates": run.updates, **figures},
         flops=run.flops,
         seconds=run.seconds,
         curve=tuple(run.curve),
-        details={"text": text.digest},
+        details={"text": learner.digest()},
     )
 
 
@@ -174,33 +167,80 @@ def _grown(
     return result(task, arm, random_seed, run, settings, before=before)
 
 
-_TOLD = """\
-A transformer of six blocks reads Python's standard library, byte by byte. `scratch` trains all six
-from the start, at several horizons (percent in the name); `small` is the same model with four of
-them asleep to its end, `small 100` for as many FLOPs as `grown`; `grown` wakes them at 80 % of the
-run by `esper.deepen`, where the rate begins to fall, with their own weights or as copies. Compute
-saved is that of the run from scratch that ends at the same loss, interpolated between horizons."""
+_ARMS_TOLD = """\
+`scratch` trains all blocks from the start, at several horizons (percent in the name); `small` is
+the same model with most of them asleep to its end, `small 100` for as many FLOPs as `grown`;
+`grown` wakes them at 80 % of the run by `esper.deepen`, where the rate begins to fall, with their
+own weights or as copies. Compute saved is that of the run from scratch that ends at the same loss,
+interpolated between horizons."""
 _TRIED = """\
 three rates (2e-3, 4e-3, 8e-3) for two and six blocks at random seed 90, and widths 32, 48 and 64
 for their speed: 5 variants. Kinds of growing tried: the two that are shown."""
+TRANSFORMER: dict[str, Any] = {
+    **SHORT,
+    "model": "vision transformer",
+    "data": "Fashion-MNIST",
+    "images": [12_000, 1_500, 4_000],
+    "size": 28,
+    "patch": 4,
+    "batch": 64,
+    "rate": 2e-3,
+    "updates": 2_400,
+    "look_every": 600,
+}
+RESIDUAL = {**TRANSFORMER, "model": "residual network", "width": 16}
+QUICK_IMAGES = {"data": "digits", "size": 8, "patch": 2, "updates": 10, "warmup": 2, "width": 8}
 
 
-def _task(name: str, settings: Mapping[str, Any]) -> Task:
+def _task(
+    name: str,
+    settings: Mapping[str, Any],
+    title: str,
+    told: str,
+    *,
+    tried: str = "nothing.",
+    missing: Callable[[], str | None] = lambda: None,
+) -> Task:
+    is_bytes = "model" not in settings
     return Task(
         name=name,
         arms=(*SCRATCH, *SMALL, *GROWN),
         random_seeds=tuple(range(100, 106)),
         settings=settings,
-        quick=QUICK,
+        quick=QUICK if is_bytes else {**settings, **QUICK_IMAGES},
         runs=functools.partial(runs, name),
-        title=f"Depth by stages: a byte-level model, {settings['updates']:,} updates",
-        told=_TOLD,
+        title=title,
+        told=f"{told}\n{_ARMS_TOLD}",
         section="depth",
         figure="loss",
-        unit="nats a byte, test split",
+        unit="nats a byte, test split" if is_bytes else "cross entropy, test split",
         digits=4,
-        tried=_TRIED,
+        tried=tried,
+        missing=missing,
     )
 
 
-TASKS = (_task("depth, short", SHORT), _task("depth", LONG))
+def _bytes_task(name: str, settings: Mapping[str, Any]) -> Task:
+    title = f"Depth by stages: a byte-level model, {settings['updates']:,} updates"
+    told = "A transformer of six blocks reads Python's standard library, byte by byte."
+    return _task(name, settings, title, told, tried=_TRIED)
+
+
+TASKS = (
+    _bytes_task("depth, short", SHORT),
+    _bytes_task("depth", LONG),
+    _task(
+        "vision transformer",
+        TRANSFORMER,
+        "Depth by stages: a vision transformer on Fashion-MNIST",
+        "A transformer of six blocks over patches of 4 by 4.",
+        missing=no_fashion,
+    ),
+    _task(
+        "residual network",
+        RESIDUAL,
+        "Depth by stages: a residual network on Fashion-MNIST",
+        "Six residual blocks of 16 channels behind one convolution.",
+        missing=no_fashion,
+    ),
+)

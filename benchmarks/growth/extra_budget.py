@@ -67,7 +67,7 @@ def _change(run: Training, arm: str, further: float, settings: Mapping[str, Any]
         esper.widen(model, optimizer, "blocks.*.mlp", intermediate=8 * settings["width"])
     if arm == "null":
         _add_maps(model, optimizer)
-    return float(update_flops(model, depth.compute_loss, run.batches.of_update(0)))
+    return float(update_flops(model, run.learner.compute_loss, run.batches.of_update(0)))
 
 
 class _Beside(nn.Module):

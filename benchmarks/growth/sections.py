@@ -1,5 +1,6 @@
 """How the results of each kind of task are told: a table with the goals, and a picture."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -261,15 +262,35 @@ def _share(count: int, num: int) -> str:
     return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def ratios(task: Task, results: ByArm) -> Section:
-    """Tell of growing by peers' own measures: each figure beside what they published."""
-    rows = []
-    for key, (name, published) in task.settings["published"].items():
-        arm, figure = key.split("/")
-        found = values(results, arm, figure)
-        if found:
-            rows.append((name, interval_of(found, 3, sign=False), published))
-    return table(("", "here", "published or measured of the peer"), rows), ""
+def ratios(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signature of all
+    """Tell of growing by a peer's own measures, each beside what the peer published."""
+    gains = [
+        a / b
+        for a, b in zip(
+            values(results, "chosen", "gradient"),
+            values(results, "random", "gradient"),
+            strict=False,
+        )
+    ]
+    logs = paired(results, "chosen", "random", "log_loss")
+    rows = [
+        (
+            "gradient at birth over that of random growth",
+            interval_of(gains, 2, sign=False),
+            "2.29",
+            verdict(statistics.fmean(gains) >= 2.29 if gains else None),
+        )
+    ]
+    if logs:
+        rows.append(
+            (
+                "loss at the end over that of random growth (geometric mean)",
+                f"{math.exp(statistics.fmean(logs)):.2f}",
+                "0.90",
+                verdict(math.exp(statistics.fmean(logs)) <= 0.90),
+            )
+        )
+    return table(("", "here", "GradMax, published", ""), rows), ""
 
 
 SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {

@@ -3,8 +3,10 @@
 import depth
 import extra_budget
 import images
+import peers_tasks
 import useless
 
 TASKS = {
-    task.name: task for task in (*images.TASKS, *depth.TASKS, *extra_budget.TASKS, *useless.TASKS)
+    task.name: task
+    for task in (*images.TASKS, *depth.TASKS, *extra_budget.TASKS, *useless.TASKS, peers_tasks.TASK)
 }

@@ -1,4 +1,4 @@
-"""A run of a byte model that can be forked: arms with the same beginning share it.
+"""A run that can be forked: arms with the same beginning share it.
 
 What is shared is counted for each of them: FLOPs and seconds are those of a run by itself.
 """
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from byte_model import compute_loss
-from byte_text import Batches, loss_on
-from torch import Tensor, nn
+from learners import Feed, Learner, Measure, learner_of
+from torch import nn
 
 from esper.growth.flops import counting
 
@@ -37,8 +36,9 @@ class Training:
     Attributes:
         model: The model.
         optimizer: Its optimizer.
+        learner: Its data and its loss.
         batches: The batch of each update.
-        watched: Sequences on which the curve is read.
+        watch: Reads the curve.
         peak_rate: The rate that shares refer to.
         updates: Updates done.
         flops: FLOPs of them.
@@ -49,8 +49,9 @@ class Training:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Batches
-    watched: Tensor
+    learner: Learner
+    batches: Feed
+    watch: Measure
     peak_rate: float
     look_every: int
     updates: int = 0
@@ -60,10 +61,9 @@ class Training:
     flops_by_shape: dict[object, float] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: nn.Module, batches: Batches, watched: Tensor, settings: Mapping[str, Any]
-    ) -> Self:
+    def of(cls, model: nn.Module, random_seed: int, settings: Mapping[str, Any]) -> Self:
         """Begin a run with the optimizer that all arms have."""
+        learner = learner_of(settings)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=settings["rate"],
@@ -74,8 +74,9 @@ class Training:
         return cls(
             model=model,
             optimizer=optimizer,
-            batches=batches,
-            watched=watched,
+            learner=learner,
+            batches=learner.feed(settings, random_seed),
+            watch=learner.gate(settings),
             peak_rate=settings["rate"],
             look_every=settings["look_every"],
         )
@@ -86,8 +87,9 @@ class Training:
         return type(self)(
             model=model,
             optimizer=optimizer,
+            learner=self.learner,
             batches=self.batches,
-            watched=self.watched,
+            watch=self.watch,
             peak_rate=self.peak_rate,
             look_every=self.look_every,
             updates=self.updates,
@@ -97,13 +99,11 @@ class Training:
             flops_by_shape=self.flops_by_shape,
         )
 
-    def train(
-        self, end: int, rate: Rate, after_update: Callable[[Tensor, Tensor], None] | None = None
-    ) -> Self:
+    def train(self, end: int, rate: Rate) -> Self:
         """Train until so many updates are done."""
         while self.updates < end:
             begin = time.perf_counter()
-            self._update(rate, after_update)
+            self._update(rate)
             self.seconds += time.perf_counter() - begin
             if self.updates % self.look_every == 0:
                 self.look()
@@ -121,36 +121,39 @@ class Training:
 
     def look(self) -> float:
         """Read the loss, and keep it."""
-        loss = loss_on(self.model, self.watched)
+        loss = self.watch(self.model)
         self.curve.append((self.updates, self.flops, loss))
         return loss
 
-    def _update(
-        self, rate: Rate, after_update: Callable[[Tensor, Tensor], None] | None = None
-    ) -> None:
+    def _update(self, rate: Rate) -> None:
         share = rate(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_rate * share
         batch = self.batches.of_update(self.updates)
         shape = self._shape()
         if shape in self.flops_by_shape:
-            loss = self._forward_and_backward(batch)
+            self._forward_and_backward(batch)
         else:
-            loss_on(self.model, batch)  # a block that sleeps learns its form at the first call
+            self._try(batch)
             with counting() as counter:
-                loss = self._forward_and_backward(batch)
+                self._forward_and_backward(batch)
             self.flops_by_shape[shape] = float(counter.get_total_flops())
         self.optimizer.step()
         self.updates += 1
         self.flops += self.flops_by_shape[shape]
-        if after_update is not None:
-            after_update(loss, batch)
 
-    def _forward_and_backward(self, batch: Tensor) -> Tensor:
-        loss = compute_loss(self.model, batch)
+    def _try(self, batch: Any) -> None:
+        """Call the model once, where nothing is counted: a block that sleeps learns its form."""
+        buffers = [b.clone() for b in self.model.buffers()]
+        with torch.no_grad():
+            self.learner.compute_loss(self.model, batch)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def _forward_and_backward(self, batch: Any) -> None:
+        loss = self.learner.compute_loss(self.model, batch)
         self.optimizer.zero_grad()
         loss.backward()
-        return loss
 
     def _shape(self) -> object:
         """Return what the FLOPs of an update depend on: the classes and parameters at work."""
