@@ -47,6 +47,13 @@ GraftVerdict = Literal[
 ]
 """What became of a graft."""
 
+DepthInit = Literal["fresh", "copy"]
+"""What a waking block begins with: its own weights, or those of the nearest awake one before it."""
+INITS: Final[tuple[DepthInit, ...]] = get_args(DepthInit)
+
+DepthVerdict = Literal["waking", "awake", "put to sleep"]
+"""What became of a planned stage of depth."""
+
 Verification = Literal["snapshot", "fork"]
 """What an admitted graft is held against: the run at its admission, or twins in training."""
 

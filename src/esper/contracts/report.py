@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import GraftVerdict
+    from esper.contracts.choices import DepthVerdict, GraftVerdict
 
 REPORT_FORMAT_VERSION: Final = 1
 
@@ -115,6 +115,39 @@ class GraftRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """One planned stage of depth: blocks that slept and were woken. No gate decides about it.
+
+    Attributes:
+        path: Dotted name of the stack of blocks.
+        depth: Blocks of it that are awake after the stage.
+        blocks: Dotted names of those that it wakes.
+        init: What a waking block begins with: ``"fresh"`` or ``"copy"``.
+        started_at: Update at which it began.
+        ramp_updates: Updates over which its blocks come in.
+        ended_at: Update at which they were in, or asleep again; None before that.
+        loss_before: Loss when it began; None where it was not read.
+        loss_after: Loss at its end; None where it was not read.
+        flops: FLOPs of the updates that were made at this depth; None where not counted.
+        verdict: What became of it; one of ``DepthVerdict``.
+        reason: Why, in a sentence.
+    """
+
+    path: str
+    depth: int
+    blocks: tuple[str, ...]
+    init: str = "fresh"
+    started_at: int
+    ramp_updates: int
+    ended_at: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    flops: float | None = None
+    verdict: DepthVerdict = "waking"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineEntry:
     """One change of stage.
 
@@ -187,6 +220,7 @@ class RunReport:
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
+        stages: Planned stages of depth, in the order in which they began.
         work: Counted work by category, one forward of one sample being 1; ``"training"`` is the
             run's own, every other category was spent on growing.
         parameters_before: Parameters of the model when the run began.
@@ -206,6 +240,7 @@ class RunReport:
     grafts: tuple[GraftRecord, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
     alphas: tuple[AlphaPoint, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     work: dict[str, float] = field(default_factory=dict)
     parameters_before: int
     parameters_after: int
@@ -525,6 +560,8 @@ def _run_lines(report: RunReport) -> Iterator[str]:
     yield f"Grafts: {len(report.grafts) or 'none'}"
     for graft in report.grafts:
         yield from _graft_lines(graft)
+    for stage in report.stages:
+        yield from _stage_lines(stage)
     for note in report.notes:
         yield f"Note: {note}"
 
@@ -555,6 +592,19 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
             yield f"{name}: {other.value} at the end, since update {other.since:,}."
     for name, value in report.test_metrics.items():
         yield f"Test {name}: {value:.4g}"
+
+
+def _stage_lines(stage: StageRecord) -> Iterator[str]:
+    end = "" if stage.ended_at is None else f", done at update {stage.ended_at:,}"
+    yield (
+        f"Depth {stage.depth} of {stage.path} from update {stage.started_at:,}{end}: "
+        f"{stage.verdict} ({stage.reason})"
+    )
+    losses = [f"{loss:.4g}" for loss in (stage.loss_before, stage.loss_after) if loss is not None]
+    known = [f"training loss {' to '.join(losses)}"] if losses else []
+    known += [] if stage.flops is None else [f"{stage.flops:.3g} FLOPs at this depth"]
+    if known:
+        yield f"     {', '.join(known)}"
 
 
 def _graft_lines(graft: GraftRecord) -> Iterator[str]:

@@ -27,10 +27,10 @@ from esper.growth.obstacles import (
     obstacle,
 )
 from esper.growth.options import GrowerOptions, show_options
-from esper.growth.policies import Never
 from esper.growth.probation import Probation
 from esper.growth.reading import Reading
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
+from esper.growth.staged import PlannedDepth, grafts_nothing
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.resilience.attempt import Done, Failed, attempt
@@ -105,7 +105,8 @@ class Grower:
         ``clock``: Dates the events.
 
     Args:
-        model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``.
+        model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``. One
+            that is only to wake blocks (``policy=esper.Staged(...)``) needs no ``wrap``.
         optimizer: What trains it: ``torch.optim.SGD``, ``Adam``, ``AdamW`` or ``Muon``, what
             derives from them or wraps one, or a sequence of several that train it together. A layer
             that none of them trains, though it is trainable, does not grow.
@@ -134,6 +135,7 @@ class Grower:
             every=settings.evaluate_every, overhead=settings.overhead
         )
         self._stage: Stage | None = None
+        self._depth = PlannedDepth(self._run)
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
         self._has_advised = self._closed = self._tried_loss = False
@@ -268,6 +270,7 @@ class Grower:
             grafts=run.grafts.records,
             timeline=tuple(run.journal.timeline),
             alphas=tuple(run.journal.alphas),
+            stages=self._depth.records,
             work=run.ledger.by_category(),
             parameters_before=run.host_cost.parameters,
             parameters_after=count_parameters(run.model),
@@ -294,6 +297,7 @@ class Grower:
             steps.callback(self._recent.clear)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
+            steps.callback(self._finish, lambda: self._depth.close(reason))
             if stage is not None:
                 self._finish(lambda: stage.close(f"{reason} before its verdict"))
             self._finish(self._look_once_more)
@@ -333,6 +337,7 @@ class Grower:
                 )
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
+        self._depth.advance(batches, is_free=self._stage is None)
         self._look()
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
@@ -340,7 +345,7 @@ class Grower:
 
     def _warn(self, text: str | None) -> None:
         """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
-        if text is not None and not isinstance(self._run.policy, Never):
+        if text is not None and not grafts_nothing(self._run.policy):
             self._run.journal.warn(text)
 
     def _hear(self, loss: float | None) -> None:
@@ -415,7 +420,7 @@ class Grower:
     def _decide(self) -> None:
         """Ask the policy where nothing is under way, and begin to record where it says yes."""
         run = self._run
-        if self._stage is not None:
+        if self._stage is not None or self._depth.is_waking:
             return
         decision = asked(run.policy, self._reading_now())
         if decision.grow or self._schedule.last == run.updates:

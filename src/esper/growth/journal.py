@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
-    from esper.contracts.report import GraftRecord
+    from esper.contracts.report import GraftRecord, StageRecord
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
     from esper.growth.measurement import Measurement
@@ -254,6 +254,10 @@ class Journal:
         self._sink.publish(
             RolledBack(**self._now(), graft=graft.number, updates_lost=updates_lost, reason=reason)
         )
+
+    def stage_woken(self, record: StageRecord) -> None:
+        """Record a planned stage of depth that began, was done, or was taken back."""
+        _LOG.info("%s at depth %d: %s", record.path, record.depth, record.reason)
 
     def faulted(self, fault: SeedFault) -> None:
         """Record a seed whose kernel failed."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from esper.seeds.stack import Stack
 
 IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
 """Where DistributedDataParallel looks, on the module that it is given and on no other."""
@@ -22,23 +19,19 @@ _roots: Final[weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]] = (
 """The outermost module that was told of a block."""
 
 
-def ignore_in_replicas(
-    root: nn.Module, model: nn.Module, stack: Stack, numbers: Iterable[int]
-) -> None:
+def ignore_in_replicas(root: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Let DistributedDataParallel ignore blocks, whichever module around them it is given.
 
     Args:
         root: The outermost module that it may be given.
-        model: The model that the stack is in.
-        stack: The stack.
-        numbers: Which of its blocks sleep; what they share with others is not ignored.
+        model: The model that the blocks are in.
+        blocks: Those that are to sleep; what they share with others is not ignored.
 
     Raises:
         ValueError: The model is not in ``root``.
     """
-    blocks = [stack.blocks[i] for i in numbers]
     own = _own_tensors(root, blocks)
-    for holder, names in _holders(root, model, stack, blocks):
+    for holder, names in _holders(root, model, blocks):
         below = {
             f"{name}.{part}"
             for name, block in names
@@ -79,7 +72,7 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
                 del holder.__dict__[entry]
 
 
-def _own_tensors(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
+def _own_tensors(root: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
     """Return the ids of what the blocks hold, and nothing else in the model does."""
     inside = {id(part) for block in blocks for part in block.modules()}
     others = {
@@ -93,9 +86,9 @@ def _own_tensors(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
 
 
 def _holders(
-    root: nn.Module, model: nn.Module, stack: Stack, blocks: list[nn.Module]
+    root: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]
 ) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
-    """Yield each module from the root down to the stack, with the blocks by their names in it."""
+    """Yield each module from the root down to the blocks, with the blocks by their names in it."""
     modules = {id(module): name for name, module in root.named_modules()}
     if id(model) not in modules:
         msg = (

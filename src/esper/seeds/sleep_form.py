@@ -157,15 +157,12 @@ def form_of_call(
         RuntimeError: It is not known, and cannot be learned where this runs.
         ValueError: The block changes the shape of its input.
     """
-    key = (
-        block.training,
-        tuple([_mark(value) for value in args]),
-        tuple([(name, _mark(value)) for name, value in kwargs.items()]),
-    )
-    assumed = forms.assumed
-    if _is_traced(args) or _is_sharded(block):
-        if assumed is not None and (assumed.kind == "first" or not _has_flag(key)):
-            return assumed
+    marks = [("", _mark(value)) for value in args]
+    marks += [(name, _mark(value)) for name, value in kwargs.items()]
+    key = (block.training, tuple(marks))
+    assumed, cannot_run = forms.assumed, _is_traced(args) or _is_sharded(block)
+    if cannot_run and assumed is not None and (assumed.kind == "first" or not _has_flag(marks)):
+        return assumed
     if key in forms.learned:
         return forms.learned[key]
     if _is_traced(args):
@@ -183,8 +180,9 @@ def _mark(value: object) -> object:
     return value if value is None or isinstance(value, (bool, str)) else "..."
 
 
-def _has_flag(key: tuple[Any, Any, Any]) -> bool:
-    return any([value is True for value in key[1]]) or any([v is True for _, v in key[2]])
+def _has_flag(marks: list[tuple[str, object]]) -> bool:
+    """Say whether a call sets a flag, which may ask for another output."""
+    return True in [mark for _, mark in marks]
 
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
@@ -210,20 +208,21 @@ def _learn(
     kwargs: dict[str, Any],
 ) -> Form:
     """Run a block on a copy of a call, without a trace, and see what it gives."""
-    given = {key: value for key, value in kwargs.items() if not _is_object(value)}
-    call = LayerCall(tuple(None if _is_object(value) else value for value in args), given)
-    copied = call.detached()
+    named = {key: value for key, value in kwargs.items() if not _is_object(value)}
+    copied = LayerCall(tuple(None if _is_object(v) else v for v in args), named).detached()
     own_args = tuple(
         value if _is_object(value) else copy for value, copy in zip(args, copied.args, strict=True)
     )
     own_kwargs = {key: copied.kwargs.get(key, value) for key, value in kwargs.items()}
-    with shadow_pass(block, values=(args, kwargs)), _alone(block), torch.no_grad():
+    objects = [value for value in (*args, *kwargs.values()) if _is_object(value)]
+    with shadow_pass(block, values=objects), _alone(block), torch.no_grad():
         output = host_forward(block, *own_args, **own_kwargs)
-    pairs = (*zip(args, own_args, strict=True), *zip(kwargs.values(), own_kwargs.values(), strict=True))
-    copied_first = next(copy for value, copy in pairs if value is first)
+    given = (*args, *kwargs.values())
+    copies = (*own_args, *own_kwargs.values())
+    copied_first = next(c for value, c in zip(given, copies, strict=True) if value is first)
     form = form_of(output, copied_first, dict(_sources(own_args, own_kwargs)))
     if isinstance(form, str):
-        raise ValueError(refused(name, form))
+        raise refused(name, form)
     lost = _lost_in(form, output)
     if lost:
         warn_owner(
@@ -243,9 +242,9 @@ def _lost_in(form: Form, output: Any) -> list[str]:
     ]
 
 
-def refused(name: str, reason: str) -> str:
-    """Return the message for a block of a stack that cannot sleep."""
-    return (
+def refused(name: str, reason: str) -> ValueError:
+    """Return the error for a block of a stack that cannot sleep."""
+    return ValueError(
         f"a block of {name!r} cannot sleep: {reason}; let it stay awake, by keep= of "
         "esper.shallow, or choose a stack whose blocks keep what they are given in shape"
     )
@@ -284,7 +283,8 @@ def _sources(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int | str, ...], Any]]:
     """Yield what an output may have been taken from, with the way to it."""
-    for key, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in given:
         if isinstance(value, _PLAIN) or value is None:
             continue
         yield (key,), value
@@ -292,9 +292,7 @@ def _sources(
             yield from (((key, i), part) for i, part in enumerate(value) if part is not None)
 
 
-def form_of(
-    output: Any, first: Any, sources: Mapping[tuple[int | str, ...], Any]
-) -> Form | str:
+def form_of(output: Any, first: Any, sources: Mapping[tuple[int | str, ...], Any]) -> Form | str:
     """Read the form off an output.
 
     Args:
@@ -345,7 +343,7 @@ def _part(value: Any, sources: Mapping[tuple[int | str, ...], Any]) -> Form:
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
-    if one.is_nested or other.is_nested or one.is_meta or isinstance(one, fx.Proxy):
+    if one.is_nested or other.is_nested or one.is_meta:
         return False
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
@@ -354,9 +352,7 @@ def _is_like(output: Tensor, first: Tensor) -> bool:
     """Say whether an output can stand for the input: nested ones are not measured."""
     if output.is_nested or first.is_nested:
         return output.is_nested == first.is_nested
-    return output.shape == first.shape and (
-        output.is_floating_point() == first.is_floating_point()
-    )
+    return output.shape == first.shape and (output.is_floating_point() == first.is_floating_point())
 
 
 def _shape(tensor: Tensor) -> str:
