@@ -56,7 +56,7 @@ def test_asleep_in_evaluation_is_the_class_with_fewer_blocks(name):
 
 def test_names_keys_and_parameters_are_the_whole_model_s(name):
     """From the first step: a state dict goes both ways, whatever sleeps."""
-    model, x, _, _ = shallow(name)
+    model, _, _, _ = shallow(name)
     whole = made(name)
     assert model.state_dict().keys() == whole.state_dict().keys()
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in whole.named_parameters()]
@@ -148,7 +148,7 @@ def test_a_copy_sleeps_and_wakes_as_its_original(copied, updates):
 
 def test_a_saved_module_is_loaded_as_it_was():
     """``torch.save`` of the module goes by pickle, and knows the sleeping classes."""
-    model, x, _, _ = shallow("list")
+    model, _, _, _ = shallow("list")
     model.call = None
     stream = io.BytesIO()
     torch.save(model, stream)
@@ -181,7 +181,7 @@ def test_moves_keep_alpha_in_float32():
 
 
 def test_under_autocast_a_sleeping_model_is_the_smaller_one():
-    """Mixed precision hands on what the block before gave, and a waking block's dtype is its own."""
+    """Mixed precision hands on what the block before gave; waking blocks learn in it."""
     model, x, built, kept = shallow("list")
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = step(model, x), step(built, x)

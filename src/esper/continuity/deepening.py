@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esper.continuity.ensemble import joined
+from esper.continuity.ensemble import joined, members_of
 from esper.continuity.replicas import Woken, bare, forget_woken, replicas, share_woken
 from esper.continuity.step_hooks import StepHooks, is_update
 from esper.contracts.arguments import whole_number
@@ -20,6 +20,7 @@ from esper.seeds.replica_names import heed_in_replicas
 from esper.seeds.sleep import (
     FORMS,
     allow_graphs,
+    check_can_wake,
     copies_of,
     put_to_sleep,
     set_share,
@@ -104,8 +105,11 @@ def begin_deepening(
         raise ValueError(msg)
     every, inner = joined(optimizer), bare(model)
     stack = sleeping_stack(inner, path)
+    _take_over(stack, every)
     numbers = to_wake(stack, depth)
     check_is_trained(stack, numbers, every)
+    for number in numbers:
+        check_can_wake(stack.blocks[number])
     sources = _sources(stack, numbers) if init == "copy" else {}
     for number, source in sources.items():
         _copy(stack.blocks[source], stack.blocks[number], every)
@@ -145,6 +149,7 @@ class Deepening:
         self._ramp_updates = ramp_updates
         self._counts: dict[int, int] = {}
         self.alpha = min(self._starts)
+        self._members = weakref.WeakSet(members_of(optimizer))
         self._hooks = StepHooks(optimizer, after=self._after_step)
         _under_way.update(dict.fromkeys(blocks, weakref.ref(self)))
 
@@ -152,6 +157,10 @@ class Deepening:
     def is_done(self) -> bool:
         """Whether every block is awake."""
         return self.alpha >= 1.0
+
+    def moves_with(self, optimizer: AnyOptimizer) -> bool:
+        """Say whether alpha moves with the steps of an optimizer, or of one of several."""
+        return any(member in self._members for member in members_of(optimizer))
 
     def close(self) -> None:
         """Move nothing any more: blocks stay where they are, for another :func:`deepen`."""
@@ -240,6 +249,14 @@ def to_wake(stack: Stack, depth: int) -> list[int]:
     rest = [i for i in range(len(stack)) if i in stack.numbers("asleep")]
     missing = max(0, depth - num_awake - len(begun))
     return sorted([*begun, *_between(rest, missing, differences(stack).period or 1)])
+
+
+def _take_over(stack: Stack, optimizer: AnyOptimizer) -> None:
+    """Stop what moves blocks with other optimizers than those that train them now."""
+    for block in stack.blocks:
+        mover = _mover(block)
+        if mover is not None and not mover.moves_with(optimizer):
+            mover.close()
 
 
 def is_moving(stack: Stack) -> bool:

@@ -126,7 +126,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call] # as above
         given = kwargs or {}
         output: Tensor | Any = func(*args, **given)
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if count is not None:
+        if count is not None and not in_shadow_pass():
             found = attempt(lambda: count(*args, **given, out_val=output))
             self.flops += int(found.value) if isinstance(found, Done) else 0
         return output

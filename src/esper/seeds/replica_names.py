@@ -72,6 +72,26 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
                 del holder.__dict__[entry]
 
 
+def check_ignored(block: nn.Module) -> None:
+    """Refuse a forward under DistributedDataParallel that waits for a sleeping block's gradients.
+
+    Raises:
+        ValueError: It was made before the block was put to sleep, or not told of it.
+    """
+    active = nn.parallel.DistributedDataParallel
+    replicated = active._active_ddp_module  # noqa: SLF001 - nobody else knows it
+    if replicated is None:
+        return
+    awaited = set(map(id, replicated._module_parameters))  # noqa: SLF001 - as above
+    trained = [p for p in block.parameters() if p.requires_grad]
+    if trained and all(id(p) in awaited for p in trained):
+        msg = (
+            "DistributedDataParallel waits for the gradients of a block that sleeps: call "
+            "esper.shallow before it, with root= the module that it is given"
+        )
+        raise ValueError(msg)
+
+
 def _own_tensors(root: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
     """Return the ids of what the blocks hold, and nothing else in the model does."""
     inside = {id(part) for block in blocks for part in block.modules()}

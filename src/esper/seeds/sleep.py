@@ -221,7 +221,7 @@ def set_share(block: nn.Module, alpha: float) -> None:
     if alpha <= 0.0:
         put_to_sleep(block, block.__dict__[FORMS])
         return
-    _check_is_ours(block)
+    check_can_wake(block)
     _put_hooks_back(block)
     if alpha < 1.0:
         with torch.inference_mode(mode=False):  # autograd may save it
@@ -279,7 +279,12 @@ def allow_graphs(blocks: Iterable[nn.Module]) -> None:
         allow_graph_for(frozenset((id(block), kind) for block, kind in _arrangement.items()))
 
 
-def _check_is_ours(block: nn.Module) -> None:
+def check_can_wake(block: nn.Module) -> None:
+    """Refuse to wake a block whose class or forward is not ours to change any more.
+
+    Raises:
+        ValueError: Others have derived a class from the sleeping one, or replaced its forward.
+    """
     name = type(block).__name__
     if _KEY not in type(block).__dict__:
         msg = (

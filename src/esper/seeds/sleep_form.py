@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from esper.contracts.owner_warning import warn_owner
 from esper.resilience.attempt import Done, attempt
+from esper.seeds.replica_names import check_ignored
 from esper.seeds.shadow import shadow_pass
 from esper.state.layer_call import LayerCall
 
@@ -155,7 +156,8 @@ def form_of_call(
 
     Raises:
         RuntimeError: It is not known, and cannot be learned where this runs.
-        ValueError: The block changes the shape of its input.
+        ValueError: The block changes the shape of its input, or DistributedDataParallel waits for
+            its gradients.
     """
     marks = [("", _mark(value)) for value in args]
     marks += [(name, _mark(value)) for name, value in kwargs.items()]
@@ -171,6 +173,7 @@ def form_of_call(
             "yet: run one forward in this way before the model is compiled or traced"
         )
         raise RuntimeError(msg)
+    check_ignored(block)
     forms.learned[key] = found = _learn(block, forms.name, host_forward, first, args, kwargs)
     return found
 
