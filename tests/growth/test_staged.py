@@ -249,6 +249,7 @@ def test_control_another_policy_needs_a_wrapped_model():
         esper.Grower(model, optimizer, horizon=20, policy=policy)
 
 
+@pytest.mark.slow
 def test_beside_a_policy_that_grafts_both_go_on():
     """On a wrapped model blocks wake, and a kernel is tried before and none meanwhile."""
     torch.manual_seed(0)

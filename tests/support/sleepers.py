@@ -84,7 +84,7 @@ def _of_tuple(block, x):
     y, mask, loss, nothing = block(x, torch.ones(2))
     assert mask is not None
     assert nothing is None
-    return y + loss
+    return y + 1e-3 * loss
 
 
 class Basic(nn.Module):

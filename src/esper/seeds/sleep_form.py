@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -162,12 +162,15 @@ def form_of_call(
     marks = [("", _mark(value)) for value in args]
     marks += [(name, _mark(value)) for name, value in kwargs.items()]
     key = (block.training, tuple(marks))
-    assumed, cannot_run = forms.assumed, _is_traced(args) or _is_sharded(block)
-    if cannot_run and assumed is not None and (assumed.kind == "first" or not _has_flag(marks)):
+    is_traced = _is_traced(args)
+    assumed = forms.assumed if is_traced or _is_sharded(block) else None
+    if assumed is not None and assumed.kind == "first":
         return assumed
     if key in forms.learned:
         return forms.learned[key]
-    if _is_traced(args):
+    if assumed is not None and _is_bare(marks):
+        return assumed
+    if is_traced:
         msg = (
             f"a block of {forms.name!r} sleeps, and in which form it gives its output is not known "
             "yet: run one forward in this way before the model is compiled or traced"
@@ -183,9 +186,9 @@ def _mark(value: object) -> object:
     return value if value is None or isinstance(value, (bool, str)) else "..."
 
 
-def _has_flag(marks: list[tuple[str, object]]) -> bool:
-    """Say whether a call sets a flag, which may ask for another output."""
-    return True in [mark for _, mark in marks]
+def _is_bare(marks: list[tuple[str, object]]) -> bool:
+    """Say whether a call gives nothing but the first input, as the one that was tried."""
+    return all([mark is None or mark is False for _, mark in marks[1:]])  # noqa: C419 - dynamo traces no generator
 
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
@@ -407,15 +410,19 @@ def _run_on(
     """Return the form that an input of a shape gives; None where other arguments decide."""
     like = next((p for p in tensors.values() if p.is_floating_point()), torch.empty(()))
     first = torch.empty(shape, dtype=like.dtype, device="meta")
+    leading, *rest = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    kwargs: dict[str, Any] = dict.fromkeys(_required(rest))
+    args: tuple[Any, ...] = (first,)
+    if leading.kind is inspect.Parameter.KEYWORD_ONLY:
+        args, kwargs = (), {leading.name: first, **kwargs}
     with _reparametrize_module(block, tensors):
-        output = type(block).forward(block, first, **dict.fromkeys(_required(block)))
+        output = type(block).forward(block, *args, **kwargs)
     form = form_of(output, first, {})
     return None if isinstance(form, Form) and _lost_in(form, output) else form
 
 
-def _required(block: nn.Module) -> list[str]:
-    """Return the names of what a forward takes behind its first argument, and has no default."""
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
+def _required(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    """Return the names of those parameters of a forward that have no default."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
