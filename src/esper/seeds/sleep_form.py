@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -122,18 +124,40 @@ def _fields_of(output: object) -> dict[str, Any]:
     return {}
 
 
+CallKind = tuple[bool, tuple[tuple[int | str, object], ...]]
+"""Whether a block trains, and its arguments by position or name: flags, words, None, or others."""
+
+
 class Forms:
     """What is known of the forms of a stack's blocks that share a class; they share one object.
 
     Args:
         name: Name of the stack, for messages.
         assumed: The form that a call takes until it was seen; None where none can be told.
+
+    Attributes:
+        name: As given, like the next.
+        assumed: As given.
+        learned: Forms that were seen, by the kind of call.
+        returned: Arguments that a ``return`` of the blocks' forward names, by position and name;
+            None where that cannot be read.
     """
 
     def __init__(self, name: str, assumed: Form | None) -> None:
         self.name = name
         self.assumed = assumed
-        self.learned: dict[object, Form] = {}
+        self.learned: dict[CallKind, Form] = {}
+        self.returned: frozenset[int | str] | None = None
+
+    def like(self, kind: CallKind) -> Form | None:
+        """Return what was seen of a call that differs in what is None and no output alone.
+
+        Libraries leave a mask out where it hides nothing, which a compiled graph cannot look at.
+        """
+        for seen, form in self.learned.items():
+            if _are_alike(seen, kind, self.returned):
+                return form
+        return None
 
 
 def form_of_call(
@@ -159,7 +183,7 @@ def form_of_call(
         ValueError: The block changes the shape of its input, or DistributedDataParallel waits for
             its gradients.
     """
-    marks = [("", _mark(value)) for value in args]
+    marks: list[tuple[int | str, object]] = [(i, _mark(value)) for i, value in enumerate(args)]
     marks += [(name, _mark(value)) for name, value in kwargs.items()]
     key = (block.training, tuple(marks))
     is_traced = _is_traced(args)
@@ -171,6 +195,9 @@ def form_of_call(
     if assumed is not None and _is_bare(marks):
         return assumed
     if is_traced:
+        seen = forms.like(key)
+        if seen is not None:
+            return seen
         msg = (
             f"a block of {forms.name!r} sleeps, and in which form it gives its output is not known "
             "yet: run one forward in this way before the model is compiled or traced"
@@ -178,7 +205,40 @@ def form_of_call(
         raise RuntimeError(msg)
     check_ignored(block)
     forms.learned[key] = found = _learn(block, forms.name, host_forward, first, args, kwargs)
+    if forms.returned is None:
+        forms.returned = _named_in_returns(host_forward)
     return found
+
+
+def _are_alike(seen: CallKind, kind: CallKind, returned: frozenset[int | str] | None) -> bool:
+    keys = [(each[0], *[key for key, _ in each[1]]) for each in (seen, kind)]
+    if returned is None or keys[0] != keys[1]:
+        return False
+    pairs = [(key, a, b) for (key, a), (_, b) in zip(seen[1], kind[1], strict=True) if a != b]
+    return not [
+        key
+        for key, a, b in pairs
+        if key in returned or a not in (None, "...") or b not in (None, "...")
+    ]
+
+
+def _named_in_returns(host_forward: HostForward) -> frozenset[int | str] | None:
+    """Return which arguments the returns of a forward name, as far as its source can be read."""
+    written = attempt(
+        lambda: ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(host_forward))))
+    )
+    if not isinstance(written, Done):
+        return None
+    returns = [node.value for node in ast.walk(written.value) if isinstance(node, ast.Return)]
+    names = {
+        part.id
+        for value in returns
+        if value is not None
+        for part in ast.walk(value)
+        if isinstance(part, ast.Name)
+    }
+    own = list(inspect.signature(host_forward).parameters)[1:]
+    return frozenset(names | {i for i, name in enumerate(own) if name in names})
 
 
 def _mark(value: object) -> object:
@@ -186,7 +246,7 @@ def _mark(value: object) -> object:
     return value if value is None or isinstance(value, (bool, str)) else "..."
 
 
-def _is_bare(marks: list[tuple[str, object]]) -> bool:
+def _is_bare(marks: list[tuple[int | str, object]]) -> bool:
     """Say whether a call gives nothing but the first input, as the one that was tried."""
     return all([mark is None or mark is False for _, mark in marks[1:]])  # noqa: C419 - dynamo traces no generator
 
