@@ -286,3 +286,10 @@ def test_an_average_wakes_with_its_model():
         average.update_parameters(model)
         assert list(depth_state(average).values()) == list(depth_state(model).values())
     assert type(average.module.blocks[1]) is type(model.blocks[1])
+
+
+def test_an_average_in_which_others_sleep_is_refused():
+    """It would be averaged block by block with what it is not."""
+    model, _ = shallow()
+    with pytest.raises(ValueError, match=r"Make the average after esper\.shallow"):
+        esper.follow(model, AveragedModel(made("list")))

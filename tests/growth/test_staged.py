@@ -107,6 +107,21 @@ def test_micro_batches_are_counted_each():
     assert report.stages[0].flops == 2 * single.stages[0].flops
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_counted_aside():
+    """No hook goes into a graph: ``compute_loss`` runs once at each depth, where there is one."""
+    expected = run(*shallow(), esper.Staged({0.5: 6}))[0].stages[0].flops
+    for given in ({}, {"compute_loss": lambda model, batch: model(X).sum()}):
+        torch.compiler.reset()
+        model, optimizer = shallow()
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        policy = esper.Staged({0.5: 6})
+        with esper.Grower(fast, optimizer, horizon=20, policy=policy, **given) as grower:
+            for _ in range(20):
+                grower.step(update(fast, optimizer, X, Y), batch=X)
+        assert grower.report().stages[0].flops == (expected if given else None)
+
+
 def test_no_hook_of_ours_is_left():
     """After the run the model and the optimizer have the hooks of before."""
     model, optimizer = shallow()

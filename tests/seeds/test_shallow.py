@@ -116,7 +116,7 @@ def _shared(model):
 
 
 def _hooked(model):
-    model.blocks[1].forward = nn.Identity()
+    model.blocks[1].forward = torch.relu
 
 
 @pytest.mark.parametrize(
@@ -296,8 +296,38 @@ def test_a_forward_that_was_replaced_in_sleep_is_found_when_it_wakes():
     """A block that would sleep on for good is an error that says what to remove."""
     model = Listed(3)
     esper.shallow(model, "blocks", depth=1)
-    model.blocks[1].forward = nn.Identity()
+    model.blocks[1].forward = torch.relu
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="forward of its own"):
         esper.deepen(model, optimizer, depth=3, ramp_updates=1)
+    assert esper.asleep(model) == ("blocks.1", "blocks.2")
+
+
+def test_a_block_that_was_parametrized_in_sleep_does_not_wake():
+    """Taking the parametrization off would give it a class of ours back."""
+    model = Listed(3)
+    esper.shallow(model, "blocks", depth=1)
+    model.blocks[1].scale = nn.Parameter(torch.ones(1))
+    parametrize.register_parametrization(model.blocks[1], "scale", nn.Identity())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="take that off, wake the block"):
+        esper.deepen(model, optimizer, depth=3, ramp_updates=1)
+
+
+def test_a_sleeping_block_is_no_site_and_what_is_in_it_is():
+    """``wrap`` says why, and takes the layers inside."""
+    model = Listed(3)
+    esper.shallow(model, "blocks", depth=1)
+    with pytest.raises(ValueError, match="it sleeps"):
+        esper.wrap(model, select="blocks.1")
+    esper.wrap(model)
+    assert "blocks.1.up" in esper.layers(model)
+
+
+def test_unwrap_names_what_is_not_awake(caplog):
+    """Plain PyTorch is promised of all but the sleepers, which the log has."""
+    model = Listed(3)
+    esper.shallow(model, "blocks", depth=1)
+    esper.unwrap(model)
+    assert "blocks.1, blocks.2: not awake" in caplog.text
     assert esper.asleep(model) == ("blocks.1", "blocks.2")

@@ -317,6 +317,13 @@ def sharding_a_sleeper_is_refused():
     raises(lambda: fully_shard(model.blocks[1], mesh=mesh), "call esper.shallow after it")
 
 
+def widening_is_refused():
+    """The parameters that would be exchanged are held by FSDP2."""
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    raises(lambda: esper.widen(model, optimizer, "blocks.0", intermediate=32), "is in FSDP2")
+
+
 def a_sharded_model_that_spikes_sleeps_again():
     """Shards, moments and classes are put back on every rank."""
     model = sharded()
@@ -350,6 +357,7 @@ CASES = {
         a_sleeping_block_is_not_gathered,
         sharded_stages_train_as_on_one_process,
         sharding_a_sleeper_is_refused,
+        widening_is_refused,
         a_sharded_model_that_spikes_sleeps_again,
     )
 }
