@@ -317,6 +317,29 @@ def sharding_a_sleeper_is_refused():
     raises(lambda: fully_shard(model.blocks[1], mesh=mesh), "call esper.shallow after it")
 
 
+def a_form_is_learned_of_a_sharded_block():
+    """Gathered once, aside; its parameters are apart again, and no more is gathered for it."""
+    model = made("tuple").eval()
+    built = smaller(model, "tuple", [0, 3]).eval()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    esper.shallow(model, "blocks", depth=2)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    counted = Counted(model)
+    found = [model(x) for _ in range(3)]
+    counts = counted.close()
+    assert all(torch.equal(each, built(x)) for each in found)
+    assert sum(counts.get(f"blocks.{i}", 0) for i in (1, 2, 4, 5)) == 1
+    assert all(hasattr(p, "full_tensor") for p in model.blocks[1].parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    esper.deepen(model, optimizer, depth=6, ramp_updates=2)
+    for step in range(3):
+        plain_update(model, optimizer, step)
+    assert not depth_state(model)
+
+
 def widening_is_refused():
     """The parameters that would be exchanged are held by FSDP2."""
     model = sharded()
@@ -357,6 +380,7 @@ CASES = {
         a_sleeping_block_is_not_gathered,
         sharded_stages_train_as_on_one_process,
         sharding_a_sleeper_is_refused,
+        a_form_is_learned_of_a_sharded_block,
         widening_is_refused,
         a_sharded_model_that_spikes_sleeps_again,
     )

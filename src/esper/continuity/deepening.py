@@ -16,7 +16,7 @@ from esper.continuity.replicas import Woken, bare, forget_woken, replicas, share
 from esper.continuity.step_hooks import StepHooks, is_update
 from esper.contracts.arguments import whole_number
 from esper.contracts.choices import INITS, DepthInit
-from esper.seeds.replica_names import heed_in_replicas
+from esper.seeds.replica_names import heed_in_replicas, ignore_in_replicas, root_of
 from esper.seeds.sleep import (
     FORMS,
     allow_graphs,
@@ -110,7 +110,7 @@ def begin_deepening(
     check_is_trained(stack, numbers, every)
     for number in numbers:
         check_can_wake(stack.blocks[number])
-    sources = _sources(stack, numbers) if init == "copy" else {}
+    sources = sources_of(stack, numbers) if init == "copy" else {}
     for number, source in sources.items():
         _copy(stack.blocks[source], stack.blocks[number], every)
     blocks = [stack.blocks[i] for i in numbers]
@@ -174,6 +174,8 @@ class Deepening:
         for block, forms in zip(self._blocks, self._forms, strict=True):
             put_to_sleep(block, forms)
         allow_graphs(self._blocks)
+        inner = bare(self._model)
+        ignore_in_replicas(root_of(self._blocks[0]) or inner, inner, self._blocks)
         replicated = replicas(self._model)
         if replicated is not None:
             forget_woken(replicated, self._blocks)
@@ -299,8 +301,12 @@ def check_is_trained(stack: Stack, numbers: Sequence[int], optimizer: AnyOptimiz
                 raise ValueError(msg)
 
 
-def _sources(stack: Stack, numbers: Sequence[int]) -> dict[int, int]:
-    """Return for each block the nearest awake one before it; blocks on their way are not asked."""
+def sources_of(stack: Stack, numbers: Sequence[int]) -> dict[int, int]:
+    """Return for each block the nearest awake one before it; blocks on their way are not asked.
+
+    Raises:
+        ValueError: There is none, or it has other shapes.
+    """
     awake = stack.numbers(None)
     found = {}
     for i in (n for n in numbers if n in stack.numbers("asleep")):

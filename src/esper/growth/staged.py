@@ -14,6 +14,7 @@ from esper.continuity.deepening import (
     check_is_trained,
     is_moving,
     sleeping_stack,
+    sources_of,
 )
 from esper.continuity.replicas import any_rank, bare
 from esper.continuity.snapshot import RunSnapshot
@@ -190,7 +191,7 @@ def check_stages(
 
     Raises:
         ValueError: There is no horizon, a stack is missing, too short or planned for twice, or
-            blocks in it are not trained by the optimizer.
+            blocks in it are not trained by the optimizer or have none to copy.
     """
     seen: set[str] = set()
     for staged in staged_in(policy):
@@ -212,6 +213,8 @@ def check_stages(
                 raise ValueError(msg)
             seen.add(stack.path)
             check_is_trained(stack, stack.numbers("asleep"), optimizer)
+            if staged.init == "copy":
+                sources_of(stack, stack.numbers("asleep"))
 
 
 def _stack_of(plan: StackPlan, model: nn.Module) -> Stack | None:
@@ -247,7 +250,8 @@ class _Course:
         A ramp of ``r (H - s)`` updates that began at update s is at
         ``alpha = (u - s) / (r (H - s))`` by update u, which gives s.
         """
-        ramp, alpha = self.staged.ramp, min(map(share_of, self.stack.blocks))
+        begun = [share_of(self.stack.blocks[i]) for i in self.stack.numbers("waking")]
+        ramp, alpha = self.staged.ramp, min(begun, default=0.0)
         began = (update - alpha * ramp * horizon) / (1.0 - alpha * ramp)
         return max(1, round((1.0 - alpha) * ramp * (horizon - began)))
 

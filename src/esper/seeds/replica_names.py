@@ -56,7 +56,7 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     holders = dict.fromkeys(model.modules())
     for block in blocks:
         wanted.update(map(id, (*block.parameters(), *block.buffers())))
-        root = _roots.pop(block, lambda: None)()
+        root = root_of(block)
         holders.update(dict.fromkeys(() if root is None else root.modules()))
     for holder in holders:
         ours = holder.__dict__.get(_OURS)
@@ -70,6 +70,11 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         for entry in (_OURS, IGNORED):
             if not holder.__dict__[entry]:
                 del holder.__dict__[entry]
+
+
+def root_of(block: nn.Module) -> nn.Module | None:
+    """Return the outermost module that was told of a block, if it is there still."""
+    return _roots.get(block, lambda: None)()
 
 
 def check_ignored(block: nn.Module) -> None:

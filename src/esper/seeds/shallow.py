@@ -87,7 +87,7 @@ def shallow(
     fresh = [i for i in sleepers if kind_of_sleep(stack.blocks[i]) is None]
     _check_can_sleep(stack, fresh)
     forms = _forms(stack, fresh)
-    if sleepers:
+    if sleepers or len(awake) > depth:
         _say_differences(stack, found, awake, depth)
     ignore_in_replicas(
         inner if root is None else _outside_of_compile(root),

@@ -255,6 +255,8 @@ def _is_traced(args: tuple[Any, ...]) -> bool:
     """Say whether the call is looked at and not run."""
     if torch.compiler.is_compiling():
         return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - torch.func says it nowhere
+        return True
     return torch._C._get_tracing_state() is not None or any(  # noqa: SLF001 - torch.jit's is banned
         isinstance(value, fx.Proxy) for value in args
     )
@@ -409,9 +411,10 @@ def _part(value: Any, sources: Mapping[tuple[int | str, ...], Any]) -> Form:
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
-    if one.is_nested or other.is_nested or one.is_meta:
+    if one.is_nested or other.is_nested or one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    found = attempt(lambda: torch.equal(one, other))  # some tensors have no values
+    return isinstance(found, Done) and found.value
 
 
 def _is_like(output: Tensor, first: Tensor) -> bool:
