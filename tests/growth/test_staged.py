@@ -254,6 +254,9 @@ def test_a_model_in_which_nothing_sleeps_is_told_of():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"nothing can wake: .* call esper\.shallow"):
         esper.Grower(model, optimizer, horizon=20, policy=esper.Staged({0.5: 6})).close()
+    with pytest.raises(UserWarning, match="nothing can wake"):  # warnings are errors here
+        esper.Grower(model, optimizer, horizon=20, policy=esper.Staged({0.5: 6}))
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_control_another_policy_needs_a_wrapped_model():

@@ -142,6 +142,7 @@ class Grower:
         self._num_steps = 0
         self._run.journal.started({**asdict(settings), "budget": asdict(self._run.budget)})
         try:
+            self._depth.warn_if_idle()
             self._warn(never_grows(self._run) or missing_part(self._run))
         except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
             self.close("it was refused")

@@ -282,11 +282,6 @@ class PlannedDepth:
             for number, plan in enumerate(staged.plans)
             if (stack := _stack_of(plan, run.model)) is not None
         ]
-        if staged_in(run.policy) and not self._courses:
-            run.journal.warn(
-                "nothing can wake: no block of the model sleeps; call esper.shallow(model, path, "
-                "depth=...) before the Grower"
-            )
         self._records: list[StageRecord] = []
         self._waking: _Waking | None = None
         self._counted = range(0)
@@ -294,6 +289,14 @@ class PlannedDepth:
         if self._courses:
             compiled = is_compiled(run.given)
             self._flops = StepFlops(run.model, is_compiled=compiled, compute_loss=run.compute_loss)
+
+    def warn_if_idle(self) -> None:
+        """Warn the owner where stages are planned and nothing sleeps."""
+        if staged_in(self._run.policy) and not self._courses:
+            self._run.journal.warn(
+                "nothing can wake: no block of the model sleeps; call esper.shallow(model, path, "
+                "depth=...) before the Grower"
+            )
 
     @property
     def is_waking(self) -> bool:
