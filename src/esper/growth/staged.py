@@ -391,6 +391,7 @@ class PlannedDepth:
                 )
             )
             run.journal.stage_woken(self._records[-1])
+        run.ledger.structure_changed()
         self._waking = waking
 
     def _follow(self, waking: _Waking) -> None:
@@ -410,6 +411,7 @@ class PlannedDepth:
                 self._end(number, verdict="awake", reason="alpha reached 1", loss_after=loss)
         if is_done:
             self._waking = None
+            self._run.ledger.structure_changed()
             self._run.journal.note(
                 "depth is planned, not gated: the report has the loss and the FLOPs of each stage. "
                 "Nothing was compared: train the shallow model for the same FLOPs to see what the "
