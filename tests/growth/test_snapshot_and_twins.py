@@ -58,7 +58,7 @@ def test_twin_without_a_package_stays_bit_equal_to_the_run(optimizer_class):
     torch.manual_seed(3)
     run, grower = run_of(model, optimizer)
     twin = Twin(run)
-    for index, batch in enumerate(batches(8, random_seed=1)):
+    for index in range(8):
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + index)
         train(model, optimizer, 1, grower, random_seed=index)
         twin.update(batches(1, random_seed=index), run.live_step())
@@ -118,7 +118,7 @@ def test_twin_has_none_of_the_owners_hooks_and_those_of_libraries():
 
 
 def test_twin_that_the_owner_builds_is_a_copy_of_the_run():
-    """Its values, modes and seeds are the live model's, and building it draws nothing of the run's."""
+    """Its values, modes and seeds are the live model's, and to build it draws nothing of its."""
     model, optimizer = wrapped()
     run, _ = run_of(model, optimizer, twin=lambda: host(7))
     model[0].graft(1, "mlp-4x4-w32", alpha=0.5, example=torch.randn(3, 4))
