@@ -86,7 +86,7 @@ def test_loss_that_is_not_finite_during_a_trial_refuses_the_candidate(trial):
     train(model, optimizer, 12, grower)
     assert grower.stages
     state["bad"] = True
-    train(model, optimizer, 50, grower, random_seed=1)
+    train(model, optimizer, 60, grower, random_seed=1)
     grafts = grower.report().grafts
     assert {graft.verdict for graft in grafts} == {
         "refused in trial" if trial == "twin" else "culled at admission"
@@ -104,7 +104,7 @@ def test_watch_that_reads_what_is_not_finite_is_written_down():
 
     settings = {"policy": ByHand([("0", "mlp-4x4-w32")]), "evaluate_every": 1000}
     grower = growing(model, optimizer, evaluate=measure, **settings)
-    train(model, optimizer, 55, grower)
+    train(model, optimizer, 58, grower)
     assert [status.stage.value for status in grower.stages] == ["holding"]
     state["bad"] = True
     train(model, optimizer, 10, grower, random_seed=1)
@@ -195,7 +195,7 @@ def test_ranking_that_scores_nan_is_written_down_without_a_score(tmp_path):
     ("settings", "words"),
     [
         ({"horizon": 63}, "a package takes 64 updates at least .* horizon is 63"),
-        ({"horizon": 53, "trial": "shadow"}, "a package takes 54 updates .* horizon is 53"),
+        ({"horizon": 83, "trial": "shadow"}, "a package takes 84 updates .* horizon is 83"),
         ({"budget": Budget(packages=0)}, "budget allows no package"),
         ({"compute_loss": None}, "without compute_loss="),
         ({"evaluate": None}, "without evaluate="),

@@ -15,7 +15,7 @@ SHORT = {
     "record_updates": 4,
     "evaluate_every": 10,
     "overhead": 1000.0,  # kernels are large beside the small host
-    "audition_updates": 30,  # of trial="shadow" alone, as is the ramp
+    "audition_updates": 60,  # of trial="shadow" alone, as is the ramp
     "ramp_updates": 10,
 }
 

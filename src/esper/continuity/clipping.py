@@ -26,7 +26,7 @@ _ROUNDING: Final = 1e-6
 """Relative difference of float32 norms that are equal but for rounding, and what torch adds to a
 norm before it divides by it: a limited one is ``limit n / (n + 1e-6)``."""
 _NEAR: Final = 2e-5
-"""Relative difference of limited norms, at most: small ones that are only alike are not limited."""
+"""Relative difference of limited norms, at most: small ones that are alike may be unlimited."""
 _DIGITS: Final = 4
 """Significant digits, at most, of the limits that people write down."""
 

@@ -22,10 +22,12 @@ def never_grows(run: GrowthRun) -> str | None:
     """Say why a run can never grow, as far as its settings tell, or None."""
     horizon, needed = run.settings.horizon, run.settings.package_updates
     if horizon is not None and needed > horizon:
+        parts = "record_updates, 50 of a trial and hold_updates"
+        if run.settings.trial == "shadow":
+            parts = "record_updates, audition_updates, ramp_updates and hold_updates"
         return (
-            f"nothing can grow: a package takes {needed} updates at least (record_updates, 50 of a "
-            f"trial and hold_updates; audition_updates and ramp_updates of an audition), and "
-            f"horizon is {horizon}; shorten them, or train longer"
+            f"nothing can grow: a package takes {needed} updates at least ({parts}), and horizon "
+            f"is {horizon}; shorten them, or train longer"
         )
     if run.budget.packages == 0:
         return (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from esper.growth.batch import num_samples_in
 from esper.growth.budget import Cost, synchronize
+from esper.growth.probation import LOOKS
 from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
@@ -45,6 +46,9 @@ class Size:
     waits: bool = False
 
 
+NONE_LEFT: Final = Size(reason="no candidate with a predicted gain is within the budget")
+
+
 def paid_trial(
     run: GrowthRun, choose: Callable[[float], list[RankedCandidate]], batches: list[Batch]
 ) -> tuple[list[RankedCandidate], Size]:
@@ -59,6 +63,9 @@ def paid_trial(
             forward of one sample; best predicted gain first.
         batches: The batches of the last update.
     """
+    if run.settings.trial == "shadow":
+        chosen = choose(math.inf)[:1]
+        return (chosen, paid_kernel(run, chosen[0].flops, batches)) if chosen else ([], NONE_LEFT)
     updates = min(run.settings.trial_updates, *_updates_left(run))
     while updates >= MIN_TRIAL:
         chosen = choose(_kernel_flops(run, updates, batches))
@@ -70,8 +77,23 @@ def paid_trial(
         updates = max(MIN_TRIAL, updates // 2)
     wanted = choose(math.inf)
     if not wanted:
-        return [], Size(reason="no candidate with a predicted gain is within the budget")
-    return [], too_dear(run, min(entry.flops or 0.0 for entry in wanted), batches)
+        return [], NONE_LEFT
+    return [], _too_dear(run, min(entry.flops or 0.0 for entry in wanted), batches)
+
+
+def paid_kernel(run: GrowthRun, flops: float | None, batches: list[Batch]) -> Size:
+    """Say for how many updates one kernel can be tried; of an audition, whether it can.
+
+    Args:
+        run: The run.
+        flops: FLOPs of the kernel's forward of one sample; None where they were not counted.
+        batches: The batches of the last update.
+    """
+    if run.settings.trial == "shadow":
+        is_paid = run.ledger.affordable(_least_flops(run, flops, batches))
+        return Size() if is_paid else _too_dear(run, flops, batches)
+    updates = affordable_updates(run, [flops], batches)
+    return Size(updates=updates) if updates >= MIN_TRIAL else _too_dear(run, flops, batches)
 
 
 def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
@@ -83,7 +105,7 @@ def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
     return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
 
 
-def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
+def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
     """Say why not even one kernel can be tried, and what it would take."""
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
@@ -94,25 +116,35 @@ def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -
             reason="torch counts no FLOPs in an update of this model, so that no ratio to them "
             "buys any"
         )
-    shortest = MIN_TRIAL * update_flops(run, [kernel_flops], batches) + reading_flops(run)
-    bought = f"overhead={run.ledger.overhead:g} buys no trial of {MIN_TRIAL} updates"
-    length = run.ledger.horizon_for(shortest + run.ledger.spent)
+    least, what = _least_flops(run, kernel_flops, batches), f"trial of {MIN_TRIAL} updates"
+    if settings.trial == "shadow":
+        what = f"audition of {settings.audition_updates} passes"
+    bought = f"overhead={run.ledger.overhead:g} buys no {what}"
+    length = run.ledger.horizon_for(least + run.ledger.spent)
     if length is None:
         return Size(reason=f"{bought} in this run: it would take a larger one")
     if settings.horizon is None:
-        run.awaited_flops = shortest
+        run.awaited_flops = least
         words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
         return Size(reason=words, waits=True)
     cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
     return Size(reason=f"{bought} in this run: {cure}")
 
 
+def _least_flops(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> float:
+    """Return the FLOPs of the shortest trial of one kernel, every reading included."""
+    num = run.settings.audition_updates if run.settings.trial == "shadow" else MIN_TRIAL
+    return num * update_flops(run, [kernel_flops], batches) + reading_flops(run)
+
+
 def update_flops(
     run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
 ) -> float:
-    """Return the FLOPs of one update of all arms of a trial."""
+    """Return the FLOPs of one update of all arms of a trial, or of both passes of an audition."""
     settings, host = run.settings, run.ledger.update_flops
     added = FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
+    if settings.trial == "shadow":
+        return 2 * (host + added)
     arms = 1 if settings.attribution == "none" else 2
     return arms * (host + added) + settings.nulls * host
 
@@ -123,6 +155,8 @@ def reading_flops(run: GrowthRun) -> float:
     Those that look for passengers come after them, as far as the overhead still buys them.
     """
     settings = run.settings
+    if settings.trial == "shadow":
+        return run.ledger.reading_flops * (2 * LOOKS + LAST_READINGS + WATCH_READINGS)
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
     return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS)
 
@@ -147,14 +181,15 @@ def _updates_left(run: GrowthRun) -> list[int]:
 
 
 def is_earned(run: GrowthRun) -> bool:
-    """Say whether the overhead buys a whole trial by now, where no horizon is known.
+    """Say whether the overhead buys a whole trial of a host by now, where no horizon is known.
 
     With a horizon it is known from the start what can be afforded, and less may do.
     """
-    if run.settings.horizon is not None or run.settings.trial != "twin":
+    if run.settings.horizon is not None:
         return True
-    arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
-    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run)
+    is_short = run.settings.trial == "shadow"
+    num = run.settings.audition_updates if is_short else run.settings.trial_updates
+    wanted = num * update_flops(run, (), []) + reading_flops(run)
     return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 

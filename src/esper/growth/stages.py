@@ -18,9 +18,9 @@ from esper.growth.germination import (
     rank,
 )
 from esper.growth.recording import Recorder, record_beside
-from esper.growth.settings import LEAST_RECORDED, MIN_TRIAL
+from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import Size, affordable_updates, paid_trial, too_dear, too_slow
+from esper.growth.sizing import Size, paid_kernel, paid_trial, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
 
@@ -138,18 +138,18 @@ class Recording:
         refused = Size(reason="no candidate with a predicted gain passed budget and probe")
         if self._advise_only:
             return refused, []
-        if run.settings.trial == "shadow":
-            chosen = choose_package(run, ranked, limit=1)
-            return refused, germinate_package(run, chosen, ranked, observations)
+        limit = 1 if run.settings.trial == "shadow" else len(run.layers)
 
         def choose(flops: float) -> list[RankedCandidate]:
-            return choose_package(run, ranked, limit=len(run.layers), flops=flops)
+            return choose_package(run, ranked, limit=limit, flops=flops)
 
         chosen, size = paid_trial(run, choose, batches)
         if size.reason and not size.waits and choose(math.inf):
             run.too_dear = size.reason
+        if size.reason:
+            return size, []
         package = germinate_package(run, chosen, ranked, observations)
-        return (size if package or size.reason else refused), package
+        return (size if package else refused), package
 
     def _chosen_by_hand(self, choice: Choice, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
@@ -158,11 +158,9 @@ class Recording:
         if found is None:
             return refused, []
         blueprint, cost = found
-        size = Size()
-        if run.settings.trial == "twin":
-            size = Size(updates=affordable_updates(run, [cost.flops], batches))
-            if size.updates < MIN_TRIAL:
-                return too_dear(run, cost.flops, batches), []
+        size = paid_kernel(run, cost.flops, batches)
+        if size.reason:
+            return size, []
         seen = self._recorder.observations[choice.site]
         contender = germinate(run, choice.site, blueprint, seen, "named by hand")
         return (refused, []) if contender is None else (size, [contender])

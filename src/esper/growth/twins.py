@@ -146,7 +146,7 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
-    """Take a loss's scale off the gradients, as GradScaler does; say whether they are finite."""
+    """Take a loss's scale off the gradients as GradScaler does; say whether they are finite."""
     held = (p.grad for group in optimizer.param_groups for p in group["params"])
     gradients = [gradient for gradient in held if gradient is not None]
     torch._foreach_mul_(gradients, float(torch.tensor(1.0 / scale)))
@@ -236,17 +236,13 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
         if not isinstance(made, nn.Module):
             msg = f"twin= returns a torch.nn.Module like the model, got {type(made).__name__}"
             raise GrowthError(msg)
-        found = layers(model)
-        if made is not model and not layers(made):
-            wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
         try:
-            made.load_state_dict(model.state_dict())
-        except RuntimeError as error:
-            msg = f"what twin= returned does not take the model's state: {error}"
+            _become_alike(made, model)
+            pairs = list(zip(model.parameters(), made.parameters(), strict=True))
+        except (RuntimeError, ValueError) as error:
+            msg = f"what twin= returned is not like the model: {error}"
             raise GrowthError(msg) from error
-        for module, copied in zip(model.modules(), made.modules(), strict=True):
-            copied.training = module.training
-        for p, theirs in zip(model.parameters(), made.parameters(), strict=True):
+        for p, theirs in pairs:
             if theirs is p:
                 msg = "what twin= returned shares parameters with the model; build a module anew"
                 raise GrowthError(msg)
@@ -254,6 +250,16 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
         return made
 
     return build
+
+
+def _become_alike(made: nn.Module, model: nn.Module) -> None:
+    """Give a module the seeds, the state and the modes of a model of the same class."""
+    found = layers(model)
+    if made is not model and not layers(made):
+        wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
+    made.load_state_dict(model.state_dict())
+    for module, copied in zip(model.modules(), made.modules(), strict=True):
+        copied.training = module.training
 
 
 def _drop_hooks(module: nn.Module) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from esper.seeds.stack import Stack
 
 IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
 """Where DistributedDataParallel looks, on the module that it is given and on no other."""
@@ -22,23 +19,19 @@ _roots: Final[weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]] = (
 """The outermost module that was told of a block."""
 
 
-def ignore_in_replicas(
-    root: nn.Module, model: nn.Module, stack: Stack, numbers: Iterable[int]
-) -> None:
+def ignore_in_replicas(root: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Let DistributedDataParallel ignore blocks, whichever module around them it is given.
 
     Args:
         root: The outermost module that it may be given.
-        model: The model that the stack is in.
-        stack: The stack.
-        numbers: Which of its blocks sleep; what they share with others is not ignored.
+        model: The model that the blocks are in.
+        blocks: Those that are to sleep; what they share with others is not ignored.
 
     Raises:
         ValueError: The model is not in ``root``.
     """
-    blocks = [stack.blocks[i] for i in numbers]
     own = _own_tensors(root, blocks)
-    for holder, names in _holders(root, model, stack, blocks):
+    for holder, names in _holders(root, model, blocks):
         below = {
             f"{name}.{part}"
             for name, block in names
@@ -63,7 +56,7 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     holders = dict.fromkeys(model.modules())
     for block in blocks:
         wanted.update(map(id, (*block.parameters(), *block.buffers())))
-        root = _roots.pop(block, lambda: None)()
+        root = root_of(block)
         holders.update(dict.fromkeys(() if root is None else root.modules()))
     for holder in holders:
         ours = holder.__dict__.get(_OURS)
@@ -79,7 +72,32 @@ def heed_in_replicas(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
                 del holder.__dict__[entry]
 
 
-def _own_tensors(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
+def root_of(block: nn.Module) -> nn.Module | None:
+    """Return the outermost module that was told of a block, if it is there still."""
+    return _roots.get(block, lambda: None)()
+
+
+def check_ignored(block: nn.Module) -> None:
+    """Refuse a forward under DistributedDataParallel that waits for a sleeping block's gradients.
+
+    Raises:
+        ValueError: It was made before the block was put to sleep, or not told of it.
+    """
+    active = nn.parallel.DistributedDataParallel
+    replicated = active._active_ddp_module  # noqa: SLF001 - nobody else knows it
+    if replicated is None:
+        return
+    awaited = set(map(id, replicated._module_parameters))  # noqa: SLF001 - as above
+    trained = [p for p in block.parameters() if p.requires_grad]
+    if trained and all(id(p) in awaited for p in trained):
+        msg = (
+            "DistributedDataParallel waits for the gradients of a block that sleeps: call "
+            "esper.shallow before it, with root= the module that it is given"
+        )
+        raise ValueError(msg)
+
+
+def _own_tensors(root: nn.Module, blocks: Sequence[nn.Module]) -> set[int]:
     """Return the ids of what the blocks hold, and nothing else in the model does."""
     inside = {id(part) for block in blocks for part in block.modules()}
     others = {
@@ -93,9 +111,9 @@ def _own_tensors(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
 
 
 def _holders(
-    root: nn.Module, model: nn.Module, stack: Stack, blocks: list[nn.Module]
+    root: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]
 ) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
-    """Yield each module from the root down to the stack, with the blocks by their names in it."""
+    """Yield each module from the root down to the blocks, with the blocks by their names in it."""
     modules = {id(module): name for name, module in root.named_modules()}
     if id(model) not in modules:
         msg = (

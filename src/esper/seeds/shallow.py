@@ -1,4 +1,4 @@
-"""``esper.shallow``: a model trains with few of its blocks, and the others sleep until their time."""
+"""``esper.shallow``: few blocks of a model train, and the others sleep until their time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esper.seeds.sleep import (
     share_of,
 )
 from esper.seeds.sleep_form import Forms, assumed_form, refused
-from esper.seeds.stack import Stack, differences, spread, stack_at, stacks_of
+from esper.seeds.stack import Stack, differences, spread, stack_at
 from esper.state.host_parts import check_module
 
 if TYPE_CHECKING:
@@ -87,9 +87,13 @@ def shallow(
     fresh = [i for i in sleepers if kind_of_sleep(stack.blocks[i]) is None]
     _check_can_sleep(stack, fresh)
     forms = _forms(stack, fresh)
-    if sleepers:
+    if sleepers or len(awake) > depth:
         _say_differences(stack, found, awake, depth)
-    ignore_in_replicas(inner if root is None else _outside_of_compile(root), inner, stack, fresh)
+    ignore_in_replicas(
+        inner if root is None else _outside_of_compile(root),
+        inner,
+        [stack.blocks[i] for i in fresh],
+    )
     for i in fresh:
         put_to_sleep(stack.blocks[i], forms[type(stack.blocks[i])])
     allow_graphs(stack.blocks)
@@ -126,7 +130,7 @@ def _outside_of_compile(model: nn.Module) -> nn.Module:
             "the model is in DistributedDataParallel already, which waits for a gradient of every "
             "parameter: call esper.shallow before it"
         )
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - the right type, at the wrong time
     assert isinstance(inner, nn.Module)
     return inner
 
@@ -134,7 +138,8 @@ def _outside_of_compile(model: nn.Module) -> nn.Module:
 def _kept(stack: Stack, depth: int, keep: Sequence[int | str]) -> list[int]:
     """Return the numbers of the blocks that the owner keeps awake."""
     check_type("keep", keep, Sequence, "a list of block numbers or names")
-    known = {**dict(enumerate(range(len(stack)))), **{n: i for i, n in enumerate(stack.names)}}
+    known: dict[int | str, int] = {i: i for i in range(len(stack))}
+    known |= {name: i for i, name in enumerate(stack.names)}
     odd = [each for each in keep if isinstance(each, bool) or each not in known]
     numbers = sorted({known[each] for each in keep if each not in odd})
     if odd or isinstance(keep, str) or len(numbers) != depth:
@@ -171,7 +176,7 @@ def _check_can_sleep(stack: Stack, fresh: Iterable[int]) -> None:
     for i in fresh:
         reason = cannot_sleep(stack.blocks[i])
         if reason is not None:
-            raise ValueError(refused(stack.path, f"{stack.full_name(i)!r}: {reason}"))
+            raise refused(stack.path, f"{stack.full_name(i)!r}: {reason}")
 
 
 def _forms(stack: Stack, fresh: Iterable[int]) -> dict[type, Forms]:
@@ -186,7 +191,7 @@ def _forms(stack: Stack, fresh: Iterable[int]) -> dict[type, Forms]:
         if type(block) not in known:
             assumed = assumed_form(block, stack.container)
             if isinstance(assumed, str):
-                raise ValueError(refused(stack.path, f"{stack.full_name(i)!r}: {assumed}"))
+                raise refused(stack.path, f"{stack.full_name(i)!r}: {assumed}")
             known[type(block)] = Forms(stack.path, assumed)
     return known
 
@@ -239,7 +244,7 @@ def _load_shares(model: nn.Module, stack: Stack, shares: Mapping[int, float]) ->
     fresh = [i for i in stack.numbers(None) if shares[i] < 1.0]
     _check_can_sleep(stack, fresh)
     forms = _forms(stack, fresh)
-    ignore_in_replicas(model, model, stack, fresh)
+    ignore_in_replicas(model, model, [stack.blocks[i] for i in fresh])
     for i in fresh:
         put_to_sleep(stack.blocks[i], forms[type(stack.blocks[i])])
     for i, share in shares.items():

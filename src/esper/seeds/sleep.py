@@ -71,10 +71,10 @@ def _make(host_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
         "__init_subclass__": classmethod(_refuse_sharding),
     }
     name = "Sleeping" if kind == "asleep" else "Waking"
-    made = type(f"{name}{host_class.__name__}", (host_class,), body)
+    made: Any = type(f"{name}{host_class.__name__}", (host_class,), body)
     if kind == "asleep":
         made.forward = forward  # a base may have put checkpointing around it: there is nothing to
-    return made
+    return cast("type[nn.Module]", made)
 
 
 def _first_of(host_class: type[nn.Module]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
@@ -119,14 +119,14 @@ def _waking(host_class: type[nn.Module]) -> HostForward:
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
     """Follow to another device; alpha stays float32, whatever ``fn`` does."""
-    super(_class_of(self), self)._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch has none
+    super(_class_of(self), self)._apply(fn, recurse)
     device = reference_tensor(self).device
     if ALPHA in self.__dict__ and device.type != "meta":
         self.__dict__[ALPHA] = self.__dict__[ALPHA].to(device)
     return self
 
 
-def _class_of(block: nn.Module) -> type:
+def _class_of(block: nn.Module) -> Any:
     return next(cls for cls in type(block).__mro__ if _KEY in cls.__dict__)
 
 
@@ -148,8 +148,8 @@ def _rebuild(host_class: type[nn.Module], kind: Kind) -> nn.Module:
     return block
 
 
-def _refuse_sharding(cls: type, **kwargs: Any) -> None:
-    """Refuse ``fully_shard`` of a block that sleeps: its class would stand in ours' way for good."""
+def _refuse_sharding(cls: Any, /, **kwargs: Any) -> None:
+    """Refuse ``fully_shard`` of a block that sleeps: its class would stand in the way of waking."""
     sleeping: Any = next(base for base in cls.__mro__ if _KEY in base.__dict__)
     super(sleeping, cls).__init_subclass__(**kwargs)
     if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
@@ -221,7 +221,7 @@ def set_share(block: nn.Module, alpha: float) -> None:
     if alpha <= 0.0:
         put_to_sleep(block, block.__dict__[FORMS])
         return
-    _check_is_ours(block)
+    check_can_wake(block)
     _put_hooks_back(block)
     if alpha < 1.0:
         with torch.inference_mode(mode=False):  # autograd may save it
@@ -279,7 +279,12 @@ def allow_graphs(blocks: Iterable[nn.Module]) -> None:
         allow_graph_for(frozenset((id(block), kind) for block, kind in _arrangement.items()))
 
 
-def _check_is_ours(block: nn.Module) -> None:
+def check_can_wake(block: nn.Module) -> None:
+    """Refuse to wake a block whose class or forward is not ours to change any more.
+
+    Raises:
+        ValueError: Others have derived a class from the sleeping one, or replaced its forward.
+    """
     name = type(block).__name__
     if _KEY not in type(block).__dict__:
         msg = (
@@ -319,9 +324,11 @@ def _put_hooks_back(block: nn.Module) -> None:
     if held is None:
         return
     (pre, before), (post, after), behind = held
-    block._forward_pre_hooks[pre] = before  # noqa: SLF001 - as above
-    block._forward_pre_hooks.move_to_end(pre, last=False)  # noqa: SLF001 - as above
-    block._forward_hooks[post] = after  # noqa: SLF001 - as above
+    hooks_before: Any = block._forward_pre_hooks  # noqa: SLF001 - as above
+    hooks_behind: Any = block._forward_hooks  # noqa: SLF001 - as above
+    hooks_before[pre] = before
+    hooks_before.move_to_end(pre, last=False)
+    hooks_behind[post] = after
     for other in behind:
-        if other in block._forward_hooks:  # noqa: SLF001 - as above
-            block._forward_hooks.move_to_end(other)  # noqa: SLF001 - as above
+        if other in hooks_behind:
+            hooks_behind.move_to_end(other)

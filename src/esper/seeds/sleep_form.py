@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from esper.contracts.owner_warning import warn_owner
 from esper.resilience.attempt import Done, attempt
+from esper.seeds.replica_names import check_ignored
 from esper.seeds.shadow import shadow_pass
 from esper.state.layer_call import LayerCall
 
@@ -121,18 +124,40 @@ def _fields_of(output: object) -> dict[str, Any]:
     return {}
 
 
+CallKind = tuple[bool, tuple[tuple[int | str, object], ...]]
+"""Whether a block trains, and its arguments by position or name: flags, words, None, or others."""
+
+
 class Forms:
     """What is known of the forms of a stack's blocks that share a class; they share one object.
 
     Args:
         name: Name of the stack, for messages.
         assumed: The form that a call takes until it was seen; None where none can be told.
+
+    Attributes:
+        name: As given, like the next.
+        assumed: As given.
+        learned: Forms that were seen, by the kind of call.
+        returned: Arguments that a ``return`` of the blocks' forward names, by position and name;
+            None where that cannot be read.
     """
 
     def __init__(self, name: str, assumed: Form | None) -> None:
         self.name = name
         self.assumed = assumed
-        self.learned: dict[object, Form] = {}
+        self.learned: dict[CallKind, Form] = {}
+        self.returned: frozenset[int | str] | None = None
+
+    def like(self, kind: CallKind) -> Form | None:
+        """Return what was seen of a call that differs in what is None and no output alone.
+
+        Libraries leave a mask out where it hides nothing, which a compiled graph cannot look at.
+        """
+        for seen, form in self.learned.items():
+            if _are_alike(seen, kind, self.returned):
+                return form
+        return None
 
 
 def form_of_call(
@@ -155,27 +180,65 @@ def form_of_call(
 
     Raises:
         RuntimeError: It is not known, and cannot be learned where this runs.
-        ValueError: The block changes the shape of its input.
+        ValueError: The block changes the shape of its input, or DistributedDataParallel waits for
+            its gradients.
     """
-    key = (
-        block.training,
-        tuple([_mark(value) for value in args]),
-        tuple([(name, _mark(value)) for name, value in kwargs.items()]),
-    )
-    assumed = forms.assumed
-    if _is_traced(args) or _is_sharded(block):
-        if assumed is not None and (assumed.kind == "first" or not _has_flag(key)):
-            return assumed
+    marks: list[tuple[int | str, object]] = [(i, _mark(value)) for i, value in enumerate(args)]
+    marks += [(name, _mark(value)) for name, value in kwargs.items()]
+    key = (block.training, tuple(marks))
+    is_traced = _is_traced(args)
+    assumed = forms.assumed if is_traced or _is_sharded(block) else None
+    if assumed is not None and assumed.kind == "first":
+        return assumed
     if key in forms.learned:
         return forms.learned[key]
-    if _is_traced(args):
+    if assumed is not None and _is_bare(marks):
+        return assumed
+    if is_traced:
+        seen = forms.like(key)
+        if seen is not None:
+            return seen
         msg = (
             f"a block of {forms.name!r} sleeps, and in which form it gives its output is not known "
             "yet: run one forward in this way before the model is compiled or traced"
         )
         raise RuntimeError(msg)
+    check_ignored(block)
     forms.learned[key] = found = _learn(block, forms.name, host_forward, first, args, kwargs)
+    if forms.returned is None:
+        forms.returned = _named_in_returns(host_forward)
     return found
+
+
+def _are_alike(seen: CallKind, kind: CallKind, returned: frozenset[int | str] | None) -> bool:
+    keys = [(each[0], *[key for key, _ in each[1]]) for each in (seen, kind)]
+    if returned is None or keys[0] != keys[1]:
+        return False
+    pairs = [(key, a, b) for (key, a), (_, b) in zip(seen[1], kind[1], strict=True) if a != b]
+    return not [
+        key
+        for key, a, b in pairs
+        if key in returned or a not in (None, "...") or b not in (None, "...")
+    ]
+
+
+def _named_in_returns(host_forward: HostForward) -> frozenset[int | str] | None:
+    """Return which arguments the returns of a forward name, as far as its source can be read."""
+    written = attempt(
+        lambda: ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(host_forward))))
+    )
+    if not isinstance(written, Done):
+        return None
+    returns = [node.value for node in ast.walk(written.value) if isinstance(node, ast.Return)]
+    names = {
+        part.id
+        for value in returns
+        if value is not None
+        for part in ast.walk(value)
+        if isinstance(part, ast.Name)
+    }
+    own = list(inspect.signature(host_forward).parameters)[1:]
+    return frozenset(names | {i for i, name in enumerate(own) if name in names})
 
 
 def _mark(value: object) -> object:
@@ -183,13 +246,16 @@ def _mark(value: object) -> object:
     return value if value is None or isinstance(value, (bool, str)) else "..."
 
 
-def _has_flag(key: tuple[Any, Any, Any]) -> bool:
-    return any([value is True for value in key[1]]) or any([v is True for _, v in key[2]])
+def _is_bare(marks: list[tuple[int | str, object]]) -> bool:
+    """Say whether a call gives nothing but the first input, as the one that was tried."""
+    return all([mark is None or mark is False for _, mark in marks[1:]])  # noqa: C419 - dynamo traces no generator
 
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
     """Say whether the call is looked at and not run."""
     if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - torch.func says it nowhere
         return True
     return torch._C._get_tracing_state() is not None or any(  # noqa: SLF001 - torch.jit's is banned
         isinstance(value, fx.Proxy) for value in args
@@ -210,20 +276,21 @@ def _learn(
     kwargs: dict[str, Any],
 ) -> Form:
     """Run a block on a copy of a call, without a trace, and see what it gives."""
-    given = {key: value for key, value in kwargs.items() if not _is_object(value)}
-    call = LayerCall(tuple(None if _is_object(value) else value for value in args), given)
-    copied = call.detached()
+    named = {key: value for key, value in kwargs.items() if not _is_object(value)}
+    copied = LayerCall(tuple(None if _is_object(v) else v for v in args), named).detached()
     own_args = tuple(
         value if _is_object(value) else copy for value, copy in zip(args, copied.args, strict=True)
     )
     own_kwargs = {key: copied.kwargs.get(key, value) for key, value in kwargs.items()}
-    with shadow_pass(block, values=(args, kwargs)), _alone(block), torch.no_grad():
+    objects = [value for value in (*args, *kwargs.values()) if _is_object(value)]
+    with shadow_pass(block, values=objects), _alone(block), torch.no_grad():
         output = host_forward(block, *own_args, **own_kwargs)
-    pairs = (*zip(args, own_args, strict=True), *zip(kwargs.values(), own_kwargs.values(), strict=True))
-    copied_first = next(copy for value, copy in pairs if value is first)
+    given = (*args, *kwargs.values())
+    copies = (*own_args, *own_kwargs.values())
+    copied_first = next(c for value, c in zip(given, copies, strict=True) if value is first)
     form = form_of(output, copied_first, dict(_sources(own_args, own_kwargs)))
     if isinstance(form, str):
-        raise ValueError(refused(name, form))
+        raise refused(name, form)
     lost = _lost_in(form, output)
     if lost:
         warn_owner(
@@ -243,9 +310,9 @@ def _lost_in(form: Form, output: Any) -> list[str]:
     ]
 
 
-def refused(name: str, reason: str) -> str:
-    """Return the message for a block of a stack that cannot sleep."""
-    return (
+def refused(name: str, reason: str) -> ValueError:
+    """Return the error for a block of a stack that cannot sleep."""
+    return ValueError(
         f"a block of {name!r} cannot sleep: {reason}; let it stay awake, by keep= of "
         "esper.shallow, or choose a stack whose blocks keep what they are given in shape"
     )
@@ -284,7 +351,8 @@ def _sources(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int | str, ...], Any]]:
     """Yield what an output may have been taken from, with the way to it."""
-    for key, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in given:
         if isinstance(value, _PLAIN) or value is None:
             continue
         yield (key,), value
@@ -292,9 +360,7 @@ def _sources(
             yield from (((key, i), part) for i, part in enumerate(value) if part is not None)
 
 
-def form_of(
-    output: Any, first: Any, sources: Mapping[tuple[int | str, ...], Any]
-) -> Form | str:
+def form_of(output: Any, first: Any, sources: Mapping[tuple[int | str, ...], Any]) -> Form | str:
     """Read the form off an output.
 
     Args:
@@ -345,18 +411,17 @@ def _part(value: Any, sources: Mapping[tuple[int | str, ...], Any]) -> Form:
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
-    if one.is_nested or other.is_nested or one.is_meta or isinstance(one, fx.Proxy):
+    if one.is_nested or other.is_nested or one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    found = attempt(lambda: torch.equal(one, other))  # some tensors have no values
+    return isinstance(found, Done) and found.value
 
 
 def _is_like(output: Tensor, first: Tensor) -> bool:
     """Say whether an output can stand for the input: nested ones are not measured."""
     if output.is_nested or first.is_nested:
         return output.is_nested == first.is_nested
-    return output.shape == first.shape and (
-        output.is_floating_point() == first.is_floating_point()
-    )
+    return output.shape == first.shape and (output.is_floating_point() == first.is_floating_point())
 
 
 def _shape(tensor: Tensor) -> str:
@@ -408,15 +473,19 @@ def _run_on(
     """Return the form that an input of a shape gives; None where other arguments decide."""
     like = next((p for p in tensors.values() if p.is_floating_point()), torch.empty(()))
     first = torch.empty(shape, dtype=like.dtype, device="meta")
+    leading, *rest = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    kwargs: dict[str, Any] = dict.fromkeys(_required(rest))
+    args: tuple[Any, ...] = (first,)
+    if leading.kind is inspect.Parameter.KEYWORD_ONLY:
+        args, kwargs = (), {leading.name: first, **kwargs}
     with _reparametrize_module(block, tensors):
-        output = type(block).forward(block, first, **dict.fromkeys(_required(block)))
+        output = type(block).forward(block, *args, **kwargs)
     form = form_of(output, first, {})
     return None if isinstance(form, Form) and _lost_in(form, output) else form
 
 
-def _required(block: nn.Module) -> list[str]:
-    """Return the names of what a forward takes behind its first argument, and has no default."""
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
+def _required(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    """Return the names of those parameters of a forward that have no default."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 

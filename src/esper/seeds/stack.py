@@ -95,9 +95,7 @@ def _stack(path: str, container: nn.Module) -> Stack:
         for name, block in container._modules.items()  # noqa: SLF001 - named_children drops doubles
         if block is not None and not is_in_a_seed(name)
     }
-    return Stack(
-        path=path, container=container, names=tuple(named), blocks=tuple(named.values())
-    )
+    return Stack(path=path, container=container, names=tuple(named), blocks=tuple(named.values()))
 
 
 def spread(num_blocks: int, depth: int) -> list[int]:
@@ -154,9 +152,7 @@ def differences(stack: Stack) -> Differences:
     missing = object()
     odd = {n for n in names if any(w.get(n, missing) != whole[0].get(n, missing) for w in whole)}
     found = tuple({n: w[n] for n in w if n in odd} for w in whole)
-    return Differences(
-        signatures=found, period=_period(found), has_cache_address=bool(addresses)
-    )
+    return Differences(signatures=found, period=_period(found), has_cache_address=bool(addresses))
 
 
 def _period(signatures: Sequence[Signature]) -> int | None:

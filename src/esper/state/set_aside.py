@@ -222,7 +222,7 @@ class _Kept:
         """
         undo = reversed(self._undo)
         if within is not None:
-            undo = (entry for entry in undo if id(entry[0]) in within._seen)  # noqa: SLF001 - of this class
+            undo = (entry for entry in undo if id(entry[0]) in within._seen)  # noqa: SLF001 - of this file
         return [lost for _, put in undo if (lost := put()) is not None]
 
     def _keep(self, value: object, path: str) -> None:
