@@ -12,7 +12,8 @@ import pytest
 
 GROWTH = Path(__file__).parent.parent.parent / "benchmarks" / "growth"
 RUNS = 100
-FEW_RUNS = 12
+UNLUCKY = 5_004
+"""A run whose perturbed copy comes out better by luck; the laxer rules take it for a gain."""
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,20 @@ def load():
             del sys.modules[name]
 
 
-def rows_of(useless, task, kinds, num_runs):
+def rows_of(useless, task, kinds, num_runs, first=5_000):
     """Return every run of a task: its kind, and what was said of it."""
     return [
         {"task": task, "kind": result.arm, **row}
-        for result in useless.runs(f"useless, {task}", 5_000, kinds, {"runs": num_runs})
+        for result in useless.runs(f"useless, {task}", first, kinds, {"runs": num_runs})
         for row in result.details["rows"]
     ]
 
 
 @pytest.fixture(scope="module")
-def few(load):
-    """Return a few runs of the regression, of the kinds that controls are read from."""
-    kinds = ("nothing", "noise", "own shape", "linear")
-    return rows_of(load("useless"), "regression", kinds, FEW_RUNS)
+def unlucky(load):
+    """Return the trial of nothing at all, a perturbed copy, in a run that was picked for it."""
+    (row,) = rows_of(load("useless"), "digits", ("nothing",), 1, first=UNLUCKY)
+    return row
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,17 @@ def counts_as_kept(row):
 
 
 @pytest.mark.slow
-def test_one_last_look_keeps_what_is_useless(few):
-    """The control: a single look at the last weights, not widened, passes equal runs too often."""
-    useless = [row for row in few if row["kind"] in ("nothing", "noise")]
-    assert sum(row["single"] for row in useless) / len(useless) > 0.1
+def test_verdict_refuses_a_lucky_copy_of_the_run(unlucky):
+    """A copy that differs by luck alone is refused, though it came out better."""
+    assert unlucky["effect"] > 0
+    assert not unlucky["taken"]
 
 
 @pytest.mark.slow
-def test_verdict_of_the_same_trials_keeps_next_to_nothing(few):
-    """By the verdict itself the same useless packages stay out, but for luck."""
-    useless = [row for row in few if row["kind"] != "own shape"]
-    assert sum(map(counts_as_kept, useless)) <= 2
+@pytest.mark.parametrize("rule", ["single", "plain"])
+def test_laxer_rules_take_luck_for_a_gain(unlucky, rule):
+    """The controls: one look at the last weights, and a standard error that is not widened."""
+    assert unlucky[rule]
 
 
 @pytest.mark.torture
