@@ -47,8 +47,8 @@ def load_text() -> Text:
     for number, data in enumerate(contents):
         parts[{8: "gate", 9: "test"}.get(number % 10, "train")].append(data)
     tensors = {
-        name: torch.from_numpy(np.frombuffer(b"".join(datas), dtype=np.uint8).astype(np.int64))
-        for name, datas in parts.items()
+        name: torch.from_numpy(np.frombuffer(b"".join(files), dtype=np.uint8).astype(np.int64))
+        for name, files in parts.items()
     }
     digest = hashlib.sha256(b"".join(contents)).hexdigest()[:8]
     return Text(**tensors, digest=digest)

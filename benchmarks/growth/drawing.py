@@ -31,13 +31,13 @@ class Bar:
     high: float
 
 
-def losses(lines: Sequence[Line]) -> str:
+def losses(lines: Sequence[Line], unit: str) -> str:
     """Draw losses over the logarithm of FLOPs."""
     xs = [math.log10(x) for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     across = _Scale(low=min(xs), high=max(xs), start=LEFT, end=WIDTH - RIGHT)
     up = _Scale(low=min(ys), high=max(ys), start=HEIGHT - BOTTOM, end=TOP)
-    parts = [_text(LEFT, HEIGHT - 12, "FLOPs"), _text(6, TOP - 6, "nats a byte, test split")]
+    parts = [_text(LEFT, HEIGHT - 12, "FLOPs"), _text(6, TOP - 6, unit)]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = up.low + share * (up.high - up.low)
         parts.append(_rule(LEFT, up(y), WIDTH - RIGHT, up(y)) + _text(20, up(y) + 4, f"{y:.3f}"))

@@ -162,7 +162,7 @@ def depth(task: Task, results: ByArm) -> Section:
                     verdict(_all(met, len(found_differences) >= 6)),
                 )
             )
-    return table(("", "figure", "", "goal", ""), rows), losses(_curves(task, results))
+    return table(("", "figure", "", "goal", ""), rows), losses(_curves(task, results), task.unit)
 
 
 def _curves(task: Task, results: ByArm) -> list[Line]:
