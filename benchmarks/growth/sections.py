@@ -162,7 +162,16 @@ def depth(task: Task, results: ByArm) -> Section:
                     verdict(_all(met, len(found_differences) >= 6)),
                 )
             )
-    return table(("", "figure", "", "goal", ""), rows), losses(_curves(task, results), task.unit)
+    alone = [100 * share for share in saving(results, "small 100", scratch).shares]
+    grown = [100 * share for share in saving(results, "grown fresh", scratch).shares]
+    remark = ""
+    if alone and grown and statistics.fmean(alone) > statistics.fmean(grown):
+        remark = (
+            "\nThe small model alone saves more: so short a run does not yet need the larger one, "
+            "and whoever can stop here should take the small one.\n"
+        )
+    text = table(("", "figure", "", "goal", ""), rows) + remark
+    return text, losses(_curves(task, results), task.unit)
 
 
 def _curves(task: Task, results: ByArm) -> list[Line]:
