@@ -98,8 +98,8 @@ class ArmReport(Extensible):
             less the fall of a twin.
         accuracy_last: Percent on the test split at the end, one per random seed, of a single
             evaluation each; empty in files of format 1.
-        work: FLOPs of everything that the run took over those of its own training, at least 1;
-            mean; None where it was not counted.
+        work: FLOPs of everything that its runs took over those of their own training, at least 1;
+            of all runs together; None where it was not counted.
         accuracy_mean: Mean of ``accuracy``; None where it is empty.
         accuracy_std: Sample standard deviation of ``accuracy``; None with fewer than two.
         accuracy_interval: 95 % t interval of the mean.

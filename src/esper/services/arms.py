@@ -78,7 +78,7 @@ class ArmResult:
         accuracy_last: Percent on the test split at the end.
         parameters: Parameters of the final model.
         train_flops: FLOPs of the run, training and growing.
-        work: FLOPs of everything over those of the run's own training, at least 1.
+        own_flops: FLOPs of the run's training alone.
         latency_us: Microseconds of a forward of one batch of the final model.
         seconds: Wall-clock seconds of the run.
         dip: Worst dip in points of gate accuracy; None where nothing was switched.
@@ -89,7 +89,7 @@ class ArmResult:
     accuracy_last: float
     parameters: int
     train_flops: float
-    work: float
+    own_flops: float
     latency_us: float
     seconds: float
     dip: float | None
@@ -374,7 +374,7 @@ def _result(
         accuracy_last=looks.test[-1],
         parameters=count_parameters(model),
         train_flops=sum(flops.values()),
-        work=sum(flops.values()) / flops["training"],
+        own_flops=flops["training"],
         latency_us=1e6 * forward_latency_s(model, x_N1HW, clock=MonotonicClock()),
         seconds=seconds,
         dip=None,

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.report import DemoReport
 
-EPOCHS: Final = 60
+EPOCHS: Final = 50
 DEFAULT_RANDOM_SEEDS: Final = tuple(range(10))
 
 Message = tuple[int, float, ProgressRow]

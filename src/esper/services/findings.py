@@ -136,11 +136,17 @@ def _arm_report(results: list[ArmResult]) -> ArmReport:
         accuracy_last=tuple(r.accuracy_last for r in results),
         parameters_by_seed=tuple(r.parameters for r in results),
         train_flops=statistics.fmean(r.train_flops for r in results) if results else None,
-        work=statistics.fmean(r.work for r in results) if results else None,
+        work=_work(results),
         latency_us=statistics.fmean(r.latency_us for r in results) if results else None,
         seconds=statistics.fmean(r.seconds for r in results) if results else None,
         worst_dip_points=max(dips) if dips else None,
     )
+
+
+def _work(results: list[ArmResult]) -> float | None:
+    """Return all FLOPs over those of training alone: of all runs together, small and large."""
+    own = sum(r.own_flops for r in results)
+    return sum(r.train_flops for r in results) / own if own else None
 
 
 def _controls_report(results: list[ControlResult]) -> ControlsReport:
