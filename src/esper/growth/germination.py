@@ -336,7 +336,8 @@ def _fetched(
     loaded = run.cache.load_kernel_sync(digest)
     assert loaded is not None, "the registry has just acknowledged this artifact"
     kernel = prepare_kernel(layer, loaded)
-    found = probe(layer, kernel, seen.example, is_pristine=True)
+    with run.ledger.measured("ranking"):
+        found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 
 
