@@ -29,6 +29,7 @@ def main(epochs: int = 120) -> str:
         compute_loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         evaluate=lambda model: F.cross_entropy(model(x[gate]), y[gate], reduction="none"),
         horizon=epochs * 8,
+        overhead=0.3,
     )
     for _ in range(epochs):
         for part in train[torch.randperm(249)].split(32):

@@ -39,17 +39,28 @@ def test_candidate_at_every_limit_fits():
 def test_grafts_add_up():
     """A third graft of 10 % does not fit in 25 %, though each fits by itself."""
     tenth = Cost(parameters=100_000)
-    assert Budget().check(host=HOST, candidate=tenth, admitted=tenth, grafts=1) is None
-    reason = Budget().check(host=HOST, candidate=tenth, admitted=Cost(parameters=200_000), grafts=2)
+    assert Budget().check(host=HOST, candidate=tenth, admitted=tenth) is None
+    reason = Budget().check(host=HOST, candidate=tenth, admitted=Cost(parameters=200_000))
     assert reason == "parameters in all: +30.0% of the host, the budget has +25.0%"
 
 
-def test_number_of_grafts_is_limited():
-    """A fifth graft is refused, whatever it costs and however small the host."""
-    free = Cost(parameters=0)
-    for host in (HOST, Cost(parameters=10)):
-        assert Budget().check(host=host, candidate=free, grafts=3) is None
-        assert "4 grafts" in Budget().check(host=host, candidate=free, grafts=4)
+def test_a_package_takes_half_of_what_is_left():
+    """So that more than one can follow; a small host has no such limit."""
+    room = Budget().room(host=HOST, admitted=Cost(parameters=50_000, flops=0.0))
+    assert (room.parameters, room.flops) == (100_000, 125_000)
+    assert room.takes(Cost(parameters=100_000, flops=125_000.0))
+    assert not room.takes(Cost(parameters=100_001))
+    assert not room.without(Cost(parameters=60_000)).takes(Cost(parameters=60_000))
+    small = Budget().room(host=Cost(parameters=10), admitted=Cost(parameters=10**6))
+    assert small.takes(Cost(parameters=10**9, flops=1e12))
+
+
+def test_room_without_a_limit_is_endless():
+    """Nor is it limited by FLOPs that nobody counted."""
+    room = Budget(total_parameters=None).room(
+        host=Cost(parameters=10**6), admitted=Cost(parameters=0)
+    )
+    assert room.takes(Cost(parameters=10**9, flops=1e12))
 
 
 @pytest.mark.parametrize(("parameters", "fits"), [(10_000, True), (10_001, False)])

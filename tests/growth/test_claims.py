@@ -14,11 +14,11 @@ from torch import nn
 from esper.contracts.errors import GrowthError
 from esper.growth.policies import ByHand
 
-BY_HAND = [("0", "mlp-4x4-w32")]
-UNTIL_BLENDING = SHORT["record_updates"] + SHORT["audition_updates"] + 4
+BY_HAND = [("0", "mlp-4x4-w32", 5)]
+UNTIL_TAKEN_OVER = 5 + 4 + SHORT["trial_updates"] + 4
 
 
-def blending(num=UNTIL_BLENDING):
+def held(num=UNTIL_TAKEN_OVER):
     model, optimizer = wrapped()
     grower = growing(model, optimizer, policy=ByHand(BY_HAND), hold_updates=50)
     train(model, optimizer, num, grower)
@@ -34,7 +34,7 @@ def taken_up(model):
 @pytest.mark.parametrize("how", ["dropped", "copied", "saved"])
 def test_a_graft_without_a_verdict_is_told_of(how):
     """By the next Grower, whatever became of the one that began it."""
-    model, _, grower = blending()
+    model, _, grower = held()
     assert model[0].state_layout.state(0).name == "ACTIVE"
     if how == "saved":
         state = io.BytesIO()
@@ -53,9 +53,9 @@ def test_a_graft_without_a_verdict_is_told_of(how):
     assert "layer.unload_kernel(0)" in note
 
 
-def test_an_audition_that_was_left_is_told_of():
-    """Its seed is taken, and no kernel stands in it; a copy has nobody's audition."""
-    model, _, grower = blending(SHORT["record_updates"] + 8)
+def test_a_trial_that_was_left_is_told_of():
+    """Its seed is taken, and no kernel stands in it; a copy has nobody's trial."""
+    model, _, grower = held(20)
     assert model[0].state_layout.state(0).name == "LOADING"
     assert taken_up(copy.deepcopy(model)) == []
     del grower
@@ -68,7 +68,7 @@ def test_an_audition_that_was_left_is_told_of():
 
 def test_a_fossil_needs_no_owner():
     """It has its verdict; and what was closed is gone."""
-    model, _, grower = blending()
+    model, _, grower = held()
     grower.close()
     model[0].graft(1, nn.Linear(4, 4), alpha=0.5, example=torch.randn(3, 4))
     model[0].fossilize(1)
@@ -79,9 +79,9 @@ def test_a_fossil_needs_no_owner():
 def test_two_growers_on_one_model_or_optimizer_are_refused(shared):
     """The error says what to do; the first goes on, and once it is closed the second may begin."""
     model, optimizer = wrapped()
-    other, own = wrapped()
+    other, _ = wrapped()
     optimizer.add_param_group({"params": list(other.parameters())})
-    first = growing(model, optimizer)
+    first = growing(model, optimizer, trial="shadow")  # no twin has the other's parameters
     second = {
         "model": (model, torch.optim.SGD(model.parameters(), lr=0.1)),
         "part": (model[0], torch.optim.SGD(model[0].parameters(), lr=0.1)),
@@ -93,7 +93,6 @@ def test_two_growers_on_one_model_or_optimizer_are_refused(shared):
     assert first.updates == 2
     first.close()
     growing(*second).close()
-    del own
 
 
 def test_two_models_may_grow_at_once():

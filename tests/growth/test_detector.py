@@ -21,10 +21,15 @@ def feed(gate, train=None, **settings):
     return detector, (len(gate) - 1) * EVERY
 
 
-def verdict(gate, train=None, *, horizon=None, last=None, update=None, **settings):
+def verdict(gate, train=None, *, horizon=None, last=None, update=None, packages=0, **settings):
     detector, now = feed(gate, train, **settings)
     return detector.decide(
-        Reading(update=now if update is None else update, horizon=horizon, last_change_update=last)
+        Reading(
+            update=now if update is None else update,
+            horizon=horizon,
+            last_change_update=last,
+            num_packages=packages,
+        )
     )
 
 
@@ -38,6 +43,19 @@ def test_saturated_loss_is_diminishing():
     assert decision.grow
     assert decision.verdict == "diminishing"
     assert "since the start" in decision.reason
+
+
+def test_training_loss_decides_and_not_the_gate_loss():
+    """A gate loss at rest starts nothing while training pays, nor does its fall hold it up."""
+    falling = [3.0 - 0.1 * index for index in range(29)]
+    rests = saturating(29)[:10] + [saturating(29)[9]] * 19
+    assert verdict(rests, falling).verdict == "improving"
+    assert verdict(falling, rests).verdict == "diminishing"
+
+
+def test_without_training_losses_nothing_is_diminishing():
+    """No sample of the gate split has a say in the moment, though nothing else is known."""
+    assert verdict(saturating(40), [None] * 40).verdict == "improving"
 
 
 def test_falling_loss_is_left_alone():
@@ -130,6 +148,39 @@ def test_nothing_grows_in_the_first_tenth(update, early):
     assert (decision.verdict == "too_early") is early
 
 
+@pytest.mark.parametrize(("horizon", "due"), [(1200, 120), (101, 11), (1_000_000, 500)])
+def test_first_package_is_due_at_a_tenth_of_the_run(horizon, due):
+    """Or after 500 updates, at that very update, whatever the losses and how few were seen."""
+    detector, _ = feed([3.0, 2.9])
+    for update in (due - 1, due):
+        reading = Reading(update=update, horizon=horizon)
+        assert (detector.first(reading) is not None) is (update == due)
+        assert detector.decide(reading).verdict == ("scheduled" if update == due else "too_early")
+
+
+def test_only_the_first_package_is_due_by_the_calendar():
+    """The next one is when returns diminish; and without a horizon the first one is, too."""
+    falling = [3.0 - 0.1 * index for index in range(29)]
+    assert verdict(falling, horizon=2000, packages=0, update=560).verdict == "scheduled"
+    assert verdict(falling, horizon=2000, packages=1, update=560).verdict == "improving"
+    assert verdict(falling, horizon=None, packages=0, update=560).verdict == "improving"
+
+
+def test_first_package_that_was_not_to_be_had_is_not_asked_for_at_every_update():
+    """It was due at 200, and nothing was on offer then: the other rules go on."""
+    detector, _ = feed([3.0, 2.9])
+    assert detector.first(Reading(update=200, horizon=2000)) is not None
+    assert detector.first(Reading(update=217, horizon=2000, last_change_update=216)) is None
+
+
+def test_first_package_waits_while_the_run_overfits():
+    """Its moment is no order: more capacity is the wrong medicine then too."""
+    gate = saturating(30) + [0.32 + 0.02 * index for index in range(12)]
+    train = [2.0 / (1 + index) for index in range(42)]
+    detector, now = feed(gate, train)
+    assert detector.first(Reading(update=now, horizon=60 * EVERY)) is None
+
+
 @pytest.mark.parametrize("horizon", [None, 1_000_000])
 @pytest.mark.parametrize(("update", "early"), [(499, True), (500, False)])
 def test_first_five_hundred_updates_are_early_at_most(horizon, update, early):
@@ -157,7 +208,7 @@ def test_too_few_evaluations_are_too_early():
 def test_deadline_counts_from_the_last_change(last, due):
     """Once 40 % of the horizon has passed since the last change, the gates decide."""
     gate = [3.0 - 0.1 * index for index in range(25)]
-    decision = verdict(gate, horizon=1000, last=last)
+    decision = verdict(gate, horizon=1000, last=last, packages=1)
     assert (decision.verdict == "deadline") is due
 
 

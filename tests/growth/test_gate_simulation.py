@@ -1,18 +1,20 @@
-"""How often a useless graft gets through: 1,000 simulated runs, and controls that must fail.
+"""How often a useless package gets through: 1,000 simulated runs, and controls that must fail.
 
-A null graft's per-sample differences have mean 0 on the population and the heavy tails and the
-skew of real loss differences; every gate sees a finite sample of it.
+A useless package's per-sample differences have mean 0 on the population and the heavy tails and the
+skew of real loss differences; every verdict sees a finite sample of it. Besides, two equal runs
+drift apart, all samples together, as far as the spread says.
 """
 
 import numpy as np
 import pytest
 
-from esper.growth.gates import read_gate, test_level
+from esper.growth.gates import EXACT, Spread, level_of, read_gate, spread_of_equals
 
 NUM_RUNS = 1_000
-NUM_GRAFTS = 8
+NUM_PACKAGES = 8
 NUM_PEEKS = 5
 NUM_SAMPLES = 500
+SPREAD = Spread(factor=1.6)
 
 pytestmark = pytest.mark.slow
 
@@ -24,53 +26,86 @@ def null_differences(random, num_samples=NUM_SAMPLES):
     return 0.02 * (size * random.normal(0.0, 1.0, num_samples) + 0.5 * lean)
 
 
-def passes(random, level, *, shift=0.0, tau=0.0):
-    differences = null_differences(random) + shift
+def of_equal_runs(random, factor=SPREAD.factor):
+    """Differences of two runs that are equal but for luck, whose z has the spread ``factor``."""
+    differences = null_differences(random)
+    stderr = differences.std() / np.sqrt(NUM_SAMPLES)
+    return differences + random.normal(0.0, stderr * np.sqrt(factor**2 - 1.0))
+
+
+def passes(random, level, *, spread=SPREAD):
     reference = random.gamma(2.0, 0.25, NUM_SAMPLES)
-    return read_gate(reference, reference - differences, level=level, tau=tau).passed
+    candidate = reference - of_equal_runs(random)
+    return read_gate(reference, candidate, level=level, spread=spread).passed
 
 
-def share_of_runs(admits):
-    return sum(admits(np.random.default_rng(run)) for run in range(NUM_RUNS)) / NUM_RUNS
+def share_of_runs(keeps):
+    return sum(keeps(np.random.default_rng(run)) for run in range(NUM_RUNS)) / NUM_RUNS
 
 
-def test_at_most_five_percent_of_null_runs_admit_anything():
-    """Eight useless grafts in a run, one look each at the shrinking level: 5 % of runs at most."""
+@pytest.mark.parametrize("tries", [1, 3])
+def test_at_most_five_percent_of_runs_ever_keep_a_useless_package(tries):
+    """Each package at 0.05 / tries, and the last refusal ends it, however many could follow."""
 
-    def admits(random):
-        return any(passes(random, test_level(k)) for k in range(1, NUM_GRAFTS + 1))
+    def keeps(random):
+        verdicts = (passes(random, level_of(tries)) for _ in range(NUM_PACKAGES))
+        return any(ended_by(verdicts, tries))
 
-    assert 0.0 < share_of_runs(admits) <= 0.05
-
-
-def test_peeking_every_epoch_at_five_percent_lets_useless_grafts_through():
-    """The control: the same grafts, looked at five times each at 5 %, get into most runs."""
-
-    def admits(random):
-        return any(passes(random, 0.05) for _ in range(NUM_GRAFTS * NUM_PEEKS))
-
-    assert share_of_runs(admits) > 0.5
+    assert 0.0 < share_of_runs(keeps) <= 0.05
 
 
-def chaotic_fork(random, *, with_tau):
-    """One useless graft at the fork: two equal runs drift apart, all samples together."""
-    drift, one, other = random.normal(0.0, 0.01, 3)
-    tau = abs(one - other) if with_tau else 0.0
-    return passes(random, test_level(1), shift=drift * np.sqrt(2.0), tau=tau)
+def ended_by(verdicts, tries):
+    """Yield verdicts up to the refusal that ends growth."""
+    for passed in verdicts:
+        yield passed
+        tries -= not passed
+        if not tries:
+            return
 
 
-def test_useless_graft_is_not_fossilized_by_chaos():
-    """Through both gates, drift between equal twins included, few useless grafts come."""
+def test_a_useful_package_after_a_refusal_costs_a_try_of_two():
+    """A package that helps by six standard errors passes at either level."""
+    random = np.random.default_rng(0)
+    differences = null_differences(random)
+    helped = differences + 6 * SPREAD.factor * differences.std() / np.sqrt(NUM_SAMPLES)
+    for tries in (1, 2):
+        assert read_gate(helped, 0 * helped, level=level_of(tries), spread=SPREAD).passed
 
-    def fossilizes(random):
-        return passes(random, test_level(1)) and chaotic_fork(random, with_tau=True)
 
-    assert share_of_runs(fossilizes) <= 0.01
+def test_refusals_without_an_end_let_useless_packages_through():
+    """The control: as many packages, each at 5 % whatever was refused before."""
+
+    def keeps(random):
+        return any(passes(random, 0.05) for _ in range(NUM_PACKAGES))
+
+    assert share_of_runs(keeps) > 0.2
 
 
-def test_fork_without_tau_takes_chaos_for_a_gain():
-    """The control: without tau the fork's gate alone passes chaos several times as often."""
-    without = share_of_runs(lambda random: chaotic_fork(random, with_tau=False))
-    with_tau = share_of_runs(lambda random: chaotic_fork(random, with_tau=True))
-    assert without > 0.25
-    assert with_tau < 0.5 * without
+def test_peeking_every_epoch_at_five_percent_lets_useless_packages_through():
+    """The control: each package looked at five times gets into most runs."""
+
+    def keeps(random):
+        return any(passes(random, 0.05) for _ in range(NUM_PACKAGES * NUM_PEEKS))
+
+    assert share_of_runs(keeps) > 0.5
+
+
+def test_the_plain_standard_error_takes_drift_for_a_gain():
+    """The control: a single look, with an error that knows nothing of equal runs."""
+    assert share_of_runs(lambda random: passes(random, 0.05, spread=EXACT)) > 0.1
+
+
+def test_a_spread_that_is_measured_keeps_to_five_percent_too():
+    """On three equal twins, with Student's quantile; with the normal one it would not."""
+
+    def keeps(random, students):
+        shared = random.gamma(2.0, 0.25, NUM_SAMPLES)
+        live, candidate, *equals = (shared + of_equal_runs(random) / np.sqrt(2.0) for _ in range(5))
+        found = spread_of_equals([live, *equals])
+        if not students:
+            found = Spread(factor=found.factor)
+        return read_gate(live, candidate, level=0.05, spread=found).passed
+
+    with_student = share_of_runs(lambda random: keeps(random, students=True))
+    assert with_student <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / NUM_RUNS)
+    assert share_of_runs(lambda random: keeps(random, students=False)) > 1.3 * with_student

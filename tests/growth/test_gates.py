@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.growth.gates import not_worse, read_gate, test_level
+from esper.contracts.intervals import student_t_quantile
+from esper.growth.gates import (
+    FAMILY_LEVEL,
+    Spread,
+    is_worse,
+    level_of,
+    not_worse,
+    read_gate,
+    spread_of_equals,
+    upper_rise,
+)
 from esper.growth.measurement import parse_measurement
 
 
@@ -17,20 +27,18 @@ def losses(size=400, seed=0):
     return np.random.default_rng(seed).gamma(2.0, 0.5, size)
 
 
+def poisoned(bad):
+    return np.where(np.arange(400) == 3, bad, losses())
+
+
 def noise(size=400, seed=1):
     return np.random.default_rng(seed).normal(0.0, 0.1, size)
 
 
-def test_levels_of_all_grafts_sum_to_five_percent():
-    """However many grafts germinate, the levels spent stay below 5 % and approach it."""
-    spent = sum(test_level(k) for k in range(1, 10_001))
-    assert 0.0499 < spent < 0.05
-
-
-def test_first_graft_is_numbered_one():
-    """A graft numbered 0 is a caller's mistake, not a division by zero."""
-    with pytest.raises(ValueError, match="counted from 1"):
-        test_level(0)
+@pytest.mark.parametrize("tries", [1, 2, 5])
+def test_levels_of_all_tries_sum_to_five_percent(tries):
+    """However many packages may be refused, they share the 5 % among them."""
+    assert tries * level_of(tries) == pytest.approx(FAMILY_LEVEL)
 
 
 def test_clear_gain_passes():
@@ -62,24 +70,71 @@ def test_threshold_is_the_normal_quantile(offset, passes):
     assert verdict.passed is passes
 
 
-def test_tau_enters_the_standard_error():
-    """With tau the error is sqrt(s^2/n + tau^2), and what passed without it may not."""
+def test_spread_widens_the_standard_error():
+    """What passed beyond the error of the samples may not pass beyond that of equal runs."""
     reference = losses()
-    candidate = reference - 0.03 + noise()
-    without = read_gate(reference, candidate, level=0.025)
-    with_tau = read_gate(reference, candidate, level=0.025, tau=0.02)
-    assert without.passed
-    assert not with_tau.passed
-    assert with_tau.stderr == pytest.approx(math.hypot(without.stderr, 0.02), rel=1e-12)
+    candidate = reference + (noise() - noise().mean()) - 0.011
+    alone = read_gate(reference, candidate, level=0.05)
+    spread = read_gate(reference, candidate, level=0.05, spread=Spread(factor=1.6))
+    assert alone.passed
+    assert not spread.passed
+    assert spread.stderr == pytest.approx(1.6 * alone.stderr, rel=1e-12)
+    assert spread.threshold == alone.threshold
 
 
-def test_tau_that_was_not_measured_does_not_pass():
-    """An infinite tau stands for one that was not measured: no evidence, no pass."""
+def test_spread_that_was_not_measured_does_not_pass():
+    """An infinite spread stands for one that was not measured: no evidence, no pass."""
     reference = losses()
-    verdict = read_gate(reference, reference - 1.0 + noise(), level=0.025, tau=math.inf)
+    verdict = read_gate(
+        reference, reference - 1.0 + noise(), level=0.025, spread=Spread(factor=math.inf, degrees=3)
+    )
     assert not verdict.passed
-    assert verdict.tau is None
-    assert "not measured" in verdict.reason
+    assert verdict.stderr is None
+    assert "could not be measured" in verdict.reason
+
+
+def test_spread_of_a_few_equals_has_students_quantile():
+    """Three degrees of freedom ask for 2.35 standard errors where a setting asks for 1.64."""
+    reference = losses()
+    candidate = reference - 0.02 + noise()
+    known = read_gate(reference, candidate, level=0.05, spread=Spread(factor=1.6))
+    measured = read_gate(reference, candidate, level=0.05, spread=Spread(factor=1.6, degrees=3))
+    assert measured.threshold == student_t_quantile(0.95, 3) == pytest.approx(2.353, abs=1e-3)
+    assert known.threshold == NormalDist().inv_cdf(0.95)
+    assert measured.z == known.z
+
+
+def equal_runs(drift, num=4, size=400):
+    """Runs that are equal but for luck: each sample wobbles, and all of a run drift together."""
+    random = np.random.default_rng(5)
+    shared = losses(size)
+    drifts = random.normal(0.0, drift, num)
+    return [shared + random.normal(0.0, 0.1, size) + own for own in drifts]
+
+
+def test_spread_is_how_far_equal_runs_come_out_apart():
+    """In standard errors of a pair: the formula of its docstring, from the means and the pairs."""
+    runs = equal_runs(drift=0.02)
+    found = spread_of_equals(runs)
+    variance = np.var([run.mean() for run in runs], ddof=1)
+    errors = [np.var(a - b, ddof=1) / 400 for i, a in enumerate(runs) for b in runs[:i]]
+    assert found.factor == pytest.approx(math.sqrt(2 * variance / np.mean(errors)), rel=1e-12)
+    assert found.factor > 1.6
+    assert found.degrees == 3
+
+
+def test_spread_is_at_least_one():
+    """Equal runs that happen to come out close make no gate easier to pass."""
+    assert spread_of_equals(equal_runs(drift=0.0)).factor >= 1.0
+    runs = [losses() + wiggle - wiggle.mean() for wiggle in (noise(seed=s) for s in range(4))]
+    assert spread_of_equals(runs).factor == 1.0
+
+
+def test_spread_of_runs_that_do_not_differ_is_unknown():
+    """Bit-equal twins tell nothing of luck, and losses that are not finite neither."""
+    assert spread_of_equals([losses()] * 4).factor == math.inf
+    for bad in (math.nan, math.inf):
+        assert spread_of_equals([losses(), poisoned(bad), poisoned(bad)]).factor == math.inf
 
 
 def test_effect_below_the_minimum_does_not_pass():
@@ -131,7 +186,7 @@ def test_same_gain_on_every_sample_does_not_pass():
 def test_numbers_of_a_verdict_can_be_logged(values, level):
     """Whatever the losses, no number of a verdict is infinite or NaN."""
     verdict = read_gate(values, [0.0] * len(values), level=level, min_samples=2)
-    numbers = (verdict.effect, verdict.stderr, verdict.tau, verdict.z)
+    numbers = (verdict.effect, verdict.stderr, verdict.spread, verdict.z)
     assert all(number is None or math.isfinite(number) for number in numbers)
 
 
@@ -142,10 +197,10 @@ def test_unpaired_losses_are_refused():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"level": 0.0}, {"level": 0.5}, {"tau": -1.0}, {"min_effect": -1.0}]
+    "setting", [{"level": 0.0}, {"level": 0.5}, {"min_samples": 1}, {"min_effect": -1.0}]
 )
 def test_settings_outside_their_range_are_refused(setting):
-    """A level, tau or minimum that means nothing is a caller's mistake."""
+    """A level, number or minimum that means nothing is a caller's mistake."""
     with pytest.raises(ValueError, match="got"):
         read_gate(losses(), losses(), **{"level": 0.025, **setting})
 
@@ -161,6 +216,42 @@ def test_not_worse_compares_the_means():
 def test_not_worse_needs_the_samples_too():
     """The comparison with a snapshot is no way around a gate split that is too small."""
     assert not not_worse(losses(50), losses(50) - 1.0, level=0.025).passed
+
+
+def measured(values):
+    return parse_measurement(values)
+
+
+@pytest.mark.parametrize(("errors_above", "is_said"), [(2.9, False), (3.1, True)])
+def test_watch_tells_a_rise_of_more_than_three_standard_errors(errors_above, is_said):
+    """Of the paired difference: what all samples share does not hide a rise."""
+    wiggle = (noise() - noise().mean()) / noise().std(ddof=1)
+    rise = wiggle + errors_above / math.sqrt(400)
+    found = is_worse(measured(losses()), measured(losses() + rise))
+    assert (found is not None) is is_said
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_watch_tells_a_loss_that_is_not_finite(bad):
+    """Of one sample, though all others fell."""
+    now = losses() - 1.0
+    now[3] = bad
+    assert "became" in is_worse(measured(losses()), measured(now))
+
+
+def test_watch_without_samples_is_trouble():
+    """A mean tells no standard error, and unmeasured means no."""
+    assert "no per-sample losses" in is_worse(measured(1.0), measured(0.5))
+
+
+def test_bound_of_a_rise_is_one_sided_at_95_percent():
+    """The mean rise and 1.645 standard errors; infinite where nothing was measured."""
+    rise = 0.1 + noise()
+    bound = upper_rise(measured(losses()), measured(losses() + rise))
+    assert bound == pytest.approx(rise.mean() + 1.6449 * rise.std(ddof=1) / 20, rel=1e-4)
+    assert upper_rise(measured(1.0), measured(0.5)) == math.inf
+    for bad in (math.nan, math.inf):
+        assert upper_rise(measured(losses()), measured(poisoned(bad))) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,33 @@ from esper.growth.graft import NO_COST, Germination, Grafts
 
 COST = Cost(parameters=10, flops=5.0, latency_s=1e-3)
 STEPS = {
+    GraftStage.TRIAL: lambda graft: graft.begin_trial("probed"),
     GraftStage.AUDITION: lambda graft: graft.begin_audition("probed"),
     GraftStage.BLENDING: lambda graft: graft.admit("it helps", update=7),
-    GraftStage.HOLDING: lambda graft: graft.hold("alpha is 1"),
+    GraftStage.HOLDING: lambda graft: (
+        graft.take_over("it helped in a twin", update=7, blueprint="linear-8")
+        if graft.stage is GraftStage.TRIAL
+        else graft.hold("alpha is 1")
+    ),
     GraftStage.FOSSILIZED: lambda graft: graft.fossilize("it helped", update=9, folded=True),
     GraftStage.CULLED: lambda graft: graft.cull(
         "it did not", update=9, verdict="culled at admission"
     ),
 }
-WAY = [GraftStage.AUDITION, GraftStage.BLENDING, GraftStage.HOLDING, GraftStage.FOSSILIZED]
-LEADING_TO = {
-    GraftStage.GERMINATED: [],
-    **{stage: WAY[: index + 1] for index, stage in enumerate(WAY)},
-    GraftStage.CULLED: [GraftStage.CULLED],
+WAYS = {
+    "twin": [GraftStage.TRIAL, GraftStage.HOLDING, GraftStage.FOSSILIZED],
+    "shadow": [
+        GraftStage.AUDITION,
+        GraftStage.BLENDING,
+        GraftStage.HOLDING,
+        GraftStage.FOSSILIZED,
+    ],
 }
+LEADING_TO = [
+    (GraftStage.GERMINATED, []),
+    (GraftStage.CULLED, [GraftStage.CULLED]),
+    *((stage, way[: index + 1]) for way in WAYS.values() for index, stage in enumerate(way)),
+]
 
 
 class Heard:
@@ -43,6 +56,7 @@ def germination(**changes):
         "artifact_id": "sha256:0",
         "reason": "ranked first",
         "update": 3,
+        "package": 1,
         "cost": COST,
     }
     return Germination(**{**fields, **changes})
@@ -53,12 +67,12 @@ def germinated():
     return Grafts(heard).germinate(germination()), heard
 
 
-@pytest.mark.parametrize("stage", list(LEADING_TO))
+@pytest.mark.parametrize(("stage", "way"), LEADING_TO)
 @pytest.mark.parametrize("after", list(STEPS))
-def test_only_those_stages_follow_that_may(stage, after):
+def test_only_those_stages_follow_that_may(stage, way, after):
     """Every arrow of the table is taken, every other one is refused and changes nothing."""
     graft, heard = germinated()
-    for step in LEADING_TO[stage]:
+    for step in way:
         STEPS[step](graft)
     assert graft.stage is stage
     record, num_heard = graft.record, len(heard.stages)
@@ -74,14 +88,15 @@ def test_only_those_stages_follow_that_may(stage, after):
 
 
 def test_an_audition_leads_into_the_model_by_blending_only():
-    """No arrow goes past it, so that no alpha jumps."""
+    """No arrow goes past it, so that no alpha jumps; a trial needs no ramp."""
+    assert ALLOWED_STAGES[GraftStage.TRIAL] == {GraftStage.HOLDING, GraftStage.CULLED}
     assert ALLOWED_STAGES[GraftStage.AUDITION] == {GraftStage.BLENDING, GraftStage.CULLED}
 
 
 def test_the_listener_hears_every_stage_with_its_reason():
     """From germination, with nothing before it, to the verdict."""
     graft, heard = germinated()
-    for stage in WAY:
+    for stage in WAYS["shadow"]:
         STEPS[stage](graft)
     assert heard.stages == [
         (1, None, GraftStage.GERMINATED, "ranked first"),
@@ -93,48 +108,55 @@ def test_the_listener_hears_every_stage_with_its_reason():
 
 
 def test_the_record_has_what_happened():
-    """When, with which verdict, and what was measured on the way."""
+    """When, with which verdict, what stands in the model, and what it was measured to cost."""
     graft, _ = germinated()
-    for stage in WAY[:3]:
+    for stage in WAYS["twin"][:2]:
         STEPS[stage](graft)
     graft.record_dependence(0.5)
-    graft.record_contribution(0.25, stderr=0.1, host_only=0.75)
     STEPS[GraftStage.FOSSILIZED](graft)
     record = graft.record
     assert (record.germinated_at, record.admitted_at, record.decided_at) == (3, 7, 9)
     assert (record.verdict, record.folded, record.parameters) == ("fossilized", True, 10)
-    assert (record.dependence, record.contribution, record.contribution_stderr) == (0.5, 0.25, 0.1)
-    assert record.host_only_contribution == 0.75
+    assert (record.dependence, record.package, record.blueprint) == (0.5, 1, "linear-8")
 
 
 def test_status_is_a_value_with_names():
     """Where a graft is can be read, compared and printed."""
     graft, _ = germinated()
-    assert graft.status == GraftStatus(site="features.0", seed_idx=2, stage=GraftStage.GERMINATED)
+    where = {"site": "features.0", "seed_idx": 2, "package": 1}
+    assert graft.status == GraftStatus(**where, stage=GraftStage.GERMINATED)
     assert str(graft.status) == "features.0.2 germinated"
 
 
 def test_a_graft_costs_while_it_is_in_the_model():
     """Neither before it is admitted nor after it is culled."""
-    costs = []
-    graft, _ = germinated()
-    for stage in [*WAY[:3], GraftStage.CULLED]:
-        STEPS[stage](graft)
-        costs.append(graft.added_cost)
-    assert costs == [NO_COST, COST, COST, NO_COST]
+    for way, expected in (
+        ("shadow", [NO_COST, COST, COST, NO_COST]),
+        ("twin", [NO_COST, COST, NO_COST]),
+    ):
+        costs = []
+        graft, _ = germinated()
+        for stage in [*WAYS[way][:-1], GraftStage.CULLED]:
+            STEPS[stage](graft)
+            costs.append(graft.added_cost)
+        assert costs == expected
 
 
 def test_all_grafts_are_numbered_and_summed_up():
-    """An admission counts for good; the cost of what was removed does not."""
+    """A package counts for good once it was admitted; the cost of what was removed does not."""
     grafts = Grafts(Heard())
-    one, other, third = (grafts.germinate(germination(site=str(i))) for i in range(3))
-    for graft in (one, other):
-        graft.begin_audition("probed")
-        graft.admit("it helps", update=7)
-    other.cull("it spiked", update=8, verdict="culled after admission", updates_lost=1)
-    assert [record.graft for record in grafts.records] == [1, 2, 3]
-    assert third.record.admitted_at is None
-    assert grafts.num_admitted == 2
+    of_packages = enumerate((1, 1, 2, 3))
+    one, other, third, fourth = (
+        grafts.germinate(germination(site=str(i), package=p)) for i, p in of_packages
+    )
+    for graft in (one, other, third):
+        graft.begin_trial("probed")
+        graft.take_over("it helped", update=7, blueprint="mlp-8")
+    for graft in (other, third):
+        graft.cull("it spiked", update=8, verdict="rolled back", updates_lost=1)
+    assert [record.graft for record in grafts.records] == [1, 2, 3, 4]
+    assert fourth.record.admitted_at is None
+    assert grafts.num_packages_admitted == 2
     assert grafts.added_cost == COST
     unmeasured = grafts.germinate(germination(cost=Cost(parameters=1)))
     unmeasured.begin_audition("probed")

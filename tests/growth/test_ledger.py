@@ -1,4 +1,4 @@
-"""The ledger of work, embargoes that are counted in decisions, and the training losses."""
+"""The ledger of work, what growing may take of it, and the training losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import suppress
 import pytest
 import torch
 
-from esper.growth.embargoes import Embargoes
 from esper.growth.ledger import WorkLedger
 from esper.growth.losses import LOSS_CHECK_EVERY, LOSS_WINDOW, SpikeLimit, TrainingLosses
 from esper.growth.settings import GrowthSettings
@@ -227,23 +226,6 @@ def test_counts_survive_a_round_trip():
     assert other.state_dict() == ledger.state_dict()
     assert other.limit(3) == ledger.limit(3)
     assert not other.update.is_known
-
-
-def test_an_embargo_is_over_after_so_many_decisions():
-    """For the slot and for the blueprint, at this site and at no other."""
-    embargoes = Embargoes(2)
-    embargoes.count_decision()
-    assert not embargoes.covers("0", 1)
-    embargoes.lay("0", 1, "mlp-8")
-    for _ in range(2):
-        embargoes.count_decision()
-        assert embargoes.covers("0", 1)
-        assert embargoes.covers("0", "mlp-8")
-    assert not embargoes.covers("0", 0)
-    assert not embargoes.covers("1", "mlp-8")
-    embargoes.count_decision()
-    assert not embargoes.covers("0", 1)
-    assert not embargoes.covers("0", "mlp-8")
 
 
 def lost(*values):

@@ -1,4 +1,4 @@
-"""Auditions, rankings and evaluations leave no trace, wherever a model keeps something."""
+"""Trials, auditions, rankings and evaluations leave no trace, wherever a model keeps something."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 import esper
 from esper.growth.evaluation import measuring
-from esper.growth.policies import EveryN
+from esper.growth.policies import ByHand, EveryN
 from esper.seeds.shadow import shadow_pass
 
 
@@ -52,6 +52,9 @@ class Metric(nn.Module):
 @dataclasses.dataclass(slots=True)
 class Slotted:
     count: int = 0
+
+
+OF_FORWARD = torch.Generator()
 
 
 class Keeper(nn.Module):
@@ -142,6 +145,9 @@ class Keeper(nn.Module):
         Keeper.calls += 1
         return Keeper.calls % 7
 
+    def _global(self, x):
+        return torch.rand((), generator=OF_FORWARD)
+
     def _flags(self, x):
         self.module.train(not self.module.training)
         return float(self.module.training)
@@ -153,6 +159,11 @@ class Keeper(nn.Module):
 
 
 KEPT = [name[1:] for name in vars(Keeper) if name.startswith("_") and name[1] != "_"]
+
+
+def begin_anew():
+    Keeper.calls = 0
+    OF_FORWARD.manual_seed(9)
 
 
 def model_that(keeps):
@@ -171,7 +182,15 @@ def held_out(model):
     return (model(GATE_X) - GATE_Y).square()
 
 
-def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
+TRIALS = {
+    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)]), "attribution": "none"},
+    "shadow": lambda: {"policy": EveryN(5), "audition_updates": 5},
+}
+UPDATES = {"twin": 60, "shadow": 40}
+"""What one of each kind of trial takes, and a few."""
+
+
+def trained(model, compute_loss, *, grows, evaluate=held_out, trial="twin"):
     """Train with a controller that refuses whatever it tried, or without one."""
     esper.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -182,11 +201,11 @@ def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
             optimizer,
             compute_loss=compute_loss,
             evaluate=evaluate,
-            policy=EveryN(5),
             min_effect=1e9,
-            **{**SHORT, "audition_updates": 5},
+            trial=trial,
+            **{**SHORT, **TRIALS[trial]()},
         )
-    for batch in batches(num):
+    for batch in batches(UPDATES[trial]):
         loss = compute_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -194,8 +213,10 @@ def trained(model, compute_loss, *, grows, evaluate=held_out, num=40):
         if grower is not None:
             grower.step(loss.detach(), batch=batch)
     if grower is not None:
-        assert any(graft.verdict == "culled at admission" for graft in grower.report().grafts)
-        grower.suggest()
+        refused = "refused in trial" if trial == "twin" else "culled at admission"
+        assert refused in {graft.verdict for graft in grower.report().grafts}
+        if trial == "shadow":
+            grower.suggest()
         grower.close()
     return [p.detach().clone() for p in model.parameters()]
 
@@ -204,13 +225,14 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("trial", UPDATES)
 @pytest.mark.parametrize("keeps", KEPT)
-def test_what_a_module_keeps_is_as_in_a_run_without_a_controller(keeps):
+def test_what_a_module_keeps_is_as_in_a_run_without_a_controller(keeps, trial):
     """It reaches the outputs here, so that one pass too many would change the weights."""
     finals = []
     for grows in (False, True):
-        Keeper.calls = 0
-        finals.append(trained(model_that(keeps), mean_loss, grows=grows))
+        begin_anew()
+        finals.append(trained(model_that(keeps), mean_loss, grows=grows, trial=trial))
     assert equal(*finals)
 
 
@@ -219,7 +241,7 @@ def test_every_keeper_would_notice_a_pass(keeps):
     """The control: one forward beside the training is seen in the weights."""
     finals = []
     for beside in (0, 1):
-        Keeper.calls = 0
+        begin_anew()
         model = model_that(keeps)
         for _ in range(beside):
             model(X[:8])
@@ -267,6 +289,23 @@ class Objective:
         return self.loss(model, batch).sum()
 
 
+class Centred(nn.Module):
+    """A criterion with a buffer that a forward writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def forward(self, found, wanted):
+        self.centre.lerp_(wanted.mean(), 0.1)
+        return (found - wanted - self.centre).square().mean()
+
+
+def criterion_with_a_buffer():
+    criterion = Centred()
+    return lambda model, batch: criterion(model(X[batch]), Y[batch])
+
+
 OF_THE_FILE = torch.Generator()
 
 
@@ -288,6 +327,7 @@ LOSSES = {
     "counters": closure_with_counters,
     "method": lambda: Objective().loss,
     "object": Objective,
+    "criterion": criterion_with_a_buffer,
     "global": lambda: loss_with_a_global,
     "partial": lambda: functools.partial(with_argument, generator=torch.Generator()),
     "random": lambda: global_random,
@@ -295,8 +335,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("evaluates", [False, True])
-def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates):
+@pytest.mark.parametrize(("evaluates", "trial"), [(True, "twin"), (False, "shadow")])
+def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates, trial):
     """Also where the measure draws from the same generators, and calls the loss."""
     finals = []
     for grows in (False, True):
@@ -311,7 +351,8 @@ def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates):
                 loss(model, torch.arange(8))
             return held_out(model)
 
-        finals.append(trained(model_that("counter"), loss, grows=grows, evaluate=evaluate))
+        settings = {"grows": grows, "evaluate": evaluate, "trial": trial}
+        finals.append(trained(model_that("counter"), loss, **settings))
     assert equal(*finals)
 
 

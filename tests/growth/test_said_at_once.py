@@ -72,40 +72,44 @@ def test_losses_of_both_infinities_are_not_a_warning_of_numpy():
     ]
 
 
-def test_loss_that_is_not_finite_during_an_audition_refuses_the_candidate():
-    """A gate that meets it does not pass; the training does not end."""
+@pytest.mark.parametrize("trial", ["twin", "shadow"])
+def test_loss_that_is_not_finite_during_a_trial_refuses_the_candidate(trial):
+    """A verdict that meets it does not pass; the training does not end."""
     model, optimizer = wrapped()
     state = {"bad": False}
 
     def measure(model):
         return poisoned(math.nan)(model) if state["bad"] else evaluate(model)
 
-    grower = growing(model, optimizer, evaluate=measure, policy=EveryN(5), evaluate_every=1000)
+    settings = {"policy": EveryN(5), "evaluate_every": 1000, "trial": trial}
+    grower = growing(model, optimizer, evaluate=measure, **settings)
     train(model, optimizer, 12, grower)
     assert grower.stages
     state["bad"] = True
-    train(model, optimizer, 30, grower, random_seed=1)
+    train(model, optimizer, 60, grower, random_seed=1)
     grafts = grower.report().grafts
-    assert {graft.verdict for graft in grafts} == {"culled at admission"}
+    assert {graft.verdict for graft in grafts} == {
+        "refused in trial" if trial == "twin" else "culled at admission"
+    }
     assert all("not finite" in graft.reason for graft in grafts)
 
 
-def test_verdict_on_losses_that_are_not_finite_is_written_down():
-    """What switching the seed off costs is unknown then, and the report is JSON all the same."""
+def test_watch_that_reads_what_is_not_finite_is_written_down():
+    """The package goes, what it brought is unknown, and the report is JSON all the same."""
     model, optimizer = wrapped()
     state = {"bad": False}
 
     def measure(model):
-        return poisoned(math.nan)(model) if state["bad"] else evaluate(model)
+        return poisoned(math.nan, num=2)(model) if state["bad"] else evaluate(model)
 
-    policy = ByHand([("0", "mlp-4x4-w32")])
-    grower = growing(model, optimizer, evaluate=measure, policy=policy, evaluate_every=1000)
-    train(model, optimizer, 45, grower)
-    assert [status.stage.value for status in grower.stages] in (["blending"], ["holding"])
+    settings = {"policy": ByHand([("0", "mlp-4x4-w32")]), "evaluate_every": 1000}
+    grower = growing(model, optimizer, evaluate=measure, **settings)
+    train(model, optimizer, 58, grower)
+    assert [status.stage.value for status in grower.stages] == ["holding"]
     state["bad"] = True
-    train(model, optimizer, 30, grower, random_seed=1)
+    train(model, optimizer, 10, grower, random_seed=1)
     (graft,) = grower.report().grafts
-    assert graft.verdict == "culled after admission"
+    assert graft.verdict == "rolled back"
     assert graft.dependence is None
     grower.report().to_json()
 
@@ -190,8 +194,9 @@ def test_ranking_that_scores_nan_is_written_down_without_a_score(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"horizon": 53}, "a graft takes 54 updates .* horizon is 53"),
-        ({"budget": Budget(grafts=0)}, "budget allows no graft"),
+        ({"horizon": 63}, "a package takes 64 updates at least .* horizon is 63"),
+        ({"horizon": 83, "trial": "shadow"}, "a package takes 84 updates .* horizon is 83"),
+        ({"budget": Budget(packages=0)}, "budget allows no package"),
         ({"compute_loss": None}, "without compute_loss="),
         ({"evaluate": None}, "without evaluate="),
     ],

@@ -20,45 +20,50 @@ JUST_INSIDE = {
     "horizon": [1, None],
     "goal": ["min", "max"],
     "evaluate_every": [1, None],
-    "overhead": [0.0, 0, 12.5, None],
-    "audition_updates": [1],
-    "ramp_updates": [1],
-    "hold_updates": [0],
-    "looks": [1],
+    "overhead": [0.0, 0, 1000.0, None],
+    "trial": ["twin", "shadow"],
+    "record_updates": [1],
+    "trial_updates": [50],
+    "tries": [1],
+    "spread": [1.0, 1],
+    "nulls": [0, 3],
+    "attribution": ["trial", "run", "none"],
+    "pays": ["updates", "flops"],
+    "min_effect": [0.0, 1e9],
     "warmup_updates": [0],
     "lr_new": [0.0, 1.0, 1],
-    "record_updates": [1],
-    "candidates": [1],
-    "min_effect": [0.0, 1e9],
-    "embargo": [0],
-    "verify": ["snapshot", "fork"],
+    "hold_updates": [0],
+    "audition_updates": [1],
+    "ramp_updates": [1],
     "random_seed": [-1, 2**40],
 }
 JUST_OUTSIDE = {
     "horizon": [0],
     "goal": ["mean"],
     "evaluate_every": [0],
-    "overhead": [-0.001, float("inf"), float("nan")],
-    "audition_updates": [0],
-    "ramp_updates": [0],
-    "hold_updates": [-1],
-    "looks": [0],
+    "overhead": [-0.001, float("nan"), float("inf")],
+    "trial": ["hope"],
+    "record_updates": [0],
+    "trial_updates": [49],
+    "tries": [0],
+    "spread": [0.999, float("inf")],
+    "nulls": [-1],
+    "attribution": ["all"],
+    "pays": ["never"],
+    "min_effect": [-0.001, float("inf")],
     "warmup_updates": [-1],
     "lr_new": [-0.001, 1.001, float("inf")],
-    "record_updates": [0],
-    "candidates": [0],
-    "min_effect": [-0.001, float("inf")],
-    "embargo": [-1],
-    "verify": ["hope"],
+    "hold_updates": [-1],
+    "audition_updates": [0],
+    "ramp_updates": [0],
     "random_seed": [],
 }
-WRONG_TYPE = {name: ["3", 2.5, True] for name in NAMES} | {
-    "goal": [1, None],
-    "verify": [True, None],
-    "overhead": ["0.1", [], False],
-    "lr_new": ["0.1", None, False],
-    "min_effect": ["0.1", None, False],
-}
+WRONG_TYPE = (
+    {name: ["3", 2.5, True] for name in NAMES}
+    | {name: [1, None] for name in ("goal", "trial", "attribution", "pays")}
+    | {name: ["0.1", None, False] for name in ("spread", "lr_new", "min_effect")}
+    | {"overhead": ["0.1", False]}
+)
 
 
 def each(table):
@@ -95,10 +100,10 @@ def test_numbers_of_numpy_become_plain_ones():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vverify", "did you mean verify"),
+        ("trial_update", "did you mean trial_updates"),
         ("rregistry", "did you mean registry"),
         ("hold_update", "did you mean hold_updates"),
-        ("learning_rate_of_the_host", "they are audition_updates, budget, "),
+        ("learning_rate_of_the_host", "they are attribution, audition_updates, budget, "),
     ],
 )
 def test_a_misspelt_name_gets_the_nearest_one(name, words):
@@ -107,9 +112,31 @@ def test_a_misspelt_name_gets_the_nearest_one(name, words):
         growing(*wrapped(), **{name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("verify", "attribution="),
+        ("looks", "read once"),
+        ("candidates", "as a package"),
+        ("embargo", "tries="),
+    ],
+)
+def test_an_argument_of_before_is_refused_with_what_took_its_place(name, words):
+    """By name, and not by one that happens to be spelt alike."""
+    with pytest.raises(TypeError, match=f"'{name}' is none .* any more; .*{words}"):
+        growing(*wrapped(), **{name: 1})
+
+
+@pytest.mark.parametrize("nulls", [1, 2])
+def test_fewer_than_three_equal_twins_are_refused(nulls):
+    """One pair is one degree of freedom, and tells no spread."""
+    with pytest.raises(ValueError, match="nulls is 0 or at least 3"):
+        GrowthSettings(nulls=nulls)
+
+
 def test_settings_are_given_one_by_one():
     """An object with all of them is refused with how to hand it over, and so it is taken."""
-    settings = GrowthSettings(looks=3)
+    settings = GrowthSettings(nulls=3)
     with pytest.raises(TypeError, match=r"\*\*settings\.as_options\(\)"):
         growing(*wrapped(), settings=settings)
     assert check_options(settings.as_options()) == settings
@@ -120,7 +147,7 @@ def test_settings_are_given_one_by_one():
     [
         ("compute_loss", 3, r"compute_loss is a function; got 3 \(a int\)"),
         ("evaluate", "loss", "evaluate is a function"),
-        ("budget", {"grafts": 3}, r"budget is an esper\.Budget"),
+        ("budget", {"packages": 3}, r"budget is an esper\.Budget"),
         ("run_dir", 3, "run_dir is a path"),
         ("policy", object(), r"policy has the method observe\(\); object has none"),
         ("registry", "kernels/", r"has none; esper\.open_registry\(folder\) opens one"),
@@ -135,8 +162,8 @@ def test_a_part_that_cannot_do_its_work_is_refused(name, part, words):
 
 def test_settings_are_those_among_the_options():
     """Parts are passed over, and what is missing is at its default."""
-    settings = check_options({"looks": 3, "budget": None, "run_dir": "somewhere"})
-    assert settings == GrowthSettings(looks=3)
+    settings = check_options({"nulls": 3, "budget": None, "run_dir": "somewhere"})
+    assert settings == GrowthSettings(nulls=3)
 
 
 def test_a_type_checker_is_told_the_same_settings():
@@ -164,7 +191,7 @@ def test_help_shows_every_option_with_its_default():
     assert list(shown) == ["model", "optimizer", *PARTS, *NAMES]
     assert {name: shown[name].default for name in NAMES} == GrowthSettings().as_options()
     assert all(shown[name].default is None for name in PARTS)
-    assert shown["looks"].annotation == "int"
+    assert shown["nulls"].annotation == "int"
     assert shown["horizon"].annotation == "int | None"
 
 

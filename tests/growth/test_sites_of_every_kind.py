@@ -97,7 +97,7 @@ def grower_of(model):
         model,
         optimizer,
         compute_loss=lambda model, batch: model(batch).square().mean(),
-        evaluate=lambda model: model(tokens(200, 7)).square().mean(1),
+        evaluate=lambda model: model(tokens(300, 7)).square().mean(1),
         budget=esper.Budget(parameters=5.0, flops=50.0, latency=None),
         **SHORT,
     )
@@ -179,7 +179,7 @@ def trained(policy):
         optimizer,
         policy=policy,
         compute_loss=lambda model, x: loss_of(model, x).mean(),
-        evaluate=lambda model: loss_of(model, torch.ones(200, 3, 4, 4)),
+        evaluate=lambda model: loss_of(model, torch.ones(300, 3, 4, 4)),
         sink=kept,
         **SHORT,
     ) as grower:

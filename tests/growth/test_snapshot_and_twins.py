@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from growing import batches, compute_loss, equal_states, state_of, train, wrapped
+from growing import batches, equal_states, growing, host, state_of, train, wrapped
+from torch import nn
 
 from esper.continuity.snapshot import RunSnapshot
-from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
-from esper.growth.twins import Twin, lockstep_update, owner_update, tau_of
+from esper.growth.live_step import LiveStep
+from esper.growth.policies import Never
+from esper.growth.twins import Twin, owner_update
+from esper.wrapping.wrap import layers, wrap
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
@@ -42,63 +45,124 @@ def test_snapshot_without_moments_does_not_repeat():
     assert not equal_states(final, state_of(model))
 
 
+def run_of(model, optimizer, num=5, **options):
+    """Train a few updates; return the run, which grows nothing, and its Grower."""
+    grower = growing(model, optimizer, policy=Never(), **options)
+    train(model, optimizer, num, grower)
+    return grower._run, grower
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_twin_without_a_graft_stays_bit_equal_to_the_run(optimizer_class):
+def test_twin_without_a_package_stays_bit_equal_to_the_run(optimizer_class):
     """Same batches and rates, own random state: dropout included, the twin is the run."""
     model, optimizer = wrapped(dropout=0.3, optimizer_class=optimizer_class)
     torch.manual_seed(3)
-    train(model, optimizer, 5)
-    twin = Twin(model, optimizer, UpdateFactor(optimizer), lockstep_update(compute_loss))
-    for index, batch in enumerate(batches(8, random_seed=1)):
-        rate = 1e-2 / (1 + index)
-        optimizer.param_groups[0]["lr"] = rate
-        loss = compute_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        twin.update([batch], [rate])
+    run, grower = run_of(model, optimizer)
+    twin = Twin(run)
+    for index in range(8):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + index)
+        train(model, optimizer, 1, grower, random_seed=index)
+        twin.update(batches(1, random_seed=index), run.live_step())
     assert equal_states(state_of(model), state_of(twin.model))
 
 
 def test_perturbed_twin_is_another_run():
-    """The control: a relative perturbation of 1e-3 does not vanish."""
-    model, optimizer = wrapped()
-    train(model, optimizer, 5)
-    twin = Twin(model, optimizer, UpdateFactor(optimizer), lockstep_update(compute_loss))
+    """The control: a relative perturbation of 1e-3 does not vanish, and draws other numbers."""
+    model, optimizer = wrapped(dropout=0.3)
+    run, _ = run_of(model, optimizer)
+    twin, other = Twin(run), Twin(run)
     twin.perturb(0)
     assert not equal_states(state_of(model), state_of(twin.model))
     for p, q in zip(model.parameters(), twin.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-2)
+    twin.model.load_state_dict(other.model.state_dict())  # only the draws differ now
+    for each in (twin, other):
+        each.update(batches(1), run.live_step())
+    assert not equal_states(state_of(twin.model), state_of(other.model))
 
 
 def test_updating_a_twin_leaves_the_random_state():
     """A twin with dropout draws from a state of its own."""
-    model, optimizer = wrapped(dropout=0.5)
-    twin = Twin(model, optimizer, UpdateFactor(optimizer), lockstep_update(compute_loss))
+    run, _ = run_of(*wrapped(dropout=0.5))
+    twin = Twin(run)
     before = torch.get_rng_state()
-    twin.update(batches(1), [1e-2])
+    twin.update(batches(1), LiveStep(rates=[1e-2]))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_twin_of_a_foreign_parameter_is_refused():
     """An optimizer that holds what the model does not have cannot be copied with it."""
     model, optimizer = wrapped()
-    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(3)))
+    run, _ = run_of(model, optimizer)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
     with pytest.raises(GrowthError, match=r"1 parameters that the model does not have.*\(3,\)"):
-        Twin(model, optimizer, UpdateFactor(optimizer), lockstep_update(compute_loss))
+        Twin(run)
+
+
+def test_twin_has_none_of_the_owners_hooks_and_those_of_libraries():
+    """A hook that watches the run is not called for a copy; one that computes a weight is."""
+    model = host()
+    nn.utils.spectral_norm(model[4])
+    wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    run, _ = run_of(model, optimizer, num=0)
+    called = []
+    model[0].register_forward_hook(lambda *_: called.append("forward"))
+    model[0].register_forward_pre_hook(lambda *_, **__: called.append("pre"), with_kwargs=True)
+    model[0].register_full_backward_hook(lambda *_: called.append("backward"))
+    optimizer.register_step_post_hook(lambda *_: called.append("step"))
+    twin = Twin(run)
+    twin.update(batches(1), LiveStep(rates=[1e-2]))
+    assert called == []
+    assert [len(m._forward_pre_hooks) for m in twin.model] == [0, 0, 0, 0, 1, 0]
+    assert len(model[0]._forward_hooks) == len(model[0]._forward_pre_hooks) == 1
+
+
+def test_twin_that_the_owner_builds_is_a_copy_of_the_run():
+    """Its values, modes and seeds are the live model's, and to build it draws nothing of its."""
+    model, optimizer = wrapped()
+    run, _ = run_of(model, optimizer, twin=lambda: host(7))
+    model[0].graft(1, "mlp-4x4-w32", alpha=0.5, example=torch.randn(3, 4))
+    model[1].eval()
+    model[4].bias.requires_grad_(False)
+    before = torch.get_rng_state()
+    twin = Twin(run)
+    assert torch.equal(before, torch.get_rng_state())
+    assert equal_states(state_of(model), state_of(twin.model))
+    assert [m.training for m in twin.model.modules()] == [m.training for m in model.modules()]
+    wants = [[p.requires_grad for p in each.parameters()] for each in (model, twin.model)]
+    assert wants[0] == wants[1]
+    assert layers(twin.model)["0"].alpha(1) == 0.5
+    twin.update(batches(1), LiveStep(rates=[1e-2]))
+    assert not equal_states(state_of(model), state_of(twin.model))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda model: "a model", "returns a torch.nn.Module like the model, got str"),
+        (lambda model: model, "shares parameters with the model"),
+        (lambda model: nn.Sequential(nn.Linear(3, 3)), "is not like the model: select="),
+        (
+            lambda model: nn.Sequential(*map(nn.Linear, range(1, 7), range(1, 7))),
+            "is not like the model",
+        ),
+    ],
+    ids=["no module", "the model", "fewer modules", "other shapes"],
+)
+def test_what_is_no_copy_is_refused_with_what_twin_returns(build, words):
+    """At the first update, before anything depends on it."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, twin=lambda: build(model))
+    with pytest.warns(UserWarning, match=f"nothing can grow.*{words}"):
+        train(model, optimizer, 1, grower)
 
 
 def test_owners_update_takes_one_batch():
     """Only the owner knows how micro-batches are weighed."""
     called = []
     update = owner_update(lambda *args: called.append(args))
-    update("model", "optimizer", ["batch"])
+    update("model", "optimizer", ["batch"], LiveStep(rates=[]))
     assert called == [("model", "optimizer", "batch")]
     with pytest.raises(GrowthError, match="2 micro-batches"):
-        update("model", "optimizer", ["one", "other"])
-
-
-def test_tau_of_what_was_not_measured_is_infinite():
-    """Then no gate passes."""
-    assert tau_of(0.25, 0.5) == 0.25
-    assert tau_of(None, 0.5) == float("inf")
+        update("model", "optimizer", ["one", "other"], LiveStep(rates=[]))

@@ -11,11 +11,17 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from esper.contracts.errors import GrowthError
 from esper.growth.grower import Grower
 from esper.growth.job import GrowthJob, grow
-from esper.growth.policies import ByHand
+from esper.growth.policies import ByHand, Never
+from esper.growth.twins import Twin
 from esper.state.host_parts import is_in_a_seed
 from esper.wrapping.wrap import wrap
 
 BY_HAND = [("0", "mlp-4x4-w32")]
+UNTIL_HELD = {
+    "twin": 5 + SHORT["trial_updates"] + 4,
+    "shadow": 2 + SHORT["audition_updates"] + SHORT["ramp_updates"] + 4,
+}
+"""Updates after which a kernel named by hand is in the model, by kind of trial."""
 
 
 def muon_and_adamw(model, lr=1e-2):
@@ -25,15 +31,19 @@ def muon_and_adamw(model, lr=1e-2):
     return [Muon(matrices, lr=lr), AdamW(vectors, lr=lr / 20)]
 
 
+def train_on(batch, model, optimizers, grower):
+    loss = compute_loss(model, batch)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    grower.step(loss, batch=batch)
+
+
 def train(model, optimizers, num, grower):
     for batch in batches(num):
-        loss = compute_loss(model, batch)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        grower.step(loss, batch=batch)
+        train_on(batch, model, optimizers, grower)
 
 
 def kernels_in(model, optimizer):
@@ -42,33 +52,36 @@ def kernels_in(model, optimizer):
     return {(names[id(p)], p.ndim) for p in held if is_in_a_seed(names[id(p)])}
 
 
-@pytest.mark.parametrize("verify", ["fork", "snapshot"])
+@pytest.mark.parametrize("trial", ["twin", "shadow"])
 @pytest.mark.parametrize("order", [1, -1])
-def test_two_optimizers_share_a_kernel_and_let_it_go(verify, order):
-    """Through audition, twins and probation: matrices to Muon, the rest to AdamW, and no trace."""
+def test_two_optimizers_share_a_kernel_and_let_it_go(trial, order):
+    """Into the model and out of it: matrices to Muon, the rest to AdamW, and no trace."""
     model = wrap(host())
     pair = muon_and_adamw(model)[::order]
-    grower = growing(model, pair, policy=ByHand(BY_HAND), verify=verify, hold_updates=50)
+    grower = growing(model, pair, policy=ByHand(BY_HAND), trial=trial, hold_updates=50)
     muon, adamw = pair[::order]
     before = [len(g["params"]) for o in pair for g in o.param_groups]
-    train(model, pair, SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    train(model, pair, UNTIL_HELD[trial], grower)
     assert [status.stage.name for status in grower.stages] == ["HOLDING"]
     assert {dim for _, dim in kernels_in(model, muon)} == {2}
     assert {dim for _, dim in kernels_in(model, adamw)} == {1}
     train(model, pair, 4, grower)
     assert all(p in o.state for o in pair for g in o.param_groups for p in g["params"])
+    grower._stage._roll_back("the test wants it gone") if trial == "twin" else grower.close()
     grower.close()
     assert [len(g["params"]) for o in pair for g in o.param_groups] == before
     assert len(grower.report().grafts) == 1
-    assert grower.updates == SHORT["record_updates"] + SHORT["audition_updates"] + 12
+    assert grower.updates == UNTIL_HELD[trial] + 4
 
 
 def test_a_lower_rate_beside_a_higher_one_is_not_spent():
     """What AdamW trains is not sped up because Muon's rate is far above its own."""
     model = wrap(host())
     muon, adamw = muon_and_adamw(model)
-    grower = growing(model, [muon, adamw], policy=ByHand(BY_HAND), verify="fork")
-    train(model, [muon, adamw], SHORT["record_updates"] + SHORT["audition_updates"] + 2, grower)
+    grower = growing(
+        model, [muon, adamw], policy=ByHand(BY_HAND), hold_updates=50, warmup_updates=100
+    )
+    train(model, [muon, adamw], UNTIL_HELD["twin"], grower)
     factor = grower._run.factor
     joined = [p for p in adamw.param_groups[0]["params"] if factor._entries.get(id(p))]
     assert joined
@@ -76,38 +89,40 @@ def test_a_lower_rate_beside_a_higher_one_is_not_spent():
     grower.close()
 
 
-def test_twin_of_two_optimizers_follows_the_run():
-    """Without a graft in it, the host's twin under Muon and AdamW does what the run would do."""
-    runs = []
-    for grows in (False, True):
-        model = wrap(host())
-        pair = muon_and_adamw(model)
-        policy = ByHand(BY_HAND if grows else [])
-        grower = growing(model, pair, policy=policy, verify="fork", hold_updates=50)
-        train(model, pair, 50, grower)
-        twin = grower.host_twin if grows else model
-        runs.append([p.detach().clone() for p in twin.parameters()])
-        grower.close()
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+@pytest.mark.parametrize("order", [1, -1])
+def test_twin_of_two_optimizers_follows_the_run(order):
+    """Without a package in it, the twin under Muon and AdamW does what the run does."""
+    model = wrap(host())
+    pair = muon_and_adamw(model)[::order]
+    grower = growing(model, pair, policy=Never())
+    train(model, pair, 5, grower)
+    twin = Twin(grower._run)
+    for batch in batches(10):
+        train_on(batch, model, pair, grower)
+        twin.update([batch], grower._run.live_step())
+    grower.close()
+    pairs = zip(model.parameters(), twin.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_own_update_is_given_the_optimizers_that_were_handed_over():
     """As many, in their order, each a copy for the twin."""
-    model, seen = wrap(host()), []
+    model = wrap(host())
     pair = muon_and_adamw(model)
 
     def update(twin, optimizers, batch):
-        seen.append([type(optimizer) for optimizer in optimizers])
+        assert [type(optimizer) for optimizer in optimizers] == [Muon, AdamW]
+        assert not set(map(id, optimizers)) & set(map(id, pair))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         compute_loss(twin, batch).backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
 
-    grower = growing(model, pair, policy=ByHand(BY_HAND), verify="fork", update=update)
-    train(model, pair, 42, grower)
+    grower = growing(model, pair, policy=ByHand(BY_HAND), update=update)
+    train(model, pair, 12, grower)
+    assert [status.stage.name for status in grower.stages] == ["TRIAL"]
     grower.close()
-    assert seen
-    assert all(types == [Muon, AdamW] for types in seen)
 
 
 def test_a_layer_of_another_optimizer_does_not_grow_and_is_named():
@@ -116,7 +131,7 @@ def test_a_layer_of_another_optimizer_does_not_grow_and_is_named():
     optimizer = AdamW([*model[0].parameters(), *model[1].parameters()])
     with growing(model, optimizer) as grower:
         assert "4" not in grower._run.layers
-        (note,) = grower.report().notes
+        note, *_ = grower.report().notes
     assert note.startswith("nothing grows at '4': 4.weight, 4.bias can be trained")
     assert "sequence" in note
 
@@ -126,7 +141,7 @@ def test_a_host_that_is_held_in_part_is_refused():
     model = wrap(host())
     muon, adamw = muon_and_adamw(model)
     with growing(model, [adamw, muon]) as grower:
-        assert not grower.report().notes
+        assert list(grower._run.layers) == ["0", "1", "4"]
     with growing(model, adamw) as grower:
         assert list(grower._run.layers) == ["1"]
 
@@ -168,33 +183,34 @@ def test_a_frozen_layer_may_grow():
         assert "0" in grower._run.layers
 
 
-@pytest.mark.parametrize("verify", ["fork", "snapshot"])
-def test_the_owners_groups_hold_for_the_run_and_its_twins(verify):
-    """group_for= decides for the audition, the live model and the null's twin."""
+@pytest.mark.parametrize("trial", ["twin", "shadow"])
+def test_the_owners_groups_hold_for_the_run_and_its_twins(trial):
+    """group_for= decides for the twins, the audition and the live model."""
     model = wrap(host())
     optimizer = AdamW([{"params": model.parameters()}, {"params": [], "lr": 1e-3}], lr=1e-2)
     grower = growing(
         model,
         optimizer,
         policy=ByHand(BY_HAND),
-        verify=verify,
+        trial=trial,
+        hold_updates=50,
         group_for=lambda name, p: optimizer.param_groups[1],
     )
-    train(model, [optimizer], SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    if trial == "twin":
+        train(model, [optimizer], 8, grower)
+        for arm in grower._stage._arms:
+            assert len(arm.twin.optimizer.param_groups[1]["params"]) == 4
+    train(model, [optimizer], UNTIL_HELD[trial], grower)
     assert len(optimizer.param_groups[1]["params"]) == 4
-    if verify == "fork":
-        null = grower._stage._fork.null.optimizer
-        assert len(null.param_groups[1]["params"]) == 2
     grower.close()
-    assert optimizer.param_groups[1]["params"] == []
 
 
 def test_names_of_a_run_are_the_models():
     """An optimizer that was built from names is told the full ones."""
     model = wrap(host())
     optimizer = AdamW(list(model.named_parameters()), lr=1e-2)
-    grower = growing(model, optimizer, policy=ByHand(BY_HAND))
-    train(model, [optimizer], SHORT["record_updates"] + SHORT["audition_updates"] + 8, grower)
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND), hold_updates=50)
+    train(model, [optimizer], UNTIL_HELD["twin"], grower)
     group, names = optimizer.param_groups[0], {id(p): n for n, p in model.named_parameters()}
     assert len(group["params"]) == len(names) > 6
     assert group["param_names"] == [names[id(p)] for p in group["params"]]
@@ -216,12 +232,12 @@ class Slower(AdamW):
                 p.data.lerp_(q, self.share)
 
 
-@pytest.mark.parametrize("verify", ["fork", "snapshot"])
-def test_a_run_under_a_class_of_the_owners(verify):
+@pytest.mark.parametrize("trial", ["twin", "shadow"])
+def test_a_run_under_a_class_of_the_owners(trial):
     """Audition and twins take the class, its settings and its step, not its constructor."""
     model = wrap(host())
     optimizer = Slower(model, 0.5)
-    grower = growing(model, optimizer, policy=ByHand(BY_HAND), verify=verify)
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND), trial=trial)
     train(model, [optimizer], 80, grower)
     grower.close()
     (graft,) = grower.report().grafts

@@ -19,7 +19,7 @@ from esper.growth.policies import ByHand, DiminishingReturns, EveryN
 from esper.growth.ranking import FirstOrderGain, GradientNorm, RandomChoice
 
 
-@pytest.mark.parametrize("name", ["parameters", "total_parameters", "flops", "latency", "grafts"])
+@pytest.mark.parametrize("name", ["parameters", "total_parameters", "flops", "latency", "packages"])
 @pytest.mark.parametrize(
     ("value", "error"), [("10%", TypeError), (True, TypeError), (-1, ValueError), (math.nan, None)]
 )
@@ -41,14 +41,14 @@ def test_size_of_a_budget_is_a_count(name, value, error):
 
 def test_numbers_of_numpy_are_kept_as_plain_ones():
     """They are written to the log and to the report."""
-    budget = esper.Budget(parameters=np.float32(0.5), grafts=np.int64(2))
-    assert json.loads(json.dumps(asdict(budget)))["grafts"] == 2
+    budget = esper.Budget(parameters=np.float32(0.5), packages=np.int64(2))
+    assert json.loads(json.dumps(asdict(budget)))["packages"] == 2
     assert type(budget.parameters) is float
 
 
 def test_budget_without_limits_is_one():
     """None and infinity lift a limit."""
-    esper.Budget(parameters=None, total_parameters=math.inf, grafts=None, latency=0)
+    esper.Budget(parameters=None, total_parameters=math.inf, packages=None, latency=0)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_number_of_seeds_is_a_whole_number(num_seeds):
     [
         ("goal", "maximise"),
         ("goal", "Max"),
-        ("verify", True),
+        ("trial", True),
+        ("attribution", "all"),
+        ("tries", 0),
         ("horizon", "600"),
         ("horizon", 600.0),
         ("lr_new", "0.3"),
@@ -131,7 +133,7 @@ def test_number_of_seeds_is_a_whole_number(num_seeds):
         ("ranking", FirstOrderGain),
         ("catalog", []),
         ("registry", "memory:"),
-        ("budget", {"grafts": 2}),
+        ("budget", {"packages": 2}),
         ("clock", 3.0),
         ("sink", print),
         ("run_dir", 3),

@@ -9,14 +9,14 @@ from esper.growth.grower import Grower
 from esper.wrapping.wrap import wrap
 
 SHORT = {
-    "audition_updates": 30,
-    "ramp_updates": 10,
+    "trial_updates": 50,
     "hold_updates": 10,
     "warmup_updates": 10,
     "record_updates": 4,
-    "looks": 2,
     "evaluate_every": 10,
     "overhead": 1000.0,  # kernels are large beside the small host
+    "audition_updates": 60,  # of trial="shadow" alone, as is the ramp
+    "ramp_updates": 10,
 }
 
 

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from esper.continuity.ensemble import AnyOptimizer
-
 WATCHED_UPDATES: Final = 64
 """Norms that are looked back on."""
-_ALIKE: Final = 3
+_TELLING: Final = 3
 """So many updates with one and the same largest norm are no coincidence."""
-_ROUNDING: Final = 2e-5
-"""Relative difference of norms that a limit has made equal: ``limit n / (n + 1e-6)``, rounded."""
+_ROUNDING: Final = 1e-6
+"""Relative difference of float32 norms that are equal but for rounding, and what torch adds to a
+norm before it divides by it: a limited one is ``limit n / (n + 1e-6)``."""
+_NEAR: Final = 2e-5
+"""Relative difference of limited norms, at most: small ones that are alike may be unlimited."""
+_DIGITS: Final = 4
+"""Significant digits, at most, of the limits that people write down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +43,13 @@ class Clipping:
     norm: float | None = None
     value: float | None = None
 
-    def apply(self, optimizer: AnyOptimizer) -> None:
-        """Clip the gradients of everything that an optimizer trains."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+    def apply(self, params: Iterable[Tensor]) -> None:
+        """Clip the gradients of parameters, in the order in which the model has them."""
+        held = list(params)
         if self.value is not None:
-            torch.nn.utils.clip_grad_value_(params, self.value)
+            torch.nn.utils.clip_grad_value_(held, self.value)
         if self.norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, self.norm)
+            torch.nn.utils.clip_grad_norm_(held, self.norm)
 
 
 UNCLIPPED: Final = Clipping()
@@ -81,20 +84,29 @@ class GradientWatch:
     @property
     def clipping(self) -> Clipping:
         """How the gradients seen so far were clipped, as far as they tell."""
-        value = _limit(self._values, rounding=0.0)
-        return Clipping(norm=None if value is not None else _limit(self._norms), value=value)
+        value = _limit(self._values, is_exact=True)
+        norm = None if value is not None else _limit(self._norms, is_exact=False)
+        return Clipping(norm=norm, value=value)
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.float().to(norms[0].device) for norm in norms])
 
 
-def _limit(sizes: Iterable[Tensor], rounding: float = _ROUNDING) -> float | None:
-    """Return the largest size where several updates share it, and some are below or above all."""
+def _limit(sizes: Iterable[Tensor], *, is_exact: bool) -> float | None:
+    """Return the largest size where several updates share it, as it was written down."""
     known = [float(size) for size in sizes]
     finite = [size for size in known if 0.0 < size < float("inf")]
-    if len(finite) < _ALIKE:
+    if len(finite) < _TELLING:
         return None
     largest = max(finite)
-    alike = [size for size in finite if size >= largest * (1.0 - rounding)]
-    return largest if len(alike) >= _ALIKE else None
+    near = 0.0 if is_exact else min(_ROUNDING * (largest + 1.0), _NEAR * largest)
+    if sum(size >= largest - near for size in finite) < _TELLING:
+        return None
+    return largest if is_exact else _as_written(largest, near)
+
+
+def _as_written(size: float, near: float) -> float:
+    """Return the shortest decimal near a size, or the size itself."""
+    shorter = (float(f"{size:.{digits}e}") for digits in range(_DIGITS))
+    return next((plain for plain in shorter if abs(plain - size) <= near), size)

@@ -74,5 +74,4 @@ ALLOWED_STAGES: Final[dict[GraftStage, frozenset[GraftStage]]] = {
     _G.FOSSILIZED: frozenset(),
     _G.CULLED: frozenset(),
 }
-"""From a stage to the stages that may follow it. After a refusal a slot and a blueprint
-of the site sit out."""
+"""From a stage to the stages that may follow it."""

@@ -101,7 +101,7 @@ def renew_statistics(
         norm.momentum = None  # the mean of all batches
     try:
         seed_random_state(model, random_seed)
-        apart = set_aside(functions=(compute_loss,), values=batches)
+        apart = set_aside(model, functions=(compute_loss,), values=batches)
         with apart, uncompiled(model), torch.no_grad():
             for batch in batches:
                 compute_loss(model, batch)

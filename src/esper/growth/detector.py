@@ -88,8 +88,12 @@ class Detector:
         return True
 
     def first(self, reading: Reading) -> Decision | None:
-        """Say yes to the first package where a run of known length has come to its moment."""
-        if reading.horizon is None or reading.num_packages:
+        """Say yes to the first package where a run of known length has come to its moment.
+
+        Where none was to be had at it, the other rules say when to look for one again.
+        """
+        had = reading.num_packages or reading.last_change_update is not None
+        if reading.horizon is None or had:
             return None
         if out_of_time(reading) or self._too_early(reading) or self._overfits():
             return None

@@ -114,9 +114,10 @@ def spread_of_equals(equals: Sequence[ArrayLike]) -> Spread:
         equals: One loss per sample of each run, shape (samples,), of the same samples; at least 2.
     """
     losses = [np.asarray(own, dtype=np.float64) for own in equals]
-    variance = float(np.var([own.mean() for own in losses], ddof=1))
-    pairs = itertools.combinations(losses, 2)
-    error = float(np.mean([np.var(a - b, ddof=1) / len(a) for a, b in pairs]))
+    with np.errstate(invalid="ignore"):  # inf - inf is a NaN, and known as one
+        variance = float(np.var([own.mean() for own in losses], ddof=1))
+        pairs = itertools.combinations(losses, 2)
+        error = float(np.mean([np.var(a - b, ddof=1) / len(a) for a, b in pairs]))
     known = math.isfinite(variance) and math.isfinite(error) and error > 0.0
     factor = max(1.0, math.sqrt(2.0 * variance / error)) if known else math.inf
     return Spread(factor=factor, degrees=len(losses) - 1)
@@ -352,7 +353,8 @@ def upper_rise(reference: Measurement, now: Measurement) -> float:
     """Return the upper 95 % bound of a rise of the loss; infinite where it was not measured."""
     if reference.per_sample is None or now.per_sample is None:
         return math.inf
-    rises = now.per_sample - reference.per_sample
-    stderr = float(rises.std(ddof=1)) / math.sqrt(len(rises))
+    with np.errstate(invalid="ignore"):  # inf - inf is a NaN, and refused as one
+        rises = now.per_sample - reference.per_sample
+        stderr = float(rises.std(ddof=1)) / math.sqrt(len(rises))
     bound = float(rises.mean()) + NormalDist().inv_cdf(0.95) * stderr
     return bound if math.isfinite(bound) else math.inf

@@ -70,7 +70,12 @@ class Graft:
     @property
     def status(self) -> GraftStatus:
         """Where the graft is, as a value."""
-        return GraftStatus(site=self.site, seed_idx=self.seed_idx, stage=self.stage)
+        return GraftStatus(
+            site=self.site,
+            seed_idx=self.seed_idx,
+            stage=self.stage,
+            package=self._record.package,
+        )
 
     @property
     def added_cost(self) -> Cost:

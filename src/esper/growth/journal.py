@@ -152,7 +152,10 @@ class Journal:
                 self.warn(f"the {what} was {lost.value} at update {lost.since}: {cure}")
 
     def evaluated(self, measurement: Measurement, train_loss: float | None) -> None:
-        """Record a reading of the gate split; of what is not finite the owner is warned."""
+        """Record a reading of the gate split; of what is not finite the owner is warned.
+
+        The loss recorded is that of the watch's part; what is not finite is told of any sample.
+        """
         self.read("gate loss", measurement.loss, measurement.blame)
         for name, value in measurement.metrics.items():
             self.read(name, value, "evaluate returned it so; it is left out of the log")
@@ -161,7 +164,7 @@ class Journal:
         metrics = {k: v for k, v in measurement.metrics.items() if math.isfinite(v)}
         known = None if train_loss is None or not math.isfinite(train_loss) else train_loss
         kept = Evaluation(
-            update=self._updates(), gate_loss=measurement.loss, train_loss=known, metrics=metrics
+            update=self._updates(), gate_loss=measurement.told, train_loss=known, metrics=metrics
         )
         self.evaluations.append(kept)
         self._sink.publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -42,6 +43,11 @@ class Measurement:
     def watchs_part(self) -> Measurement:
         """The third that passengers, the watch, policies and pages read; no verdict does."""
         return self._part(watch=True)
+
+    @property
+    def told(self) -> float:
+        """The loss that pages are told: the watch's part, or of all where one is not finite."""
+        return self.watchs_part.loss if math.isfinite(self.loss) else self.loss
 
     def _part(self, *, watch: bool) -> Measurement:
         """Return every third sample, or all others; a measure without samples stays as it is."""

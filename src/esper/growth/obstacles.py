@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
+from esper.growth.ledger import SHARE
 from esper.growth.tries import no_tries_left, tries_spent
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ def never_grows(run: GrowthRun) -> str | None:
     """Say why a run can never grow, as far as its settings tell, or None."""
     horizon, needed = run.settings.horizon, run.settings.package_updates
     if horizon is not None and needed > horizon:
+        parts = "record_updates, 50 of a trial and hold_updates"
+        if run.settings.trial == "shadow":
+            parts = "record_updates, audition_updates, ramp_updates and hold_updates"
         return (
-            f"nothing can grow: a package takes {needed} updates at least (record_updates, 50 of a "
-            f"trial and hold_updates; audition_updates and ramp_updates of an audition), and "
-            f"horizon is {horizon}; shorten them, or train longer"
+            f"nothing can grow: a package takes {needed} updates at least ({parts}), and horizon "
+            f"is {horizon}; shorten them, or train longer"
         )
     if run.budget.packages == 0:
         return (
@@ -92,6 +95,11 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"the budget's {limit} packages were taken over"
     if horizon is not None and run.too_dear is not None:
         return run.too_dear
+    if run.ledger.work("ranking") > SHARE * run.ledger.limit(run.updates):
+        return (
+            f"rankings took a fifth of overhead={run.ledger.overhead:g}: the next waits until more "
+            "is earned, if ever it is"
+        )
     if not open_sites(run):
         return "no site has a seed that is dormant"
     return None

@@ -35,8 +35,6 @@ _CURE: Final = (
 def rehearse(run: GrowthRun, batches: list[Batch]) -> str | None:
     """Copy the run, let the copy do one update, and say what stands against twins, or None.
 
-    The update's FLOPs tell what one of the live run costs.
-
     Args:
         run: The run, after its first update.
         batches: The batches of that update.

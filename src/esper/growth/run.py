@@ -95,6 +95,8 @@ class GrowthRun:
         num_decisions: Decisions to grow so far.
         null_beside: The null twin that trains on to the end of the run; None without one.
         too_dear: Why no package can be paid for in a run of this length; None where one can.
+        awaited_flops: What the shortest trial of a package takes that was not earned yet; the next
+            decision to grow waits for it. 0 where there was none.
         no_twins: Why no twin can be made; None where one can, or nobody has tried.
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
             be had; None before.
@@ -132,6 +134,7 @@ class GrowthRun:
     num_decisions: int = 0
     null_beside: Beside | None = None
     too_dear: str | None = None
+    awaited_flops: float = 0.0
     no_twins: str | None = None
     num_moves: int = field(default_factory=lambda: Moves.count)
     last_change_update: int | None = None

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
 _Count = Annotated[int, Bounds(what="a count", least=1)]
-_Overhead = Annotated[float, Bounds(what="a share of the training's FLOPs", least=0)]
+_Overhead = Annotated[float, Bounds(what="a ratio to the FLOPs of training", least=0)]
 
 MIN_TRIAL: Final = 50
 """Fewest updates of a trial: what is shorter shows the first steps of kernels and nothing else."""
+LEAST_RECORDED: Final = 4
+"""Fewest updates recorded before a trial in twins: they tell how the run clips its gradients."""
 MIN_NULLS: Final = 3
 """Fewest equal twins that a spread is measured on; one pair of runs is one degree of freedom."""
 
@@ -130,7 +132,7 @@ class GrowthSettings:
     def package_updates(self) -> int:
         """Fewest updates from a decision to grow until kernels are permanent."""
         if self.trial == "twin":
-            return self.record_updates + MIN_TRIAL + self.hold_updates
+            return max(self.record_updates, LEAST_RECORDED) + MIN_TRIAL + self.hold_updates
         return self.record_updates + self.audition_updates + self.joint_updates
 
     @property

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from esper.growth.batch import num_samples_in
 from esper.growth.budget import Cost, synchronize
+from esper.growth.probation import LOOKS
 from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
@@ -29,9 +31,27 @@ FORWARD_BACKWARD = 3
 """A backward takes twice the products of the forward."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How long a trial may be.
+
+    Attributes:
+        updates: Updates of the trial; 0 where none can be paid, or none is wanted.
+        reason: Why none can be paid; empty where one can.
+        waits: Whether one can be paid later, when it is earned.
+    """
+
+    updates: int = 0
+    reason: str = ""
+    waits: bool = False
+
+
+NONE_LEFT: Final = Size(reason="no candidate with a predicted gain is within the budget")
+
+
 def paid_trial(
     run: GrowthRun, choose: Callable[[float], list[RankedCandidate]], batches: list[Batch]
-) -> tuple[list[RankedCandidate], int]:
+) -> tuple[list[RankedCandidate], Size]:
     """Choose a package whose trial the overhead buys, and say for how many updates.
 
     A trial as long as the owner wants comes before kernels that are dear; only where it buys none
@@ -42,20 +62,38 @@ def paid_trial(
         choose: What would be tried, given the FLOPs that its kernels may take together in a
             forward of one sample; best predicted gain first.
         batches: The batches of the last update.
-
-    Returns:
-        Nothing and 0 where nothing can be paid.
     """
+    if run.settings.trial == "shadow":
+        chosen = choose(math.inf)[:1]
+        return (chosen, paid_kernel(run, chosen[0].flops, batches)) if chosen else ([], NONE_LEFT)
     updates = min(run.settings.trial_updates, *_updates_left(run))
     while updates >= MIN_TRIAL:
         chosen = choose(_kernel_flops(run, updates, batches))
         if chosen:
             flops = [entry.flops for entry in chosen]
-            return chosen, affordable_updates(run, flops, batches)
+            return chosen, Size(updates=affordable_updates(run, flops, batches))
         if updates == MIN_TRIAL:
             break
         updates = max(MIN_TRIAL, updates // 2)
-    return [], 0
+    wanted = choose(math.inf)
+    if not wanted:
+        return [], NONE_LEFT
+    return [], _too_dear(run, min(entry.flops or 0.0 for entry in wanted), batches)
+
+
+def paid_kernel(run: GrowthRun, flops: float | None, batches: list[Batch]) -> Size:
+    """Say for how many updates one kernel can be tried; of an audition, whether it can.
+
+    Args:
+        run: The run.
+        flops: FLOPs of the kernel's forward of one sample; None where they were not counted.
+        batches: The batches of the last update.
+    """
+    if run.settings.trial == "shadow":
+        is_paid = run.ledger.affordable(_least_flops(run, flops, batches))
+        return Size() if is_paid else _too_dear(run, flops, batches)
+    updates = affordable_updates(run, [flops], batches)
+    return Size(updates=updates) if updates >= MIN_TRIAL else _too_dear(run, flops, batches)
 
 
 def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
@@ -67,28 +105,46 @@ def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
     return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
 
 
-def too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> str:
+def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
     """Say why not even one kernel can be tried, and what it would take."""
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
-        return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
+        left = f"too few are left of {settings.horizon}"
+        return Size(reason=f"a package takes {needed} updates at least; {left}")
     if run.ledger.update.is_known and run.ledger.update_flops == 0:
-        return "torch counts no FLOPs in an update of this model, so that no ratio to them buys any"
-    shortest = MIN_TRIAL * update_flops(run, [kernel_flops], batches) + reading_flops(run)
-    horizon = run.ledger.horizon_for(shortest)
-    cure = "it would take a larger one"
-    if horizon is not None:
-        cure = f"it would take a horizon of about {horizon:,} updates, or a larger overhead"
-    overhead = f"overhead={run.ledger.overhead:g}"
-    return f"{overhead} buys no trial of {MIN_TRIAL} updates in this run: {cure}"
+        return Size(
+            reason="torch counts no FLOPs in an update of this model, so that no ratio to them "
+            "buys any"
+        )
+    least, what = _least_flops(run, kernel_flops, batches), f"trial of {MIN_TRIAL} updates"
+    if settings.trial == "shadow":
+        what = f"audition of {settings.audition_updates} passes"
+    bought = f"overhead={run.ledger.overhead:g} buys no {what}"
+    length = run.ledger.horizon_for(least + run.ledger.spent)
+    if length is None:
+        return Size(reason=f"{bought} in this run: it would take a larger one")
+    if settings.horizon is None:
+        run.awaited_flops = least
+        words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
+        return Size(reason=words, waits=True)
+    cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
+    return Size(reason=f"{bought} in this run: {cure}")
+
+
+def _least_flops(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> float:
+    """Return the FLOPs of the shortest trial of one kernel, every reading included."""
+    num = run.settings.audition_updates if run.settings.trial == "shadow" else MIN_TRIAL
+    return num * update_flops(run, [kernel_flops], batches) + reading_flops(run)
 
 
 def update_flops(
     run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
 ) -> float:
-    """Return the FLOPs of one update of all arms of a trial."""
+    """Return the FLOPs of one update of all arms of a trial, or of both passes of an audition."""
     settings, host = run.settings, run.ledger.update_flops
     added = FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
+    if settings.trial == "shadow":
+        return 2 * (host + added)
     arms = 1 if settings.attribution == "none" else 2
     return arms * (host + added) + settings.nulls * host
 
@@ -99,6 +155,8 @@ def reading_flops(run: GrowthRun) -> float:
     Those that look for passengers come after them, as far as the overhead still buys them.
     """
     settings = run.settings
+    if settings.trial == "shadow":
+        return run.ledger.reading_flops * (2 * LOOKS + LAST_READINGS + WATCH_READINGS)
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
     return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS)
 
@@ -123,15 +181,16 @@ def _updates_left(run: GrowthRun) -> list[int]:
 
 
 def is_earned(run: GrowthRun) -> bool:
-    """Say whether the overhead buys a whole trial by now, where no horizon is known.
+    """Say whether the overhead buys a whole trial of a host by now, where no horizon is known.
 
     With a horizon it is known from the start what can be afforded, and less may do.
     """
-    if run.settings.horizon is not None or run.settings.trial != "twin":
+    if run.settings.horizon is not None:
         return True
-    arms = (1 if run.settings.attribution == "none" else 2) + run.settings.nulls
-    wanted = arms * run.settings.trial_updates * run.ledger.update_flops + reading_flops(run)
-    return run.ledger.affordable(wanted)
+    is_short = run.settings.trial == "shadow"
+    num = run.settings.audition_updates if is_short else run.settings.trial_updates
+    wanted = num * update_flops(run, (), []) + reading_flops(run)
+    return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 
 def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str | None:

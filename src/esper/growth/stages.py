@@ -6,27 +6,29 @@ Recording -> Auditioning -> Probation           trial="shadow"
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import TYPE_CHECKING
 
 from esper.growth.germination import (
     choose_package,
-    germinate_choice,
+    germinate,
     germinate_package,
+    named_kernel,
     open_sites,
     rank,
 )
 from esper.growth.recording import Recorder, record_beside
-from esper.growth.settings import MIN_TRIAL
+from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import affordable_updates, paid_trial, too_dear, too_slow
+from esper.growth.sizing import Size, paid_kernel, paid_trial, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.germination import Contender, Ranked
+    from esper.growth.germination import Contender
+    from esper.growth.ranking import RankedCandidate
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
     from esper.growth.stage import Stage
@@ -55,7 +57,9 @@ class Recording:
             random_seed=run.settings.generator_seed + run.num_decisions,
             records_shadow_passes=True,
         )
-        self._updates_left = run.settings.record_updates if choice is None else 1
+        self._least = LEAST_RECORDED if run.settings.trial == "twin" else 1
+        self._wanted = run.settings.record_updates if choice is None else 1
+        self._num_recorded = 0
         self._has_made_up = False
         run.watcher.reads_scale = True
 
@@ -70,8 +74,11 @@ class Recording:
         return ()
 
     def advance(self, batches: list[Batch]) -> Stage | None:
-        """Count one recorded update; after the last, rank and germinate."""
-        self._updates_left -= 1
+        """Count one recorded update; after the last, rank and germinate.
+
+        Twins need a few in any case: they tell how the run clips its gradients.
+        """
+        self._num_recorded += 1
         watcher = self._run.watcher
         self._recorder.end_update(
             num_batches=len(batches),
@@ -79,7 +86,8 @@ class Recording:
             share_kept=watcher.share_kept,
         )
         self._make_up_for_silent_sites(batches)
-        if self._updates_left > 0 and not self._recorder.done:
+        has_enough = self._num_recorded >= self._wanted or self._recorder.done
+        if self._num_recorded < self._least or not has_enough:
             return self
         self.close("recorded")
         return self._begin(batches)
@@ -87,74 +95,80 @@ class Recording:
     def _begin(self, batches: list[Batch]) -> Stage | None:
         """Rank, choose and germinate; where nothing can be tried, the log says why."""
         run = self._run
-        package, updates = self._package(batches)
+        size, package = self._package(batches)
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], batches)
-        parameters = sum(contender.graft.cost.parameters for contender in package)
-        against = run.memory_shortage(parameters) if package else None
-        if against is None and package and batches:
-            against = too_slow(run, package, batches[-1])
-        if package and against is None:
-            made = attempt(lambda: Trial(run, package, updates))
+        against = self._against(package, batches) if package else size.reason
+        if not against:
+            made = attempt(lambda: Trial(run, package, size.updates))
             if isinstance(made, Done):
                 return made.value
             against = f"no trial could begin: {made}"
         for contender in package:
-            contender.withdraw(against or "", update=run.updates, verdict="refused in trial")
-        if against is not None:
-            run.journal.note(against)
+            contender.withdraw(against, update=run.updates, verdict="refused in trial")
         if not self._advise_only:
-            run.last_change_update = run.updates
+            run.journal.note(against)
+            if not size.waits:
+                run.last_change_update = run.updates
         return None
 
-    def _package(self, batches: list[Batch]) -> tuple[list[Contender], int]:
-        """Return what is to be tried, and for how many updates; the policy hears of it."""
+    def _against(self, package: list[Contender], batches: list[Batch]) -> str:
+        """Say why twins with a package do not fit, or would be too slow; empty where neither."""
+        parameters = sum(contender.graft.cost.parameters for contender in package)
+        short = self._run.memory_shortage(parameters)
+        if short is None and batches:
+            short = too_slow(self._run, package, batches[-1])
+        return short or ""
+
+    def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
+        """Return what is to be tried; the policy hears of a decision that does not wait."""
+        if self._choice is None:
+            size, package = self._chosen_by_ranking(batches)
+        else:
+            size, package = self._chosen_by_hand(self._choice, batches)
+        if not size.waits:
+            self._run.policy.germinated(self._run.updates, self._choice)
+        return size, package
+
+    def _chosen_by_ranking(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run, observations = self._run, self._recorder.observations
-        if self._choice is not None:
-            run.policy.germinated(run.updates, self._choice)
-            return self._chosen_by_hand(batches)
         with run.ledger.measured("ranking"):
             ranked = rank(run, observations)
         run.journal.ranked(ranked.order, ranked.refused)
-        run.policy.germinated(run.updates, None)
+        refused = Size(reason="no candidate with a predicted gain passed budget and probe")
         if self._advise_only:
-            return [], 0
-        if run.settings.trial == "shadow":
-            chosen, updates = choose_package(run, ranked, limit=1), 0
-        else:
-            limit = len(run.layers)
-            choose = functools.partial(choose_package, run, ranked, limit=limit)
-            chosen, updates = paid_trial(run, lambda flops: choose(flops=flops), batches)
-        if not chosen:
-            self._say_why_not(ranked, batches)
+            return refused, []
+        limit = 1 if run.settings.trial == "shadow" else len(run.layers)
+
+        def choose(flops: float) -> list[RankedCandidate]:
+            return choose_package(run, ranked, limit=limit, flops=flops)
+
+        if not ranked.order and ranked.is_cut:
+            run.too_dear = (
+                f"overhead={run.ledger.overhead:g} buys no ranking: raise it, or train longer"
+            )
+            return Size(reason=run.too_dear), []
+        chosen, size = paid_trial(run, choose, batches)
+        if size.reason and not size.waits and choose(math.inf):
+            run.too_dear = size.reason
+        if size.reason:
+            return size, []
         package = germinate_package(run, chosen, ranked, observations)
-        if chosen and not package:
-            run.journal.note("no kernel that was chosen passed its probe")
-        return package, updates
+        return (size if package else refused), package
 
-    def _say_why_not(self, ranked: Ranked, batches: list[Batch]) -> None:
+    def _chosen_by_hand(self, choice: Choice, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
-        wanted = choose_package(run, ranked, limit=len(run.layers))
-        if not wanted:
-            run.journal.note("no candidate with a predicted gain is within the budget")
-            return
-        cheapest = min((entry.flops or 0.0 for entry in wanted), default=0.0)
-        run.too_dear = too_dear(run, cheapest, batches)
-        run.journal.note(run.too_dear)
-
-    def _chosen_by_hand(self, batches: list[Batch]) -> tuple[list[Contender], int]:
-        run = self._run
-        assert self._choice is not None, "the owner named a graft"
-        contender = germinate_choice(run, self._choice, self._recorder.observations)
-        if contender is None or run.settings.trial == "shadow":
-            return ([] if contender is None else [contender]), 0
-        updates = affordable_updates(run, [contender.graft.cost.flops], batches)
-        if updates >= MIN_TRIAL:
-            return [contender], updates
-        reason = too_dear(run, contender.graft.cost.flops, batches)
-        contender.withdraw(reason, update=run.updates, verdict="refused in trial")
-        run.journal.note(reason)
-        return [], 0
+        refused = Size(reason="what was named by hand was refused")
+        found = named_kernel(run, choice, self._recorder.observations)
+        if found is None:
+            return refused, []
+        blueprint, cost = found
+        size = paid_kernel(run, cost.flops, batches)
+        if size.reason:
+            return size, []
+        seen = self._recorder.observations[choice.site]
+        contender = germinate(run, choice.site, blueprint, seen, "named by hand")
+        return (refused, []) if contender is None else (size, [contender])
 
     def _audition(self, contender: Contender, batches: list[Batch]) -> Stage | None:
         slow = too_slow(self._run, [contender], batches[-1]) if batches else None

@@ -16,7 +16,7 @@ from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
-from esper.state.set_aside import set_aside
+from esper.state.set_aside import Apart
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Twin:
     """A copy of a run that takes the live run's batches and rates.
 
     It runs eagerly, has a random state of its own, which starts as the run's, and none of the
-    owner's hooks. What the owner's functions keep is put back after each of its updates.
+    owner's hooks. What the owner's functions keep is its own likewise, and the run's comes back
+    after each of its updates.
 
     Args:
         run: The run; its model, optimizer and warm-up are copied as far as they are.
@@ -62,7 +63,7 @@ class Twin:
         self.optimizer = _copied_optimizer(run.optimizer, memo)
         self.factor = _copied_factor(run.factor, self.optimizer, run.model, memo)
         self._update = run.twin_update
-        self._functions = run.functions
+        self._apart = Apart(self.model, run.functions)
         self._random_state = random_state(run.model)
 
     def update(self, batches: list[Batch], step: LiveStep) -> None:
@@ -72,7 +73,7 @@ class Twin:
             group["lr"] = rate
         outer = random_state(self.model)
         set_random_state(self._random_state)
-        apart = set_aside(functions=self._functions, values=batches)
+        apart = self._apart.inside(batches)
         try:
             with apart, uncompiled(self.model), torch.enable_grad():
                 self._update(self.model, self.optimizer, batches, step)
@@ -138,17 +139,17 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
             step.average(optimizer)
         if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
             return
-        step.clipping.apply(optimizer)
+        step.clipping.apply(model.parameters())
         optimizer.step()
 
     return update
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
-    """Take a loss's scale off the gradients; say whether they are finite then."""
+    """Take a loss's scale off the gradients as GradScaler does; say whether they are finite."""
     held = (p.grad for group in optimizer.param_groups for p in group["params"])
     gradients = [gradient for gradient in held if gradient is not None]
-    torch._foreach_div_(gradients, scale)
+    torch._foreach_mul_(gradients, float(torch.tensor(1.0 / scale)))
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
@@ -198,7 +199,7 @@ def copied_model(run: GrowthRun, memo: dict[int, object] | None = None) -> nn.Mo
     """
     memo = {} if memo is None else memo
     if run.build_twin is not None:
-        return run.build_twin(run.model, memo)
+        return _built(run.build_twin, run.model, memo)
     try:
         copied = copy.deepcopy(run.model, memo)
     except Exception as error:
@@ -210,6 +211,15 @@ def copied_model(run: GrowthRun, memo: dict[int, object] | None = None) -> nn.Mo
     for module in copied.modules():
         _drop_hooks(module)
     return copied
+
+
+def _built(build: TwinBuilder, model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """Let the owner build a module; its first values are drawn beside the run's random state."""
+    outer = random_state(model)
+    try:
+        return build(model, memo)
+    finally:
+        set_random_state(outer)
 
 
 def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
@@ -226,17 +236,13 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
         if not isinstance(made, nn.Module):
             msg = f"twin= returns a torch.nn.Module like the model, got {type(made).__name__}"
             raise GrowthError(msg)
-        found = layers(model)
-        if made is not model and not layers(made):
-            wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
         try:
-            made.load_state_dict(model.state_dict())
-        except RuntimeError as error:
-            msg = f"what twin= returned does not take the model's state: {error}"
+            _become_alike(made, model)
+            pairs = list(zip(model.parameters(), made.parameters(), strict=True))
+        except (RuntimeError, ValueError) as error:
+            msg = f"what twin= returned is not like the model: {error}"
             raise GrowthError(msg) from error
-        for module, copied in zip(model.modules(), made.modules(), strict=True):
-            copied.training = module.training
-        for p, theirs in zip(model.parameters(), made.parameters(), strict=True):
+        for p, theirs in pairs:
             if theirs is p:
                 msg = "what twin= returned shares parameters with the model; build a module anew"
                 raise GrowthError(msg)
@@ -244,6 +250,16 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
         return made
 
     return build
+
+
+def _become_alike(made: nn.Module, model: nn.Module) -> None:
+    """Give a module the seeds, the state and the modes of a model of the same class."""
+    found = layers(model)
+    if made is not model and not layers(made):
+        wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
+    made.load_state_dict(model.state_dict())
+    for module, copied in zip(model.modules(), made.modules(), strict=True):
+        copied.training = module.training
 
 
 def _drop_hooks(module: nn.Module) -> None:

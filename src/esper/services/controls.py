@@ -18,6 +18,7 @@ from esper.growth.evaluation import measuring
 from esper.growth.gates import read_gate
 from esper.growth.grower import Grower
 from esper.growth.policies import ByHand
+from esper.growth.settings import LEAST_RECORDED
 from esper.registry.memory import MemoryRegistry
 from esper.services.arms import compute_loss, inputs_of, train_on
 from esper.services.looks import measure_on
@@ -174,7 +175,7 @@ def _tried(digits: Digits, fork: HostFork, package: _Package, tell: Tell) -> Tri
         "compute_loss": compute_loss,
         "evaluate": measure_on(digits.gate),
         "policy": ByHand([(package.site, package.blueprint)]),
-        "horizon": 2 + TRIAL_UPDATES + HOLD_UPDATES,  # chosen after one update, recorded in one
+        "horizon": 2 + LEAST_RECORDED + TRIAL_UPDATES + HOLD_UPDATES,  # chosen after one update
         "trial_updates": package.updates,
         "hold_updates": HOLD_UPDATES,
         "overhead": PLENTY,

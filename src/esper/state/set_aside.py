@@ -81,9 +81,9 @@ def set_aside(
 
     Args:
         modules: Models: their attributes, flags, hooks and gradients, and their parameters where
-            a pass writes to them.
+            a pass writes to them; what their classes keep, and the globals that those name.
         functions: The owner's functions: closures, the globals they name, the objects that they
-            are methods of.
+            are methods of, and the buffers of modules among all these.
         values: Whatever a pass is given: a batch.
         draws: Functions of which only random generators are put back; the rest is their owner's
             to keep.
@@ -95,19 +95,66 @@ def set_aside(
     kept = _Kept(with_buffers=with_buffers)
     for index, module in enumerate(modules):
         kept.walk(module, f"model {index}" if index else "model")
-    kept.is_data = True
-    for value in values:
-        kept.walk(value, "batch")
-    kept.is_data = False
-    for function in functions:
-        kept.walk(function, getattr(function, "__name__", type(function).__name__))
+    kept.walk_batch(values)
+    kept.with_buffers = True
+    kept.walk_functions(functions)
     kept.only_random = True
-    for function in draws:
-        kept.walk(function, getattr(function, "__name__", type(function).__name__))
+    kept.walk_functions(draws)
     try:
         yield
     finally:
         lost = kept.put_back()
+    _tell_of(lost)
+
+
+class Apart:
+    """What the owner's functions and classes keep for one copy of a model, from pass to pass.
+
+    A closure that counts its calls, or draws from a generator of its own, goes on for the copy
+    where its own last pass has left it, and for the run where the run has. Large tensors, and what
+    modules keep that the functions name, are the run's in both.
+
+    Args:
+        model: The copy; what its modules keep in themselves is its own anyway.
+        functions: The owner's functions, as in :func:`set_aside`.
+    """
+
+    def __init__(self, model: nn.Module, functions: Iterable[object]) -> None:
+        self._model = model
+        self._functions = tuple(functions)
+        self._own = self._small()
+
+    @contextmanager
+    def inside(self, values: Iterable[object] = ()) -> Iterator[None]:
+        """Let the copy have what it keeps, and the run again what was the run's.
+
+        Args:
+            values: What the pass is given, put back as well: a batch.
+
+        Warns:
+            UserWarning: Something was changed that could not be kept apart; it is named.
+        """
+        theirs = self._walked(_Kept(with_buffers=True), values)
+        self._own.put_back(within=theirs)
+        try:
+            yield
+        finally:
+            self._own = self._small()
+            lost = theirs.put_back()
+        _tell_of(lost)
+
+    def _small(self) -> _Kept:
+        return self._walked(_Kept(with_buffers=False, is_small=True))
+
+    def _walked(self, kept: _Kept, values: Iterable[object] = ()) -> _Kept:
+        for cls in {type(module): None for module in self._model.modules()}:
+            kept.walk_class(cls)
+        kept.walk_batch(values)
+        kept.walk_functions(self._functions)
+        return kept
+
+
+def _tell_of(lost: list[str]) -> None:
     if lost:
         warn_owner(
             f"{', '.join(lost)}: changed by a pass that Esper makes beside the training, and "
@@ -122,29 +169,61 @@ class _Kept:
     Attributes:
         only_random: Whether what is found from now on is put back only where it is a generator.
         is_data: Whether what is found from now on is data, whatever its class: a library's batch.
+        with_buffers: Whether buffers of modules that are found from now on are put back.
+        is_small: Whether only what is small is kept, and nothing that modules have.
     """
 
-    def __init__(self, *, with_buffers: bool) -> None:
+    def __init__(self, *, with_buffers: bool, is_small: bool = False) -> None:
         self.only_random = self.is_data = False
-        self._with_buffers = with_buffers
+        self.with_buffers = with_buffers
+        self.is_small = is_small
         self._seen: dict[int, object] = {}  # holds what was found: an id is used again otherwise
         self._left: list[tuple[object, str]] = []
-        self._undo: list[Callable[[], str | None]] = []
+        self._holder: object = None  # of what is found now
+        self._undo: list[tuple[object, Callable[[], str | None]]] = []
         self._bytes_left = COPIED_BYTES
+
+    def walk_functions(self, functions: Iterable[object]) -> None:
+        """Look into functions of the owner's, each by its name."""
+        for function in functions:
+            self.walk(function, getattr(function, "__name__", type(function).__name__))
+
+    def walk_batch(self, values: Iterable[object]) -> None:
+        """Look into what a pass is given."""
+        self.is_data = True
+        for value in values:
+            self.walk(value, "batch")
+        self.is_data = False
+
+    def walk_class(self, cls: type) -> None:
+        """Look into what a class of modules keeps for all of them, as far as it is the owner's."""
+        self._classes(cls)
+        self._walk_on()
 
     def walk(self, root: object, path: str) -> None:
         """Look into a value, and into all that it holds."""
         self._left.append((root, path))
+        self._walk_on()
+
+    def _walk_on(self) -> None:
         while self._left:
             value, path = self._left.pop()
             if type(value) in _PLAIN or id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
+            self._holder = value
             self._keep(value, path)
 
-    def put_back(self) -> list[str]:
-        """Put everything back, the last first; return the names of what could not be."""
-        return [lost for undo in reversed(self._undo) if (lost := undo()) is not None]
+    def put_back(self, *, within: _Kept | None = None) -> list[str]:
+        """Put everything back, the last first; return the names of what could not be.
+
+        Args:
+            within: Leave alone what this one would not put back after it.
+        """
+        undo = reversed(self._undo)
+        if within is not None:
+            undo = (entry for entry in undo if id(entry[0]) in within._seen)  # noqa: SLF001 - of this file
+        return [lost for _, put in undo if (lost := put()) is not None]
 
     def _keep(self, value: object, path: str) -> None:
         for kind, keep in _KINDS:
@@ -153,16 +232,19 @@ class _Kept:
                 return
         restore = _random_state_of(value)
         if restore is not None:
-            self._undo.append(restore)
+            self._add(restore)
             return
         if self.is_data or _is_owners(type(value)) or _is_metric(value):
             self._attributes(value, path)
         elif not type(value).__module__.startswith("esper."):
             self._foreign(value, path)
 
+    def _add(self, undo: Callable[[], str | None]) -> None:
+        self._undo.append((self._holder, undo))
+
     def _later(self, undo: Callable[[], str | None]) -> None:
         if not self.only_random:
-            self._undo.append(undo)
+            self._add(undo)
 
     def _items(self, items: Iterable[tuple[object, object]], path: str) -> None:
         for name, value in items:
@@ -174,23 +256,23 @@ class _Kept:
             return
         state = _fingerprint(value)
         if self._is_cloned(value, value.numel() * value.element_size()):
-            self._undo.append(functools.partial(_restore_tensor, value, state, _clone(value)))
-        elif state is not None:
-            self._undo.append(functools.partial(_watch_tensor, value, state, path))
+            self._add(functools.partial(_restore_tensor, value, state, _clone(value)))
+        elif state is not None and not self.is_small:
+            self._add(functools.partial(_watch_tensor, value, state, path))
 
     def _is_cloned(self, value: Tensor | np.ndarray[Any, Any], size_bytes: int) -> bool:
         """Say whether a copy is worth its memory; see the head of the file."""
         if isinstance(value, Tensor) and (value.grad_fn is not None or not _is_plain(value)):
             return False
         if size_bytes > SMALL_BYTES or isinstance(value, nn.Parameter):
-            if _is_settled(value) or size_bytes > self._bytes_left:
+            if self.is_small or _is_settled(value) or size_bytes > self._bytes_left:
                 return False
             self._bytes_left -= size_bytes
         return True
 
     def _array(self, value: np.ndarray[Any, Any], path: str) -> None:  # noqa: ARG002 - a kind's signature
         if not self.only_random and value.flags.writeable and self._is_cloned(value, value.nbytes):
-            self._undo.append(functools.partial(_restore_array, value, value.copy()))
+            self._add(functools.partial(_restore_array, value, value.copy()))
 
     def _list(self, value: list[object], path: str) -> None:
         self._container(value, path, list.__iter__, lambda saved: _set_list(value, saved))
@@ -245,10 +327,9 @@ class _Kept:
             self._later(lambda: path if len(value) != size else None)
             return
         saved = dict(dict.items(value))
-        if not self.only_random:
-            for name, item in saved.items():
-                if isinstance(item, _ITERATORS):
-                    kind.__setitem__(value, name, _copied(item))
+        for name, item in list(saved.items()):
+            if isinstance(item, _ITERATORS):
+                saved[name] = self._iterator(item, functools.partial(kind.__setitem__, value, name))
 
         def undo() -> None:
             if not _same(value, saved):
@@ -258,6 +339,14 @@ class _Kept:
         self._later(undo)
         if len(saved) <= MAX_WALKED:
             self._items(saved.items(), path)
+
+    def _iterator(self, held: object, put: Callable[[object], None]) -> object:
+        """Let a pass use up a copy; return what is to be put back, for a later pass another one."""
+        if self.is_small:
+            return _copied(held)
+        if not self.only_random:
+            put(_copied(held))
+        return held
 
     def _attributes(self, value: object, path: str) -> None:
         own = getattr(value, "__dict__", None)
@@ -273,6 +362,8 @@ class _Kept:
         self._items([(name, held)], path)
 
     def _module(self, module: nn.Module, path: str) -> None:
+        if self.is_small:
+            return
         own = vars(module)
         tables = (own, module._parameters, module._buffers, module._modules)  # noqa: SLF001 - past properties
         self._later(functools.partial(_refill, [(held, dict(held)) for held in tables]))
@@ -281,14 +372,17 @@ class _Kept:
         for name, p in module._parameters.items():  # noqa: SLF001 - as above
             if p is not None and id(p) not in self._seen:
                 self._parameter(p, f"{path}.{name}")
-        if self._with_buffers and not isinstance(module, SeedSlot):
+        if self.with_buffers and not isinstance(module, SeedSlot):
             self._items(module._buffers.items(), path)  # noqa: SLF001 - as above
         for kind in _CALLED:
             hooks = own.get(kind)
             if hooks:
                 self._items(hooks.items(), f"{path}.{kind}")
-        for cls in filter(_is_owners, type(module).__mro__):
-            self._class(cls)
+        self._classes(type(module))
+
+    def _classes(self, cls: type) -> None:
+        for base in filter(_is_owners, cls.__mro__):
+            self._class(base)
 
     def _looked_into(self, own: dict[str, Any], path: str) -> None:
         """Look into a module's attributes, torch's own left out."""
@@ -303,8 +397,11 @@ class _Kept:
         """Keep what a class counts for all of its objects."""
         if id(cls) in self._seen or self.only_random:
             return
-        self._seen[id(cls)] = cls
+        self._seen[id(cls)] = self._holder = cls
         for name, item in list(vars(cls).items()):
+            if isinstance(item, types.FunctionType):
+                self._items([(name, item)], cls.__qualname__)
+                continue
             if name.startswith("__") or callable(item) or hasattr(item, "__get__"):
                 continue
             self._later(functools.partial(_set_class_attribute, cls, name, item))
@@ -324,7 +421,7 @@ class _Kept:
         self._tensor(p, path)
         state = None if grad is None or self.only_random else _fingerprint(grad)
         if grad is not None and state is not None:
-            self._undo.append(functools.partial(_watch_tensor, grad, state, f"{path}.grad"))
+            self._add(functools.partial(_watch_tensor, grad, state, f"{path}.grad"))
 
     def _function(self, value: types.FunctionType, path: str) -> None:
         if _is_installed(value.__module__ or ""):
@@ -344,8 +441,8 @@ class _Kept:
         except ValueError:  # it is empty
             return
         self._left.append((held, path))
-        if isinstance(held, _ITERATORS) and not self.only_random:
-            cell.cell_contents = _copied(held)
+        if isinstance(held, _ITERATORS):
+            held = self._iterator(held, functools.partial(setattr, cell, "cell_contents"))
 
         def undo() -> None:
             cell.cell_contents = held
@@ -358,8 +455,8 @@ class _Kept:
                 continue
             value = held[name]
             self._left.append((value, name))
-            if isinstance(value, _ITERATORS) and not self.only_random:
-                held[name] = _copied(value)
+            if isinstance(value, _ITERATORS):
+                value = self._iterator(value, functools.partial(held.__setitem__, name))
             self._later(functools.partial(_set_item, held, name, value))
 
     def _method(self, value: types.MethodType, path: str) -> None:
@@ -378,6 +475,8 @@ class _Kept:
             self._items(enumerate(value), path)
 
     def _generator(self, value: types.GeneratorType[Any, Any, Any], path: str) -> None:
+        if self.is_small:
+            return
         before = _position(value)
         self._later(lambda: path if _position(value) != before else None)
 
@@ -387,7 +486,7 @@ class _Kept:
         if not isinstance(own, dict):
             return
         self._items([(name, own[name]) for name in _RANDOM_PARTS if name in own], path)
-        if type(value).__module__.partition(".")[0] in ("torch", "logging"):
+        if self.is_small or type(value).__module__.partition(".")[0] in ("torch", "logging"):
             return  # compiled graphs and loggers count what is no matter of the run
         saved = dict(own)
         self._later(lambda: None if _same(own, saved) else f"{path} (a {type(value).__name__})")
