@@ -17,7 +17,8 @@ from esper.contracts.report import (
 )
 from esper.contracts.report_text import WORDS
 from esper.contracts.run_report import headline
-from esper.observability.report_page import demo_page, run_page
+from esper.observability.demo_page import demo_page
+from esper.observability.report_page import run_page
 
 LOOKS = range(0, 1201, 10)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
