@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from esper.contracts.report import ARMS
+from esper.contracts.report import ARMS, OPPONENTS
 from esper.contracts.report_text import WORDS, flops_text
 from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
@@ -35,14 +36,20 @@ from esper.observability.trial_parts import (
     cost_table,
     evidence_table,
     outcome_table,
+    package_marks,
     words_list,
 )
 from esper.observability.wording import (
     ARM_NAMES,
     CONTROL_NAMES,
+    control_counts,
+    difference_of,
+    dip_text,
     interval_text,
     not_beaten,
     number_text,
+    stage_rows,
+    wins_text,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +60,7 @@ if TYPE_CHECKING:
 
 
 def demo_page(report: DemoReport) -> str:
-    """Return the demo's page as HTML. Its first sentence says what growth beat and what not."""
+    """Return the demo's page as HTML. Its first sentence says the good and the bad."""
     done = f"{len(report.random_seeds)} random seeds were completed"
     return document(
         "Esper demo: growing a digit classifier",
@@ -64,10 +71,12 @@ def demo_page(report: DemoReport) -> str:
                 "The arms", _arm_table(report), _difference_table(report), _accuracy_figure(report)
             ),
             section("Each random seed", _seed_figures(report)),
-            section("The lifecycle", _lane_figure(report), _alpha_figure(report)),
-            section("Parameters", _parameter_figure(report)),
-            section("Grafts", *_demo_graft_tables(report)),
+            section("Packages", *_trial_parts(report)),
             section("Controls", _control_table(report)),
+            section("A language model by stages", *_stage_parts(report)) if report.stages else None,
+            section("The lifecycle", *_life_parts(report)),
+            section("Parameters", _parameter_figure(report)),
+            section("Grafts", *_graft_tables(report)),
             notes(report.notes),
             section("How this was run", *_demo_settings(report)),
         ],
@@ -76,17 +85,23 @@ def demo_page(report: DemoReport) -> str:
 
 def _demo_facts(report: DemoReport) -> Markup:
     controls = report.controls
-    nulls = sum(row.tried for row in controls.rows)
-    kept = sum(row.fossilized for row in controls.rows)
+    tried = sum(row.tried for row in controls.rows)
+    kept, useless = controls.useless
     dormant = {None: "not measured", True: "bit-identical", False: "NOT identical"}
     return facts(
         {
             "Grown minus host, points": interval_text(report.grown_minus_host, sign=True),
-            "Worst dip after a change": number_text(report.worst_dip_points, ".2f", "points"),
+            "Against the host": wins_text(report.wins["host"]),
+            "Packages taken over": f"{report.packages_passed} of {report.packages_tried}",
+            "All work over training's": number_text(report.arms["grown"].work, ".2f"),
+            "Worst dip after a switch, points": dip_text(report),
+            "Useless controls kept": f"{kept} of {useless}",
+            "Capacity claimed for controls": f"{controls.capacity_claimed} of {tried}",
+            "The naive on/off gate kept": f"{controls.naive_gate_accepted} of {tried}",
+            "Ranking against measured gain": number_text(
+                report.ranking_spearman, "+.2f", "rank corr."
+            ),
             "Grafts made permanent": f"{report.fossilized} ({report.culled} removed)",
-            "Useless controls kept": f"{kept} of {nulls}",
-            "The naive on/off gate kept": f"{controls.naive_gate_accepted} of {nulls}",
-            "Ranking against gain": number_text(report.ranking_spearman, "+.2f", "rank corr."),
             "Export, relative difference": number_text(report.export_max_rel_diff, ".1e"),
             "Dormant against bare model": dormant[report.dormant_identical],
         }
@@ -97,16 +112,19 @@ def _arm_table(report: DemoReport) -> Markup:
     columns = (
         Column(head="arm"),
         Column(head="test accuracy, % (95 % interval)", kind="number"),
+        Column(head="last look, %", kind="number"),
         Column(head="parameters", kind="number"),
-        Column(head="training work", kind="number"),
+        Column(head="FLOPs", kind="number"),
+        Column(head="over its own training's", kind="number"),
         Column(head="forward, \u00b5s", kind="number"),
         Column(head="run, s", kind="number"),
         Column(head="worst dip, points", kind="number"),
     )
     rows = [_arm_row(ARM_NAMES[name], report.arms[name]) for name in ARMS]
     caption = (
-        f"{len(report.random_seeds)} random seeds, {report.updates:,} updates each; the test split "
-        "was read once, at the end. Training work includes all that growing took."
+        f"{len(report.random_seeds)} random seeds, {report.updates:,} updates each. Test accuracy: "
+        "mean of the looks after each of the last ten epochs. FLOPs include all that growing took. "
+        "The dip of the host is its own largest fall in the windows after the others' switches."
     )
     return table(caption, columns, rows, "No arm was run.")
 
@@ -115,8 +133,10 @@ def _arm_row(name: str, arm: ArmReport) -> tuple[str, ...]:
     return (
         name,
         interval_text(arm.accuracy_interval),
+        number_text(statistics.fmean(arm.accuracy_last) if arm.accuracy_last else None, ".2f"),
         number_text(arm.parameters, ",.0f"),
         flops_text(arm.train_flops),
+        number_text(arm.work, ".2f"),
         number_text(arm.latency_us, ",.0f"),
         number_text(arm.seconds, ",.1f"),
         number_text(arm.worst_dip_points, ".2f"),
@@ -127,24 +147,21 @@ def _difference_table(report: DemoReport) -> Markup:
     columns = (
         Column(head="difference"),
         Column(head="points (95 % interval)", kind="number"),
-        Column(head="random seeds won", kind="number"),
+        Column(head="random seeds"),
     )
-    differences = {
-        "host": report.grown_minus_host,
-        "random": report.grown_minus_random,
-        "scratch": report.grown_minus_scratch,
-    }
     rows = [
-        (f"grown minus {ARM_NAMES[name]}", interval_text(value, sign=True), _wins(report, name))
-        for name, value in differences.items()
+        (
+            f"grown minus {ARM_NAMES[name]}",
+            interval_text(difference_of(report, name), sign=True),
+            wins_text(report.wins[name]),
+        )
+        for name in OPPONENTS
     ]
-    return table("Test accuracy, paired by random seed.", columns, rows, "No arm was run.")
-
-
-def _wins(report: DemoReport, name: str) -> str:
-    grown, other = report.arms["grown"].accuracy, report.arms[name].accuracy
-    wins = sum(a > b for a, b in zip(grown, other, strict=True))
-    return f"{wins} of {len(grown)}"
+    caption = (
+        "Test accuracy, paired by random seed. Where every package was refused the grown network "
+        "is the host, bit for bit, and that is a tie."
+    )
+    return table(caption, columns, rows, "No arm was run.")
 
 
 def _mean_points(runs: Sequence[ArmRun], field: str) -> tuple[tuple[float, float], ...]:
@@ -223,8 +240,11 @@ def _accuracy_figure(report: DemoReport) -> Markup:
 def _run_marks(run: ArmRun) -> list[Mark]:
     if run.report is None or not run.updates:
         return []
-    height = curve(_points(run, "accuracy"))
-    return marks_of(run.report.grafts, height, f"random seed {run.random_seed}, ")
+    points, prefix = _points(run, "accuracy"), f"random seed {run.random_seed}, "
+    if not run.report.trials:
+        return marks_of(run.report.grafts, curve(points), prefix)
+    found = package_marks(run.report, points)
+    return [replace(mark, text=f"{prefix}{mark.text}", style="", label="") for mark in found]
 
 
 def _seed_figures(report: DemoReport) -> Markup:
@@ -256,6 +276,12 @@ def _seed_figure(report: DemoReport, random_seed: int) -> Markup:
         frame=SMALL,
     )
     return figure(draw_lines(chart), f"Random seed {random_seed}")
+
+
+def _life_parts(report: DemoReport) -> list[Markup]:
+    """Return the lives of the grafts, and their alphas where these moved."""
+    moved = any(run.report and run.report.alphas for run in report.runs_of("grown"))
+    return [_lane_figure(report), *([_alpha_figure(report)] if moved else [])]
 
 
 def _lane_figure(report: DemoReport) -> Markup:
@@ -300,7 +326,7 @@ def _parameter_figure(report: DemoReport) -> Markup:
     return figure(draw_lines(chart), caption, legend(chart))
 
 
-def _demo_graft_tables(report: DemoReport) -> list[Markup]:
+def _graft_tables(report: DemoReport) -> list[Markup]:
     grown = [(f"{seed} \u00b7 {graft.graft}", graft) for seed, graft in report.grafts("grown")]
     other = [(f"{seed} \u00b7 {graft.graft}", graft) for seed, graft in report.grafts("random")]
     changes = [
@@ -309,14 +335,7 @@ def _demo_graft_tables(report: DemoReport) -> list[Markup]:
         if run.report
         for entry in run.report.timeline
     ]
-    trials = [
-        (f"{run.random_seed} \u00b7 {trial.package}", trial, run.report)
-        for run in report.runs_of("grown")
-        if run.report
-        for trial in run.report.trials
-    ]
     return [
-        *_demo_trials(trials),
         paragraph("Grafts of the grown arm, named by random seed \u00b7 number."),
         graft_table(grown),
         folded("Grafts of the random arm", graft_table(other)),
@@ -324,16 +343,28 @@ def _demo_graft_tables(report: DemoReport) -> list[Markup]:
     ]
 
 
-def _demo_trials(trials: list[tuple[str, TrialRecord, RunReport]]) -> list[Markup]:
+def _trial_parts(report: DemoReport) -> list[Markup]:
+    trials = _named_trials(report, "grown")
     if not trials:
-        return []
+        return [paragraph("No package was tried.", "empty")]
     named = [(name, trial) for name, trial, _ in trials]
+    other = [(name, trial) for name, trial, _ in _named_trials(report, "random")]
     return [
         paragraph("Packages of the grown arm, named by random seed \u00b7 number."),
         words_list(WORDS),
         evidence_table(named),
-        outcome_table(trials),
+        folded("What became of them", outcome_table(trials)),
         folded("What the trials took", cost_table(named)),
+        folded("Packages of the random arm", evidence_table(other)),
+    ]
+
+
+def _named_trials(report: DemoReport, arm: str) -> list[tuple[str, TrialRecord, RunReport]]:
+    return [
+        (f"{run.random_seed} \u00b7 {trial.package}", trial, run.report)
+        for run in report.runs_of(arm)
+        if run.report
+        for trial in run.report.trials
     ]
 
 
@@ -341,22 +372,39 @@ def _control_table(report: DemoReport) -> Markup:
     columns = (
         Column(head="control"),
         Column(head="tried", kind="number"),
-        Column(head="admitted", kind="number"),
-        Column(head="made permanent", kind="number"),
+        Column(head="taken over", kind="number"),
+        Column(head="kept", kind="number"),
+        Column(head="capacity claimed", kind="number"),
         Column(head="a naive on/off gate would keep", kind="number"),
     )
     rows = [
-        (
-            CONTROL_NAMES.get(row.kind, row.kind),
-            *(str(n) for n in (row.tried, row.admitted, row.fossilized, row.naive_accepted)),
-        )
+        (CONTROL_NAMES.get(row.kind, row.kind), *(str(n) for n in control_counts(row)))
         for row in report.controls.rows
     ]
     caption = (
-        "Kernels that add nothing, put through the same gates. The naive gate switches a trained "
-        "graft off and keeps it if that hurts: it measures dependence, not what the graft brought."
+        "Packages without capacity, put through the same trial. A linear one may be kept, since "
+        "the treatment itself may help, but no capacity may be claimed for it: its null is the "
+        "same package begun with other random numbers. The naive gate switches a trained graft "
+        "off and keeps it if that hurts: it measures dependence, not what the graft brought."
     )
     return table(caption, columns, rows, "No control was run.")
+
+
+def _stage_parts(report: DemoReport) -> list[Markup]:
+    """Return the language model's arms: what was run here, and what was recorded before."""
+    columns = (
+        Column(head="arm"),
+        Column(head="final loss, nats", kind="number"),
+        Column(head="FLOPs", kind="number"),
+        Column(head="saved at equal loss, % (95 % interval)", kind="number"),
+        Column(head="from"),
+    )
+    caption = (
+        "A small transformer that is trained with few blocks and deepened late. A run of this demo "
+        "is too short to save anything and claims nothing; what is recorded comes from "
+        "make bench-growth."
+    )
+    return [table(caption, columns, stage_rows(report), "No arm was run.")]
 
 
 def _demo_settings(report: DemoReport) -> list[Markup]:
