@@ -42,6 +42,8 @@ TRIAL_UPDATES: Final = 200
 SHORTEST_TRIAL: Final = 50
 """For what changes nothing, however long it is tried."""
 HOLD_UPDATES: Final = 100
+GERMINATED_BY: Final = 5
+"""Updates within which what is named by hand is chosen, recorded and germinated."""
 RAMP_UPDATES: Final = 100
 PLENTY: Final = 1e6
 """An overhead that buys every trial: a control is not there to save work."""
@@ -187,7 +189,7 @@ def _tried(digits: Digits, fork: HostFork, package: _Package, tell: Tell) -> Tri
     with Grower(model, optimizer, **options) as grower:
         for batch in fork.batches_after(digits):
             grower.step(train_on(model, optimizer, batch), batch=batch)
-            if grower.updates >= 2 and not grower.stages:
+            if grower.updates >= GERMINATED_BY and not grower.stages:
                 break
             tell()
     return next(iter(grower.report().trials), None)
