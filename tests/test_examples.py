@@ -20,25 +20,25 @@ def _example(name):
 
 def test_own_loop_runs():
     """A few epochs of the user's own loop end with a report and an accuracy."""
-    with pytest.warns(UserWarning, match="nothing can grow: a graft takes"):
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         text = _example("own_loop").main(epochs=3)
-    assert text.startswith("24 updates, 266 parameters before and 266 after")
+    assert "75 updates, 610 parameters before and 610 after" in text
     assert "Test accuracy: " in text
 
 
 @pytest.mark.slow
-def test_own_loop_grows_nothing_that_it_does_not_need():
-    """On a nearly linear task kernels are tried, and none is let in."""
+def test_own_loop_tries_packages_with_default_settings():
+    """A first package meets the live run at a tenth of the run, and stays."""
     text = _example("own_loop").main()
-    assert "culled at admission" in text
-    assert "266 parameters before and 266 after" in text
+    assert "met the live run" in text
+    assert "package 1: fossilized" in text
 
 
 def test_job_runs_a_few_epochs_through_the_commands_door():
     """The job is a GrowthJob of the right shape, and two epochs of it train."""
     from esper.growth.job import grow
 
-    with pytest.warns(UserWarning, match="nothing can grow: a graft takes"):
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         report = grow(_example("job").job(epochs=2))
     assert report.updates == 64
     assert set(report.test_metrics) == {"loss"}
