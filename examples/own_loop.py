@@ -1,8 +1,8 @@
 """A training loop of your own, with Esper beside it: handwritten digits, a small MLP.
 
 Run it with ``python examples/own_loop.py``. What Esper adds are the lines with ``esper`` or
-``grower`` in them. At a tenth of the run a package of kernels is tried in a copy of it; the report
-says what came of that, and what was not compared.
+``grower`` in them. On so small a host growing may take as much work as training does; a package of
+kernels that is taken over has beaten the run itself on held-out digits.
 """
 
 import torch
@@ -17,20 +17,20 @@ def main(epochs: int = 60) -> str:
     """Train, grow where the evidence allows it, and return the report as text."""
     torch.manual_seed(0)
     raw = load_digits()
-    x, y = torch.tensor(raw.data, dtype=torch.float32) / 16, torch.tensor(raw.target)
-    train, gate, test = torch.randperm(len(y)).split([800, 500, 497])
+    x, y = torch.tensor(raw.data / 16, dtype=torch.float32), torch.tensor(raw.target)
+    train, gate, test = torch.randperm(len(y)).split([896, 450, 451])
 
-    model = esper.wrap(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
+    model = esper.wrap(nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     grower = esper.Grower(
         model,
         optimizer,
         compute_loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         evaluate=lambda model: F.cross_entropy(model(x[gate]), y[gate], reduction="none"),
-        horizon=epochs * 25,
+        horizon=epochs * 28,
     )
     for _ in range(epochs):
-        for part in train[torch.randperm(800)].split(32):
+        for part in train[torch.randperm(len(train))].split(32):
             loss = F.cross_entropy(model(x[part]), y[part])
             optimizer.zero_grad()
             loss.backward()

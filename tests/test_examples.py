@@ -22,16 +22,17 @@ def test_own_loop_runs():
     """A few epochs of the user's own loop end with a report and an accuracy."""
     with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         text = _example("own_loop").main(epochs=3)
-    assert "75 updates, 610 parameters before and 610 after" in text
+    assert "84 updates, 1,210 parameters before and 1,210 after" in text
     assert "Test accuracy: " in text
 
 
 @pytest.mark.slow
-def test_own_loop_tries_packages_with_default_settings():
-    """A first package meets the live run at a tenth of the run, and stays."""
+def test_own_loop_takes_over_what_beat_the_run():
+    """With default settings, and what it ends with is plain torch."""
     text = _example("own_loop").main()
-    assert "met the live run" in text
-    assert "package 1: fossilized" in text
+    assert "candidate against live run, loss saved" in text
+    assert "fossilized" in text
+    assert "1,210 parameters before and 1,210 after" not in text
 
 
 def test_job_runs_a_few_epochs_through_the_commands_door():
@@ -40,7 +41,7 @@ def test_job_runs_a_few_epochs_through_the_commands_door():
 
     with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         report = grow(_example("job").job(epochs=2))
-    assert report.updates == 64
+    assert report.updates == 94
     assert set(report.test_metrics) == {"loss"}
 
 
