@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import esper
 
-SIZES = {"train": 1000, "gate": 500, "test": 1000}
+SIZES = {"train": 1500, "gate": 500, "test": 1000}
 
 
 def per_sample_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -21,7 +21,7 @@ def per_sample_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 def job(epochs: int = 60) -> esper.GrowthJob:
-    """Return the job: an MLP of ten hidden units."""
+    """Return the job: an MLP of two hidden layers, each of sixteen units."""
     torch.manual_seed(0)
     x, y = make_friedman1(sum(SIZES.values()), noise=1.0, random_state=0)
     whole = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
@@ -29,7 +29,8 @@ def job(epochs: int = 60) -> esper.GrowthJob:
         TensorDataset(*parts)
         for parts in zip(*(t.split(list(SIZES.values())) for t in whole), strict=True)
     )
-    model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 1))
+    hidden = [nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
+    model = nn.Sequential(*hidden, nn.Linear(16, 1))
     return esper.GrowthJob(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3),

@@ -20,27 +20,28 @@ def _example(name):
 
 def test_own_loop_runs():
     """A few epochs of the user's own loop end with a report and an accuracy."""
-    with pytest.warns(UserWarning, match="nothing can grow: a graft takes"):
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         text = _example("own_loop").main(epochs=3)
-    assert text.startswith("24 updates, 266 parameters before and 266 after")
+    assert "84 updates, 1,210 parameters before and 1,210 after" in text
     assert "Test accuracy: " in text
 
 
 @pytest.mark.slow
-def test_own_loop_grows_nothing_that_it_does_not_need():
-    """On a nearly linear task kernels are tried, and none is let in."""
+def test_own_loop_takes_over_what_beat_the_run():
+    """With default settings, and what it ends with is plain torch."""
     text = _example("own_loop").main()
-    assert "culled at admission" in text
-    assert "266 parameters before and 266 after" in text
+    assert "candidate against live run, loss saved" in text
+    assert "fossilized" in text
+    assert "1,210 parameters before and 1,210 after" not in text
 
 
 def test_job_runs_a_few_epochs_through_the_commands_door():
     """The job is a GrowthJob of the right shape, and two epochs of it train."""
     from esper.growth.job import grow
 
-    with pytest.warns(UserWarning, match="nothing can grow: a graft takes"):
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
         report = grow(_example("job").job(epochs=2))
-    assert report.updates == 64
+    assert report.updates == 94
     assert set(report.test_metrics) == {"loss"}
 
 

@@ -1,6 +1,7 @@
 """The documents: what they show runs, and what they name exists."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def test_readme_example_prints_what_the_readme_says():
     """The example, run as it stands in a process of its own, prints the block below it."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", _block("python")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as for every test
         capture_output=True,
         text=True,
         check=True,

@@ -106,13 +106,14 @@ def test_the_demo_ends_with_its_tables():
     assert lines[0].startswith("Growth beat the host trained on without growing")
     assert ", but not a network of the grown shape" in " ".join(lines[:3])
     for line in (
-        "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP 70 \u2013",
-        "grown minus host only: +4.00 (+4.00 to +4.00) points",
+        "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP \u2013 70 \u2013",
+        "grown minus host only: +4.00 (+4.00 to +4.00) points; 2 won, 0 lost, 0 tied",
+        "worst dip after a switch, points: \u2013 (the host's own \u2013)",
         "5 1 +0.0412 \u00b1 0.01 +0.0128 \u00b1 0.0094 +0.0284 \u00b1 0.0099 \u2013 kept",
         "package: kernels for several sites, tried together and judged as one",
         "5 1 1 mlp [8] 3 +0.2130 fossilized better than its twin",
         "5 1 trial 200",
-        "noise 20 1 0 7",
+        "noise 20 1 0 0 7",
         "Note: a note",
     ):
         assert line in lines

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from esper.contracts.intervals import Interval
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import (
     ArmReport,
@@ -17,8 +18,10 @@ from esper.contracts.report import (
     Evaluation,
     GraftRecord,
     RunReport,
+    StageArm,
     StageRecord,
     TrialRecord,
+    Wins,
     demo_report_from_json,
     run_report_from_json,
 )
@@ -95,7 +98,12 @@ def a_demo(**other):
             rows=(
                 ControlRow(kind="noop", tried=4, admitted=0, fossilized=0, naive_accepted=0),
                 ControlRow(
-                    kind="capacity_free", tried=4, admitted=2, fossilized=1, naive_accepted=3
+                    kind="linear",
+                    tried=4,
+                    admitted=2,
+                    fossilized=2,
+                    naive_accepted=3,
+                    capacity_claimed=1,
                 ),
             )
         ),
@@ -124,10 +132,36 @@ def test_the_controls_are_counted_by_kind():
     assert counts == {
         "noop_fossilized": 0,
         "noise_fossilized": 0,
-        "capacity_free_fossilized": 1,
+        "capacity_free_fossilized": 0,
         "random_features_fossilized": 0,
+        "linear_fossilized": 2,
         "naive_gate_accepted": 3,
+        "capacity_claimed": 1,
     }
+
+
+def test_a_linear_package_that_stayed_is_none_of_the_useless():
+    """Its treatment may have helped; only a claim of capacity would be wrong."""
+    assert a_demo().controls.useless == (0, 4)
+
+
+def test_wins_losses_and_ties_are_counted_by_random_seed():
+    """On the accuracy of the report; equal ones, as of runs that refused everything, are ties."""
+    arms = a_demo().arms | {"host": an_arm(92.0, 91.0), "scratch": an_arm(93.0, 93.0)}
+    wins = a_demo(arms=arms).wins
+    assert wins["host"] == Wins(won=1, lost=0, tied=1)
+    assert wins["scratch"] == Wins(won=1, lost=1, tied=0)
+
+
+def test_packages_are_counted_over_the_grown_arm_where_they_were_read():
+    """One that was given up before its verdict met nothing."""
+    read = {"decided_at": 60, "effect": 0.1}
+    trials = (a_trial(**read, taken="candidate"), a_trial(**read), a_trial(decided_at=70))
+    looks = {"updates": (0,), "accuracy": (50.0,), "parameters": (358,)}
+    run = ArmRun(arm="grown", random_seed=0, report=a_run(trials=trials), **looks)
+    other = replace(run, arm="random")
+    report = a_demo(runs=(run, other))
+    assert (report.packages_tried, report.packages_passed) == (2, 1)
 
 
 def test_differences_are_paired_by_random_seed():
@@ -171,9 +205,10 @@ def test_grafts_are_counted_over_the_grown_arm_only():
         lambda: a_demo(arms={"host": an_arm(90.0)}),
         lambda: a_demo(arms=a_demo().arms | {"host": an_arm(90.0)}),
         lambda: replace(an_arm(90.0), parameters_by_seed=()),
+        lambda: replace(an_arm(90.0), accuracy_last=(90.0, 91.0)),
         lambda: ArmRun(arm="host", random_seed=0, updates=(0,), accuracy=(), parameters=(1,)),
     ],
-    ids=["missing arms", "unpaired arms", "unequal lists", "unequal looks"],
+    ids=["missing arms", "unpaired arms", "unequal lists", "unequal last", "unequal looks"],
 )
 def test_a_report_that_contradicts_itself_is_refused(call):
     """Missing arms, unpaired arms and lists of unequal length raise with what was found."""
@@ -251,7 +286,11 @@ def test_a_report_is_read_back():
     assert run_report_from_json(report.to_json()) == report
     assert run_report_from_json(report.to_json()).to_json() == report.to_json()
     looks = {"updates": (0,), "accuracy": (50.0,), "parameters": (358,)}
-    demo = a_demo(runs=(ArmRun(arm="grown", random_seed=0, report=report, **looks),))
+    saved = Interval(mean=41.0, low=38.5, high=43.5)
+    demo = a_demo(
+        runs=(ArmRun(arm="grown", random_seed=0, report=report, test_accuracy=(1.0,), **looks),),
+        stages=(StageArm(name="a"), StageArm(name="b", saved_at_equal_loss=saved, recorded=True)),
+    )
     assert demo_report_from_json(demo.to_json()) == demo
     assert demo_report_from_json(demo.to_json()).to_json() == demo.to_json()
 
@@ -277,6 +316,15 @@ def test_a_report_of_format_1_stays_readable(name, read):
 
     compare(old, written)
     assert written["format_version"] == "1.1"
+
+
+def test_a_demo_of_format_1_lacks_what_it_did_not_measure():
+    """Single last looks, no work, no language model; its old kind of control keeps its count."""
+    report = demo_report_from_json(a_file("demo-1.json"))
+    grown = report.arms["grown"]
+    assert (grown.accuracy_last, grown.work, report.stages) == ((), None, ())
+    assert [row.kind for row in report.controls.rows][2] == "capacity_free"
+    assert (report.packages_tried, report.controls.capacity_claimed) == (0, 0)
 
 
 def test_a_run_of_format_1_is_what_it_was():

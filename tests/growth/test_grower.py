@@ -83,7 +83,8 @@ def test_useful_kernel_is_fossilized_and_lowers_the_held_out_loss(trial):
     losses = {}
     for grows in (False, True):
         model, optimizer = wrapped()
-        grower = growing(model, optimizer, policy=EveryN(20), trial=trial) if grows else None
+        settings = {"policy": EveryN(20), "trial": trial, "attribution": "trial"}
+        grower = growing(model, optimizer, **settings) if grows else None
         train(model, optimizer, 300, grower)
         if grower is not None:
             grower.close()
@@ -228,7 +229,7 @@ def test_suggestion_needs_a_batch():
 def test_micro_batches_are_one_update():
     """step() may be called per micro-batch; only optimizer updates count."""
     model, optimizer = wrapped()
-    grower = growing(model, optimizer, policy=ByHand(BY_HAND), attribution="none")
+    grower = growing(model, optimizer, policy=ByHand(BY_HAND))
     for index in range(100):
         batch = torch.arange(index, index + 32)
         loss = compute_loss(model, batch)
@@ -302,7 +303,7 @@ def without_time(path):
 def test_budget_bounds_the_packages():
     """No more are taken over than the budget has, and the owner is told."""
     model, optimizer = wrapped()
-    settings = {"policy": ByHand([*BY_HAND, ("4", "mlp-4x1-w32")]), "attribution": "none"}
+    settings = {"policy": ByHand([*BY_HAND, ("4", "mlp-4x1-w32")])}
     grower = growing(model, optimizer, budget=Budget(packages=1), **settings)
     train(model, optimizer, 80, grower)
     assert [g.admitted_at is not None for g in grower.report().grafts] == [True]
@@ -375,9 +376,10 @@ def test_kernel_that_fails_under_watch_is_culled(trial):
 
 @pytest.mark.parametrize("trial", ["twin", "shadow"])
 def test_what_the_overhead_does_not_buy_is_not_begun(trial):
-    """The run says once what it would take, ranks no more, and is left alone."""
+    """The run says once what it would take, and is left alone."""
     model, optimizer = wrapped()
-    settings = {"policy": EveryN(5), "overhead": 0.5, "horizon": 200, "trial": trial}
+    by_hand = ByHand([("0", "mlp-4x4-w32")])
+    settings = {"policy": by_hand, "overhead": 0.5, "horizon": 200, "trial": trial}
     grower = growing(model, optimizer, **settings)
     train(model, optimizer, 60, grower)
     report = grower.report()

@@ -44,8 +44,7 @@ def network(first=None, *middle):
 
 
 def by_hand(site="0", blueprint="mlp-4x4-w32"):
-    """One kernel, and no twin but the candidate's."""
-    return {"policy": ByHand([(site, blueprint)]), "attribution": "none"}
+    return {"policy": ByHand([(site, blueprint)])}
 
 
 def is_run_to_a_verdict(grower):
@@ -60,7 +59,7 @@ def test_a_model_that_is_compiled_in_place_grows(how, site):
     model, optimizer = network(Bent() if site is Bent else nn.Linear(4, 4))
     for module in [model] if how == "model" else list(model):
         module.compile(backend="eager")
-    with growing(model, optimizer, policy=EveryN(6), attribution="none") as grower:
+    with growing(model, optimizer, policy=EveryN(6)) as grower:
         train(model, optimizer, 74, grower)
         assert is_run_to_a_verdict(grower)
     compiled = model if how == "model" else model[0]

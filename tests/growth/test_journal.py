@@ -82,6 +82,7 @@ def a_graft(journal):
             artifact_id="",
             reason="ranked first",
             update=7,
+            package=2,
             cost=Cost(parameters=40),
         )
     )

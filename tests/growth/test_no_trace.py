@@ -183,7 +183,7 @@ def held_out(model):
 
 
 TRIALS = {
-    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)]), "attribution": "none"},
+    "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)])},
     "shadow": lambda: {"policy": EveryN(5), "audition_updates": 5},
 }
 UPDATES = {"twin": 60, "shadow": 40}
@@ -192,7 +192,7 @@ UPDATES = {"twin": 60, "shadow": 40}
 
 def trained(model, compute_loss, *, grows, evaluate=held_out, trial="twin"):
     """Train with a controller that refuses whatever it tried, or without one."""
-    esper.wrap(model)
+    esper.wrap(model, select=["0"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     grower = None
     if grows:
@@ -261,6 +261,16 @@ def closure_with_generators():
     return loss
 
 
+def closure_that_yields():
+    def noise(random_seed):
+        own = random.Random(random_seed)
+        while True:
+            yield own.random()
+
+    drawn = noise(3)
+    return lambda model, batch: mean_loss(model, batch) * (1 + next(drawn))
+
+
 def closure_with_counters():
     count, state, average = 0, {"n": 0}, torch.zeros(())
 
@@ -324,6 +334,7 @@ def global_random(model, batch):
 
 LOSSES = {
     "generators": closure_with_generators,
+    "yields": closure_that_yields,
     "counters": closure_with_counters,
     "method": lambda: Objective().loss,
     "object": Objective,

@@ -198,8 +198,9 @@ def test_features_that_lie_on_another_axis_get_no_score():
 def test_rankings_of_a_run_take_at_most_a_fifth_of_the_overhead():
     """However often the policy says yes, and it is said once that they were cut."""
     model, optimizer = wrapped()
-    short = {"candidates": 1, "audition_updates": 2, "embargo": 0, "min_effect": 1e9}
-    grower = growing(model, optimizer, policy=EveryN(10), overhead=100.0, horizon=80, **short)
+    short = {"trial": "shadow", "audition_updates": 2, "ramp_updates": 1, "hold_updates": 1}
+    settings = {"policy": EveryN(10), "overhead": 100.0, "horizon": 80, "tries": 50, **short}
+    grower = growing(model, optimizer, min_effect=1e9, **settings)
     train(model, optimizer, 80, grower)
     report = grower.report()
     assert 0 < report.work["ranking"] <= 0.2 * 100.0 * report.work["training"]

@@ -9,8 +9,9 @@ from torch import nn
 
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.errors import GrowthError
+from esper.growth.live_step import LiveStep
 from esper.growth.policies import Never
-from esper.growth.twins import LiveStep, Twin, owner_update
+from esper.growth.twins import Twin, owner_update
 from esper.wrapping.wrap import layers, wrap
 
 
@@ -85,7 +86,7 @@ def test_updating_a_twin_leaves_the_random_state():
     run, _ = run_of(*wrapped(dropout=0.5))
     twin = Twin(run)
     before = torch.get_rng_state()
-    twin.update(batches(1), LiveStep(rates=[1e-2]))
+    twin.update(batches(1), LiveStep(settings=[{"lr": 1e-2}]))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -111,7 +112,7 @@ def test_twin_has_none_of_the_owners_hooks_and_those_of_libraries():
     model[0].register_full_backward_hook(lambda *_: called.append("backward"))
     optimizer.register_step_post_hook(lambda *_: called.append("step"))
     twin = Twin(run)
-    twin.update(batches(1), LiveStep(rates=[1e-2]))
+    twin.update(batches(1), LiveStep(settings=[{"lr": 1e-2}]))
     assert called == []
     assert [len(m._forward_pre_hooks) for m in twin.model] == [0, 0, 0, 0, 1, 0]
     assert len(model[0]._forward_hooks) == len(model[0]._forward_pre_hooks) == 1
@@ -132,7 +133,7 @@ def test_twin_that_the_owner_builds_is_a_copy_of_the_run():
     wants = [[p.requires_grad for p in each.parameters()] for each in (model, twin.model)]
     assert wants[0] == wants[1]
     assert layers(twin.model)["0"].alpha(1) == 0.5
-    twin.update(batches(1), LiveStep(rates=[1e-2]))
+    twin.update(batches(1), LiveStep(settings=[{"lr": 1e-2}]))
     assert not equal_states(state_of(model), state_of(twin.model))
 
 
@@ -161,7 +162,7 @@ def test_owners_update_takes_one_batch():
     """Only the owner knows how micro-batches are weighed."""
     called = []
     update = owner_update(lambda *args: called.append(args))
-    update("model", "optimizer", ["batch"], LiveStep(rates=[]))
+    update("model", "optimizer", ["batch"], LiveStep(settings=[]))
     assert called == [("model", "optimizer", "batch")]
     with pytest.raises(GrowthError, match="2 micro-batches"):
-        update("model", "optimizer", ["one", "other"], LiveStep(rates=[]))
+        update("model", "optimizer", ["one", "other"], LiveStep(settings=[]))

@@ -45,7 +45,7 @@ def test_blocks_wake_at_their_share_of_the_run():
     assert math.isfinite(stage.loss_before)
     assert math.isfinite(stage.loss_after)
     assert any("Nothing was compared" in note for note in report.notes)
-    assert "Depth 6 of blocks from update 10, done at update 12: awake" in str(report)
+    assert "In blocks, awake blocks went from 2 to 6" in str(report)
     assert {type(m) for m in model.modules()} == {type(m) for m in made("list").modules()}
     report.to_json()
 

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from esper.contracts.intervals import Interval
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import (
     ControlsReport,
     Evaluation,
+    StageArm,
     demo_report_from_json,
     run_report_from_json,
 )
 from esper.contracts.report_text import WORDS
 from esper.contracts.run_report import headline
-from esper.observability.report_page import demo_page, run_page
+from esper.observability.demo_page import demo_page
+from esper.observability.report_page import run_page
 
 LOOKS = range(0, 1201, 10)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
@@ -289,9 +292,40 @@ def test_the_demo_shows_the_packages_of_its_grown_arm(make_demo, make_twin):
     """Named by random seed and number, as grafts are."""
     demo = make_demo((3,))
     runs = tuple(replace(r, report=make_twin()) if r.report else r for r in demo.runs)
-    page = demo_page(replace(demo, runs=runs))
+    page = demo_page(replace(demo, runs=runs)).partition("Packages of the random arm")[0]
     names = [row[0] for row in cells(page, "read once, on weights averaged")]
     assert names == ["3 \u00b7 1", "3 \u00b7 2"]
+
+
+def test_the_demo_marks_packages_on_its_curves(make_demo, make_twin):
+    """Once each, however many kernels there are in one."""
+    demo = make_demo((3,))
+    runs = tuple(replace(r, report=make_twin()) if r.report else r for r in demo.runs)
+    chart = drawing(demo_page(replace(demo, runs=runs)), "accuracy-title")
+    counts = [chart.count(f'class="mark {k}"') for k in ("admitted", "fossilized", "culled")]
+    assert counts == [1, 1, 1]
+    assert "random seed 3, package 1: kept" in chart
+
+
+def test_the_dip_stands_beside_the_hosts_own(make_demo):
+    """A fall after a switch says little where the host falls as far by itself."""
+    demo = make_demo()
+    host = replace(demo.arms["host"], worst_dip_points=3.25)
+    page = demo_page(replace(demo, arms={**demo.arms, "host": host}))
+    assert "0.60 (the host's own 3.25)" in "".join(Reader(page).of("dd"))
+
+
+def test_a_language_model_has_a_part_where_there_is_one(make_demo):
+    """What was run before says so; without one there is no such part."""
+    saved = Interval(mean=41.0, low=38.5, high=43.5)
+    stages = (
+        StageArm(name="2 to 6 blocks", loss=1.43, flops=3e12),
+        StageArm(name="2 to 6 blocks, long", saved_at_equal_loss=saved, recorded=True),
+    )
+    live, recorded = cells(demo_page(make_demo(stages=stages)), "deepened late")
+    assert live == ["2 to 6 blocks", "1.430", "3 TFLOP", "\u2013", "this demo"]
+    assert recorded[-2:] == ["41.00 (38.50 to 43.50)", "recorded"]
+    assert "A language model by stages" not in Reader(demo_page(make_demo())).of("h2")
 
 
 def test_the_loss_axis_shows_what_grafts_did(make_run):
@@ -345,7 +379,7 @@ def test_the_demo_page_has_every_part(demo_report):
     rows = reader.of("th")
     assert {"host only", "grown", "random choice", "from scratch"} <= set(rows)
     assert {"no-op", "noise", "frozen random features"} <= set(rows)
-    assert "a naive on/off gate would keep" in rows
+    assert {"capacity claimed", "a naive on/off gate would keep"} <= set(rows)
     for seed, graft in demo_report.grafts("grown"):
         assert f"{seed} \u00b7 {graft.graft}" in rows
     assert len(re.findall("<svg", demo_page(demo_report))) == 4 + len(demo_report.random_seeds)

@@ -1,5 +1,7 @@
 """Sentences and figures of reports."""
 
+from dataclasses import replace
+
 import pytest
 
 from esper.contracts.intervals import Interval
@@ -10,6 +12,7 @@ from esper.observability.wording import (
     measured_text,
     metric_text,
     not_beaten,
+    wins_text,
 )
 
 
@@ -18,9 +21,30 @@ def test_the_good_and_the_bad_are_one_sentence(make_demo):
     bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.9}
     sentence = not_beaten(make_demo(bends=bends))
     good, bad = sentence.split(", but not ")
-    assert good.startswith("Growth beat a random choice of site and kernel")
+    assert good.startswith("Growth beat a random choice of kernels")
     assert bad.startswith("the host trained on")
     assert " or a network of the grown shape" in bad
+
+
+def test_the_first_sentence_says_at_what_work(make_demo):
+    """All work over training's, and the whole beside the host's and that from scratch."""
+    demo = make_demo()
+    grown = replace(demo.arms["grown"], work=1.784, train_flops=25.2e9)
+    sentence = not_beaten(replace(demo, arms={**demo.arms, "grown": grown}))
+    assert sentence.endswith(
+        ", and took 1.78 times the FLOPs of its own training, 12 times the host's and 4.0 times "
+        "those from scratch."
+    )
+    assert sentence.count(". ") == 0
+
+
+def test_wins_are_counted_beside_the_interval(make_demo):
+    """Random seed by random seed, a tie being none."""
+    assert "better at 10 of 10 random seeds" in not_beaten(make_demo())
+    bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.0}
+    demo = make_demo(bends=bends)
+    assert wins_text(demo.wins["host"]) == "0 won, 0 lost, 10 tied"
+    assert "better at 0 of 10 random seeds" in not_beaten(demo)
 
 
 def test_worse_is_called_worse(make_demo):

@@ -14,6 +14,7 @@ SHORT = {
     "warmup_updates": 10,
     "record_updates": 4,
     "evaluate_every": 10,
+    "attribution": "none",  # what tests it asks for it
     "overhead": 1000.0,  # kernels are large beside the small host
     "audition_updates": 60,  # of trial="shadow" alone, as is the ramp
     "ramp_updates": 10,

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from esper.contracts.report import ARMS
+from esper.contracts.report import ARMS, OPPONENTS
 from esper.contracts.report_text import WORDS, flops_text, with_error
 from esper.observability.wording import (
     ARM_NAMES,
     CONTROL_NAMES,
+    control_counts,
+    difference_of,
+    dip_text,
     interval_text,
     not_beaten,
     number_text,
+    stage_rows,
+    wins_text,
 )
 
 if TYPE_CHECKING:
@@ -30,20 +35,25 @@ if TYPE_CHECKING:
 
 
 def print_demo(console: Console, report: DemoReport) -> None:
-    """Print the arms, the differences, every package and graft, the timeline and the controls."""
+    """Print the arms, the differences, packages, controls, stages, grafts and their lives."""
     console.print(not_beaten(report))
     _print(console, "Arms", *_arm_rows(report))
-    for name in ("host", "random", "scratch"):
-        interval = interval_text(getattr(report, f"grown_minus_{name}"), sign=True)
-        console.print(f"grown minus {ARM_NAMES[name]}: {interval} points")
+    for name in OPPONENTS:
+        interval = interval_text(difference_of(report, name), sign=True)
+        wins = wins_text(report.wins[name])
+        console.print(f"grown minus {ARM_NAMES[name]}: {interval} points; {wins}")
+    console.print(f"worst dip after a switch, points: {dip_text(report)}")
     trials = _trial_rows(report)
     if trials[1]:
         _print(console, "Packages of the grown arm (loss saved on the gate split)", *trials)
         for word in ("package", "null", "capacity", "treatment", "going on"):
             console.print(f"{word}: {WORDS[word]}")
+    _print(console, "Controls, for none of which capacity may be claimed", *_control_rows(report))
+    if report.stages:
+        heads = ("arm", ">loss, nats", ">FLOPs", ">saved at equal loss, % (95 %)", "from")
+        _print(console, "A language model by stages", heads, stage_rows(report))
     _print(console, "Grafts of the grown arm", *_graft_rows(report))
     _print(console, "Timeline of the grown arm", *_timeline_rows(report))
-    _print(console, "Controls, none of which should be permanent", *_control_rows(report))
     for note in report.notes:
         console.print(f"Note: {note}")
 
@@ -107,7 +117,15 @@ def _print(
 
 
 def _arm_rows(report: DemoReport) -> Rows:
-    heads = ("arm", ">test accuracy, % (95 %)", ">parameters", ">training", ">us", ">dip, points")
+    heads = (
+        "arm",
+        ">test accuracy, % (95 %)",
+        ">parameters",
+        ">FLOPs",
+        ">over training",
+        ">us",
+        ">dip, points",
+    )
     rows: list[Sequence[str]] = []
     for name in ARMS:
         arm = report.arms[name]
@@ -116,6 +134,7 @@ def _arm_rows(report: DemoReport) -> Rows:
             interval_text(arm.accuracy_interval),
             number_text(arm.parameters, ",.0f"),
             flops_text(arm.train_flops),
+            number_text(arm.work, ".2f"),
             number_text(arm.latency_us, ",.0f"),
             number_text(arm.worst_dip_points, ".2f"),
         )
@@ -172,9 +191,9 @@ def _timeline_rows(report: DemoReport) -> Rows:
 
 
 def _control_rows(report: DemoReport) -> Rows:
-    heads = ("control", ">tried", ">admitted", ">permanent", ">naive gate keeps")
-    rows: list[Sequence[str]] = []
-    for row in report.controls.rows:
-        counts = (row.tried, row.admitted, row.fossilized, row.naive_accepted)
-        rows.append((CONTROL_NAMES.get(row.kind, row.kind), *(str(count) for count in counts)))
+    heads = ("control", ">tried", ">taken over", ">kept", ">capacity claimed", ">naive gate keeps")
+    rows: list[Sequence[str]] = [
+        (CONTROL_NAMES.get(row.kind, row.kind), *(str(n) for n in control_counts(row)))
+        for row in report.controls.rows
+    ]
     return heads, rows

@@ -192,7 +192,7 @@ def _rebuilt(optimizer: Optimizer, params: Sequence[Sequence[Tensor]]) -> Optimi
             kept = copy.copy(value) if isinstance(value, (dict, list, set)) else value
             made.__dict__[name] = kept
     groups = [
-        {**_settings(group), "params": list(own)}
+        {**settings_of(group), "params": list(own)}
         for group, own in zip(optimizer.param_groups, params, strict=True)
     ]
     made.__setstate__(
@@ -201,7 +201,7 @@ def _rebuilt(optimizer: Optimizer, params: Sequence[Sequence[Tensor]]) -> Optimi
     return made
 
 
-def _settings(group: ParamGroup) -> ParamGroup:
+def settings_of(group: ParamGroup) -> ParamGroup:
     """Return a group's settings; a rate in a tensor is copied, since schedulers write into it."""
-    own = {name: value for name, value in group.items() if name != "param_names"}
+    own = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}

@@ -81,11 +81,13 @@ class Ranked:
         order: Candidates, best first.
         blueprints: Their blueprints by site and name.
         refused: What was refused before.
+        is_cut: Whether something was left out that the overhead does not buy a score of.
     """
 
     order: list[RankedCandidate]
     blueprints: dict[tuple[str, str], BlueprintIR]
     refused: list[RefusedCandidate]
+    is_cut: bool = False
 
 
 def free_seed(run: GrowthRun, site: str) -> int | None:
@@ -132,14 +134,16 @@ def rank(
                 blueprints[name, blueprint.id] = blueprint
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
+    is_cut = False
     if is_bounded and run.ledger.update_flops > 0:
         cut = affordable_ranking(observations, candidates, run.ledger.ranking_left(run.updates))
         observations, candidates = cut.observations, cut.candidates
         refused += cut.refused
+        is_cut = cut.text is not None
         _tell_of_cut(run, cut)
     scored = map(finite_score, run.ranking.rank(observations, candidates))
     order = sorted(scored, key=lambda entry: entry.gain is None)
-    return Ranked(order=order, blueprints=blueprints, refused=refused)
+    return Ranked(order=order, blueprints=blueprints, refused=refused, is_cut=is_cut)
 
 
 def _tell_of_cut(run: GrowthRun, cut: AffordableRanking) -> None:
@@ -332,7 +336,8 @@ def _fetched(
     loaded = run.cache.load_kernel_sync(digest)
     assert loaded is not None, "the registry has just acknowledged this artifact"
     kernel = prepare_kernel(layer, loaded)
-    found = probe(layer, kernel, seen.example, is_pristine=True)
+    with run.ledger.measured("ranking"):
+        found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 
 

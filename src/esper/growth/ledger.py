@@ -244,11 +244,16 @@ class WorkLedger:
     def horizon_for(self, cost: float) -> int | None:
         """Return how many updates a run has to have for a trial of such a cost.
 
-        Rankings and evaluations have their fifths. None where no length would do: the overhead is
-        0, or what an update takes is not known, or nothing.
+        Rankings and evaluations have their fifths, or what rankings have taken already where that
+        is more. None where no length would do: the overhead is 0, or what an update takes is not
+        known, or nothing.
         """
-        earned = (1 - 2 * SHARE) * self._overhead * self.update_flops
-        return math.ceil(cost / earned) if earned > 0 else None
+        each = self._overhead * self.update_flops
+        if each <= 0:
+            return None
+        taken = max(0, self.spent - self.scheduled)
+        wanted = max(cost / (1 - 2 * SHARE), (cost + taken) / (1 - SHARE))
+        return math.ceil(wanted / each)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything counted and learned, as JSON can hold it."""

@@ -512,12 +512,12 @@ def _whitened_moments(
     """
     e_RF = host.residual_of(f_RF, ridge=ridge)
     factor_FF = torch.linalg.cholesky(_second_moment(f_RF, ridge=ridge))
-    moments = []
-    for split in range(NUM_SPLITS):
-        chosen_R = split_R == split
-        cross_FO = e_RF[chosen_R].T @ g_RO[chosen_R] / max(1, int(chosen_R.sum()))
-        moments.append(torch.linalg.solve_triangular(factor_FF, cross_FO, upper=False).flatten())
-    return torch.stack(moments)
+    sizes = torch.bincount(split_R, minlength=NUM_SPLITS).tolist()  # rows are in order of splits
+    parts = zip(*(torch.split_with_sizes(x, sizes) for x in (e_RF, g_RO)), sizes, strict=True)
+    cross_FKO = torch.stack([e.T @ g / max(1, size) for e, g, size in parts], dim=1)
+    wide_FD = cross_FKO.flatten(1)
+    white_FD: Tensor = torch.linalg.solve_triangular(factor_FF, wide_FD, upper=False)
+    return white_FD.view_as(cross_FKO).transpose(0, 1).flatten(1)
 
 
 def _second_moment(f_RF: Tensor, *, ridge: float) -> Tensor:

@@ -8,6 +8,7 @@ takes ``2 R P^2 + P^3 / 3`` once.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -25,10 +26,11 @@ from esper.growth.ranking import (
     readout_of,
     works_by_position,
 )
+from esper.state.host_parts import host_parameters
 from esper.state.site import feature_axis, widths
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from esper.growth.recording import SiteObservation
 
@@ -85,7 +87,7 @@ def affordable_ranking(
         candidates: Kernels at those sites.
         flops: What the ranking may take.
     """
-    by_position = {id(c): works_by_position(c, observations[c.site]) for c in candidates}
+    by_position = functools.cache(lambda c: works_by_position(c, observations[c.site]))
     stride = 1
     while True:
         told = _foretold(observations, candidates, by_position, stride)
@@ -133,15 +135,13 @@ class _Foretold:
 def _foretold(
     observations: Mapping[str, SiteObservation],
     candidates: Sequence[Candidate],
-    by_position: Mapping[int, bool],
+    by_position: Callable[[Candidate], bool],
     stride: int,
 ) -> _Foretold:
     thinned = {name: _thinned(seen, stride) for name, seen in observations.items()}
     return _Foretold(
         observations=thinned,
-        candidates=[
-            _candidate_flops(c, thinned[c.site], by_position=by_position[id(c)]) for c in candidates
-        ],
+        candidates=[_candidate_flops(c, thinned[c.site], by_position) for c in candidates],
         sites={name: _site_flops(thinned[name]) for name in {c.site for c in candidates}},
     )
 
@@ -177,14 +177,18 @@ def _thinned(seen: SiteObservation, stride: int) -> SiteObservation:
     )
 
 
-def _candidate_flops(candidate: Candidate, seen: SiteObservation, *, by_position: bool) -> float:
+def _candidate_flops(
+    candidate: Candidate, seen: SiteObservation, by_position: Callable[[Candidate], bool]
+) -> float:
     """Foretell what ranking one candidate takes, its site's own part left out."""
     readout = readout_of(candidate)
     if readout is None:
         return 0.0  # it gets no score
     positions, rows = _positions(seen), _rows(seen)
     groups, num_features, outputs = _affine(readout)
-    samples = rows / positions if by_position else seen.num_samples
+    samples: float = seen.num_samples
+    if rows < samples * positions and by_position(candidate):
+        samples = rows / positions
     forward = (candidate.flops or 0.0) * samples
     _, host, _ = _host(seen)
     moments = 2 * rows * (num_features**2 + 2 * host * num_features + num_features * outputs)
@@ -210,9 +214,9 @@ def _positions(seen: SiteObservation) -> int:
 
 def _host(seen: SiteObservation) -> tuple[int, int, int]:
     """Return groups, features of a group (and a one), and outputs of a group, of a host."""
-    if not any(p.requires_grad for p in seen.layer.parameters()):
-        return 1, 0, 0
     layer = seen.layer
+    if not any(p.requires_grad for p in host_parameters(layer)):
+        return 1, 0, 0
     if kind_of(layer).site == "linear":
         num_inputs, outputs = widths(layer)
         return 1, min(num_inputs, MAX_FEATURES) + 1, outputs

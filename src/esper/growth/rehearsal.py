@@ -50,7 +50,7 @@ def rehearse(run: GrowthRun, batches: list[Batch]) -> str | None:
         stack.callback(twin.close)
         handle = run.model.register_forward_pre_hook(lambda module, _: called.append(module))
         stack.callback(handle.remove)
-        outcome = attempt(lambda: twin.update(batches, LiveStep(rates=run.watcher.rates)))
+        outcome = attempt(lambda: twin.update(batches, LiveStep(settings=run.watcher.settings)))
     if isinstance(outcome, Failed):
         if isinstance(outcome.error, GrowthError):
             raise outcome.error

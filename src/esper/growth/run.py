@@ -160,7 +160,7 @@ class GrowthRun:
     def live_step(self) -> LiveStep:
         """Return how the live run made its last update, for twins to do likewise."""
         return LiveStep(
-            rates=self.watcher.rates,
+            settings=self.watcher.settings,
             loss_scale=self.watcher.loss_scale,
             clipping=self.watcher.clipping,
             average=averaging(self.given),

@@ -143,6 +143,11 @@ class Recording:
         def choose(flops: float) -> list[RankedCandidate]:
             return choose_package(run, ranked, limit=limit, flops=flops)
 
+        if not ranked.order and ranked.is_cut:
+            run.too_dear = (
+                f"overhead={run.ledger.overhead:g} buys no ranking: raise it, or train longer"
+            )
+            return Size(reason=run.too_dear), []
         chosen, size = paid_trial(run, choose, batches)
         if size.reason and not size.waits and choose(math.inf):
             run.too_dear = size.reason

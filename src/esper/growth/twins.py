@@ -41,7 +41,7 @@ _LIBRARIES: Final = ("torch.", "esper.")
 
 
 class Twin:
-    """A copy of a run that takes the live run's batches and rates.
+    """A copy of a run that takes the live run's batches, rates and other settings.
 
     It runs eagerly, has a random state of its own, which starts as the run's, and none of the
     owner's hooks. What the owner's functions keep is its own likewise, and the run's comes back
@@ -67,10 +67,10 @@ class Twin:
         self._random_state = random_state(run.model)
 
     def update(self, batches: list[Batch], step: LiveStep) -> None:
-        """Do the update that the live run has just done: same batches, same rates."""
+        """Do the update that the live run has just done: same batches, same settings."""
         # a group that the owner added to the live run later is not the twin's
-        for group, rate in zip(self.optimizer.param_groups, step.rates, strict=False):
-            group["lr"] = rate
+        for group, settings in zip(self.optimizer.param_groups, step.settings, strict=False):
+            group.update(settings)
         outer = random_state(self.model)
         set_random_state(self._random_state)
         apart = self._apart.inside(batches)

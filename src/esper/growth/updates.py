@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.continuity.clipping import GradientWatch
-from esper.continuity.ensemble import members_of
+from esper.continuity.ensemble import members_of, settings_of
 from esper.continuity.loss_scale import loss_scale_of_step
 from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateCounter, peak_rate
@@ -30,7 +30,7 @@ class UpdateWatcher:
         updates: Optimizer updates that were seen in :meth:`step`; of several optimizers, those of
             the one that makes most.
         reads_scale: Whether the scale of the loss is read at every step, for which the device is
-            waited for, and the size of the gradients followed.
+            waited for, the size of the gradients followed, and the settings of the groups kept.
         loss_scale: By what the loss of the last update was multiplied; 1 where nothing did, or
             it was not read.
         share_kept: Share of the calls of :meth:`step` since the update before that the last
@@ -46,6 +46,7 @@ class UpdateWatcher:
         self._stepped = False
         self._peaks: dict[int, list[float]] = {}
         self._rates: dict[int, list[float]] = {}
+        self._settings: dict[int, list[ParamGroup]] = {}
         self.updates = 0
         self.reads_scale = False
         self.loss_scale = self.share_kept = 1.0
@@ -82,6 +83,15 @@ class UpdateWatcher:
         return self._of_groups(self._rates, lambda group: float(group["lr"])) if self._rates else []
 
     @property
+    def settings(self) -> list[ParamGroup]:
+        """Every setting of each param group at its last update, parameters aside."""
+        found: list[ParamGroup] = []
+        for member in members_of(self._optimizer):
+            own = self._settings.get(id(member), []) if self.reads_scale else []
+            found += [*own, *map(settings_of, member.param_groups[len(own) :])]
+        return found
+
+    @property
     def peaks(self) -> list[float]:
         """The highest rate that each param group has had."""
         return self._of_groups(self._peaks, peak_rate)
@@ -113,6 +123,8 @@ class UpdateWatcher:
         if self.reads_scale and optimizer is self._optimizer:  # of several, none is clipped alone
             self._gradients.see(optimizer)
         groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
+        if self.reads_scale:
+            self._settings[id(optimizer)] = list(map(settings_of, optimizer.param_groups))
         rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
         self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]

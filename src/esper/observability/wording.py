@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.report import OPPONENTS
+from esper.contracts.report_text import flops_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.intervals import Interval
     from esper.contracts.progress import ProgressRow
-    from esper.contracts.report import DemoReport
+    from esper.contracts.report import ControlRow, DemoReport, Wins
 
 NOT_MEASURED: Final = "\u2013"
 
@@ -26,40 +29,103 @@ CONTROL_NAMES: Final = {
     "noise": "noise",
     "capacity_free": "capacity-free (the host layer's own shape)",
     "random_features": "frozen random features",
+    "linear": "linear package, begun apart from its null",
 }
-"""Short names of the kinds of control grafts."""
+"""Short names of the kinds of control packages."""
 
 _SHARES: Final = frozenset({"accuracy"})
 """Metrics that are shares in [0, 1], and shown in percent."""
 
-_ORDER: Final = ("host", "random", "scratch")
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
-    "random": "a random choice of site and kernel under the same budget and gates",
+    "random": "a random choice of kernels under the same budget and trial",
     "scratch": "a network of the grown shape trained from scratch",
 }
 
 
 def not_beaten(report: DemoReport) -> str:
-    """Return one sentence that says what growth beat and what not, with the intervals."""
-    differences = {
-        "host": report.grown_minus_host,
-        "random": report.grown_minus_random,
-        "scratch": report.grown_minus_scratch,
-    }
+    """Return one sentence that says what growth beat and what not, with intervals, at what work."""
     if not report.random_seeds:
         return "Growth did not beat anything here, since no random seed was completed."
-    words = {name: f"{_OPPONENTS[name]} ({_difference_text(differences[name])})" for name in _ORDER}
-    beaten = [words[name] for name in _ORDER if differences[name].is_above_zero]
-    unbeaten = [words[name] for name in _ORDER if not differences[name].is_above_zero]
+    differences = {name: difference_of(report, name) for name in OPPONENTS}
+    words = {
+        name: f"{_OPPONENTS[name]} ({_difference_text(found, report.wins[name])})"
+        for name, found in differences.items()
+    }
+    beaten = [words[name] for name in OPPONENTS if differences[name].is_above_zero]
+    unbeaten = [words[name] for name in OPPONENTS if not differences[name].is_above_zero]
+    work = _work_text(report)
     if not unbeaten:
         return (
             "There is nothing in this demo that growth did not beat, and it was compared with no "
-            f"more than {_listing(beaten, 'and')}."
+            f"more than {_listing(beaten, 'and')}{work}."
         )
     if not beaten:
-        return f"Growth did not beat {_listing(unbeaten, 'or')}."
-    return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}."
+        return f"Growth did not beat {_listing(unbeaten, 'or')}{work}."
+    return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}{work}."
+
+
+def difference_of(report: DemoReport, name: str) -> Interval:
+    """Return by how much the grown arm was better than another, in points.
+
+    Args:
+        report: The demo's.
+        name: One of ``OPPONENTS``.
+    """
+    return {
+        "host": report.grown_minus_host,
+        "random": report.grown_minus_random,
+        "scratch": report.grown_minus_scratch,
+    }[name]
+
+
+def wins_text(wins: Wins) -> str:
+    """Return ``"9 won, 0 lost, 1 tied"``."""
+    return f"{wins.won} won, {wins.lost} lost, {wins.tied} tied"
+
+
+def dip_text(report: DemoReport) -> str:
+    """Return the worst dip after a switch beside the host's own, in points."""
+    own = number_text(report.arms["host"].worst_dip_points, ".2f")
+    return f"{number_text(report.worst_dip_points, '.2f')} (the host's own {own})"
+
+
+def control_counts(row: ControlRow) -> tuple[int, int, int, int, int]:
+    """Return how many controls of a kind were tried, taken over, kept, called capacity, fooled.
+
+    The last is how many a naive on/off gate would have kept.
+    """
+    return (row.tried, row.admitted, row.fossilized, row.capacity_claimed, row.naive_accepted)
+
+
+def stage_rows(report: DemoReport) -> list[tuple[str, ...]]:
+    """Return a row of text for each arm of the language model that was grown by stages."""
+    return [
+        (
+            arm.name,
+            number_text(arm.loss, ".3f"),
+            flops_text(arm.flops),
+            interval_text(arm.saved_at_equal_loss),
+            "recorded" if arm.recorded else "this demo",
+        )
+        for arm in report.stages
+    ]
+
+
+def _work_text(report: DemoReport) -> str:
+    """Return what growing took, to be put behind a sentence; nothing where it was not counted."""
+    grown, taken = report.arms["grown"], []
+    if grown.work is not None:
+        taken.append(f"{grown.work:.2f} times the FLOPs of its own training")
+    for name, whose in (("host", "the host's"), ("scratch", "those from scratch")):
+        other = report.arms[name].train_flops
+        if grown.train_flops and other:
+            taken.append(f"{_ratio_text(grown.train_flops / other)} times {whose}")
+    return f", and took {_listing(taken, 'and')}" if taken else ""
+
+
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def interval_text(interval: Interval, *, sign: bool = False) -> str:
@@ -110,13 +176,14 @@ def bytes_text(value: int | None) -> str:
     return f"{value} B"
 
 
-def _difference_text(interval: Interval) -> str:
+def _difference_text(interval: Interval, wins: Wins) -> str:
     if interval.mean is None or interval.low is None or interval.high is None:
         return f"{number_text(interval.mean, '+.2f')} points in one run, which shows nothing"
     worse = "worse: " if interval.is_below_zero else ""
     return (
         f"{worse}{interval.mean:+.2f} points, 95 % interval {interval.low:+.2f} to "
-        f"{interval.high:+.2f}"
+        f"{interval.high:+.2f}, better at {wins.won} of {wins.won + wins.lost + wins.tied} "
+        "random seeds"
     )
 
 

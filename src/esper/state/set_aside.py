@@ -475,6 +475,8 @@ class _Kept:
             self._items(enumerate(value), path)
 
     def _generator(self, value: types.GeneratorType[Any, Any, Any], path: str) -> None:
+        if value.gi_frame is not None:  # one that draws from a generator of random numbers
+            self._items(list(value.gi_frame.f_locals.items()), path)
         if self.is_small:
             return
         before = _position(value)
