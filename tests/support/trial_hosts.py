@@ -101,6 +101,9 @@ def under_autocast(dtype):
     return loss
 
 
+in_bfloat16 = under_autocast(torch.bfloat16)
+
+
 def held_out(model):
     """Return the squared errors of 400 samples."""
     return (model(X[500:]).float() - Y[500:]).square()
@@ -238,9 +241,7 @@ HOSTS = {
     "schedule": of_schedule,
     "groups": of_groups,
     "two optimizers": of_pair,
-    "bfloat16": lambda: Running(
-        network(nn.Dropout(0.3)), compute_loss=under_autocast(torch.bfloat16)
-    ),
+    "bfloat16": lambda: Running(network(nn.Dropout(0.3)), compute_loss=in_bfloat16),
     "loss scale": lambda: Scaled(network()),  # what a skipped step draws, a twin does not
     "micro-batches": lambda: Accumulating(network(nn.Dropout(0.3))),
     "clipped norm": lambda: Running(network(nn.Dropout(0.3)), before_step=clips_norm()),

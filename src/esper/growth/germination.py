@@ -16,6 +16,7 @@ from esper.contracts.errors import (
     KasminaException,
     SiteDescriptionError,
 )
+from esper.contracts.lifecycle import SeedLifecycleState
 from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
@@ -68,8 +69,9 @@ class Contender:
     alpha: float
 
     def withdraw(self, reason: str, *, update: int, verdict: GraftVerdict) -> None:
-        """Free the seed; the run is as if the kernel had never been chosen."""
-        self.layer.cancel(self.seed_idx)
+        """Free the seed, unless its owner has; the run is as if nothing had been chosen."""
+        if self.layer.state_layout.state(self.seed_idx) is SeedLifecycleState.LOADING:
+            self.layer.cancel(self.seed_idx)
         self.graft.cull(reason, update=update, verdict=verdict)
 
 

@@ -1,0 +1,106 @@
+"""Measures that say what a test wants of each arrangement of kernels, and packages to be tried."""
+
+from __future__ import annotations
+
+import torch
+from growing import SHORT, growing
+from torch import nn
+
+from esper.growth.budget import Budget
+from esper.growth.policies import EveryN
+from esper.growth.ranking import RankedCandidate, in_order
+from esper.state.layer_record import record_of
+from esper.wrapping.wrap import layers, wrap
+
+SAMPLES = 600
+NOISE = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)).double()
+START = 4 + SHORT["record_updates"] + SHORT["trial_updates"]
+"""Update at which the package of :func:`trying` has its verdict."""
+
+
+def kernels_on(model):
+    """Return the kernel at each site that contributes: ``"real"``, or ``"linear"``."""
+    found = {}
+    for name, layer in layers(model).items():
+        for index, seed in record_of(layer).seeds.items():
+            if layer.alpha(index) > 0:
+                made = seed.kernel.blueprint.id
+                found[name] = "linear" if made.endswith("-linear") else "real"
+    return found
+
+
+class Measure:
+    """Says ``loss_of(kernels_on(model))`` with a little of each sample's own in it.
+
+    Args:
+        loss_of: From kernels by site to the mean loss.
+        wiggle: How much samples differ in what a kernel brings them, as a share of it.
+
+    Attributes:
+        seen: The kernels of every model that was measured in a trial or under watch.
+        shift: Added to each loss of a model with a kernel from now on.
+    """
+
+    def __init__(self, loss_of, *, wiggle=0.5):
+        self.loss_of = loss_of
+        self.wiggle = wiggle
+        self.seen = []
+        self.shift = 0.0
+        self.without = loss_of({})
+
+    def __call__(self, model):
+        """Return one loss per sample."""
+        on = kernels_on(model)
+        self.seen.append(on)
+        gain = self.without - self.loss_of(on)
+        losses = self.without + NOISE.abs() - gain * (1 + self.wiggle * NOISE.flip(0))
+        return losses + (self.shift if on else 0.0)
+
+
+def helps(by_site):
+    """Return what a model loses whose kernels help by so much each, whatever stands beside."""
+    return lambda on: 5.0 - sum(by_site.get(site, 0.0) for site in on)
+
+
+class Chosen:
+    """A ranking that takes one kernel at each of some sites, in their order."""
+
+    def __init__(self, *sites):
+        self.sites = sites
+
+    def rank(self, observations, candidates):
+        """Give the first kernel of each site a gain."""
+        firsts = {}
+        for candidate in candidates:
+            firsts.setdefault(candidate.site, candidate)
+        gains = {site: float(len(self.sites) - i) for i, site in enumerate(self.sites)}
+        return in_order(
+            RankedCandidate(
+                candidate=c,
+                gain=gains.get(c.site, 0.0) if c is firsts[c.site] else 0.0,
+                stderr=None,
+            )
+            for c in candidates
+        )
+
+
+def chain(random_seed=0, optimizer_class=torch.optim.AdamW):
+    """Return a wrapped chain of three linear layers, in which linear kernels fold."""
+    torch.manual_seed(random_seed)
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)
+    )
+    wrap(model)
+    return model, optimizer_class(model.parameters(), lr=1e-3)
+
+
+def trying(model, optimizer, measure, *sites, **settings):
+    """Return a controller that tries a package at some sites, which the measure judges."""
+    options = {
+        "policy": EveryN(4),
+        "ranking": Chosen(*sites),
+        "budget": Budget(packages=1),
+        "hold_updates": 20,
+        **settings,
+    }
+    return growing(model, optimizer, evaluate=measure, **options)
