@@ -393,7 +393,7 @@ def test_what_the_overhead_does_not_buy_is_not_begun(trial):
 def test_without_a_horizon_a_trial_waits_until_it_is_earned(trial):
     """What the owner named comes when what it takes has been earned by training."""
     model, optimizer = wrapped()
-    settings = {"policy": ByHand([("0", "mlp-4x4-w32")]), "trial": trial, "overhead": 200.0}
+    settings = {"policy": ByHand([("0", "mlp-4x4-w32")]), "trial": trial, "overhead": 120.0}
     grower = growing(model, optimizer, evaluate_every=1000, **settings)
     train(model, optimizer, 60, grower)
     (graft,) = grower.report().grafts
