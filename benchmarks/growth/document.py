@@ -5,14 +5,19 @@
 It holds nothing that is not in those files; ``benchmarks/growth/run.py`` calls it at its end.
 """
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import sections
-from figures import ByArm, by_arm
+from figures import ByArm, by_arm, saving
 from store import ROOT, Store
 from task import Task
 from tasks import TASKS
+
+from esper.contracts.intervals import mean_interval
 
 DOCUMENT = ROOT / "docs" / "growth.md"
 
@@ -79,8 +84,32 @@ def as_markdown(store: Store | None = None) -> str:
     return dict(pages(store or Store()))[DOCUMENT.name]
 
 
+def recorded(store: Store) -> list[dict[str, Any]]:
+    """Return the arms of the deepest runs of depth that there are, for the demo to show."""
+    told: list[dict[str, Any]] = []
+    for name in ("depth", "depth, short"):
+        results = by_arm(TASKS[name], store) if name in TASKS else {}
+        scratch = [arm for arm in TASKS[name].arms if arm.startswith("scratch")] if results else []
+        for arm, found in results.items():
+            saved = saving(results, arm, scratch) if arm not in scratch else None
+            shares = [] if saved is None or saved.num_beyond else [100 * s for s in saved.shares]
+            told.append(
+                {
+                    "name": f"{TASKS[name].title}: {arm}",
+                    "loss": statistics.fmean(r.figures["loss"] for r in found.values()),
+                    "flops": statistics.fmean(r.flops for r in found.values()),
+                    "saved": asdict(mean_interval(shares)),
+                }
+            )
+        if told:
+            break
+    return told
+
+
 def write() -> Sequence[str]:
-    """Write the document and its pictures; return their names."""
+    """Write the document, its pictures and what the demo shows of them; return their names."""
+    text = json.dumps(recorded(Store()), indent=1) + "\n"
+    (ROOT / "src" / "esper" / "services" / "recorded_stages.json").write_text(text)
     names = []
     for name, text in pages(Store()):
         (DOCUMENT.parent / name).write_text(text, encoding="utf-8")

@@ -41,6 +41,7 @@ from esper.services.digits import (
 )
 from esper.services.findings import SeedResult, demo_report, gains_of
 from esper.services.interrupts import Interrupts
+from esper.services.language import live_stages
 from esper.wrapping.export import export
 from esper.wrapping.wrap import wrap
 
@@ -250,6 +251,7 @@ def run_seed(task: _Task) -> SeedResult:
         export_difference(grown.model, digits, task.run_dir / "model") if task.exports else None
     )
     identical = dormant_is_identical(digits, random_seed)
+    stages = live_stages(random_seed, teller.step("language")) if task.exports else ()
     teller.finish()
     own = replace(host.result, dip=host.looks.worst_dip([*grown.switches, *random.switches]))
     return SeedResult(
@@ -258,6 +260,7 @@ def run_seed(task: _Task) -> SeedResult:
         controls=controls,
         gains=gains_of(grown, random),
         dormant_identical=identical,
+        stages=stages,
         export_max_rel_diff=difference,
     )
 
@@ -307,7 +310,8 @@ _WEIGHTS: Final = {
     "grown": 0.3,
     "random": 0.3,
     "scratch": 0.15,
-    "controls": 0.2,
+    "controls": 0.15,
+    "language": 0.05,
 }
 """Share of a random seed's time that each step takes, about; for the time left."""
 

@@ -13,6 +13,7 @@ import torch
 from esper.contracts.report import ARMS, ArmReport, ControlRow, ControlsReport, DemoReport
 from esper.services.arms import EVALUATE_EVERY, OVERHEAD
 from esper.services.digits import LEARNING_RATE, UPDATES_PER_EPOCH
+from esper.services.language import recorded_stages
 from esper.services.looks import DIP_UPDATES, LOOK_EVERY, TEST_EPOCHS
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class SeedResult:
         dormant_identical: Whether the wrapped dormant host computed the bare one's very bits.
         export_max_rel_diff: Difference of the export read in a fresh process; None unless this
             random seed exported.
+        stages: Arms of the language model; empty unless this random seed trained them.
     """
 
     random_seed: int
@@ -47,6 +49,7 @@ class SeedResult:
     gains: tuple[tuple[float, float], ...]
     dormant_identical: bool
     export_max_rel_diff: float | None
+    stages: tuple[StageArm, ...] = ()
 
 
 def demo_report(
@@ -56,7 +59,6 @@ def demo_report(
     processes: int,
     seconds: float,
     interrupted: bool = False,
-    stages: tuple[StageArm, ...] = (),
 ) -> DemoReport:
     """Put the results of the random seeds together.
 
@@ -66,7 +68,6 @@ def demo_report(
         processes: Processes that shared the machine.
         seconds: Wall-clock seconds of all.
         interrupted: Whether the demo was stopped before its end.
-        stages: Arms of the language model.
     """
     ordered = sorted(results, key=lambda result: result.random_seed)
     differences = [r.export_max_rel_diff for r in ordered if r.export_max_rel_diff is not None]
@@ -84,7 +85,7 @@ def demo_report(
         seconds=seconds,
         notes=(*NOTES, *_close_calls(ordered)),
         interrupted=interrupted,
-        stages=stages,
+        stages=(*(one for r in ordered for one in r.stages), *recorded_stages()),
     )
 
 
