@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from crafted_measures import Measure, chain, helps, kernels_on, trying
+from crafted_measures import Course, Measure, chain, helps, kernels_on, trying
 from growing import X, batches, compute_loss
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -18,55 +16,6 @@ from esper.growth.rehearsal import run_digest
 from esper.growth.takeover import Taken
 from esper.growth.tries import tries_spent
 from esper.state.host_parts import is_in_a_seed
-
-
-class Course:
-    """A run on its way to the verdict of a package that helps at two sites.
-
-    Args:
-        model: A wrapped model.
-        optimizer: What trains it.
-        after: Called behind each update.
-        settings: Of the controller.
-    """
-
-    def __init__(self, model, optimizer, *, after=lambda: None, **settings):
-        self.model, self.optimizer, self.after = model, optimizer, after
-        self.measure = Measure(helps({"0": 1.0, "2": 1.0}))
-        self.grower = trying(model, optimizer, self.measure, "0", "2", **settings)
-        self.batches = itertools.cycle(batches(50))
-
-    @property
-    def run(self):
-        """What the controller knows of the run."""
-        return self.grower._run
-
-    def update(self):
-        """Make one update."""
-        batch = next(self.batches)
-        loss = compute_loss(self.model, batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.after()
-        self.grower.step(loss.detach(), batch=batch)
-
-    def to_the_verdict(self):
-        """Train up to the update before the verdict; return the candidate's arm."""
-        while not self.trials or self.updates_left > 1:
-            self.update()
-        return self.grower._stage._arms[0]
-
-    @property
-    def trials(self):
-        """What is known of the packages."""
-        return self.grower.report().trials
-
-    @property
-    def updates_left(self):
-        """Updates until the verdict."""
-        (trial,) = self.trials
-        return trial.started_at + trial.trial_updates - self.grower.updates
 
 
 def hosts(model):

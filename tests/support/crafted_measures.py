@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from growing import SHORT, growing
+from growing import SHORT, batches, compute_loss, growing
 from torch import nn
 
 from esper.growth.budget import Budget
@@ -104,3 +106,80 @@ def trying(model, optimizer, measure, *sites, **settings):
         **settings,
     }
     return growing(model, optimizer, evaluate=measure, **options)
+
+
+class Course:
+    """A run on its way to the verdict of a package, and beyond.
+
+    Args:
+        model: A wrapped model; a chain where None.
+        optimizer: What trains it.
+        measure: Judges the package; one that helps at two sites where None.
+        sites: Where its kernels are.
+        after: Called behind each update.
+        settings: Of the controller.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        optimizer=None,
+        *,
+        measure=None,
+        sites=("0", "2"),
+        after=lambda: None,
+        **settings,
+    ):
+        if model is None:
+            model, optimizer = chain()
+        self.model, self.optimizer, self.after = model, optimizer, after
+        self.measure = Measure(helps({"0": 1.0, "2": 1.0})) if measure is None else measure
+        self.grower = trying(model, optimizer, self.measure, *sites, **settings)
+        self.batches = itertools.cycle(batches(50))
+
+    @property
+    def run(self):
+        """What the controller knows of the run."""
+        return self.grower._run
+
+    def update(self, factor=1.0):
+        """Make one update; the loss that the controller hears is multiplied."""
+        batch = next(self.batches)
+        loss = compute_loss(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.after()
+        self.grower.step(factor * loss.detach(), batch=batch)
+
+    def to_the_verdict(self):
+        """Train up to the update before the verdict; return the candidate's arm."""
+        while not self.trials or self.updates_left > 1:
+            self.update()
+        return self.grower._stage._arms[0]
+
+    def to_the_switch(self):
+        """Train up to the taking over, or the refusal; return what is known of the package."""
+        self.to_the_verdict()
+        self.update()
+        return self.trials[0]
+
+    def to_the_end(self, num=40):
+        """Train until nothing is under way; return what is known of the package."""
+        self.to_the_switch()
+        for _ in range(num):
+            if self.grower.stages:
+                self.update()
+        assert not self.grower.stages
+        return self.trials[0]
+
+    @property
+    def trials(self):
+        """What is known of the packages."""
+        return self.grower.report().trials
+
+    @property
+    def updates_left(self):
+        """Updates until the verdict."""
+        (trial,) = self.trials
+        return trial.started_at + trial.trial_updates - self.grower.updates

@@ -34,6 +34,11 @@ class WeightAverage:
         self.num_updates = 0
         self._means: list[Tensor] = []
 
+    def fits(self, model: nn.Module) -> bool:
+        """Say whether a model has the parameters and buffers of those in the mean, if any are."""
+        shapes = [value.shape for value in _averaged_tensors(model)]
+        return not self._means or shapes == [mean.shape for mean in self._means]
+
     @torch.no_grad()
     def add(self, model: nn.Module) -> None:
         """Take the model as it is into the mean.
@@ -41,14 +46,14 @@ class WeightAverage:
         Raises:
             ValueError: The model has other parameters than at the first time.
         """
+        if not self.fits(model):
+            msg = "the model has other parameters than when its average began"
+            raise ValueError(msg)
         values = _averaged_tensors(model)
         self.num_updates += 1
         if not self._means:
             self._means = [value.detach().to(_wide(value), copy=True) for value in values]
             return
-        if [m.shape for m in self._means] != [value.shape for value in values]:
-            msg = "the model has other parameters than when its average began"
-            raise ValueError(msg)
         weight = 1.0 / self.num_updates
         for mean, value in zip(self._means, values, strict=True):
             mean.lerp_(value.to(mean.dtype), weight)

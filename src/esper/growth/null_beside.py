@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from esper.growth.averaging import WeightAverage
@@ -37,7 +36,9 @@ class NullBeside:
         """Do the update that the live run has just done."""
         self._arm.update(self._run, batches)
         live, null = self._averages
-        if live.num_updates >= self._window:
+        if not live.fits(self._run.model):  # a kernel has left, or come, or was folded
+            self._before = live, null = self._averages = (WeightAverage(), WeightAverage())
+        elif live.num_updates >= self._window:
             self._before = self._averages
             live, null = self._averages = (WeightAverage(), WeightAverage())
         live.add(self._run.model)
@@ -48,9 +49,9 @@ class NullBeside:
         run = self._run
         is_short = self._averages[0].num_updates < self._window // 2
         live, null = self._before if is_short else self._averages
-        if not live.num_updates:
+        if not live.num_updates or not live.fits(run.model):
             return None
-        pairs = ((live, copied_model(run)), (null, copy.deepcopy(self._arm.twin.model)))
+        pairs = ((live, copied_model(run)), (null, copied_model(run, of=self._arm.twin.model)))
         found = []
         for average, model in pairs:
             average.write_to(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from dataclasses import replace
@@ -271,7 +270,8 @@ class Trial:
         """Read the gate split for every arm and for the live run, on averaged weights."""
         run = self._run
         levels = {
-            arm.name: self._level(copy.deepcopy(arm.twin.model), arm.average) for arm in self._arms
+            arm.name: self._level(copied_model(run, of=arm.twin.model), arm.average)
+            for arm in self._arms
         }
         return TrialReadings(
             live=self._level(copied_model(run), self._live),

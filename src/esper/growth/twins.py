@@ -187,21 +187,25 @@ def owner_update(update: OwnUpdate) -> TwinUpdate:
     return call
 
 
-def copied_model(run: GrowthRun, memo: dict[int, object] | None = None) -> nn.Module:
-    """Return a copy of the live model without the owner's hooks.
+def copied_model(
+    run: GrowthRun, memo: dict[int, object] | None = None, *, of: nn.Module | None = None
+) -> nn.Module:
+    """Return a copy of the live model, or of a twin's, without the owner's hooks.
 
     Args:
         run: The run.
         memo: Learns what became what, as for ``copy.deepcopy``.
+        of: What is copied; the live model where None.
 
     Raises:
         GrowthError: The model cannot be copied.
     """
     memo = {} if memo is None else memo
+    model = run.model if of is None else of
     if run.build_twin is not None:
-        return _built(run.build_twin, run.model, memo)
+        return _built(run.build_twin, model, memo)
     try:
-        copied = copy.deepcopy(run.model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         msg = (
             f"the model cannot be copied for a twin ({type(error).__name__}: {error}); give the "
