@@ -27,6 +27,8 @@ _ROUNDING: Final = 1e-6
 norm before it divides by it: a limited one is ``limit n / (n + 1e-6)``."""
 _NEAR: Final = 2e-5
 """Relative difference of limited norms, at most: small ones that are alike may be unlimited."""
+_FLOAT32: Final = 2**-24
+"""Relative difference of a number and the nearest one in float32, at most."""
 _DIGITS: Final = 4
 """Significant digits, at most, of the limits that people write down."""
 
@@ -103,7 +105,7 @@ def _limit(sizes: Iterable[Tensor], *, is_exact: bool) -> float | None:
     near = 0.0 if is_exact else min(_ROUNDING * (largest + 1.0), _NEAR * largest)
     if sum(size >= largest - near for size in finite) < _TELLING:
         return None
-    return largest if is_exact else _as_written(largest, near)
+    return _as_written(largest, near or _FLOAT32 * largest)
 
 
 def _as_written(size: float, near: float) -> float:
