@@ -132,13 +132,12 @@ def test_host_has_the_size_that_the_documents_name():
 
 @pytest.mark.slow
 def test_one_random_seed_gives_every_arm_and_control(seed_result):
-    """All arms, one control of each kind, an export that predicts the same."""
+    """All arms, the useless control whose turn it is, a linear one, an export that agrees."""
     result, messages, folder = seed_result
     assert set(result.arms) == {"host", "grown", "random", "scratch"}
     kinds = [control.kind for control in result.controls]
-    assert kinds == ["noop", "noise", "random_features", "linear"]
+    assert kinds == ["noise", "linear"]
     assert all(control.trial is not None for control in result.controls)
-    assert not any(control.was_kept for control in result.controls if control.kind == "noop")
     assert result.dormant_identical
     assert result.export_max_rel_diff <= 1e-6
     assert (folder / "events.jsonl").exists()
@@ -158,7 +157,7 @@ def test_arms_start_as_one_run(seed_result):
         for update, a, b in zip(host.updates, host.accuracy, grown.accuracy, strict=True)
         if update < until
     ]
-    assert len(pairs) > 10
+    assert len(pairs) > 5
     assert all(a == b for a, b in pairs)
 
 
@@ -237,8 +236,8 @@ def test_test_split_with_random_labels_changes_no_decision(digits):
 
 @pytest.fixture(scope="module")
 def controls(digits):
-    """The controls at the second convolution and at the readout."""
-    forks = [host_arm(digits, random_seed, 21, nothing).fork for random_seed in (1000, 1001)]
+    """Random features at the second convolution, a no-op at the readout, linear ones at both."""
+    forks = [host_arm(digits, random_seed, 21, nothing).fork for random_seed in (1002, 1001)]
     return [control for fork in forks for control in run_controls(digits, fork, nothing)]
 
 
@@ -254,8 +253,8 @@ def test_the_null_of_a_linear_package_begins_apart(controls):
     linear = [control.trial for control in controls if control.kind == "linear"]
     assert {trial.sites for trial in linear} == {("3",), ("7",)}
     assert all(trial.capacity_stderr > 0 for trial in linear)
-    noops = [control.trial for control in controls if control.kind == "noop"]
-    assert all(trial.capacity_stderr == 0 for trial in noops)
+    (noop,) = [control.trial for control in controls if control.kind == "noop"]
+    assert noop.capacity_stderr == 0
 
 
 def test_dormant_host_is_the_bare_one(digits):
@@ -314,9 +313,9 @@ def test_the_test_split_is_looked_at_after_the_last_ten_epochs(digits):
 
 def test_a_dip_is_the_largest_fall_after_a_switch():
     """From the last look before it, within 200 updates; of several switches the worst."""
-    looks = Looks(accuracy={300: 91.0, 320: 87.5, 340: 92.0, 480: 90.0, 540: 10.0, 560: 9.0})
+    looks = Looks(accuracy={300: 91.0, 325: 87.5, 350: 92.0, 500: 90.0, 550: 10.0, 575: 9.0})
     assert looks.worst_dip([316]) == 3.5
-    assert looks.worst_dip([316, 345]) == 82.0
+    assert looks.worst_dip([316, 360]) == 82.0
     assert looks.worst_dip([]) is None
 
 
