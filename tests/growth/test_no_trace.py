@@ -186,7 +186,7 @@ TRIALS = {
     "twin": lambda: {"policy": ByHand([("0", "mlp-4x4-w32", 2)])},
     "shadow": lambda: {"policy": EveryN(5), "audition_updates": 5},
 }
-UPDATES = {"twin": 14, "shadow": 40}
+UPDATES = {"twin": 14, "shadow": 18}
 """So many leave a trace, where a pass does: eight of a trial, or a whole audition."""
 
 
