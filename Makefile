@@ -10,10 +10,10 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs bench torture
+.PHONY: help venv demo test check docs bench bench-growth torture
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 venv: $(STAMP) ## Create .venv with everything that the demo, the tests and the checks need
 
@@ -50,6 +50,9 @@ docs: venv ## Build the documents and the reference of the public names into sit
 bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/results/ and docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-growth: venv ## Measure what growing brings, in hours, going on where it stopped; writes docs/growth.md
+	$(BIN)/python benchmarks/growth/run.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
 	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)

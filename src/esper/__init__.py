@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from esper.bus.in_process import EventBus
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
+    from esper.continuity.deepening import deepen
     from esper.continuity.following import follow
     from esper.continuity.optimizer import sync_optimizer
+    from esper.continuity.widening import widen
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
     from esper.contracts.errors import (
@@ -64,10 +66,12 @@ if TYPE_CHECKING:
     )
     from esper.growth.reading import Choice, Decision, Reading
     from esper.growth.settings import GrowthSettings
+    from esper.growth.staged import Staged
     from esper.growth.suggestion import Suggestion
     from esper.registry.open import open_registry
     from esper.seeds.maintenance import MaintenanceReport, maintain
     from esper.seeds.shadow import in_shadow_pass
+    from esper.seeds.shallow import asleep, shallow
     from esper.state.waiting import GraftOptions
     from esper.wrapping.export import export
     from esper.wrapping.restore import RestoreResult, restore
@@ -135,9 +139,12 @@ _HOME: Final = {
     "SiteDescriptionError": "esper.contracts.errors",
     "SiteSpec": "esper.contracts.site",
     "SkippedModule": "esper.wrapping.select",
+    "Staged": "esper.growth.staged",
     "Suggestion": "esper.growth.suggestion",
     "TensorSpec": "esper.contracts.blueprint",
+    "asleep": "esper.seeds.shallow",
     "compile_blueprint": "esper.compiler.compile",
+    "deepen": "esper.continuity.deepening",
     "default_catalog": "esper.compiler.catalog",
     "export": "esper.wrapping.export",
     "follow": "esper.continuity.following",
@@ -147,9 +154,11 @@ _HOME: Final = {
     "maintain": "esper.seeds.maintenance",
     "open_registry": "esper.registry.open",
     "restore": "esper.wrapping.restore",
+    "shallow": "esper.seeds.shallow",
     "skipped": "esper.wrapping.wrap",
     "sync_optimizer": "esper.continuity.optimizer",
     "unwrap": "esper.wrapping.unwrap",
+    "widen": "esper.continuity.widening",
     "wrap": "esper.wrapping.wrap",
 }
 """Each public name and the module that it lives in."""
@@ -211,10 +220,13 @@ __all__ = [
     "SiteDescriptionError",
     "SiteSpec",
     "SkippedModule",
+    "Staged",
     "Suggestion",
     "TensorSpec",
     "__version__",
+    "asleep",
     "compile_blueprint",
+    "deepen",
     "default_catalog",
     "export",
     "follow",
@@ -224,9 +236,11 @@ __all__ = [
     "maintain",
     "open_registry",
     "restore",
+    "shallow",
     "skipped",
     "sync_optimizer",
     "unwrap",
+    "widen",
     "wrap",
 ]
 

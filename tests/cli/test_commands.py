@@ -14,11 +14,10 @@ from esper.cli.app import app, parse_random_seeds
 from esper.contracts.errors import EsperError
 
 SHORT = (
-    "esper: warning: nothing can grow: a graft takes 316 updates (record_updates, "
-    "audition_updates, ramp_updates and hold_updates), and horizon is 12; shorten them, or train "
-    "longer"
+    "esper: warning: nothing can grow: a package takes 166 updates at least (record_updates, 50 of "
+    "a trial and hold_updates), and horizon is 12; shorten them, or train longer"
 )
-"""What is said of most jobs here: they are shorter than a graft."""
+"""What is said of most jobs here: they are shorter than a trial."""
 
 JOB = """
 import os
@@ -31,7 +30,7 @@ from esper.growth.job import GrowthJob
 def job(train=None, model=None, test=None, loss=None):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    x_NF = torch.randn(264, 4)
+    x_NF = torch.randn(364, 4)
     y_N = (x_NF[:, 0] * x_NF[:, 1] > 0).long()
     batches = list(zip(x_NF[:64].split(16), y_N[:64].split(16)))
     parameters = list(model.parameters()) or [torch.zeros(1, requires_grad=True)]
@@ -356,14 +355,14 @@ def test_grow_takes_what_a_job_would_be_edited_for(folder):
     """Epochs, overhead, random seed and budget come from the command, the rest from the job."""
     result = run(
         *("grow", "jobs_of_a_user:job", "--epochs", "2", "--overhead", "0.3"),
-        *("--random-seed", "5", "--budget", "grafts=1", "--budget", "flops=none"),
+        *("--random-seed", "5", "--budget", "packages=1", "--budget", "flops=none"),
     )
     assert result.exit_code == 0, result.stderr
     report = report_in(folder / "runs" / "grow")
     settings = report["settings"]
     assert (report["updates"], settings["horizon"]) == (8, 8)
     assert (settings["overhead"], settings["random_seed"]) == (0.3, 5)
-    assert (settings["budget"]["grafts"], settings["budget"]["flops"]) == (1, None)
+    assert (settings["budget"]["packages"], settings["budget"]["flops"]) == (1, None)
     assert settings["budget"]["small_graft"] == 10_000
 
 
@@ -377,13 +376,13 @@ def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--overhead", "2"), "overhead is a share of the run's work in [0, 1)"),
+        (("--overhead", "-1"), "overhead is a ratio to the FLOPs of training, at least 0"),
         (("--budget", "much"), "for example 0.2, or NAME=NUMBER"),
         (("--budget", "gifts=2"), "the budget has no 'gifts'; its limits are parameters"),
-        (("--budget", "grafts=1.5"), "grafts is a whole number"),
+        (("--budget", "packages=1.5"), "packages is a whole number"),
         (("--budget", "-1"), "is a share of the host, at least 0, or None; got -1"),
         (("--budget", "nan"), "is a share of the host, at least 0, or None; got nan"),
-        (("--budget", "grafts=inf"), "grafts is a whole number"),
+        (("--budget", "packages=inf"), "packages is a whole number"),
     ],
 )
 def test_option_that_makes_no_sense_is_refused_before_the_training(folder, options, words):

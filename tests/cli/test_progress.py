@@ -82,6 +82,22 @@ def test_a_plain_line_tells_where_each_run_is():
     ) in text
 
 
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (GraftStage.GERMINATED, "being made"),
+        (GraftStage.TRIAL, "in trial in a twin"),
+        (GraftStage.HOLDING, "under watch"),
+    ],
+)
+def test_a_package_is_told_in_one_piece(stage, words):
+    """However many kernels it has, and beside what is tried by itself."""
+    grafts = [GraftStatus(site=s, seed_idx=0, stage=stage, package=2) for s in ("a", "b", "c")]
+    row = ProgressRow(name="run", update=3, grafts=(*grafts, *A_ROW.grafts))
+    text = shown([a_progress(50, row)], terminal=False)
+    assert text.endswith(f"package 2 of 3 kernels {words}, [blocks].3.0 blending\n")
+
+
 def test_what_is_not_known_yet_is_left_out():
     """Before the first evaluation there is neither a loss nor a metric."""
     text = shown([a_progress(50, ProgressRow(name="run", update=3))], terminal=False)

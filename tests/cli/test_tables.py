@@ -15,6 +15,7 @@ from esper.contracts.report import (
     GraftRecord,
     RunReport,
     TimelineEntry,
+    TrialRecord,
 )
 from esper.growth.suggestion import Suggestion
 
@@ -31,8 +32,27 @@ def a_demo():
         reason="better than its twin",
         parameters=40,
         germinated_at=200,
-        contribution=0.0412,
         dependence=0.213,
+        package=1,
+    )
+    trial = TrialRecord(
+        package=1,
+        grafts=(1,),
+        sites=("3",),
+        blueprints=("mlp [8]",),
+        parameters=40,
+        started_at=200,
+        trial_updates=100,
+        decided_at=300,
+        verdict="kept",
+        taken="candidate",
+        effect=0.0412,
+        stderr=0.0101,
+        null_effect=0.0128,
+        null_stderr=0.0094,
+        capacity=0.0284,
+        capacity_stderr=0.0099,
+        capacity_shown=True,
     )
     entry = TimelineEntry(
         update=200,
@@ -40,7 +60,7 @@ def a_demo():
         site="3",
         blueprint="mlp [8]",
         before=None,
-        after=GraftStage.AUDITION,
+        after=GraftStage.TRIAL,
         reason="",
     )
     report = RunReport(
@@ -50,6 +70,7 @@ def a_demo():
         parameters_after=398,
         grafts=(graft,),
         timeline=(entry,),
+        trials=(trial,),
     )
     arms = {
         name: ArmReport(
@@ -80,16 +101,19 @@ def printed(call, value):
 
 
 def test_the_demo_ends_with_its_tables():
-    """First the good and the bad, then arms, differences, grafts, their lives and the controls."""
+    """First the good and the bad, then arms, differences, packages, grafts and the controls."""
     lines = printed(print_demo, a_demo())
     assert lines[0].startswith("Growth beat the host trained on without growing")
     assert ", but not a network of the grown shape" in " ".join(lines[:3])
     for line in (
-        "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP 70 \u2013",
-        "grown minus host only: +4.00 (+4.00 to +4.00) points",
-        "5 1 mlp [8] 3 +0.2130 +0.0412 fossilized better than its twin",
-        "5 1 audition 200",
-        "noise 20 1 0 7",
+        "grown 94.50 (88.15 to 100.85) 398 6.3 GFLOP \u2013 70 \u2013",
+        "grown minus host only: +4.00 (+4.00 to +4.00) points; 2 won, 0 lost, 0 tied",
+        "worst dip after a switch, points: \u2013 (the host's own \u2013)",
+        "5 1 +0.0412 \u00b1 0.01 +0.0128 \u00b1 0.0094 +0.0284 \u00b1 0.0099 \u2013 kept",
+        "package: kernels for several sites, tried together and judged as one",
+        "5 1 1 mlp [8] 3 +0.2130 fossilized better than its twin",
+        "5 1 trial 200",
+        "noise 20 1 0 0 7",
         "Note: a note",
     ):
         assert line in lines

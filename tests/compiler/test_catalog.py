@@ -31,6 +31,7 @@ DEFAULT = catalog.default_catalog()
 CONTROLS = (
     catalog.noop,
     catalog.noise,
+    catalog.noise_readout,
     catalog.capacity_free,
     catalog.random_features,
     catalog.own_shape_zeroed,

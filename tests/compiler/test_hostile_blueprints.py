@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esper.compiler.codec import decode_artifact, encode_kernel
-from esper.compiler.lowering import instantiate, lower
+from esper.compiler.linear_form import linear_form
+from esper.compiler.lowering import instantiate, kernel_tensors, lower
 from esper.compiler.operations import OPERATIONS
 from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
 from esper.contracts.errors import BlueprintError
@@ -88,6 +89,20 @@ def test_a_valid_blueprint_goes_to_bytes_and_back(blueprint):
     assert encode_kernel(loaded) == data
     x = torch.ones(2, WIDTH)
     assert torch.equal(loaded(x), kernel(x))
+
+
+@pytest.mark.slow
+@given(valid_blueprints())
+@settings(**SETTINGS)
+def test_a_valid_blueprint_has_an_affine_form_that_begins_as_it_does(blueprint):
+    """Whatever is dropped, what is left has the same numbers, and is affine."""
+    form = linear_form(blueprint)
+    kernel = lower(form).double()
+    ours, theirs = kernel_tensors(lower(form)), kernel_tensors(lower(blueprint))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    x, y = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    joint, apart = kernel(x + y), kernel(x) + kernel(y) - kernel(0 * x)
+    assert torch.allclose(joint, apart, rtol=1e-6, atol=1e-6 * float(joint.detach().abs().max()))
 
 
 _SCALARS = (

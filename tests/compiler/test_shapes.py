@@ -74,6 +74,19 @@ CASES = [
         for shape in [(4,), (2, 4), (2, 4, 5), (2, 5, 4)]
     ],
     *[
+        ("diagonal", {"num_features": (3, 4), "dim": dim}, [shape])
+        for dim in (-1, 1)
+        for shape in [(3, 4), (2, 3, 4), (2, 4, 3)]
+    ],
+    *[
+        ("mean_attention", {"embed_dim": 4}, shapes)
+        for shapes in [
+            [(2, 5, 4)],
+            [(2, 5, 3)],
+            [(2, 5, 4), (2, 6, 3)],
+        ]
+    ],
+    *[
         ("conv_transpose2d", {**LIFT, **more}, [shape])
         for more in (
             {},

@@ -201,11 +201,11 @@ def test_kernels_that_were_there_first_are_made_up_for():
 
 @pytest.mark.parametrize("trial", ["twin", "shadow"])
 def test_a_run_and_its_average_are_in_step_at_every_update(trial, caplog):
-    """Through switch or ramp, and the verdict; nobody has to be warned of twins."""
+    """Through trial, taking over, watch and verdict; nobody has to be warned of twins."""
     live, optimizer = growing_model()
     average = esper.follow(live, averaged_model(live))
     grower = growing(live, optimizer, policy=ByHand([("0", "mlp-4x4-w32")]), trial=trial)
-    for batch in batches(85):
+    for batch in batches(110):
         loss = compute_loss(live, batch)
         optimizer.zero_grad()
         loss.backward()

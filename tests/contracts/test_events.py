@@ -1,5 +1,8 @@
 """Events have one JSON form, and logs that were written stay readable."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from esper.contracts.choices import SEED_STATES
@@ -11,19 +14,26 @@ from esper.contracts.events import (
     Fossilized,
     GateRead,
     Noted,
+    PassengerRemoved,
     Ranked,
     RolledBack,
     RunEnded,
     RunStarted,
     SeedFaulted,
     StageChanged,
+    StageWoken,
+    TakenOver,
+    TrialRead,
+    TrialStarted,
+    UnknownEvent,
     event_from_json,
     event_to_json,
 )
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 
+FILES = Path(__file__).parent / "files"
 WHEN = {"update": 7, "time_s": 0.5}
-WRITTEN = {
+OF_FORMAT_1 = {
     '{"format_version": 1, "kind": "run_started", "settings": {"goal": "min"}, "time_s": 0.5, '
     '"update": 7}': RunStarted(**WHEN, settings={"goal": "min"}),
     '{"format_version": 1, "gate_loss": 0.25, "kind": "evaluated", "metrics": {"accuracy": 90.0}, '
@@ -99,19 +109,208 @@ WRITTEN = {
 }
 """Lines of a log of format 1, and what they say. Lines are never changed here, only added."""
 
+ENVELOPE = {**WHEN, "run_id": "ab", "seq": 3}
+OF_A_TRIAL = {
+    "package": 1,
+    "grafts": (1, 2),
+    "sites": ("fc", "head"),
+}
+OF_FORMAT_1_1 = {
+    '{"arms": ["live", "candidate", "null"], "attribution": "trial", "blueprints": ["mlp", "mlp"], '
+    '"format_version": "1.1", "grafts": [1, 2], "id": "ab-3", "kind": "trial_started", '
+    '"level": 0.05, "memory_bytes": 4096, "null_adds": [], "package": 1, "parameters": 80, '
+    '"run_id": "ab", "seq": 3, "sites": ["fc", "head"], "time_s": 0.5, "trial_updates": 200, '
+    '"update": 7}': TrialStarted(
+        **ENVELOPE,
+        **OF_A_TRIAL,
+        blueprints=("mlp", "mlp"),
+        parameters=80,
+        trial_updates=200,
+        arms=("live", "candidate", "null"),
+        memory_bytes=4096,
+    ),
+    '{"attribution": "trial", "capacity": 0.5, "capacity_is_lower_bound": false, '
+    '"capacity_shown": true, "capacity_stderr": 0.25, "effect": 0.75, "flops": null, '
+    '"format_version": "1.1", "going_on": null, "going_on_stderr": null, "id": "ab-3", '
+    '"kind": "trial_read", "level": 0.05, "null_adds": [], "null_effect": 0.25, '
+    '"null_stderr": 0.25, "num_nulls": 0, "package": 1, "reason": "beyond luck", "run_id": "ab", '
+    '"samples": 400, "seq": 3, "sites": ["fc", "head"], "spread": 1.6, "stderr": 0.25, '
+    '"taken": "candidate", "threshold": 1.65, "time_s": 0.5, "update": 7, "verdict": "taken over", '
+    '"z": 3.0}': TrialRead(
+        **ENVELOPE,
+        package=1,
+        sites=("fc", "head"),
+        verdict="taken over",
+        taken="candidate",
+        reason="beyond luck",
+        spread=1.6,
+        samples=400,
+        effect=0.75,
+        stderr=0.25,
+        z=3.0,
+        threshold=1.65,
+        null_effect=0.25,
+        null_stderr=0.25,
+        capacity=0.5,
+        capacity_stderr=0.25,
+        capacity_shown=True,
+    ),
+    '{"folded": false, "format_version": "1.1", "gate_loss_after": 0.25, "gate_loss_before": 0.5, '
+    '"grafts": [1, 2], "id": "ab-3", "kind": "taken_over", "package": 1, "run_id": "ab", "seq": 3, '
+    '"sites": ["fc", "head"], "taken": "candidate", "time_s": 0.5, "update": 7}': TakenOver(
+        **ENVELOPE, **OF_A_TRIAL, taken="candidate", gate_loss_before=0.5, gate_loss_after=0.25
+    ),
+    '{"allowed": 0.5, "format_version": "1.1", "graft": 2, "id": "ab-3", '
+    '"kind": "passenger_removed", "package": 1, "reason": "idle", "rise": 0.125, "run_id": "ab", '
+    '"seq": 3, "site": "head", "time_s": 0.5, "update": 7, "upper": 0.25}': PassengerRemoved(
+        **ENVELOPE,
+        package=1,
+        graft=2,
+        site="head",
+        rise=0.125,
+        upper=0.25,
+        allowed=0.5,
+        reason="idle",
+    ),
+    '{"blocks": ["h.1"], "depth": 2, "ended_at": null, "flops": null, "format_version": "1.1", '
+    '"id": "ab-3", "init": "fresh", "kind": "stage_woken", "loss_after": null, '
+    '"loss_before": 0.5, "path": "h", "ramp_updates": 20, "reason": "", "run_id": "ab", "seq": 3, '
+    '"started_at": 7, "time_s": 0.5, "update": 7, "verdict": "waking"}': StageWoken(
+        **ENVELOPE,
+        path="h",
+        depth=2,
+        blocks=("h.1",),
+        started_at=7,
+        ramp_updates=20,
+        loss_before=0.5,
+    ),
+    '{"format_version": "1.1", "graft": 0, "id": "ab-3", "kind": "rolled_back", "package": 1, '
+    '"reason": "worse", "run_id": "ab", "seq": 3, "time_s": 0.5, "update": 7, '
+    '"updates_lost": 3}': RolledBack(
+        **ENVELOPE, graft=0, package=1, updates_lost=3, reason="worse"
+    ),
+    '{"after": "trial", "artifact_id": "ab", "before": "germinated", "blueprint": "mlp", '
+    '"format_version": "1.1", "graft": 1, "id": "ab-3", "kind": "stage_changed", "package": 1, '
+    '"reason": "copied", "run_id": "ab", "seed_idx": 0, "seq": 3, "site": "fc", "time_s": 0.5, '
+    '"update": 7}': StageChanged(
+        **ENVELOPE,
+        graft=1,
+        site="fc",
+        seed_idx=0,
+        blueprint="mlp",
+        artifact_id="ab",
+        before=GraftStage.GERMINATED,
+        after=GraftStage.TRIAL,
+        reason="copied",
+        package=1,
+    ),
+}
+"""Lines of a log of format 1.1. Lines are never changed here, only added."""
 
-@pytest.mark.parametrize(
-    "line", WRITTEN, ids=[f"{n}-{e.kind}" for n, e in enumerate(WRITTEN.values())]
+WRITTEN = OF_FORMAT_1 | OF_FORMAT_1_1
+FROM_LATER = (
+    '{"format_version": "1.7", "gate_loss": 2.5, "id": "ab-3", "kind": "evaluated", "metrics": {}, '
+    '"own": {"b":1,  "a": 1E5}, "run_id": "ab", "seq": 3, "time_s": 0.5, "train_loss": null, '
+    '"update": 7}'
 )
-def test_a_line_and_its_event_belong_together(line):
-    """Writing gives the line, and reading it gives the event."""
-    assert event_to_json(WRITTEN[line]) == line
+"""A line of a later minor version, with a field that is not known here."""
+
+
+def ids(lines):
+    return [f"{n}-{event.kind}" for n, event in enumerate(lines.values())]
+
+
+@pytest.mark.parametrize("line", WRITTEN, ids=ids(WRITTEN))
+def test_a_line_that_was_written_stays_readable(line):
+    """Reading gives the event, whose own line says the same."""
     assert event_from_json(line) == WRITTEN[line]
+    assert event_from_json(event_to_json(WRITTEN[line])) == WRITTEN[line]
+
+
+@pytest.mark.parametrize("line", OF_FORMAT_1_1, ids=ids(OF_FORMAT_1_1))
+def test_an_event_has_one_line(line):
+    """Writing gives the very bytes."""
+    assert event_to_json(OF_FORMAT_1_1[line]) == line
+
+
+@pytest.mark.parametrize("line", OF_FORMAT_1, ids=ids(OF_FORMAT_1))
+def test_a_line_of_format_1_is_written_in_the_format_of_today(line):
+    """Nothing of it is lost; what was added has its default."""
+    old, written = json.loads(line), json.loads(event_to_json(event_from_json(line)))
+    assert {name: written[name] for name in old} == {**old, "format_version": "1.1"}
+    assert (written["run_id"], written["seq"], written["id"]) == ("", 0, "-0")
+
+
+def test_a_whole_log_of_format_1_is_read():
+    """A run with an audition and twins: every line is an event of a kind that is known."""
+    lines = (FILES / "events-1.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [event_from_json(line) for line in lines]
+    kinds = {type(event) for event in events}
+    assert {GateRead, AlphaChanged, Fossilized, StageChanged} < kinds
+    assert UnknownEvent not in kinds
+    assert any(e.tau is not None for e in events if isinstance(e, GateRead))
 
 
 def test_every_kind_has_a_line():
     """No kind of event is without an example."""
     assert {event.kind for event in WRITTEN.values()} == set(EVENT_TYPES)
+
+
+def test_a_field_of_a_later_version_is_written_again_as_it_was():
+    """Byte for byte, in its place and under its version; and it is seen to be there."""
+    event = event_from_json(FROM_LATER)
+    assert isinstance(event, Evaluated)
+    assert dict(event.more)["own"] == '{"b":1,  "a": 1E5}'
+    assert event_to_json(event) == FROM_LATER
+
+
+@pytest.mark.parametrize("version", ['"1.7"', '"1.1"', "1"])
+def test_a_kind_that_is_not_known_is_kept_as_it_was(version):
+    """With its place in the run, so that a log stays whole whoever passes it on."""
+    line = (
+        f'{{"update": 7, "kind": "pruned",   "format_version": {version}, "run_id": "ab", '
+        '"seq": 3, "share": 1E-1, "time_s": 0.5}'
+    )
+    event = event_from_json(line)
+    assert event == UnknownEvent(**ENVELOPE, kind="pruned", body=line)
+    assert (event.kind, event.id) == ("pruned", "ab-3")
+    assert event_to_json(event) == line
+
+
+def test_a_word_that_only_a_later_version_knows_is_kept_as_it_was():
+    """A stage that is none here makes the whole event one that is passed on."""
+    (line,) = (line for line in OF_FORMAT_1_1 if '"trial"' in line and "stage_changed" in line)
+    later = line.replace('"1.1"', '"1.2"').replace('"trial"', '"napping"')
+    assert event_to_json(event_from_json(later)) == later
+    with pytest.raises(ValueError, match="napping"):
+        event_from_json(line.replace('"trial"', '"napping"'))
+
+
+@pytest.mark.parametrize("version", ["2", '"2.0"', '"10.1"'])
+def test_a_higher_major_version_is_refused_by_name(version):
+    """With what is known here, and what to do."""
+    found = version.replace('"', "'")
+    with pytest.raises(ValueError, match=f"{found} is not known.*up to 1.1.*a newer Esper"):
+        event_from_json(FROM_LATER.replace('"1.7"', version))
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"format_version": "1.1"}', "not JSON", ""])
+def test_what_is_no_event_is_refused(line):
+    """Whatever is missing, it is a ValueError."""
+    with pytest.raises(ValueError, match=r"expected|format|kind|Expecting"):
+        event_from_json(line)
+
+
+def test_a_field_without_a_default_is_asked_for():
+    """Its name and its event are in the message."""
+    with pytest.raises(ValueError, match="Evaluated needs the field gate_loss"):
+        event_from_json(FROM_LATER.replace('"gate_loss": 2.5, ', ""))
+
+
+def test_a_number_that_is_not_finite_is_not_written():
+    """JSON has no NaN."""
+    with pytest.raises(ValueError, match="JSON"):
+        event_to_json(AlphaChanged(**WHEN, graft=1, alpha=float("nan")))
 
 
 def test_stages_are_stages_whoever_wrote_them():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from growing import X, compute_loss, equal_states, host, state_of, wrapped
+from growing import X, compute_loss, equal_states, growing, host, state_of, train, wrapped
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.growth.flops import counting, update_flops
+from esper.growth.policies import EveryN, Never
 
 BATCH = torch.arange(32)
 
@@ -35,6 +36,22 @@ def test_an_update_is_counted_without_a_trace():
     assert equal_states(before, state_of(model))
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("policy", [Never(), EveryN(20)], ids=["never", "grows"])
+def test_all_that_is_executed_stands_in_the_ledger(policy):
+    """As a counter around the whole run sees it; a kernel's cost beside a forward is a hundredth.
+
+    Tracing of a kernel executes nothing, and tells a counter nothing.
+    """
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=policy)
+    with counting() as counter:
+        train(model, optimizer, 60, grower)
+    work, executed = grower.report().work, counter.get_total_flops()
+    assert type(executed) is int
+    assert sum(work.values()) == pytest.approx(executed, rel=0.0 if grower.stages == () else 0.01)
+    assert bool(grower.stages) is isinstance(policy, EveryN)
 
 
 def test_kernels_count_where_they_contribute():

@@ -325,13 +325,13 @@ def test_compute_loss_is_tried_at_the_first_step(function, error, words):
 
 
 def test_compute_loss_is_tried_once():
-    """One forward and backward in all, and they are counted, beside three readings."""
+    """One forward and backward in all, and they are counted as growing."""
     model, optimizer = wrapped()
     grower = growing(model, optimizer, policy=Never(), evaluate_every=1000)
     train(model, optimizer, 10, grower)
-    update = update_flops(model, compute_loss, torch.arange(32))
-    reading = 2 * 400 * (4 * 4 + 4)
+    update, reading = update_flops(model, compute_loss, torch.arange(32)), 400 * 2 * (4 * 4 + 4)
     assert grower.report().work["evaluation"] == update + 3 * reading
+    assert grower.report().work["training"] == 10 * update
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from torch import nn
 
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.errors import GrowthError
+from esper.growth.live_step import LiveStep
 from esper.growth.policies import Never
-from esper.growth.twins import LiveStep, Twin, owner_update
+from esper.growth.twins import Twin, owner_update
 from esper.wrapping.wrap import layers, wrap
 
 

@@ -51,7 +51,7 @@ def gains(scaler, *, num=12, clips=False):
         policy=EveryN(5),
         sink=seen,
         horizon=1000,
-        **{**SHORT, "overhead": 0.0},  # it buys a ranking, and nothing that follows
+        **SHORT,
     )
     for batch in batches(num):
         optimizer.zero_grad()

@@ -126,7 +126,7 @@ def test_number_of_seeds_is_a_whole_number(num_seeds):
         ("horizon", "600"),
         ("horizon", 600.0),
         ("lr_new", "0.3"),
-        ("overhead", -0.1),
+        ("overhead", -1.0),
         ("min_effect", math.nan),
         ("random_seed", None),
         ("policy", "every"),

@@ -15,7 +15,9 @@ from esper.contracts.report import (
     Evaluation,
     GraftRecord,
     RunReport,
+    StageRecord,
     TimelineEntry,
+    TrialRecord,
 )
 
 UPDATES = 1200
@@ -98,11 +100,132 @@ def make_run_report(shift=0, **other):
         "timeline": tuple(entry for graft in grafts for entry in a_life(graft)),
         "alphas": tuple(alphas),
         "work": {"training": 115200.0, "audition": 9600.0, "twins": 38400.0, "evaluation": 30000.0},
+        "work_unit": "passes",
         "parameters_before": 358,
         "parameters_after": 954,
         "notes": ("the demo sets its own overhead",),
     }
     return RunReport(**(values | other))
+
+
+def a_trial(package, *, kept):
+    """Return a package of two kernels, with all that was measured of it."""
+    start = 200 if kept else 600
+    return TrialRecord(
+        package=package,
+        grafts=(2 * package - 1, 2 * package),
+        sites=("0", "3"),
+        blueprints=("mlp-8", "conv3x3-8"),
+        parameters=636,
+        started_at=start,
+        trial_updates=200,
+        decided_at=start + 200,
+        verdict="kept" if kept else "refused",
+        taken="candidate" if kept else "",
+        reason="the loss falls by 0.0412" if kept else "not beyond luck",
+        spread=1.6,
+        samples=400,
+        effect=0.0412 if kept else 0.0031,
+        stderr=0.0101,
+        z=4.07 if kept else 0.31,
+        threshold=1.65,
+        null_effect=0.0128,
+        null_stderr=0.0094,
+        capacity=0.0284 if kept else -0.0097,
+        capacity_stderr=0.0099,
+        capacity_shown=kept,
+        going_on=0.0061,
+        going_on_stderr=0.002,
+        gate_loss_before=0.5123 if kept else None,
+        gate_loss_after=0.4689 if kept else None,
+        flops=4.1e9,
+        seconds=3.2,
+        memory_bytes=48 << 20,
+        memory_peak_bytes=61 << 20,
+    )
+
+
+def a_kernel_of(trial, index, **other):
+    """Return a kernel of a package, which stayed where its package did."""
+    kept = trial.verdict == "kept"
+    values = {
+        "graft": trial.grafts[index],
+        "site": trial.sites[index],
+        "seed_idx": 0,
+        "blueprint": trial.blueprints[index],
+        "artifact_id": f"{trial.grafts[index]:064x}",
+        "stage": GraftStage.FOSSILIZED if kept else GraftStage.CULLED,
+        "verdict": "fossilized" if kept else "refused in trial",
+        "reason": trial.reason,
+        "parameters": 318,
+        "germinated_at": trial.started_at,
+        "admitted_at": trial.decided_at if kept else None,
+        "decided_at": trial.decided_at + 100 * kept,
+        "dependence": 0.2 if kept else None,
+        "folded": False if kept else None,
+        "package": trial.package,
+    }
+    return GraftRecord(**(values | other))
+
+
+def a_life_in_a_trial(graft):
+    path = [(graft.germinated_at, GraftStage.GERMINATED), (graft.germinated_at, GraftStage.TRIAL)]
+    if graft.admitted_at is not None:
+        path.append((graft.admitted_at, GraftStage.HOLDING))
+    path.append((graft.decided_at, graft.stage))
+    return [
+        TimelineEntry(
+            update=update,
+            graft=graft.graft,
+            site=graft.site,
+            blueprint=graft.blueprint,
+            before=path[place - 1][1] if place else None,
+            after=stage,
+            reason="the next step",
+        )
+        for place, (update, stage) in enumerate(path)
+    ]
+
+
+def make_twin_report(**other):
+    """Return a run of which one package stays but for a passenger, and one is refused."""
+    trials = (a_trial(1, kept=True), a_trial(2, kept=False))
+    passenger = {"stage": GraftStage.CULLED, "verdict": "removed as a passenger"}
+    grafts = tuple(
+        a_kernel_of(trial, index, **(passenger if (trial.package, index) == (1, 1) else {}))
+        for trial in trials
+        for index in (0, 1)
+    )
+    values = {
+        "settings": {"trial": "twin", "attribution": "trial"},
+        "grafts": grafts,
+        "trials": trials,
+        "timeline": tuple(entry for graft in grafts for entry in a_life_in_a_trial(graft)),
+        "alphas": (),
+        "work": {"training": 9.9e9, "evaluation": 6.2e8, "ranking": 3.1e7, "trial": 8.2e9},
+        "work_unit": "flops",
+        "seconds": {"training": 14.2, "evaluation": 1.1, "ranking": 0.3, "trial": 6.6},
+        "overhead_limit": 9.9e9,
+        "run_id": "ab",
+    }
+    return make_run_report(**(values | other))
+
+
+def a_stage_of_depth(**other):
+    """Return a stage that woke two of four blocks."""
+    values = {
+        "path": "body.h",
+        "depth": 4,
+        "blocks": ("body.h.1", "body.h.3"),
+        "started_at": 900,
+        "ramp_updates": 60,
+        "ended_at": 960,
+        "loss_before": 0.4125,
+        "loss_after": 0.3875,
+        "flops": 6e9,
+        "verdict": "awake",
+    }
+    return StageRecord(**(values | other))
 
 
 def make_arm_run(arm, random_seed):
@@ -182,3 +305,15 @@ def make_demo():
 def make_run():
     """The maker of run reports, for those that differ in a field."""
     return make_run_report
+
+
+@pytest.fixture
+def make_twin():
+    """The maker of reports of runs with packages, for those that differ in a field."""
+    return make_twin_report
+
+
+@pytest.fixture
+def stage_of_depth():
+    """A stage that woke two of four blocks."""
+    return a_stage_of_depth()

@@ -9,9 +9,12 @@ from esper.observability.charts import (
     LARGE,
     Bar,
     Chart,
+    Effect,
+    EffectGroup,
     Lane,
     Mark,
     Series,
+    draw_effects,
     draw_lanes,
     draw_lines,
     ticks,
@@ -174,3 +177,51 @@ def test_a_lane_shows_stages_by_shape_and_how_it_ended():
     assert len(by_class(kept, "fossil-life")) == 1
     assert by_class(removed, "fossil-life") == []
     assert len(by_class(removed, "culled")) == 1
+
+
+def an_effect(value, stderr=0.0, label="candidate"):
+    return Effect(
+        label=label, kind="disc", style="grown", value=value, stderr=stderr, text=f"{value}"
+    )
+
+
+def effects_drawn(*effects):
+    return draw_effects(
+        name="e",
+        title="Effects",
+        description="What they say.",
+        groups=[EffectGroup(label="package 1", effects=effects)],
+        x_label="loss saved",
+        zero_label="live run",
+    )
+
+
+def place(mark):
+    return float(mark.get("transform").removeprefix("translate(").split()[0])
+
+
+def test_an_effect_stands_where_its_value_says():
+    """Right of the line at 0 where it is positive, left of it where it is not, on its own row."""
+    drawing = effects_drawn(an_effect(0.5), an_effect(-0.5), an_effect(0.0))
+    zero = float(by_class(drawing, "base")[0].get("x1"))
+    better, worse, equal = map(place, by_class(drawing, "mark"))
+    assert worse < equal < better
+    assert equal == pytest.approx(zero, abs=0.1)
+    rows = [node.get("y") for node in by_class(drawing, "tick") if node.text == "candidate"]
+    assert len(set(rows)) == 3
+
+
+def test_a_bar_is_one_standard_error_on_either_side():
+    """Its ends are as far from the mark as effects of that size would be."""
+    (bar, _, _) = by_class(
+        effects_drawn(an_effect(0.5, 0.25), an_effect(0.25), an_effect(0.75)), "whisker"
+    )
+    marks = by_class(effects_drawn(an_effect(0.5, 0.25), an_effect(0.25), an_effect(0.75)), "mark")
+    _, low, high = map(place, marks)
+    assert float(bar.get("x1")) == pytest.approx(low, abs=0.1)
+    assert float(bar.get("x2")) == pytest.approx(high, abs=0.1)
+
+
+def test_without_an_effect_there_is_a_sentence():
+    """And no empty drawing."""
+    assert effects_drawn() == '<p class="empty">Effects: nothing was measured.</p>'

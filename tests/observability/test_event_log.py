@@ -8,16 +8,19 @@ from esper.contracts.events import (
     AlphaChanged,
     Fossilized,
     Noted,
+    PassengerRemoved,
     RolledBack,
     RunEnded,
     RunStarted,
     StageChanged,
+    TakenOver,
+    event_from_json,
 )
 from esper.contracts.lifecycle import GraftStage
 from esper.observability.event_log import EventLog, ReplayedSeed, read_events, replay_structure
 
 
-def a_stage(graft, after, *, site="0", seed_idx=0, update=1):
+def a_stage(graft, after, *, site="0", seed_idx=0, update=1, package=None):
     return StageChanged(
         update=update,
         time_s=0.5,
@@ -29,6 +32,28 @@ def a_stage(graft, after, *, site="0", seed_idx=0, update=1):
         before="",
         after=after,
         reason="",
+        package=package,
+    )
+
+
+def a_package(*stages):
+    """Return what a log says of a package of two kernels that goes through these stages."""
+    return [
+        a_stage(graft, stage, site=site, package=1)
+        for stage in stages
+        for graft, site in ((1, "0"), (2, "head"))
+    ]
+
+
+def a_switch(*, folded=False):
+    return TakenOver(
+        update=4,
+        time_s=0.5,
+        package=1,
+        taken="null" if folded else "candidate",
+        grafts=(1, 2),
+        sites=("0", "head"),
+        folded=folded,
     )
 
 
@@ -172,3 +197,65 @@ def test_a_fold_may_be_told_before_the_stage():
     )
     structure = replay_structure([a_stage(1, "holding"), fold, a_stage(1, "fossilized")])
     assert structure == {"0": [a_seed(1, GraftStage.FOSSILIZED, folded=True)]}
+
+
+def test_a_trial_is_no_structure():
+    """While its package trains in a twin a kernel is no part of the model; then it may be."""
+    assert replay_structure(a_package("germinated", "trial")) == {}
+    assert replay_structure(
+        [*a_package("germinated", "trial"), a_switch(), *a_package("holding")]
+    ) == {
+        "0": [a_seed(1, GraftStage.HOLDING)],
+        "head": [a_seed(2, GraftStage.HOLDING)],
+    }
+
+
+def test_a_passenger_is_no_structure():
+    """It leaves, and the rest of its package stays."""
+    left = PassengerRemoved(
+        update=9,
+        time_s=1.0,
+        package=1,
+        graft=2,
+        site="head",
+        rise=0.0,
+        upper=0.1,
+        allowed=0.2,
+        reason="idle",
+    )
+    assert set(replay_structure([*a_package("trial", "holding"), left])) == {"0"}
+
+
+def test_a_package_that_is_rolled_back_leaves_as_one():
+    """One event takes all of its kernels out, and nobody else's."""
+    gone = RolledBack(update=9, time_s=1.0, graft=0, package=1, updates_lost=4, reason="worse")
+    events = [a_stage(3, "fossilized", site="fc", package=2), *a_package("trial", "holding")]
+    assert set(replay_structure(events)) == {"0", "fc", "head"}
+    assert set(replay_structure([*events, gone])) == {"fc"}
+
+
+def test_a_package_that_folds_at_its_switch_is_folded():
+    """As a null may be: its kernels are in the host's weights at once."""
+    structure = replay_structure(
+        [*a_package("trial"), a_switch(folded=True), *a_package("holding")]
+    )
+    assert all(seed.folded for seeds in structure.values() for seed in seeds)
+
+
+def test_events_that_are_not_known_are_passed_over(tmp_path):
+    """A log of a later version is written again as it was, and its structure can be replayed."""
+    line = '{"format_version": "1.9", "kind": "pruned",  "update": 3}'
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log.publish(event_from_json(line))
+        log.publish(a_stage(1, "holding"))
+    assert path.read_text(encoding="utf-8").splitlines()[0] == line
+    assert replay_structure(read_events(path)) == {"0": [a_seed(1, GraftStage.HOLDING)]}
+
+
+def test_a_log_of_format_1_replays_to_the_structure_that_its_run_had():
+    """The kernel that its report calls fossilized, and no other."""
+    files = Path(__file__).parents[1] / "contracts" / "files"
+    structure = replay_structure(read_events(files / "events-1.jsonl"))
+    ((site, (seed,)),) = structure.items()
+    assert (site, seed.graft, seed.stage) == ("0", 1, GraftStage.FOSSILIZED)

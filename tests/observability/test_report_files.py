@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from esper.observability.demo_page import demo_page
 from esper.observability.report_files import write_report
-from esper.observability.report_page import demo_page, run_page
+from esper.observability.report_page import run_page
 
 
 def test_a_report_is_written_as_data_and_as_a_page(tmp_path, demo_report, make_run):

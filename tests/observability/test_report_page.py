@@ -4,12 +4,23 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from esper.contracts.intervals import Interval
 from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import ControlsReport, Evaluation
-from esper.observability.report_page import demo_page, run_page
+from esper.contracts.report import (
+    ControlsReport,
+    Evaluation,
+    StageArm,
+    demo_report_from_json,
+    run_report_from_json,
+)
+from esper.contracts.report_text import WORDS
+from esper.contracts.run_report import headline
+from esper.observability.demo_page import demo_page
+from esper.observability.report_page import run_page
 
 LOOKS = range(0, 1201, 10)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
@@ -48,10 +59,15 @@ def drawing(page, title):
     return found
 
 
-@pytest.fixture(params=["demo", "run"])
-def page(request, make_demo, make_run):
-    """Both pages, one after the other."""
-    return demo_page(make_demo()) if request.param == "demo" else run_page(make_run())
+@pytest.fixture(params=["demo", "run", "twin"])
+def page(request, make_demo, make_run, make_twin, stage_of_depth):
+    """All pages, one after the other."""
+    made = {
+        "demo": lambda: demo_page(make_demo()),
+        "run": lambda: run_page(make_run()),
+        "twin": lambda: run_page(make_twin(stages=(stage_of_depth,))),
+    }
+    return made[request.param]()
 
 
 def test_the_page_is_well_formed(page):
@@ -120,22 +136,196 @@ def test_the_first_sentence_says_what_growth_beat_and_what_not(demo_report):
     assert f"{interval.low:+.2f} to {interval.high:+.2f}" in bad
 
 
-def test_a_run_opens_with_the_good_and_the_bad(make_run):
-    """What a single run showed, and what it was not compared with, in the first sentence."""
-    first = Reader(run_page(make_run())).of("p")[0]
-    assert "beat a twin without it in 1 of 2 tries and was not shown to in 1" in first
-    assert "compared neither with a larger network trained from scratch" in first
+@pytest.mark.parametrize("maker", ["make_run", "make_twin"])
+def test_a_run_opens_with_the_words_of_the_terminal(maker, request):
+    """The first paragraphs are the headline that ``print(report)`` begins with, word for word."""
+    report = request.getfixturevalue(maker)()
+    first, rest = Reader(run_page(report)).of("p")[:2]
+    assert f"{first} {rest}" == headline(report)
+    assert str(report).startswith(headline(report))
 
 
-def test_a_control_is_in_the_first_sentence_the_figures_and_the_chart(make_run):
+def test_a_control_is_in_the_first_words_the_figures_and_the_chart(make_run):
     """Whether it helped has a number, next to the run's own."""
     control = make_run(
         grafts=(), evaluations=tuple(Evaluation(update=u, gate_loss=0.9) for u in LOOKS[::2])
     )
     page = run_page(make_run(control=control))
-    assert "with growth and 0.9 without" in Reader(page).of("p")[0]
+    assert "with growth and 0.9 without" in Reader(page).of("p")[1]
     assert "Gate loss without growth" in Reader(page).of("dt")
     assert "gate loss, control" in Reader(page).of("text")
+
+
+def cells(page, caption):
+    """Return the rows of the table with this caption, as texts."""
+    (found,) = [
+        part
+        for part in re.findall(r'<figure class="table">.*?</figure>', page, flags=re.DOTALL)
+        if caption in part
+    ]
+    rows = re.findall(r"<tr>(.*?)</tr>", found.partition("<tbody>")[2], flags=re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL) for row in rows]
+
+
+def test_trials_have_their_evidence_in_a_table(make_twin):
+    """Live run, null, capacity and going on, each with its standard error."""
+    kept, refused = cells(run_page(make_twin()), "read once, on weights averaged")
+    assert kept == [
+        "1",
+        "kept",
+        "+0.0412 \u00b1 0.01",
+        "+0.0128 \u00b1 0.0094",
+        "+0.0284 \u00b1 0.0099, shown",
+        "+0.0061 \u00b1 0.002",
+    ]
+    assert refused[4].endswith(", not shown")
+
+
+def test_what_was_not_measured_in_a_trial_is_a_dash(make_twin):
+    """Without a null there is neither treatment nor capacity."""
+    (trial, _) = make_twin().trials
+    alone = replace(
+        trial,
+        attribution="none",
+        null_effect=None,
+        capacity=None,
+        capacity_shown=None,
+        going_on=None,
+    )
+    (row,) = cells(run_page(make_twin(trials=(alone,))), "read once, on weights averaged")
+    assert row[3:] == ["\u2013"] * 3
+
+
+def test_what_was_taken_over_has_its_switch_its_watch_and_its_passengers(make_twin):
+    """One row for each package, with what became of it."""
+    kept, refused = cells(run_page(make_twin()), "takes a twin")
+    assert kept[3:] == ["candidate", "0.5123", "0.4689", "it stayed", "2 at 3"]
+    assert refused[3:] == ["nothing", "\u2013", "\u2013", "\u2013", "\u2013"]
+
+
+def test_what_going_back_cost_stands_with_the_watch(make_twin):
+    """A package that was rolled back names the updates that are lost."""
+    (trial, _) = make_twin().trials
+    back = replace(trial, verdict="rolled back", updates_lost=40)
+    (row,) = cells(run_page(make_twin(trials=(back,))), "takes a twin")
+    assert row[6] == "rolled back, 40 updates lost"
+
+
+def test_the_chart_of_trials_has_three_marks_a_package(make_twin):
+    """Candidate, null and going on, right of the live run where they saved loss."""
+    chart = drawing(run_page(make_twin()), "effects-title")
+    for kind in ("disc", "square", "admitted"):
+        assert chart.count(f'class="mark {kind} ') == 2
+    assert Reader(chart).of("text").count("live run") == 1
+
+
+def test_words_of_trials_are_explained_where_they_are_shown(make_twin, make_run):
+    """As a list for everybody, and as tips for those who have a pointer."""
+    reader = Reader(run_page(make_twin()))
+    assert set(WORDS) <= set(reader.of("dt"))
+    assert WORDS["null"] in reader.of("dd")
+    tips = {value for tag, name, value in reader.attributes if (tag, name) == ("th", "title")}
+    assert {WORDS["capacity"], WORDS["treatment"], WORDS["watch"], WORDS["passenger"]} <= tips
+    assert "twin" not in Reader(run_page(make_run(grafts=()))).of("dt")
+
+
+def test_packages_are_marked_on_the_loss(make_twin, stage_of_depth):
+    """Taken over, kept, refused, by package; and where a stage of depth begins."""
+    chart = drawing(run_page(make_twin(stages=(stage_of_depth,))), "loss-title")
+    for kind, count in {"admitted": 1, "fossilized": 1, "culled": 1, "woken": 1}.items():
+        assert chart.count(f'class="mark {kind}') == count
+    assert {"P1", "P2", "depth 4"} <= set(Reader(chart).of("text"))
+
+
+def test_a_trial_has_a_bar_in_its_lane(make_twin):
+    """Thin, as what is no part of the model; what was taken over has a tall one after it."""
+    lanes = drawing(run_page(make_twin()), "lanes-title")
+    assert lanes.count('class="stage trial"') == 4
+    assert lanes.count('class="stage holding"') == 2
+    assert "alphas-title" not in run_page(make_twin())
+
+
+def test_stages_of_depth_have_losses_and_flops(make_twin, stage_of_depth):
+    """Before and after, with what the depth cost and what it was not compared with."""
+    (row,) = cells(run_page(make_twin(stages=(stage_of_depth,))), "Stages of depth are planned")
+    assert row == [
+        "body.h: 1, 3",
+        "2 to 4",
+        "900 to 960",
+        "fresh, ramp 60",
+        "0.4125",
+        "0.3875",
+        "6 GFLOP",
+        "awake",
+    ]
+
+
+def test_work_is_told_with_its_limit_and_its_time(make_twin):
+    """FLOPs spent, allowed and by category, beside wall time; the share is of training's."""
+    page = run_page(make_twin())
+    values = Reader(page).of("dd")
+    assert {"8.85 GFLOP", "9.9 GFLOP", "89.4%", "8.0 s of 14.2 s"} <= set(values)
+    rows = {row[0]: row[1:] for row in cells(page, "FLOPs of what was executed")}
+    assert rows["trial"] == ["8.2 GFLOP", "82.8%", "6.60"]
+
+
+def test_work_of_format_1_is_told_in_passes(make_run):
+    """A report of then counted forwards of one sample."""
+    rows = cells(run_page(make_run()), "A forward of one sample counts 1")
+    assert rows[0] == ["training", "115,200", "59.6%"]
+
+
+@pytest.mark.parametrize("name", ["run-1.json", "demo-1.json"])
+def test_a_report_of_format_1_has_a_page(name):
+    """With all that it measured, contributions against twins among it."""
+    files = Path(__file__).parents[1] / "contracts" / "files"
+    text = (files / name).read_text(encoding="utf-8")
+    if name.startswith("run"):
+        page = run_page(run_report_from_json(text))
+        assert "contri\u00adbution" in Reader(page).of("th")
+    else:
+        page = demo_page(demo_report_from_json(text))
+    assert Reader(page).open == []
+
+
+def test_the_demo_shows_the_packages_of_its_grown_arm(make_demo, make_twin):
+    """Named by random seed and number, as grafts are."""
+    demo = make_demo((3,))
+    runs = tuple(replace(r, report=make_twin()) if r.report else r for r in demo.runs)
+    page = demo_page(replace(demo, runs=runs)).partition("Packages of the random arm")[0]
+    names = [row[0] for row in cells(page, "read once, on weights averaged")]
+    assert names == ["3 \u00b7 1", "3 \u00b7 2"]
+
+
+def test_the_demo_marks_packages_on_its_curves(make_demo, make_twin):
+    """Once each, however many kernels there are in one."""
+    demo = make_demo((3,))
+    runs = tuple(replace(r, report=make_twin()) if r.report else r for r in demo.runs)
+    chart = drawing(demo_page(replace(demo, runs=runs)), "accuracy-title")
+    counts = [chart.count(f'class="mark {k}"') for k in ("admitted", "fossilized", "culled")]
+    assert counts == [1, 1, 1]
+    assert "random seed 3, package 1: kept" in chart
+
+
+def test_the_dip_stands_beside_the_hosts_own(make_demo):
+    """A fall after a switch says little where the host falls as far by itself."""
+    demo = make_demo()
+    host = replace(demo.arms["host"], worst_dip_points=3.25)
+    page = demo_page(replace(demo, arms={**demo.arms, "host": host}))
+    assert "0.60 (the host's own 3.25)" in "".join(Reader(page).of("dd"))
+
+
+def test_a_language_model_has_a_part_where_there_is_one(make_demo):
+    """What was run before says so; without one there is no such part."""
+    saved = Interval(mean=41.0, low=38.5, high=43.5)
+    stages = (
+        StageArm(name="2 to 6 blocks", loss=1.43, flops=3e12),
+        StageArm(name="2 to 6 blocks, long", saved_at_equal_loss=saved, recorded=True),
+    )
+    live, recorded = cells(demo_page(make_demo(stages=stages)), "deepened late")
+    assert live == ["2 to 6 blocks", "1.430", "3 TFLOP", "\u2013", "this demo"]
+    assert recorded[-2:] == ["41.00 (38.50 to 43.50)", "recorded"]
+    assert "A language model by stages" not in Reader(demo_page(make_demo())).of("h2")
 
 
 def test_the_loss_axis_shows_what_grafts_did(make_run):
@@ -189,7 +379,7 @@ def test_the_demo_page_has_every_part(demo_report):
     rows = reader.of("th")
     assert {"host only", "grown", "random choice", "from scratch"} <= set(rows)
     assert {"no-op", "noise", "frozen random features"} <= set(rows)
-    assert "a naive on/off gate would keep" in rows
+    assert {"capacity claimed", "a naive on/off gate would keep"} <= set(rows)
     for seed, graft in demo_report.grafts("grown"):
         assert f"{seed} \u00b7 {graft.graft}" in rows
     assert len(re.findall("<svg", demo_page(demo_report))) == 4 + len(demo_report.random_seeds)
@@ -203,6 +393,25 @@ def test_the_lifecycle_is_marked_on_the_curves(demo_report):
         kind: chart.count(f'class="mark {kind}"') for kind in ("admitted", "fossilized", "culled")
     }
     assert counts == {"admitted": 20, "fossilized": 10, "culled": 10}
+
+
+def test_all_text_of_trials_and_stages_is_escaped(make_twin, stage_of_depth):
+    """Names and reasons of packages and of blocks that look like elements stay text."""
+    report = make_twin()
+    trials = tuple(
+        replace(
+            t,
+            sites=(HOSTILE,) * 2,
+            blueprints=(HOSTILE,) * 2,
+            reason=HOSTILE,
+            null_adds=(HOSTILE,),
+        )
+        for t in report.trials
+    )
+    stage = replace(stage_of_depth, path=HOSTILE, blocks=(HOSTILE,), init=HOSTILE, reason=HOSTILE)
+    page = run_page(replace(report, trials=trials, stages=(stage,), seconds={HOSTILE: 1.0}))
+    assert not {"script", "img"} & set(Reader(page).tags)
+    assert HOSTILE in "".join(text for _, text in Reader(page).texts)
 
 
 def test_all_text_is_escaped(make_run, make_demo):

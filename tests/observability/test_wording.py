@@ -7,12 +7,12 @@ import pytest
 from esper.contracts.intervals import Interval
 from esper.contracts.progress import ProgressRow
 from esper.observability.wording import (
-    flops_text,
+    bytes_text,
     interval_text,
     measured_text,
     metric_text,
     not_beaten,
-    not_beaten_in_run,
+    wins_text,
 )
 
 
@@ -21,9 +21,30 @@ def test_the_good_and_the_bad_are_one_sentence(make_demo):
     bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.9}
     sentence = not_beaten(make_demo(bends=bends))
     good, bad = sentence.split(", but not ")
-    assert good.startswith("Growth beat a random choice of site and kernel")
+    assert good.startswith("Growth beat a random choice of kernels")
     assert bad.startswith("the host trained on")
     assert " or a network of the grown shape" in bad
+
+
+def test_the_first_sentence_says_at_what_work(make_demo):
+    """All work over training's, and the whole beside the host's and that from scratch."""
+    demo = make_demo()
+    grown = replace(demo.arms["grown"], work=1.784, train_flops=25.2e9)
+    sentence = not_beaten(replace(demo, arms={**demo.arms, "grown": grown}))
+    assert sentence.endswith(
+        ", and took 1.78 times the FLOPs of its own training, 12 times the host's and 4.0 times "
+        "those from scratch."
+    )
+    assert sentence.count(". ") == 0
+
+
+def test_wins_are_counted_beside_the_interval(make_demo):
+    """Random seed by random seed, a tie being none."""
+    assert "better at 10 of 10 random seeds" in not_beaten(make_demo())
+    bends = {"host": 4.0, "grown": 4.0, "random": 2.0, "scratch": 3.0}
+    demo = make_demo(bends=bends)
+    assert wins_text(demo.wins["host"]) == "0 won, 0 lost, 10 tied"
+    assert "better at 0 of 10 random seeds" in not_beaten(demo)
 
 
 def test_worse_is_called_worse(make_demo):
@@ -47,23 +68,6 @@ def test_one_random_seed_shows_nothing(make_demo):
     assert sentence.count("in one run, which shows nothing") == 3
 
 
-def test_a_run_without_a_measured_contribution_won_nothing(make_run):
-    """A permanent graft whose contribution was not measured does not count as a win."""
-    kept = make_run().grafts[0]
-    unmeasured = replace(kept, contribution=None)
-    assert not_beaten_in_run(make_run(grafts=(kept,))).startswith("Growth beat a twin without it")
-    assert "not shown to beat a twin without it in 1 of 1 tries" in not_beaten_in_run(
-        make_run(grafts=(unmeasured,))
-    )
-
-
-def test_a_run_without_twins_speaks_of_none(make_run):
-    """Under ``verify="snapshot"`` no twin was trained, and the sentence counts grafts instead."""
-    sentence = not_beaten_in_run(make_run(settings={"verify": "snapshot"}))
-    assert sentence.startswith("Growth kept 1 of 2 grafts and dropped 1, and the run was compared")
-    assert "twin" not in sentence
-
-
 @pytest.mark.parametrize(
     ("interval", "expected"),
     [
@@ -79,12 +83,12 @@ def test_intervals_are_written_with_what_is_known(interval, expected):
 
 
 @pytest.mark.parametrize(
-    ("flops", "expected"),
-    [(None, "\u2013"), (12.0, "12 FLOP"), (1234.0, "1.23 kFLOP"), (6.3e9, "6.3 GFLOP")],
+    ("size", "expected"),
+    [(None, "\u2013"), (12, "12 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB")],
 )
-def test_flops_have_a_prefix(flops, expected):
-    """FLOPs are written with three digits and a decimal prefix."""
-    assert flops_text(flops) == expected
+def test_bytes_have_a_prefix(size, expected):
+    """Memory is written with three digits and a binary prefix."""
+    assert bytes_text(size) == expected
 
 
 @pytest.mark.parametrize(

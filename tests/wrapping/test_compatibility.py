@@ -1,6 +1,9 @@
 """docs/compatibility.md says what works with what, and each of its lines is so."""
 
 import copy
+import functools
+import math
+import operator
 import pickle
 import re
 import types
@@ -8,8 +11,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import sleepers
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.utils.checkpoint
 from kernel_blueprints import mlp_blueprint
 from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
@@ -351,6 +356,93 @@ def _(tmp_path):
     model, _, _ = grown()
     for module in model.modules():
         module._replicate_for_data_parallel()
+
+
+def shallow():
+    """Return a model of which blocks sleep, its optimizer and an input."""
+    model = sleepers.made("list", 3)
+    esper.shallow(model, "blocks", depth=1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(5, 4)
+
+
+def woken(model, optimizer, x, ramp_updates=1):
+    esper.deepen(model, optimizer, depth=3, ramp_updates=ramp_updates)
+    for _ in range(ramp_updates):
+        sleepers.update(model, optimizer, x)
+    return not esper.asleep(model) and type(model.blocks[1]) is sleepers.Residual
+
+
+@check("blocks that sleep: `copy.deepcopy`, `pickle`")
+def _(tmp_path):
+    model, _, x = shallow()
+    model.call = operator.call
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    same = [esper.asleep(c) == esper.asleep(model) for c in copies]
+    wakes = [woken(c, torch.optim.SGD(c.parameters(), lr=0.1), x) for c in copies]
+    return all((*same, *wakes, len(esper.asleep(model)) == 2))
+
+
+@check("blocks that sleep: `load_state_dict`")
+def _(tmp_path):
+    model, _, x = shallow()
+    whole, y = sleepers.made("list", 3), model.eval()(x)
+    whole.load_state_dict(model.state_dict())
+    model.load_state_dict(whole.state_dict())
+    return torch.equal(model(x), y)
+
+
+@check("blocks that sleep: `AveragedModel`")
+def _(tmp_path):
+    model, optimizer, x = shallow()
+    average = esper.follow(model, AveragedModel(model))
+    is_woken = woken(model, optimizer, x)
+    average.update_parameters(model)
+    return is_woken and not esper.asleep(average)
+
+
+@check("blocks that sleep: `torch.compile`")
+def _(tmp_path):
+    torch.compiler.reset()
+    model, optimizer, x = shallow()
+    fast = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    held = is_same(fast, x, model(x))
+    return held and woken(model, optimizer, x) and is_same(fast, x, model(x))
+
+
+@check("blocks that sleep: checkpointing of each")
+def _(tmp_path):
+    model, optimizer, x = shallow()
+    checkpoint = torch.utils.checkpoint.checkpoint
+    model.call = functools.partial(checkpoint, use_reentrant=True)
+    is_woken = woken(model, optimizer, x, ramp_updates=2)
+    model.call = functools.partial(checkpoint, use_reentrant=False)
+    return is_woken and math.isfinite(sleepers.update(model, optimizer, x).detach())
+
+
+@check("blocks that sleep: `fully_shard` of one")
+def _(tmp_path):
+    model, _, _ = shallow()
+    type("FSDPBlock", (torch.distributed.fsdp.FSDPModule, type(model.blocks[1])), {})
+
+
+@check("blocks that sleep: `parametrize` of one")
+def _(tmp_path):
+    model, optimizer, x = shallow()
+    model.blocks[1].scale = nn.Parameter(torch.ones(1))
+    parametrizations.parametrize.register_parametrization(model.blocks[1], "scale", nn.Identity())
+    woken(model, optimizer, x)
+
+
+@check("blocks that sleep: `esper.wrap` of one")
+def _(tmp_path):
+    model, _, _ = shallow()
+    esper.wrap(model, select="blocks.1")
+
+
+@check("blocks that sleep: `esper.export`")
+def _(tmp_path):
+    model, _, _ = shallow()
+    esper.export(model, tmp_path)
 
 
 def _of_esper(model):

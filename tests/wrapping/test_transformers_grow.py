@@ -63,7 +63,7 @@ def test_a_whole_model_grows_and_comes_back_as_its_own_class(name):
         warmup_updates=10,
         record_updates=4,
         evaluate_every=10,
-        overhead=200.0,
+        overhead=100.0,
     ) as grower:
         for rows in torch.randint(NUM_TRAIN, (NUM_UPDATES, 16)):
             loss = at(model, rows)

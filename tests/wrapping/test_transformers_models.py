@@ -220,7 +220,7 @@ SHORT = {
     "record_updates": 2,
     "looks": 1,
     "evaluate_every": 5,
-    "overhead": 0.9,
+    "overhead": 100.0,
 }
 
 

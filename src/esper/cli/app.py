@@ -71,7 +71,7 @@ BudgetLimits = Annotated[
         "--budget",
         metavar="LIMIT",
         help="What growth may add: a share of the host's parameters (0.2), or a limit of "
-        "esper.Budget by name (grafts=2, flops=none); may be repeated.",
+        "esper.Budget by name (packages=2, flops=none); may be repeated.",
     ),
 ]
 Control = Annotated[

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from esper.contracts.progress import statuses_text
 from esper.observability.wording import measured_text
 
 if TYPE_CHECKING:
@@ -157,4 +158,4 @@ def _row_text(row: ProgressRow) -> str:
 
 
 def _grafts_text(row: ProgressRow) -> str:
-    return ", ".join(map(str, row.grafts)) or "dormant"
+    return statuses_text(row.grafts) or "dormant"

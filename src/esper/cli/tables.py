@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from esper.contracts.report import ARMS
+from esper.contracts.report import ARMS, OPPONENTS
+from esper.contracts.report_text import WORDS, flops_text, with_error
 from esper.observability.wording import (
     ARM_NAMES,
     CONTROL_NAMES,
-    flops_text,
+    control_counts,
+    difference_of,
+    dip_text,
     interval_text,
     not_beaten,
     number_text,
+    stage_rows,
+    wins_text,
 )
 
 if TYPE_CHECKING:
@@ -30,15 +35,25 @@ if TYPE_CHECKING:
 
 
 def print_demo(console: Console, report: DemoReport) -> None:
-    """Print the arms, the differences, every graft, the timeline and the controls."""
+    """Print the arms, the differences, packages, controls, stages, grafts and their lives."""
     console.print(not_beaten(report))
     _print(console, "Arms", *_arm_rows(report))
-    for name in ("host", "random", "scratch"):
-        interval = interval_text(getattr(report, f"grown_minus_{name}"), sign=True)
-        console.print(f"grown minus {ARM_NAMES[name]}: {interval} points")
+    for name in OPPONENTS:
+        interval = interval_text(difference_of(report, name), sign=True)
+        wins = wins_text(report.wins[name])
+        console.print(f"grown minus {ARM_NAMES[name]}: {interval} points; {wins}")
+    console.print(f"worst dip after a switch, points: {dip_text(report)}")
+    trials = _trial_rows(report)
+    if trials[1]:
+        _print(console, "Packages of the grown arm (loss saved on the gate split)", *trials)
+        for word in ("package", "null", "capacity", "treatment", "going on"):
+            console.print(f"{word}: {WORDS[word]}")
+    _print(console, "Controls, for none of which capacity may be claimed", *_control_rows(report))
+    if report.stages:
+        heads = ("arm", ">loss, nats", ">FLOPs", ">saved at equal loss, % (95 %)", "from")
+        _print(console, "A language model by stages", heads, stage_rows(report))
     _print(console, "Grafts of the grown arm", *_graft_rows(report))
     _print(console, "Timeline of the grown arm", *_timeline_rows(report))
-    _print(console, "Controls, none of which should be permanent", *_control_rows(report))
     for note in report.notes:
         console.print(f"Note: {note}")
 
@@ -60,6 +75,13 @@ def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> No
         for row in suggestions
     ]
     _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
+    first = next((row for row in suggestions if row.going_on is not None), None)
+    if first is not None:
+        console.print(
+            "Going on without growing, for the FLOPs of a trial of the first: held-out loss lower "
+            f"by {first.going_on:.3g} ± {first.going_on_stderr:.2g}, by the run's own curve. Where "
+            "that is as much as a kernel brings, training is missing, and not capacity"
+        )
     if rows:
         console.print(
             "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
@@ -95,7 +117,15 @@ def _print(
 
 
 def _arm_rows(report: DemoReport) -> Rows:
-    heads = ("arm", ">test accuracy, % (95 %)", ">parameters", ">training", ">us", ">dip, points")
+    heads = (
+        "arm",
+        ">test accuracy, % (95 %)",
+        ">parameters",
+        ">FLOPs",
+        ">over training",
+        ">us",
+        ">dip, points",
+    )
     rows: list[Sequence[str]] = []
     for name in ARMS:
         arm = report.arms[name]
@@ -104,6 +134,7 @@ def _arm_rows(report: DemoReport) -> Rows:
             interval_text(arm.accuracy_interval),
             number_text(arm.parameters, ",.0f"),
             flops_text(arm.train_flops),
+            number_text(arm.work, ".2f"),
             number_text(arm.latency_us, ",.0f"),
             number_text(arm.worst_dip_points, ".2f"),
         )
@@ -111,16 +142,34 @@ def _arm_rows(report: DemoReport) -> Rows:
     return heads, rows
 
 
+def _trial_rows(report: DemoReport) -> Rows:
+    heads = ("seed", "package", ">candidate", ">treatment", ">capacity", ">going on", "verdict")
+    rows: list[Sequence[str]] = [
+        (
+            str(run.random_seed),
+            str(trial.package),
+            with_error(trial.effect, trial.stderr, "+.3g"),
+            with_error(trial.null_effect, trial.null_stderr, "+.3g"),
+            with_error(trial.capacity, trial.capacity_stderr, "+.3g"),
+            with_error(trial.going_on, trial.going_on_stderr, "+.3g"),
+            trial.verdict,
+        )
+        for run in report.runs_of("grown")
+        for trial in (run.report.trials if run.report else ())
+    ]
+    return heads, rows
+
+
 def _graft_rows(report: DemoReport) -> Rows:
-    heads = ("seed", "graft", "kernel", "site", ">depend.", ">contrib.", "verdict", "reason")
+    heads = ("seed", "graft", "package", "kernel", "site", ">depend.", "verdict", "reason")
     rows: list[Sequence[str]] = [
         (
             str(random_seed),
             str(graft.graft),
+            number_text(graft.package, "d"),
             graft.blueprint,
             graft.site,
             number_text(graft.dependence, "+.4f"),
-            number_text(graft.contribution, "+.4f"),
             graft.verdict,
             graft.reason,
         )
@@ -142,9 +191,9 @@ def _timeline_rows(report: DemoReport) -> Rows:
 
 
 def _control_rows(report: DemoReport) -> Rows:
-    heads = ("control", ">tried", ">admitted", ">permanent", ">naive gate keeps")
-    rows: list[Sequence[str]] = []
-    for row in report.controls.rows:
-        counts = (row.tried, row.admitted, row.fossilized, row.naive_accepted)
-        rows.append((CONTROL_NAMES.get(row.kind, row.kind), *(str(count) for count in counts)))
+    heads = ("control", ">tried", ">taken over", ">kept", ">capacity claimed", ">naive gate keeps")
+    rows: list[Sequence[str]] = [
+        (CONTROL_NAMES.get(row.kind, row.kind), *(str(n) for n in control_counts(row)))
+        for row in report.controls.rows
+    ]
     return heads, rows

@@ -310,6 +310,21 @@ def noise(site: SiteSpec, *, std: float = 0.1) -> BlueprintIR:
     return _serial(site, f"noise-{_size(site)}", steps, draws_random=True)
 
 
+def noise_readout(site: SiteSpec, *, std: float = 1.0) -> BlueprintIR:
+    """Control: a zeroed readout of Gaussian noise. Serial; trains, and has nothing to learn from.
+
+    Args:
+        site: The layer.
+        std: Standard deviation, above 0.
+    """
+    steps = [
+        ("off", "scale", {"factor": 0.0}),
+        ("noise", "noise", {"std": std}),
+        ("out", *_zeroed(_pointwise_layer(site, site.out_features, site.out_features))),
+    ]
+    return _serial(site, f"noise-readout-{_size(site)}", steps, draws_random=True)
+
+
 def capacity_free(site: SiteSpec) -> BlueprintIR:
     """Control: what the host layer can learn by itself, zeroed; trains, and can add nothing.
 

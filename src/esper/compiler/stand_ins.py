@@ -1,8 +1,8 @@
 """What stands for each operation in a kernel's linear form, for the table of operations.
 
-A stand-in is an affine operation of the same output shape. It keeps the tensors of what it stands
-for that an affine operation can use, with their names' shapes and their initial values, and drops
-the rest. Rules raise ValueError where nothing affine can stand there.
+A stand-in is an affine operation of the same output shape. It has the tensors of what it stands for
+that an affine operation can use, with their shapes and initial values. Rules raise ValueError where
+nothing affine can stand.
 """
 
 from __future__ import annotations

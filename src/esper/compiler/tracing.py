@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from esper.compiler.graph import plan
 from esper.compiler.lowering import LoweredKernel
@@ -43,7 +44,8 @@ def trace_symbolically(kernel: nn.Module, input_spec: TensorSpec) -> None:
     key = _key_of(kernel)
     if key in _traced:
         return
-    _trace(kernel, input_spec)
+    with _disable_current_modes():  # a counter of FLOPs would count in symbols, and keep them
+        _trace(kernel, input_spec)
     if key is not None:
         _traced[key] = None
         if len(_traced) > _MAX_REMEMBERED:

@@ -20,6 +20,7 @@ from esper.continuity.replicas import bare
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.class_change import choose_forward
 from esper.seeds.folding import fold
+from esper.seeds.sleep import follow_sleep, kind_of_sleep
 from esper.seeds.slots import insert, withdraw
 from esper.state.host_parts import SEEDS, host_parameters, is_in_a_seed
 from esper.state.kernel import reference_tensor
@@ -41,19 +42,25 @@ def follow(model: nn.Module, averaged: Average) -> Average:
     its owner's business, as before. An equal average over all updates (SWA) weighs a kernel's first
     weights like those of all updates before; an exponential one forgets them.
 
+    Blocks that sleep (:func:`esper.shallow`) wake in the average at the same moment.
+
     Args:
-        model: A wrapped model; it may be inside DDP or ``torch.compile``.
+        model: A wrapped model, or one with blocks that sleep; it may be inside DDP or
+            ``torch.compile``.
         averaged: ``torch.optim.swa_utils.AveragedModel``, or any copy of the model, made after
-            :func:`esper.wrap`; held weakly.
+            :func:`esper.wrap` and :func:`esper.shallow`; held weakly.
 
     Returns:
         ``averaged``.
 
     Raises:
         TypeError: ``averaged`` is no module.
-        ValueError: ``averaged`` has not the same layers as the model.
+        ValueError: ``averaged`` has not the same layers as the model, or not the same of its
+            blocks sleep.
     """
     inner = bare(model)
+    for source, target in _sleeping_pairs(inner, averaged):
+        follow_sleep(source, target)
     for source, target in _pairs(inner, averaged):
         mirror = _Mirror(source, target)
         mirror()
@@ -194,6 +201,33 @@ def _fold(source: nn.Module, target: nn.Module, seed: Seed) -> None:
             average.copy_(live)
 
 
+def _sleeping_pairs(model: nn.Module, averaged: object) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield each block of a model that is not awake with its counterpart.
+
+    Raises:
+        ValueError: Others sleep in the average.
+    """
+    mine, theirs = _asleep(model), _asleep(averaged)
+    while mine.keys() != theirs.keys() and isinstance(averaged, nn.Module):
+        averaged = getattr(averaged, "module", None)  # AveragedModel and most EMAs have it there
+        theirs = _asleep(averaged)
+    if mine.keys() != theirs.keys():
+        msg = (
+            f"in an average the same blocks sleep as in its model; in this model they are "
+            f"{', '.join(mine) or 'none'}. Make the average after esper.shallow"
+        )
+        raise ValueError(msg)
+    yield from ((mine[name], theirs[name]) for name in mine)
+
+
+def _asleep(module: object) -> dict[str, nn.Module]:
+    """Return the blocks that sleep or wake, by their names."""
+    if not isinstance(module, nn.Module):
+        return {}
+    named = bare(module).named_modules()
+    return {name: block for name, block in named if kind_of_sleep(block) is not None}
+
+
 def _pairs(model: nn.Module, averaged: object) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each layer of a model with its counterpart.
 
@@ -211,7 +245,7 @@ def _pairs(model: nn.Module, averaged: object) -> Iterator[tuple[nn.Module, nn.M
     while mine.keys() != theirs.keys() and isinstance(averaged, nn.Module):
         averaged = getattr(averaged, "module", None)  # AveragedModel and most EMAs have it there
         theirs = _layers(bare(averaged)) if isinstance(averaged, nn.Module) else theirs
-    if mine.keys() != theirs.keys() or not mine:
+    if mine.keys() != theirs.keys() or not (mine or _asleep(model)):
         odd = sorted(mine.keys() ^ theirs.keys())
         found = f"only one of them has {', '.join(odd)}" if odd else "the model has none"
         msg = (

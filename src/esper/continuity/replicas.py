@@ -116,6 +116,85 @@ def averaging(model: nn.Module) -> AverageGradients | None:
     return average
 
 
+def all_agree(model: nn.Module, choice: int) -> bool:
+    """Say whether every rank of a replicated model made the same choice; True where there is one.
+
+    To be called by all ranks at the same moment.
+
+    Args:
+        model: The live model, which may be replicated.
+        choice: This rank's, a small number.
+    """
+    replicated = replicas(model)
+    if replicated is None or num_ranks(replicated) == 1:
+        return True
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    both = torch.tensor([choice, -choice], device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=replicated.process_group)
+    return int(both[0]) == -int(both[1])
+
+
+class Woken(NamedTuple):
+    """What belongs to blocks that wake in a replicated model.
+
+    Attributes:
+        params: Their trainable parameters, by names that are the same on every rank: the module
+            that holds each, and itself.
+        buffers: Their buffers, by name: the module that holds each, and its name there.
+        state: What optimizers keep of the parameters: tensors to be the same on every rank.
+        frozen: Their other parameters.
+    """
+
+    params: dict[str, tuple[nn.Module, nn.Parameter]]
+    buffers: dict[str, tuple[nn.Module, str]]
+    state: list[Tensor]
+    frozen: list[nn.Parameter]
+
+
+def share_woken(model: DistributedDataParallel, woken: Woken) -> None:
+    """Make blocks that wake equal on every rank, and average what they train from now on.
+
+    Every rank has to wake the same blocks. Values, buffers and the optimizer's state become rank
+    0's. At the end of each backward that synchronizes, gradients are averaged as DDP does for
+    those that it knows, and so are floating buffers, if it is to look after buffers at all.
+
+    Args:
+        model: The replicated model, which has ignored the blocks since it was made.
+        woken: What is to be shared.
+
+    Raises:
+        ValueError: The ranks wake other blocks, or the model does not ignore them.
+    """
+    _replication(model).wake(model, woken)
+
+
+def forget_woken(model: DistributedDataParallel, blocks: Iterable[nn.Module]) -> None:
+    """Average nothing more for blocks that were put to sleep again.
+
+    Args:
+        model: The replicated model.
+        blocks: The blocks.
+    """
+    _replication(model).forget({id(part) for block in blocks for part in block.modules()})
+
+
+def any_rank(model: nn.Module, *, here: bool) -> bool:
+    """Say whether something is so on any rank that trains the model; every rank has to ask.
+
+    Args:
+        model: The model as its owner has it: replicated, sharded by FSDP2, or neither.
+        here: Whether it is so on this rank.
+    """
+    replicated = replicas(model)
+    is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    if replicated is None and not is_sharded:
+        return here
+    group = None if replicated is None else replicated.process_group
+    flag = torch.tensor(float(here), device=next(model.parameters()).device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    return bool(flag)
+
+
 class _AndSeeds(set[str]):
     """Names of what a replicated model leaves alone, and every name in a seed."""
 
@@ -150,6 +229,8 @@ class _Replication:
         self._device = torch.device("cpu")
         self._buckets: list[list[nn.Parameter]] = []
         self._late: dict[int, nn.Parameter] = {}
+        self._woken: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+        self._buffers: list[tuple[nn.Module, str]] = []
         self._awaited: list[nn.Parameter] = []
         self._rows: dict[SeedKey, int] = {}
         self._num_rows = 0
@@ -201,7 +282,7 @@ class _Replication:
                 with torch.no_grad():
                     dist.broadcast(params[name], group=self._group, group_src=0)
         self._late = {id(params[name]): params[name] for name in shared}
-        self._buckets = list(_buckets(self._late.values()))
+        self._make_buckets()
         apart = sorted({name for told in of_ranks for name in told}.difference(everywhere))
         if apart:
             _logger.warning(
@@ -209,6 +290,43 @@ class _Replication:
                 "grafts on every rank, and unload on all what one has given up",
                 ", ".join(apart),
             )
+
+    def _make_buckets(self) -> None:
+        woken = {key: p for key, (_, p) in self._woken.items()}
+        self._buckets = list(_buckets((self._late | woken).values()))
+
+    def wake(self, model: DistributedDataParallel, woken: Woken) -> None:
+        """Take over what wakes, equal on every rank."""
+        self._group = model.process_group
+        self._device = next(model.parameters()).device
+        names = [*woken.params, *woken.buffers]
+        of_ranks = [names] * dist.get_world_size(self._group)
+        dist.all_gather_object(of_ranks, names, group=self._group)
+        known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - as in follow
+        if any(each != names for each in of_ranks):
+            msg = "the ranks wake other blocks; make the same call of esper.deepen on every rank"
+            raise ValueError(msg)
+        params = [p for _, p in woken.params.values()]
+        if any(id(p) in known for p in params):
+            msg = (
+                "DistributedDataParallel was made before the blocks were put to sleep, or of a "
+                "module around the model: call esper.shallow before it, with root= that module"
+            )
+            raise ValueError(msg)
+        buffers = [getattr(module, name) for module, name in woken.buffers.values()]
+        with torch.no_grad():
+            for tensor in (*params, *woken.frozen, *buffers, *woken.state):
+                _broadcast(tensor, self._device, self._group)
+        self._woken |= {id(entry[1]): entry for entry in woken.params.values()}
+        if getattr(model, "broadcast_buffers", True):
+            self._buffers += woken.buffers.values()
+        self._make_buckets()
+
+    def forget(self, modules: set[int]) -> None:
+        """Average nothing more for what some modules hold, by their ids."""
+        self._woken = {k: entry for k, entry in self._woken.items() if id(entry[0]) not in modules}
+        self._buffers = [entry for entry in self._buffers if id(entry[0]) not in modules]
+        self._make_buckets()
 
     def _await(self, known: Iterable[nn.Parameter]) -> None:
         """Remember what the model waits for, also when it is not in the model any more."""
@@ -257,8 +375,10 @@ class _Replication:
 
     def _finish(self) -> None:
         self._is_queued = False
-        for bucket in self._buckets if dist.get_world_size(self._group) > 1 else ():
-            _average(bucket, self._group)
+        if (self._buckets or self._buffers) and dist.get_world_size(self._group) > 1:
+            for bucket in self._buckets:
+                _average(bucket, self._group)
+            _average_buffers(self._buffers, self._group)
 
 
 class _Begin:
@@ -310,6 +430,26 @@ def _average(bucket: Sequence[nn.Parameter], group: dist.ProcessGroup | None) ->
             p.grad.copy_(mean.view_as(p))
         elif is_there:
             p.grad = mean.view_as(p).clone()
+
+
+@torch.no_grad()
+def _average_buffers(
+    buffers: Sequence[tuple[nn.Module, str]], group: dist.ProcessGroup | None
+) -> None:
+    """Replace floating buffers by their means over the ranks; the others are as they are."""
+    for module, name in buffers:
+        buffer = getattr(module, name)
+        if buffer.is_floating_point():
+            mean = buffer / dist.get_world_size(group)
+            dist.all_reduce(mean, group=group)
+            buffer.copy_(mean)
+
+
+def _broadcast(tensor: Tensor, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Give a tensor rank 0's values; one on the CPU goes by the device that the ranks talk on."""
+    sent = tensor.detach().to(device)
+    dist.broadcast(sent, group=group, group_src=0)
+    tensor.copy_(sent)
 
 
 _REPLICATIONS: Final[weakref.WeakKeyDictionary[nn.Module, _Replication]] = (

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from esper.continuity.ensemble import members_of, own_groups
-from esper.continuity.step_hooks import StepHooks
+from esper.continuity.step_hooks import StepHooks, is_update
 
 if TYPE_CHECKING:
     from esper.continuity.ensemble import AnyOptimizer, ParamGroup
@@ -48,13 +48,7 @@ class UpdateCounter:
         self._hooks.close()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
-        if overflow is not None and bool(overflow):
-            return
-        groups = optimizer.param_groups
-        self._counts[id(optimizer)] += any(
-            p.grad is not None for group in groups for p in group["params"]
-        )
+        self._counts[id(optimizer)] += is_update(optimizer)
         self.count = max(self._counts.values())
 
 

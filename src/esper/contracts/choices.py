@@ -64,6 +64,10 @@ Attribution = Literal["trial", "run", "none"]
 """How long a null twin trains beside a package: through the trial, to the end of the run, never."""
 ATTRIBUTIONS: Final[tuple[Attribution, ...]] = get_args(Attribution)
 
+DepthInit = Literal["fresh", "copy"]
+"""What a waking block begins with: its own weights, or those of the nearest awake one before it."""
+INITS: Final[tuple[DepthInit, ...]] = get_args(DepthInit)
+
 DepthVerdict = Literal["waking", "awake", "put to sleep"]
 """What became of a planned stage of depth."""
 DEPTH_VERDICTS: Final[tuple[DepthVerdict, ...]] = get_args(DepthVerdict)

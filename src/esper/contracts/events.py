@@ -495,7 +495,7 @@ class UnknownEvent(Event):
         body: The whole event, as JSON, byte for byte.
     """
 
-    kind: str  # type: ignore[misc]  # of the value here, of the class elsewhere
+    kind: str  # type: ignore[misc] # of the value here, of the class elsewhere
     body: str
 
 

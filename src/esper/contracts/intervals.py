@@ -40,6 +40,10 @@ class Interval:
         return self.high is not None and self.high < 0.0
 
 
+UNKNOWN: Final = Interval(mean=None, low=None, high=None)
+"""The interval of what was not measured."""
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return the mean of ``values`` with its two-sided t interval.
 

@@ -30,6 +30,8 @@ def refusal(module: object, family: type) -> str | None:
         return f"it is a {type(module).__name__}, not a torch.nn.Module"
     if generated_base(type(module)) is not None or RECORD in module.__dict__:
         return "it is wrapped already"
+    if hasattr(type(module), "_esper_sleep"):
+        return "it sleeps; the layers inside it can be wrapped, and it can once it is awake"
     if isinstance(module, torch.jit.ScriptModule):  # noqa: TID251 - only to refuse it
         return "it is a ScriptModule, whose class cannot change"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():

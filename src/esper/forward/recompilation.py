@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
     from esper.state.seed_slot import Seed
 
@@ -58,6 +58,17 @@ def allow_graph_of(
             _seen.add(hash(frozenset(_plans.values())))
             if is_noting:
                 _seen.add(hash((is_noting, *_plans.values())))
+    grant()
+
+
+def allow_graph_for(arrangement: Hashable) -> None:
+    """Raise the limits by one where an arrangement of something else is not known yet.
+
+    Args:
+        arrangement: What tells it from others: which blocks of a stack sleep.
+    """
+    with _lock:
+        _seen.add(hash(("other", arrangement)))
     grant()
 
 

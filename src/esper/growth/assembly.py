@@ -25,6 +25,7 @@ from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.run import GrowthRun
+from esper.growth.staged import check_stages, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
@@ -67,6 +68,7 @@ def begin_run(
     settings = check_options(options)
     every, inner = joined(optimizer), bare(model)
     policy = options.get("policy") or DiminishingReturns()
+    check_stages(policy, inner, every, settings.horizon)
     group_for = numbered(options.get("group_for"), every)
     found, untrained = _layers_to_grow(Placement(inner, every, group_for), policy)
     check_free([*layers(inner).values(), *members_of(every)])
@@ -150,6 +152,9 @@ def _layers_to_grow(
     """
     model = placement.model
     found = layers(model)
+    if not found and needs_no_seeds(policy):
+        check_trains(placement, ())
+        return {}, {}
     if not found:
         msg = "the model has no layer with seeds: call esper.wrap(model) before the Grower"
         raise ValueError(msg)

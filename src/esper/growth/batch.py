@@ -21,7 +21,10 @@ OwnUpdate = Callable[[nn.Module, Any, Batch], None]
 
 TwinUpdate = Callable[[nn.Module, AnyOptimizer, list[Batch], Any], None]
 """One update of a twin, ``(model, optimizer, batches, step)``: the batches of one live update, and
-how the live run made it (``growth.twins.LiveStep``)."""
+how the live run made it (``growth.live_step.LiveStep``)."""
+
+TwinBuilder = Callable[[nn.Module, dict[int, object]], nn.Module]
+"""``(live model, memo)`` to a model like it; the memo learns whose copy each parameter is."""
 
 
 def num_samples(batch: Batch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate, finite_score
+from esper.growth.ranking_cost import CUT, affordable_ranking
 from esper.growth.recording import finite_steps
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.ranking import RankedCandidate
+    from esper.growth.ranking_cost import AffordableRanking
     from esper.growth.reading import Choice
     from esper.growth.recording import SiteObservation
     from esper.growth.run import GrowthRun
@@ -80,11 +83,13 @@ class Ranked:
         order: Candidates, best first.
         blueprints: Their blueprints by site and name.
         refused: What was refused before.
+        is_cut: Whether something was left out that the overhead does not buy a score of.
     """
 
     order: list[RankedCandidate]
     blueprints: dict[tuple[str, str], BlueprintIR]
     refused: list[RefusedCandidate]
+    is_cut: bool = False
 
 
 def free_seed(run: GrowthRun, site: str) -> int | None:
@@ -98,8 +103,16 @@ def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
     return {name: layer for name, layer in run.layers.items() if free_seed(run, name) is not None}
 
 
-def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
-    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing."""
+def rank(
+    run: GrowthRun, observations: Mapping[str, SiteObservation], *, is_bounded: bool = True
+) -> Ranked:
+    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing.
+
+    Args:
+        run: The run.
+        observations: What was recorded, by site.
+        is_bounded: Whether samples and candidates are cut to what the overhead leaves to rankings.
+    """
     candidates: list[Candidate] = []
     refused: list[RefusedCandidate] = []
     blueprints: dict[tuple[str, str], BlueprintIR] = {}
@@ -123,9 +136,22 @@ def rank(run: GrowthRun, observations: Mapping[str, SiteObservation]) -> Ranked:
                 blueprints[name, blueprint.id] = blueprint
             else:
                 refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
+    is_cut = False
+    if is_bounded and run.ledger.update_flops > 0:
+        cut = affordable_ranking(observations, candidates, run.ledger.ranking_left(run.updates))
+        observations, candidates = cut.observations, cut.candidates
+        refused += cut.refused
+        is_cut = cut.text is not None
+        _tell_of_cut(run, cut)
     scored = map(finite_score, run.ranking.rank(observations, candidates))
     order = sorted(scored, key=lambda entry: entry.gain is None)
-    return Ranked(order=order, blueprints=blueprints, refused=refused)
+    return Ranked(order=order, blueprints=blueprints, refused=refused, is_cut=is_cut)
+
+
+def _tell_of_cut(run: GrowthRun, cut: AffordableRanking) -> None:
+    """Say what of the first ranking that was cut was left out; others are as the overhead is."""
+    if cut.text is not None and not any(n.startswith(CUT) for n in run.journal.notes):
+        run.journal.note(cut.text)
 
 
 def _tell_of_lost_steps(run: GrowthRun, seen: SiteObservation) -> None:
@@ -164,7 +190,9 @@ def make_candidate(
     )
 
 
-def choose_package(run: GrowthRun, ranked: Ranked, limit: int) -> list[RankedCandidate]:
+def choose_package(
+    run: GrowthRun, ranked: Ranked, *, limit: int, flops: float = math.inf
+) -> list[RankedCandidate]:
     """Choose a package: at every open site the best kernel that the budget allows.
 
     It takes at most half of what the budget has left in all, best predicted gain first.
@@ -173,9 +201,11 @@ def choose_package(run: GrowthRun, ranked: Ranked, limit: int) -> list[RankedCan
         run: The run.
         ranked: What is on offer, best first.
         limit: How many kernels a package may have, at least 1.
+        flops: What they may take together in a forward of one sample, for their trial to be paid.
     """
     chosen: dict[str, RankedCandidate] = {}
     room = run.budget.room(host=run.host_cost, admitted=run.grafts.added_cost)
+    room = replace(room, flops=min(room.flops, flops))
     for entry in ranked.order:
         if len(chosen) == limit or entry.gain is None:
             break
@@ -308,7 +338,8 @@ def _fetched(
     loaded = run.cache.load_kernel_sync(digest)
     assert loaded is not None, "the registry has just acknowledged this artifact"
     kernel = prepare_kernel(layer, loaded)
-    found = probe(layer, kernel, seen.example, is_pristine=True)
+    with run.ledger.measured("ranking"):
+        found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 
 
@@ -351,4 +382,4 @@ def _seeded(run: GrowthRun, blueprint: BlueprintIR) -> BlueprintIR:
 
 def _flops(module: nn.Module, seen: SiteObservation, kernel: PreparedKernel) -> float:
     example = seen.inputs[0] if kernel.position == "parallel" else seen.outputs[0]
-    return forward_flops(module, example) / len(example)
+    return float(forward_flops(module, example[:1]))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
+from esper.continuity.replicas import all_agree
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
@@ -27,11 +28,11 @@ from esper.growth.obstacles import (
     obstacle,
 )
 from esper.growth.options import GrowerOptions, show_options
-from esper.growth.policies import Never
 from esper.growth.reading import Reading
 from esper.growth.rehearsal import rehearse
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
 from esper.growth.sizing import is_earned
+from esper.growth.staged import PlannedDepth, grafts_nothing
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.resilience.attempt import Done, Failed, attempt
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestion
     from esper.state.layer_call import LayerCall
 
@@ -110,7 +111,8 @@ class Grower:
         ``clock``: Dates the events.
 
     Args:
-        model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``.
+        model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``. One
+            that is only to wake blocks (``policy=esper.Staged(...)``) needs no ``wrap``.
         optimizer: What trains it: ``torch.optim.SGD``, ``Adam``, ``AdamW`` or ``Muon``, what
             derives from them or wraps one, or a sequence of several that train it together. A layer
             that none of them trains, though it is trainable, does not grow.
@@ -138,6 +140,7 @@ class Grower:
         settings = self._run.settings
         self._schedule = EvaluationSchedule(self._run.ledger, every=settings.evaluate_every)
         self._stage: Stage | None = None
+        self._depth = PlannedDepth(self._run)
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
         self._has_advised = self._closed = self._tried_loss = self._tried_twin = False
@@ -145,6 +148,7 @@ class Grower:
         self._num_steps = 0
         self._run.journal.started(self._effective_settings())
         try:
+            self._depth.warn_if_idle()
             self._warn(never_grows(self._run) or missing_part(self._run))
         except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
             self.close("it was refused")
@@ -269,9 +273,9 @@ class Grower:
             evaluations=tuple(run.journal.evaluations),
             grafts=run.grafts.records,
             trials=tuple(run.journal.trials),
-            stages=tuple(run.journal.stages),
             timeline=tuple(run.journal.timeline),
             alphas=tuple(run.journal.alphas),
+            stages=self._depth.records,
             work=run.ledger.by_category(),
             seconds=run.ledger.seconds_by_category(),
             overhead_limit=run.ledger.limit(run.updates),
@@ -306,6 +310,7 @@ class Grower:
             steps.callback(self._recent.clear)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
+            steps.callback(self._finish, lambda: self._depth.close(reason))
             if stage is not None:
                 self._finish(lambda: stage.close(f"{reason} before its verdict"))
             self._finish(self._read_null_beside)
@@ -368,6 +373,7 @@ class Grower:
                 )
                 raise GrowthError(msg)
             self._stage = self._stage.advance(batches)
+        self._depth.advance(batches, is_free=self._stage is None)
         self._look()
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
@@ -376,7 +382,7 @@ class Grower:
     def _rehearse(self, batches: list[Batch]) -> None:
         """Try a twin, before anything depends on it."""
         run = self._run
-        never = isinstance(run.policy, Never) or missing_part(run) is not None
+        never = grafts_nothing(run.policy) or missing_part(run) is not None
         if run.settings.trial != "twin" or never:
             return
         with run.ledger.measured("trial"):
@@ -386,7 +392,7 @@ class Grower:
 
     def _warn(self, text: str | None) -> None:
         """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
-        if text is not None and not isinstance(self._run.policy, Never):
+        if text is not None and not grafts_nothing(self._run.policy):
             self._run.journal.warn(text)
 
     def _hear(self, loss: float | None) -> None:
@@ -465,9 +471,12 @@ class Grower:
     def _decide(self) -> None:
         """Ask the policy where nothing is under way, and begin to record where it says yes."""
         run = self._run
-        if self._stage is not None:
+        if self._stage is not None or self._depth.is_waking:
             return
         decision = asked(run.policy, self._reading_now())
+        if self._schedule.last == run.updates and not all_agree(run.given, int(decision.grow)):
+            run.journal.note("the ranks did not agree to grow, so none does: their losses differ")
+            return
         if decision.grow or self._schedule.last == run.updates:
             run.journal.detected(decision)
         if not decision.grow or self._is_hopeless():

@@ -30,6 +30,9 @@ PASSENGERS_SHARE = 0.5
 """Share of a package's measured effect that what leaves it may cost together."""
 
 
+READINGS_OF_WHOLE = 2
+
+
 class Holding:
     """A package that was taken over, under watch for ``hold_updates``.
 
@@ -134,6 +137,13 @@ class Holding:
         another do not leave both. Where the rest is not as good as a whole, all are put back.
         """
         run, allowed = self._run, PASSENGERS_SHARE * self._effect
+        num_readings = 2 * len(self._members) + READINGS_OF_WHOLE
+        if not run.ledger.affordable(num_readings * run.ledger.reading_flops):
+            run.journal.note(
+                f"the overhead does not buy the {num_readings} readings of the gate split that "
+                f"would tell which kernels of package {self._record.package} are passengers"
+            )
+            return
         whole = run.measure().watchs_part
         rises = []
         for graft, kernel in self._members:

@@ -223,6 +223,16 @@ class WorkLedger:
         """
         return min(SHARE * self.limit(updates) - spent, self.allowance_left(updates))
 
+    def ranking_left(self, updates: int) -> float:
+        """Return what the next ranking may take: half of what the fifth for rankings has left.
+
+        So that others may follow it.
+
+        Args:
+            updates: Updates done.
+        """
+        return self.share_left(self._flops["ranking"], updates) / 2
+
     def affordable(self, cost: float) -> bool:
         """Say whether a trial of such a cost fits, and leaves to evaluations what is theirs.
 

@@ -9,10 +9,10 @@ from esper.growth.gates import Spread, judge, level_of
 from esper.growth.twins import copied_model
 
 if TYPE_CHECKING:
+    from esper.growth.arm import Arm
     from esper.growth.batch import Batch
     from esper.growth.gates import GateVerdict
     from esper.growth.run import GrowthRun
-    from esper.growth.trial import Arm
 
 
 class NullBeside:

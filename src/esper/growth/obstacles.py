@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
 from esper.growth.ledger import SHARE
-from esper.growth.tries import tries_spent
+from esper.growth.tries import no_tries_left, tries_spent
 
 if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
@@ -22,17 +22,19 @@ def never_grows(run: GrowthRun) -> str | None:
     """Say why a run can never grow, as far as its settings tell, or None."""
     horizon, needed = run.settings.horizon, run.settings.package_updates
     if horizon is not None and needed > horizon:
+        parts = "record_updates, 50 of a trial and hold_updates"
+        if run.settings.trial == "shadow":
+            parts = "record_updates, audition_updates, ramp_updates and hold_updates"
         return (
-            f"nothing can grow: a package takes {needed} updates at least (record_updates, 50 of a "
-            f"trial and hold_updates; audition_updates and ramp_updates of an audition), and "
-            f"horizon is {horizon}; shorten them, or train longer"
+            f"nothing can grow: a package takes {needed} updates at least ({parts}), and horizon "
+            f"is {horizon}; shorten them, or train longer"
         )
     if run.budget.packages == 0:
         return (
             "nothing can grow: the budget allows no package; give Budget(packages=...) at least 1"
         )
     if tries_spent(run.model) >= run.settings.tries:
-        return f"nothing can grow: {_no_tries(run)}"
+        return no_tries_left(run.model, run.settings.tries)
     return None
 
 
@@ -86,7 +88,7 @@ def obstacle(run: GrowthRun) -> str | None:
     if run.no_twins is not None:
         return f"nothing can grow: {run.no_twins}"
     if tries_spent(run.model) >= run.settings.tries:
-        return f"nothing more is tried: {_no_tries(run)}"
+        return no_tries_left(run.model, run.settings.tries)
     if horizon is not None and run.updates + needed > horizon:
         return f"a package takes {needed} updates at least; too few are left of {horizon}"
     if limit is not None and run.grafts.num_packages_admitted >= limit:
@@ -101,11 +103,3 @@ def obstacle(run: GrowthRun) -> str | None:
     if not open_sites(run):
         return "no site has a seed that is dormant"
     return None
-
-
-def _no_tries(run: GrowthRun) -> str:
-    spent, tries = tries_spent(run.model), run.settings.tries
-    return (
-        f"{spent} packages of this model were refused, and tries={tries}; each more would raise "
-        "the chance that one is kept by luck"
-    )

@@ -35,6 +35,7 @@ from esper.contracts.arguments import Bounds, checked_number, generator_seed, wh
 from esper.contracts.choices import Position
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
+from esper.resilience.attempt import Done, attempt
 from esper.state.host_parts import host_parameters
 from esper.state.site import feature_axis, widths
 
@@ -45,6 +46,7 @@ RIDGE: Final = 1e-3
 
 Rows = tuple[Tensor, ...]
 Block = tuple[Tensor, slice]
+_AFFINE: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,9 +161,9 @@ class FirstOrderGain:
     def _score(self, site: _Site, readout: list[Block]) -> tuple[float, float | None]:
         moments = [
             _whitened_moments(
-                f_RF, p_RP, site.gradients[:, outputs], site.splits, ridge=self._ridge
+                f_RF, host, site.gradients[:, outputs], site.splits, ridge=self._ridge
             )
-            for f_RF, p_RP, outputs in _matched(readout, site.host)
+            for f_RF, host, outputs in _matched(readout, site.host)
         ]
         gain, stderr = pairwise_gain(torch.cat(moments, dim=1))
         return gain * site.num_positions, stderr * site.num_positions
@@ -266,22 +268,47 @@ class _Site:
     """What the kernels of a site are judged on.
 
     Attributes:
+        seen: What was recorded there.
         inputs: All samples of the layer's input.
         outputs: All samples of its output.
         rows: Index of each row: its sample, then its position.
         splits: int64, shape (R,): the split that the row's sample belongs to.
         gradients: Shape (R, O).
-        host: Features that the host layer can use by itself, with the outputs they are for.
+        host: What the host layer can use by itself.
         num_positions: Positions of a sample.
     """
 
+    seen: SiteObservation
     inputs: Tensor
     outputs: Tensor
     rows: Rows
     splits: Tensor
     gradients: Tensor
-    host: list[Block]
+    host: list[_HostFeatures]
     num_positions: int
+
+
+class _HostFeatures:
+    """Features that a host layer can use by itself; their second moment is factored once.
+
+    Args:
+        p_RP: The features, float64, shape (R, P).
+        outputs: The outputs that they are for.
+    """
+
+    def __init__(self, p_RP: Tensor, outputs: slice) -> None:
+        self.outputs = outputs
+        self._p_RP = p_RP
+        self._factors: dict[float, Tensor] = {}
+
+    def residual_of(self, f_RF: Tensor, *, ridge: float) -> Tensor:
+        """Return what ridge regression on the features leaves of ``f``; ``f`` where P is 0."""
+        p_RP = self._p_RP
+        if p_RP.shape[1] == 0:
+            return f_RF
+        if ridge not in self._factors:
+            self._factors[ridge] = torch.linalg.cholesky(_second_moment(p_RP, ridge=ridge))
+        return f_RF - p_RP @ torch.cholesky_solve(p_RP.T @ f_RF / len(p_RP), self._factors[ridge])
 
 
 def _ranked(
@@ -343,9 +370,10 @@ def _observe(seen: SiteObservation | None, random_seed: int) -> _Site | str:
     inputs, outputs, gradients = (torch.cat(values) for values in zip(*steps, strict=True))
     if len(gradients) < 2 * NUM_SPLITS:
         return f"too little was recorded: {len(gradients)} samples, {2 * NUM_SPLITS} needed"
-    rows = _draw_rows(seen.layer, gradients, random_seed)
+    rows = _draw_rows(seen, gradients, random_seed)
     gradients_RO = _rows_of(seen.layer, gradients, rows)
     return _Site(
+        seen=seen,
         inputs=inputs,
         outputs=outputs,
         rows=rows,
@@ -358,7 +386,7 @@ def _observe(seen: SiteObservation | None, random_seed: int) -> _Site | str:
 
 def _host_features(
     layer: nn.Module, inputs: Tensor, outputs: Tensor, rows: Rows, random_seed: int
-) -> list[Block]:
+) -> list[_HostFeatures]:
     """Return the host's features and a one; none where the host cannot learn.
 
     A layer that is not affine in its input is taken to learn any matrix on what it gives:
@@ -371,46 +399,110 @@ def _host_features(
         h_RO = _rows_of(layer, outputs, rows)
         own = [(_at_most(h_RO, random_seed), slice(0, h_RO.shape[1]))]
     ones_R1 = torch.ones(len(rows[0]), 1, dtype=torch.float64)
-    return [(torch.cat([p_RP, ones_R1], dim=1), block) for p_RP, block in own]
+    return [_HostFeatures(torch.cat([p_RP, ones_R1], dim=1), block) for p_RP, block in own]
 
 
-def _matched(readout: list[Block], host: list[Block]) -> Iterator[tuple[Tensor, Tensor, slice]]:
+def _matched(
+    readout: list[Block], host: list[_HostFeatures]
+) -> Iterator[tuple[Tensor, _HostFeatures, slice]]:
     """Yield readout features, host features and the outputs that both are for.
 
     Where the host has none, an empty matrix takes their place.
     """
     for f_RF, wanted in readout:
-        none_R0 = f_RF[:, :0]
-        for p_RP, own in host or [(none_R0, wanted)]:
-            outputs = slice(max(wanted.start, own.start), min(wanted.stop, own.stop))
+        for own in host or [_HostFeatures(f_RF[:, :0], wanted)]:
+            both = own.outputs
+            outputs = slice(max(wanted.start, both.start), min(wanted.stop, both.stop))
             if outputs.start < outputs.stop:
-                yield f_RF, p_RP, outputs
+                yield f_RF, own, outputs
+
+
+def readout_of(candidate: Candidate) -> nn.Module | None:
+    """Return the affine layer of a candidate's kernel that is zero at birth; None without one."""
+    if candidate.zeroed is None:
+        return None
+    readout = candidate.kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
+    return readout if isinstance(readout, _AFFINE) else None
+
+
+def works_by_position(candidate: Candidate, seen: SiteObservation) -> bool:
+    """Return whether a kernel was seen to do with each position what it does with it alone.
+
+    It is tried on one recorded sample; then a ranking runs it on the rows that it looks at, and on
+    no others. A kernel that draws random numbers, or takes no single positions, does not.
+
+    Args:
+        candidate: The candidate.
+        seen: What was recorded at its site, at least one step.
+    """
+    source = seen.inputs[0] if candidate.position == "parallel" else seen.outputs[0]
+    if source.ndim < 3 or feature_axis(seen.layer, source) % source.ndim != source.ndim - 1:
+        return False
+    if not isinstance(readout_of(candidate), nn.Linear):
+        return False
+    one, positions = source[:1], source[:1].flatten(0, -2)
+    found = [attempt(functools.partial(_run_readout, candidate, x, 0)) for x in (one, positions)]
+    features = [f.value[0][0].flatten(0, -2) for f in found if isinstance(f, Done) and f.value]
+    return len(features) == 2 and _close(*features)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Return whether two matrices of features are equal up to the order of their sums."""
+    if one.shape != other.shape or not bool(one.isfinite().all()):
+        return False
+    scale = float(one.abs().max())
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * scale)
+
+
+def _run_readout(
+    candidate: Candidate, source: Tensor, random_seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a copy of a kernel and return what its zeroed layer was given and gave, by call."""
+    assert candidate.zeroed is not None
+    kernel = copy.deepcopy(candidate.kernel).to(source.device)
+    readout = kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = readout.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    with handle, torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(random_seed)
+        kernel(source.to(readout.get_parameter("weight").dtype))
+    return calls
 
 
 def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> list[Block] | str:
     """Run a kernel up to its zeroed layer and return that layer's features, row by row."""
     if candidate.zeroed is None:
         return "its output is not zeroed by one affine layer"
+    readout = readout_of(candidate)
+    if readout is None:
+        named = candidate.kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
+        return f"its zeroed layer is a {type(named).__name__}, not affine"
     source = site.inputs if candidate.position == "parallel" else site.outputs
-    kernel = copy.deepcopy(candidate.kernel).to(source.device)
-    readout = kernel.get_submodule(candidate.zeroed.rpartition(".")[0])
-    if not isinstance(readout, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return f"its zeroed layer is a {type(readout).__name__}, not affine"
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = readout.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    with handle, torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(random_seed)
-        kernel(source.to(readout.weight.dtype))
-    if [output.shape for _, output in seen] != [site.outputs.shape]:
+    rows, wanted = site.rows, site.outputs.shape
+    if len(rows[0]) * source.shape[-1] < source.numel() and works_by_position(candidate, site.seen):
+        source = source[tuple(index.to(source.device) for index in rows)]
+        rows, wanted = (torch.arange(len(source)),), torch.Size((len(source), wanted[-1]))
+    calls = _run_readout(candidate, source, random_seed)
+    if [output.shape for _, output in calls] != [wanted] or not _is_aligned(readout, site):
         return "its zeroed layer does not give the site's output position by position"
-    blocks = list(_features(readout, seen[0][0], site.rows, random_seed))
+    blocks = list(_features(readout, calls[0][0], rows, random_seed))
     if not all(bool(f_RF.isfinite().all()) for f_RF, _ in blocks):
         return "its features are not finite on what was recorded at the site"
     return blocks
 
 
+def _is_aligned(readout: nn.Module, site: _Site) -> bool:
+    """Return whether a layer's features lie on the site's axis: shapes may agree where they do not.
+
+    A convolution over a sequence has them before the positions, as many as there are or not.
+    """
+    num_axes = site.outputs.ndim
+    axes = (feature_axis(layer, site.outputs) for layer in (readout, site.seen.layer))
+    return len({axis % num_axes for axis in axes}) == 1
+
+
 def _whitened_moments(
-    f_RF: Tensor, p_RP: Tensor, g_RO: Tensor, split_R: Tensor, *, ridge: float
+    f_RF: Tensor, host: _HostFeatures, g_RO: Tensor, split_R: Tensor, *, ridge: float
 ) -> Tensor:
     """Return per split the cross moment of features and gradient, whitened and flattened.
 
@@ -418,22 +510,14 @@ def _whitened_moments(
     as they are: whitened by what is left of them, those that the host explains almost wholly
     would be blown up again.
     """
-    e_RF = _residual(p_RP, f_RF, ridge=ridge)
+    e_RF = host.residual_of(f_RF, ridge=ridge)
     factor_FF = torch.linalg.cholesky(_second_moment(f_RF, ridge=ridge))
-    moments = []
-    for split in range(NUM_SPLITS):
-        chosen_R = split_R == split
-        cross_FO = e_RF[chosen_R].T @ g_RO[chosen_R] / max(1, int(chosen_R.sum()))
-        moments.append(torch.linalg.solve_triangular(factor_FF, cross_FO, upper=False).flatten())
-    return torch.stack(moments)
-
-
-def _residual(p_RP: Tensor, f_RF: Tensor, *, ridge: float) -> Tensor:
-    """Return what ridge regression on ``p`` leaves of ``f``; ``f`` itself where ``p`` is empty."""
-    if p_RP.shape[1] == 0:
-        return f_RF
-    factor_PP = torch.linalg.cholesky(_second_moment(p_RP, ridge=ridge))
-    return f_RF - p_RP @ torch.cholesky_solve(p_RP.T @ f_RF / len(p_RP), factor_PP)
+    sizes = torch.bincount(split_R, minlength=NUM_SPLITS).tolist()  # rows are in order of splits
+    parts = zip(*(torch.split_with_sizes(x, sizes) for x in (e_RF, g_RO)), sizes, strict=True)
+    cross_FKO = torch.stack([e.T @ g / max(1, size) for e, g, size in parts], dim=1)
+    wide_FD = cross_FKO.flatten(1)
+    white_FD: Tensor = torch.linalg.solve_triangular(factor_FF, wide_FD, upper=False)
+    return white_FD.view_as(cross_FKO).transpose(0, 1).flatten(1)
 
 
 def _second_moment(f_RF: Tensor, *, ridge: float) -> Tensor:
@@ -442,13 +526,18 @@ def _second_moment(f_RF: Tensor, *, ridge: float) -> Tensor:
     return f_RF.T @ f_RF / len(f_RF) + raised * torch.eye(f_RF.shape[1], dtype=torch.float64)
 
 
-def _draw_rows(layer: nn.Module, gradients: Tensor, random_seed: int) -> Rows:
+def most_rows(seen: SiteObservation) -> int:
+    """Return how many rows of a site are looked at, where there are so many."""
+    return MAX_ROWS if seen.max_rows is None else min(MAX_ROWS, seen.max_rows)
+
+
+def _draw_rows(seen: SiteObservation, gradients: Tensor, random_seed: int) -> Rows:
     """Draw positions of samples: all of them where they are few."""
-    axes = [i for i in range(gradients.ndim) if i != feature_axis(layer, gradients)]
+    axes = [i for i in range(gradients.ndim) if i != feature_axis(seen.layer, gradients)]
     sizes = [gradients.shape[i] for i in axes]
     total = math.prod(sizes)
     generator = torch.Generator().manual_seed(random_seed)
-    flat = torch.randperm(total, generator=generator)[:MAX_ROWS].sort().values
+    flat = torch.randperm(total, generator=generator)[: most_rows(seen)].sort().values
     return torch.unravel_index(flat, sizes)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from esper.continuity.snapshot import random_state
 from esper.contracts.errors import GrowthError
-from esper.growth.twins import LiveStep, Twin
+from esper.growth.live_step import LiveStep
+from esper.growth.twins import Twin
 from esper.resilience.attempt import Failed, attempt
 from esper.state.layer_record import RECORD
 

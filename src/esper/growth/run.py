@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from esper.continuity.placement import Placement
 from esper.continuity.replicas import averaging
 from esper.contracts.errors import GrowthError
 from esper.growth.extrapolation import GoingOn, going_on
+from esper.growth.live_step import LiveStep
 from esper.growth.losses import TrainingLosses
 from esper.growth.memory import MemoryEstimate, available_bytes, estimate
-from esper.growth.twins import LiveStep
 from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -26,21 +26,35 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
-    from esper.growth.batch import LossFunction, TwinUpdate
+    from esper.growth.batch import Batch, LossFunction, TwinBuilder, TwinUpdate
     from esper.growth.budget import Budget, Cost
     from esper.growth.evaluation import Evaluator
-    from esper.growth.germination import Contender
+    from esper.growth.gates import GateVerdict
     from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
     from esper.growth.ledger import WorkLedger
     from esper.growth.measurement import Measurement
-    from esper.growth.null_beside import NullBeside
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
     from esper.growth.settings import GrowthSettings
-    from esper.growth.twins import TwinBuilder
     from esper.growth.updates import UpdateWatcher
     from esper.observability.event_log import EventLog
+
+
+class Beside(Protocol):
+    """A twin that trains beside the run to its end."""
+
+    def advance(self, batches: list[Batch]) -> None:
+        """Do the update that the live run has just done."""
+        ...
+
+    def read(self) -> GateVerdict | None:
+        """Hold the run against the twin; None where there is nothing to hold."""
+        ...
+
+    def close(self) -> None:
+        """Drop the twin."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -118,7 +132,7 @@ class GrowthRun:
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_packages: int = 0
     num_decisions: int = 0
-    null_beside: NullBeside | None = None
+    null_beside: Beside | None = None
     too_dear: str | None = None
     awaited_flops: float = 0.0
     no_twins: str | None = None
@@ -194,22 +208,22 @@ class GrowthRun:
             raise GrowthError(msg)
         return self.evaluator
 
-    def trial_memory(self, package: Iterable[Contender]) -> MemoryEstimate:
-        """Estimate what a trial of a package needs of memory beside the run."""
+    def trial_memory(self, parameters: int) -> MemoryEstimate:
+        """Estimate what a trial of a package of so many parameters needs of memory."""
         settings = self.settings
         return estimate(
             self.model,
             self.optimizer,
             num_twins=(1 if settings.attribution == "none" else 2) + settings.nulls,
-            package_parameters=sum(c.graft.cost.parameters for c in package),
+            package_parameters=parameters,
             activation_bytes=self.activation_bytes,
         )
 
-    def memory_shortage(self, package: Iterable[Contender]) -> str | None:
+    def memory_shortage(self, parameters: int) -> str | None:
         """Say that the twins of a trial do not fit, or None."""
         device = next((p.device for p in self.model.parameters()), None)
         found = None if device is None else available_bytes(device)
-        return self.trial_memory(package).shortage(found)
+        return self.trial_memory(parameters).shortage(found)
 
     def over_budget(self, cost: Cost) -> str | None:
         """Say why a kernel of such a cost does not fit beside what was admitted, or None."""

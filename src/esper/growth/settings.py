@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
 _Count = Annotated[int, Bounds(what="a count", least=1)]
-_Overhead = Annotated[float, Bounds(what="a share of the training's FLOPs", least=0)]
+_Overhead = Annotated[float, Bounds(what="a ratio to the FLOPs of training", least=0)]
 
 MIN_TRIAL: Final = 50
 """Fewest updates of a trial: what is shorter shows the first steps of kernels and nothing else."""

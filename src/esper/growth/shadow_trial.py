@@ -11,7 +11,7 @@ from esper.growth.audition import Audition
 from esper.growth.evaluation import averaged
 from esper.growth.gates import Spread, judge, level_of
 from esper.growth.probation import LOOKS, Probation
-from esper.growth.tries import spend_try
+from esper.growth.tries import no_tries_left, spend_try
 from esper.state.kernel import prepare_kernel
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.state.kernel import PreparedKernel
 
 
@@ -102,10 +102,7 @@ class Auditioning:
         self._contender.withdraw(verdict.reason, update=update, verdict="culled at admission")
         run.last_change_update = update
         if spend_try(run.model) >= run.settings.tries:
-            run.journal.note(
-                f"a kernel was refused, and tries={run.settings.tries}: nothing more is tried in "
-                "this model"
-            )
+            run.journal.note(no_tries_left(run.model, run.settings.tries))
         return None
 
     def _admission(self) -> GateVerdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -16,10 +16,11 @@ from esper.growth.settings import MIN_TRIAL
 from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from esper.growth.batch import Batch
     from esper.growth.germination import Contender
+    from esper.growth.ranking import RankedCandidate
     from esper.growth.run import GrowthRun
 
 LAST_READINGS = 2
@@ -32,71 +33,108 @@ FORWARD_BACKWARD = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a trial may be.
+    """How long a trial may be.
 
     Attributes:
-        num_kernels: Kernels of the package, the best predicted gains; 0 where none can be tried.
-        updates: Updates of the trial.
-        reason: Why nothing can be tried; empty where something can.
-        waits: Whether more can be tried later, when it is earned.
+        updates: Updates of the trial; 0 where none can be paid, or none is wanted.
+        reason: Why none can be paid; empty where one can.
+        waits: Whether one can be paid later, when it is earned.
     """
 
-    num_kernels: int
     updates: int = 0
     reason: str = ""
     waits: bool = False
 
 
-def sized(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> Size:
-    """Return how much of a package the overhead buys a trial of, and for how many updates.
+NONE_LEFT: Final = Size(reason="no candidate with a predicted gain is within the budget")
+
+
+def paid_trial(
+    run: GrowthRun, choose: Callable[[float], list[RankedCandidate]], batches: list[Batch]
+) -> tuple[list[RankedCandidate], Size]:
+    """Choose a package whose trial the overhead buys, and say for how many updates.
+
+    A trial as long as the owner wants comes before kernels that are dear; only where it buys none
+    at all it is halved, down to 50 updates.
 
     Args:
         run: The run.
-        kernel_flops: FLOPs of a forward of one sample of each kernel, best predicted gain first;
-            None where they were not counted.
+        choose: What would be tried, given the FLOPs that its kernels may take together in a
+            forward of one sample; best predicted gain first.
         batches: The batches of the last update.
     """
-    if not kernel_flops:
-        return Size(num_kernels=0)
     if run.settings.trial == "shadow":
-        if run.ledger.affordable(_least_flops(run, kernel_flops[:1], batches)):
-            return Size(num_kernels=1)
-    else:
-        for num_kernels in range(len(kernel_flops), 0, -1):
-            updates = affordable_updates(run, kernel_flops[:num_kernels], batches)
-            if updates >= MIN_TRIAL:
-                return Size(num_kernels=num_kernels, updates=updates)
-    reason = _too_dear(run, kernel_flops[:1], batches)
-    return Size(num_kernels=0, reason=reason, waits=run.awaited_flops > 0)
+        chosen = choose(math.inf)[:1]
+        return (chosen, paid_kernel(run, chosen[0].flops, batches)) if chosen else ([], NONE_LEFT)
+    updates = min(run.settings.trial_updates, *_updates_left(run))
+    while updates >= MIN_TRIAL:
+        chosen = choose(_kernel_flops(run, updates, batches))
+        if chosen:
+            flops = [entry.flops for entry in chosen]
+            return chosen, Size(updates=affordable_updates(run, flops, batches))
+        if updates == MIN_TRIAL:
+            break
+        updates = max(MIN_TRIAL, updates // 2)
+    wanted = choose(math.inf)
+    if not wanted:
+        return [], NONE_LEFT
+    return [], _too_dear(run, min(entry.flops or 0.0 for entry in wanted), batches)
 
 
-def _too_dear(run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]) -> str:
+def paid_kernel(run: GrowthRun, flops: float | None, batches: list[Batch]) -> Size:
+    """Say for how many updates one kernel can be tried; of an audition, whether it can.
+
+    Args:
+        run: The run.
+        flops: FLOPs of the kernel's forward of one sample; None where they were not counted.
+        batches: The batches of the last update.
+    """
+    if run.settings.trial == "shadow":
+        is_paid = run.ledger.affordable(_least_flops(run, flops, batches))
+        return Size() if is_paid else _too_dear(run, flops, batches)
+    updates = affordable_updates(run, [flops], batches)
+    return Size(updates=updates) if updates >= MIN_TRIAL else _too_dear(run, flops, batches)
+
+
+def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
+    """Return what kernels may take in a forward of one sample for a trial of so many updates."""
+    settings, host = run.settings, run.ledger.update_flops
+    arms = 1 if settings.attribution == "none" else 2
+    each = (run.ledger.left_for_trials() - reading_flops(run)) / updates
+    of_kernels = (each - (arms + settings.nulls) * host) / arms
+    return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
+
+
+def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
+    """Say why not even one kernel can be tried, and what it would take."""
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
-        return f"a package takes {needed} updates at least; too few are left of {settings.horizon}"
-    least = _least_flops(run, kernel_flops, batches)
-    what = f"trial of {MIN_TRIAL} updates"
+        left = f"too few are left of {settings.horizon}"
+        return Size(reason=f"a package takes {needed} updates at least; {left}")
+    if run.ledger.update.is_known and run.ledger.update_flops == 0:
+        return Size(
+            reason="torch counts no FLOPs in an update of this model, so that no ratio to them "
+            "buys any"
+        )
+    least, what = _least_flops(run, kernel_flops, batches), f"trial of {MIN_TRIAL} updates"
     if settings.trial == "shadow":
         what = f"audition of {settings.audition_updates} passes"
     bought = f"overhead={run.ledger.overhead:g} buys no {what}"
-    length = run.ledger.horizon_for(least)
+    length = run.ledger.horizon_for(least + run.ledger.spent)
     if length is None:
-        return f"{bought} in this run: it would take a larger one"
+        return Size(reason=f"{bought} in this run: it would take a larger one")
     if settings.horizon is None:
         run.awaited_flops = least
-        return f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
-    return (
-        f"{bought} in this run: it would take a horizon of about {length:,} updates, or a larger "
-        "overhead"
-    )
+        words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
+        return Size(reason=words, waits=True)
+    cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
+    return Size(reason=f"{bought} in this run: {cure}")
 
 
-def _least_flops(
-    run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
-) -> float:
-    """Return the FLOPs of the shortest trial of a package, every reading included."""
+def _least_flops(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> float:
+    """Return the FLOPs of the shortest trial of one kernel, every reading included."""
     num = run.settings.audition_updates if run.settings.trial == "shadow" else MIN_TRIAL
-    return num * update_flops(run, kernel_flops, batches) + reading_flops(run, 1)
+    return num * update_flops(run, [kernel_flops], batches) + reading_flops(run)
 
 
 def update_flops(
@@ -111,14 +149,16 @@ def update_flops(
     return arms * (host + added) + settings.nulls * host
 
 
-def reading_flops(run: GrowthRun, num_kernels: int) -> float:
-    """Return the FLOPs of every reading of the gate split that a trial and its watch take."""
+def reading_flops(run: GrowthRun) -> float:
+    """Return the FLOPs of the readings of the gate split that a verdict and its watch take.
+
+    Those that look for passengers come after them, as far as the overhead still buys them.
+    """
     settings = run.settings
     if settings.trial == "shadow":
         return run.ledger.reading_flops * (2 * LOOKS + LAST_READINGS + WATCH_READINGS)
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
-    passengers = 2 * num_kernels + 2
-    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS + passengers)
+    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS)
 
 
 def affordable_updates(
@@ -126,17 +166,17 @@ def affordable_updates(
 ) -> int:
     """Return for how many updates a package can be tried, at most ``trial_updates``."""
     each = update_flops(run, kernel_flops, batches)
-    left = run.ledger.left_for_trials() - reading_flops(run, len(kernel_flops))
+    left = run.ledger.left_for_trials() - reading_flops(run)
     bought = left / each if each > 0 else math.inf
     limits = [run.settings.trial_updates, bought, *_updates_left(run)]
     return max(0, int(min(limits)))
 
 
 def _updates_left(run: GrowthRun) -> list[int]:
-    """Updates that are left for a trial in a run of known length."""
+    """Updates that are left for a trial, where the length of the run is known; else as wanted."""
     settings = run.settings
     if settings.horizon is None:
-        return []
+        return [settings.trial_updates]
     return [settings.horizon - run.updates - settings.hold_updates]
 
 
@@ -149,7 +189,7 @@ def is_earned(run: GrowthRun) -> bool:
         return True
     is_short = run.settings.trial == "shadow"
     num = run.settings.audition_updates if is_short else run.settings.trial_updates
-    wanted = num * update_flops(run, (), []) + reading_flops(run, 1)
+    wanted = num * update_flops(run, (), []) + reading_flops(run)
     return run.ledger.affordable(max(wanted, run.awaited_flops))
 
 

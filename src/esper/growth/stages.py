@@ -1,15 +1,13 @@
-"""The stages between a decision to grow and its verdict, each advanced once per update of the run.
+"""From a decision to grow to what is tried: recording, ranking, and the trial that follows.
 
-    Recording -> Trial -> Holding                   trial="twin"
-    Recording -> Auditioning -> Probation           trial="shadow"
-
-``advance`` returns the stage that follows, or None where there is nothing more to do; ``close``
-takes away everything that the stage put anywhere.
+Recording -> Trial -> Holding                   trial="twin"
+Recording -> Auditioning -> Probation           trial="shadow"
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import math
+from typing import TYPE_CHECKING
 
 from esper.growth.germination import (
     choose_package,
@@ -22,7 +20,7 @@ from esper.growth.germination import (
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import Size, sized, too_slow
+from esper.growth.sizing import Size, paid_kernel, paid_trial, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
 
@@ -30,30 +28,10 @@ if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.germination import Contender
+    from esper.growth.ranking import RankedCandidate
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
-
-
-class Stage(Protocol):
-    """What is under way between a decision to grow and its verdict."""
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether ``advance`` cannot do without the batches of the update."""
-        ...
-
-    @property
-    def statuses(self) -> tuple[GraftStatus, ...]:
-        """Where each graft is that is under way."""
-        ...
-
-    def advance(self, batches: list[Batch]) -> Stage | None:
-        """Follow one update, given the batches that it was made of."""
-        ...
-
-    def close(self, reason: str) -> None:
-        """Take away everything that is not decided yet."""
-        ...
+    from esper.growth.stage import Stage
 
 
 class Recording:
@@ -120,26 +98,27 @@ class Recording:
         size, package = self._package(batches)
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], batches)
-        reason = self._obstacle(package, batches) if package else size.reason
-        if package and reason is None:
-            trial = attempt(lambda: Trial(run, package, size.updates))
-            if isinstance(trial, Done):
-                return trial.value
-            reason = f"no trial could begin: {trial}"
+        against = self._against(package, batches) if package else size.reason
+        if not against:
+            made = attempt(lambda: Trial(run, package, size.updates))
+            if isinstance(made, Done):
+                return made.value
+            against = f"no trial could begin: {made}"
         for contender in package:
-            contender.withdraw(reason or "", update=run.updates, verdict="refused in trial")
+            contender.withdraw(against, update=run.updates, verdict="refused in trial")
         if not self._advise_only:
+            run.journal.note(against)
             if not size.waits:
                 run.last_change_update = run.updates
-            run.journal.note(reason or "no candidate with a predicted gain passed budget and probe")
         return None
 
-    def _obstacle(self, package: list[Contender], batches: list[Batch]) -> str | None:
-        """Say what stands against a package that was chosen: memory, or time; or None."""
-        short = self._run.memory_shortage(package)
-        if short is not None or not batches:
-            return short
-        return too_slow(self._run, package, batches[-1])
+    def _against(self, package: list[Contender], batches: list[Batch]) -> str:
+        """Say why twins with a package do not fit, or would be too slow; empty where neither."""
+        parameters = sum(contender.graft.cost.parameters for contender in package)
+        short = self._run.memory_shortage(parameters)
+        if short is None and batches:
+            short = too_slow(self._run, package, batches[-1])
+        return short or ""
 
     def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         """Return what is to be tried; the policy hears of a decision that does not wait."""
@@ -156,25 +135,36 @@ class Recording:
         with run.ledger.measured("ranking"):
             ranked = rank(run, observations)
         run.journal.ranked(ranked.order, ranked.refused)
+        refused = Size(reason="no candidate with a predicted gain passed budget and probe")
         if self._advise_only:
-            return Size(num_kernels=0), []
+            return refused, []
         limit = 1 if run.settings.trial == "shadow" else len(run.layers)
-        chosen = choose_package(run, ranked, limit)
-        size = sized(run, [entry.flops for entry in chosen], batches)
-        if chosen and not size.num_kernels and not size.waits:
+
+        def choose(flops: float) -> list[RankedCandidate]:
+            return choose_package(run, ranked, limit=limit, flops=flops)
+
+        if not ranked.order and ranked.is_cut:
+            run.too_dear = (
+                f"overhead={run.ledger.overhead:g} buys no ranking: raise it, or train longer"
+            )
+            return Size(reason=run.too_dear), []
+        chosen, size = paid_trial(run, choose, batches)
+        if size.reason and not size.waits and choose(math.inf):
             run.too_dear = size.reason
-        taken = chosen[: size.num_kernels]
-        return size, germinate_package(run, taken, ranked, observations)
+        if size.reason:
+            return size, []
+        package = germinate_package(run, chosen, ranked, observations)
+        return (size if package else refused), package
 
     def _chosen_by_hand(self, choice: Choice, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
-        refused = Size(num_kernels=0, reason="what was named by hand was refused")
+        refused = Size(reason="what was named by hand was refused")
         found = named_kernel(run, choice, self._recorder.observations)
         if found is None:
             return refused, []
         blueprint, cost = found
-        size = sized(run, [cost.flops], batches)
-        if not size.num_kernels:
+        size = paid_kernel(run, cost.flops, batches)
+        if size.reason:
             return size, []
         seen = self._recorder.observations[choice.site]
         contender = germinate(run, choice.site, blueprint, seen, "named by hand")
@@ -191,7 +181,7 @@ class Recording:
     def close(self, reason: str) -> None:  # noqa: ARG002 - the protocol's signature
         """Remove the hooks."""
         self._recorder.close()
-        self._run.watcher.reads_scale = self._run.settings.trial == "twin"
+        self._run.watcher.reads_scale = False
 
     def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
         """Record one pass beside the run of the sites that the step had nothing of.

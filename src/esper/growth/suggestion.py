@@ -9,11 +9,11 @@ from esper.contracts.errors import GrowthError
 from esper.growth.budget import forward_latency_s
 from esper.growth.germination import open_sites, rank
 from esper.growth.recording import Recorder, record_beside
+from esper.growth.sizing import FORWARD_BACKWARD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from esper.contracts.ports import Clock
     from esper.growth.batch import Batch
     from esper.growth.ranking import RankedCandidate
     from esper.growth.recording import SiteObservation
@@ -33,6 +33,10 @@ class Suggestion:
         flops: FLOPs that it adds to a forward of one sample.
         latency_us: Microseconds of a forward of the kernel on a recorded batch.
         reason: Why there is no score; empty where there is one.
+        going_on: Fall of the held-out loss that simply going on would bring for the FLOPs that a
+            trial with the kernel takes, by the run's own curve: where it is large, training is
+            missing, and not capacity. None where too little was measured.
+        going_on_stderr: Its standard error; None as ``going_on`` is.
     """
 
     site: str
@@ -43,13 +47,17 @@ class Suggestion:
     flops: float | None
     latency_us: float
     reason: str
+    going_on: float | None = None
+    going_on_stderr: float | None = None
 
     @classmethod
-    def of(cls, entry: RankedCandidate, seen: SiteObservation, clock: Clock) -> Suggestion:
+    def of(cls, entry: RankedCandidate, seen: SiteObservation, run: GrowthRun) -> Suggestion:
         """Time the candidate's kernel and put the row together."""
         parallel = entry.candidate.position == "parallel"
         example = seen.inputs[0] if parallel else seen.outputs[0]
-        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=clock)
+        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=run.clock)
+        each = FORWARD_BACKWARD * (entry.flops or 0.0) * len(example) + run.ledger.update_flops
+        beside = run.going_on(run.settings.trial_updates * each)
         return cls(
             site=entry.site,
             blueprint=entry.blueprint,
@@ -59,11 +67,15 @@ class Suggestion:
             flops=entry.flops,
             latency_us=latency_s * 1e6,
             reason=entry.reason,
+            going_on=None if beside is None else beside.gain,
+            going_on_stderr=None if beside is None else beside.stderr,
         )
 
 
 def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     """Rank every kernel on offer on some batches; the run does not notice.
+
+    What that takes counts as spent, but is not bounded: it was asked for.
 
     Returns:
         Best first; those that the ranking cannot score come last.
@@ -86,7 +98,5 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     with recorder, run.ledger.measured("ranking"):
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
-        ranked = rank(run, recorder.observations)
-    return [
-        Suggestion.of(entry, recorder.observations[entry.site], run.clock) for entry in ranked.order
-    ]
+        ranked = rank(run, recorder.observations, is_bounded=False)
+    return [Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order]

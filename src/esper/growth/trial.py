@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from esper.compiler.linear_form import linear_form
 from esper.continuity.placement import Placement
-from esper.contracts.errors import GrowthError
+from esper.continuity.replicas import all_agree
+from esper.contracts.choices import TAKEN
+from esper.contracts.errors import BlueprintError, GrowthError
 from esper.contracts.report import TrialRecord
+from esper.growth.arm import Arm
 from esper.growth.averaging import WeightAverage, renew_statistics
 from esper.growth.gates import level_of
 from esper.growth.holding import Holding
-from esper.growth.live_kernel import LiveKernel, place_kernel
+from esper.growth.live_kernel import place_kernel
 from esper.growth.null_beside import NullBeside
 from esper.growth.takeover import take_over
-from esper.growth.tries import spend_try
+from esper.growth.tries import no_tries_left, spend_try
 from esper.growth.twins import Twin, copied_model
 from esper.growth.verdict import TrialReadings, last_is_worse, read_trial
 from esper.resilience.attempt import Failed, attempt
@@ -30,48 +33,19 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.choices import Taken
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.extrapolation import GoingOn
     from esper.growth.germination import Contender
-    from esper.growth.ledger import Meter
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stages import Stage
+    from esper.growth.stage import Stage
     from esper.growth.verdict import TrialVerdict
 
 STATISTICS_BATCHES: Final = 16
 """Training batches, the last of a trial, on which running statistics are computed anew."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Arm:
-    """One twin of a trial.
-
-    Attributes:
-        name: ``"candidate"``, ``"null"``, or ``"equal 1"`` and so on.
-        twin: The twin.
-        meter: Counts its updates.
-        kernels: What stands in it that the live run does not have.
-        average: Its weights averaged over the second half of the trial.
-    """
-
-    name: str
-    twin: Twin
-    meter: Meter
-    kernels: tuple[LiveKernel, ...] = ()
-    average: WeightAverage = field(default_factory=WeightAverage)
-
-    def update(self, run: GrowthRun, batches: list[Batch]) -> None:
-        """Do the update that the live run has just done."""
-        with self.meter.counted(batches):
-            self.twin.update(batches, run.live_step())
-
-    def set_alphas(self, num_updates: int, ramp_updates: int) -> None:
-        """Let kernels that could not enter at alpha 1 rise to it."""
-        for kernel in self.kernels:
-            kernel.set_alpha(num_updates, ramp_updates)
 
 
 class Trial:
@@ -90,8 +64,10 @@ class Trial:
         self._start = run.updates
         self._began = self._work()
         run.num_packages += 1
+        run.watcher.reads_scale = True  # for as long as twins train
         for contender in self._package:
             contender.graft.begin_trial("compiled, fetched, probed")
+        self._nulls = self._linear_forms()
         self._arms = self._made_arms()
         self._live = WeightAverage()
         self._shape = [p.shape for p in run.model.parameters()]
@@ -142,10 +118,21 @@ class Trial:
     def _ramp(self) -> int:
         return min(self._run.settings.ramp_updates, self._num_updates // 2)
 
+    def _linear_forms(self) -> dict[str, BlueprintIR]:
+        """Return the package made linear, by site; empty without attribution."""
+        run = self._run
+        if run.settings.attribution == "none":
+            return {}
+        try:
+            return {c.graft.site: linear_form(c.blueprint) for c in self._package}
+        except BlueprintError as error:
+            run.journal.note(f"what is capacity and what treatment cannot be told apart: {error}")
+            return {}
+
     def _made_arms(self) -> list[Arm]:
         run = self._run
         arms = [self._arm("candidate")]
-        if run.settings.attribution != "none":
+        if self._nulls:
             arms.append(self._arm("null"))
         for i in range(run.settings.nulls):
             equal = Arm(name=f"equal {i + 1}", twin=Twin(run), meter=run.ledger.meter("trial"))
@@ -163,7 +150,7 @@ class Trial:
             site = found[contender.graft.site]
             kernel = contender.kernel
             if name == "null":
-                kernel = prepare_kernel(site, linear_form(contender.blueprint))
+                kernel = prepare_kernel(site, self._nulls[contender.graft.site])
             kernels.append(
                 place_kernel(
                     site,
@@ -210,6 +197,8 @@ class Trial:
             worse = last_is_worse(live_now.verdicts_part, taken_now.verdicts_part)
             if worse is not None:
                 verdict, arm = verdict.refused(worse), None
+        if not all_agree(run.given, TAKEN.index(verdict.taken)):
+            verdict, arm = verdict.refused("the ranks read different verdicts"), None
         self.record = self._read(verdict, going_on)
         if arm is None or live_now is None or taken_now is None:
             self._refuse(verdict.reason)
@@ -224,10 +213,7 @@ class Trial:
         run.journal.trial_read(self.record)
         self._drop(reason)
         if spent >= run.settings.tries:
-            run.journal.note(
-                f"package {self.record.package} was refused, and tries={run.settings.tries}: "
-                "nothing more is tried in this model"
-            )
+            run.journal.note(no_tries_left(run.model, run.settings.tries))
 
     def _take_over(
         self, arm: Arm, verdict: TrialVerdict, live_now: Measurement, taken_now: Measurement
@@ -266,14 +252,16 @@ class Trial:
 
     def _leave(self, taken: Arm, verdict: TrialVerdict) -> None:
         """Let go of the twins; the null trains on where the owner wants it to the end."""
+        run = self._run
         for arm in self._arms:
-            goes_on = arm.name == "null" and self._run.settings.attribution == "run"
+            goes_on = arm.name == "null" and run.settings.attribution == "run"
             if goes_on and taken.name == "candidate" and verdict.capacity is not None:
                 window = max(1, self._num_updates // 2)
-                self._run.null_beside = NullBeside(self._run, arm, window)
+                run.null_beside = NullBeside(run, arm, window)
             else:
                 arm.twin.close()
         self._arms = []
+        run.watcher.reads_scale = run.null_beside is not None
 
     def _arm_named(self, name: Taken) -> Arm:
         return next(arm for arm in self._arms if arm.name == name)
@@ -310,38 +298,40 @@ class Trial:
         for arm in self._arms:
             arm.twin.close()
         self._arms = []
+        self._run.watcher.reads_scale = self._run.null_beside is not None
         for contender in self._package:
             contender.withdraw(reason, update=self._run.updates, verdict="refused in trial")
 
     def _begun(self) -> TrialRecord:
         run, settings = self._run, self._run.settings
-        adds = self._null_adds() if settings.attribution != "none" else ()
+        with run.ledger.timed("trial"):
+            adds = self._null_adds()
+        parameters = sum(c.graft.cost.parameters for c in self._package)
         return TrialRecord(
             package=run.num_packages,
             grafts=tuple(c.graft.number for c in self._package),
             sites=tuple(c.graft.site for c in self._package),
             blueprints=tuple(c.blueprint.id for c in self._package),
-            parameters=sum(c.graft.cost.parameters for c in self._package),
+            parameters=parameters,
             started_at=run.updates,
             trial_updates=self._num_updates,
             level=level_of(settings.tries),
             spread=settings.spread,
-            attribution=settings.attribution,
+            attribution=settings.attribution if self._nulls else "none",
             num_nulls=settings.nulls,
             capacity_is_lower_bound=bool(adds),
             null_adds=adds,
-            memory_bytes=run.trial_memory(self._package).total,
+            memory_bytes=run.trial_memory(parameters).total,
         )
 
     def _null_adds(self) -> tuple[str, ...]:
         """Say where the package made linear adds capacity of its own, and why."""
         found = []
-        for contender in self._package:
-            layer = contender.layer
-            null = prepare_kernel(layer, linear_form(contender.blueprint))
-            reason = why_null_adds(layer, null)
+        for contender in self._package if self._nulls else ():
+            layer, site = contender.layer, contender.graft.site
+            reason = why_null_adds(layer, prepare_kernel(layer, self._nulls[site]))
             if reason is not None:
-                found.append(f"{contender.graft.site}: {reason}")
+                found.append(f"{site}: {reason}")
         return tuple(found)
 
     def _read(self, verdict: TrialVerdict, going_on: GoingOn | None) -> TrialRecord:

@@ -20,3 +20,13 @@ def spend_try(model: nn.Module) -> int:
     """Count a refusal; return how many there were."""
     _SPENT[model] = tries_spent(model) + 1
     return _SPENT[model]
+
+
+def no_tries_left(model: nn.Module, tries: int) -> str:
+    """Say why nothing more is tried in a model."""
+    spent = tries_spent(model)
+    one = "one package of this model was" if spent == 1 else f"{spent} packages of this model were"
+    return (
+        f"nothing more is tried: {one} refused, and tries={tries}; with each more the chance would "
+        "rise that one is kept by luck"
+    )

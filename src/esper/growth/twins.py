@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 
-from esper.continuity.clipping import UNCLIPPED, Clipping
 from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.following import stands_apart
 from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
@@ -22,17 +20,12 @@ from esper.state.set_aside import Apart
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-    from esper.continuity.ensemble import AnyOptimizer, ParamGroup
-    from esper.continuity.replicas import AverageGradients
-    from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinUpdate
+    from esper.continuity.ensemble import AnyOptimizer
+    from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinBuilder, TwinUpdate
+    from esper.growth.live_step import LiveStep
     from esper.growth.run import GrowthRun
-
-TwinBuilder = Callable[["nn.Module", dict[int, object]], "nn.Module"]
-"""``(live model, memo)`` to a model like it; the memo learns whose copy each parameter is."""
 
 PERTURBATION: Final = 1e-3
 """Relative size of the noise by which twins differ that are to be equal but for luck."""
@@ -45,23 +38,6 @@ _OWNERS_HOOKS: Final = (
 )
 _LIBRARIES: Final = ("torch.", "esper.")
 """Whose hooks belong to what a module computes; those of others watch it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveStep:
-    """How the live run made its last update, as far as a twin has to do likewise.
-
-    Attributes:
-        settings: What each param group was set to, its rate among it; schedules move momenta, too.
-        loss_scale: By what the loss was multiplied for the backward; 1 where nothing did.
-        clipping: How the gradients were clipped.
-        average: Averages the gradients over the ranks; None where there is one.
-    """
-
-    settings: Sequence[ParamGroup]
-    loss_scale: float = 1.0
-    clipping: Clipping = UNCLIPPED
-    average: AverageGradients | None = None
 
 
 class Twin:

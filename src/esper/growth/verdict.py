@@ -105,8 +105,11 @@ def read_trial(
         against_going_on = _does_not_pay(live, going_on)
         if against_going_on is not None:
             return made.refused(against_going_on)
-    is_better = null is not None and null.loss < readings.candidate.loss
-    if is_better and treatment is not None and treatment.passed:
+    if null is None or treatment is None or not treatment.passed:
+        return made
+    # what a treatment brings early is mostly gone by the end of a run, what capacity brings grows:
+    # the null has to be better beyond luck, and not only by its mean
+    if judge(readings.candidate, null, level=level, spread=spread).passed:
         words = f"made linear the package did better still: {treatment.reason}"
         return replace(made, taken="null", reason=words)
     return made

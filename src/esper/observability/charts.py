@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines with marks on them, and lanes of stages.
+"""Charts as inline SVG: lines with marks on them, lanes of stages, and effects with their errors.
 
 Colours are classes that the page's style sheet fills in, once for light and once for dark. No
 line is told from another by colour alone: each has its own dashes and its label beside it.
@@ -26,10 +26,22 @@ MARK_SHAPES: Final = {
     "admitted": "M0,-6 L5.5,4 L-5.5,4 Z",
     "fossilized": "M0,-6.5 L6.5,0 L0,6.5 L-6.5,0 Z",
     "culled": "M-4.5,-4.5 L4.5,4.5 M4.5,-4.5 L-4.5,4.5",
+    "woken": "M-7,-3 L7,-3 L7,3 L-7,3 Z",
+    "disc": "M-5.5,0 A5.5,5.5 0 1 0 5.5,0 A5.5,5.5 0 1 0 -5.5,0 Z",
+    "square": "M-5,-5 L5,-5 L5,5 L-5,5 Z",
 }
-"""Outline of each mark around its point: a triangle, a diamond, a cross."""
+"""Outline of each mark around its point: a triangle, a diamond, a cross, a block, and so on."""
 
-STAGE_HEIGHTS: Final = {"germinated": 4.0, "audition": 4.0, "blending": 8.0, "holding": 12.0}
+EFFECT_HEIGHT: Final = 24.0
+"""Height of a row of a chart of effects; a group's title takes another."""
+
+STAGE_HEIGHTS: Final = {
+    "germinated": 4.0,
+    "trial": 4.0,
+    "audition": 4.0,
+    "blending": 8.0,
+    "holding": 12.0,
+}
 """Height of a stage's bar in its lane, so that stages differ in shape and not only in colour."""
 
 
@@ -163,7 +175,7 @@ class Bar:
     """A stage of a graft.
 
     Attributes:
-        stage: A key of :data:`STAGE_HEIGHTS`.
+        stage: Its name; those in :data:`STAGE_HEIGHTS` have a height of their own.
         start: Update at which it began.
         end: Update at which it was over.
         text: Its tooltip.
@@ -190,6 +202,40 @@ class Lane:
     bars: tuple[Bar, ...]
     style: str = ""
     verdict: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """A measured difference.
+
+    Attributes:
+        label: What was compared, written at its left.
+        kind: Its symbol, a key of :data:`MARK_SHAPES`.
+        style: Name of its style class.
+        value: The difference.
+        stderr: Its standard error, at least 0.
+        text: Its tooltip.
+    """
+
+    label: str
+    kind: str
+    style: str
+    value: float
+    stderr: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectGroup:
+    """Differences that belong together.
+
+    Attributes:
+        label: Written above them.
+        effects: In the order of their rows.
+    """
+
+    label: str
+    effects: tuple[Effect, ...]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -269,6 +315,59 @@ def draw_lanes(
     return _svg(name, title, description, frame, *axis, *rows)
 
 
+def draw_effects(
+    *,
+    name: str,
+    title: str,
+    description: str,
+    groups: Sequence[EffectGroup],
+    x_label: str,
+    zero_label: str,
+) -> Markup:
+    """Return differences as symbols with bars of one standard error, or a sentence without any.
+
+    Args:
+        name: Unique on the page, for ids.
+        title: What it shows, for people who cannot see it.
+        description: What can be read off it, for people who cannot see it.
+        groups: What belongs together.
+        x_label: Name and unit of the differences.
+        zero_label: What stands at 0, which all of them are differences from.
+    """
+    effects = [effect for group in groups for effect in group.effects]
+    if not effects:
+        return element("p", f"{title}: nothing was measured.", class_="empty")
+    rows = len(effects) + len(groups)
+    frame = Frame(width=440.0, height=EFFECT_HEIGHT * rows + 84.0, left=84.0, right=16.0, top=28.0)
+    ends = [end for e in effects for end in (e.value - e.stderr, e.value + e.stderr)]
+    scale = _x_scale(frame, *_padded([0.0, *ends]))
+    zero = scale(0.0)
+    parts = [
+        element("line", class_="base", x1=zero, x2=zero, y1=frame.top - 6, y2=frame.area_bottom),
+        element("text", zero_label, class_="tick middle", x=zero, y=frame.top - 12),
+        *_x_axis(scale, x_label, frame.area_bottom),
+    ]
+    y = frame.top + EFFECT_HEIGHT / 2
+    for group in groups:
+        parts.append(element("text", group.label, class_="name halo", x=8.0, y=y + 4))
+        for effect in group.effects:
+            y += EFFECT_HEIGHT
+            parts.append(_effect(effect, scale, y))
+        y += EFFECT_HEIGHT
+    return _svg(name, title, description, frame, *parts)
+
+
+def _effect(effect: Effect, scale: Scale, y: float) -> Markup:
+    x1, x2 = scale(effect.value - effect.stderr), scale(effect.value + effect.stderr)
+    level = Scale(low=0.0, high=1.0, start=y, end=y)
+    mark = Mark(kind=effect.kind, x=effect.value, y=0.0, text=effect.text, style=effect.style)
+    return join(
+        element("text", effect.label, class_=f"tick {effect.style}", x=8.0, y=y + 4),
+        element("line", class_=f"whisker {effect.style}", x1=x1, x2=x2, y1=y, y2=y),
+        _mark(mark, scale, level),
+    )
+
+
 def _svg(name: str, title: str, description: str, frame: Frame, *children: Markup) -> Markup:
     return element(
         "svg",
@@ -344,7 +443,7 @@ def _mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> Markup:
     if not mark.label:
         return symbol
     x, y = x_scale(mark.x), y_scale(mark.y) - 11.0
-    label = element("text", mark.label, class_=f"tick middle {mark.style}".rstrip(), x=x, y=y)
+    label = element("text", mark.label, class_=f"tick middle halo {mark.style}".rstrip(), x=x, y=y)
     return join(symbol, label)
 
 
@@ -401,7 +500,7 @@ def _shortened(text: str) -> str:
 
 
 def _bar(bar: Bar, scale: Scale, y: float) -> Markup:
-    height = STAGE_HEIGHTS[bar.stage]
+    height = STAGE_HEIGHTS.get(bar.stage, 4.0)
     return element(
         "rect",
         element("title", bar.text),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report_text import WORDS
 from esper.observability.charts import Bar, Lane, Mark, Series
 from esper.observability.page_frame import Column, table
 from esper.observability.wording import NOT_MEASURED, number_text
@@ -16,34 +17,37 @@ if TYPE_CHECKING:
     from esper.observability.markup import Markup
 
 STAGE_CAPTION: Final = (
-    "Each row is one graft: thin grey while it is in audition (outside the model), orange while "
-    "it blends in, tall blue while it is held and judged; a diamond and a green line once it is "
-    "permanent, a cross where it was removed."
+    "Each row is one graft: thin grey while it is tried outside the model, in its package's twin "
+    "or in an audition; orange while it blends in; tall blue while it is held under watch; a "
+    "diamond and a green line once it is permanent, a cross where it was refused or removed."
 )
 NUM_STYLES: Final = 8
 """Colours that tell grafts of one run apart."""
-GRAFT_COLUMNS: Final = (
-    Column(head="graft"),
-    Column(head="kernel at site"),
-    Column(head="para\u00admeters", kind="number"),
-    Column(head="contri\u00adbution", kind="number"),
-    Column(head="over the host alone", kind="number"),
-    Column(head="depen\u00addence", kind="number"),
-    Column(head="verdict"),
-    Column(head="reason", kind="text"),
-)
+Cells = tuple[Column, "Callable[[str, GraftRecord], str]"]
+"""A column of the table of grafts, and what it shows of one."""
 
 
 def graft_table(named: Iterable[tuple[str, GraftRecord]]) -> Markup:
-    """Return a table with one row per graft; each comes with the name to show for it."""
-    rows = [_graft_row(name, graft) for name, graft in named]
-    caption = (
-        "In loss saved on the gate split. Contribution: against a twin trained without the graft, "
-        "with its standard error; over the host alone: against a twin that carries nothing; "
-        "dependence: only what switching the graft off costs. "
-        f"{NOT_MEASURED} is not measured."
-    )
-    return table(caption, GRAFT_COLUMNS, rows, "No graft was tried.")
+    """Return a table with one row per graft; each comes with the name to show for it.
+
+    Packages have a column where there are any, and so has what single grafts brought against
+    twins, which reports of format 1 have.
+    """
+    grafts = list(named)
+    cells = [_NAME, _KERNEL, _PARAMETERS, _DEPENDENCE, _VERDICT, _REASON]
+    caption = "Dependence: only what switching the graft off costs, in loss on the gate split."
+    if any(graft.contribution is not None for _, graft in grafts):
+        cells[3:3] = [_CONTRIBUTION, _OVER_HOST]
+        caption = (
+            "In loss saved on the gate split. Contribution: against a twin trained without the "
+            "graft, with its standard error; over the host alone: against a twin that carries "
+            "nothing; dependence: only what switching the graft off costs."
+        )
+    if any(graft.package is not None for _, graft in grafts):
+        cells[1:1] = [_PACKAGE]
+    columns = [column for column, _ in cells]
+    rows = [tuple(show(name, graft) for _, show in cells) for name, graft in grafts]
+    return table(f"{caption} {NOT_MEASURED} is not measured.", columns, rows, "No graft was tried.")
 
 
 def timeline_table(named: Iterable[tuple[str, TimelineEntry]]) -> Markup:
@@ -73,10 +77,10 @@ def lanes_of(report: RunReport, prefix: str = "", *, coloured: bool = False) -> 
     Args:
         report: The run.
         prefix: Set before a graft's number in the lane's label.
-        coloured: Whether the label has its graft's own colour.
+        coloured: Whether the label has its graft's own colour, or that of its package.
     """
     return [
-        _lane(report, graft, prefix, graft_style(graft.graft) if coloured else "")
+        _lane(report, graft, prefix, graft_style(graft.package or graft.graft) if coloured else "")
         for graft in report.grafts
     ]
 
@@ -116,16 +120,18 @@ def marks_of(
     *,
     coloured: bool = False,
 ) -> list[Mark]:
-    """Return the marks of a run's lifecycle on a curve.
+    """Return the marks of the lifecycle of grafts on a curve.
 
     Args:
-        grafts: The run's grafts.
+        grafts: The run's grafts; those of packages are left out, which have marks of their own.
         height: The curve: from an update to its value.
         prefix: Set before each mark's tooltip.
         coloured: Whether a mark has its graft's own colour, and its number beside it.
     """
     marks: list[Mark] = []
     for graft in grafts:
+        if graft.package is not None:
+            continue
         own = (graft_style(graft.graft), str(graft.graft)) if coloured else ("", "")
         what = f"{prefix}graft {graft.graft}, {graft.blueprint} at {graft.site}"
         if graft.admitted_at is not None:
@@ -157,27 +163,53 @@ def curve(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
     return value
 
 
-def _graft_row(name: str, graft: GraftRecord) -> tuple[str, ...]:
+def _contribution_text(graft: GraftRecord) -> str:
     contribution = number_text(graft.contribution, "+.4f")
-    if graft.contribution_stderr is not None:
-        contribution = f"{contribution} \u00b1 {graft.contribution_stderr:.4f}"
-    reason = graft.reason
-    if graft.updates_lost:
-        reason = f"{reason}; its removal cost {graft.updates_lost:,} updates"
-    return (
-        name,
-        f"{graft.blueprint} at {graft.site}",
-        f"{graft.parameters:,}",
-        contribution,
-        number_text(graft.host_only_contribution, "+.4f"),
-        number_text(graft.dependence, "+.4f"),
-        f"{graft.verdict}{', folded' if graft.folded else ''}",
-        reason,
-    )
+    if graft.contribution_stderr is None:
+        return contribution
+    return f"{contribution} \u00b1 {graft.contribution_stderr:.4f}"
+
+
+def _reason_text(graft: GraftRecord) -> str:
+    if not graft.updates_lost:
+        return graft.reason
+    return f"{graft.reason}; its removal cost {graft.updates_lost:,} updates"
+
+
+_NAME: Final[Cells] = (Column(head="graft"), lambda name, _: name)
+_PACKAGE: Final[Cells] = (
+    Column(head="package", kind="number", tip=WORDS["package"]),
+    lambda _, graft: number_text(graft.package, "d"),
+)
+_KERNEL: Final[Cells] = (
+    Column(head="kernel at site"),
+    lambda _, graft: f"{graft.blueprint} at {graft.site}",
+)
+_PARAMETERS: Final[Cells] = (
+    Column(head="para\u00admeters", kind="number"),
+    lambda _, graft: f"{graft.parameters:,}",
+)
+_CONTRIBUTION: Final[Cells] = (
+    Column(head="contri\u00adbution", kind="number"),
+    lambda _, graft: _contribution_text(graft),
+)
+_OVER_HOST: Final[Cells] = (
+    Column(head="over the host alone", kind="number"),
+    lambda _, graft: number_text(graft.host_only_contribution, "+.4f"),
+)
+_DEPENDENCE: Final[Cells] = (
+    Column(head="depen\u00addence", kind="number", tip=WORDS["dependence"]),
+    lambda _, graft: number_text(graft.dependence, "+.4f"),
+)
+_VERDICT: Final[Cells] = (
+    Column(head="verdict"),
+    lambda _, graft: f"{graft.verdict}{', folded' if graft.folded else ''}",
+)
+_REASON: Final[Cells] = (Column(head="reason", kind="text"), lambda _, graft: _reason_text(graft))
 
 
 def _stage_text(entry: TimelineEntry) -> str:
-    return entry.after.value if entry.before is None else f"{entry.before.value} to {entry.after}"
+    return str(entry.after) if entry.before is None else f"{entry.before} to {entry.after}"
 
 
 def _lane(report: RunReport, graft: GraftRecord, prefix: str, style: str) -> Lane:
@@ -185,17 +217,18 @@ def _lane(report: RunReport, graft: GraftRecord, prefix: str, style: str) -> Lan
     ends = [entry.update for entry in entries[1:]] + [report.updates]
     bars = tuple(
         Bar(
-            stage=entry.after.value,
+            stage=str(entry.after),
             start=entry.update,
             end=end,
-            text=f"{entry.after.value}, updates {entry.update:,} to {end:,}",
+            text=f"{entry.after}, updates {entry.update:,} to {end:,}",
         )
         for entry, end in zip(entries, ends, strict=False)
         if entry.after not in (GraftStage.FOSSILIZED, GraftStage.CULLED)
     )
     final = graft.stage in (GraftStage.FOSSILIZED, GraftStage.CULLED)
+    package = "" if graft.package is None else f", package {graft.package}"
     return Lane(
-        label=f"{prefix}{graft.graft}. {graft.blueprint} at {graft.site}",
+        label=f"{prefix}{graft.graft}. {graft.blueprint} at {graft.site}{package}",
         bars=bars,
         style=style,
         verdict=graft.stage.value if final else "",

@@ -31,6 +31,13 @@ h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.75rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 .lead { font-size: 1.35rem; line-height: 1.4; margin: 0 0 1rem; }
+.rest { max-width: 50rem; margin: 0 0 1rem; }
+.words { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
+  gap: .2rem 1.5rem; margin: .75rem 0 1.25rem; font-size: .9rem; color: var(--soft); }
+.words dt { display: inline; font-weight: 600; color: var(--ink); }
+.words dt::after { content: ":"; }
+.words dd { display: inline; margin: 0 0 0 .35em; }
+th[title] { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help; }
 .stopped { border-left: 4px solid var(--random); padding-left: .75rem; }
 .caption, .empty, figcaption { color: var(--soft); font-size: .9rem; }
 figure { margin: 1rem 0; }
@@ -60,9 +67,11 @@ details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 .small { display: grid; gap: 0 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .small svg { min-width: 0; } .small figure { margin: .5rem 0; }
+.narrow svg { min-width: 0; max-width: 36rem; }
 svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   fill: var(--ink); }
 svg .tick, svg .axis { fill: var(--soft); } svg .end { text-anchor: end; }
+svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 6px; }
 svg .middle { text-anchor: middle; } svg .name { font-weight: 600; }
 .grid { stroke: var(--rule); stroke-width: 1; } .base { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
@@ -102,7 +111,12 @@ text.graft-7, .mark.graft-7 { fill: var(--graft-7); } li.graft-7 { color: var(--
 .line.graft-8 { stroke: var(--graft-8); stroke-dasharray: 4 4; }
 text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--graft-8); }
 .mark.culled.graft-8 { fill: none; stroke: var(--graft-8); }
-.stage.germinated, .stage.audition { fill: var(--host); } .stage.blending { fill: var(--random); }
+.whisker { stroke-width: 2; } .whisker.grown { stroke: var(--grown); }
+.whisker.random { stroke: var(--random); } .whisker.host { stroke: var(--host); }
+.mark.grown { fill: var(--grown); } .mark.random { fill: var(--random); }
+.mark.host { fill: var(--host); } .mark.woken { fill: var(--ink); }
+.stage.germinated, .stage.trial, .stage.audition { fill: var(--host); }
+.stage.blending { fill: var(--random); }
 .stage.holding { fill: var(--grown); }
 .fossil-life { stroke: var(--scratch); stroke-width: 2; }
 @media (max-width: 40rem) { .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0;
@@ -121,10 +135,12 @@ class Column:
     Attributes:
         head: What its cells are, with the unit.
         kind: ``"number"`` (set to the right), ``"text"`` (may be long) or ``""``.
+        tip: What the head means, shown where a pointer rests on it; empty where it needs no word.
     """
 
     head: str
     kind: str = ""
+    tip: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,13 +165,13 @@ class Section:
 
 
 def document(
-    title: str, lead: str, *, intro: Sequence[Markup], sections: Sequence[Section | None]
+    title: str, *lead: str, intro: Sequence[Markup], sections: Sequence[Section | None]
 ) -> str:
     """Return a whole page that needs no network and no scripts.
 
     Args:
         title: Of the page, and its only heading of the first order.
-        lead: The first sentence that a reader meets.
+        lead: The first sentences that a reader meets; only the very first is set large.
         intro: What follows it, in order.
         sections: What the contents name, in order; None is left out.
     """
@@ -171,7 +187,8 @@ def document(
     main = element(
         "main",
         element("h1", title),
-        element("p", lead, class_="lead"),
+        element("p", lead[0], class_="lead"),
+        *([element("p", " ".join(lead[1:]), class_="rest")] if lead[1:] else []),
         *intro,
         _contents(shown),
         *(Markup(section) for section in shown),
@@ -197,15 +214,17 @@ def paragraph(text: str, style: str | None = None) -> Markup:
     return element("p", text, class_=style)
 
 
-def figure(drawing: Markup, caption: str, key: str = "") -> Markup:
+def figure(drawing: Markup, caption: str, key: str = "", *, style: str | None = None) -> Markup:
     """Return a drawing with its caption; it scrolls sideways where the screen is narrow.
 
     Args:
         drawing: The drawing.
         caption: What it shows.
         key: The names of its lines, which a narrow screen shows above it.
+        style: Name of a style class: ``"narrow"`` for one that a narrow screen has room for.
     """
-    return element("figure", key, _scrolling(drawing, caption), element("figcaption", caption))
+    parts = (key, _scrolling(drawing, caption), element("figcaption", caption))
+    return element("figure", *parts, class_=style)
 
 
 def table(
@@ -224,7 +243,10 @@ def table(
     body = [element("tr", *_cells(columns, row)) for row in rows]
     if not body:
         return paragraph(empty, "empty")
-    heads = [element("th", c.head, scope="col", class_=c.kind or None) for c in columns]
+    heads = [
+        element("th", c.head, scope="col", class_=c.kind or None, title=c.tip or None)
+        for c in columns
+    ]
     whole = element(
         "table",
         element("thead", element("tr", *heads)),

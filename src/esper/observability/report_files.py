@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from esper.contracts.report import DemoReport, RunReport
-from esper.observability.report_page import demo_page, run_page
+from esper.observability.demo_page import demo_page
+from esper.observability.report_page import run_page
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.whole_file import write_whole
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from esper.contracts.lifecycle import GraftStage
+from esper.contracts.report import OPPONENTS
+from esper.contracts.report_text import flops_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.intervals import Interval
     from esper.contracts.progress import ProgressRow
-    from esper.contracts.report import DemoReport, RunReport
+    from esper.contracts.report import ControlRow, DemoReport, Wins
 
 NOT_MEASURED: Final = "\u2013"
 
@@ -28,79 +29,103 @@ CONTROL_NAMES: Final = {
     "noise": "noise",
     "capacity_free": "capacity-free (the host layer's own shape)",
     "random_features": "frozen random features",
+    "linear": "linear package, begun apart from its null",
 }
-"""Short names of the kinds of control grafts."""
+"""Short names of the kinds of control packages."""
 
 _SHARES: Final = frozenset({"accuracy"})
 """Metrics that are shares in [0, 1], and shown in percent."""
 
-_ORDER: Final = ("host", "random", "scratch")
-_ALONE: Final = (
-    "was compared neither with a larger network trained from scratch nor with a random choice"
-)
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
-    "random": "a random choice of site and kernel under the same budget and gates",
+    "random": "a random choice of kernels under the same budget and trial",
     "scratch": "a network of the grown shape trained from scratch",
 }
 
 
 def not_beaten(report: DemoReport) -> str:
-    """Return one sentence that says what growth beat and what not, with the intervals."""
-    differences = {
-        "host": report.grown_minus_host,
-        "random": report.grown_minus_random,
-        "scratch": report.grown_minus_scratch,
-    }
+    """Return one sentence that says what growth beat and what not, with intervals, at what work."""
     if not report.random_seeds:
         return "Growth did not beat anything here, since no random seed was completed."
-    words = {name: f"{_OPPONENTS[name]} ({_difference_text(differences[name])})" for name in _ORDER}
-    beaten = [words[name] for name in _ORDER if differences[name].is_above_zero]
-    unbeaten = [words[name] for name in _ORDER if not differences[name].is_above_zero]
+    differences = {name: difference_of(report, name) for name in OPPONENTS}
+    words = {
+        name: f"{_OPPONENTS[name]} ({_difference_text(found, report.wins[name])})"
+        for name, found in differences.items()
+    }
+    beaten = [words[name] for name in OPPONENTS if differences[name].is_above_zero]
+    unbeaten = [words[name] for name in OPPONENTS if not differences[name].is_above_zero]
+    work = _work_text(report)
     if not unbeaten:
         return (
             "There is nothing in this demo that growth did not beat, and it was compared with no "
-            f"more than {_listing(beaten, 'and')}."
+            f"more than {_listing(beaten, 'and')}{work}."
         )
     if not beaten:
-        return f"Growth did not beat {_listing(unbeaten, 'or')}."
-    return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}."
+        return f"Growth did not beat {_listing(unbeaten, 'or')}{work}."
+    return f"Growth beat {_listing(beaten, 'and')}, but not {_listing(unbeaten, 'or')}{work}."
 
 
-def not_beaten_in_run(report: RunReport) -> str:
-    """Return one sentence that says what a single run of growth brought, and what it does not show.
+def difference_of(report: DemoReport, name: str) -> Interval:
+    """Return by how much the grown arm was better than another, in points.
 
-    Of a twin it speaks only where there was one.
+    Args:
+        report: The demo's.
+        name: One of ``OPPONENTS``.
     """
-    if not report.grafts:
-        return f"Growth did not beat anything here: no graft was tried, and the run {_ALONE}."
-    found = _tries_text(report)
-    comparison = report.comparison
-    if comparison is not None:
-        return (
-            f"Growth {found}: {comparison}, in one run each, and it was compared neither with a "
-            "larger network trained from scratch nor with a random choice."
-        )
-    return f"Growth {found}, and the run {_ALONE}."
+    return {
+        "host": report.grown_minus_host,
+        "random": report.grown_minus_random,
+        "scratch": report.grown_minus_scratch,
+    }[name]
 
 
-def _tries_text(report: RunReport) -> str:
-    """Say how many grafts stayed, against a twin where there was one, and how many did not."""
-    tries = len(report.grafts)
-    kept = [graft for graft in report.grafts if graft.stage is GraftStage.FOSSILIZED]
-    if report.settings.get("verify") != "fork":
-        gone = tries - len(kept)
-        return (
-            f"kept {len(kept)} of {tries} grafts and dropped {gone}"
-            if gone
-            else ("kept its one graft" if tries == 1 else f"kept all {tries} grafts")
+def wins_text(wins: Wins) -> str:
+    """Return ``"9 won, 0 lost, 1 tied"``."""
+    return f"{wins.won} won, {wins.lost} lost, {wins.tied} tied"
+
+
+def dip_text(report: DemoReport) -> str:
+    """Return the worst dip after a switch beside the host's own, in points."""
+    own = number_text(report.arms["host"].worst_dip_points, ".2f")
+    return f"{number_text(report.worst_dip_points, '.2f')} (the host's own {own})"
+
+
+def control_counts(row: ControlRow) -> tuple[int, int, int, int, int]:
+    """Return how many controls of a kind were tried, taken over, kept, called capacity, fooled.
+
+    The last is how many a naive on/off gate would have kept.
+    """
+    return (row.tried, row.admitted, row.fossilized, row.capacity_claimed, row.naive_accepted)
+
+
+def stage_rows(report: DemoReport) -> list[tuple[str, ...]]:
+    """Return a row of text for each arm of the language model that was grown by stages."""
+    return [
+        (
+            arm.name,
+            number_text(arm.loss, ".3f"),
+            flops_text(arm.flops),
+            interval_text(arm.saved_at_equal_loss),
+            "recorded" if arm.recorded else "this demo",
         )
-    wins = sum((graft.contribution or 0.0) > 0.0 for graft in kept)
-    good = f"beat a twin without it in {wins} of {tries} tries"
-    bad = f"was not shown to beat a twin without it in {tries - wins} of {tries} tries"
-    if wins == tries:
-        return good
-    return f"{good} and was not shown to in {tries - wins}" if wins else bad
+        for arm in report.stages
+    ]
+
+
+def _work_text(report: DemoReport) -> str:
+    """Return what growing took, to be put behind a sentence; nothing where it was not counted."""
+    grown, taken = report.arms["grown"], []
+    if grown.work is not None:
+        taken.append(f"{grown.work:.2f} times the FLOPs of its own training")
+    for name, whose in (("host", "the host's"), ("scratch", "those from scratch")):
+        other = report.arms[name].train_flops
+        if grown.train_flops and other:
+            taken.append(f"{_ratio_text(grown.train_flops / other)} times {whose}")
+    return f", and took {_listing(taken, 'and')}" if taken else ""
+
+
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def interval_text(interval: Interval, *, sign: bool = False) -> str:
@@ -141,23 +166,24 @@ def number_text(value: float | None, form: str = ",.2f", unit: str = "") -> str:
     return f"{value:{form}} {unit}".rstrip()
 
 
-def flops_text(value: float | None) -> str:
-    """Return FLOPs with a decimal prefix: ``"1.24 GFLOP"``."""
+def bytes_text(value: int | None) -> str:
+    """Return bytes with a binary prefix: ``"1.5 GiB"``; what is not known is a dash."""
     if value is None:
         return NOT_MEASURED
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}FLOP"
-    return f"{value:.0f} FLOP"
+    for prefix, size in (("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}B"
+    return f"{value} B"
 
 
-def _difference_text(interval: Interval) -> str:
+def _difference_text(interval: Interval, wins: Wins) -> str:
     if interval.mean is None or interval.low is None or interval.high is None:
         return f"{number_text(interval.mean, '+.2f')} points in one run, which shows nothing"
     worse = "worse: " if interval.is_below_zero else ""
     return (
         f"{worse}{interval.mean:+.2f} points, 95 % interval {interval.low:+.2f} to "
-        f"{interval.high:+.2f}"
+        f"{interval.high:+.2f}, better at {wins.won} of {wins.won + wins.lost + wins.tied} "
+        "random seeds"
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from esper.compiler.lowering import LoweredKernel, lower
+from esper.contracts.events import Ranked
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import ArmRun
-from esper.growth.budget import count_parameters, forward_latency_s
+from esper.growth.budget import Budget, count_parameters, forward_latency_s
 from esper.growth.evaluation import measuring
 from esper.growth.flops import update_flops
 from esper.growth.grower import Grower
@@ -23,27 +25,34 @@ from esper.services.digits import (
     LEARNING_RATE,
     UPDATES_PER_EPOCH,
     Digits,
-    Split,
     batches,
     demo_host,
 )
+from esper.services.looks import Looks, measure_on
 from esper.wrapping.unwrap import unwrap
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
 
     from esper.contracts.blueprint import BlueprintIR
+    from esper.contracts.events import Event
     from esper.contracts.ports import EventSink
     from esper.contracts.report import Arm, RunReport
     from esper.growth.options import GrowerOptions
 
-LOOK_EVERY: Final = 10
-DIP_UPDATES: Final = 200
-OVERHEAD: Final = 4.0
-"""The demo's own: twins beside a run this short cost more than the run itself."""
+OVERHEAD: Final = 20.0
+"""The demo's own, as a ratio to the host's training: its kernels are many times larger than the
+host, so that a trial of 200 updates with its null costs more than the whole of a host's run."""
+EVALUATE_EVERY: Final = 200
+"""The demo's own: with one package nothing waits for an evaluation."""
+HOLD_UPDATES: Final = 300
+"""The demo's own: which kernels of a package are needed shows late. At the default of 100 some were
+taken out in 6 of 16 runs; held for 300, in one of these six, which ended 1.2 points higher."""
+FORK_UPDATE: Final = 400
+"""Update of the host arm at which the controls begin."""
 
 
 class Tell(Protocol):
@@ -68,21 +77,83 @@ class ArmResult:
 
     Attributes:
         run: What was seen along the way.
-        accuracy: Percent on the test split, read once at the end.
+        accuracy: Percent on the test split, mean of the looks after each of the last epochs.
+        accuracy_last: Percent on the test split at the end.
         parameters: Parameters of the final model.
         train_flops: FLOPs of the run, training and growing.
+        own_flops: FLOPs of the run's training alone.
         latency_us: Microseconds of a forward of one batch of the final model.
         seconds: Wall-clock seconds of the run.
-        dip: Worst dip in points of gate accuracy; None where nothing changed.
+        dip: Worst dip in points of gate accuracy; None where nothing was switched.
     """
 
     run: ArmRun
     accuracy: float
+    accuracy_last: float
     parameters: int
     train_flops: float
+    own_flops: float
     latency_us: float
     seconds: float
     dip: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostFork:
+    """The host at a fixed update, to be copied.
+
+    Attributes:
+        model: The host, not wrapped.
+        optimizer_state: Of its optimizer.
+        random_seed: What the batches follow from.
+        update: Updates done.
+    """
+
+    model: nn.Module
+    optimizer_state: dict[str, Any]
+    random_seed: int
+    update: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, *, random_seed: int, update: int
+    ) -> HostFork:
+        """Copy a host that is in training."""
+        return cls(
+            model=copy.deepcopy(model),
+            optimizer_state=copy.deepcopy(optimizer.state_dict()),
+            random_seed=random_seed,
+            update=update,
+        )
+
+    def copy(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a wrapped copy of the host and an optimizer with the same moments."""
+        model = wrap(copy.deepcopy(self.model))
+        optimizer = optimizer_for(model)
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
+        return model, optimizer
+
+    def batches_after(self, digits: Digits) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches that the host would be trained on next, without an end."""
+        epoch = self.update // UPDATES_PER_EPOCH
+        while True:
+            yield from batches(digits.train, self.random_seed, epoch)
+            epoch += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Host:
+    """The host arm.
+
+    Attributes:
+        result: The arm.
+        looks: What was seen of it.
+        fork: It as it was at :data:`FORK_UPDATE`; None where it was not trained that long.
+    """
+
+    result: ArmResult
+    looks: Looks
+    fork: HostFork | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,53 +164,49 @@ class Grown:
         result: The arm.
         model: The grown model, unwrapped to plain PyTorch.
         kernels: Site and blueprint of every kernel that stayed and was not folded.
+        predicted: Gain by the arm's ranking, by site and blueprint, of what had a score when it
+            first chose.
     """
 
     result: ArmResult
     model: nn.Module
     kernels: tuple[tuple[str, BlueprintIR], ...]
+    predicted: dict[tuple[str, str], float]
+
+    @property
+    def switches(self) -> list[int]:
+        """Updates after which the live run took a twin's state."""
+        report = self.result.run.report
+        trials = () if report is None else report.trials
+        return [t.decided_at for t in trials if t.taken and t.decided_at is not None]
 
 
-@dataclass(slots=True, kw_only=True)
-class Looks:
-    """Gate accuracy in percent at every tenth update, of a model and of a twin beside it.
+class _FirstRanking:
+    """Keeps the scores of a run's first ranking, and passes every event on.
 
-    Attributes:
-        accuracy: Percent by update.
-        parameters: Parameters of the model by update.
-        twin: Percent of the twin by update, while there is one.
+    Args:
+        sink: Where to; None for nobody.
     """
 
-    accuracy: dict[int, float] = field(default_factory=dict)
-    parameters: dict[int, int] = field(default_factory=dict)
-    twin: dict[int, float] = field(default_factory=dict)
+    def __init__(self, sink: EventSink | None) -> None:
+        self._sink = sink
+        self.gains: dict[tuple[str, str], float] = {}
+
+    def publish(self, event: Event) -> None:
+        """Take one event."""
+        if isinstance(event, Ranked) and not self.gains:
+            for row in event.rows:
+                gain = row["gain"]
+                if isinstance(gain, float):
+                    self.gains[str(row["site"]), str(row["blueprint"])] = gain
+        if self._sink is not None:
+            self._sink.publish(event)
 
 
 def compute_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross entropy of a batch."""
     x_N1HW, y_N = batch
     return F.cross_entropy(model(x_N1HW), y_N)
-
-
-def measure_on(split: Split) -> Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]:
-    """Return the owner's measure on a split: per-sample Brier scores, and who was right.
-
-    The Brier score, the squared error of the probabilities, follows what the arms are compared
-    by, their accuracy; cross entropy is dominated by the few most overconfident errors.
-    """
-
-    def evaluate(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_NC = model(split.x_N1HW)
-        error_NC = logits_NC.softmax(1) - F.one_hot(split.y_N, logits_NC.shape[1])
-        return error_NC.square().sum(1), {"accuracy": (logits_NC.argmax(1) == split.y_N).float()}
-
-    return evaluate
-
-
-def accuracy_on(split: Split, model: nn.Module) -> float:
-    """Return the accuracy in percent; modes and random state stay."""
-    with measuring(model):
-        return 100 * float(measure_on(split)(model)[1]["accuracy"].mean())
 
 
 def optimizer_for(model: nn.Module) -> torch.optim.AdamW:
@@ -158,63 +225,9 @@ def train_on(
     return loss
 
 
-def host_arm(digits: Digits, random_seed: int, epochs: int, tell: Tell) -> tuple[ArmResult, Looks]:
+def host_arm(digits: Digits, random_seed: int, epochs: int, tell: Tell) -> Host:
     """Train the host alone."""
     return _plain_arm("host", demo_host(random_seed), digits, random_seed, epochs, tell)
-
-
-def grown_arm(
-    digits: Digits,
-    random_seed: int,
-    epochs: int,
-    host: Looks,
-    tell: Tell,
-    *,
-    random_choice: bool = False,
-    sink: EventSink | None = None,
-) -> Grown:
-    """Train and grow the host; with ``random_choice`` one random kernel at one random site.
-
-    Args:
-        digits: The splits.
-        random_seed: Starts weights, batches and the controller.
-        epochs: Epochs of 20 updates.
-        host: Looks of the host arm at the same random seed, for the dips.
-        tell: Told about the progress; may raise :class:`Stopped`.
-        random_choice: Whether this is the random arm.
-        sink: Takes every event of the run; None for nobody.
-    """
-    arm: Arm = "random" if random_choice else "grown"
-    model = wrap(demo_host(random_seed))
-    optimizer = optimizer_for(model)
-    start = time.perf_counter()
-    options = _growing_options(digits, random_seed, epochs)
-    options["sink"] = sink
-    if random_choice:
-        options["ranking"], options["candidates"] = RandomChoice(random_seed), 1
-    grower = Grower(model, optimizer, **options)
-    looks = Looks()
-    with grower:
-        for epoch in range(epochs):
-            row = grower.progress_row(arm)
-            tell(epoch / epochs, replace(row, metrics={**row.metrics, **_last(looks)}))
-            for batch in batches(digits.train, random_seed, epoch):
-                grower.step(train_on(model, optimizer, batch), batch=batch)
-                _look(looks, grower.updates, model, digits, grower.host_twin)
-            grower.end_epoch()
-    report, kernels, plain = grower.report(), _standing_kernels(model), unwrap(model)
-    result = _result(
-        arm,
-        plain,
-        digits,
-        looks,
-        random_seed,
-        report,
-        flops=sum(report.work.values()),
-        seconds=time.perf_counter() - start,
-        dip=worst_dip(report, looks, host),
-    )
-    return Grown(result=result, model=plain, kernels=kernels)
 
 
 def scratch_arm(
@@ -231,7 +244,59 @@ def scratch_arm(
         seed_idx = next(i for i in range(layer.num_seeds) if layer.seed_kernel(i) is None)
         example = inputs_of(model, layer, digits)
         layer.graft(seed_idx, lower(blueprint), alpha=1.0, example=example)
-    return _plain_arm("scratch", unwrap(model), digits, random_seed, epochs, tell)[0]
+    return _plain_arm("scratch", unwrap(model), digits, random_seed, epochs, tell).result
+
+
+def grown_arm(
+    digits: Digits,
+    random_seed: int,
+    epochs: int,
+    tell: Tell,
+    *,
+    random_choice: bool = False,
+    sink: EventSink | None = None,
+) -> Grown:
+    """Train and grow the host; with ``random_choice`` by random kernels of each site.
+
+    Args:
+        digits: The splits; the controller gets the training batches and the gate split.
+        random_seed: Starts weights, batches and the controller.
+        epochs: Epochs of 20 updates.
+        tell: Told about the progress; may raise :class:`Stopped`.
+        random_choice: Whether this is the random arm.
+        sink: Takes every event of the run; None for nobody.
+    """
+    arm: Arm = "random" if random_choice else "grown"
+    model = wrap(demo_host(random_seed))
+    optimizer = optimizer_for(model)
+    start = time.perf_counter()
+    ranking = _FirstRanking(sink)
+    options = _growing_options(digits, random_seed, epochs)
+    options["sink"] = ranking
+    if random_choice:
+        options["ranking"] = RandomChoice(random_seed)
+    looks = Looks()
+    with Grower(model, optimizer, **options) as grower:
+        for epoch in range(epochs):
+            row = grower.progress_row(arm)
+            tell(epoch / epochs, replace(row, metrics={**row.metrics, **looks.metrics}))
+            for batch in batches(digits.train, random_seed, epoch):
+                grower.step(train_on(model, optimizer, batch), batch=batch)
+                looks.after_update(grower.updates, model, digits)
+            looks.after_epoch(epochs - 1 - epoch, model, digits)
+    report, kernels, plain = grower.report(), _standing_kernels(model), unwrap(model)
+    result = _result(
+        arm,
+        plain,
+        digits,
+        looks,
+        random_seed,
+        report,
+        flops=report.work,
+        seconds=time.perf_counter() - start,
+    )
+    grown = Grown(result=result, model=plain, kernels=kernels, predicted=ranking.gains)
+    return replace(grown, result=replace(result, dip=looks.worst_dip(grown.switches)))
 
 
 def _growing_options(digits: Digits, random_seed: int, epochs: int) -> GrowerOptions:
@@ -241,7 +306,9 @@ def _growing_options(digits: Digits, random_seed: int, epochs: int) -> GrowerOpt
         "evaluate": measure_on(digits.gate),
         "horizon": epochs * UPDATES_PER_EPOCH,
         "overhead": OVERHEAD,
-        "verify": "fork",
+        "budget": Budget(packages=1),
+        "evaluate_every": EVALUATE_EVERY,
+        "hold_updates": HOLD_UPDATES,
         "random_seed": random_seed,
     }
 
@@ -256,33 +323,6 @@ def _standing_kernels(model: nn.Module) -> tuple[tuple[str, BlueprintIR], ...]:
     )
 
 
-def worst_dip(report: RunReport, looks: Looks, host: Looks) -> float | None:
-    """Return the worst dip of gate accuracy after a change, less that of the host-only twin.
-
-    The dip is the largest fall below the value at the change, looked at every 10 updates for 200
-    updates after each change of stage of an admitted graft. The twin is the graft's own host-only
-    twin while there is one, and the host arm after the fork has ended.
-    """
-    admitted = {g.graft: g for g in report.grafts if g.admitted_at is not None}
-    changes = {t.update for t in report.timeline if t.graft in admitted and t.before is not None}
-    dips = [_dip_after(change, looks, host) for change in sorted(changes)]
-    known = [dip for dip in dips if dip is not None]
-    return max(known) if known else None
-
-
-def _dip_after(change: int, looks: Looks, host: Looks) -> float | None:
-    start = change - change % LOOK_EVERY
-    window = [u for u in looks.accuracy if start <= u <= start + DIP_UPDATES]
-    if not window:
-        return None
-    first = window[0]
-    fall = looks.accuracy[first] - min(looks.accuracy[u] for u in window)
-    forked = [u for u in window if u in looks.twin and first in looks.twin]
-    falls = [looks.twin[first] - looks.twin[u] for u in forked]
-    falls += [host.accuracy[first] - host.accuracy[u] for u in window if u not in forked]
-    return fall - max(falls)
-
-
 def _plain_arm(
     arm: Arm,
     model: nn.Module,
@@ -290,37 +330,26 @@ def _plain_arm(
     random_seed: int,
     epochs: int,
     tell: Tell,
-) -> tuple[ArmResult, Looks]:
+) -> Host:
     optimizer = optimizer_for(model)
     start = time.perf_counter()
-    looks, update = Looks(), 0
+    looks, update, fork = Looks(), 0, None
     for epoch in range(epochs):
-        row = ProgressRow(
-            name=arm, update=update, metrics=_last(looks), parameters=count_parameters(model)
-        )
+        parameters = count_parameters(model)
+        row = ProgressRow(name=arm, update=update, metrics=looks.metrics, parameters=parameters)
         tell(epoch / epochs, row)
+        if update == FORK_UPDATE:
+            fork = HostFork.of(model, optimizer, random_seed=random_seed, update=update)
         for batch in batches(digits.train, random_seed, epoch):
             train_on(model, optimizer, batch)
             update += 1
-            _look(looks, update, model, digits, None)
+            looks.after_update(update, model, digits)
+        looks.after_epoch(epochs - 1 - epoch, model, digits)
     batch = next(batches(digits.train, random_seed, 0))
-    flops = update_flops(model, compute_loss, batch) * update
+    flops = {"training": update_flops(model, compute_loss, batch) * update}
     seconds = time.perf_counter() - start
-    result = _result(
-        arm, model, digits, looks, random_seed, None, flops=flops, seconds=seconds, dip=None
-    )
-    return result, looks
-
-
-def _look(
-    looks: Looks, update: int, model: nn.Module, digits: Digits, twin: nn.Module | None
-) -> None:
-    if update % LOOK_EVERY:
-        return
-    looks.accuracy[update] = accuracy_on(digits.gate, model)
-    looks.parameters[update] = count_parameters(model)
-    if twin is not None:
-        looks.twin[update] = accuracy_on(digits.gate, twin)
+    result = _result(arm, model, digits, looks, random_seed, None, flops=flops, seconds=seconds)
+    return Host(result=result, looks=looks, fork=fork)
 
 
 def _result(
@@ -331,9 +360,8 @@ def _result(
     random_seed: int,
     report: RunReport | None,
     *,
-    flops: float,
+    flops: Mapping[str, float],
     seconds: float,
-    dip: float | None,
 ) -> ArmResult:
     x_N1HW = digits.test.x_N1HW[:BATCH_SIZE]
     return ArmResult(
@@ -343,21 +371,18 @@ def _result(
             updates=tuple(looks.accuracy),
             accuracy=tuple(looks.accuracy.values()),
             parameters=tuple(looks.parameters.values()),
+            test_accuracy=tuple(looks.test),
             report=report,
         ),
-        accuracy=accuracy_on(digits.test, model),
+        accuracy=looks.test_accuracy,
+        accuracy_last=looks.test[-1],
         parameters=count_parameters(model),
-        train_flops=flops,
+        train_flops=sum(flops.values()),
+        own_flops=flops["training"],
         latency_us=1e6 * forward_latency_s(model, x_N1HW, clock=MonotonicClock()),
         seconds=seconds,
-        dip=dip,
+        dip=None,
     )
-
-
-def _last(looks: Looks) -> dict[str, float]:
-    """Return the accuracy of the last look, as a share; nothing before the first."""
-    percent = next(reversed(looks.accuracy.values()), None)
-    return {} if percent is None else {"accuracy": percent / 100}
 
 
 def inputs_of(model: nn.Module, layer: nn.Module, digits: Digits) -> Tensor:

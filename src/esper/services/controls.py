@@ -1,186 +1,208 @@
-"""Grafts that deserve no place, and the ranking held against what really helps.
+"""Packages that have no capacity, put through a real trial, and through a naive gate beside it.
 
 Everything here starts from one host at one fixed update and never touches the arms.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from esper.compiler import catalog
+from esper.compiler.codec import decode_artifact
+from esper.compiler.compile import compile_blueprint
+from esper.compiler.linear_form import linear_form
+from esper.compiler.lowering import kernel_tensors, lower
 from esper.continuity.optimizer import sync_optimizer
-from esper.continuity.placement import Placement
-from esper.contracts.lifecycle import GraftStage
-from esper.contracts.report import ControlKind, ControlRow
-from esper.growth.audition import Audition
-from esper.growth.evaluation import Evaluator, measuring
+from esper.growth.evaluation import measuring
 from esper.growth.gates import read_gate
-from esper.growth.germination import make_candidate
 from esper.growth.grower import Grower
 from esper.growth.policies import ByHand
-from esper.growth.ranking import FirstOrderGain
-from esper.growth.recording import Recorder
-from esper.services.arms import (
-    OVERHEAD,
-    Tell,
-    compute_loss,
-    inputs_of,
-    measure_on,
-    optimizer_for,
-    train_on,
-)
-from esper.services.digits import (
-    LEARNING_RATE,
-    UPDATES_PER_EPOCH,
-    Digits,
-    batches,
-    demo_host,
-)
-from esper.state.kernel import prepare_kernel
+from esper.growth.settings import LEAST_RECORDED
+from esper.registry.memory import MemoryRegistry
+from esper.services.arms import compute_loss, inputs_of, train_on
+from esper.services.looks import measure_on
 from esper.state.site import describe_site
-from esper.wrapping.wrap import layers, wrap
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    import torch
-    from torch import Tensor, nn
+    from collections.abc import Callable, Mapping
 
     from esper.contracts.blueprint import BlueprintIR
+    from esper.contracts.ports import Registry
+    from esper.contracts.report import ControlKind, TrialRecord
     from esper.contracts.site import SiteSpec
+    from esper.growth.options import GrowerOptions
+    from esper.services.arms import HostFork, Tell
+    from esper.services.digits import Digits
 
-FORK_UPDATE: Final = 400
 SITES: Final = ("3", "7")
+"""The second convolution and the readout; each random seed takes one of them."""
+TRIAL_UPDATES: Final = 200
+HOLD_UPDATES: Final = 100
+GERMINATED_BY: Final = 5
+"""Updates within which what is named by hand is chosen, recorded and germinated."""
 RAMP_UPDATES: Final = 100
-JOINT_UPDATES: Final = 250
+PLENTY: Final = 1e6
+"""An overhead that buys every trial: a control is not there to save work."""
 NAIVE_LEVEL: Final = 0.05
-RANKING_PASSES: Final = 50
-RECORDED_UPDATES: Final = 16
 
-_BUILDERS: Final[dict[ControlKind, Callable[[SiteSpec], BlueprintIR]]] = {
+
+def _linear_package(site: SiteSpec) -> BlueprintIR:
+    """Return the smallest kernel that a site is offered, with its activations taken out."""
+    kernel = catalog.CONTROLS[site.kind].features(site, catalog.widths_for(site)[0])
+    assert kernel is not None, "these families fit every site of their kinds"
+    return linear_form(kernel)
+
+
+BUILDERS: Final[dict[ControlKind, Callable[[SiteSpec], BlueprintIR]]] = {
     "noop": catalog.noop,
-    "noise": catalog.noise,
-    "capacity_free": catalog.capacity_free,
+    "noise": catalog.noise_readout,
     "random_features": catalog.random_features,
+    "linear": _linear_package,
 }
-_TRAINED_JOINTLY: Final = frozenset({"capacity_free", "random_features"})
-"""With the other two there is nothing that training could change about the kernel."""
+"""What is tried, by kind."""
+USELESS: Final[tuple[ControlKind, ...]] = ("random_features", "noise", "noop")
+"""Kinds that help nothing at all; random seeds take them in turn, since each has its price."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlResult:
+    """What became of one control.
+
+    Attributes:
+        kind: Its kind.
+        site: Where it was tried.
+        trial: Its trial; None where it came to none.
+        naive_accepted: Whether a naive on/off gate would have kept it.
+    """
+
+    kind: ControlKind
+    site: str
+    trial: TrialRecord | None
+    naive_accepted: bool
+
+    @property
+    def was_admitted(self) -> bool:
+        """Whether the live run took it over, as it was or made linear."""
+        return self.trial is not None and bool(self.trial.taken)
+
+    @property
+    def was_kept(self) -> bool:
+        """Whether it was still there after its watch."""
+        return self.trial is not None and self.trial.verdict == "kept"
+
+    @property
+    def claims_capacity(self) -> bool:
+        """Whether it was taken over and shown to be better than itself made linear."""
+        trial = self.trial
+        return trial is not None and trial.taken == "candidate" and bool(trial.capacity_shown)
+
+
+class _OtherNumbers:
+    """A registry that keeps each kernel begun with other random numbers than its blueprint's.
+
+    The null of a package is its linear form, begun with the same numbers. Of a package that is
+    linear itself that would be the same run twice, and no capacity would be claimed however loose
+    the test is. Begun apart, the two differ as much as equal runs do.
+
+    Args:
+        random_seed: Starts the generator of the other numbers.
+    """
+
+    def __init__(self, random_seed: int) -> None:
+        self._random_seed = random_seed
+        self._stored = MemoryRegistry()
+        self.get = self.fetch = self._stored.get
+
+    def put(
+        self,
+        data: bytes,
+        *,
+        digest: str | None = None,
+        record: Mapping[str, object] | None = None,  # noqa: ARG002 - the protocol's signature
+    ) -> str:
+        """Publish what a blueprint gives with the other numbers; return the digest of that."""
+        blueprint = decode_artifact(data, artifact_id=digest).blueprint
+        tensors = kernel_tensors(lower(replace(blueprint, init_seed=self._random_seed)))
+        return self._stored.put(compile_blueprint(blueprint, tensors=tensors).kernel_binary)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class HostFork:
-    """The host at the fixed update, to be copied.
+class _Package:
+    """One kernel to be tried.
 
     Attributes:
-        model: The host, not wrapped.
-        optimizer: Its optimizer.
-        random_seed: What the batches follow from.
+        site: Where.
+        blueprint: What.
+        registry: What it is stored in; None for any.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    random_seed: int
-
-    def copy(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return a wrapped copy of the host and an optimizer with the same moments."""
-        model = wrap(copy.deepcopy(self.model))
-        optimizer = optimizer_for(model)
-        optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        return model, optimizer
-
-    def batches_after(self, digits: Digits) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches that the host would be trained on next, without an end."""
-        epoch = FORK_UPDATE // UPDATES_PER_EPOCH
-        while True:
-            yield from batches(digits.train, self.random_seed, epoch)
-            epoch += 1
+    site: str
+    blueprint: BlueprintIR
+    registry: _OtherNumbers | None
 
 
-def fork_host(digits: Digits, random_seed: int) -> HostFork:
-    """Train the demo's host up to the fixed update."""
-    model = demo_host(random_seed)
-    optimizer = optimizer_for(model)
-    for epoch in range(FORK_UPDATE // UPDATES_PER_EPOCH):
-        for batch in batches(digits.train, random_seed, epoch):
-            train_on(model, optimizer, batch)
-    return HostFork(model=model, optimizer=optimizer, random_seed=random_seed)
+def run_controls(digits: Digits, fork: HostFork, tell: Tell) -> tuple[ControlResult, ...]:
+    """Try two controls at one site, by the trial's gates and by a naive on/off gate.
 
-
-def run_controls(digits: Digits, fork: HostFork, tell: Tell) -> tuple[ControlRow, ...]:
-    """Try every control at two sites, by the gates and by a naive on/off gate."""
-    rows = []
-    for kind, build in _BUILDERS.items():
-        admitted = fossilized = naive = 0
-        for site in SITES:
-            tell()
-            spec = describe_site(fork.copy()[0].get_submodule(site))
-            blueprint = replace(build(spec), init_seed=fork.random_seed)
-            stage, was_admitted = _judged_by_gates(digits, fork, site, blueprint, tell)
-            admitted += was_admitted
-            fossilized += stage is GraftStage.FOSSILIZED
-            naive += _accepted_naively(digits, fork, site, blueprint, kind in _TRAINED_JOINTLY)
-        rows.append(
-            ControlRow(
+    One is useless, of the kind whose turn it is; the other is a linear package.
+    """
+    kinds: tuple[ControlKind, ...] = (USELESS[fork.random_seed % len(USELESS)], "linear")
+    site = SITES[fork.random_seed % len(SITES)]
+    spec = describe_site(fork.copy()[0].get_submodule(site))
+    results = []
+    for kind in kinds:
+        package = _Package(
+            site=site,
+            blueprint=replace(BUILDERS[kind](spec), init_seed=fork.random_seed),
+            registry=_OtherNumbers(fork.random_seed + 1) if kind == "linear" else None,
+        )
+        results.append(
+            ControlResult(
                 kind=kind,
-                tried=len(SITES),
-                admitted=admitted,
-                fossilized=fossilized,
-                naive_accepted=naive,
+                site=site,
+                trial=_tried(digits, fork, package, tell),
+                naive_accepted=_accepted_naively(digits, fork, package),
             )
         )
-    return tuple(rows)
+    return tuple(results)
 
 
-def _judged_by_gates(
-    digits: Digits,
-    fork: HostFork,
-    site: str,
-    blueprint: BlueprintIR,
-    tell: Tell,
-) -> tuple[GraftStage, bool]:
-    """Graft a control by hand; return its last stage and whether it was admitted."""
+def _tried(digits: Digits, fork: HostFork, package: _Package, tell: Tell) -> TrialRecord | None:
+    """Let a package named by hand go the way of every other one; return what became of it."""
     model, optimizer = fork.copy()
-    grower = Grower(
-        model,
-        optimizer,
-        compute_loss=compute_loss,
-        evaluate=measure_on(digits.gate),
-        policy=ByHand([(site, blueprint)]),
-        overhead=OVERHEAD,
-        evaluate_every=10**6,
-        ramp_updates=RAMP_UPDATES,
-        hold_updates=JOINT_UPDATES - RAMP_UPDATES,
-        verify="fork",
-        random_seed=fork.random_seed,
-    )
-    with grower:
+    options: GrowerOptions = {
+        "compute_loss": compute_loss,
+        "evaluate": measure_on(digits.gate),
+        "policy": ByHand([(package.site, package.blueprint)]),
+        "horizon": 2 + LEAST_RECORDED + TRIAL_UPDATES + HOLD_UPDATES,  # chosen after one update
+        "trial_updates": TRIAL_UPDATES,
+        "hold_updates": HOLD_UPDATES,
+        "overhead": PLENTY,
+        "evaluate_every": 2 * (TRIAL_UPDATES + HOLD_UPDATES),
+        "random_seed": fork.random_seed,
+    }
+    if package.registry is not None:
+        options["registry"] = cast("Registry", package.registry)  # growing asks for no more of it
+    with Grower(model, optimizer, **options) as grower:
         for batch in fork.batches_after(digits):
             grower.step(train_on(model, optimizer, batch), batch=batch)
-            grafts = grower.report().grafts if not grower.updates % 10 else ()
-            if grafts and grafts[0].decided_at is not None:
+            if grower.updates >= GERMINATED_BY and not grower.stages:
                 break
             tell()
-    graft = grower.report().grafts[0]
-    return graft.stage, graft.admitted_at is not None
+    return next(iter(grower.report().trials), None)
 
 
-def _accepted_naively(
-    digits: Digits,
-    fork: HostFork,
-    site: str,
-    blueprint: BlueprintIR,
-    trains: bool,  # noqa: FBT001 - the one thing that differs
-) -> bool:
-    """Join a kernel at once, train, and switch it off: what an on/off gate would say."""
+def _accepted_naively(digits: Digits, fork: HostFork, package: _Package) -> bool:
+    """Join a kernel at once, train both, and switch it off: what an on/off gate would say."""
     model, optimizer = fork.copy()
-    layer = layers(model)[site]
+    layer = layers(model)[package.site]
     feed = fork.batches_after(digits)
-    layer.graft(0, blueprint, alpha=1 / RAMP_UPDATES, example=inputs_of(model, layer, digits))
+    example = inputs_of(model, layer, digits)
+    layer.graft(0, package.blueprint, alpha=1 / RAMP_UPDATES, example=example)
     sync_optimizer(model, optimizer)
-    for update in range(1, JOINT_UPDATES + 1 if trains else 1):
+    for update in range(1, TRIAL_UPDATES + 1):
         layer.set_alpha(0, min(1.0, update / RAMP_UPDATES))
         train_on(model, optimizer, next(feed))
     measure, losses = measure_on(digits.gate), []
@@ -189,63 +211,3 @@ def _accepted_naively(
         with measuring(model):
             losses.append(measure(model)[0].double().numpy())
     return read_gate(losses[0], losses[1], level=NAIVE_LEVEL).passed
-
-
-def ranking_pairs(digits: Digits, fork: HostFork, tell: Tell) -> list[tuple[float, float]]:
-    """Return, for every candidate, the predicted gain and the one measured after an audition.
-
-    All candidates are auditioned side by side, each for 50 shadow passes, and measured on the
-    gate split with the seed on against the seed off.
-    """
-    model, optimizer = fork.copy()
-    feed = fork.batches_after(digits)
-    found = layers(model)
-    with Recorder(found, random_seed=fork.random_seed) as recorder:
-        for _ in range(RECORDED_UPDATES):
-            train_on(model, optimizer, next(feed))
-    candidates, auditions, placement = [], {}, Placement(model, optimizer)
-    for site, seen in recorder.observations.items():
-        for blueprint in catalog.default_catalog().blueprints_for(describe_site(found[site])):
-            seeded = replace(blueprint, init_seed=fork.random_seed)
-            candidates.append(make_candidate(found[site], site, seeded, seen))
-            auditions[site, seeded.id] = Audition.begin(
-                found[site],
-                0,
-                prepare_kernel(found[site], seeded),
-                placement=placement,
-                rates=[LEARNING_RATE],
-                random_seed=fork.random_seed,
-            )
-    for _ in range(RANKING_PASSES):
-        tell()
-        batch = next(feed)
-        train_on(model, optimizer, batch)
-        for audition in auditions.values():
-            audition.shadow_update(model, batch, compute_loss)
-    ranked = FirstOrderGain(random_seed=fork.random_seed).rank(recorder.observations, candidates)
-    evaluator = Evaluator(measure_on(digits.gate))
-    without = evaluator(model).loss
-    pairs = []
-    for entry in ranked:
-        if entry.gain is not None:
-            audition = auditions[entry.site, entry.blueprint]
-            pairs.append((entry.gain, without - audition.evaluate(model, evaluator).loss))
-    return pairs
-
-
-def spearman(pairs: list[tuple[float, float]]) -> float | None:
-    """Return the rank correlation of two columns; None with fewer than three or without spread.
-
-    Ties get the mean of their ranks.
-    """
-    if len(pairs) < 3:
-        return None
-    first, second = (_ranks([pair[i] for pair in pairs]) for i in range(2))
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return statistics.correlation(first, second)
-
-
-def _ranks(values: list[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]

@@ -56,7 +56,7 @@ class JobOptions:
 
 
 def parse_budget(texts: Sequence[str]) -> dict[str, float | None]:
-    """Return the limits that ``["grafts=2", "flops=none"]`` stands for.
+    """Return the limits that ``["packages=2", "flops=none"]`` stands for.
 
     A number alone is the share of the host's parameters that growth may add, by one graft or by
     all of them, however small the host is.
@@ -83,7 +83,7 @@ def _limit(text: str, number: str) -> float | None:
     except ValueError as error:
         msg = (
             f"--budget is a share of the host's parameters, for example 0.2, or NAME=NUMBER, for "
-            f"example grafts=2 or flops=none; got {text!r}"
+            f"example packages=2 or flops=none; got {text!r}"
         )
         raise GrowthError(msg) from error
 
@@ -94,7 +94,7 @@ def _budget(limits: Mapping[str, float | None], job: GrowthJob) -> Budget:
     from esper.growth.budget import Budget
     from esper.growth.job import options_of
 
-    whole = {f.name for f in fields(Budget) if f.name in ("grafts", "small_host", "small_graft")}
+    whole = {f.name for f in fields(Budget) if f.name in ("packages", "small_host", "small_graft")}
     known = [f.name for f in fields(Budget)]
     for name, value in limits.items():
         if name not in known:

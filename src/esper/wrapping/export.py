@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, fx, nn
 
 from esper.resilience.whole_file import write_whole
+from esper.seeds.shallow import depth_state
 from esper.state.host_parts import check_module
 from esper.state.layer_call import LayerCall
 from esper.wrapping import stand_in
@@ -52,11 +53,19 @@ def export(
         The folder.
 
     Raises:
-        ValueError: A kernel given as a module of the user's own cannot be written as code, or
-            the model's ``state_dict`` holds something that is no tensor. Nothing is written.
+        ValueError: A kernel given as a module of the user's own cannot be written as code, the
+            model's ``state_dict`` holds something that is no tensor, or blocks of it sleep, which
+            would be awake in a fresh model. Nothing is written.
         OSError: A file cannot be written, and is named; one that was there before is unchanged.
     """
     check_module("export", model)
+    sleepers = list(depth_state(model))
+    if sleepers:
+        msg = (
+            f"{', '.join(sleepers)}: not awake, and would be in a fresh model of the class; wake "
+            "them by esper.deepen, or keep the whole model with torch.save"
+        )
+        raise ValueError(msg)
     grown = unwrap(copy.deepcopy(model))
     _make_writable_(grown)
     source = _source(grown, None if example is None else LayerCall.of(example)).encode()

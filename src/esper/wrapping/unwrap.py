@@ -19,6 +19,7 @@ from esper.forward.input_watch import InputWatch
 from esper.resilience.attempt import Done, attempt
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
+from esper.seeds.shallow import depth_state
 from esper.seeds.slots import withdraw
 from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
@@ -80,7 +81,8 @@ def unwrap(model: Model) -> Model:
     layer passes a packed sequence on as the host gives it, as the layer does.
 
     A kernel that does not fit its host any more, since somebody has given that another size, is
-    left out; what others have put out of use is named. Both are logged.
+    left out; what others have put out of use is named, and so are blocks that sleep, which stay as
+    they are. All of it is logged.
 
     Args:
         model: A model; one that is not wrapped is returned as it is.
@@ -126,6 +128,13 @@ def _tell_losses(model: nn.Module) -> None:
 
     A graph runs the others, whatever forward its layer had been given.
     """
+    sleepers = list(depth_state(model))
+    if sleepers:
+        _logger.warning(
+            "%s: not awake, so that the model is no plain PyTorch there; they stay as they are: "
+            "wake them by esper.deepen, or take them out of their stack",
+            ", ".join(sleepers),
+        )
     for loss in losses(model):
         _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
     for layer in layers(model).values():

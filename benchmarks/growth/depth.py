@@ -1,0 +1,246 @@
+"""Depth by stages: the final model from scratch, the small one alone, and the small one grown.
+
+All arms of a random seed have the same initial weights and see the same batch at each update. The
+rate warms up, stays, and falls over the last part of a run, so that runs of several horizons have
+one beginning, which is trained once.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from images import no_fashion
+from learners import learner_of
+from store import Result
+from task import Task
+from training import Training, falling, warm_then_constant
+
+import esper
+from esper.growth.flops import update_flops
+
+SHORT: dict[str, Any] = {
+    "blocks": 6,
+    "blocks_at_first": 2,
+    "width": 64,
+    "context": 64,
+    "batch": 16,
+    "rate": 4e-3,
+    "weight_decay": 0.1,
+    "warmup": 100,
+    "updates": 1_000,
+    "decay_share": 0.2,
+    "horizons": [0.6, 0.8, 1.0, 1.25],
+    "look_every": 250,
+    "test_windows": 1_024,
+}
+LONG = {**SHORT, "updates": 8_000, "look_every": 1_000, "test_windows": 4_096}
+QUICK = {**SHORT, "width": 16, "updates": 20, "warmup": 2, "look_every": 10, "test_windows": 64}
+PATH = "blocks"
+
+
+def percent(share: float) -> str:
+    """Name a horizon."""
+    return f"{100 * share:.0f}"
+
+
+SCRATCH = tuple(f"scratch {percent(h)}" for h in SHORT["horizons"])
+SMALL = tuple(f"small {percent(h)}" for h in (0.8, 1.0))
+GROWN = ("grown fresh", "grown copy")
+
+
+def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Training:
+    """Begin a run of the final model with ``depth`` blocks awake."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        model = learner_of(settings).build(settings, settings["blocks"])
+    if depth < settings["blocks"]:
+        esper.shallow(model, PATH, depth=depth)
+    return Training.of(model, random_seed, settings)
+
+
+def flops_at(settings: Mapping[str, Any], depth: int) -> float:
+    """Return the FLOPs of an update of a model of so many blocks."""
+    learner = learner_of(settings)
+    with torch.random.fork_rng(devices=[]):
+        model = learner.build(settings, depth)
+    return float(update_flops(model, learner.compute_loss, learner.feed(settings, 0).of_update(0)))
+
+
+def result(
+    task: str,
+    arm: str,
+    random_seed: int,
+    run: Training,
+    settings: Mapping[str, Any],
+    **figures: float,
+) -> Result:
+    """Read the test split, and put a run down."""
+    learner = learner_of(settings)
+    loss = learner.test(settings)(run.model)
+    return Result(
+        task=task,
+        arm=arm,
+        random_seed=random_seed,
+        settings={**settings},
+        figures={"loss": loss, "updates": run.updates, **figures},
+        flops=run.flops,
+        seconds=run.seconds,
+        curve=tuple(run.curve),
+        details={"text": learner.digest()},
+    )
+
+
+def runs(
+    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+) -> Iterator[Result]:
+    """Run the missing arms of a random seed."""
+    if any(arm in missing for arm in SCRATCH):
+        trunk = begin(settings, random_seed, depth=settings["blocks"])
+        ends = {arm: _updates(arm, settings["updates"]) for arm in SCRATCH}
+        yield from _horizons(task, trunk, ends, random_seed, missing, settings)
+    small = [arm for arm in (*SMALL, *GROWN) if arm in missing]
+    if small:
+        yield from _from_small(task, random_seed, small, settings)
+
+
+def _updates(arm: str, updates: int) -> int:
+    """Return the updates of a horizon in an arm's name; all of them where there is none."""
+    last = arm.rsplit(" ", 1)[-1]
+    return round(updates * (int(last) / 100 if last.isdigit() else 1.0))
+
+
+def _horizons(
+    task: str,
+    trunk: Training,
+    ends: Mapping[str, int],
+    random_seed: int,
+    missing: Collection[str],
+    settings: Mapping[str, Any],
+) -> Iterator[Result]:
+    rate = warm_then_constant(settings["warmup"])
+    for arm in sorted((a for a in ends if a in missing), key=ends.__getitem__):
+        start = round((1 - settings["decay_share"]) * ends[arm])
+        trunk.train(start, rate)
+        run = trunk.fork().train(ends[arm], falling(start, ends[arm], rate))
+        yield result(task, arm, random_seed, run, settings)
+
+
+def _from_small(
+    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+) -> Iterator[Result]:
+    """Run the small model alone, and grow it where its own rate begins to fall."""
+    small, whole = (
+        flops_at(settings, d) for d in (settings["blocks_at_first"], settings["blocks"])
+    )
+    late = settings["decay_share"]
+    equal = round(settings["updates"] * ((1 - late) * small + late * whole) / small)
+    ends = {arm: _updates(arm, equal) for arm in SMALL}
+    moments = {arm: round((1 - late) * ends[arm]) for arm in SMALL if arm in missing}
+    for arm in GROWN:
+        if arm in missing:
+            moments[arm] = round((1 - late) * _updates(arm, settings["updates"]))
+    trunk = begin(settings, random_seed, depth=settings["blocks_at_first"])
+    rate = warm_then_constant(settings["warmup"])
+    for arm in sorted(moments, key=moments.__getitem__):
+        trunk.train(moments[arm], rate)
+        if arm in SMALL:
+            yield from _horizons(task, trunk, {arm: ends[arm]}, random_seed, missing, settings)
+        else:
+            yield _grown(task, trunk.fork(), arm, random_seed, settings)
+
+
+def _grown(
+    task: str, run: Training, arm: str, random_seed: int, settings: Mapping[str, Any]
+) -> Result:
+    rate = warm_then_constant(settings["warmup"])
+    end, start = _updates(arm, settings["updates"]), run.updates
+    before = run.look()
+    esper.deepen(
+        run.model,
+        run.optimizer,
+        depth=settings["blocks"],
+        init="copy" if "copy" in arm else "fresh",
+        ramp_updates=max(1, round(0.2 * (end - start))),
+    )
+    run.train(end, falling(start, end, rate))
+    return result(task, arm, random_seed, run, settings, before=before)
+
+
+_ARMS_TOLD = """\
+`scratch` trains all blocks from the start, at several horizons (percent in the name); `small` is
+the same model with most of them asleep to its end, `small 100` for as many FLOPs as `grown`;
+`grown` wakes them at 80 % of the run by `esper.deepen`, where the rate begins to fall, with their
+own weights or as copies. Compute saved is that of the run from scratch that ends at the same loss,
+interpolated between horizons."""
+_TRIED = """\
+three rates (2e-3, 4e-3, 8e-3) for two and six blocks at random seed 90, and widths 32, 48 and 64
+for their speed: 5 variants. Kinds of growing tried: the two that are shown."""
+TRANSFORMER: dict[str, Any] = {
+    **SHORT,
+    "model": "vision transformer",
+    "data": "Fashion-MNIST",
+    "images": [12_000, 1_500, 4_000],
+    "size": 28,
+    "patch": 4,
+    "batch": 64,
+    "rate": 2e-3,
+    "updates": 2_400,
+    "look_every": 600,
+}
+RESIDUAL = {**TRANSFORMER, "model": "residual network", "width": 16}
+QUICK_IMAGES = {"data": "digits", "size": 8, "patch": 2, "updates": 10, "warmup": 2, "width": 8}
+
+
+def _task(
+    name: str,
+    settings: Mapping[str, Any],
+    title: str,
+    told: str,
+    *,
+    tried: str = "nothing.",
+    missing: Callable[[], str | None] = lambda: None,
+) -> Task:
+    is_bytes = "model" not in settings
+    return Task(
+        name=name,
+        arms=(*SCRATCH, *SMALL, *GROWN),
+        random_seeds=tuple(range(100, 106)),
+        settings=settings,
+        quick=QUICK if is_bytes else {**settings, **QUICK_IMAGES},
+        runs=functools.partial(runs, name),
+        title=title,
+        told=f"{told}\n{_ARMS_TOLD}",
+        section="depth",
+        figure="loss",
+        unit="nats a byte, test split" if is_bytes else "cross entropy, test split",
+        digits=4,
+        tried=tried,
+        missing=missing,
+    )
+
+
+def _bytes_task(name: str, settings: Mapping[str, Any]) -> Task:
+    title = f"Depth by stages: a byte-level model, {settings['updates']:,} updates"
+    told = "A transformer of six blocks reads Python's standard library, byte by byte."
+    return _task(name, settings, title, told, tried=_TRIED)
+
+
+TASKS = (
+    _bytes_task("depth, short", SHORT),
+    _bytes_task("depth", LONG),
+    _task(
+        "vision transformer",
+        TRANSFORMER,
+        "Depth by stages: a vision transformer on Fashion-MNIST",
+        "A transformer of six blocks over patches of 4 by 4.",
+        missing=no_fashion,
+    ),
+    _task(
+        "residual network",
+        RESIDUAL,
+        "Depth by stages: a residual network on Fashion-MNIST",
+        "Six residual blocks of 16 channels behind one convolution.",
+        missing=no_fashion,
+    ),
+)

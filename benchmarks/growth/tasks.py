@@ -1,0 +1,12 @@
+"""Every task of ``make bench-growth``, by name."""
+
+import depth
+import extra_budget
+import images
+import peers_tasks
+import useless
+
+TASKS = {
+    task.name: task
+    for task in (*images.TASKS, *depth.TASKS, *extra_budget.TASKS, *useless.TASKS, peers_tasks.TASK)
+}

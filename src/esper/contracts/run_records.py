@@ -1,0 +1,310 @@
+"""What is known of each part of a run: readings, grafts, packages in trial, stages of depth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.value_json import WHERE_KNOWN, Extensible
+
+if TYPE_CHECKING:
+    from esper.contracts.choices import (
+        Attribution,
+        DepthVerdict,
+        GraftVerdict,
+        Taken,
+        TrialVerdict,
+    )
+
+BEYOND_LUCK: Final = 1.645
+"""Standard errors that a difference has to exceed, one-sided at 5 %, where no test was made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Extensible):
+    """One reading of the owner's measure on the gate split.
+
+    Attributes:
+        update: Optimizer updates done.
+        gate_loss: Mean loss on the gate split; lower is better.
+        train_loss: Smoothed training loss; None before the first.
+        metrics: Whatever else ``evaluate`` returned, by name.
+    """
+
+    update: int
+    gate_loss: float
+    train_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotFinite(Extensible):
+    """A figure of a run that was NaN or infinite for a while.
+
+    Attributes:
+        what: The figure: ``"gate loss"``, ``"training loss"``, or a metric's name.
+        value: What it was first: ``"nan"``, ``"inf"`` or ``"-inf"``.
+        since: Update at which it was first seen so.
+        until: Update at which it was seen finite again; None while it was not.
+    """
+
+    what: str
+    value: str
+    since: int
+    until: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraftRecord(Extensible):
+    """One try to grow, from germination to verdict. Losses are those of the gate split.
+
+    Attributes:
+        graft: Number of the graft in its run, from 1.
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer.
+        blueprint: Human name of the kernel's blueprint.
+        artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
+        stage: Where the graft is; ``fossilized`` and ``culled`` are final.
+        verdict: What was decided, in a word or three; one of ``GraftVerdict``.
+        reason: Why, in a sentence.
+        parameters: Parameters of the kernel.
+        germinated_at: Update at which the graft was chosen.
+        admitted_at: Update at which it entered the model; None if it never did.
+        decided_at: Update of the verdict; None while there is none.
+        contribution: Only where a single graft had a twin, as in files of format 1: gate loss of
+            the twin minus that of the grown model.
+        contribution_stderr: Likewise, standard error of ``contribution``.
+        dependence: Gate loss with the seed off minus with it on, which is how much the model leans
+            on it, and not what it brought; None if not measured.
+        host_only_contribution: As ``contribution``, against a twin that carried nothing.
+        updates_lost: Updates that its removal cost.
+        folded: Whether its weights went into the host's; None unless it is fossilized.
+        package: Number of its package, from 1; None where it was tried by itself.
+    """
+
+    graft: int
+    site: str
+    seed_idx: int
+    blueprint: str
+    artifact_id: str
+    stage: GraftStage
+    verdict: GraftVerdict
+    reason: str
+    parameters: int
+    germinated_at: int
+    admitted_at: int | None = None
+    decided_at: int | None = None
+    contribution: float | None = field(default=None, metadata=WHERE_KNOWN)
+    contribution_stderr: float | None = field(default=None, metadata=WHERE_KNOWN)
+    dependence: float | None = None
+    host_only_contribution: float | None = field(default=None, metadata=WHERE_KNOWN)
+    updates_lost: int = 0
+    folded: bool | None = None
+    package: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord(Extensible):
+    """One package, from the copy of the run to what became of it.
+
+    Effects are falls of the gate loss, in its unit, read once on weights averaged over the second
+    half of the trial; positive is better, None is not measured. Standard errors are widened by
+    ``spread``.
+
+    Attributes:
+        package: Number of the package in its run, from 1.
+        grafts: Numbers of its grafts.
+        sites: Dotted names of their layers, in the same order.
+        blueprints: Human names of their kernels, in the same order.
+        parameters: Of all its kernels together.
+        started_at: Update at which the run was copied.
+        trial_updates: Updates after which the verdict is read.
+        decided_at: Update of the verdict; None while there is none.
+        verdict: What became of it; one of ``TrialVerdict``.
+        taken: Whose state the live run took over; empty where it took nobody's.
+        reason: Why, in a sentence.
+        level: One-sided level of the test, in (0, 0.5).
+        spread: By how much standard errors are widened for the spread between equal runs, at
+            least 1.
+        samples: Paired samples of the gate split, at least 0.
+        effect: The candidate twin against the live run.
+        stderr: Standard error of ``effect``.
+        z: ``effect / stderr``.
+        threshold: What ``z`` had to exceed.
+        null_effect: The null twin against the live run: what the treatment alone brought.
+        null_stderr: Standard error of ``null_effect``.
+        capacity: The candidate twin against the null twin.
+        capacity_stderr: Standard error of ``capacity``.
+        capacity_shown: Whether ``capacity`` passed the test; None where there was no null.
+        capacity_is_lower_bound: Whether the null adds capacity itself, so that ``capacity`` is
+            less than what the package has.
+        null_adds: Sites at which it does, each with the reason.
+        attribution: How long a null trains beside the package.
+        going_on: Fall that the same FLOPs of simply going on would have brought, by the run's own
+            curve.
+        going_on_stderr: Standard error of ``going_on``.
+        gate_loss_before: Gate loss just before the switch.
+        gate_loss_after: Gate loss just after it.
+        flops: FLOPs that the trial took.
+        seconds: Wall time that the trial took.
+        memory_bytes: Memory that its copies take, as estimated before them.
+        memory_peak_bytes: Most memory that was in use while it ran.
+        updates_lost: Updates that going back to the switch cost.
+        num_nulls: Equal twins that the spread was measured on; 0 where it was given.
+    """
+
+    package: int
+    grafts: tuple[int, ...]
+    sites: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    parameters: int
+    started_at: int
+    trial_updates: int
+    decided_at: int | None = None
+    verdict: TrialVerdict = "in trial"
+    taken: Taken = ""
+    reason: str = ""
+    level: float = 0.05
+    spread: float = 1.0
+    samples: int = 0
+    effect: float | None = None
+    stderr: float | None = None
+    z: float | None = None
+    threshold: float | None = None
+    null_effect: float | None = None
+    null_stderr: float | None = None
+    capacity: float | None = None
+    capacity_stderr: float | None = None
+    capacity_shown: bool | None = None
+    capacity_is_lower_bound: bool = False
+    null_adds: tuple[str, ...] = ()
+    attribution: Attribution = "trial"
+    going_on: float | None = None
+    going_on_stderr: float | None = None
+    gate_loss_before: float | None = None
+    gate_loss_after: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+    updates_lost: int = 0
+    num_nulls: int = 0
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the package was held against the live run; one that was not met nothing."""
+        return self.decided_at is not None and self.effect is not None
+
+    @property
+    def brought(self) -> tuple[float | None, float | None]:
+        """The effect of what was taken over, or would have been, with its standard error."""
+        if self.taken == "null":
+            return self.null_effect, self.null_stderr
+        return self.effect, self.stderr
+
+    @property
+    def beat_going_on(self) -> bool | None:
+        """Whether it brought more than going on for the same FLOPs would have, beyond luck.
+
+        None where one of the two, or its standard error, is not known.
+        """
+        (effect, stderr), going_on, error = self.brought, self.going_on, self.going_on_stderr
+        if effect is None or stderr is None or going_on is None or error is None:
+            return None
+        return effect - going_on > BEYOND_LUCK * math.hypot(stderr, error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord(Extensible):
+    """One planned stage of depth: blocks that slept and were woken. No gate decides about it.
+
+    Attributes:
+        path: Dotted name of the stack of blocks.
+        depth: Blocks of it that are awake after the stage.
+        blocks: Dotted names of those that it wakes.
+        init: What a waking block begins with: ``"fresh"`` or ``"copy"``.
+        started_at: Update at which it began.
+        ramp_updates: Updates over which its blocks come in.
+        ended_at: Update at which they were in, or asleep again; None before that.
+        loss_before: Loss when it began; None where it was not read.
+        loss_after: Loss at its end; None where it was not read.
+        flops: FLOPs of the updates that were made at this depth; None where not counted.
+        verdict: What became of it; one of ``DepthVerdict``.
+        reason: Why, in a sentence.
+    """
+
+    path: str
+    depth: int
+    blocks: tuple[str, ...]
+    init: str = "fresh"
+    started_at: int
+    ramp_updates: int
+    ended_at: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    flops: float | None = None
+    verdict: DepthVerdict = "waking"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineEntry(Extensible):
+    """One change of stage.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run, from 1.
+        site: Dotted name of the layer.
+        blueprint: Human name of the kernel's blueprint.
+        before: Stage that was left; None at germination.
+        after: Stage that was entered.
+        reason: Why, in a sentence.
+    """
+
+    update: int
+    graft: int
+    site: str
+    blueprint: str
+    before: GraftStage | None
+    after: GraftStage
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlphaPoint(Extensible):
+    """A graft's alpha from an update on.
+
+    Attributes:
+        update: Optimizer updates done.
+        graft: Number of the graft in its run, from 1.
+        alpha: Its share, in [0, 1].
+    """
+
+    update: int
+    graft: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A run and the same job trained without growth, by one number each; lower is better.
+
+    Attributes:
+        measure: What the numbers are: ``"test loss"``, or ``"gate loss"`` without a test split.
+        grown: Of the run that could grow.
+        control: Of the run that could not.
+    """
+
+    measure: str
+    grown: float
+    control: float
+
+    def __str__(self) -> str:
+        saved = self.control - self.grown
+        words = f"{abs(saved):.4g} {'less' if saved > 0 else 'more'}" if saved else "no difference"
+        return (
+            f"the {self.measure} was {self.grown:.4g} at the end with growth and "
+            f"{self.control:.4g} without: {words}"
+        )

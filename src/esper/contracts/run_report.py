@@ -1,0 +1,348 @@
+"""A run of growth as a value, and what it says of itself in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from esper.contracts.progress import GraftStatus, ProgressRow
+from esper.contracts.report_text import (
+    ONE_RUN_EACH,
+    OPTIMISTIC,
+    WORDS,
+    counted,
+    flops_text,
+    graft_lines,
+    in_brackets,
+    of_packages,
+    of_single_grafts,
+    of_stages,
+    stage_text,
+    trial_lines,
+    with_error,
+)
+from esper.contracts.run_records import Comparison
+from esper.contracts.value_json import Extensible, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.choices import WorkUnit
+    from esper.contracts.run_records import (
+        AlphaPoint,
+        Evaluation,
+        GraftRecord,
+        NotFinite,
+        StageRecord,
+        TimelineEntry,
+        TrialRecord,
+    )
+
+REPORT_FORMAT_VERSION: Final = "1.1"
+
+_UNNEEDED: Final = (
+    'Whether the run needed a graft nobody measured: attribution="trial" tells capacity from '
+    "treatment, and esper grow --control trains the same job without growth."
+)
+_UNMEASURED_END: Final = (
+    "What growth brought by the end of the run nobody measured: esper grow --control trains the "
+    "same job without growth."
+)
+_NEVER_COMPARED: Final = (
+    "Nothing here was compared with a network of the final size trained from scratch, nor with a "
+    "random choice of site and kernel."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport(Extensible):
+    """What ``grower.report()`` returns: one run of growth.
+
+    Attributes:
+        settings: The effective values of every setting.
+        updates: Optimizer updates done.
+        evaluations: Those with a finite gate loss, in the order in which they were made.
+        not_finite: What was NaN or infinite, and when, in order.
+        grafts: In the order in which they germinated.
+        timeline: Every change of stage, in order.
+        alphas: Every change of alpha that was recorded, in order.
+        trials: Packages, in the order in which they were tried.
+        stages: Planned stages of depth, in order.
+        work: Counted work by category, in ``work_unit``; ``"training"`` is the run's own, every
+            other category was spent on growing.
+        work_unit: FLOPs of what was executed, or forwards of one sample as in files of format 1.
+        seconds: Wall time by the same categories.
+        overhead_limit: FLOPs that growing may take in all; None where it is not known.
+        parameters_before: Parameters of the model when the run began.
+        parameters_after: Parameters of the model now.
+        test_metrics: Read once, at the end, on a split that growth never saw; empty without one.
+        notes: Words to the owner.
+        interrupted: Whether the run was stopped before its end.
+        control: The same job trained without growth; None where it was not asked for.
+        run_id: Names the run among all runs, as in its events; empty where it has no name.
+        end_capacity: Fall of the gate loss at the end of the run against a run that trained on
+            with the linear package; None unless ``attribution="run"``.
+        end_capacity_stderr: Standard error of ``end_capacity``.
+        end_capacity_shown: Whether ``end_capacity`` passed the test.
+        overhead_share: All work that is not training over training, at least 0; in files of format
+            1 over all work, in [0, 1].
+        format_version: Of the JSON form.
+    """
+
+    settings: JsonObject
+    updates: int
+    evaluations: tuple[Evaluation, ...] = ()
+    not_finite: tuple[NotFinite, ...] = ()
+    grafts: tuple[GraftRecord, ...] = ()
+    timeline: tuple[TimelineEntry, ...] = ()
+    alphas: tuple[AlphaPoint, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
+    work: dict[str, float] = field(default_factory=dict)
+    work_unit: WorkUnit = "flops"
+    seconds: dict[str, float] = field(default_factory=dict)
+    overhead_limit: float | None = None
+    parameters_before: int
+    parameters_after: int
+    test_metrics: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
+    control: RunReport | None = None
+    run_id: str = ""
+    end_capacity: float | None = None
+    end_capacity_stderr: float | None = None
+    end_capacity_shown: bool | None = None
+    overhead_share: float = field(init=False)
+    format_version: str = REPORT_FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        training = self.work.get("training", 0.0)
+        base = training if self.work_unit == "flops" else sum(self.work.values())
+        object.__setattr__(self, "overhead_share", self.overhead / base if base else 0.0)
+
+    @property
+    def overhead(self) -> float:
+        """All work that was spent on growing, in ``work_unit``."""
+        return sum(work for category, work in self.work.items() if category != "training")
+
+    def progress_row(self, name: str = "run") -> ProgressRow:
+        """Return where the run is, as it was told while it went on.
+
+        Args:
+            name: What runs.
+        """
+        last = self.evaluations[-1] if self.evaluations else None
+        return ProgressRow(
+            name=name,
+            update=self.updates,
+            gate_loss=self._gate_loss_now(),
+            train_loss=None if last is None else last.train_loss,
+            metrics={} if last is None else last.metrics,
+            parameters=self.parameters_after,
+            grafts=tuple(
+                GraftStatus(
+                    site=graft.site,
+                    seed_idx=graft.seed_idx,
+                    stage=graft.stage,
+                    package=graft.package,
+                )
+                for graft in self.grafts
+                if graft.decided_at is None
+            ),
+        )
+
+    def is_lost(self, what: str) -> NotFinite | None:
+        """Return since when a figure has not been finite; None where it is, or was never read.
+
+        Args:
+            what: As in :class:`NotFinite`.
+        """
+        return next((n for n in self.not_finite if n.what == what and n.until is None), None)
+
+    def _gate_loss_now(self) -> float | None:
+        lost = self.is_lost("gate loss")
+        if lost is not None:
+            return float(lost.value)
+        return self.evaluations[-1].gate_loss if self.evaluations else None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The end of this run beside that of its control; None without one that was measured."""
+        if self.control is None:
+            return None
+        pairs = (self.test_metrics.get("loss"), self.control.test_metrics.get("loss"))
+        measure = "test loss"
+        if None in pairs:
+            measure = "gate loss"
+            pairs = (_last_gate_loss(self), _last_gate_loss(self.control))
+        grown, control = pairs
+        if grown is None or control is None:
+            return None
+        return Comparison(measure=measure, grown=grown, control=control)
+
+    @property
+    def optimistic(self) -> bool:
+        """Whether every figure comes from data that growth itself was decided on."""
+        return not self.test_metrics
+
+    def to_json(self) -> str:
+        """Return the report as JSON.
+
+        Raises:
+            ValueError: A number is not finite; what was not measured is None.
+        """
+        return text_of(self, indent=1) + "\n"
+
+    def __str__(self) -> str:
+        return "\n".join(run_lines(self))
+
+
+def _last_gate_loss(report: RunReport) -> float | None:
+    return report.evaluations[-1].gate_loss if report.evaluations else None
+
+
+def headline(report: RunReport) -> str:
+    """Return what was kept, what it was held against, and what it did and did not beat.
+
+    It is what terminal, page and ``str(report)`` say, word for word. Only what was met is counted:
+    a package whose verdict was read, a kernel that came to a gate.
+    """
+    return " ".join(headline_sentences(report))
+
+
+def headline_sentences(report: RunReport) -> list[str]:
+    """Return the sentences of the headline, for a page that sets the first one larger."""
+    packages = of_packages(
+        report.trials,
+        report.grafts,
+        optimistic=report.optimistic,
+        interrupted=report.interrupted,
+    )
+    single = of_single_grafts(report.grafts, had_twins=report.settings.get("verify") == "fork")
+    told = [*packages, *single, *of_stages(report.stages)]
+    if not told:
+        told = ["Growth tried nothing here, so there is nothing that it beat."]
+    return [*told, *_of_the_end(report)]
+
+
+def _of_the_end(report: RunReport) -> Iterator[str]:
+    """Say what the whole run was compared with, and what nobody measured."""
+    inside = [t for t in report.trials if t.verdict in ("kept", "taken over")]
+    alone = [g for g in report.grafts if g.package is None and g.admitted_at is not None]
+    if report.end_capacity is not None:
+        yield _end_capacity(report)
+    if report.comparison is not None:
+        found = f"{report.comparison}{_hint_of(report.comparison)}"
+        yield f"Against the same job without growth, {found}, in one run each."
+    elif (inside or alone) and report.end_capacity is None:
+        met_a_null = any(trial.capacity_shown is not None for trial in inside)
+        met_a_twin = any(graft.contribution is not None for graft in alone)
+        yield _UNMEASURED_END if met_a_null or met_a_twin else _UNNEEDED
+    if report.trials or report.grafts:
+        yield _NEVER_COMPARED
+
+
+def _end_capacity(report: RunReport) -> str:
+    found = with_error(report.end_capacity, report.end_capacity_stderr)
+    if report.end_capacity_shown:
+        return f"At the end of the run it beat the package made linear by {found}{_hint(report)}."
+    return (
+        "At the end of the run it was not shown to beat the package made linear "
+        f"({found}{_hint(report)})."
+    )
+
+
+def words_for(report: RunReport) -> dict[str, str]:
+    """Return the words that a report uses and that need others to be understood."""
+    single = any(graft.dependence is not None for graft in report.grafts)
+    shown = set(WORDS) if report.trials else ({"dependence"} if single else set())
+    return {word: text for word, text in WORDS.items() if word in shown}
+
+
+def work_text(report: RunReport) -> str:
+    """Say what growing took of a run, in FLOPs and in time, without an end mark."""
+    if report.updates and not report.work.get("training"):
+        return "what share of the work was growing is not known, since no batch= was given"
+    if report.work_unit == "passes":
+        return f"{report.overhead_share:.1%} of the work was growing"
+    limit = report.overhead_limit
+    most = "" if limit is None else f" of at most {flops_text(limit)}"
+    took = (
+        f"growing took {flops_text(report.overhead)}{most}, {report.overhead_share:.1%} of what "
+        "training did"
+    )
+    training = report.seconds.get("training")
+    if training is None:
+        return took
+    return f"{took}, and {sum(report.seconds.values()) - training:,.1f} s beside {training:,.1f} s"
+
+
+def run_lines(report: RunReport) -> Iterator[str]:
+    """Yield a run as plain text, a line at a time; the headline is the first of a whole run."""
+    if report.interrupted:
+        yield f"Stopped after {report.updates:,} updates, before the end of the run."
+    yield headline(report)
+    yield (
+        f"{report.updates:,} updates, {report.parameters_before:,} parameters before and "
+        f"{report.parameters_after:,} after; {work_text(report)}."
+    )
+    yield from _loss_lines(report)
+    if report.comparison is not None:
+        found = str(report.comparison)
+        hint = _hint_of(report.comparison)
+        yield f"Did it help? {found[0].upper()}{found[1:]}{hint}. {ONE_RUN_EACH}"
+    yield from _parts_lines(report)
+    yield from (f"Note: {note}" for note in report.notes)
+
+
+def _hint(report: RunReport) -> str:
+    return in_brackets(OPTIMISTIC if report.optimistic else "")
+
+
+def _hint_of(comparison: Comparison) -> str:
+    return in_brackets(OPTIMISTIC if comparison.measure == "gate loss" else "")
+
+
+def _loss_lines(report: RunReport) -> Iterator[str]:
+    hint, lost = _hint(report), report.is_lost("gate loss")
+    if report.evaluations:
+        first, last = report.evaluations[0], report.evaluations[-1]
+        if lost is None:
+            end = f"{last.gate_loss:.4g} at the end"
+        else:
+            seen = f"{last.gate_loss:.4g} at update {last.update:,}"
+            end = f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
+        yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {end}."
+        for name in [name for name in first.metrics if name in last.metrics]:
+            values = f"{first.metrics[name]:.4g} at first, {last.metrics[name]:.4g} at the end"
+            yield f"Gate {name}{hint}: {values}."
+    elif lost is not None:
+        yield f"Gate loss{hint}: {lost.value} at first, {lost.value} at the end."
+    for other in report.not_finite:
+        if other.what != "gate loss" and other.until is None:
+            name = other.what[0].upper() + other.what[1:]
+            yield f"{name}: {other.value} at the end, since update {other.since:,}."
+    for name, value in report.test_metrics.items():
+        yield f"Test {name}: {value:.4g}"
+
+
+def _parts_lines(report: RunReport) -> Iterator[str]:
+    """Yield trials, grafts and stages, and then the words that they use."""
+    if report.trials:
+        yield f"Trials: {counted(len(report.trials), 'package')}"
+        for trial in report.trials:
+            yield from trial_lines(trial, OPTIMISTIC if report.optimistic else "")
+    if report.grafts or not report.stages:
+        yield f"Grafts: {len(report.grafts) or 'none'}"
+        for graft in report.grafts:
+            yield from graft_lines(graft)
+    if report.stages:
+        yield f"Stages of depth: {len(report.stages)}"
+        for stage in report.stages:
+            work = "" if stage.flops is None else f", {flops_text(stage.flops)} at that depth"
+            yield f"  update {stage.started_at:,}, {stage.path}: {stage_text(stage)}{work}"
+    words = words_for(report)
+    if words:
+        yield "Words:"
+        yield from (f"  {word}: {text}" for word, text in words.items())

@@ -1,0 +1,140 @@
+"""What growing brings is measured by runs that go on where they stopped, and told as kept."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GROWTH = ROOT / "benchmarks" / "growth"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of the benchmark, which are scripts beside each other."""
+    monkeypatch.syspath_prepend(str(GROWTH))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(GROWTH)):
+            del sys.modules[name]
+
+
+def a_result(load, **changes):
+    """Return a result of a task that does not exist."""
+    given = {
+        "task": "a task",
+        "arm": "grown late",
+        "random_seed": 7,
+        "settings": {"updates": 10, "horizons": [0.5]},
+        "figures": {"loss": 1.5, "absent": None},
+        "flops": 2e9,
+        "seconds": 1.0,
+        "curve": ((1, 1e9, 2.0),),
+    }
+    return load("store").Result(**{**given, **changes})
+
+
+def test_document_and_pictures_are_what_the_kept_results_generate(load):
+    """`docs/growth.md` and its pictures hold what is in `benchmarks/results/growth/`, no more."""
+    pages = dict(load("document").pages(load("store").Store()))
+    assert "growth.md" in pages
+    assert [
+        name for name, text in pages.items() if (ROOT / "docs" / name).read_text() != text
+    ] == []
+
+
+def test_result_is_read_as_it_was_written(load, tmp_path):
+    """What a run came to is the same after it was kept."""
+    store, result = load("store").Store(folder=tmp_path), a_result(load)
+    store.write(result)
+    assert list(store.of("a task")) == [result]
+
+
+def test_result_of_other_settings_does_not_count(load, tmp_path):
+    """A run is done again where its settings have changed, and only there."""
+    store, result = load("store").Store(folder=tmp_path), a_result(load)
+    store.write(result)
+    assert store.has("a task", "grown late", 7, result.settings)
+    assert not store.has("a task", "grown late", 7, {**result.settings, "updates": 11})
+    assert not store.has("a task", "grown late", 8, result.settings)
+
+
+def test_result_of_a_newer_format_is_refused(load, tmp_path):
+    """A file that this version cannot know is no result."""
+    store = load("store").Store(folder=tmp_path)
+    store.write(a_result(load))
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        list(store.of("a task"))
+
+
+def test_flops_to_a_loss_lie_between_those_of_two_runs(load):
+    """Half of the way between two losses is half of the way between the logarithms of FLOPs."""
+    flops, is_beyond = load("figures").flops_at_loss([(1e9, 2.0), (4e9, 1.0)], 1.5)
+    assert flops == pytest.approx(2e9)
+    assert not is_beyond
+
+
+@pytest.mark.parametrize(("loss", "flops"), [(0.5, 4e9), (3.0, 1e9)])
+def test_loss_beyond_the_runs_counts_as_that_of_the_nearest(load, loss, flops):
+    """Nothing is extrapolated: a saving beyond the curve is a bound, and said to be one."""
+    assert load("figures").flops_at_loss([(1e9, 2.0), (4e9, 1.0)], loss) == (flops, True)
+
+
+@pytest.mark.parametrize(
+    ("count", "num", "low", "high"),
+    [(0, 10, 0.0, 0.3085), (5, 100, 0.0164, 0.1128), (10, 10, 0.6915, 1.0)],
+)
+def test_interval_of_a_share_is_exact(load, count, num, low, high):
+    """The intervals of counts are Clopper's and Pearson's."""
+    found = load("figures").share_interval(count, num)
+    assert found == pytest.approx((low, high), abs=1e-4)
+
+
+def test_upper_bound_of_none_of_many_is_the_rule_of_three(load):
+    """None of a hundred bounds a share by 3 %."""
+    assert load("figures").upper_bound(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-6)
+
+
+def test_pooled_bound_of_twelve_hundred_runs_can_meet_its_goal(load):
+    """At 5 % of all runs kept, 1,200 runs bound the share by 6.5 %, and 400 do not."""
+    upper_bound = load("figures").upper_bound
+    assert upper_bound(60, 1_200) <= 0.065 < upper_bound(20, 400)
+
+
+def test_rate_of_a_forked_run_falls_to_zero_at_its_end(load):
+    """Runs of several horizons have one beginning: the rate is the same until it falls."""
+    training = load("training")
+    rate = training.warm_then_constant(10)
+    falling = training.falling(80, 100, rate)
+    assert [falling(u) for u in range(81)] == [rate(u) for u in range(81)]
+    assert falling(90) == 0.5
+    assert math.isclose(falling(99), 0.05)
+
+
+@pytest.mark.slow
+def test_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
+    """A run that is cut off has no file, and only what has none is run again."""
+    command = [sys.executable, str(GROWTH / "run.py"), "--quick", "--processes", "1"]
+    command += ["--only", "useless, regression", "--random-seeds", "3", "--out", str(tmp_path)]
+    command += ["--arms", "nothing", "noise"]
+
+    def printed():
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+    printed()
+    kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert len(kept) == 2
+    (tmp_path / "useless-regression" / "noise--3.json").unlink()
+    again = printed()
+    assert "noise" in again
+    assert "nothing" not in again
+    assert {path.name for path in tmp_path.rglob("*.json")} == set(kept)
