@@ -135,15 +135,11 @@ def test_an_audition_that_is_refused_is_a_try_of_the_same_model():
 
 
 def test_rankings_take_a_fifth_of_the_overhead_at_most():
-    """A policy that is never content costs the run no more; the owner is told."""
+    """A policy that is never content costs the run no more."""
     course = useless(
         budget=Budget(small_graft=1), policy=esper.EveryN(1), overhead=1.0, horizon=400
     )
-    for _ in range(60):
+    for _ in range(80):
         course.update()
     report = course.grower.report()
-    assert any("rankings took a fifth of overhead=1" in note for note in report.notes)
-    before = report.work["ranking"]
-    for _ in range(20):
-        course.update()
-    assert course.grower.report().work["ranking"] == before > 0
+    assert 0.0 < report.work["ranking"] <= 0.2 * report.overhead_limit
