@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 OVERHEAD: Final = 20.0
 """The demo's own, as a ratio to the host's training: its kernels are many times larger than the
 host, so that a trial of 200 updates with its null costs more than the whole of a host's run."""
-EVALUATE_EVERY: Final = 200
-"""The demo's own: with one package nothing waits for an evaluation."""
+EVALUATE_EVERY: Final = 40
+"""The demo's own, every second epoch: enough for the curve that says what going on would bring."""
 FORK_UPDATE: Final = 400
 """Update of the host arm at which the controls begin."""
 
