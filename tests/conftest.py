@@ -2,6 +2,7 @@
 
 import signal
 
+import crafted_measures
 import pytest
 import torch
 from execution_hosts import KINDS
@@ -21,3 +22,9 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def short_trials(monkeypatch):
+    """Let ten updates be a trial, where a test says itself what each arrangement is worth."""
+    monkeypatch.setattr("esper.growth.sizing.MIN_TRIAL", crafted_measures.TRIAL_UPDATES)

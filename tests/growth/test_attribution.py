@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 import torch
-from crafted_measures import NOISE, Course, Measure, chain, helps, kernels_on
+from crafted_measures import NOISE, TRIAL_UPDATES, Course, Measure, chain, helps, kernels_on
 from growing import X, growing, train, wrapped
 from torch import nn
 
@@ -19,6 +19,8 @@ from esper.growth.policies import ByHand
 from esper.growth.twins import Twin
 from esper.growth.verdict import TrialReadings
 from esper.wrapping.unwrap import unwrap
+
+pytestmark = pytest.mark.usefixtures("short_trials")
 
 
 def by_kind(real, linear):
@@ -99,12 +101,11 @@ def test_fold_of_a_null_changes_no_output():
 @pytest.mark.parametrize(
     ("real", "linear", "taken", "shown"),
     [
-        (2.0, 0.0, "candidate", True),
         (2.0, 1.0, "candidate", True),
         (2.0, 1.998, "candidate", False),
-        (2.0, 2.0, "candidate", False),
         (1.0, 2.0, "null", False),
-        (0.0, 2.0, "", None),
+        pytest.param(2.0, 2.0, "candidate", False, marks=pytest.mark.slow),
+        pytest.param(0.0, 2.0, "", None, marks=pytest.mark.slow),
     ],
 )
 def test_capacity_is_claimed_only_where_the_candidate_beats_the_null(real, linear, taken, shown):
@@ -129,7 +130,9 @@ def test_without_attribution_nothing_is_claimed():
     assert not any("linear" in on.values() for on in course.measure.seen)
 
 
-@pytest.mark.parametrize(("linear", "shown"), [(0.5, True), (2.0, False)])
+@pytest.mark.parametrize(
+    ("linear", "shown"), [pytest.param(0.5, True, marks=pytest.mark.slow), (2.0, False)]
+)
 def test_attribution_of_the_run_is_read_at_its_end(linear, shown):
     """Against the null that trained on; what was shown at the trial may be gone by then."""
     measure = by_kind(2.0, 0.5)
@@ -195,7 +198,7 @@ class Lucky(Measure):
         return super().__call__(model) + own + self.drift * torch.randn((), generator=luck)
 
 
-@pytest.mark.parametrize("nulls", [3, 4])
+@pytest.mark.parametrize("nulls", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_spread_is_measured_on_equal_twins(nulls):
     """With Student's quantile for as many; the readings are of so many runs without a package."""
     course = Course(measure=Lucky(helps({"0": 1.0, "2": 1.0})), nulls=nulls)
@@ -205,6 +208,7 @@ def test_spread_is_measured_on_equal_twins(nulls):
     assert trial.threshold == pytest.approx(student_t_quantile(0.95, nulls))
 
 
+@pytest.mark.slow
 def test_spread_that_equal_twins_show_is_in_the_verdict():
     """Where equal runs come out far apart, a package that helps as much as they differ fails."""
     found = [
@@ -261,9 +265,9 @@ class Falls(Measure):
 @pytest.mark.parametrize(
     ("pays", "slope", "verdict"),
     [
-        ("updates", 5.0, "taken over"),
         ("flops", 5.0, "refused"),
-        ("flops", 0.1, "taken over"),
+        pytest.param("updates", 5.0, "taken over", marks=pytest.mark.slow),
+        pytest.param("flops", 0.1, "taken over", marks=pytest.mark.slow),
     ],
 )
 def test_a_package_that_has_to_pay_is_held_against_going_on(pays, slope, verdict):
@@ -300,7 +304,7 @@ def test_verdict_is_read_on_averages_over_the_second_half():
     lives, twins = [], []
     while not course.trials or course.updates_left > 1:
         course.update()
-        if course.trials and course.updates_left < 25:
+        if course.trials and course.updates_left < TRIAL_UPDATES // 2:
             remember(course, lives, twins)
     num_before = len(course.measure.weights)
     read = course.grower._stage._readings
@@ -314,7 +318,7 @@ def test_verdict_is_read_on_averages_over_the_second_half():
 
     course.grower._stage._readings = watched
     course.update()
-    assert len(lives) == len(twins) == 25
+    assert len(lives) == len(twins) == TRIAL_UPDATES // 2
     candidate, live = seen
     torch.testing.assert_close(candidate, torch.stack(twins).mean(0))
     torch.testing.assert_close(live, torch.stack(lives).mean(0))

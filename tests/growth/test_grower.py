@@ -37,6 +37,9 @@ UNTIL_HELD = {
 """Updates after which a kernel named by hand is in the model, by kind of trial."""
 
 
+TRIALS = ["twin", pytest.param("shadow", marks=pytest.mark.slow)]
+
+
 def verdicts(grower):
     return [graft.verdict for graft in grower.report().grafts]
 
@@ -63,7 +66,7 @@ def test_audition_leaves_no_trace(optimizer_class, dropout, random_seed):
     assert torch.equal(*statistics)
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_admitted_graft_does_leave_a_trace(trial):
     """The control of the test above: once a kernel is admitted the run is another one."""
     finals = []
@@ -99,7 +102,7 @@ def test_useful_kernel_is_fossilized_and_lowers_the_held_out_loss(trial):
     assert losses[True] < 0.8 * losses[False]
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_kernel_parameters_join_the_group_of_their_host_and_leave_with_it(trial):
     """While a graft is in the model its parameters are the optimizer's; afterwards nothing is."""
     model, optimizer = wrapped()
@@ -137,7 +140,7 @@ def test_close_leaves_no_hook_of_the_controller():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_poisoned_run_goes_back_to_the_admission(trial):
     """A loss that is not finite after it restores the snapshot and counts what it cost."""
     model, optimizer = wrapped()
@@ -354,7 +357,7 @@ def test_unknown_site_by_hand_is_refused():
         growing(*wrapped(), policy=ByHand([("7", "mlp-4x4-w32")]))
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_kernel_that_fails_under_watch_is_culled(trial):
     """Its calls cost its own contribution, it is isolated, and the graft is removed."""
     model, optimizer = wrapped()
@@ -374,7 +377,7 @@ def test_kernel_that_fails_under_watch_is_culled(trial):
     train(model, optimizer, 5, grower, random_seed=2)
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_what_the_overhead_does_not_buy_is_not_begun(trial):
     """The run says once what it would take, and is left alone."""
     model, optimizer = wrapped()
@@ -389,7 +392,7 @@ def test_what_the_overhead_does_not_buy_is_not_begun(trial):
     assert "it would take a horizon of about" in note
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 def test_without_a_horizon_a_trial_waits_until_it_is_earned(trial):
     """What the owner named comes when what it takes has been earned by training."""
     model, optimizer = wrapped()
@@ -435,7 +438,7 @@ def one_update(model, optimizer, batch):
     optimizer.step()
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", TRIALS)
 @pytest.mark.parametrize("error", [ZeroDivisionError("by you"), KeyboardInterrupt()])
 def test_close_does_not_raise_what_fails_in_it(error, trial):
     """Where the measure fails at the end the kernel goes all the same, with every hook; it is said.

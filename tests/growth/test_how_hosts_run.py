@@ -52,8 +52,15 @@ def is_run_to_a_verdict(grower):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks for it
-@pytest.mark.parametrize("how", ["model", "layers"])
-@pytest.mark.parametrize("site", [nn.Linear, Bent])
+@pytest.mark.parametrize(
+    ("site", "how"),
+    [
+        (nn.Linear, "model"),
+        (Bent, "layers"),
+        pytest.param(nn.Linear, "layers", marks=pytest.mark.slow),
+        pytest.param(Bent, "model", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_that_is_compiled_in_place_grows(how, site):
     """Kernels are recorded, tried and grafted, and the model is compiled still."""
     model, optimizer = network(Bent() if site is Bent else nn.Linear(4, 4))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crafted_measures import Course, Measure, chain, helps, kernels_on, trying
-from growing import X, batches, compute_loss
+from crafted_measures import TRIAL_UPDATES, Course, Measure, chain, helps, kernels_on
+from growing import X, compute_loss
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from trial_hosts import Running, clips_norm, mean_loss, network
 
 import esper
 from esper.growth import takeover
@@ -16,6 +15,8 @@ from esper.growth.rehearsal import run_digest
 from esper.growth.takeover import Taken
 from esper.growth.tries import tries_spent
 from esper.state.host_parts import is_in_a_seed
+
+pytestmark = pytest.mark.usefixtures("short_trials")
 
 
 def hosts(model):
@@ -82,7 +83,11 @@ def test_kernels_come_with_their_moments_into_the_groups_of_their_hosts():
     assert {id(p) for group in joined for p in group} == {id(p) for p in kernels}
     assert [{p.ndim for p in group} for group in joined] == [{2}, {1}]
     steps = {float(optimizer.state[p]["step"]) for p in kernels}
-    assert steps == {float(arm.twin.optimizer.state[p]["step"]) for p in kernels} == {50.0}
+    assert (
+        steps
+        == {float(arm.twin.optimizer.state[p]["step"]) for p in kernels}
+        == {float(TRIAL_UPDATES)}
+    )
     assert all(p.grad is None or p.grad.shape == p.shape for p in kernels)
 
 
@@ -93,7 +98,7 @@ def test_first_steps_go_on_where_they_were():
     arm = course.to_the_verdict()
     kernel = arm.kernels[0].parameters[0]
     course.update()
-    assert course.run.factor.factor(kernel) == 50 / 200
+    assert course.run.factor.factor(kernel) == TRIAL_UPDATES / 200
     assert course.run.factor.factor(model[0].weight) == 1.0
 
 
@@ -184,12 +189,12 @@ def fails_at(monkeypatch, name, number):
 
 
 STEPS = [
-    ("_write_state", 1),
     ("_write_state", 4),
-    ("_buffers", 1),
-    ("place_kernel", 1),
     ("place_kernel", 2),
     ("sync_optimizer", 1),
+    pytest.param("_write_state", 1, marks=pytest.mark.slow),
+    pytest.param("_buffers", 1, marks=pytest.mark.slow),
+    pytest.param("place_kernel", 1, marks=pytest.mark.slow),
 ]
 
 
@@ -264,14 +269,3 @@ def test_group_that_is_refused_at_the_second_kernel_undoes_the_first():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert kernels_on(model) == {}
     assert "could not be taken over" in course.trials[0].reason
-
-
-def test_clipped_run_is_taken_over_like_any_other():
-    """What the twin's gradients were clipped by is no part of what is taken over."""
-    model = network(width=4)
-    run = Running(model, before_step=clips_norm(0.5), compute_loss=mean_loss)
-    measure = Measure(helps({"0": 1.0}))
-    grower = trying(run.model, run.optimizer, measure, "0", compute_loss=mean_loss)
-    for batch in batches(66):
-        run.update(batch, grower)
-    assert kernels_on(run.model) == {"0": "real"}

@@ -80,7 +80,12 @@ def with_and_without(make, num=UPDATES, **settings):
     return first_difference(plain, grown)
 
 
-@pytest.mark.parametrize("name", HOSTS)
+SLOWER = ("plain", "groups", "two optimizers", "images", "sequences", "loss scale")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOWER)) for n in HOSTS]
+)
 def test_refused_trial_leaves_the_run_as_it_was_at_every_update(name):
     """Parameters, buffers, moments, random state and all that modules keep, bit for bit."""
     site, blueprint = site_of(name)

@@ -52,8 +52,10 @@ def kernels_in(model, optimizer):
     return {(names[id(p)], p.ndim) for p in held if is_in_a_seed(names[id(p)])}
 
 
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("trial", "order"),
+    [("twin", 1), ("shadow", -1), pytest.param("twin", -1, marks=pytest.mark.slow)],
+)
 def test_two_optimizers_share_a_kernel_and_let_it_go(trial, order):
     """Into the model and out of it: matrices to Muon, the rest to AdamW, and no trace."""
     model = wrap(host())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import torch
-from growing import SHORT, batches, compute_loss, growing
+from growing import batches, compute_loss, growing
 from torch import nn
 
+from esper.compiler.catalog import Catalog, default_catalog
 from esper.growth.budget import Budget
 from esper.growth.policies import EveryN
 from esper.growth.ranking import RankedCandidate, in_order
@@ -16,8 +17,10 @@ from esper.wrapping.wrap import layers, wrap
 
 SAMPLES = 600
 NOISE = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)).double()
-START = 4 + SHORT["record_updates"] + SHORT["trial_updates"]
-"""Update at which the package of :func:`trying` has its verdict."""
+TRIAL_UPDATES = 10
+"""Updates of a trial of :class:`Course`; what it tries need not learn anything."""
+ONE_FAMILY = Catalog(entries=tuple(e for e in default_catalog().entries if e.name == "mlp"))
+"""Few kernels are ranked quickly."""
 
 
 def kernels_on(model):
@@ -101,15 +104,17 @@ def trying(model, optimizer, measure, *sites, **settings):
     options = {
         "policy": EveryN(4),
         "ranking": Chosen(*sites),
+        "catalog": ONE_FAMILY,
         "budget": Budget(packages=1),
         "hold_updates": 20,
+        "evaluate_every": 1000,
         **settings,
     }
     return growing(model, optimizer, evaluate=measure, **options)
 
 
 class Course:
-    """A run on its way to the verdict of a package, and beyond.
+    """A run on its way to the verdict of a package, and beyond; for ``short_trials``.
 
     Args:
         model: A wrapped model; a chain where None.
@@ -135,6 +140,7 @@ class Course:
         self.model, self.optimizer, self.after = model, optimizer, after
         self.measure = Measure(helps({"0": 1.0, "2": 1.0})) if measure is None else measure
         self.grower = trying(model, optimizer, self.measure, *sites, **settings)
+        object.__setattr__(self.run.settings, "trial_updates", TRIAL_UPDATES)
         self.batches = itertools.cycle(batches(50))
 
     @property

@@ -40,7 +40,7 @@ def losses(model, given, labels):
 
 @pytest.mark.parametrize("name", tiny_transformers.MODELS)
 def test_a_whole_model_grows_and_comes_back_as_its_own_class(name):
-    """Kernels are ranked, auditioned and judged; unwrapped, the class and the outputs stay."""
+    """Kernels are ranked, tried and judged; unwrapped, the class and the outputs stay."""
     torch.manual_seed(0)
     model, _ = tiny_transformers.MODELS[name]()
     own_class = type(model)
@@ -48,27 +48,25 @@ def test_a_whole_model_grows_and_comes_back_as_its_own_class(name):
     esper.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
-    def at(rows):
+    def at(model, rows):
         return losses(model, {k: v[rows] for k, v in train[0].items()}, train[1][rows]).mean()
 
     with esper.Grower(
         model,
         optimizer,
-        compute_loss=lambda _, rows: at(rows),
+        compute_loss=at,
         evaluate=lambda m: losses(m, *gate),
         policy=EveryN(30),
-        budget=esper.Budget(parameters=0.5, grafts=2),
-        audition_updates=30,
-        ramp_updates=10,
+        budget=esper.Budget(parameters=0.5, packages=2),
+        trial_updates=50,
         hold_updates=10,
         warmup_updates=10,
         record_updates=4,
-        looks=2,
         evaluate_every=10,
         overhead=100.0,
     ) as grower:
         for rows in torch.randint(NUM_TRAIN, (NUM_UPDATES, 16)):
-            loss = at(rows)
+            loss = at(model, rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

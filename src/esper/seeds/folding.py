@@ -160,7 +160,16 @@ def _check_tensors(owner: nn.Module) -> None:
 
 
 def _check_owner(layer: nn.Module) -> None:
-    if any(_num_owners(p) > 1 for p in layer.parameters(recurse=False)):
+    """Refuse a layer whose parameters another module holds too, by asking who refers to them.
+
+    Every object that there is, is looked at, so that all parameters are asked for at once.
+    """
+    held = list(layer.parameters(recurse=False))
+    ids = set(map(id, held))
+    tables = [t for t in gc.get_referrers(*held) if isinstance(t, dict)]
+    tables = [t for t in tables if any(id(value) in ids for value in t.values())]
+    owned = [id(value) for table in _of_modules(tables) for value in table.values()]
+    if any(owned.count(key) > 1 for key in ids):
         _refuse("the host's weight is shared with another module")
 
 
@@ -168,20 +177,14 @@ def _refuse(reason: str) -> None:
     raise NotFoldable(reason)
 
 
-def _num_owners(parameter: nn.Parameter) -> int:
-    """Count the modules that hold a parameter, by asking who refers to it."""
-    tables = [t for t in gc.get_referrers(parameter) if isinstance(t, dict)]
-    owned = [t for t in tables if any(v is parameter for v in t.values()) and _is_module_table(t)]
-    return len(owned)
-
-
-def _is_module_table(table: dict[object, object]) -> bool:
-    """Return whether a dict is the ``_parameters`` of a module."""
-    for owner in gc.get_referrers(table):
+def _of_modules(tables: list[dict[object, object]]) -> list[dict[object, object]]:
+    """Return those of some dicts that are the ``_parameters`` of a module."""
+    found = set()
+    for owner in gc.get_referrers(*tables):
         state = owner.__dict__ if isinstance(owner, nn.Module) else owner
-        if isinstance(state, dict) and state.get("_parameters") is table:
-            return True
-    return False
+        if isinstance(state, dict):
+            found.add(id(state.get("_parameters")))
+    return [table for table in tables if id(table) in found]
 
 
 def _rel_diff(target: FoldTarget, joining: Joining, weight: Tensor, bias: Tensor | None) -> float:

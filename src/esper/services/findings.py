@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from esper.contracts.report import ARMS, ArmReport, ControlRow, ControlsReport, DemoReport
-from esper.services.arms import EVALUATE_EVERY, OVERHEAD
+from esper.services.arms import EVALUATE_EVERY, HOLD_UPDATES, OVERHEAD
 from esper.services.digits import LEARNING_RATE, UPDATES_PER_EPOCH
 from esper.services.language import recorded_stages
 from esper.services.looks import DIP_UPDATES, LOOK_EVERY, TEST_EPOCHS
@@ -194,6 +194,7 @@ def _settings() -> JsonObject:
         "overhead": OVERHEAD,
         "packages": 1,
         "evaluate_every": EVALUATE_EVERY,
+        "hold_updates": HOLD_UPDATES,
         "learning_rate": LEARNING_RATE,
     }
 
@@ -223,8 +224,9 @@ NOTES: Final = (
     (
         f"overhead={OVERHEAD:g} is the demo's own: kernels that help here are many times larger "
         "than this host, and the trial of the best of them with its null costs more than the "
-        "whole of the host's training. One package is tried, and evaluations are "
-        f"{EVALUATE_EVERY} updates apart. Everything else is at its default."
+        "whole of the host's training. One package is tried, it is held for "
+        f"{HOLD_UPDATES} updates before kernels that it does without are taken out, and "
+        f"evaluations are {EVALUATE_EVERY} updates apart. Everything else is at its default."
     ),
     (
         f"A dip is the largest fall of gate accuracy in the {DIP_UPDATES} updates after a switch, "
