@@ -232,6 +232,7 @@ def test_nothing_trained_is_lost(folder, target, status, words):
     assert report_in(folder / "out")["updates"] >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size_bytes", [9_000, 6_000])
 def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
     """Where a file finds no room it is named; the model is written before any page, and told of."""
@@ -250,6 +251,7 @@ def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
     assert not list((folder / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_reader_that_goes_away_costs_no_page(folder):
     """Where nobody reads what is printed, as behind ``| head``, model and pages are there."""
     command = [sys.executable, "-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out"]
@@ -271,6 +273,7 @@ def test_second_run_leaves_the_first_one_alone(folder):
         assert report_in(folder / base)["notes"] != report_in(folder / f"{base}-2")["notes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", ["", "error", "error::UserWarning"])
 def test_warning_is_one_line_and_ends_no_run(folder, filters):
     """Told once, without Python's source line, though the process makes errors of warnings."""
@@ -290,6 +293,7 @@ def test_warning_of_a_users_own_code_keeps_its_file_and_line(folder):
     assert line.startswith("esper: warning: a word of the user's (at jobs_of_a_user.py:")
 
 
+@pytest.mark.slow
 def test_warnings_that_are_ignored_stay_ignored(folder):
     """Whoever turns warnings off reads none; the report has them as notes."""
     command = ("-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out")

@@ -17,7 +17,7 @@ from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode,
 from esper.contracts.errors import BlueprintError
 
 SETTINGS = {
-    "max_examples": 1000,
+    "max_examples": 400,
     "deadline": None,
     "derandomize": True,
     "database": None,

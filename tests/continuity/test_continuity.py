@@ -113,6 +113,7 @@ def test_host_goes_on_as_if_nothing_had_joined(build):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", OPTIMIZERS)
 def test_removed_parameters_leave_nothing_behind(build):
     """After removal the optimizer has no group entry, no state, and no reference to them."""

@@ -330,6 +330,7 @@ def test_adapters_leave_the_kernels_as_they_leave_the_layer(end):
     assert type(ended.first.seed_kernel(0).up) is nn.Linear
 
 
+@pytest.mark.slow
 def test_nobody_looks_at_registrations_before_the_first_kernel():
     """Importing Esper and wrapping a model adds nothing to building other models."""
     code = """

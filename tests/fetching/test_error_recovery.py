@@ -229,6 +229,7 @@ class Knot:
         self.me = self
 
 
+@pytest.mark.slow
 def test_memory_is_freed_before_the_one_retry_after_its_error(sleeps):
     """What only the collector finds is gone when the operation runs again."""
     gc.disable()

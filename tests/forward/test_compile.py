@@ -38,6 +38,33 @@ def compiled(**options):
     return net, site, torch.compile(net, fullgraph=True, backend=counter), counter
 
 
+class Sliced(nn.Module):
+    """Builds a list of modules in its forward, as LLaMA does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = layer(x)
+        return x
+
+
+def test_a_host_that_slices_its_layers_stays_one_graph():
+    """Beside a layer with a kernel, in the host itself or in another of the process."""
+    torch.compiler.reset()
+    host, counter, x = Sliced(), CompileCounter(), torch.randn(5, 6)
+    fast = torch.compile(host, fullgraph=True, backend=counter)
+    elsewhere, *_ = grown = [adopt(nn.Linear(6, 6), name="other")]
+    elsewhere.graft(0, mlp_blueprint(), alpha=0.5, example=x)
+    assert torch.equal(fast(x), host(x))
+    grown.append(adopt(host.layers[0], name="layers.0"))
+    grown[-1].graft(0, mlp_blueprint(), alpha=0.5, example=x)
+    assert torch.equal(fast(x), host(x))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("guard", ["always", "step", "off"])
 def test_the_number_of_graphs(guard):
     """1 dormant, 2 once active; still 2 after alpha, exchange, dormant and active again."""

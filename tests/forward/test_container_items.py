@@ -192,6 +192,7 @@ def test_a_copy_of_a_container_is_edited_too(kind):
     assert [str(item) for item in copied] == [str(item) for item in plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_container_that_reads_its_items_is_compiled_whole(kind):
     """Reading items is no reason for a graph break."""

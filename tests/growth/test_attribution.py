@@ -47,6 +47,7 @@ class Kept:
 # ---- the null
 
 
+@pytest.mark.slow
 def test_null_that_does_better_is_taken_over_and_leaves_no_trace():
     """It folds: the model has its shape, its cost and its classes back, and its weights moved."""
     kept, (model, optimizer) = Kept(), chain()
@@ -80,6 +81,7 @@ def test_null_that_does_better_is_taken_over_and_leaves_no_trace():
     ]
 
 
+@pytest.mark.slow
 def test_fold_of_a_null_changes_no_output():
     """Right before and right after it became permanent the model computes the same."""
     course = Course(measure=by_kind(1.0, 2.0), attribution="trial", hold_updates=5)
@@ -149,6 +151,7 @@ def test_attribution_of_the_run_is_read_at_its_end(linear, shown):
     assert report.end_capacity_shown is shown
 
 
+@pytest.mark.slow
 def test_null_beside_trains_on_when_passengers_leave():
     """The run's averages begin anew with the kernels that it has then."""
     needs_one = Measure(lambda on: 5.0 - (2.0 if on.get("0") == "real" else 0.5 if on else 0.0))

@@ -31,6 +31,7 @@ def taken_up(model):
         return [note for note in grower.report().notes if "belongs to no Grower" in note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dropped", "copied", "saved"])
 def test_a_graft_without_a_verdict_is_told_of(how):
     """By the next Grower, whatever became of the one that began it."""

@@ -73,6 +73,7 @@ def test_a_model_that_is_compiled_in_place_grows(how, site):
     assert compiled._compiled_call_impl is not None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of shadow passes
 @pytest.mark.parametrize("trial", ["twin", "shadow"])
 @pytest.mark.parametrize("reentrant", [False, True])

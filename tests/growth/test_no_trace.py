@@ -345,6 +345,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("evaluates", "trial"), [(True, "twin"), (False, "shadow")])
 def test_what_a_loss_keeps_is_as_in_a_run_without_a_controller(name, evaluates, trial):

@@ -42,6 +42,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("host", HOSTS)
 def test_any_kernel_on_any_axis_gets_a_certificate(host, kernel):

@@ -465,6 +465,7 @@ def test_the_page_has_a_line_for_each_check_and_no_other():
     assert list(ROWS) == list(CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ROWS)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_it_is_as_the_page_says(line, tmp_path):

@@ -331,6 +331,7 @@ def test_a_grown_transformer_of_torch_runs_unwrapped(select, position, is_traini
         torch.testing.assert_close(each(*given, **options), expected)
 
 
+@pytest.mark.slow
 def test_answers_need_no_esper(tmp_path):
     """A process without Esper loads the pickle, and is answered as here."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)

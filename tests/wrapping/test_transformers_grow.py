@@ -38,7 +38,16 @@ def losses(model, given, labels):
     return F.cross_entropy(logits if logits.dim() == 2 else logits[:, -1], labels, reduction="none")
 
 
-@pytest.mark.parametrize("name", tiny_transformers.MODELS)
+LONG = ("vit", "t5", "bert")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.torture] if n in LONG else [])
+        for n in tiny_transformers.MODELS
+    ],
+)
 def test_a_whole_model_grows_and_comes_back_as_its_own_class(name):
     """Kernels are ranked, tried and judged; unwrapped, the class and the outputs stay."""
     torch.manual_seed(0)

@@ -44,7 +44,13 @@ def grown(name, select=None):
     return model, given
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+LONG = ("mobilenet_v2", "bart", "clip", "whisper", "roberta", "wav2vec2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.torture] if n in LONG else []) for n in zoo.MODELS],
+)
 def test_a_model_grown_at_each_of_its_layers_runs_unwrapped(name, tmp_path):
     """Outputs stay, also copied, pickled where torch allows it, and exported to a fresh model."""
     model, given = grown(name)

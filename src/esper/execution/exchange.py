@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -44,7 +45,13 @@ def watch_exchanges() -> None:
 
 
 def _look(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Look at a module that is about to be registered below another."""
+    """Look at a module that is about to be registered below another.
+
+    Code that is being compiled only builds containers for the moment, as a slice of a
+    ``ModuleList`` does; dynamo would trace the look, and finds no way through its lock.
+    """
+    if torch.compiler.is_compiling():
+        return
     grown = layers_with_kernels()
     if not grown:
         return
@@ -65,6 +72,8 @@ def _look_at_parameter(module: nn.Module, name: str, parameter: nn.Parameter | N
     would go on without the norm. In training, and where a ``state_dict`` is loaded, parameters
     are exchanged for others that the kernels are meant for.
     """
+    if torch.compiler.is_compiling():
+        return
     record = module.__dict__.get(RECORD)
     before = module._parameters.get(name)  # noqa: SLF001 - what stands in its table
     if record is None or module.training or not record.plan or record.is_loading:
