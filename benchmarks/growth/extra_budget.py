@@ -24,7 +24,7 @@ SHORT: dict[str, Any] = {
     "updates": 1_000,
     "further_updates": 600,
 }
-LONG = {**SHORT, "updates": 2_400, "further_updates": 2_400, "look_every": 600}
+LONG = {**depth.LONG, "blocks": 4, "further_updates": 6_000}
 QUICK = {**depth.QUICK, "blocks": 4, "further_updates": 10}
 
 
@@ -111,7 +111,8 @@ def _task(name: str, settings: Mapping[str, Any]) -> Task:
         settings=settings,
         quick=QUICK,
         runs=functools.partial(runs, name),
-        title=f"A further budget, after {settings['updates']:,} updates of a byte-level model",
+        title=f"A further budget, after {settings['updates']:,} updates of a byte-level model "
+        f"of width {settings['width']}",
         told=_TOLD,
         section="extra budget",
         figure="loss",

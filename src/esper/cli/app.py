@@ -107,7 +107,7 @@ def demo(
     ] = "0:10",
     run_dir: RunDir = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of 20 updates.")] = 60,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of 20 updates.")] = 55,
 ) -> None:
     """Grow a digit classifier, beside its controls, and report what growth did and did not do."""
     with _one_line_errors() as environment:
