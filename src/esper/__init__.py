@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
     from esper.continuity.deepening import deepen
+    from esper.continuity.ensemble import register_optimizer
     from esper.continuity.following import follow
     from esper.continuity.optimizer import sync_optimizer
     from esper.continuity.widening import widen
@@ -153,6 +154,7 @@ _HOME: Final = {
     "layers": "esper.wrapping.wrap",
     "maintain": "esper.seeds.maintenance",
     "open_registry": "esper.registry.open",
+    "register_optimizer": "esper.continuity.ensemble",
     "restore": "esper.wrapping.restore",
     "shallow": "esper.seeds.shallow",
     "skipped": "esper.wrapping.wrap",
@@ -235,6 +237,7 @@ __all__ = [
     "layers",
     "maintain",
     "open_registry",
+    "register_optimizer",
     "restore",
     "shallow",
     "skipped",
@@ -245,10 +248,16 @@ __all__ = [
 ]
 
 
+_WITH: Final = {"wrap": "esper.continuity.optimizer"}
+"""What has to be there as well: a wrapped model that loads kernels tells its optimizers."""
+
+
 def __getattr__(name: str) -> Any:
     """Import the module that a public name lives in, and remember the name."""
     if name not in _HOME:
         raise AttributeError(f"module 'esper' has no attribute {name!r}")
+    if name in _WITH:
+        importlib.import_module(_WITH[name])
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

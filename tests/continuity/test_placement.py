@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Muon
 
-from esper.continuity.ensemble import joined, rebuilt
+from esper.continuity.ensemble import joined, rebuilt, register_optimizer
 from esper.continuity.optimizer import sync_optimizer
 from esper.state.host_parts import is_in_a_seed
 from esper.wrapping.wrap import wrap
@@ -336,16 +336,35 @@ def test_wrappers_and_subclasses_are_taken(depth):
 def test_a_wrapper_of_what_is_not_supported_is_refused():
     """The one inside is named."""
     model = host()
-    with pytest.raises(TypeError, match=r"RMSprop: supported are"):
-        sync_optimizer(model, Wrapper(torch.optim.RMSprop(model.parameters())))
+    with pytest.raises(TypeError, match=r"under torch\.optim\.lbfgs\.LBFGS: it keeps one"):
+        sync_optimizer(model, Wrapper(torch.optim.LBFGS(model.parameters())))
 
 
 def test_a_wrapper_of_itself_is_refused():
     """No endless search."""
     wrapper = Wrapper(None)
     wrapper.optimizer = wrapper
-    with pytest.raises(TypeError, match=r"Wrapper: supported are"):
+    with pytest.raises(TypeError, match=r"Wrapper: expected a torch\.optim\.Optimizer"):
         joined(wrapper)
+
+
+class Elsewhere:
+    """Has its optimizer under a name of its own."""
+
+    def __init__(self, inner):
+        self.base = inner
+
+
+def test_an_optimizer_that_is_elsewhere_is_registered():
+    """Refused with the cure, and taken once it is said where to look."""
+    model = host()
+    optimizer = AdamW(model.parameters())
+    with pytest.raises(TypeError, match=r"esper\.register_optimizer"):
+        sync_optimizer(model, Elsewhere(optimizer))
+    register_optimizer(Elsewhere, lambda found: found.base)
+    grafted(model, model[0])
+    sync_optimizer(model, Elsewhere(optimizer))
+    assert len(optimizer.param_groups[0]["params"]) > len(list(host().parameters()))
 
 
 def test_a_copy_calls_no_constructor_and_steps_alike():

@@ -335,10 +335,10 @@ def test_model_without_seeds_is_refused():
 
 
 def test_unsupported_optimizer_is_refused():
-    """Only SGD, Adam and AdamW are carried through growth."""
+    """LBFGS has one state for all parameters."""
     model, _ = wrapped()
-    with pytest.raises(TypeError, match="supported are"):
-        Grower(model, torch.optim.RMSprop(model.parameters()))
+    with pytest.raises(TypeError, match="LBFGS: it keeps one"):
+        Grower(model, torch.optim.LBFGS(model.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,10 @@ def test_job_that_cannot_run_is_refused(changes, error, words):
 
 
 def test_unsupported_optimizer_is_refused_before_anything_is_wrapped():
-    """Only SGD, Adam and AdamW are carried through growth."""
+    """LBFGS has one state for all parameters."""
     model = host()
-    with pytest.raises(TypeError, match="supported are"):
-        job(model=model, optimizer=torch.optim.RMSprop(model.parameters()))
+    with pytest.raises(TypeError, match="LBFGS: it keeps one"):
+        job(model=model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
 def test_settings_of_a_job_may_be_a_value():

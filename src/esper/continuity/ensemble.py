@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Final, TypeGuard
 
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
-SUPPORTED: Final[tuple[type[Optimizer], ...]] = (SGD, Adam, AdamW, Muon)
-"""Classes whose update is proportional to the learning rate, and whose state is per parameter."""
+_Inner = Callable[[Any], Optimizer]
+
+_REGISTERED: Final[dict[type, _Inner]] = {}
+"""How to get at the optimizer in an object of a class that does not keep to torch's interface."""
 
 ParamGroup = dict[str, Any]
 """A parameter group, as torch optimizers keep it: settings of many types by name."""
@@ -126,27 +128,63 @@ def joined(optimizer: Optimizer | Sequence[Optimizer] | Ensemble) -> AnyOptimize
     return members[0] if len(members) == 1 else Ensemble(members)
 
 
+def register_optimizer(cls: type, inner: Callable[[Any], Optimizer]) -> None:
+    """Say how to get at the optimizer that does the work in objects of a class.
+
+    Wrappers that have it as their attribute ``optimizer`` (accelerate's) need no registration.
+
+    Args:
+        cls: A class of which optimizers will be handed over; classes that derive from it, too.
+        inner: From such an object to the ``torch.optim.Optimizer`` that holds groups and state.
+    """
+    _REGISTERED[cls] = inner
+
+
 def _bare(optimizer: object) -> Optimizer:
     """Return the optimizer inside wrappers.
 
     Raises:
         TypeError: There is none that is supported.
     """
-    inner, passed = optimizer, [optimizer]
-    while not isinstance(inner, SUPPORTED):
-        inner = getattr(inner, "optimizer", None)
-        if inner is None or any(inner is one for one in passed):
-            raise TypeError(_unsupported(passed[-1]))
+    found, passed = optimizer, [optimizer]
+    while (inner := _inside(found)) is not None and all(inner is not one for one in passed):
+        found = inner
         passed.append(inner)
-    return inner
+    if is_supported(found):
+        return found
+    raise TypeError(_unsupported(found))
+
+
+def _inside(wrapper: object) -> object:
+    """Return what a wrapper wraps; None where it is none."""
+    for cls in type(wrapper).__mro__:
+        if cls in _REGISTERED:
+            return _REGISTERED[cls](wrapper)
+    return getattr(wrapper, "optimizer", None)
+
+
+def is_supported(found: object) -> TypeGuard[Optimizer]:
+    """Say whether a model can grow under something: torch's interface, parameter by parameter."""
+    return (
+        isinstance(found, Optimizer)
+        and not isinstance(found, LBFGS)
+        and isinstance(getattr(found, "state", None), dict)
+        and all("lr" in group for group in found.param_groups)
+    )
 
 
 def _unsupported(optimizer: object) -> str:
-    names = ", ".join(f"torch.optim.{cls.__name__}" for cls in SUPPORTED)
-    return (
-        f"cannot grow under {type(optimizer).__module__}.{type(optimizer).__qualname__}: "
-        f"supported are {names}, what derives from them, and wrappers that have one as their "
-        "optimizer; train with one of these"
+    cls = type(optimizer)
+    begin = f"cannot grow under {cls.__module__}.{cls.__qualname__}: "
+    if isinstance(optimizer, LBFGS):
+        return begin + (
+            "it keeps one state for all parameters together, which none can join or leave; train "
+            "with any other optimizer of torch.optim"
+        )
+    return begin + (
+        "expected a torch.optim.Optimizer with a state for each parameter and a learning rate "
+        "('lr') in each group, or a wrapper that has one as its optimizer; where it is elsewhere, "
+        "esper.register_optimizer says where"
     )
 
 

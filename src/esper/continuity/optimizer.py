@@ -7,10 +7,11 @@ SequentialLR).
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -18,11 +19,13 @@ from torch.optim import Optimizer
 
 from esper.continuity.ensemble import (
     AnyOptimizer,
+    is_supported,
     joined,
     members_of,
     rebuilt,
 )
 from esper.continuity.following import tell_of_copies
+from esper.continuity.named_state import NamedState, order_by_model
 from esper.continuity.placement import (
     GroupFor,
     Place,
@@ -38,7 +41,7 @@ from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import SEEDS, check_module
 from esper.state.layer_record import record_of
-from esper.state.roster import Roster
+from esper.state.roster import Roster, at_building
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -62,14 +65,15 @@ def sync_optimizer(
     that does, and a warning names them where Esper knows of none. Parameters of kernels that went
     are dropped with their state. Parameters of the host are never touched, also where they are tied
     into a kernel. From then on the optimizer reads the flags of ``guard="step"`` before each step,
-    and skips one that was not finite. Kernels that appeared in a model replicated by
+    and skips one that was not finite; its ``state_dict`` is in the order of the model's parameters
+    and has their names, and it loads by these. Kernels that appeared in a model replicated by
     DistributedDataParallel get rank 0's weights and averaged gradients; there every rank has to
     make the same grafts and the same call.
 
     Args:
         model: A wrapped model; it may be inside DDP or ``torch.compile``.
-        optimizer: The optimizer that trains it, or all that train it together; torch's SGD, Adam,
-            AdamW or Muon, or what derives from them or wraps one.
+        optimizer: The optimizer that trains it, or all that train it together; any of
+            ``torch.optim`` but LBFGS, what keeps to its interface, and wrappers of one.
         group_for: ``(name, parameter)`` to the param group of a kernel's parameter, or to its
             number over all groups in order; None from it, or instead of it: as told above. The name
             is the parameter's in the model.
@@ -96,6 +100,9 @@ def sync_optimizer(
         for seed_idx, kernel in seeded_kernels(layer):
             link.adopt(p for p in kernel.parameters() if _is_in_it_for_us(p, placement))
             _join(layer, seed_idx, kernel, placement)
+    order_kernels(inner, every)
+    link.group_for = group_for
+    _NAMED.watch(inner, every)
     replicated = replicas(model)
     if replicated is not None:
         _share(replicated, inner, placement)
@@ -219,6 +226,11 @@ def append_parameters(
         link.adopt([p])
 
 
+def order_kernels(model: nn.Module, optimizer: AnyOptimizer) -> None:
+    """Put kernels' parameters where an optimizer that is made now would have them."""
+    order_by_model(model, optimizer, {*_link(optimizer).kernels})
+
+
 def remove_parameters(optimizer: AnyOptimizer, params: Iterable[torch.Tensor]) -> None:
     """Remove parameters from an optimizer with their state; no trace of them is left in it.
 
@@ -265,14 +277,26 @@ def _layers(model: nn.Module) -> Iterator[KasminaLayer]:
 
 
 class _Link:
-    """What Esper remembers of optimizers that were handed over together: kernels in them, hooks."""
+    """What Esper remembers of optimizers that were handed over together: kernels in them, hooks.
+
+    Attributes:
+        kernels: Parameters that appeared in the run, by id.
+        roster: Layers of the model that was synced last.
+        group_for: The owner's choice of groups at that time.
+    """
 
     def __init__(self) -> None:
+        self.group_for: GroupFor | None = None
         self.kernels: dict[int, torch.Tensor] = {}
         self.roster = Roster([])
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._hooks: weakref.WeakKeyDictionary[Optimizer, StepHooks] = weakref.WeakKeyDictionary()
         self._kept: KeptBuffers | None = None
+
+    @property
+    def members(self) -> list[Optimizer]:
+        """Optimizers that were handed over together, those that are still there."""
+        return list(self._hooks)
 
     def adopt(self, params: Iterable[torch.Tensor]) -> None:
         """Remember parameters as kernels'."""
@@ -365,3 +389,48 @@ def _link(optimizer: AnyOptimizer) -> _Link:
     for member in members:
         _LINKS[member] = link
     return link
+
+
+def _take_in(model: nn.Module, optimizer: Optimizer) -> None:
+    """Let an optimizer that is about to load have what a load has built in its model."""
+    link = _link(optimizer)
+    members = link.members or [optimizer]
+    placement = Placement(model, joined(members))
+    for layer in _layers(model):
+        for seed_idx, kernel in seeded_kernels(layer):
+            if placement.places(layer, seed_idx, kernel)[0]:
+                sync_optimizer(model, members, group_for=link.group_for)
+                return
+
+
+_NAMED: Final = NamedState(_take_in, lambda optimizer: {*_link(optimizer).kernels})
+
+
+class _LastLoad:
+    """The load and the model whose optimizers were looked for last."""
+
+    load: object = None
+    model: weakref.ref[nn.Module] | None = None
+
+
+def _find_optimizers(layer: nn.Module, load: object) -> None:
+    """Find who trains a model that gets kernels by loading: their own loading may come next.
+
+    Nobody tells Esper of an optimizer that a framework made before it loads, and torch has no hook
+    for it. Looking through all objects takes a tenth of a second, once for each load that builds.
+    """
+    model = record_of(layer).find_model()
+    if model is None or (load is _LastLoad.load and _LastLoad.model == weakref.ref(model)):
+        return
+    _LastLoad.load, _LastLoad.model = load, weakref.ref(model)
+    own = {id(p) for p in model.parameters()}
+    for found in gc.get_objects():
+        if not issubclass(
+            type(found), Optimizer
+        ):  # isinstance asks objects, and some answer loudly
+            continue
+        if is_supported(found) and any(id(p) in own for p in _all_parameters(found)):
+            _NAMED.watch(model, found)
+
+
+at_building(_find_optimizers)

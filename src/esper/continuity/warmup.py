@@ -2,7 +2,7 @@
 
 They share a group with their host layer, so their learning rate cannot differ. Instead the
 update itself is scaled: with ``p_old`` a clone from before the step, ``p = p_old + f (p - p_old)``
-after it. For SGD, Adam and AdamW, whose update is proportional to the rate, this is a rate of
+after it. Where the update is proportional to the rate, as in nearly every optimizer, this is a rate of
 ``f`` times the host's.
 """
 

@@ -28,6 +28,7 @@ from esper.seeds.structure import structure as structure_of
 from esper.state.host_parts import SEEDS_PREFIX
 from esper.state.kernel import Kernel, prepare_kernel, reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord
+from esper.state.roster import tell_of_building
 from esper.state.site import widths
 from esper.state.state_layout import KasminaStateLayout
 
@@ -586,7 +587,8 @@ class KasminaLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Build the seeds that the dict has, then load as the host does; or load nothing here."""
-        _, unexpected_keys, error_messages = args[-3:]
+        missing_keys, unexpected_keys, error_messages = args[-3:]
+        before = dict(self._kasmina.seeds)
         try:
             left = rebuilding.build_from_state_dict(self, state_dict, f"{prefix}{SEEDS_PREFIX}")
         except (KernelLoadError, ValueError) as error:
@@ -596,6 +598,8 @@ class KasminaLayer(nn.Module):
             unexpected_keys += left
             for key in left:  # of a load that is not strict torch says nothing
                 warnings.warn(key.reason, stacklevel=2)
+            if self._kasmina.seeds != before:
+                tell_of_building(self, missing_keys)
         self._kasmina.is_loading = True
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)

@@ -113,8 +113,8 @@ class Grower:
     Args:
         model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``. One
             that is only to wake blocks (``policy=esper.Staged(...)``) needs no ``wrap``.
-        optimizer: What trains it: ``torch.optim.SGD``, ``Adam``, ``AdamW`` or ``Muon``, what
-            derives from them or wraps one, or a sequence of several that train it together. A layer
+        optimizer: What trains it: any of ``torch.optim`` but LBFGS, what keeps to its interface or
+            wraps one, or a sequence of several that train it together. A layer
             that none of them trains, though it is trainable, does not grow.
         options: As above.
 

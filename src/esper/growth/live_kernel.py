@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from esper.continuity.following import tell_of_copies
-from esper.continuity.optimizer import append_parameters, remove_parameters
+from esper.continuity.optimizer import append_parameters, order_kernels, remove_parameters
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.seeds.shadow import remember_call, seen_example
 from esper.state.layer_call import LayerCall
@@ -103,6 +103,7 @@ def place_kernel(
     tell_of_copies([layer])
     if parameters:
         append_parameters(placement.optimizer, places, state=state)
+        order_kernels(placement.model, placement.optimizer)
         placement.hold(places)
         factor.add(parameters, peaks=peaks)
     return LiveKernel(grafted_into=layer, seed_idx=seed_idx, parameters=parameters)

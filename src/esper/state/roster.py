@@ -19,7 +19,24 @@ _moved: Final[weakref.WeakKeyDictionary[nn.Module, nn.Module]] = weakref.WeakKey
 
 _at_first: Final[list[Callable[[], None]]] = []
 
+_at_building: Final[list[Callable[[nn.Module, object], None]]] = []
+
 _lock = threading.Lock()
+
+
+def at_building(do: Callable[[nn.Module, object], None]) -> None:
+    """Do something whenever a ``state_dict`` that is loaded has built kernels in a layer.
+
+    Args:
+        do: Takes the layer, and an object that is the same for all layers of one load.
+    """
+    _at_building.append(do)
+
+
+def tell_of_building(layer: nn.Module, load: object) -> None:
+    """Say that a load has built kernels in a layer."""
+    for do in _at_building:
+        do(layer, load)
 
 
 def at_first_kernel(do: Callable[[], None]) -> None:

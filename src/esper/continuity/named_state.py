@@ -1,0 +1,211 @@
+"""An optimizer's ``state_dict`` by names: in the model's order, and loaded name by name.
+
+torch saves and loads the state of parameters by their position. Kernels that appear in a run are
+behind everything else in their group, and in the model's order in an optimizer that is made after
+them: by position, one would get the moments of another.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from esper.continuity.ensemble import members_of
+from esper.continuity.replicas import bare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from esper.continuity.ensemble import AnyOptimizer, ParamGroup
+
+    TakeIn = Callable[[nn.Module, Optimizer], None]
+    """Lets an optimizer have the parameters of the kernels that a model has."""
+
+NAMES: Final = "param_names"
+"""Where torch keeps the names of a group's parameters."""
+NAMED_BY_US: Final = "named_for_loading"
+"""Marks groups of a ``state_dict`` whose optimizer has no names of its own."""
+
+_WRAPPERS: Final = ("module", "_orig_mod")
+"""Parts of names that DistributedDataParallel and ``torch.compile`` put there."""
+
+_logger = logging.getLogger(__name__)
+
+
+def order_by_model(model: nn.Module, optimizer: AnyOptimizer, kernels: set[int]) -> None:
+    """Put kernels' parameters where an optimizer made now would have them; the others stay.
+
+    Args:
+        model: The model.
+        optimizer: What trains it; the lists of its groups are changed in place.
+        kernels: Ids of the parameters that appeared in the run.
+    """
+    position = {id(p): i for i, p in enumerate(bare(model).parameters())}
+    for group in optimizer.param_groups:
+        params = group["params"]
+        moving = [i for i, p in enumerate(params) if id(p) in kernels and id(p) in position]
+        if not moving:
+            continue
+        order = [i for i in range(len(params)) if i not in set(moving)]
+        for i in sorted(moving, key=lambda i: position[id(params[i])]):
+            own = position[id(params[i])]
+            before = [(position.get(id(params[j]), -1), at) for at, j in enumerate(order)]
+            order.insert(max(((p, at) for p, at in before if p < own), default=(0, -1))[1] + 1, i)
+        for values in (params, group.get(NAMES, [])):
+            values[:] = [values[i] for i in order if i < len(values)]
+
+
+class NamedState:
+    """Three hooks on each optimizer of a model, put on once: order and names, and their use.
+
+    An optimizer that has them gives its ``state_dict`` in the model's order with
+    ``param_names``, and loads one that has names by these. Copies and pickles have none.
+
+    Args:
+        take_in: Lets an optimizer have what a model has grown, before it loads.
+        kernels: Ids of the parameters in an optimizer that appeared in the run.
+    """
+
+    def __init__(self, take_in: TakeIn, kernels: Callable[[Optimizer], set[int]]) -> None:
+        self._take_in, self._kernels = take_in, kernels
+        self._models: weakref.WeakKeyDictionary[Optimizer, weakref.ref[nn.Module]]
+        self._models = weakref.WeakKeyDictionary()
+
+    def watch(self, model: nn.Module, optimizer: AnyOptimizer) -> None:
+        """Do so from now on, for the model given last."""
+        for member in members_of(optimizer):
+            is_new = member not in self._models
+            self._models[member] = weakref.ref(model)
+            _drop_names_of_a_load(member)
+            if is_new:
+                member.register_state_dict_pre_hook(self._before_saving)
+                member.register_state_dict_post_hook(self._after_saving)
+                member.register_load_state_dict_pre_hook(self._before_loading)
+
+    def _model(self, optimizer: Optimizer) -> nn.Module | None:
+        found = self._models.get(optimizer)
+        return None if found is None else found()
+
+    def _before_saving(self, optimizer: Optimizer) -> None:
+        model = self._model(optimizer)
+        if model is not None:
+            order_by_model(model, optimizer, self._kernels(optimizer))
+
+    def _after_saving(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        model = self._model(optimizer)
+        if model is None or _has_names(optimizer):
+            return
+        names = _names_of(model)
+        found = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+        if all(None not in own for own in found):  # else it trains what is no part of the model
+            for group, own in zip(state["param_groups"], found, strict=True):
+                group[NAMES], group[NAMED_BY_US] = own, True
+
+    def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        model = self._model(optimizer)
+        if model is None:
+            return state
+        self._take_in(model, optimizer)
+        order_by_model(model, optimizer, self._kernels(optimizer))
+        groups: list[ParamGroup] = state["param_groups"]
+        live = optimizer.param_groups
+        if len(groups) == len(live) and all(NAMES in group for group in groups):
+            names = _names_of(model)
+            wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
+            groups = _by_name(groups, wanted, self._may_start(optimizer))
+        if not _has_names(optimizer):
+            groups = [_without(group, NAMES) for group in groups]
+        return {**state, "param_groups": [_without(group, NAMED_BY_US) for group in groups]}
+
+    def _may_start(self, optimizer: Optimizer) -> set[str]:
+        """Return the names of kernels' parameters, which may begin without any state."""
+        model, kernels = self._model(optimizer), self._kernels(optimizer)
+        names = {} if model is None else _names_of(model)
+        return {name for key, name in names.items() if key in kernels}
+
+
+def _by_name(
+    saved: Sequence[ParamGroup], wanted: Sequence[Sequence[str]], new: set[str]
+) -> list[ParamGroup]:
+    """Return saved groups in the order of the live ones, a name to its own state.
+
+    Args:
+        saved: Groups of a ``state_dict``, with names.
+        wanted: Names of the parameters of each live group, in order.
+        new: Names that may be absent.
+
+    Raises:
+        ValueError: The two do not hold the same parameters.
+    """
+    having = [
+        dict(zip(map(_bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
+    ]
+    lacking = sorted(
+        {n for own, names in zip(having, wanted, strict=True) for n in own}
+        - {n for names in wanted for n in names}
+    )
+    if lacking:
+        msg = (
+            f"the state is of {len(lacking)} parameters that are not in this optimizer: "
+            f"{_some(lacking)}; load the model's state first, which builds its kernels, and the "
+            "optimizer's behind it"
+        )
+        raise ValueError(msg)
+    absent = sorted({n for names in wanted for n in names} - {n for own in having for n in own})
+    if set(absent) - new:
+        msg = (
+            f"the state has nothing of {_some(sorted(set(absent) - new))}, which this optimizer "
+            "trains; it is of another model, or of an optimizer that trained less"
+        )
+        raise ValueError(msg)
+    if absent:
+        _logger.warning("%s: the state has nothing of them; they begin without", _some(absent))
+    free = 1 + max((i for own in having for i in own.values()), default=-1)
+    groups = []
+    for number, (group, own, names) in enumerate(zip(saved, having, wanted, strict=True)):
+        elsewhere = [n for n in names if n not in own and n not in absent]
+        if elsewhere:
+            msg = (
+                f"{_some(elsewhere)} are in another param group than when the state was saved "
+                f"(group {number} here); build the optimizer with the groups that it had"
+            )
+            raise ValueError(msg)
+        ids = [own[n] if n in own else free + absent.index(n) for n in names]
+        groups.append({**group, "params": ids, NAMES: list(names)})
+    return groups
+
+
+def _names_of(model: nn.Module) -> dict[int, str]:
+    return {id(p): _bare_name(name) for name, p in bare(model).named_parameters()}
+
+
+def _bare_name(name: str) -> str:
+    """Return a name without what wrappers of the whole model put before it."""
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _has_names(optimizer: Optimizer) -> bool:
+    return any(NAMES in group for group in optimizer.param_groups)
+
+
+def _drop_names_of_a_load(optimizer: Optimizer) -> None:
+    """Take out names that came with a state: torch would want them of each group from then on."""
+    for group in optimizer.param_groups:
+        if group.pop(NAMED_BY_US, False):
+            group.pop(NAMES, None)
+
+
+def _without(group: ParamGroup, key: str) -> ParamGroup:
+    return {k: v for k, v in group.items() if k != key}
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

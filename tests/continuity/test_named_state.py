@@ -1,0 +1,213 @@
+"""An optimizer's state goes by names: to the same parameter, in whatever order things are made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+
+WIDTH = 4
+
+
+def built():
+    torch.manual_seed(0)
+    return esper.wrap(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)))
+
+
+def graft(model, index):
+    model[index].graft(0, f"mlp-{WIDTH}x{WIDTH}-w32", example=torch.randn(8, WIDTH))
+
+
+def train(model, optimizer, num=3):
+    for i in range(num):
+        torch.manual_seed(i)
+        optimizer.zero_grad()
+        model(torch.randn(8, WIDTH)).square().mean().backward()
+        optimizer.step()
+
+
+def split(model):
+    """Weights decay, the rest does not."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+GROUPS = {
+    "one group": lambda model: model.parameters(),
+    "split by decay": split,
+    "named": lambda model: model.named_parameters(),
+}
+
+
+def grown_run(groups="one group", make=torch.optim.AdamW):
+    """Return a model whose first and then last layer grew while it trained, and its optimizer."""
+    model = built()
+    optimizer = make(GROUPS[groups](model), lr=1e-2)
+    for index in (2, 0):
+        graft(model, index)
+        esper.sync_optimizer(model, optimizer)
+        train(model, optimizer)
+    return model, optimizer
+
+
+def moments(model, optimizer):
+    return {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_state_is_in_the_models_order_with_its_names(groups):
+    """As that of an optimizer which is made of the grown model, and its names beside."""
+    model, optimizer = grown_run(groups)
+    fresh = torch.optim.AdamW(GROUPS[groups](model), lr=1e-2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    expected = [[names[id(p)] for p in group["params"]] for group in fresh.param_groups]
+    saved = optimizer.state_dict()
+    assert [group["param_names"] for group in saved["param_groups"]] == expected
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    assert ids == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_an_optimizer_made_after_the_model_is_loaded_gets_the_right_moments(groups):
+    """Lightning's and the Trainer's order: model, optimizer, its state; nothing of Esper called."""
+    model, optimizer = grown_run(groups)
+    again = built()
+    again.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, fresh), moments(model, optimizer))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_an_optimizer_made_before_the_model_is_loaded_gets_the_right_moments(groups):
+    """Accelerate's order: model and optimizer are made, then both are loaded."""
+    model, optimizer = grown_run(groups)
+    again = built()
+    fresh = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same(moments(again, fresh), moments(model, optimizer))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_resumed_run_goes_on_bit_for_bit(groups):
+    """Whatever the order was in which its parts were made."""
+    for after in (True, False):
+        model, optimizer = grown_run(groups)
+        states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        again = built()
+        if after:
+            again.load_state_dict(states[0])
+        fresh = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+        if not after:
+            again.load_state_dict(states[0])
+        fresh.load_state_dict(states[1])
+        for each in ((model, optimizer), (again, fresh)):
+            train(*each)
+        assert same(again.state_dict(), model.state_dict())
+
+
+def test_control_by_position_moments_are_mixed_up():
+    """Without the hooks the state of the same run goes to other parameters, and nothing raises."""
+    model, optimizer = grown_run()
+    optimizer._optimizer_state_dict_pre_hooks.clear()
+    optimizer._optimizer_state_dict_post_hooks.clear()
+    own = {id(p) for name, p in model.named_parameters() if "_seeds" in name}
+    optimizer.param_groups[0]["params"].sort(key=lambda p: id(p) in own)  # as they appeared
+    again = built()
+    again.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert not same(moments(again, fresh), moments(model, optimizer))
+
+
+def test_state_of_kernels_that_are_not_there_is_refused():
+    """An optimizer that is loaded before its model says what is missing, and keeps its own."""
+    _, optimizer = grown_run()
+    again = built()
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    esper.sync_optimizer(again, fresh)
+    with pytest.raises(
+        ValueError, match=r"not in this optimizer: 0\._seeds.*load the model's state"
+    ):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state
+
+
+def test_state_of_another_model_is_refused():
+    """A host parameter that the state has nothing of is named."""
+    _, optimizer = grown_run()
+    saved = optimizer.state_dict()
+    group = saved["param_groups"][0]
+    for values in (group["params"], group["param_names"]):
+        del values[0]
+    with pytest.raises(ValueError, match=r"nothing of 0\.weight"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_hosts_state_loads_into_a_grown_run(caplog):
+    """Its moments are the host's; kernels begin without, and that is said."""
+    model = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    expected, saved = moments(model, optimizer), optimizer.state_dict()
+    again = built()
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    graft(again, 0)
+    esper.sync_optimizer(again, fresh)
+    fresh.load_state_dict(saved)
+    found = {n: fresh.state[p]["exp_avg"] for n, p in again.named_parameters() if p in fresh.state}
+    assert same(found, expected)
+    assert "begin without" in caplog.text
+
+
+def test_groups_stay_without_names_where_they_had_none():
+    """So that a group without names can be added, as those who thaw layers do."""
+    model, optimizer = grown_run()
+    optimizer.load_state_dict(optimizer.state_dict())
+    again = built()
+    again.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    esper.sync_optimizer(again, fresh)
+    for each in (optimizer, fresh):
+        each.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_several_optimizers_get_their_own():
+    """Muon has the weights and AdamW the rest; each loads what is its."""
+    parts = []
+    for _ in range(2):
+        model = built()
+        weights = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+        rest = torch.optim.AdamW([p for p in model.parameters() if p.ndim != 2], lr=1e-2)
+        parts.append((model, weights, rest))
+    (model, *optimizers), (again, *fresh) = parts
+    graft(model, 0)
+    esper.sync_optimizer(model, optimizers)
+    for each in optimizers:
+        train(model, each)
+    esper.sync_optimizer(again, fresh)
+    again.load_state_dict(model.state_dict())
+    for one, other in zip(optimizers, fresh, strict=True):
+        other.load_state_dict(one.state_dict())
+    for name, p in model.named_parameters():
+        one = next(o.state[p] for o in optimizers if p in o.state)
+        other = next(
+            o.state[again.get_parameter(name)]
+            for o in fresh
+            if again.get_parameter(name) in o.state
+        )
+        assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
