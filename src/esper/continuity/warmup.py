@@ -2,8 +2,8 @@
 
 They share a group with their host layer, so their learning rate cannot differ. Instead the
 update itself is scaled: with ``p_old`` a clone from before the step, ``p = p_old + f (p - p_old)``
-after it. Where the update is proportional to the rate, as in nearly every optimizer, this is a rate of
-``f`` times the host's.
+after it. Where the update is proportional to the rate, as in nearly every optimizer, this is a rate
+of ``f`` times the host's.
 """
 
 from __future__ import annotations
