@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from esper.continuity.ensemble import (
     AnyOptimizer,
-    is_supported,
     joined,
     members_of,
     rebuilt,
@@ -429,7 +428,8 @@ def _find_optimizers(layer: nn.Module, load: object) -> None:
             type(found), Optimizer
         ):  # isinstance asks objects, and some answer loudly
             continue
-        if is_supported(found) and any(id(p) in own for p in _all_parameters(found)):
+        is_wrapper = "_optimizer_state_dict_pre_hooks" not in found.__dict__
+        if not is_wrapper and any(id(p) in own for p in _all_parameters(found)):
             _NAMED.watch(model, found)
 
 
