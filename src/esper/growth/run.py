@@ -167,8 +167,12 @@ class GrowthRun:
         )
 
     def going_on(self, flops: float) -> GoingOn | None:
-        """Say what so many FLOPs of going on would bring, from the run's own curve."""
-        points = [(e.update, e.gate_loss) for e in self.journal.evaluations]
+        """Say what so many FLOPs of going on would bring, from the run's own curve.
+
+        What fell because another package was taken over is no part of that curve.
+        """
+        since = self.journal.last_switch
+        points = [(e.update, e.gate_loss) for e in self.journal.evaluations if e.update >= since]
         each = self.ledger.update_flops
         return going_on(points, at=self.updates, extra_updates=flops / each) if each else None
 
