@@ -143,7 +143,8 @@ def test_what_going_on_would_have_brought_may_not_be_known():
 
 def test_without_attribution_nobody_measured_whether_it_was_needed():
     """The headline says so, and how to."""
-    text = said(a_trial(attribution="none", capacity=None, capacity_shown=None))
+    trial = a_trial(attribution="none", capacity=None, capacity_shown=None)
+    text = said(trial, settings={"trial": "twin", "attribution": "none"})
     assert "whether that is capacity or treatment alone was not measured" in text
     assert f'{NOBODY_MEASURED}: attribution="trial"' in text
     assert "esper grow --control" in text
@@ -270,7 +271,7 @@ def test_auditions_are_counted_where_they_came_to_a_gate():
     assert "Of the 2 kernels that came to a gate 1 was kept and 1 was dropped." in text
     assert "does not say what a kernel brings to a run" in text
     assert NOBODY_MEASURED in text
-    assert "twin" not in text
+    assert "the live run" not in text
 
 
 def test_one_audition_is_told_as_one():
@@ -279,6 +280,49 @@ def test_one_audition_is_told_as_one():
     text = headline(a_shadow_run("culled in audition"))
     assert "Growth kept nothing: 1 kernel came to no gate." in text
     assert NOBODY_MEASURED not in text
+
+
+@pytest.mark.parametrize("verdict", ["culled at admission", "culled after admission"])
+def test_a_kernel_that_was_dropped_is_told_with_the_reason(verdict):
+    """And with nothing that one which stayed would need."""
+    (graft,) = a_shadow_run(verdict).grafts
+    graft = replace(graft, reason="not beyond luck: z = 0.30", updates_lost=7)
+    text = said(settings={"trial": "shadow"}, grafts=(graft,))
+    assert "came to a gate was dropped: not beyond luck: z = 0.30, which cost 7 updates." in text
+    assert NOBODY_MEASURED not in text
+
+
+def test_kernels_that_came_to_no_gate_are_told_beside_those_that_did():
+    """As packages without a verdict are."""
+    text = headline(a_shadow_run("fossilized", "culled in audition"))
+    assert "The one kernel that came to a gate was kept. 1 more kernel came to no gate." in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"trial": "shadow", "attribution": "trial"}, 'trial="twin" holds a package against'),
+        ({"trial": "twin", "attribution": "none"}, 'attribution="trial" tells capacity from'),
+        ({"trial": "twin", "attribution": "trial"}, "esper grow --control trains the same job"),
+    ],
+    ids=["shadow", "none", "no linear form"],
+)
+def test_what_nobody_measured_comes_with_what_would_have(settings, cure):
+    """No setting is advised that the run had, or that does nothing in its mode."""
+    kernel = {"grafts": (a_graft(),)} if settings["trial"] == "shadow" else {}
+    trials = () if kernel else (a_trial(attribution="none", capacity=None, capacity_shown=None),)
+    assert f"{NOBODY_MEASURED}: {cure}" in said(*trials, settings=settings, **kernel)
+
+
+def test_kernels_of_a_package_without_a_trial_are_told():
+    """They were made, so that it is not true that nothing was tried."""
+    stage = {"stage": GraftStage.CULLED, "admitted_at": None, "package": 1}
+    graft = a_graft(**stage, verdict="refused in trial", reason="two twins need 9 GB, 1 GB is free")
+    text = said(grafts=(graft,))
+    assert text.startswith(
+        "For want of a trial 1 kernel met nothing: two twins need 9 GB, 1 GB is free."
+    )
+    assert "tried nothing" not in text
 
 
 @pytest.mark.parametrize(

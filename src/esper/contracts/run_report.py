@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import GraftStatus, ProgressRow
 from esper.contracts.report_text import (
     ONE_RUN_EACH,
@@ -17,6 +18,7 @@ from esper.contracts.report_text import (
     of_packages,
     of_single_grafts,
     of_stages,
+    of_untried,
     stage_text,
     trial_lines,
     with_error,
@@ -42,9 +44,14 @@ if TYPE_CHECKING:
 REPORT_FORMAT_VERSION: Final = "1.1"
 
 _UNNEEDED: Final = (
-    'Whether the run needed a graft nobody measured: attribution="trial" tells capacity from '
-    "treatment, and esper grow --control trains the same job without growth."
+    "Whether the run needed a graft nobody measured: {cure}esper grow --control trains the same "
+    "job without growth."
 )
+_CURES: Final = {
+    "shadow": 'trial="twin" holds a package against the run itself, and ',
+    "none": 'attribution="trial" tells capacity from treatment, and ',
+}
+"""What would have measured it, by the setting that kept it from being measured."""
 _UNMEASURED_END: Final = (
     "What growth brought by the end of the run nobody measured: esper grow --control trains the "
     "same job without growth."
@@ -220,7 +227,8 @@ def headline_sentences(report: RunReport) -> list[str]:
         interrupted=report.interrupted,
     )
     single = of_single_grafts(report.grafts, had_twins=report.settings.get("verify") == "fork")
-    told = [*packages, *single, *of_stages(report.stages)]
+    untried = of_untried(report.trials, report.grafts)
+    told = [*packages, *untried, *single, *of_stages(report.stages)]
     if not told:
         told = ["Growth tried nothing here, so there is nothing that it beat."]
     return [*told, *_of_the_end(report)]
@@ -229,7 +237,13 @@ def headline_sentences(report: RunReport) -> list[str]:
 def _of_the_end(report: RunReport) -> Iterator[str]:
     """Say what the whole run was compared with, and what nobody measured."""
     inside = [t for t in report.trials if t.verdict in ("kept", "taken over")]
-    alone = [g for g in report.grafts if g.package is None and g.admitted_at is not None]
+    alone = [
+        graft
+        for graft in report.grafts
+        if graft.package is None
+        and graft.admitted_at is not None
+        and graft.stage is not GraftStage.CULLED
+    ]
     if report.end_capacity is not None:
         yield _end_capacity(report)
     if report.comparison is not None:
@@ -238,9 +252,15 @@ def _of_the_end(report: RunReport) -> Iterator[str]:
     elif (inside or alone) and report.end_capacity is None:
         met_a_null = any(trial.capacity_shown is not None for trial in inside)
         met_a_twin = any(graft.contribution is not None for graft in alone)
-        yield _UNMEASURED_END if met_a_null or met_a_twin else _UNNEEDED
+        yield _UNMEASURED_END if met_a_null or met_a_twin else _unneeded(report)
     if report.trials or report.grafts:
         yield _NEVER_COMPARED
+
+
+def _unneeded(report: RunReport) -> str:
+    settings = report.settings
+    kept_from = "shadow" if settings.get("trial") == "shadow" else settings.get("attribution")
+    return _UNNEEDED.format(cure=_CURES.get(str(kept_from), ""))
 
 
 def _end_capacity(report: RunReport) -> str:
