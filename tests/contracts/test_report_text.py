@@ -244,6 +244,13 @@ def test_a_null_that_trained_to_the_end_is_told_at_the_end(shown, words):
     assert "esper grow --control" not in text
 
 
+def test_of_several_packages_the_last_is_held_against_its_null_at_the_end():
+    """The null of an earlier one ends where another is taken over."""
+    values = {"end_capacity": 0.3, "end_capacity_stderr": 0.1, "end_capacity_shown": True}
+    text = said(a_trial(attribution="run"), a_trial(2, attribution="run"), **values)
+    assert "it beat the last package made linear by 0.3" in text
+
+
 @pytest.mark.parametrize("test_metrics", [{}, {"loss": 0.5}])
 def test_gate_figures_are_called_optimistic_where_there_is_no_test_split(test_metrics):
     """In the headline as everywhere else."""

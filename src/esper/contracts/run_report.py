@@ -236,7 +236,7 @@ def headline_sentences(report: RunReport) -> list[str]:
 
 def _of_the_end(report: RunReport) -> Iterator[str]:
     """Say what the whole run was compared with, and what nobody measured."""
-    inside = [t for t in report.trials if t.verdict in ("kept", "taken over")]
+    inside = _inside(report)
     alone = [
         graft
         for graft in report.grafts
@@ -257,6 +257,11 @@ def _of_the_end(report: RunReport) -> Iterator[str]:
         yield _NEVER_COMPARED
 
 
+def _inside(report: RunReport) -> list[TrialRecord]:
+    """Return the packages that are in the model."""
+    return [trial for trial in report.trials if trial.verdict in ("kept", "taken over")]
+
+
 def _unneeded(report: RunReport) -> str:
     settings = report.settings
     kept_from = "shadow" if settings.get("trial") == "shadow" else settings.get("attribution")
@@ -265,10 +270,11 @@ def _unneeded(report: RunReport) -> str:
 
 def _end_capacity(report: RunReport) -> str:
     found = with_error(report.end_capacity, report.end_capacity_stderr)
+    last = "last " if len(_inside(report)) > 1 else ""
     if report.end_capacity_shown:
-        return f"At the end of the run it beat the package made linear by {found}{_hint(report)}."
+        return f"At the end of the run it beat the {last}package made linear by {found}{_hint(report)}."
     return (
-        "At the end of the run it was not shown to beat the package made linear "
+        f"At the end of the run it was not shown to beat the {last}package made linear "
         f"({found}{_hint(report)})."
     )
 

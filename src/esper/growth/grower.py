@@ -329,6 +329,7 @@ class Grower:
             found = beside.read()
         finally:
             beside.close()
+            self._run.ledger.promised = 0.0
         if found is not None and found.effect is not None:
             self._at_the_end = {
                 "end_capacity": found.effect,
@@ -361,7 +362,9 @@ class Grower:
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
             run.journal.faulted(fault)
         if run.null_beside is not None and batches:
-            run.null_beside.advance(batches)
+            over = run.null_beside.advance(batches)
+            if over is not None:
+                run.end_null_beside(over)
         if batches and not self._tried_twin:
             self._tried_twin = True
             self._rehearse(batches)

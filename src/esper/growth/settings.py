@@ -68,6 +68,8 @@ class GrowthSettings:
         nulls: Equal twins that train beside a trial to measure the spread; 0, or at least 3.
         attribution: How long the package made linear trains beside it, so that a gain can be
             told apart from its treatment: ``"trial"``, to the end of the ``"run"``, or ``"none"``.
+            To the end of a run of known length no package is tried whose null ``overhead`` does
+            not buy that long; without a horizon it trains for as long as that is earned.
         pays: ``"updates"``: a package stays where it beats the live run at equal updates.
             ``"flops"``: where it also beats what the same FLOPs of going on would have brought.
         min_effect: Smallest fall of the gate loss that a package has to bring, as a share of it;
