@@ -271,12 +271,10 @@ def _unneeded(report: RunReport) -> str:
 def _end_capacity(report: RunReport) -> str:
     found = with_error(report.end_capacity, report.end_capacity_stderr)
     last = "last " if len(_inside(report)) > 1 else ""
+    null = f"the {last}package made linear"
     if report.end_capacity_shown:
-        return f"At the end of the run it beat the {last}package made linear by {found}{_hint(report)}."
-    return (
-        f"At the end of the run it was not shown to beat the {last}package made linear "
-        f"({found}{_hint(report)})."
-    )
+        return f"At the end of the run it beat {null} by {found}{_hint(report)}."
+    return f"At the end of the run it was not shown to beat {null} ({found}{_hint(report)})."
 
 
 def words_for(report: RunReport) -> dict[str, str]:

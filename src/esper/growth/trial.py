@@ -217,6 +217,11 @@ class Trial:
     ) -> Stage | None:
         run = self._run
         kernels = dict(zip(self.record.sites, arm.kernels, strict=True))
+        outcome = attempt(lambda: take_over(run, arm.twin, kernels))
+        if isinstance(outcome, Failed):
+            self._keep_out(f"it could not be taken over, and the run is as it was: {outcome}")
+            return None
+        taken = outcome.value
         self.record = replace(
             self.record,
             verdict="taken over",
@@ -224,11 +229,6 @@ class Trial:
             gate_loss_after=_finite(taken_now.watchs_part.loss),
         )
         run.journal.trial_read(self.record)
-        outcome = attempt(lambda: take_over(run, arm.twin, kernels))
-        if isinstance(outcome, Failed):
-            self.close(f"it could not be taken over, and the run is as it was: {outcome}")
-            return None
-        taken = outcome.value
         run.last_change_update = run.updates
         run.ledger.structure_changed()
         for contender, kernel in zip(self._package, taken.kernels, strict=True):
@@ -246,6 +246,13 @@ class Trial:
             before=live_now.watchs_part,
             effect=verdict.effect,
         )
+
+    def _keep_out(self, trouble: str) -> None:
+        """Say that a package passed, and that its taking over failed; no try is spent."""
+        passed = f"it passed ({self.record.reason}), but {trouble}"
+        self.record = replace(self.record, verdict="refused", taken="", reason=passed)
+        self._run.journal.trial_read(self.record)
+        self._drop(passed)
 
     def _leave(self, taken: Arm, verdict: TrialVerdict) -> None:
         """Let go of the twins; the null trains on where the owner wants it to the end."""
