@@ -445,8 +445,12 @@ def test_words_are_explained_where_they_are_used():
             "25.0% of the work was growing",
         ),
         ({"work": {"training": 4e9, "trial": 1e9}}, "growing took 1 GFLOP, 25.0% of what training"),
+        (
+            {"work": {"training": 4e9, "evaluation": 1e6}, "overhead_limit": 0.0},
+            "of what training did (whatever the limit, the first pass, update of a twin and",
+        ),
     ],
-    ids=["not counted", "passes", "flops"],
+    ids=["not counted", "passes", "flops", "beyond the limit"],
 )
 def test_work_is_told_in_its_unit(changes, words):
     """FLOPs over training's, or passes over all as in files of format 1."""

@@ -410,7 +410,24 @@ def test_what_the_overhead_does_not_buy_is_not_begun(trial):
     assert not report.grafts
     assert report.work["trial" if trial == "shadow" else "shadow"] == 0.0
     (note,) = [note for note in report.notes if note.startswith("overhead=0.5 buys no ")]
-    assert "it would take a horizon of about" in note
+    assert "it would take a horizon of more than" in note
+
+
+@pytest.mark.filterwarnings("ignore:nothing can grow. overhead=0")
+@pytest.mark.parametrize(
+    "settings", [{"overhead": 0.0}, {"overhead": 0.0, "horizon": 300}, {"horizon": 300}]
+)
+def test_an_overhead_that_buys_nothing_costs_one_pass_and_the_first_readings(settings):
+    """They tell what things take; nothing is ranked, and no twin is rehearsed."""
+    model, optimizer = wrapped()
+    options = {"policy": EveryN(5), "overhead": 0.01, **settings}
+    grower = growing(model, optimizer, **options)
+    train(model, optimizer, 30, grower)
+    grower.close()
+    report, ledger = grower.report(), grower._run.ledger
+    assert {name for name, flops in report.work.items() if flops} == {"training", "evaluation"}
+    assert report.work["evaluation"] == ledger.update_flops + 3 * ledger.reading_flops
+    assert "(whatever the limit, " in str(report)
 
 
 @pytest.mark.parametrize("trial", TRIALS)

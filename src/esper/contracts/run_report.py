@@ -294,12 +294,23 @@ def work_text(report: RunReport) -> str:
     most = "" if limit is None else f" of at most {flops_text(limit)}"
     took = (
         f"growing took {flops_text(report.overhead)}{most}, {report.overhead_share:.1%} of what "
-        "training did"
+        f"training did{in_brackets(beyond_limit(report))}"
     )
     training = report.seconds.get("training")
     if training is None:
         return took
     return f"{took}, and {sum(report.seconds.values()) - training:,.1f} s beside {training:,.1f} s"
+
+
+def beyond_limit(report: RunReport) -> str:
+    """Say what is spent whatever the limit, where growing took more than that; else nothing."""
+    limit = report.overhead_limit
+    if report.work_unit == "passes" or limit is None or report.overhead <= limit:
+        return ""
+    return (
+        "whatever the limit, the first pass, update of a twin and reading are made, which tell "
+        "what things take"
+    )
 
 
 def run_lines(report: RunReport) -> Iterator[str]:

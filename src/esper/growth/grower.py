@@ -22,6 +22,7 @@ from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
     NEVER_STEPPED,
+    is_too_dear,
     missing_evidence,
     missing_part,
     never_grows,
@@ -383,10 +384,10 @@ class Grower:
         self._decide()
 
     def _rehearse(self, batches: list[Batch]) -> None:
-        """Try a twin, before anything depends on it."""
+        """Try a twin, before anything depends on it; none where no trial can be paid."""
         run = self._run
         never = grafts_nothing(run.policy) or missing_part(run) is not None
-        if run.settings.trial != "twin" or never:
+        if run.settings.trial != "twin" or never or is_too_dear(run):
             return
         with run.ledger.measured("trial"):
             run.no_twins = rehearse(run, batches)

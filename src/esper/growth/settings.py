@@ -56,7 +56,11 @@ class GrowthSettings:
             where that would take more than a fifth of ``overhead``.
         overhead: What growing may take, in FLOPs, as a share of the FLOPs of the training itself,
             at least 0; evaluation, ranking, trials and shadow passes together. None: 0.10, and 1.0
-            for a host under 100,000 parameters.
+            for a host under 100,000 parameters. Whatever it is, these are done, since they tell
+            what things take: one forward and backward of ``compute_loss`` at the first batch and
+            after each change of the model, the first reading of ``evaluate`` (three times over,
+            since its order has to repeat), and, where a trial could be paid, one update of a twin.
+            At 0 nothing is tried.
         trial: ``"twin"``: a package of kernels is tried in a copy of the run. ``"shadow"``: one
             kernel at a time learns in passes beside the run; for models of which no copy fits.
         record_updates: Updates that are recorded for a ranking, at least 1.

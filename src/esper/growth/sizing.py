@@ -98,6 +98,22 @@ def paid_kernel(run: GrowthRun, flops: float | None, batches: list[Batch]) -> Si
     return Size(updates=updates) if updates >= MIN_TRIAL else _too_dear(run, flops, batches)
 
 
+def never_paid(run: GrowthRun) -> str | None:
+    """Say why not even a kernel that takes nothing could be tried in this run, or None.
+
+    It is asked before a twin is rehearsed or anything is ranked, which cost something as well.
+    Where no horizon is known a trial may be earned in time, unless nothing ever is.
+    """
+    if run.ledger.overhead == 0:
+        return "overhead=0 buys no trial in this run: it would take a larger one"
+    if run.settings.horizon is None or not run.ledger.update_flops:
+        return None
+    beside = _updates_beside(run, MIN_TRIAL) * _beside_flops(run, (), [])
+    if run.ledger.affordable(_least_flops(run, None, []) + beside):
+        return None
+    return _too_dear(run, None, [], about="more than").reason
+
+
 def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
     """Return what kernels may take in a forward of one sample for a trial of so many updates."""
     settings, host = run.settings, run.ledger.update_flops
@@ -130,8 +146,17 @@ def _beside_flops(
     return max(0.0, run.ledger.update_flops + (1 - run.ledger.overhead) * added)
 
 
-def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
-    """Say why not even one kernel can be tried, and what it would take."""
+def _too_dear(
+    run: GrowthRun, kernel_flops: float | None, batches: list[Batch], *, about: str = "about"
+) -> Size:
+    """Say why not even one kernel can be tried, and what it would take.
+
+    Args:
+        run: The run.
+        kernel_flops: FLOPs of its forward of one sample; None where they were not counted.
+        batches: The batches of the last update.
+        about: Set before the horizon that it would take.
+    """
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         left = f"too few are left of {settings.horizon}"
@@ -156,7 +181,7 @@ def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) 
         run.awaited_flops = least
         words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
         return Size(reason=words, waits=True)
-    cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
+    cure = f"it would take a horizon of {about} {length:,} updates, or a larger overhead"
     return Size(reason=f"{bought} in this run: {cure}")
 
 
