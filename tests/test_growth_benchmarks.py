@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,39 @@ def test_result_of_a_newer_format_is_refused(load, tmp_path):
         list(store.of("a task"))
 
 
+def test_result_without_what_it_was_measured_on_is_a_result(load, tmp_path):
+    """Files that were written before that was recorded are read, and nothing is told of it."""
+    store = load("store").Store(folder=tmp_path)
+    store.write(a_result(load))
+    (path,) = tmp_path.rglob("*.json")
+    kept = json.loads(path.read_text())
+    del kept["environment"], kept["commit"]
+    path.write_text(json.dumps(kept))
+    (found,) = store.of("a task")
+    assert (found.environment, found.commit) == (None, None)
+    assert list(load("document")._measured_on({"grown late": {7: found}})) == []
+
+
+def test_document_says_on_what_results_were_measured_where_it_is_known(load):
+    """Each environment and commit once, and of how many it was not recorded."""
+    where = {"python": "3.12.3", "torch": "2.8.0", "processor": "x86_64", "threads": 1}
+    known = [a_result(load, environment=where, commit=at) for at in ("abc1234", "abc1234", None)]
+    of_arm = dict(enumerate([*known, a_result(load)]))
+    (line,) = load("document")._measured_on({"grown late": of_arm})
+    assert line == (
+        "Measured on Python 3.12.3, torch 2.8.0, x86_64, 1 thread; of 1 of the 4 results it was "
+        "not recorded. At abc1234.\n"
+    )
+
+
+def test_environment_names_versions_and_no_machine(load, tmp_path):
+    """Four figures, and a commit where there is one."""
+    module = load("environment")
+    assert set(module.environment()) == {"python", "torch", "processor", "threads"}
+    assert platform.node() not in map(str, module.environment().values())
+    assert module.commit(tmp_path) is None
+
+
 def test_flops_to_a_loss_lie_between_those_of_two_runs(load):
     """Half of the way between two losses is half of the way between the logarithms of FLOPs."""
     flops, is_beyond = load("figures").flops_at_loss([(1e9, 2.0), (4e9, 1.0)], 1.5)
@@ -133,6 +167,7 @@ def test_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
     printed()
     kept = {path.name: path.read_bytes() for path in tmp_path.rglob("*.json")}
     assert len(kept) == 2
+    assert all(json.loads(text)["environment"]["threads"] == 1 for text in kept.values())
     (tmp_path / "useless-regression" / "noise--3.json").unlink()
     again = printed()
     assert "noise" in again

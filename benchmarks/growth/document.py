@@ -7,7 +7,7 @@ It holds nothing that is not in those files; ``benchmarks/growth/run.py`` calls 
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,7 +47,7 @@ def pages(store: Store) -> Iterator[tuple[str, str]]:
             name = f"growth-{task.name.replace(',', '').replace(' ', '-').lower()}.svg"
             parts.append(f"![{task.title}]({name})\n")
             yield name, picture
-        parts += [told, _arms(task, results), _settings(task)]
+        parts += [told, _arms(task, results), _settings(task), *_measured_on(results)]
     if absent:
         rows = "\n".join(f"- {task.title}" for task in absent)
         parts.append(f"## Not run yet\n\nThere are no results of:\n\n{rows}\n")
@@ -77,6 +77,25 @@ def _settings(task: Task) -> str:
     told = ", ".join(f"{key} {value}" for key, value in task.settings.items())
     tried = f"\n\nTried before: {task.tried}" if task.tried else ""
     return f"Settings: {told}.{tried}\n"
+
+
+def _measured_on(results: ByArm) -> Iterator[str]:
+    """Yield a line on what results were measured on, each environment once, where it is known."""
+    found = [result for own in results.values() for result in own.values()]
+    known = [result.environment for result in found if result.environment is not None]
+    if not known:
+        return
+    told = sorted({_environment(environment) for environment in known})
+    rest = len(found) - len(known)
+    others = f"; of {rest} of the {len(found)} results it was not recorded" if rest else ""
+    commits = sorted({result.commit for result in found if result.commit is not None})
+    at = f" At {', '.join(commits)}." if commits else ""
+    yield f"Measured on {'; '.join(told)}{others}.{at}\n"
+
+
+def _environment(known: Mapping[str, Any]) -> str:
+    threads = f"{known['threads']} thread{'' if known['threads'] == 1 else 's'}"
+    return f"Python {known['python']}, torch {known['torch']}, {known['processor']}, {threads}"
 
 
 def as_markdown(store: Store | None = None) -> str:

@@ -8,12 +8,14 @@ import argparse
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import document
 import torch
-from store import RESULTS, Store
+from environment import commit, environment
+from store import RESULTS, ROOT, Store
 from task import Task
 from tasks import TASKS
 
@@ -23,8 +25,9 @@ def run_one(name: str, random_seed: int, arms: list[str], folder: Path, *, quick
     torch.set_num_threads(1)
     task, store = TASKS[name], Store(folder=folder)
     settings = task.quick if quick else task.settings
+    where, at = environment(), commit(ROOT)
     for result in task.runs(random_seed, arms, settings):
-        store.write(result)
+        store.write(replace(result, environment=where, commit=at))
         told = ", ".join(f"{k} {v:.4g}" for k, v in result.figures.items() if v is not None)
         print(f"{name}, {result.arm}, random seed {random_seed}: {told}", flush=True)
 

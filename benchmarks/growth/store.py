@@ -29,6 +29,9 @@ class Result:
         seconds: Wall time of the run on one thread, of a machine that may have had other work.
         curve: Updates, FLOPs so far and the measure, at a few places.
         details: Whatever else is worth keeping, JSON values.
+        environment: On what it was measured, as ``environment.environment`` says it; None where
+            that was not recorded.
+        commit: Short name of the commit that it was measured at; None where it is not known.
     """
 
     task: str
@@ -40,6 +43,8 @@ class Result:
     seconds: float
     curve: tuple[tuple[int, float, float], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -143,7 +143,8 @@ def test_what_going_on_would_have_brought_may_not_be_known():
 
 def test_without_attribution_nobody_measured_whether_it_was_needed():
     """The headline says so, and how to."""
-    text = said(a_trial(attribution="none", capacity=None, capacity_shown=None))
+    trial = a_trial(attribution="none", capacity=None, capacity_shown=None)
+    text = said(trial, settings={"trial": "twin", "attribution": "none"})
     assert "whether that is capacity or treatment alone was not measured" in text
     assert f'{NOBODY_MEASURED}: attribution="trial"' in text
     assert "esper grow --control" in text
@@ -243,6 +244,13 @@ def test_a_null_that_trained_to_the_end_is_told_at_the_end(shown, words):
     assert "esper grow --control" not in text
 
 
+def test_of_several_packages_the_last_is_held_against_its_null_at_the_end():
+    """The null of an earlier one ends where another is taken over."""
+    values = {"end_capacity": 0.3, "end_capacity_stderr": 0.1, "end_capacity_shown": True}
+    text = said(a_trial(attribution="run"), a_trial(2, attribution="run"), **values)
+    assert "it beat the last package made linear by 0.3" in text
+
+
 @pytest.mark.parametrize("test_metrics", [{}, {"loss": 0.5}])
 def test_gate_figures_are_called_optimistic_where_there_is_no_test_split(test_metrics):
     """In the headline as everywhere else."""
@@ -270,7 +278,7 @@ def test_auditions_are_counted_where_they_came_to_a_gate():
     assert "Of the 2 kernels that came to a gate 1 was kept and 1 was dropped." in text
     assert "does not say what a kernel brings to a run" in text
     assert NOBODY_MEASURED in text
-    assert "twin" not in text
+    assert "the live run" not in text
 
 
 def test_one_audition_is_told_as_one():
@@ -279,6 +287,49 @@ def test_one_audition_is_told_as_one():
     text = headline(a_shadow_run("culled in audition"))
     assert "Growth kept nothing: 1 kernel came to no gate." in text
     assert NOBODY_MEASURED not in text
+
+
+@pytest.mark.parametrize("verdict", ["culled at admission", "culled after admission"])
+def test_a_kernel_that_was_dropped_is_told_with_the_reason(verdict):
+    """And with nothing that one which stayed would need."""
+    (graft,) = a_shadow_run(verdict).grafts
+    graft = replace(graft, reason="not beyond luck: z = 0.30", updates_lost=7)
+    text = said(settings={"trial": "shadow"}, grafts=(graft,))
+    assert "came to a gate was dropped: not beyond luck: z = 0.30, which cost 7 updates." in text
+    assert NOBODY_MEASURED not in text
+
+
+def test_kernels_that_came_to_no_gate_are_told_beside_those_that_did():
+    """As packages without a verdict are."""
+    text = headline(a_shadow_run("fossilized", "culled in audition"))
+    assert "The one kernel that came to a gate was kept. 1 more kernel came to no gate." in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"trial": "shadow", "attribution": "trial"}, 'trial="twin" holds a package against'),
+        ({"trial": "twin", "attribution": "none"}, 'attribution="trial" tells capacity from'),
+        ({"trial": "twin", "attribution": "trial"}, "esper grow --control trains the same job"),
+    ],
+    ids=["shadow", "none", "no linear form"],
+)
+def test_what_nobody_measured_comes_with_what_would_have(settings, cure):
+    """No setting is advised that the run had, or that does nothing in its mode."""
+    kernel = {"grafts": (a_graft(),)} if settings["trial"] == "shadow" else {}
+    trials = () if kernel else (a_trial(attribution="none", capacity=None, capacity_shown=None),)
+    assert f"{NOBODY_MEASURED}: {cure}" in said(*trials, settings=settings, **kernel)
+
+
+def test_kernels_of_a_package_without_a_trial_are_told():
+    """They were made, so that it is not true that nothing was tried."""
+    stage = {"stage": GraftStage.CULLED, "admitted_at": None, "package": 1}
+    graft = a_graft(**stage, verdict="refused in trial", reason="two twins need 9 GB, 1 GB is free")
+    text = said(grafts=(graft,))
+    assert text.startswith(
+        "For want of a trial 1 kernel met nothing: two twins need 9 GB, 1 GB is free."
+    )
+    assert "tried nothing" not in text
 
 
 @pytest.mark.parametrize(
@@ -394,8 +445,12 @@ def test_words_are_explained_where_they_are_used():
             "25.0% of the work was growing",
         ),
         ({"work": {"training": 4e9, "trial": 1e9}}, "growing took 1 GFLOP, 25.0% of what training"),
+        (
+            {"work": {"training": 4e9, "evaluation": 1e6}, "overhead_limit": 0.0},
+            "of what training did (whatever the limit, the first pass, update of a twin and",
+        ),
     ],
-    ids=["not counted", "passes", "flops"],
+    ids=["not counted", "passes", "flops", "beyond the limit"],
 )
 def test_work_is_told_in_its_unit(changes, words):
     """FLOPs over training's, or passes over all as in files of format 1."""

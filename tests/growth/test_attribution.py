@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 
@@ -14,7 +15,7 @@ from torch import nn
 import esper
 from esper.contracts.events import Fossilized, TrialStarted
 from esper.contracts.intervals import student_t_quantile
-from esper.growth.budget import count_parameters
+from esper.growth.budget import Budget, count_parameters
 from esper.growth.policies import ByHand
 from esper.growth.twins import Twin
 from esper.growth.verdict import TrialReadings
@@ -165,6 +166,113 @@ def test_null_beside_trains_on_when_passengers_leave():
         course.update()
     course.grower.close()
     assert course.grower.report().end_capacity == pytest.approx(1.5, abs=0.1)
+
+
+class Ballast(nn.Module):
+    """Takes work and changes nothing: kernels are small beside a host that ends in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(1, 4096))
+
+    def forward(self, y):
+        return y + (y[:, None] @ self.weight).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "words"),
+    [
+        (120, 'of its null to the end of the run (attribution="run") in this run'),
+        pytest.param(None, "overhead=0.7 buys no more of it", marks=pytest.mark.slow),
+    ],
+)
+def test_the_overhead_pays_for_a_null_to_the_end_of_the_run(horizon, words):
+    """Before its trial where the end is known, else for as long as it is earned."""
+    model, optimizer = chain()
+    model.append(Ballast())
+    course = Course(
+        model, optimizer, attribution="run", horizon=horizon, overhead=0.7, hold_updates=5
+    )
+    for _ in range(120):
+        course.update()
+    course.grower.close()
+    report = course.grower.report()
+    assert report.overhead <= report.overhead_limit
+    assert report.end_capacity is None
+    assert sum(words in note for note in report.notes) == 1
+
+
+@pytest.mark.slow
+def test_a_null_to_the_end_of_the_run_is_had_where_it_is_paid_for():
+    """The control: a larger overhead buys it, and is kept to."""
+    model, optimizer = chain()
+    model.append(Ballast())
+    course = Course(model, optimizer, attribution="run", horizon=120, overhead=1.8, hold_updates=5)
+    for _ in range(120):
+        course.update()
+    course.grower.close()
+    report = course.grower.report()
+    assert report.end_capacity is not None
+    assert 1.0 < report.overhead_share <= 1.8
+
+
+def test_what_is_promised_to_a_null_buys_nothing_else():
+    """While it trains, and no longer."""
+    course = Course(attribution="run", horizon=200, overhead=50.0)
+    course.to_the_switch()
+    course.update()
+    ledger = course.run.ledger
+    assert ledger.promised >= (200 - course.grower.updates) * ledger.update_flops / 2
+    left = ledger.left_for_trials()
+    course.grower.close()
+    assert ledger.promised == 0
+    assert ledger.left_for_trials() > left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_a_null_is_let_go_where_it_measures_its_package_no_more(rolled_back):
+    """What was taken over behind it, or undone, would be in the figure as well."""
+    course = Course(sites=("0",), attribution="run", hold_updates=5, budget=Budget(packages=2))
+    course.to_the_switch()
+    if rolled_back:
+        course.measure.shift = 9.0
+    course.run.ranking.sites = ("2",)
+    first = course.run.null_beside
+    for _ in range(60):
+        course.update()
+    assert first is not None
+    assert course.run.null_beside is not first
+    why = "package 1 was rolled back" if rolled_back else "package 2 was taken over"
+    assert sum(why in note for note in course.grower.report().notes) == 1
+
+
+@pytest.mark.slow
+def test_running_statistics_at_the_end_are_those_of_the_averaged_weights():
+    """On the last batches, as for the verdict; a mean of running statistics is no weights'."""
+    model, optimizer = chain()
+    model.insert(5, nn.BatchNorm1d(1, affine=False))  # not wrapped
+    seen = []
+
+    class Remembers(Measure):
+        def __call__(self, model):
+            seen.append(copy.deepcopy(model))
+            return super().__call__(model)
+
+    course = Course(
+        model, optimizer, measure=Remembers(helps({"0": 1.0, "2": 1.0})), attribution="run"
+    )
+    course.to_the_end()
+    last = [next(course.batches) for _ in range(34)]
+    course.batches = iter(last)
+    for _ in last:
+        course.update()
+    seen.clear()
+    course.grower.close()
+    assert len(seen) == 2
+    for read in seen:
+        means = [read[:5].train()(X[batch]).mean(0) for batch in last[-16:]]
+        torch.testing.assert_close(read[5].running_mean, torch.stack(means).mean(0).detach())
 
 
 def test_a_null_that_adds_capacity_makes_the_figure_a_lower_bound():

@@ -158,7 +158,8 @@ def test_all_grafts_are_numbered_and_summed_up():
     assert fourth.record.admitted_at is None
     assert grafts.num_packages_admitted == 2
     assert grafts.added_cost == COST
-    unmeasured = grafts.germinate(germination(cost=Cost(parameters=1)))
+    unmeasured = grafts.germinate(germination(cost=Cost(parameters=1), package=None))
     unmeasured.begin_audition("probed")
     unmeasured.admit("it helps", update=9)
+    assert grafts.num_packages_admitted == 3
     assert grafts.added_cost == Cost(parameters=11, flops=5.0, latency_s=1e-3)

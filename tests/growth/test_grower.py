@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from contextlib import nullcontext
 
 import pytest
@@ -26,6 +27,7 @@ from esper.growth.flops import update_flops
 from esper.growth.grower import Grower
 from esper.growth.policies import ByHand, EveryN
 from esper.observability.event_log import read_events, replay_structure
+from esper.observability.report_page import run_page
 from esper.wrapping.unwrap import unwrap
 from esper.wrapping.wrap import layers
 
@@ -100,6 +102,25 @@ def test_useful_kernel_is_fossilized_and_lowers_the_held_out_loss(trial):
         with torch.no_grad():
             losses[grows] = float(evaluate(model).mean())
     assert losses[True] < 0.8 * losses[False]
+
+
+@pytest.mark.parametrize(
+    ("min_effect", "words"),
+    [(1e9, "came to a gate was dropped: "), (0.0, "came to a gate was kept.")],
+)
+def test_a_shadow_run_says_what_became_of_its_kernel(min_effect, words):
+    """In the same words in the terminal and on its page; and no package is spoken of."""
+    model, optimizer = wrapped()
+    settings = {"audition_updates": 30, "ramp_updates": 4, "hold_updates": 4}
+    settings |= {"trial": "shadow", "min_effect": min_effect}
+    with growing(model, optimizer, policy=ByHand(BY_HAND), **settings) as grower:
+        train(model, optimizer, 45, grower)
+    report = grower.report()
+    (graft,) = report.grafts
+    assert graft.package is None
+    assert f"The one kernel that {words}" in str(report)
+    assert "package" not in str(report).partition(". ")[0]
+    assert html.escape(f"The one kernel that {words}") in run_page(report)
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -389,7 +410,24 @@ def test_what_the_overhead_does_not_buy_is_not_begun(trial):
     assert not report.grafts
     assert report.work["trial" if trial == "shadow" else "shadow"] == 0.0
     (note,) = [note for note in report.notes if note.startswith("overhead=0.5 buys no ")]
-    assert "it would take a horizon of about" in note
+    assert "it would take a horizon of more than" in note
+
+
+@pytest.mark.filterwarnings("ignore:nothing can grow. overhead=0")
+@pytest.mark.parametrize(
+    "settings", [{"overhead": 0.0}, {"overhead": 0.0, "horizon": 300}, {"horizon": 300}]
+)
+def test_an_overhead_that_buys_nothing_costs_one_pass_and_the_first_readings(settings):
+    """They tell what things take; nothing is ranked, and no twin is rehearsed."""
+    model, optimizer = wrapped()
+    options = {"policy": EveryN(5), "overhead": 0.01, **settings}
+    grower = growing(model, optimizer, **options)
+    train(model, optimizer, 30, grower)
+    grower.close()
+    report, ledger = grower.report(), grower._run.ledger
+    assert {name for name, flops in report.work.items() if flops} == {"training", "evaluation"}
+    assert report.work["evaluation"] == ledger.update_flops + 3 * ledger.reading_flops
+    assert "(whatever the limit, " in str(report)
 
 
 @pytest.mark.parametrize("trial", TRIALS)

@@ -197,6 +197,7 @@ def test_ranking_that_scores_nan_is_written_down_without_a_score(tmp_path):
         ({"horizon": 63}, "a package takes 64 updates at least .* horizon is 63"),
         ({"horizon": 83, "trial": "shadow"}, "a package takes 84 updates .* horizon is 83"),
         ({"budget": Budget(packages=0)}, "budget allows no package"),
+        ({"overhead": 0.0}, "overhead=0 buys no trial; give a larger one"),
         ({"compute_loss": None}, "without compute_loss="),
         ({"evaluate": None}, "without evaluate="),
     ],

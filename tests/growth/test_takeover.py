@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
+from esper.contracts.events import TakenOver, TrialRead
 from esper.growth import takeover
 from esper.growth.rehearsal import run_digest
 from esper.growth.takeover import Taken
@@ -240,10 +241,10 @@ STEPS = [
 ]
 
 
-def failed(monkeypatch, name, number):
+def failed(monkeypatch, name, number, **settings):
     """Return a run whose taking over failed, and its digest right before and after."""
     model, optimizer = chain(optimizer_class=torch.optim.AdamW)
-    course = Course(model, optimizer)
+    course = Course(model, optimizer, **settings)
     course.to_the_verdict()
     digests = []
     own = takeover.take_over
@@ -278,6 +279,37 @@ def test_whatever_fails_the_run_is_as_it_was(monkeypatch, name, number):
     assert {layer.state_layout.state(0).name for layer in layers} == {"DORMANT"}
     course.update()
     course.grower.close()
+
+
+class Kept:
+    def __init__(self):
+        self.events = []
+
+    def publish(self, event):
+        self.events.append(event)
+
+
+def test_a_switch_is_told_only_where_it_was_made(monkeypatch):
+    """Where it failed the log has a package that passed, and whose state nobody took over."""
+    kept = Kept()
+    course, _ = failed(monkeypatch, "sync_optimizer", 1, sink=kept)
+    (read,) = [event for event in kept.events if isinstance(event, TrialRead)]
+    assert (read.verdict, read.taken) == ("refused", "")
+    assert read.reason.startswith("it passed (")
+    assert "could not be taken over, and the run is as it was: InjectedError" in read.reason
+    assert not any(isinstance(event, TakenOver) for event in kept.events)
+    text = str(course.grower.report())
+    assert "The one package that met the live run was refused: it passed (" in text
+    assert "switched to" not in text
+
+
+def test_a_verdict_is_told_before_its_switch():
+    """The control: where it was made the log has both, in that order."""
+    kept = Kept()
+    Course(sink=kept).to_the_switch()
+    told = [event for event in kept.events if isinstance(event, (TrialRead, TakenOver))]
+    assert [type(event) for event in told] == [TrialRead, TakenOver]
+    assert (told[0].verdict, told[0].taken) == ("taken over", "candidate")
 
 
 def test_without_the_way_back_a_failure_is_seen(monkeypatch):

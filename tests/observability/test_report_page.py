@@ -269,6 +269,13 @@ def test_work_is_told_with_its_limit_and_its_time(make_twin):
     assert rows["trial"] == ["8.2 GFLOP", "82.8%", "6.60"]
 
 
+def test_what_is_spent_whatever_the_limit_is_told_where_it_shows(make_twin):
+    """In the words of the terminal; within the limit nobody asks."""
+    words = "Whatever the limit, the first pass, update of a twin and reading are made"
+    assert words in run_page(make_twin(overhead_limit=0.0))
+    assert words not in run_page(make_twin())
+
+
 def test_work_of_format_1_is_told_in_passes(make_run):
     """A report of then counted forwards of one sample."""
     rows = cells(run_page(make_run()), "A forward of one sample counts 1")

@@ -27,6 +27,8 @@ whether an artifact is quarantined. Nobody reads message text to find out.
 
 from __future__ import annotations
 
+import functools
+
 
 class EsperError(Exception):
     """Base of everything that Esper raises on purpose."""
@@ -96,6 +98,10 @@ class KernelRefusedError(KernelLoadError):
     def __init__(self, message: str, *, check: str) -> None:
         super().__init__(message)
         self.check = check
+
+    def __reduce__(self) -> tuple[object, ...]:
+        make = functools.partial(type(self), check=self.check)
+        return make, self.args, self.__dict__
 
 
 class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's name

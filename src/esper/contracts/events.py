@@ -303,7 +303,7 @@ class TrialRead(Event):
         package: Number of the package, from 1.
         sites: Dotted names of its layers.
         verdict: ``"taken over"`` or ``"refused"``.
-        taken: Whose state the live run takes over; empty where it takes nobody's.
+        taken: Whose state the live run took over; empty where it took nobody's.
         reason: What was decided and on what, in a sentence.
         level: One-sided level of the test, in (0, 0.5).
         spread: By how much standard errors were widened for the spread between equal runs, at

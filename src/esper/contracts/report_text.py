@@ -206,6 +206,15 @@ def _what_several_beat(inside: Sequence[TrialRecord], hint: str) -> Iterator[str
     yield f"{more} of {total} brought more than going on for the same FLOPs would have."
 
 
+def of_untried(trials: Sequence[TrialRecord], grafts: Sequence[GraftRecord]) -> Iterator[str]:
+    """Yield a sentence on kernels that were made for a package of which no trial began."""
+    tried = {trial.package for trial in trials}
+    untried = [g for g in grafts if g.package is not None and g.package not in tried]
+    if untried:
+        kernels, last = counted(len(untried), "kernel"), untried[-1].reason
+        yield f"For want of a trial {kernels} met nothing: {last}."
+
+
 def of_single_grafts(grafts: Sequence[GraftRecord], *, had_twins: bool) -> Iterator[str]:
     """Yield sentences on what became of kernels that were auditioned one by one.
 
@@ -220,21 +229,27 @@ def of_single_grafts(grafts: Sequence[GraftRecord], *, had_twins: bool) -> Itera
         yield _against_twins(alone)
         return
     met = [g for g in alone if g.verdict in _AFTER_A_GATE or g.admitted_at is not None]
-    kept = sum(graft.stage is GraftStage.FOSSILIZED for graft in met)
-    inside = sum(graft.stage in (GraftStage.BLENDING, GraftStage.HOLDING) for graft in met)
     if not met:
         yield f"Growth kept nothing: {counted(len(alone), 'kernel')} came to no gate."
         return
-    counts = {
-        "kept": kept,
-        "in the model without a verdict": inside,
-        "dropped": len(met) - kept - inside,
-    }
-    who = f"Of the {len(met)} kernels that came to a gate {_ends_text(counts)}"
-    if len(met) == 1:
-        who = f"The one kernel that came to a gate {_ends_text(counts).removeprefix('1 ')}"
-    yield f"{who}."
+    yield f"{_gates_of(met)}."
+    if len(alone) > len(met):
+        yield f"{counted(len(alone) - len(met), 'more kernel')} came to no gate."
     yield "An audition beside a frozen host does not say what a kernel brings to a run."
+
+
+def _gates_of(met: Sequence[GraftRecord]) -> str:
+    """Say what became of kernels that came to a gate; of one that was dropped, why."""
+    kept = sum(graft.stage is GraftStage.FOSSILIZED for graft in met)
+    inside = sum(graft.stage in (GraftStage.BLENDING, GraftStage.HOLDING) for graft in met)
+    dropped = len(met) - kept - inside
+    counts = {"kept": kept, "in the model without a verdict": inside, "dropped": dropped}
+    if len(met) > 1:
+        return f"Of the {len(met)} kernels that came to a gate {_ends_text(counts)}"
+    (only,) = met
+    cost = f", which cost {counted(only.updates_lost, 'update')}" if only.updates_lost else ""
+    why = f": {only.reason}{cost}" if dropped else ""
+    return f"The one kernel that came to a gate {_ends_text(counts).removeprefix('1 ')}{why}"
 
 
 def _against_twins(grafts: Sequence[GraftRecord]) -> str:

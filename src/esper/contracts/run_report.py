@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import GraftStatus, ProgressRow
 from esper.contracts.report_text import (
     ONE_RUN_EACH,
@@ -17,6 +18,7 @@ from esper.contracts.report_text import (
     of_packages,
     of_single_grafts,
     of_stages,
+    of_untried,
     stage_text,
     trial_lines,
     with_error,
@@ -42,9 +44,14 @@ if TYPE_CHECKING:
 REPORT_FORMAT_VERSION: Final = "1.1"
 
 _UNNEEDED: Final = (
-    'Whether the run needed a graft nobody measured: attribution="trial" tells capacity from '
-    "treatment, and esper grow --control trains the same job without growth."
+    "Whether the run needed a graft nobody measured: {cure}esper grow --control trains the same "
+    "job without growth."
 )
+_CURES: Final = {
+    "shadow": 'trial="twin" holds a package against the run itself, and ',
+    "none": 'attribution="trial" tells capacity from treatment, and ',
+}
+"""What would have measured it, by the setting that kept it from being measured."""
 _UNMEASURED_END: Final = (
     "What growth brought by the end of the run nobody measured: esper grow --control trains the "
     "same job without growth."
@@ -220,7 +227,8 @@ def headline_sentences(report: RunReport) -> list[str]:
         interrupted=report.interrupted,
     )
     single = of_single_grafts(report.grafts, had_twins=report.settings.get("verify") == "fork")
-    told = [*packages, *single, *of_stages(report.stages)]
+    untried = of_untried(report.trials, report.grafts)
+    told = [*packages, *untried, *single, *of_stages(report.stages)]
     if not told:
         told = ["Growth tried nothing here, so there is nothing that it beat."]
     return [*told, *_of_the_end(report)]
@@ -228,8 +236,14 @@ def headline_sentences(report: RunReport) -> list[str]:
 
 def _of_the_end(report: RunReport) -> Iterator[str]:
     """Say what the whole run was compared with, and what nobody measured."""
-    inside = [t for t in report.trials if t.verdict in ("kept", "taken over")]
-    alone = [g for g in report.grafts if g.package is None and g.admitted_at is not None]
+    inside = _inside(report)
+    alone = [
+        graft
+        for graft in report.grafts
+        if graft.package is None
+        and graft.admitted_at is not None
+        and graft.stage is not GraftStage.CULLED
+    ]
     if report.end_capacity is not None:
         yield _end_capacity(report)
     if report.comparison is not None:
@@ -238,19 +252,29 @@ def _of_the_end(report: RunReport) -> Iterator[str]:
     elif (inside or alone) and report.end_capacity is None:
         met_a_null = any(trial.capacity_shown is not None for trial in inside)
         met_a_twin = any(graft.contribution is not None for graft in alone)
-        yield _UNMEASURED_END if met_a_null or met_a_twin else _UNNEEDED
+        yield _UNMEASURED_END if met_a_null or met_a_twin else _unneeded(report)
     if report.trials or report.grafts:
         yield _NEVER_COMPARED
 
 
+def _inside(report: RunReport) -> list[TrialRecord]:
+    """Return the packages that are in the model."""
+    return [trial for trial in report.trials if trial.verdict in ("kept", "taken over")]
+
+
+def _unneeded(report: RunReport) -> str:
+    settings = report.settings
+    kept_from = "shadow" if settings.get("trial") == "shadow" else settings.get("attribution")
+    return _UNNEEDED.format(cure=_CURES.get(str(kept_from), ""))
+
+
 def _end_capacity(report: RunReport) -> str:
     found = with_error(report.end_capacity, report.end_capacity_stderr)
+    last = "last " if len(_inside(report)) > 1 else ""
+    null = f"the {last}package made linear"
     if report.end_capacity_shown:
-        return f"At the end of the run it beat the package made linear by {found}{_hint(report)}."
-    return (
-        "At the end of the run it was not shown to beat the package made linear "
-        f"({found}{_hint(report)})."
-    )
+        return f"At the end of the run it beat {null} by {found}{_hint(report)}."
+    return f"At the end of the run it was not shown to beat {null} ({found}{_hint(report)})."
 
 
 def words_for(report: RunReport) -> dict[str, str]:
@@ -270,12 +294,23 @@ def work_text(report: RunReport) -> str:
     most = "" if limit is None else f" of at most {flops_text(limit)}"
     took = (
         f"growing took {flops_text(report.overhead)}{most}, {report.overhead_share:.1%} of what "
-        "training did"
+        f"training did{in_brackets(beyond_limit(report))}"
     )
     training = report.seconds.get("training")
     if training is None:
         return took
     return f"{took}, and {sum(report.seconds.values()) - training:,.1f} s beside {training:,.1f} s"
+
+
+def beyond_limit(report: RunReport) -> str:
+    """Say what is spent whatever the limit, where growing took more than that; else nothing."""
+    limit = report.overhead_limit
+    if report.work_unit == "passes" or limit is None or report.overhead <= limit:
+        return ""
+    return (
+        "whatever the limit, the first pass, update of a twin and reading are made, which tell "
+        "what things take"
+    )
 
 
 def run_lines(report: RunReport) -> Iterator[str]:

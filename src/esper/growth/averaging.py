@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from esper.growth.batch import Batch, LossFunction
+    from esper.growth.measurement import Measurement
+    from esper.growth.run import GrowthRun
+
+STATISTICS_BATCHES: Final = 16
+"""Training batches, the last before a reading, on which running statistics are computed anew."""
 
 
 class WeightAverage:
@@ -79,6 +84,24 @@ def _averaged_tensors(model: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
+def read_average(
+    run: GrowthRun, average: WeightAverage, model: nn.Module, batches: Sequence[Batch]
+) -> Measurement:
+    """Read the verdict's part of the gate split at averaged weights.
+
+    Args:
+        run: The run.
+        average: The weights.
+        model: A copy of what was averaged, which is given them.
+        batches: Recorded training batches, the same for models to be compared.
+    """
+    assert run.compute_loss is not None, "nothing is averaged without compute_loss"
+    average.write_to(model)
+    with run.ledger.measured("evaluation"):
+        renew_statistics(model, batches, run.compute_loss, random_seed=run.settings.generator_seed)
+    return run.measure_copy(model).verdicts_part
+
+
 def renew_statistics(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -97,7 +120,7 @@ def renew_statistics(
         compute_loss: ``(model, batch)`` to the training loss, for its forward.
         random_seed: Starts the random numbers of the passes; the same for models to be compared.
     """
-    norms = [module for module in model.modules() if _has_statistics(module)]
+    norms = [module for module in model.modules() if has_statistics(module)]
     if not norms or not batches:
         return
     state, momenta = random_state(model), [norm.momentum for norm in norms]
@@ -116,5 +139,6 @@ def renew_statistics(
             norm.momentum = momentum
 
 
-def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+def has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+    """Say whether a module keeps running statistics that training changes."""
     return isinstance(module, _NormBase) and module.training and module.running_mean is not None

@@ -310,7 +310,7 @@ def germinate(
             artifact_id=kernel.artifact_id or "",
             reason=reason,
             update=run.updates,
-            package=run.num_packages + 1,
+            package=run.num_packages + 1 if run.settings.trial == "twin" else None,
             cost=Cost(
                 parameters=count_parameters(kernel.module),
                 flops=_flops(kernel.module, seen, kernel),

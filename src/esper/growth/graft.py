@@ -82,11 +82,6 @@ class Graft:
         """What the graft adds to the model now."""
         return self.cost if self.stage in _IN_THE_MODEL else NO_COST
 
-    @property
-    def package(self) -> int:
-        """Number of the package that it is a part of, from 1."""
-        return self._record.package or 0
-
     def begin_trial(self, reason: str) -> None:
         """Go on to the trial in a twin.
 
@@ -216,7 +211,8 @@ class Germination:
         artifact_id: The sha256 of the kernel's bytes; empty where it was not compiled.
         reason: Why it germinates.
         update: Optimizer updates done.
-        package: Number of the package that it is a part of, from 1.
+        package: Number of the package that it is a part of, from 1; None where it is tried by
+            itself.
         cost: What the kernel costs.
     """
 
@@ -226,7 +222,7 @@ class Germination:
     artifact_id: str
     reason: str
     update: int
-    package: int
+    package: int | None
     cost: Cost
 
 
@@ -248,8 +244,10 @@ class Grafts:
 
     @property
     def num_packages_admitted(self) -> int:
-        """How many packages were ever taken over, or admitted."""
-        return len({r.package for r in self.records if r.admitted_at is not None})
+        """How many packages were ever taken over, and kernels admitted by themselves."""
+        admitted = [r for r in self.records if r.admitted_at is not None]
+        alone = sum(r.package is None for r in admitted)
+        return len({r.package for r in admitted} - {None}) + alone
 
     @property
     def added_cost(self) -> Cost:

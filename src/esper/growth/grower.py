@@ -22,6 +22,7 @@ from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
     NEVER_STEPPED,
+    is_too_dear,
     missing_evidence,
     missing_part,
     never_grows,
@@ -329,6 +330,7 @@ class Grower:
             found = beside.read()
         finally:
             beside.close()
+            self._run.ledger.promised = 0.0
         if found is not None and found.effect is not None:
             self._at_the_end = {
                 "end_capacity": found.effect,
@@ -361,7 +363,9 @@ class Grower:
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
             run.journal.faulted(fault)
         if run.null_beside is not None and batches:
-            run.null_beside.advance(batches)
+            over = run.null_beside.advance(batches)
+            if over is not None:
+                run.end_null_beside(over)
         if batches and not self._tried_twin:
             self._tried_twin = True
             self._rehearse(batches)
@@ -380,10 +384,10 @@ class Grower:
         self._decide()
 
     def _rehearse(self, batches: list[Batch]) -> None:
-        """Try a twin, before anything depends on it."""
+        """Try a twin, before anything depends on it; none where no trial can be paid."""
         run = self._run
         never = grafts_nothing(run.policy) or missing_part(run) is not None
-        if run.settings.trial != "twin" or never:
+        if run.settings.trial != "twin" or never or is_too_dear(run):
             return
         with run.ledger.measured("trial"):
             run.no_twins = rehearse(run, batches)

@@ -126,7 +126,8 @@ class Holding:
         record = replace(self._record, verdict="rolled back", reason=reason, updates_lost=lost)
         run.journal.package_rolled_back(record, reason)
         run.last_change_update = run.updates
-        run.null_beside = None
+        run.end_null_beside(f"package {record.package} was rolled back")
+        run.watcher.reads_scale = False
         run.ledger.structure_changed()
         spend_try(run.model)
 

@@ -63,6 +63,8 @@ class WorkLedger:
         update: What an update of the live model takes, by element of its batches.
         reading: What a reading of the gate split takes.
         scheduled: FLOPs of the readings that were made because they were due.
+        promised: FLOPs that what goes on beside the run will still take, at least 0; nothing else
+            may have them.
     """
 
     def __init__(self, settings: GrowthSettings, clock: Clock) -> None:
@@ -77,6 +79,7 @@ class WorkLedger:
         self.update = Meter(self, "training")
         self.reading = Meter(self, "evaluation")
         self.scheduled = 0
+        self.promised = 0.0
 
     @contextmanager
     def measured(self, category: Category) -> Iterator[Work]:
@@ -168,9 +171,14 @@ class WorkLedger:
     @property
     def update_flops(self) -> int:
         """FLOPs of an update of the live model at its usual batch; 0 before they are known."""
+        return self.update.flops(self.usual_elements)
+
+    @property
+    def usual_elements(self) -> float:
+        """Elements of the batches of an update, on average; 0 before any are known."""
         if not self._num_counted:
-            return self.update.flops(self.update.elements)
-        return self.update.flops(self._elements / self._num_counted)
+            return self.update.elements
+        return self._elements / self._num_counted
 
     @property
     def reading_flops(self) -> int:
@@ -207,12 +215,12 @@ class WorkLedger:
         return math.floor(self._overhead * (self._flops["training"] + to_come))
 
     def allowance_left(self, updates: int) -> int:
-        """Return how many FLOPs growing may still take; negative where it took more.
+        """Return how many FLOPs growing may still take, beside what is promised; maybe negative.
 
         Args:
             updates: Updates done.
         """
-        return self.limit(updates) - self.spent
+        return self.limit(updates) - self.spent - math.ceil(self.promised)
 
     def share_left(self, spent: int, updates: int) -> float:
         """Return what is left of the fifth that evaluations, or rankings, may take.
@@ -241,19 +249,24 @@ class WorkLedger:
         """
         return cost <= self.left_for_trials()
 
-    def horizon_for(self, cost: float) -> int | None:
+    def horizon_for(self, cost: float, *, per_update: float = 0.0) -> int | None:
         """Return how many updates a run has to have for a trial of such a cost.
 
         Rankings and evaluations have their fifths, or what rankings have taken already where that
-        is more. None where no length would do: the overhead is 0, or what an update takes is not
-        known, or nothing.
+        is more. None where no length would do: the overhead is 0, or less than each update takes,
+        or what an update takes is not known, or nothing.
+
+        Args:
+            cost: FLOPs that the trial takes, however long the run is.
+            per_update: FLOPs that it takes with each update of the run.
         """
         each = self._overhead * self.update_flops
-        if each <= 0:
+        for_trials = each * (1 - 2 * SHARE) - per_update
+        if for_trials <= 0:
             return None
         taken = max(0, self.spent - self.scheduled)
-        wanted = max(cost / (1 - 2 * SHARE), (cost + taken) / (1 - SHARE))
-        return math.ceil(wanted / each)
+        beside_rankings = each * (1 - SHARE) - per_update
+        return math.ceil(max(cost / for_trials, (cost + taken) / beside_rankings))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything counted and learned, as JSON can hold it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
-from esper.growth.averaging import WeightAverage
+from esper.continuity.replicas import any_rank
+from esper.growth.averaging import STATISTICS_BATCHES, WeightAverage, read_average
 from esper.growth.gates import Spread, judge, level_of
+from esper.growth.sizing import end_reading_flops
 from esper.growth.twins import copied_model
 
 if TYPE_CHECKING:
@@ -19,21 +22,46 @@ class NullBeside:
     """A package made linear, in a twin that goes on beside the run that took the package over.
 
     What a treatment brings early may be gone by the end: capacity is claimed at the end only
-    where the grown model beats this twin there.
+    where the grown model beats this twin there. What it will take of a run of known length is
+    promised to it in the ledger; where the overhead buys no more of it, it is over.
 
     Args:
         run: The run.
         arm: The null twin of the trial.
         window: Updates that are averaged for the reading, at least 1.
+        package: Number of the package that it has.
+
+    Attributes:
+        package: Number of the package that it has.
     """
 
-    def __init__(self, run: GrowthRun, arm: Arm, window: int) -> None:
+    def __init__(self, run: GrowthRun, arm: Arm, window: int, *, package: int) -> None:
         self._run, self._arm, self._window = run, arm, window
+        self.package = package
+        self._batches: deque[Batch] = deque(maxlen=STATISTICS_BATCHES)
         self._averages = (WeightAverage(), WeightAverage())
         self._before = self._averages
 
-    def advance(self, batches: list[Batch]) -> None:
-        """Do the update that the live run has just done."""
+    def advance(self, batches: list[Batch]) -> str | None:
+        """Do the update that the live run has just done; why it can do no more, or None."""
+        ledger = self._run.ledger
+        ledger.promised = 0.0
+        is_paid = ledger.affordable(self._each + end_reading_flops(self._run))
+        if any_rank(self._run.given, here=not is_paid):
+            cure = 'attribution="trial" ends it with the trial, and horizon= prices it before'
+            return f"overhead={ledger.overhead:g} buys no more of it; {cure}"
+        self._update(batches)
+        to_come = ledger.updates_left(self._run.updates) * self._each
+        ledger.promised = to_come + end_reading_flops(self._run)
+        return None
+
+    @property
+    def _each(self) -> int:
+        """FLOPs of one of its updates, at the run's usual batch."""
+        return self._arm.meter.flops(self._run.ledger.usual_elements)
+
+    def _update(self, batches: list[Batch]) -> None:
+        self._batches.extend(batches)
         self._arm.update(self._run, batches)
         live, null = self._averages
         if not live.fits(self._run.model):  # a kernel has left, or come, or was folded
@@ -52,10 +80,8 @@ class NullBeside:
         if not live.num_updates or not live.fits(run.model):
             return None
         pairs = ((live, copied_model(run)), (null, copied_model(run, of=self._arm.twin.model)))
-        found = []
-        for average, model in pairs:
-            average.write_to(model)
-            found.append(run.measure_copy(model).verdicts_part)
+        batches = list(self._batches)
+        found = [read_average(run, average, model, batches) for average, model in pairs]
         return judge(
             found[1],
             found[0],

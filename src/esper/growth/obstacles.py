@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
 from esper.growth.ledger import SHARE
+from esper.growth.sizing import never_paid
 from esper.growth.tries import no_tries_left, tries_spent
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def never_grows(run: GrowthRun) -> str | None:
         return (
             "nothing can grow: the budget allows no package; give Budget(packages=...) at least 1"
         )
+    if run.ledger.overhead == 0:
+        return "nothing can grow: overhead=0 buys no trial; give a larger one"
     if tries_spent(run.model) >= run.settings.tries:
         return no_tries_left(run.model, run.settings.tries)
     return None
@@ -81,6 +84,13 @@ def missing_evidence(run: GrowthRun, *, has_batches: bool) -> str | None:
     return None
 
 
+def is_too_dear(run: GrowthRun) -> bool:
+    """Say whether no package can be paid for in this run; what was found once stays."""
+    if run.too_dear is None:
+        run.too_dear = never_paid(run)
+    return run.too_dear is not None
+
+
 def obstacle(run: GrowthRun) -> str | None:
     """Say why nothing can germinate now, or None."""
     horizon, needed = run.settings.horizon, run.settings.package_updates
@@ -93,7 +103,7 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"a package takes {needed} updates at least; too few are left of {horizon}"
     if limit is not None and run.grafts.num_packages_admitted >= limit:
         return f"the budget's {limit} packages were taken over"
-    if horizon is not None and run.too_dear is not None:
+    if horizon is not None and is_too_dear(run):
         return run.too_dear
     if run.ledger.work("ranking") > SHARE * run.ledger.limit(run.updates):
         return (

@@ -42,10 +42,16 @@ if TYPE_CHECKING:
 
 
 class Beside(Protocol):
-    """A twin that trains beside the run to its end."""
+    """A twin that trains beside the run to its end.
 
-    def advance(self, batches: list[Batch]) -> None:
-        """Do the update that the live run has just done."""
+    Attributes:
+        package: Number of the package that it has.
+    """
+
+    package: int
+
+    def advance(self, batches: list[Batch]) -> str | None:
+        """Do the update that the live run has just done; why it can do no more, or None."""
         ...
 
     def read(self) -> GateVerdict | None:
@@ -152,6 +158,21 @@ class GrowthRun:
         self.num_moves = Moves.count
         for name, layer in self.layers.items():
             self.layers[name] = cast("KasminaLayer", where_kernels_stand(layer))
+
+    def end_null_beside(self, reason: str) -> None:
+        """Let go of the null that trains beside the run, if one does: nothing is claimed by it.
+
+        Args:
+            reason: Why it is no measure of the run any more, or cannot go on.
+        """
+        beside, self.null_beside, self.ledger.promised = self.null_beside, None, 0.0
+        if beside is not None:
+            beside.close()
+            self.journal.note(
+                f"package {beside.package} made linear trained beside the run until update "
+                f"{self.updates} and no longer, so that no capacity of it is claimed at the end: "
+                f"{reason}"
+            )
 
     def placement(self) -> Placement:
         """Look at whose the parameters are now."""

@@ -56,7 +56,11 @@ class GrowthSettings:
             where that would take more than a fifth of ``overhead``.
         overhead: What growing may take, in FLOPs, as a share of the FLOPs of the training itself,
             at least 0; evaluation, ranking, trials and shadow passes together. None: 0.10, and 1.0
-            for a host under 100,000 parameters.
+            for a host under 100,000 parameters. Whatever it is, these are done, since they tell
+            what things take: one forward and backward of ``compute_loss`` at the first batch and
+            after each change of the model, the first reading of ``evaluate`` (three times over,
+            since its order has to repeat), and, where a trial could be paid, one update of a twin.
+            At 0 nothing is tried.
         trial: ``"twin"``: a package of kernels is tried in a copy of the run. ``"shadow"``: one
             kernel at a time learns in passes beside the run; for models of which no copy fits.
         record_updates: Updates that are recorded for a ranking, at least 1.
@@ -68,6 +72,8 @@ class GrowthSettings:
         nulls: Equal twins that train beside a trial to measure the spread; 0, or at least 3.
         attribution: How long the package made linear trains beside it, so that a gain can be
             told apart from its treatment: ``"trial"``, to the end of the ``"run"``, or ``"none"``.
+            To the end of a run of known length no package is tried whose null ``overhead`` does
+            not buy that long; without a horizon it trains for as long as that is earned.
         pays: ``"updates"``: a package stays where it beats the live run at equal updates.
             ``"flops"``: where it also beats what the same FLOPs of going on would have brought.
         min_effect: Smallest fall of the gate loss that a package has to bring, as a share of it;

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from esper.growth.averaging import STATISTICS_BATCHES, has_statistics
 from esper.growth.batch import num_samples_in
 from esper.growth.budget import Cost, synchronize
 from esper.growth.probation import LOOKS
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LAST_READINGS = 2
 """Readings of the gate split at a verdict beside those of averaged weights: the last iterates."""
 WATCH_READINGS = 2
+READINGS_AT_END = 2
 LATENCY_REPEATS = 9
 FORWARD_BACKWARD = 3
 """A backward takes twice the products of the forward."""
@@ -69,9 +71,9 @@ def paid_trial(
     updates = min(run.settings.trial_updates, *_updates_left(run))
     while updates >= MIN_TRIAL:
         chosen = choose(_kernel_flops(run, updates, batches))
-        if chosen:
-            flops = [entry.flops for entry in chosen]
-            return chosen, Size(updates=affordable_updates(run, flops, batches))
+        bought = affordable_updates(run, [entry.flops for entry in chosen], batches)
+        if chosen and bought >= MIN_TRIAL:
+            return chosen, Size(updates=bought)
         if updates == MIN_TRIAL:
             break
         updates = max(MIN_TRIAL, updates // 2)
@@ -96,17 +98,65 @@ def paid_kernel(run: GrowthRun, flops: float | None, batches: list[Batch]) -> Si
     return Size(updates=updates) if updates >= MIN_TRIAL else _too_dear(run, flops, batches)
 
 
+def never_paid(run: GrowthRun) -> str | None:
+    """Say why not even a kernel that takes nothing could be tried in this run, or None.
+
+    It is asked before a twin is rehearsed or anything is ranked, which cost something as well.
+    Where no horizon is known a trial may be earned in time, unless nothing ever is.
+    """
+    if run.ledger.overhead == 0:
+        return "overhead=0 buys no trial in this run: it would take a larger one"
+    if run.settings.horizon is None or not run.ledger.update_flops:
+        return None
+    beside = _updates_beside(run, MIN_TRIAL) * _beside_flops(run, (), [])
+    if run.ledger.affordable(_least_flops(run, None, []) + beside):
+        return None
+    return _too_dear(run, None, [], about="more than").reason
+
+
 def _kernel_flops(run: GrowthRun, updates: int, batches: list[Batch]) -> float:
     """Return what kernels may take in a forward of one sample for a trial of so many updates."""
     settings, host = run.settings, run.ledger.update_flops
     arms = 1 if settings.attribution == "none" else 2
-    each = (run.ledger.left_for_trials() - reading_flops(run)) / updates
-    of_kernels = (each - (arms + settings.nulls) * host) / arms
+    left = run.ledger.left_for_trials() - reading_flops(run)
+    left -= updates * (arms + settings.nulls) * host
+    of_kernels = left / (updates * arms)
+    beside = _updates_beside(run, updates)
+    slope = updates * arms + beside * (1 - run.ledger.overhead)
+    if slope > 0:
+        of_kernels = min(of_kernels, (left - beside * host) / slope)
     return of_kernels / (FORWARD_BACKWARD * max(1, num_samples_in(batches)))
 
 
-def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> Size:
-    """Say why not even one kernel can be tried, and what it would take."""
+def _updates_beside(run: GrowthRun, updates: int) -> int:
+    """Return for how long the null trains on behind a trial of so many updates, where known."""
+    if run.settings.attribution != "run" or run.settings.trial == "shadow":
+        return 0
+    return max(0, run.ledger.updates_left(run.updates) - updates)
+
+
+def _beside_flops(
+    run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
+) -> float:
+    """Return what each update of a null behind its trial takes of the overhead.
+
+    Its FLOPs, less what the overhead earns by the kernels that train in the live run then.
+    """
+    added = _added_flops(kernel_flops, batches)
+    return max(0.0, run.ledger.update_flops + (1 - run.ledger.overhead) * added)
+
+
+def _too_dear(
+    run: GrowthRun, kernel_flops: float | None, batches: list[Batch], *, about: str = "about"
+) -> Size:
+    """Say why not even one kernel can be tried, and what it would take.
+
+    Args:
+        run: The run.
+        kernel_flops: FLOPs of its forward of one sample; None where they were not counted.
+        batches: The batches of the last update.
+        about: Set before the horizon that it would take.
+    """
     settings, needed = run.settings, run.settings.package_updates
     if settings.horizon is not None and run.updates + needed > settings.horizon:
         left = f"too few are left of {settings.horizon}"
@@ -117,22 +167,29 @@ def _too_dear(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) 
             "buys any"
         )
     least, what = _least_flops(run, kernel_flops, batches), f"trial of {MIN_TRIAL} updates"
+    beside = _beside_flops(run, [kernel_flops], batches) if _updates_beside(run, 0) else 0.0
     if settings.trial == "shadow":
         what = f"audition of {settings.audition_updates} passes"
+    if beside:
+        what += ', and of its null to the end of the run (attribution="run")'
     bought = f"overhead={run.ledger.overhead:g} buys no {what}"
-    length = run.ledger.horizon_for(least + run.ledger.spent)
+    length = run.ledger.horizon_for(least + run.ledger.spent, per_update=beside)
     if length is None:
-        return Size(reason=f"{bought} in this run: it would take a larger one")
+        other = ', or attribution="trial"' if beside else ""
+        return Size(reason=f"{bought} in this run: it would take a larger one{other}")
     if settings.horizon is None:
         run.awaited_flops = least
         words = f"{bought} yet: one is earned after about {length:,} updates, or by a larger one"
         return Size(reason=words, waits=True)
-    cure = f"it would take a horizon of about {length:,} updates, or a larger overhead"
+    cure = f"it would take a horizon of {about} {length:,} updates, or a larger overhead"
     return Size(reason=f"{bought} in this run: {cure}")
 
 
 def _least_flops(run: GrowthRun, kernel_flops: float | None, batches: list[Batch]) -> float:
-    """Return the FLOPs of the shortest trial of one kernel, every reading included."""
+    """Return the FLOPs of the shortest trial of one kernel, every reading included.
+
+    What a null takes behind it is left out.
+    """
     num = run.settings.audition_updates if run.settings.trial == "shadow" else MIN_TRIAL
     return num * update_flops(run, [kernel_flops], batches) + reading_flops(run)
 
@@ -142,11 +199,16 @@ def update_flops(
 ) -> float:
     """Return the FLOPs of one update of all arms of a trial, or of both passes of an audition."""
     settings, host = run.settings, run.ledger.update_flops
-    added = FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
+    added = _added_flops(kernel_flops, batches)
     if settings.trial == "shadow":
         return 2 * (host + added)
     arms = 1 if settings.attribution == "none" else 2
     return arms * (host + added) + settings.nulls * host
+
+
+def _added_flops(kernel_flops: Sequence[float | None], batches: list[Batch]) -> float:
+    """Return what kernels add to an update."""
+    return FORWARD_BACKWARD * num_samples_in(batches) * sum(f or 0.0 for f in kernel_flops)
 
 
 def reading_flops(run: GrowthRun) -> float:
@@ -158,15 +220,31 @@ def reading_flops(run: GrowthRun) -> float:
     if settings.trial == "shadow":
         return run.ledger.reading_flops * (2 * LOOKS + LAST_READINGS + WATCH_READINGS)
     arms = (2 if settings.attribution == "none" else 3) + settings.nulls
-    return run.ledger.reading_flops * (arms + LAST_READINGS + WATCH_READINGS)
+    at_last = run.ledger.reading_flops * (LAST_READINGS + WATCH_READINGS)
+    at_the_end = end_reading_flops(run) if settings.attribution == "run" else 0.0
+    return arms * _averaged_flops(run) + at_last + at_the_end
+
+
+def end_reading_flops(run: GrowthRun) -> float:
+    """Return the FLOPs of holding the run against a null that trained beside it to its end."""
+    return READINGS_AT_END * _averaged_flops(run)
+
+
+def _averaged_flops(run: GrowthRun) -> float:
+    """Return the FLOPs of a reading at averaged weights, renewed statistics included."""
+    forwards = STATISTICS_BATCHES if any(map(has_statistics, run.model.modules())) else 0
+    of_statistics = forwards * run.ledger.update_flops / FORWARD_BACKWARD
+    return run.ledger.reading_flops + of_statistics
 
 
 def affordable_updates(
     run: GrowthRun, kernel_flops: Sequence[float | None], batches: list[Batch]
 ) -> int:
     """Return for how many updates a package can be tried, at most ``trial_updates``."""
-    each = update_flops(run, kernel_flops, batches)
-    left = run.ledger.left_for_trials() - reading_flops(run)
+    beside = _beside_flops(run, kernel_flops, batches)
+    num_beside = _updates_beside(run, 0)
+    each = update_flops(run, kernel_flops, batches) - (beside if num_beside else 0.0)
+    left = run.ledger.left_for_trials() - reading_flops(run) - num_beside * beside
     bought = left / each if each > 0 else math.inf
     limits = [run.settings.trial_updates, bought, *_updates_left(run)]
     return max(0, int(min(limits)))

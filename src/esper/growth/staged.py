@@ -367,6 +367,7 @@ class PlannedDepth:
             usual=SpikeLimit.after(run.losses),
         )
         loss = _finite(run.losses.mean())
+        run.end_null_beside("blocks woke in the run alone")
         for course, depth in due:
             ramp_updates = course.ramp_left(run.updates, horizon)
             mover = begin_deepening(

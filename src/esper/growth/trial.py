@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from esper.compiler.linear_form import linear_form
 from esper.continuity.placement import Placement
@@ -14,7 +14,7 @@ from esper.contracts.choices import TAKEN
 from esper.contracts.errors import BlueprintError, GrowthError
 from esper.contracts.report import TrialRecord
 from esper.growth.arm import Arm
-from esper.growth.averaging import WeightAverage, renew_statistics
+from esper.growth.averaging import STATISTICS_BATCHES, WeightAverage, read_average
 from esper.growth.gates import level_of
 from esper.growth.holding import Holding
 from esper.growth.live_kernel import place_kernel
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from esper.growth.run import GrowthRun
     from esper.growth.stage import Stage
     from esper.growth.verdict import TrialVerdict
-
-STATISTICS_BATCHES: Final = 16
-"""Training batches, the last of a trial, on which running statistics are computed anew."""
 
 
 class Trial:
@@ -220,6 +217,11 @@ class Trial:
     ) -> Stage | None:
         run = self._run
         kernels = dict(zip(self.record.sites, arm.kernels, strict=True))
+        outcome = attempt(lambda: take_over(run, arm.twin, kernels))
+        if isinstance(outcome, Failed):
+            self._keep_out(f"it could not be taken over, and the run is as it was: {outcome}")
+            return None
+        taken = outcome.value
         self.record = replace(
             self.record,
             verdict="taken over",
@@ -227,11 +229,6 @@ class Trial:
             gate_loss_after=_finite(taken_now.watchs_part.loss),
         )
         run.journal.trial_read(self.record)
-        outcome = attempt(lambda: take_over(run, arm.twin, kernels))
-        if isinstance(outcome, Failed):
-            self.close(f"it could not be taken over, and the run is as it was: {outcome}")
-            return None
-        taken = outcome.value
         run.last_change_update = run.updates
         run.ledger.structure_changed()
         for contender, kernel in zip(self._package, taken.kernels, strict=True):
@@ -250,14 +247,22 @@ class Trial:
             effect=verdict.effect,
         )
 
+    def _keep_out(self, trouble: str) -> None:
+        """Say that a package passed, and that its taking over failed; no try is spent."""
+        passed = f"it passed ({self.record.reason}), but {trouble}"
+        self.record = replace(self.record, verdict="refused", taken="", reason=passed)
+        self._run.journal.trial_read(self.record)
+        self._drop(passed)
+
     def _leave(self, taken: Arm, verdict: TrialVerdict) -> None:
         """Let go of the twins; the null trains on where the owner wants it to the end."""
         run = self._run
+        run.end_null_beside(f"package {self.record.package} was taken over")
         for arm in self._arms:
             goes_on = arm.name == "null" and run.settings.attribution == "run"
             if goes_on and taken.name == "candidate" and verdict.capacity is not None:
                 window = max(1, self._num_updates // 2)
-                run.null_beside = NullBeside(run, arm, window)
+                run.null_beside = NullBeside(run, arm, window, package=self.record.package)
             else:
                 arm.twin.close()
         self._arms = []
@@ -282,17 +287,7 @@ class Trial:
 
     def _level(self, model: nn.Module, average: WeightAverage) -> Measurement:
         """Measure a copy of an arm at its averaged weights."""
-        run = self._run
-        assert run.compute_loss is not None, "nothing germinates without compute_loss"
-        average.write_to(model)
-        with run.ledger.measured("evaluation"):
-            renew_statistics(
-                model,
-                list(self._batches),
-                run.compute_loss,
-                random_seed=run.settings.generator_seed,
-            )
-        return run.measure_copy(model).verdicts_part
+        return read_average(self._run, average, model, list(self._batches))
 
     def _drop(self, reason: str) -> None:
         for arm in self._arms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.contracts.report_text import OPTIMISTIC, flops_text
-from esper.contracts.run_report import headline_sentences, words_for
+from esper.contracts.run_report import beyond_limit, headline_sentences, words_for
 from esper.observability.charts import Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
@@ -266,7 +266,9 @@ def _work_parts(report: RunReport) -> list[Markup]:
     }
     if training is not None:
         figures["Wall time beside training"] = f"{growing_s:,.1f} s of {training:,.1f} s"
-    return [facts(figures), _flops_table(report)]
+    beyond = beyond_limit(report)
+    words = [paragraph(f"{beyond[0].upper()}{beyond[1:]}.")] if beyond else []
+    return [facts(figures), *words, _flops_table(report)]
 
 
 def _flops_table(report: RunReport) -> Markup:
