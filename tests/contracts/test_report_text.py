@@ -191,7 +191,7 @@ def test_why_a_package_had_no_verdict_is_said():
 
 
 def test_a_measure_of_which_higher_is_better_keeps_its_sign():
-    """The loss of the controller is the owner's measure turned; the page says it as it was given."""
+    """The controller's loss is the owner's measure turned; it is told as it was given."""
     values = [Evaluation(update=u, gate_loss=v) for u, v in ((1, -0.35), (90, -0.53))]
     report = RunReport(
         settings={"goal": "max"},

@@ -345,14 +345,14 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
         first, last = report.evaluations[0], report.evaluations[-1]
         what, sign = ("measure", -1.0) if report.settings.get("goal") == "max" else ("loss", 1.0)
         begin, end = _when(first, report), _when(last, report)
-        value = f"{sign * last.gate_loss:.4g} {end}"
+        found = f"{sign * last.gate_loss:.4g} {end}"
         if lost is not None:
             seen = f"{sign * last.gate_loss:.4g} at update {last.update:,}"
-            value = (
+            found = (
                 f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
             )
         higher = ", higher is better" if sign < 0 else ""
-        yield f"Gate {what}{hint}{higher}: {sign * first.gate_loss:.4g} {begin}, {value}."
+        yield f"Gate {what}{hint}{higher}: {sign * first.gate_loss:.4g} {begin}, {found}."
         for name in [name for name in first.metrics if name in last.metrics]:
             values = f"{first.metrics[name]:.4g} {begin}, {last.metrics[name]:.4g} {end}"
             yield f"Gate {name}{hint}: {values}."
