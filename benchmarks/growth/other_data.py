@@ -297,9 +297,10 @@ TASKS = (
         runs=functools.partial(runs, "photographs", _PHOTOGRAPHS),
         title="Photographs, defaults only: a regression by 2,259 parameters",
         told=f"""\
-Of the two photographs that scikit-learn ships, patches of 7 x 7 pixels whose middle 3 x 3 are
-hidden: the pixel in the middle is told from the ring around it, both in contrast to that ring.
-Cells of 40 x 40 pixels are trained on, decide, or are told, three, one and one of five.
+The two photographs that scikit-learn ships, in patches of 7 x 7 pixels whose middle 3 x 3 are
+hidden: the pixel at the centre is predicted from the ring around it, both in contrast to that ring.
+Of five cells of 40 x 40 pixels three are trained on, one decides, and one is the test split; what
+is given is the squared error over the variance of the centres that are trained on.
 {_ARMS_TOLD}""",
         section="other data",
         figure="loss",
@@ -319,9 +320,10 @@ overfit); then widths 12, 16 and 24, two rates for 24, twice the patches for 16:
         runs=functools.partial(runs, "file types", _FILE_TYPES),
         title="File types, defaults only: a classifier of 1,574 parameters",
         told=f"""\
-What 64 bytes come from: Python sources, their bytecode, shared libraries, Perl modules, shell
-scripts or copyrights, as a Debian has them. Files are split, three of five are trained on, one
-decides, one is told. {_ARMS_TOLD}""",
+What kind of file 64 bytes come from: Python sources, their bytecode, shared libraries, Perl
+modules, shell scripts or copyrights, as a Debian has them. Of five files three are trained on, one
+decides, and one is the test split.
+{_ARMS_TOLD}""",
         section="other data",
         figure="accuracy",
         unit="accuracy, %, test split",

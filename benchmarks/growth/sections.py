@@ -71,18 +71,18 @@ def images(task: Task, results: ByArm) -> Section:
 
 def other_data(task: Task, results: ByArm) -> Section:
     """Tell of a model that is grown with every default."""
-    units = (
-        {"accuracy": "points", "loss": "nats"} if task.figure == "accuracy" else {"loss": "points"}
+    unit, remark = (
+        ("points", "") if task.figure == "accuracy" else ("% of the variance", ", less is better")
     )
-    rows, drawn = _differences(results, task.figure, units.pop(task.figure), ("grown",), None)
-    for figure, unit in units.items():
-        rows += [
-            (f"{row[0]} ({figure})", *row[1:]) for row in _differences(results, figure, unit, ())[0]
-        ]
+    rows, drawn = _differences(results, task.figure, unit, ("grown",))
+    if task.figure == "accuracy":
+        rows += _differences(results, "loss", "nats")[0]
     for arm in ("grown", "random"):
         if arm in results:
             rows += _trials(arm, results, has_defaults=arm == "grown")
-    return table(_HEADS, rows), bars(drawn, "points")
+            size = spread(values(results, arm, "parameters"), 0)
+            rows.append((f"{arm}: parameters at the end", size, "", "", ""))
+    return table(_HEADS, rows), bars(drawn, unit + remark)
 
 
 _HEADS: Final = ("", "figure", "random seeds", "goal", "")
@@ -92,7 +92,7 @@ def _differences(
     results: ByArm,
     figure: str,
     unit: str,
-    with_goals: Sequence[str],
+    with_goals: Sequence[str] = (),
     least: float | None = None,
 ) -> tuple[list[tuple[str, ...]], list[Bar]]:
     """Return a row and a bar for each pair of arms; of a loss less is better."""
@@ -111,7 +111,7 @@ def _differences(
             rows.append(
                 (
                     f"{arm} minus {other}, {unit}",
-                    interval_of(found, 2 if unit == "points" else 4),
+                    interval_of(found, 4 if unit == "nats" else 2),
                     f"{won} won, {lost} lost",
                     f"{amount}interval {side} 0, no loss" if is_goal else "",
                     verdict(met) if is_goal else "",
