@@ -329,9 +329,9 @@ decides, and one is the test split.
         unit="accuracy, %, test split",
         digits=2,
         tried="""\
-hosts without any growing at random seed 90: packages of the standard library as classes (3 hosts,
-which overfit, since a package has few files); file types with 12,000 windows (2 hosts), with 24,000
-(2 hosts): 7 variants.""",
+hosts without any growing at random seed 90: packages of the standard library as classes (3
+variants, which overfit, since a package has few files); file types with 12,000 windows (2 hosts),
+with 24,000 (2 hosts): 7 variants.""",
         missing=no_files,
     ),
 )
