@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,7 +70,7 @@ def left_behind(model, optimizer):
         "state": len(optimizer.state),
         "hooks": hooks,
         "threads": threading.active_count(),
-        "files": len(os.listdir("/proc/self/fd")),
+        "files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
     }
 
 
