@@ -256,11 +256,14 @@ class Grower:
     def suggest(self) -> list[Suggestion]:
         """Rank every kernel on offer on the recent batches; changes nothing.
 
+        After :meth:`close` too, for which the Grower keeps those batches.
+
         Returns:
             Best first; those that the ranking cannot score come last.
 
         Raises:
-            GrowthError: There is no ``compute_loss``, or no batch was passed to :meth:`step`.
+            GrowthError: There is no ``compute_loss``, no batch was passed to :meth:`step`, or the
+                model's seeds were taken out, as by :func:`esper.unwrap`.
         """
         return suggestions(self._run, self._recent)
 
@@ -308,7 +311,6 @@ class Grower:
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
-            steps.callback(self._recent.clear)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
             steps.callback(self._finish, lambda: self._depth.close(reason))

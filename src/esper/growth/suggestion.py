@@ -10,6 +10,7 @@ from esper.growth.budget import forward_latency_s
 from esper.growth.germination import open_sites, rank
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.sizing import FORWARD_BACKWARD
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,8 +82,16 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
         Best first; those that the ranking cannot score come last.
 
     Raises:
-        GrowthError: There is no ``compute_loss``, or no batch.
+        GrowthError: There is no ``compute_loss``, no batch, or the model's seeds were taken out.
     """
+    run.follow_exchanges()
+    gone = sorted(run.layers.keys() - layers(run.model).keys())
+    if gone:
+        msg = (
+            f"suggest() ranks what could stand in the model's seeds, of which there are none "
+            f"any more at {', '.join(gone)}: call it before esper.unwrap or esper.restore"
+        )
+        raise GrowthError(msg)
     compute_loss = run.compute_loss
     if compute_loss is None or not batches:
         msg = (
