@@ -251,7 +251,7 @@ def test_suggestion_after_close_is_that_of_before():
         before = [(row.site, row.blueprint, row.gain) for row in grower.suggest()]
     assert [(row.site, row.blueprint, row.gain) for row in grower.suggest()] == before
     unwrap(model)
-    with pytest.raises(GrowthError, match="before esper.unwrap"):
+    with pytest.raises(GrowthError, match=r"before esper\.unwrap"):
         grower.suggest()
 
 

@@ -248,6 +248,23 @@ def test_a_plan_that_is_none_is_refused(given, error, said):
         esper.Staged(*given)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_depth_that_is_awake_already_is_told_of_at_the_start(depth):
+    """A warning with the path, what was asked for and what there is."""
+    words = rf"in 'blocks': of its 6 blocks 2 are awake already, .* asks for {depth} at 60%"
+    model, optimizer = shallow()
+    with pytest.warns(UserWarning, match=words):
+        esper.Grower(model, optimizer, horizon=20, policy=esper.Staged({0.6: depth})).close()
+
+
+def test_a_stage_that_wakes_nothing_before_others_that_do_is_a_note():
+    """A run that goes on where another ended has such stages behind it."""
+    model, optimizer = shallow()
+    report, _ = run(model, optimizer, esper.Staged({0.2: 2, 0.5: 6}))
+    assert any("asks for 2 at 20% of the run" in note for note in report.notes)
+    assert [stage.depth for stage in report.stages] == [6]
+
+
 def test_a_model_in_which_nothing_sleeps_is_told_of():
     """Whoever forgot ``shallow`` hears of it at the start."""
     model = made("list")

@@ -88,7 +88,7 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
     gone = sorted(run.layers.keys() - layers(run.model).keys())
     if gone:
         msg = (
-            f"suggest() ranks what could stand in the model's seeds, of which there are none "
+            "suggest() ranks what could stand in the model's seeds, of which there are none "
             f"any more at {', '.join(gone)}: call it before esper.unwrap or esper.restore"
         )
         raise GrowthError(msg)
