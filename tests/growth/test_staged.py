@@ -10,6 +10,7 @@ from sleepers import HOSTS, Listed, made, update
 from torch import nn
 
 import esper
+from esper.contracts.report_text import flops_text
 from esper.growth.policies import ByHand, Never
 from esper.seeds.shallow import depth_state, load_depth_state
 
@@ -92,6 +93,24 @@ def test_flops_are_those_of_what_was_executed():
     assert note.startswith(
         f"{11 * (2 * flops_of_block() + ends):.4g} FLOPs of training until update 11"
     )
+
+
+def test_a_report_of_depth_alone_says_nothing_of_kernels_and_batches():
+    """What growing took is told without batches, and no note speaks of twins or of overhead."""
+    model, optimizer = shallow()
+    report, _ = run(model, optimizer, esper.Staged({0.5: 6}))
+    text = str(report)
+    assert "growing took no FLOPs beside the training, whose FLOPs are told stage by stage" in text
+    assert not [word for word in ("overhead", "twin", "kernel", "batch=") if word in text]
+
+
+def test_a_reading_beside_planned_depth_is_told_in_flops():
+    """Where evaluate is given, what its readings took is in the sentence."""
+    model, optimizer = shallow()
+    options = {"evaluate": lambda m: (m(X) - Y).square().mean(1)}
+    report, _ = run(model, optimizer, esper.Staged({0.5: 6}), **options)
+    assert report.overhead > 0
+    assert f"growing took {flops_text(report.overhead)} beside the training" in str(report)
 
 
 def test_micro_batches_are_counted_each():

@@ -287,6 +287,8 @@ def words_for(report: RunReport) -> dict[str, str]:
 def work_text(report: RunReport) -> str:
     """Say what growing took of a run, in FLOPs and in time, without an end mark."""
     if report.updates and not report.work.get("training"):
+        if report.stages:
+            return _work_beside_stages(report)
         return "what share of the work was growing is not known, since no batch= was given"
     if report.work_unit == "passes":
         return f"{report.overhead_share:.1%} of the work was growing"
@@ -300,6 +302,14 @@ def work_text(report: RunReport) -> str:
     if training is None:
         return took
     return f"{took}, and {sum(report.seconds.values()) - training:,.1f} s beside {training:,.1f} s"
+
+
+def _work_beside_stages(report: RunReport) -> str:
+    """Say what is known where stages alone tell what training took."""
+    known = any(stage.flops is not None for stage in report.stages)
+    training = "are told stage by stage" if known else "were not counted"
+    took = flops_text(report.overhead) if report.overhead else "no FLOPs"
+    return f"growing took {took} beside the training, whose FLOPs {training}"
 
 
 def beyond_limit(report: RunReport) -> str:

@@ -158,7 +158,8 @@ class Grower:
             self._run.journal.note(
                 f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"
             )
-        if settings.trial == "twin" and options.get("update") is None:
+        has_own_update = options.get("update") is not None
+        if settings.trial == "twin" and not has_own_update and not grafts_nothing(self._run.policy):
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the rates, the clipping and the "
                 "loss scale that the run is seen to have; give update= if your own update does more"
