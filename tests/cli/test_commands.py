@@ -161,7 +161,7 @@ def test_suggest_prints_a_ranked_table_and_writes_nothing(folder):
     """The table names sites and kernels with their cost, and no file is left."""
     result = run("suggest", "jobs_of_a_user:job")
     assert result.exit_code == 0, result.stderr
-    assert "What growing would bring" in result.stdout
+    assert "Where and what to grow" in result.stdout
     assert "mlp" in result.stdout
     assert not (folder / "runs").exists()
 

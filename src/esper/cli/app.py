@@ -192,17 +192,16 @@ def _tell(run: JobRun) -> None:
 
 @app.command(epilog=ENVIRONMENT)
 def suggest(target: Target) -> None:
-    """Train your own job for a while, change nothing, and say what growing would bring."""
+    """Train your own job for a while, change nothing, and say where and what could grow."""
     with _one_line_errors():
         from esper.cli.progress import ProgressDisplay
-        from esper.cli.tables import print_suggestions
         from esper.resilience.clock import MonotonicClock
         from esper.services.run_job import suggest_for
 
         _see_working_folder()
         with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
             suggestions = suggest_for(target, on_progress=display)
-        print_suggestions(_console(), suggestions)
+        typer.echo(str(suggestions))
 
 
 @app.command(epilog=ENVIRONMENT)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.stage import Stage
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
 
 _LOG = logging.getLogger(__name__)
@@ -254,13 +254,14 @@ class Grower:
         if not self._closed and self._run.updates and self._look():
             self._decide()
 
-    def suggest(self) -> list[Suggestion]:
+    def suggest(self) -> Suggestions:
         """Rank every kernel on offer on the recent batches; changes nothing.
 
         After :meth:`close` too, for which the Grower keeps those batches.
 
         Returns:
-            Best first; those that the ranking cannot score come last.
+            A list of :class:`~esper.Suggestion` that prints as a table. Best first; those that the
+            ranking cannot score come last.
 
         Raises:
             GrowthError: There is no ``compute_loss``, no batch was passed to :meth:`step`, or the

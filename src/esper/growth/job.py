@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.report import RunReport
     from esper.growth.batch import Batch, LossFunction
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
     from esper.wrapping.select import Select
 
 SUGGEST_SHARE = 0.2
@@ -272,7 +272,7 @@ def with_test_metrics(job: GrowthJob, report: RunReport) -> RunReport:
 
 def suggest(
     job: GrowthJob, *, on_progress: Callable[[Progress], None] | None = None
-) -> list[Suggestion]:
+) -> Suggestions:
     """Train a job for a fifth of its epochs, at least one, and rank what could be grown.
 
     Nothing is grafted; the model stays wrapped, every seed dormant.

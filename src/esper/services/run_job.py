@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from esper.contracts.report import RunReport
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
 
     Tell = Callable[[Progress], None]
 
@@ -185,7 +185,7 @@ def _part_of(on_progress: Tell | None, part: int, *, parts: int) -> Tell | None:
     return told
 
 
-def suggest_for(target: str, *, on_progress: Tell | None = None) -> list[Suggestion]:
+def suggest_for(target: str, *, on_progress: Tell | None = None) -> Suggestions:
     """Train the job that ``target`` names for a while, graft nothing, and rank what could grow.
 
     Args:
