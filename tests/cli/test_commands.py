@@ -81,6 +81,10 @@ def warns(): return job(train=lambda batches: Loader(batches, 1, warn))
 def no_file(): return open("no_such_file_of_mine")
 def shuffled(): return job(train=lambda b: torch.utils.data.DataLoader(
     torch.utils.data.TensorDataset(*map(torch.cat, zip(*b))), batch_size=16, shuffle=True))
+def told(): return job(train=lambda b: Loader(b, 0, lambda: print("an epoch begins")))
+def drawn():
+    print("drew", torch.rand(1).item())
+    return job()
 MODEL = nn.Sequential(nn.Linear(4, 2))
 def one_model(): return job(model=MODEL)
 """
@@ -368,6 +372,25 @@ def test_grow_takes_what_a_job_would_be_edited_for(folder):
     assert (settings["overhead"], settings["random_seed"]) == (0.3, 5)
     assert (settings["budget"]["packages"], settings["budget"]["flops"]) == (1, None)
     assert settings["budget"]["small_graft"] == 10_000
+
+
+@pytest.mark.parametrize(("options", "num"), [((), 1), (("--epochs", "2"), 2)])
+def test_suggest_trains_as_long_as_it_is_told(folder, options, num):
+    """So many passes, and a fifth of the job's, at least one, where nothing is said."""
+    result = run("suggest", "jobs_of_a_user:told", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("an epoch begins") == num
+
+
+def test_suggest_takes_a_random_seed_and_a_budget(folder):
+    """The job is made from that seed, and what exceeds the budget is not on offer."""
+    options = ("suggest", "jobs_of_a_user:drawn", "--budget", "small_graft=0", "--random-seed")
+    one, again, other = (run(*options, seed) for seed in ("5", "5", "6"))
+    assert one.exit_code == 0, one.stderr
+    drawn = [result.stdout.splitlines()[0] for result in (one, again, other)]
+    assert drawn[0].startswith("drew")
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert one.stdout.rstrip().endswith(": none")
 
 
 def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
