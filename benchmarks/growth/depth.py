@@ -175,7 +175,7 @@ own weights or as copies. Compute saved is that of the run from scratch that end
 interpolated between horizons."""
 _TRIED = """\
 three rates (2e-3, 4e-3, 8e-3) for two and six blocks at random seed 90, and widths 32, 48 and 64
-for their speed, all at 1,000 updates: 5 variants. Kinds of growing tried: the two that are shown."""
+for their speed, all at 1,000 updates: 5 variants. Kinds of growing tried: the two shown."""
 TRANSFORMER: dict[str, Any] = {
     **SHORT,
     "model": "vision transformer",

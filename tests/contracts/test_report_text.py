@@ -51,7 +51,14 @@ def a_trial(package=1, **other):
 
 
 REFUSED = {"verdict": "refused", "taken": "", "reason": "not beyond luck: z = 0.30"}
-UNREAD = {"verdict": "in trial", "taken": "", "decided_at": None, "effect": None, "z": None}
+UNREAD = {
+    "verdict": "in trial",
+    "taken": "",
+    "decided_at": None,
+    "effect": None,
+    "z": None,
+    "reason": "",
+}
 
 
 def a_graft(**other):
@@ -173,6 +180,29 @@ def test_what_was_met_is_counted_and_not_what_was_tried():
     assert "Of the 2 packages that met the live run 1 was kept and 1 was refused." in text
     assert "1 more package had no verdict by the end of the run." in text
     assert "Package 1 beat the live run" in text
+
+
+def test_why_a_package_had_no_verdict_is_said():
+    """A loss that raised in a twin is not told as a run that was too short."""
+    broken = "its twin could not be trained: RuntimeError: boom"
+    unread = {**UNREAD, "reason": broken}
+    text = said(a_trial(1, **unread), a_trial(2, **unread))
+    assert text.startswith(f"Growth kept nothing: 2 packages had no verdict: {broken}.")
+
+
+def test_a_measure_of_which_higher_is_better_keeps_its_sign():
+    """The controller's loss is the owner's measure turned; it is told as it was given."""
+    values = [Evaluation(update=u, gate_loss=v) for u, v in ((1, -0.35), (90, -0.53))]
+    report = RunReport(
+        settings={"goal": "max"},
+        updates=100,
+        evaluations=tuple(values),
+        parameters_before=1,
+        parameters_after=1,
+        test_metrics={"loss": 1.0},
+    )
+    told = "0.35 at first, 0.53 at update 90, which was looked at last."
+    assert f"Gate measure, higher is better: {told}" in str(report)
 
 
 def test_a_run_that_was_stopped_in_a_trial_claims_nothing():

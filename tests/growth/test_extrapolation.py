@@ -50,15 +50,40 @@ def test_a_line_over_the_updates_promises_too_much():
     assert line_over_updates(points, extra) > 2 * true
 
 
-def test_the_fit_is_that_of_least_squares():
-    """A loss that is a line over the logarithm is met exactly, and no error is left."""
-    points = [(u, 3.0 - 0.25 * math.log(u)) for u in (10, 20, 30, 40, 50, 60)]
-    gain, stderr = going_on(points, 60, 60)
-    assert gain == pytest.approx(0.25 * math.log(2))
-    assert stderr == pytest.approx(0.0, abs=1e-9)
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0, 2.0])
+def test_a_curve_of_a_known_shape_is_met(power):
+    """Without scatter the shape that it has outweighs the others, and no error is left."""
+    points = [(u, 0.5 + 2.0 * (u / 60) ** -power) for u in range(10, 70, 5)]
+    gain, stderr = going_on(points, 65, 60)
+    expected = points[-1][1] - (0.5 + 2.0 * (125 / 60) ** -power)
+    assert gain == pytest.approx(expected, rel=1e-3)
+    assert stderr == pytest.approx(0.0, abs=1e-3)
 
 
-def test_only_the_later_half_counts_and_nothing_to_come():
+def test_no_loss_falls_below_nothing():
+    """However steep the beginning was; a line over the logarithm ends far below."""
+    points = [(u, 9.0 - 1.45 * math.log(u)) for u in (47, 94, 141, 188, 235, 282)]
+    gain, stderr = going_on(points, 282, 4000)
+    assert gain + stderr < points[-1][1] + stderr
+    assert 1.45 * math.log1p(4000 / 282) > points[-1][1]
+
+
+def test_a_loss_that_was_below_nothing_may_fall_further():
+    """As a log-likelihood, or a measure of which higher is better, with its sign turned."""
+    points = [(u, -1.0 - 0.5 * math.log(u)) for u in (47, 94, 141, 188, 235, 282)]
+    assert going_on(points, 282, 4000).gain > 0.5
+
+
+def test_a_curve_near_its_floor_is_not_taken_for_one_that_falls_for_ever():
+    """The error says how far the shapes disagree, and the truth lies within it."""
+    points = [(u, 0.4 + 100 * u**-1.5) for u in range(44, 480, 44)]
+    true = points[-1][1] - 0.4 - 100 * 1500**-1.5
+    gain, stderr = going_on(points, points[-1][0], 1500 - points[-1][0])
+    assert abs(gain - true) < 2 * stderr + 0.005
+    assert gain < 2 * true
+
+
+def test_only_the_last_third_counts_and_nothing_to_come():
     """The fall of the beginning says nothing, and what is later than now is left out."""
     late = [(u, 2.0 - 0.1 * math.log(u)) for u in (140, 160, 180, 200)]
     early = [(u, 50.0 / u) for u in (1, 2, 3, 4)]

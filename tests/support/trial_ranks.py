@@ -1,6 +1,7 @@
 """What each of two processes runs for the tests of trials under DistributedDataParallel."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +17,7 @@ from esper.growth.rehearsal import run_digest
 from esper.growth.twins import Twin
 
 BY_HAND = [("0", "mlp-4x8-w32")]
+WIDE = esper.Budget(small_graft=100_000)
 
 
 def replicated(*middle, **settings):
@@ -117,6 +119,48 @@ def a_roll_back_takes_every_rank_back():
     assert esper.layers(run.model)["0"].seed_kernel(0) is None
 
 
+class Apart(esper.FirstOrderGain):
+    """Ranks the other way round on every second rank."""
+
+    def rank(self, observations, candidates):
+        found = super().rank(observations, candidates)
+        known = [entry for entry in found if entry.gain]
+        gains = [abs(entry.gain) for entry in known]
+        if dist.get_rank():
+            gains = gains[::-1]
+        return [replace(entry, gain=g) for entry, g in zip(known, gains, strict=True)]
+
+
+def assert_ranks_tried_the_same(grower, model):
+    """Hold the packages of the ranks against each other, and what became of the model."""
+    tried = [(t.trial_updates, t.sites, t.blueprints) for t in grower.report().trials]
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, tried)
+    assert tried
+    assert of_ranks == [tried] * len(of_ranks)
+    assert_ranks_agree(model)
+
+
+def ranks_with_other_batches_decide_alike():
+    """What an update takes differs by rank, and what is tried, for how long, and when does not."""
+    run = replicated()
+    size = 32 if dist.get_rank() == 0 else 8
+    with grower_of(run, horizon=400, overhead=3.5, trial_updates=150) as grower:
+        for batch in own_batches(100):
+            run.update(batch[:size], grower)
+        assert_ranks_tried_the_same(grower, run.model)
+        assert 50 <= grower.report().trials[0].trial_updates < 150  # as the first rank can pay
+
+
+def ranks_that_rank_apart_try_one_package():
+    """That of the first rank."""
+    run = replicated()
+    with grower_of(run, policy=esper.EveryN(5), ranking=Apart(), budget=WIDE) as grower:
+        for batch in own_batches(80):
+            run.update(batch, grower)
+        assert_ranks_tried_the_same(grower, run.model)
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -124,6 +168,8 @@ CASES = {
         a_package_is_taken_over_by_all_ranks_at_once,
         a_twin_without_a_package_is_the_run,
         a_roll_back_takes_every_rank_back,
+        ranks_with_other_batches_decide_alike,
+        ranks_that_rank_apart_try_one_package,
     )
 }
 

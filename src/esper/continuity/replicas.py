@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ OverRanks = Callable[[Sequence[SeedKey], Tensor], Tensor]
 
 AverageGradients = Callable[["AnyOptimizer"], None]
 """Replaces the gradients of what an optimizer trains by their means over the ranks."""
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -132,6 +134,23 @@ def all_agree(model: nn.Module, choice: int) -> bool:
     both = torch.tensor([choice, -choice], device=device)
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=replicated.process_group)
     return int(both[0]) == -int(both[1])
+
+
+def over_ranks(model: nn.Module, value: _T) -> list[_T]:
+    """Return what each rank of a replicated model says, in their order; the value alone without.
+
+    To be called by all ranks at the same moment.
+
+    Args:
+        model: The live model, which may be replicated.
+        value: This rank's: plain values, that pickle takes.
+    """
+    replicated = replicas(model)
+    if replicated is None or num_ranks(replicated) == 1:
+        return [value]
+    found = [value] * num_ranks(replicated)
+    dist.all_gather_object(found, value, group=replicated.process_group)
+    return found
 
 
 class Woken(NamedTuple):

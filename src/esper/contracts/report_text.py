@@ -113,7 +113,7 @@ def of_packages(
     hint = OPTIMISTIC if optimistic else ""
     met = [trial for trial in trials if trial.was_read]
     end = "when the run was stopped" if interrupted else "by the end of the run"
-    yield from _verdicts(met, len(trials) - len(met), end)
+    yield from _verdicts(met, [trial for trial in trials if not trial.was_read], end)
     inside = [trial for trial in met if trial.verdict in ("kept", "taken over")]
     if len(inside) == 1:
         who = f"Package {inside[0].package}" if len(trials) > 1 else "It"
@@ -128,10 +128,12 @@ def of_packages(
         yield f"Of {counted(kernels, 'kernel')} that were taken over {len(left)} left as {role}."
 
 
-def _verdicts(met: Sequence[TrialRecord], others: int, when: str) -> Iterator[str]:
-    """Say how many packages met the live run, what became of them, and how many did not."""
+def _verdicts(
+    met: Sequence[TrialRecord], others: Sequence[TrialRecord], when: str
+) -> Iterator[str]:
+    """Say how many packages met the live run, what became of them, and why others did not."""
     if not met:
-        yield f"Growth kept nothing: {counted(others, 'package')} had no verdict {when}."
+        yield f"Growth kept nothing: {_unread(others, 'package', when)}."
         return
     if len(met) == 1:
         (only,) = met
@@ -142,7 +144,14 @@ def _verdicts(met: Sequence[TrialRecord], others: int, when: str) -> Iterator[st
         counts = {end: sum(t.verdict == name for t in met) for name, end in _ENDS.items()}
         yield f"Of the {len(met)} packages that met the live run {_ends_text(counts)}."
     if others:
-        yield f"{counted(others, 'more package')} had no verdict {when}."
+        yield f"{_unread(others, 'more package', when)}."
+
+
+def _unread(trials: Sequence[TrialRecord], what: str, when: str) -> str:
+    """Say of packages whose verdict could not be read, or was not come to, why that is."""
+    whys = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+    why = f": {'; '.join(whys)}" if whys else f" {when}"
+    return f"{counted(len(trials), what)} had no verdict{why}"
 
 
 def _reason(trial: TrialRecord) -> str:
@@ -203,7 +212,8 @@ def _what_several_beat(inside: Sequence[TrialRecord], hint: str) -> Iterator[str
         words.append(f"for {total - shown - linear - unread} it was not shown")
     yield f"Of them, {_listing(words)}."
     more = sum(trial.beat_going_on is True for trial in inside)
-    yield f"{more} of {total} brought more than going on for the same FLOPs would have."
+    hedge = "" if more == total else ": of the others training may be what is missing"
+    yield f"{more} of {total} brought more than going on for the same FLOPs would have{hedge}."
 
 
 def of_untried(trials: Sequence[TrialRecord], grafts: Sequence[GraftRecord]) -> Iterator[str]:

@@ -353,14 +353,18 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
     hint, lost = _hint(report), report.is_lost("gate loss")
     if report.evaluations:
         first, last = report.evaluations[0], report.evaluations[-1]
-        if lost is None:
-            end = f"{last.gate_loss:.4g} at the end"
-        else:
-            seen = f"{last.gate_loss:.4g} at update {last.update:,}"
-            end = f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
-        yield f"Gate loss{hint}: {first.gate_loss:.4g} at first, {end}."
+        what, sign = ("measure", -1.0) if report.settings.get("goal") == "max" else ("loss", 1.0)
+        begin, end = _when(first, report), _when(last, report)
+        found = f"{sign * last.gate_loss:.4g} {end}"
+        if lost is not None:
+            seen = f"{sign * last.gate_loss:.4g} at update {last.update:,}"
+            found = (
+                f"{lost.value} at the end (since update {lost.since:,}; the last finite: {seen})"
+            )
+        higher = ", higher is better" if sign < 0 else ""
+        yield f"Gate {what}{hint}{higher}: {sign * first.gate_loss:.4g} {begin}, {found}."
         for name in [name for name in first.metrics if name in last.metrics]:
-            values = f"{first.metrics[name]:.4g} at first, {last.metrics[name]:.4g} at the end"
+            values = f"{first.metrics[name]:.4g} {begin}, {last.metrics[name]:.4g} {end}"
             yield f"Gate {name}{hint}: {values}."
     elif lost is not None:
         yield f"Gate loss{hint}: {lost.value} at first, {lost.value} at the end."
@@ -370,6 +374,16 @@ def _loss_lines(report: RunReport) -> Iterator[str]:
             yield f"{name}: {other.value} at the end, since update {other.since:,}."
     for name, value in report.test_metrics.items():
         yield f"Test {name}: {value:.4g}"
+
+
+def _when(evaluation: Evaluation, report: RunReport) -> str:
+    """Say when an evaluation was made: at first, at the end, or else at which update."""
+    if evaluation.update <= 1:
+        return "at first"
+    if evaluation.update == report.updates:
+        return "at the end"
+    is_last = evaluation is report.evaluations[-1]
+    return f"at update {evaluation.update:,}{', which was looked at last' if is_last else ''}"
 
 
 def _parts_lines(report: RunReport) -> Iterator[str]:

@@ -12,7 +12,7 @@ MIN_POINTS: Final = 4
 LATEST: Final = 1 / 3
 """Share of the evaluations that is fitted; what came before belongs to another part of a curve."""
 POWERS: Final = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-"""Falls towards a floor, as the update to minus so much; 0 stands for the logarithm, without one."""
+"""Falls towards a floor, as the update to minus so much; 0 is the logarithm, which has none."""
 TRUST: Final = 0.25
 """Exponent of the residuals in the weight of a fit; errors of evaluations are not independent."""
 
@@ -93,7 +93,7 @@ def _mean(fits: Sequence[_Fit], num_points: int) -> GoingOn:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float]:
-    """Return slope of the least squares line, its standard error, and the squares that it leaves."""
+    """Return slope of the least squares line, its standard error, and the squares it leaves."""
     n = len(xs)
     mean_x, mean_y = math.fsum(xs) / n, math.fsum(ys) / n
     spread = math.fsum((x - mean_x) ** 2 for x in xs)

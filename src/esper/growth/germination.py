@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
@@ -90,6 +90,20 @@ class Ranked:
     blueprints: dict[tuple[str, str], BlueprintIR]
     refused: list[RefusedCandidate]
     is_cut: bool = False
+
+
+class Chosen(NamedTuple):
+    """A kernel that a ranking chose, as ranks tell it one another.
+
+    Attributes:
+        site: Name of its layer.
+        blueprint: Name of its blueprint.
+        gain: Its predicted gain.
+    """
+
+    site: str
+    blueprint: str
+    gain: float
 
 
 def free_seed(run: GrowthRun, site: str) -> int | None:
@@ -218,7 +232,7 @@ def choose_package(
 
 def germinate_package(
     run: GrowthRun,
-    chosen: Iterable[RankedCandidate],
+    chosen: Iterable[Chosen],
     ranked: Ranked,
     observations: Mapping[str, SiteObservation],
 ) -> list[Contender]:
@@ -226,7 +240,7 @@ def germinate_package(
 
     Args:
         run: The run.
-        chosen: At most one kernel of each site.
+        chosen: At most one kernel of each site, each of those that were offered there.
         ranked: What it was chosen from.
         observations: What was recorded, by site.
     """
@@ -239,6 +253,7 @@ def germinate_package(
             f"the best at its site, score {entry.gain:.3g}",
         )
         for entry in chosen
+        if (entry.site, entry.blueprint) in ranked.blueprints  # of another rank's it may not be
     )
     return [contender for contender in made if contender is not None]
 

@@ -8,11 +8,12 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
-from esper.continuity.replicas import all_agree
+from esper.continuity.replicas import all_agree, over_ranks
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
@@ -437,18 +438,26 @@ class Grower:
         run = self._run
         if run.evaluator is None:
             return run.updates % EVALUATE_EVERY == 0 and self._look_at_training_loss()
-        if not self._schedule.is_due(run.updates):
+        if not self._is_due():
             return False
         before = run.ledger.work("evaluation")
         found = run.last_measurement = run.measure()
         self._schedule.evaluated(run.updates, run.ledger.work("evaluation") - before)
-        stretched = self._schedule.stretched()
+        stretched = over_ranks(run.given, self._schedule.stretched())[0]
         if stretched is not None:
             run.journal.note(stretched)
         train_loss = run.losses.mean()
         run.journal.evaluated(found, train_loss)
         self._observe(train_loss=train_loss, gate_loss=found.told, metrics=found.metrics)
         return True
+
+    def _is_due(self) -> bool:
+        """Say whether the gate split is to be read; of several ranks the first one's ledger says.
+
+        What an update takes differs between ranks whose batches do.
+        """
+        run, is_due = self._run, self._schedule.is_due(self._run.updates)
+        return over_ranks(run.given, is_due)[0] if self._schedule.is_wanted(run.updates) else is_due
 
     def _look_at_training_loss(self) -> bool:
         """Let the policy see the training loss where there is no measure: for advice only."""
@@ -460,7 +469,14 @@ class Grower:
     def _observe(
         self, *, train_loss: float | None, gate_loss: float, metrics: dict[str, float]
     ) -> None:
-        """Show the policy an evaluation, which it sees again whenever it is asked."""
+        """Show the policy an evaluation, which it sees again whenever it is asked.
+
+        Of several ranks it is the mean, so that each rank's policy sees the same.
+        """
+        told = over_ranks(self._run.given, (train_loss, gate_loss, metrics))
+        known = [loss for loss, _, _ in told if loss is not None]
+        train_loss = fmean(known) if known else None
+        gate_loss, metrics = fmean(loss for _, loss, _ in told), told[0][2]
         self._reading = replace(
             self._reading_now(), train_loss=train_loss, gate_loss=gate_loss, metrics=metrics
         )
@@ -490,12 +506,13 @@ class Grower:
         if not decision.grow or self._is_hopeless():
             return
         run.num_decisions += 1
-        against = obstacle(run)
+        missing = missing_part(run)
+        of_ranks = over_ranks(run.given, (obstacle(run), missing is not None or is_earned(run)))
+        against, is_time = of_ranks[0]
         if against is not None:
             run.journal.note(against)
             return
-        missing = missing_part(run)
-        if missing is None and not is_earned(run):
+        if not is_time:
             return
         if missing is None or self._advises(missing):
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)

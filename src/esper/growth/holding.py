@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.continuity.replicas import over_ranks
 from esper.growth.gates import is_worse, upper_rise
 from esper.growth.live_kernel import remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
@@ -78,9 +79,12 @@ class Holding:
     def advance(self, batches: list[Batch]) -> Holding | None:  # noqa: ARG002 - the protocol's signature
         """Follow one update of the run; None once the package is permanent, or gone."""
         trouble = self._trouble()
-        if trouble is None and self._look_at and self._num_updates >= self._look_at[0]:
+        is_look = bool(self._look_at) and self._num_updates >= self._look_at[0]
+        if is_look:
             self._look_at.pop(0)
-            trouble = self._watch()
+            trouble = trouble or self._watch()
+        if is_look or self._num_updates % LOSS_CHECK_EVERY == 0:  # no rank goes back by itself
+            trouble = next(filter(None, over_ranks(self._run.given, trouble)), None)
         if trouble is not None:
             self._roll_back(trouble)
             return None
@@ -139,7 +143,8 @@ class Holding:
         """
         run, allowed = self._run, PASSENGERS_SHARE * self._effect
         num_readings = 2 * len(self._members) + READINGS_OF_WHOLE
-        if not run.ledger.affordable(num_readings * run.ledger.reading_flops):
+        is_paid = run.ledger.affordable(num_readings * run.ledger.reading_flops)
+        if not over_ranks(run.given, is_paid)[0]:
             run.journal.note(
                 f"the overhead does not buy the {num_readings} readings of the gate split that "
                 f"would tell which kernels of package {self._record.package} are passengers"

@@ -76,6 +76,7 @@ class Journal:
         not_finite: What was NaN or infinite, and when, in order.
         trials: Every package as it is known now, in order.
         stages: Every planned stage of depth as it is known now, in order.
+        last_switch: Update at which the model last became another one; 0 where it never did.
         run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
 
@@ -94,6 +95,7 @@ class Journal:
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._last_reason = ""
+        self.last_switch = 0
 
     def started(self, settings: JsonObject) -> None:
         """Record the effective settings of the run, and say them."""
@@ -121,6 +123,7 @@ class Journal:
         """Say a word to the owner, once: a text that was said is not repeated."""
         if text not in self.notes:
             self.notes.append(text)
+            _LOG.info("%s", text)
             self._sink.publish(Noted(**self._now(), text=text))
 
     def warn(self, text: str) -> None:
@@ -256,6 +259,8 @@ class Journal:
     def trial_read(self, record: TrialRecord) -> None:
         """Record the verdict on a package; what a clock or a meter read is left to the report."""
         self._keep_trial(record)
+        why = f": {record.reason}" if record.reason else ""
+        _LOG.info("package %d, %s%s", record.package, record.verdict, why)
         self._sink.publish(TrialRead(**self._now(), **_read_of(record)))
 
     def taken_over(self, record: TrialRecord, *, folded: bool) -> None:
@@ -266,6 +271,8 @@ class Journal:
             folded: Whether the package went into the host's own weights at once.
         """
         self._keep_trial(record)
+        self.last_switch = self._updates()
+        _LOG.info("package %d: the run goes on as its %s", record.package, record.taken)
         self._sink.publish(
             TakenOver(
                 **self._now(),
@@ -338,6 +345,7 @@ class Journal:
                 break
         else:
             self.stages.append(record)
+        self.last_switch = self._updates()
         told = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "more"}
         self._sink.publish(StageWoken(**self._now(), **told))
 

@@ -55,9 +55,18 @@ class EvaluationSchedule:
         if self.last is None:
             return True
         since = update - self.last
-        if since == 0 or not self._is_wanted(since):
+        if not self.is_wanted(update):
             return False
         return since >= self._least_gap(update) and self._is_earned(update)
+
+    def is_wanted(self, update: int) -> bool:
+        """Say whether the gate split would be read now, if it is earned: by updates alone.
+
+        Args:
+            update: Updates done.
+        """
+        since = update - (self.last or 0)
+        return self.last is not None and since > 0 and self._is_past(since)
 
     def evaluated(self, update: int, flops: int) -> None:
         """Learn that the gate split was read because it was due.
@@ -103,7 +112,7 @@ class EvaluationSchedule:
             f"they take at most {share}; {beside}; {cure}"
         )
 
-    def _is_wanted(self, since: int) -> bool:
+    def _is_past(self, since: int) -> bool:
         if self._every is None and self._last_end is not None:
             return self._epoch_ended
         return since >= self.wanted

@@ -6,10 +6,11 @@ Recording -> Auditioning -> Probation           trial="shadow"
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
+from esper.continuity.replicas import over_ranks
 from esper.growth.germination import (
+    Chosen,
     choose_package,
     germinate,
     germinate_package,
@@ -20,14 +21,14 @@ from esper.growth.germination import (
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.settings import LEAST_RECORDED
 from esper.growth.shadow_trial import Auditioning
-from esper.growth.sizing import Size, paid_kernel, paid_trial, too_slow
+from esper.growth.sizing import NONE_LEFT, Size, paid_kernel, paid_trial, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
-    from esper.growth.germination import Contender
+    from esper.growth.germination import Contender, Ranked
     from esper.growth.ranking import RankedCandidate
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
@@ -96,9 +97,10 @@ class Recording:
         """Rank, choose and germinate; where nothing can be tried, the log says why."""
         run = self._run
         size, package = self._package(batches)
-        if run.settings.trial == "shadow" and package:
-            return self._audition(package[0], batches)
         against = self._against(package, batches) if package else size.reason
+        against = self._against_of_ranks(package, against)
+        if run.settings.trial == "shadow" and package:
+            return self._audition(package[0], against)
         if not against:
             made = attempt(lambda: Trial(run, package, size.updates))
             if isinstance(made, Done):
@@ -114,11 +116,20 @@ class Recording:
 
     def _against(self, package: list[Contender], batches: list[Batch]) -> str:
         """Say why twins with a package do not fit, or would be too slow; empty where neither."""
-        parameters = sum(contender.graft.cost.parameters for contender in package)
-        short = self._run.memory_shortage(parameters)
+        run, short = self._run, None
+        if run.settings.trial == "twin":
+            short = run.memory_shortage(sum(c.graft.cost.parameters for c in package))
         if short is None and batches:
-            short = too_slow(self._run, package, batches[-1])
+            short = too_slow(run, package, batches[-1])
         return short or ""
+
+    def _against_of_ranks(self, package: list[Contender], against: str) -> str:
+        """Say what stands against a package on any rank; empty where nothing does."""
+        names = [(contender.graft.site, contender.blueprint.id) for contender in package]
+        told = over_ranks(self._run.given, (names, against))
+        if any(others != names for others, _ in told):
+            return against or "the ranks did not make the same kernels, so none is tried"
+        return next((reason for _, reason in told if reason), "")
 
     def _package(self, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         """Return what is to be tried; the policy hears of a decision that does not wait."""
@@ -138,23 +149,27 @@ class Recording:
         refused = Size(reason="no candidate with a predicted gain passed budget and probe")
         if self._advise_only:
             return refused, []
-        limit = 1 if run.settings.trial == "shadow" else len(run.layers)
-
-        def choose(flops: float) -> list[RankedCandidate]:
-            return choose_package(run, ranked, limit=limit, flops=flops)
-
-        if not ranked.order and ranked.is_cut:
-            run.too_dear = (
-                f"overhead={run.ledger.overhead:g} buys no ranking: raise it, or train longer"
-            )
-            return Size(reason=run.too_dear), []
-        chosen, size = paid_trial(run, choose, batches)
-        if size.reason and not size.waits and choose(math.inf):
+        chosen, size = over_ranks(run.given, self._own_choice(ranked, batches))[0]
+        if size.reason and not size.waits and size != NONE_LEFT:
             run.too_dear = size.reason
         if size.reason:
             return size, []
         package = germinate_package(run, chosen, ranked, observations)
         return (size if package else refused), package
+
+    def _own_choice(self, ranked: Ranked, batches: list[Batch]) -> tuple[list[Chosen], Size]:
+        """Choose by this rank's ranking and ledger, of which others may see other batches."""
+        run = self._run
+        if not ranked.order and ranked.is_cut:
+            bought = f"overhead={run.ledger.overhead:g} buys no ranking"
+            return [], Size(reason=f"{bought}: raise it, or train longer")
+        limit = 1 if run.settings.trial == "shadow" else len(run.layers)
+
+        def choose(flops: float) -> list[RankedCandidate]:
+            return choose_package(run, ranked, limit=limit, flops=flops)
+
+        chosen, size = paid_trial(run, choose, batches)
+        return [Chosen(e.site, e.blueprint, e.gain or 0.0) for e in chosen], size
 
     def _chosen_by_hand(self, choice: Choice, batches: list[Batch]) -> tuple[Size, list[Contender]]:
         run = self._run
@@ -163,16 +178,15 @@ class Recording:
         if found is None:
             return refused, []
         blueprint, cost = found
-        size = paid_kernel(run, cost.flops, batches)
+        size = over_ranks(run.given, paid_kernel(run, cost.flops, batches))[0]
         if size.reason:
             return size, []
         seen = self._recorder.observations[choice.site]
         contender = germinate(run, choice.site, blueprint, seen, "named by hand")
         return (refused, []) if contender is None else (size, [contender])
 
-    def _audition(self, contender: Contender, batches: list[Batch]) -> Stage | None:
-        slow = too_slow(self._run, [contender], batches[-1]) if batches else None
-        if slow is None:
+    def _audition(self, contender: Contender, slow: str) -> Stage | None:
+        if not slow:
             return Auditioning(self._run, contender)
         self._run.last_change_update = self._run.updates
         contender.withdraw(slow, update=self._run.updates, verdict="culled in audition")

@@ -92,6 +92,11 @@ class Trial:
             if isinstance(outcome.error, GrowthError):
                 raise outcome.error
             self.close(f"its twin could not be trained: {outcome}")
+            self._run.journal.warn(
+                f"the trial of package {self.record.package} was given up at update "
+                f"{self._run.updates:,}, since its twin could not be trained: {outcome}; the run "
+                "itself was not touched"
+            )
             return None
         if self._done < self._num_updates:
             return self
