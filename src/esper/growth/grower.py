@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.stage import Stage
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
 
 _LOG = logging.getLogger(__name__)
@@ -159,7 +159,8 @@ class Grower:
             self._run.journal.note(
                 f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"
             )
-        if settings.trial == "twin" and options.get("update") is None:
+        has_own_update = options.get("update") is not None
+        if settings.trial == "twin" and not has_own_update and not grafts_nothing(self._run.policy):
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the rates, the clipping and the "
                 "loss scale that the run is seen to have; give update= if your own update does more"
@@ -254,14 +255,18 @@ class Grower:
         if not self._closed and self._run.updates and self._look():
             self._decide()
 
-    def suggest(self) -> list[Suggestion]:
+    def suggest(self) -> Suggestions:
         """Rank every kernel on offer on the recent batches; changes nothing.
 
+        After :meth:`close` too, for which the Grower keeps those batches.
+
         Returns:
-            Best first; those that the ranking cannot score come last.
+            A list of :class:`~esper.Suggestion` that prints as a table. Best first; those that the
+            ranking cannot score come last.
 
         Raises:
-            GrowthError: There is no ``compute_loss``, or no batch was passed to :meth:`step`.
+            GrowthError: There is no ``compute_loss``, no batch was passed to :meth:`step`, or the
+                model's seeds were taken out, as by :func:`esper.unwrap`.
         """
         return suggestions(self._run, self._recent)
 
@@ -309,7 +314,6 @@ class Grower:
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
-            steps.callback(self._recent.clear)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
             steps.callback(self._finish, lambda: self._depth.close(reason))

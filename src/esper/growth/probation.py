@@ -99,6 +99,8 @@ class Probation:
             self._remove(trouble)
             return None
         alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
+        if self._num_updates == 1:  # before that alpha was 0, and the kernel was not run
+            self._run.ledger.structure_changed()
         if self._graft.stage is GraftStage.BLENDING and self._num_updates >= self._ramp:
             self._run.journal.alpha(self._graft, alpha)
             self._graft.hold(f"alpha reached 1 after {self._ramp} updates")

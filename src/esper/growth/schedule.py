@@ -101,12 +101,15 @@ class EvaluationSchedule:
             return None
         self._has_told = True
         share = f"a fifth of overhead={self._ledger.overhead:g}"
+        beside = "readings for verdicts and watches are made all the same, and come beside it"
         cure = "raise overhead=, or let evaluate read fewer samples"
         if interval is None:
-            return f"no more evaluations are due: one more takes more than {share}; {cure}"
+            return (
+                f"no more evaluations are due: one more takes more than {share}; {beside}; {cure}"
+            )
         return (
             f"evaluations are {interval} updates apart, where {self.wanted} were wanted, so that "
-            f"they take at most {share}; {cure}"
+            f"they take at most {share}; {beside}; {cure}"
         )
 
     def _is_past(self, since: int) -> bool:

@@ -234,6 +234,30 @@ class _Course:
     number: int
     stack: Stack
 
+    @property
+    def idle(self) -> list[tuple[float, int]]:
+        """Stages that ask for no more blocks than are awake: they wake nothing."""
+        num_awake = len(self.stack.numbers(None))
+        return [
+            (s, depth) for s, depth in self.staged.plans[self.number].stages if depth <= num_awake
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every stage is such a one."""
+        return len(self.idle) == len(self.staged.plans[self.number].stages)
+
+    @property
+    def said_of_idle(self) -> str:
+        """What the owner is told of these stages."""
+        asked = ", ".join(f"{depth} at {share:.0%} of the run" for share, depth in self.idle)
+        awake, whole = len(self.stack.numbers(None)), len(self.stack)
+        what = "nothing will wake in" if self.is_idle else "a stage wakes nothing in"
+        return (
+            f"{what} {self.stack.path!r}: of its {whole} blocks {awake} are awake already, and "
+            f"Staged asks for {asked}; a depth is how many are awake from then on, at most {whole}"
+        )
+
     def due(self, update: int, horizon: int) -> int | None:
         """Return the depth that is due, the last where several are, and count it as begun."""
         stages = self.staged.plans[self.number].stages
@@ -291,12 +315,16 @@ class PlannedDepth:
             self._flops = StepFlops(run.model, is_compiled=compiled, compute_loss=run.compute_loss)
 
     def warn_if_idle(self) -> None:
-        """Warn the owner where stages are planned and nothing sleeps."""
+        """Warn the owner where stages are planned and nothing sleeps, or nothing will wake."""
         if staged_in(self._run.policy) and not self._courses:
             self._run.journal.warn(
                 "nothing can wake: no block of the model sleeps; call esper.shallow(model, path, "
                 "depth=...) before the Grower"
             )
+        for course in self._courses:
+            if course.idle:
+                tell = self._run.journal.warn if course.is_idle else self._run.journal.note
+                tell(course.said_of_idle)
 
     @property
     def is_waking(self) -> bool:
