@@ -212,6 +212,14 @@ class RandomChoice:
             generator_seed(whole_number("random_seed", random_seed))
         )
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return where the generator is."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the scores where another ranking was."""
+        self._generator.set_state(state["generator"])
+
     def rank(
         self,
         observations: Mapping[str, SiteObservation],  # noqa: ARG002 - the protocol's signature
