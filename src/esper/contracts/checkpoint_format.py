@@ -194,9 +194,7 @@ def _entries(tensors: Mapping[str, StoredTensor]) -> JsonObject:
     return entries
 
 
-def _digest(
-    content: JsonValue, entries: JsonObject, data: Sequence[bytes | memoryview]
-) -> str:
+def _digest(content: JsonValue, entries: JsonObject, data: Sequence[bytes | memoryview]) -> str:
     made = hashlib.sha256(_text(content) + b"\n" + _text(entries) + b"\n")
     for part in data:
         made.update(part)
