@@ -27,10 +27,11 @@ from esper.continuity.grown_state import (
     load_seeds,
     load_weights,
     some,
+    tell_followers,
     weights_of,
 )
 from esper.continuity.named_state import NAMES, bare_name, names_of
-from esper.continuity.optimizer import sync_again, sync_to_groups
+from esper.continuity.optimizer import kernels_in, sync_again, sync_to_groups
 from esper.continuity.replicas import bare
 from esper.continuity.snapshot import RandomState, random_state, set_random_state
 from esper.continuity.stored_values import Reader, Writer
@@ -403,11 +404,12 @@ def _check_groups(model: nn.Module, what: str, member: Any, state: dict[str, Any
     if len(live) != len(saved):
         msg = f"{what} had {len(saved)} param groups and has {len(live)} here; build it as it was"
         raise ValueError(msg)
-    names = names_of(model)
+    names, kernels = names_of(model), kernels_in(member)
     for number, (mine, theirs) in enumerate(zip(live, saved, strict=True)):
         if NAMES not in theirs:  # it trains what is no part of the model: torch goes by position
             continue
-        ours = {names.get(id(p), "a parameter that is not the model's") for p in mine["params"]}
+        hosts = [id(p) for p in mine["params"] if id(p) not in kernels]
+        ours = {names.get(key, "a parameter that is not the model's") for key in hosts}
         then = {bare_name(name) for name in theirs[NAMES]}
         odd = sorted(name for name in ours ^ then if not is_in_a_seed(name))
         if odd:
@@ -455,6 +457,7 @@ def _load_model(run: _Run, loading: _Loading) -> None:
         load_seeds(each)
     for each in both:
         load_weights(each)
+    tell_followers(run.model)  # of guards and counters, which no weights have
 
 
 def _load_random(state: dict[str, Any]) -> None:
@@ -493,6 +496,7 @@ def _way_back(run: _Run) -> Callable[[], None]:
         for step in (load_depth, load_seeds, load_weights):
             for each in both:
                 step(each)
+        tell_followers(run.model)
         if groups is not None and run.optimizer is not None:
             sync_again(run.model, run.optimizer)
             groups.put_back()

@@ -224,6 +224,12 @@ def load_weights(loading: Loading) -> None:
             _load_counters(record_of(layer), loading.grown["layers"][name])
 
 
+def tell_followers(model: nn.Module) -> None:
+    """Let averages that follow a model look whether they are in step with it."""
+    for layer in _layers(bare(model)).values():
+        record_of(layer).changed()
+
+
 # ---- one layer
 
 
@@ -382,7 +388,6 @@ def _load_counters(record: LayerRecord, state: LayerState) -> None:
             layout.transition_seed_state(i, SeedLifecycleState.DORMANT)
     for name in _COUNTS:
         setattr(record, name, state["counts"][name])
-    record.changed()
 
 
 # ---- what has to be the same

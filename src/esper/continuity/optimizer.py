@@ -110,6 +110,11 @@ def sync_optimizer(
         _warn_of_lone_isolation(link.roster.busy())
 
 
+def kernels_in(optimizer: AnyOptimizer) -> set[int]:
+    """Return the ids of kernels' parameters in an optimizer, those that have gone included."""
+    return {*_link(optimizer).kernels}
+
+
 def sync_again(model: nn.Module, optimizer: AnyOptimizer) -> None:
     """Do what :func:`sync_optimizer` does, by the choice of groups that it was given last."""
     sync_optimizer(model, members_of(optimizer), group_for=_link(optimizer).group_for)

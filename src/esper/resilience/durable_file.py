@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
@@ -37,6 +38,9 @@ class WritesFiles(Protocol):
     def remove(self, path: Path) -> None:
         """Take a file away."""
 
+    def list_names(self, path: Path) -> list[str]:
+        """Return the names in a directory."""
+
 
 def write_synced(disk: WritesFiles, path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file whose bytes survive a power failure, though its name may not.
@@ -60,8 +64,8 @@ def write_synced(disk: WritesFiles, path: Path, parts: Iterable[bytes | memoryvi
 def write_durably(disk: WritesFiles, path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file, so that at every moment its name has what was there before, or all of it.
 
-    Once this returns, what was written survives a power failure. What an interrupted process leaves
-    is ``.NAME.RANDOM.part`` beside it.
+    Once this returns, what was written survives a power failure. Until then it is written to
+    ``.NAME.RANDOM.part`` beside it; what an interrupted process has left of these is removed.
 
     Args:
         disk: Who makes the calls to the machine.
@@ -81,3 +85,7 @@ def write_durably(disk: WritesFiles, path: Path, parts: Iterable[bytes | memoryv
         with suppress(OSError):
             disk.remove(partial)
         raise named(error, path) from error
+    with suppress(OSError):
+        for name in disk.list_names(path.parent):
+            if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.part", name):
+                disk.remove(path.with_name(name))
