@@ -25,6 +25,7 @@ from esper.seeds.structure import SeedStructure, structure
 from esper.state.host_parts import SEEDS, is_in_a_seed
 from esper.state.kernel import PreparedKernel, reference_tensor
 from esper.state.layer_record import RECORD, record_of
+from esper.state.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
     from esper.state.layer_record import LayerRecord
@@ -68,7 +69,7 @@ class GrownState(TypedDict):
     """A model's state.
 
     Attributes:
-        layers: Of wrapped layers, by name.
+        layers: Of wrapped layers whose seeds have ever been touched, by name.
         depth: The share of every block that is not awake, by name.
     """
 
@@ -84,7 +85,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 def grown_state(model: nn.Module) -> GrownState:
     """Return what a model is beyond its class, weights aside."""
     inner = bare(model)
-    layers = {name: _layer_state(layer) for name, layer in _layers(inner).items()}
+    layers = {n: _layer_state(m) for n, m in _layers(inner).items() if not _is_pristine(m)}
     return {"layers": layers, "depth": depth_state(inner)}
 
 
@@ -166,12 +167,11 @@ def checked(
     _check_same(what, _hosts(weights_of(inner)), _hosts(weights))
     _check_depth(what, model, grown["depth"])
     layers = _layers(inner)
-    plans = {}
+    plans, in_seeds = {}, {k: v for k, v in weights.items() if is_in_a_seed(k)}
     for name, state in grown["layers"].items():
         if name in layers:
-            plans[name] = _plan(
-                layers[name], f"layer {name!r} of {what}", state, known, weights, name
-            )
+            plans[name] = _plan(layers[name], f"layer {name!r} of {what}", state, known)
+            _check_tensors(plans[name], name, f"layer {name!r} of {what}", state, in_seeds)
         elif any("kernel" in entry for entry in state["seeds"]):
             msg = (
                 f"the checkpoint has a kernel at layer {name!r} of {what}, which is not wrapped "
@@ -209,10 +209,11 @@ def load_depth(loading: Loading) -> None:
 def load_seeds(loading: Loading) -> None:
     """Put the kernels in that the state has, and take all others out."""
     for name, layer in _layers(bare(loading.model)).items():
-        plan = loading.plans.get(name, {})
-        carry_out(layer, plan)
         if name in loading.plans:
-            _settle(layer, plan, loading.grown["layers"][name])
+            carry_out(layer, loading.plans[name])
+            _settle(layer, loading.plans[name], loading.grown["layers"][name])
+        elif not _is_pristine(layer):
+            carry_out(layer, {})
 
 
 def load_weights(loading: Loading) -> None:
@@ -221,7 +222,12 @@ def load_weights(loading: Loading) -> None:
     inner.load_state_dict(loading.weights)
     for name, layer in _layers(inner).items():
         if name in loading.plans:
-            _load_counters(record_of(layer), loading.grown["layers"][name])
+            state = loading.grown["layers"][name]
+            _load_counters(record_of(layer), state["layout"], state["counts"])
+        elif not _is_pristine(layer):
+            own = record_of(layer).layout
+            at_birth = KasminaStateLayout(own.num_seeds, own.device).__getstate__()
+            _load_counters(record_of(layer), at_birth, dict.fromkeys(_COUNTS, 0))
 
 
 def tell_followers(model: nn.Module) -> None:
@@ -247,6 +253,13 @@ def _layer_state(layer: nn.Module) -> LayerState:
         "layout": copy.deepcopy(record.layout.__getstate__()),
         "counts": {name: getattr(record, name) for name in _COUNTS},
     }
+
+
+def _is_pristine(layer: nn.Module) -> bool:
+    """Say whether nothing was ever done with a layer's seeds, nor counted."""
+    record = record_of(layer)
+    counted = record.layout.num_transitions, *(getattr(record, name) for name in _COUNTS)
+    return not any(counted) and not record.waiting
 
 
 def _frozen(seed: Seed) -> list[str]:
@@ -275,10 +288,8 @@ def _plan(
     what: str,
     state: LayerState,
     classes: Mapping[str, type[nn.Module]],
-    weights: Mapping[str, Any],
-    name: str,
 ) -> Plan:
-    """Return the seeds of a layer, whose tensors are those that there are weights for."""
+    """Return the seeds of a layer."""
     _check_layout(what, record_of(layer), state)
     by_hand = {
         int(entry["seed"]): _by_hand(layer, what, entry, state, classes)
@@ -287,19 +298,24 @@ def _plan(
     }
     made = {i: kernel for i, kernel in by_hand.items() if kernel is not None}
     try:
-        plan = planned(layer, state["seeds"], made)
+        return planned(layer, state["seeds"], made)
     except (KernelLoadError, ValueError) as error:
         msg = f"{what}: {error}"
         raise ValueError(msg) from error
+
+
+def _check_tensors(
+    plan: Plan, name: str, what: str, state: LayerState, in_seeds: Mapping[str, Any]
+) -> None:
+    """Refuse weights that are not those of a layer's seeds."""
     prefix = f"{name}.{SEEDS}." if name else f"{SEEDS}."
-    saved = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    saved = {k.removeprefix(prefix): v for k, v in in_seeds.items() if k.startswith(prefix)}
     saved |= {
         f"{i}.kernel.{key}": value
         for i, isolated in state["isolated"].items()
         for key, value in isolated["tensors"].items()
     }
     _check_same(f"the kernels of {what}", _tensors_of(plan, saved), saved)
-    return plan
 
 
 def _tensors_of(plan: Plan, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,14 +396,14 @@ def _check_layout(what: str, record: LayerRecord, state: LayerState) -> None:
         raise ValueError(msg)
 
 
-def _load_counters(record: LayerRecord, state: LayerState) -> None:
+def _load_counters(record: LayerRecord, state: dict[str, Any], counts: dict[str, int]) -> None:
     layout = record.layout
-    layout.__setstate__({**state["layout"], "device": layout.device})
+    layout.__setstate__({**state, "device": layout.device})
     for i in range(layout.num_seeds):
         if layout.state(i) == SeedLifecycleState.LOADING:  # what it waited for is not saved
             layout.transition_seed_state(i, SeedLifecycleState.DORMANT)
     for name in _COUNTS:
-        setattr(record, name, state["counts"][name])
+        setattr(record, name, counts[name])
 
 
 # ---- what has to be the same

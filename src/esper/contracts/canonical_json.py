@@ -25,20 +25,25 @@ MAX_VALUES: Final = 1 << 15
 _MAX_INT: Final = (1 << 63) - 1
 
 
-def encode(value: object, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> bytes:
+def encode(value: object) -> bytes:
     """Return the one canonical text of a value.
 
     Args:
         value: None, bool, int, finite float, str, or a list, tuple or str-keyed mapping of these.
-        max_depth: How deep lists and mappings may nest.
-        max_values: How many values there may be in it.
 
     Raises:
         ValueError: A part of the value has no canonical text; the message says which.
     """
-    plain = _Limits(max_depth, max_values).plain(value)
+    return encode_plain(_Limits(MAX_DEPTH, MAX_VALUES).plain(value))
+
+
+def encode_plain(value: JsonValue) -> bytes:
+    """Return the one canonical text of a value that :func:`parse` has given, or might have.
+
+    It is not looked at again: for long texts, which that takes most of the time of.
+    """
     text = json.dumps(
-        plain, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+        value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
     )
     return text.encode()
 

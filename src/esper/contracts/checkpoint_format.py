@@ -87,11 +87,11 @@ def encode(content: JsonValue, tensors: Mapping[str, StoredTensor]) -> list[byte
     """Return the parts of a checkpoint's bytes, in order; the tensors' data are not copied.
 
     Args:
-        content: JSON value.
+        content: JSON value, as ``canonical_json.parse`` would give it.
         tensors: By name.
 
     Raises:
-        ValueError: The content is no JSON, or the header would be longer than 100 MB.
+        ValueError: The header would be longer than 100 MB.
     """
     entries = _entries(tensors)
     data = [tensors[name].data for name in sorted(tensors)]
@@ -195,24 +195,24 @@ def _entries(tensors: Mapping[str, StoredTensor]) -> JsonObject:
 
 
 def _digest(content: JsonValue, entries: JsonObject, data: Sequence[bytes | memoryview]) -> str:
-    made = hashlib.sha256(_text(content) + b"\n" + _text(entries) + b"\n")
+    made = hashlib.sha256(
+        canonical_json.encode_plain(content) + b"\n" + canonical_json.encode_plain(entries) + b"\n"
+    )
     for part in data:
         made.update(part)
     return made.hexdigest()
 
 
 def _header(content: JsonValue, entries: JsonObject, digest: str) -> bytes:
-    described = {
+    described: JsonObject = {
         "content": content,
         "digest": digest,
         "format_version": CHECKPOINT_FORMAT_VERSION,
         "kind": _KIND,
     }
-    return _text({**entries, _METADATA: {_KEY: _text(described).decode()}})
-
-
-def _text(value: object) -> bytes:
-    return canonical_json.encode(value, max_depth=MAX_NESTING + 2, max_values=_MAX_VALUES)
+    return canonical_json.encode_plain(
+        {**entries, _METADATA: {_KEY: canonical_json.encode_plain(described).decode()}}
+    )
 
 
 def _json(data: bytes | memoryview) -> JsonValue:
