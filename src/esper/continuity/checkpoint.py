@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, runtime_check
 import torch
 from torch import nn
 
-from esper.continuity.deepening import RampState, ramps_of, resume_ramps
+from esper.continuity.deepening import ramps_of, resume_ramps
 from esper.continuity.ensemble import AnyOptimizer, joined, members_of
 from esper.continuity.following import averages_of, follow
 from esper.continuity.grown_state import (
@@ -329,7 +329,7 @@ class _Loading:
     follows: bool
     optimizer: list[dict[str, Any]]
     group_of: dict[str, int]
-    ramps: list[RampState]
+    ramps: list[dict[str, Any]]
     objects: dict[str, list[dict[str, Any]]]
     random: dict[str, Any]
 

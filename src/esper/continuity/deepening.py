@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -120,24 +120,6 @@ def begin_deepening(
     return Deepening(model, every, names, blocks, ramp_updates)
 
 
-class RampState(TypedDict):
-    """How far blocks on their way are.
-
-    Attributes:
-        names: Names of the blocks.
-        starts: The share of each when they began, in [0, 1).
-        ramp_updates: Updates from there until alpha is 1.
-        counts: Updates done, by the number of the optimizer that made them.
-        alpha: The least share of a block.
-    """
-
-    names: list[str]
-    starts: list[float]
-    ramp_updates: int
-    counts: dict[int, int]
-    alpha: float
-
-
 class Deepening:
     """Blocks on their way from sleep; alpha moves behind each update, until all are awake.
 
@@ -209,10 +191,13 @@ class Deepening:
         stack = stack_at(inner, names[0].rpartition(".")[0])
         numbers = {stack.full_name(i): i for i in range(len(stack))}
         blocks = [stack.blocks[numbers[name]] for name in names]
+        before = [mover for mover in map(_mover, blocks) if mover is not None]
+        for mover in before:  # of a checkpoint that was loaded, if the Grower's state follows
+            mover.close()
         awake = [numbers[name] for name in names if share_of(stack.blocks[numbers[name]]) >= 1.0]
         known = forms_of(stack, awake)
         forms = [b.__dict__[FORMS] if FORMS in b.__dict__ else known[type(b)] for b in blocks]
-        if not awake:
+        if not awake and not before:
             _share(model, dict(zip(names, blocks, strict=True)), optimizer)
         made = cls(model, optimizer, names, blocks, int(state["ramp_updates"]), forms=forms)
         made._go_on(state, optimizer)
@@ -232,23 +217,6 @@ class Deepening:
     def moves_with(self, optimizer: AnyOptimizer) -> bool:
         """Say whether alpha moves with the steps of an optimizer, or of one of several."""
         return any(member in self._members for member in members_of(optimizer))
-
-    def state(self, optimizer: AnyOptimizer) -> RampState:
-        """Return how far the blocks are, for :func:`resume_ramps`."""
-        counts = {i: self._counts.get(id(m), 0) for i, m in enumerate(members_of(optimizer))}
-        return {
-            "names": list(self.names),
-            "starts": list(self._starts),
-            "ramp_updates": self._ramp_updates,
-            "counts": counts,
-            "alpha": self.alpha,
-        }
-
-    def resume(self, state: RampState, optimizer: AnyOptimizer) -> None:
-        """Go on from where :meth:`state` was taken of blocks that are where these are."""
-        self._starts = list(state["starts"])
-        self._counts = {id(m): state["counts"][i] for i, m in enumerate(members_of(optimizer))}
-        self.alpha = state["alpha"]
 
     def close(self) -> None:
         """Move nothing any more: blocks stay where they are, for another :func:`deepen`."""
@@ -289,13 +257,15 @@ class Deepening:
             heed_in_replicas(bare(self._model), self._blocks)
 
 
-def ramps_of(model: nn.Module, optimizer: AnyOptimizer) -> list[RampState]:
+def ramps_of(model: nn.Module, optimizer: AnyOptimizer) -> list[dict[str, Any]]:
     """Return how far the blocks of a model are that an optimizer's updates wake."""
     movers = _movers_in(bare(model))
-    return [mover.state(optimizer) for mover in movers if mover.moves_with(optimizer)]
+    return [mover.state_dict(optimizer) for mover in movers if mover.moves_with(optimizer)]
 
 
-def resume_ramps(model: nn.Module, optimizer: AnyOptimizer, states: Sequence[RampState]) -> None:
+def resume_ramps(
+    model: nn.Module, optimizer: AnyOptimizer, states: Sequence[Mapping[str, Any]]
+) -> None:
     """Let blocks go on from where :func:`ramps_of` was taken; no others are on their way then.
 
     Args:
@@ -303,14 +273,10 @@ def resume_ramps(model: nn.Module, optimizer: AnyOptimizer, states: Sequence[Ram
         optimizer: What trains it.
         states: What :func:`ramps_of` returned.
     """
-    inner = bare(model)
-    for mover in _movers_in(inner):
+    for mover in _movers_in(bare(model)):
         mover.close()
     for state in states:
-        names = tuple(state["names"])
-        blocks = [inner.get_submodule(name) for name in names]
-        _share(model, dict(zip(names, blocks, strict=True)), optimizer)
-        Deepening(model, optimizer, names, blocks, state["ramp_updates"]).resume(state, optimizer)
+        Deepening.from_state_dict(state, model, optimizer)
 
 
 def _movers_in(model: nn.Module) -> list[Deepening]:
