@@ -133,8 +133,8 @@ def load_checkpoint(
 ) -> Any:
     """Let a run go on from a checkpoint: all of it is loaded, or nothing is changed.
 
-    Build everything as at the start of the run that was saved (wrap, optimizer, scheduler, average,
-    Grower), then call this. Kernels and blocks that sleep are put in first, then weights, the
+    Build everything as at the start of the run that was saved (wrap, shallow, optimizer, scheduler,
+    average, Grower; MLPs that were widened as wide as they were), then call this. Kernels and blocks that sleep are put in first, then weights, the
     optimizer's state with the kernels in the groups that they had, scheduler, scaler, Grower, and
     random state last. Kernels that the model has beyond the checkpoint are taken out.
 
