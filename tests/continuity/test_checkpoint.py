@@ -643,6 +643,7 @@ def num_calls(tmp_path, old, new):
     return disk.num_calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["before", "after", "torn", "crash", "torn crash"])
 def test_a_failed_call_leaves_a_whole_checkpoint(tmp_path, old_and_new, way):
     """Whichever call to the machine fails, the old one is there, or all of the next."""

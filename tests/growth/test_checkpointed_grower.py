@@ -42,7 +42,7 @@ def same(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [60, 90, 120])
 def test_a_growing_run_goes_on_from_its_checkpoint(tmp_path, moment):
-    """Behind the taking over, in the watch, and after it; what is recorded or tried begins again."""
+    """Behind the taking over, in the watch, after it; what is recorded or tried begins again."""
     whole = a_run()
     go_on(whole, 0, moment)
     esper.save_checkpoint(tmp_path / "run", **whole, extra={"batch": moment})

@@ -133,10 +133,11 @@ def load_checkpoint(
 ) -> Any:
     """Let a run go on from a checkpoint: all of it is loaded, or nothing is changed.
 
-    Build everything as at the start of the run that was saved (wrap, optimizer, scheduler, average,
-    Grower), then call this. Kernels and blocks that sleep are put in first, then weights, the
-    optimizer's state with the kernels in the groups that they had, scheduler, scaler, Grower, and
-    random state last. Kernels that the model has beyond the checkpoint are taken out.
+    Build everything as at the start of the run that was saved (wrap, shallow, optimizer, scheduler,
+    average, Grower; MLPs that were widened as wide as they were), then call this. Kernels and
+    blocks that sleep are put in first, then weights, the optimizer's state with the kernels in the
+    groups that they had, ramps of waking blocks, scheduler, scaler, Grower, and random state last.
+    Kernels that the model has beyond the checkpoint are taken out.
 
     A kernel by hand is loaded into the one of its class that stands in its seed, if you have
     grafted one there; else it is built, by calling its class without arguments.
