@@ -1,7 +1,6 @@
-"""Training frameworks, an adapter each. An adapter translates a framework's moments into calls of
-``growth`` and decides nothing.
+"""Training frameworks, an adapter each, which calls ``growth`` and decides nothing.
 
 The doors are ``lightning``, ``transformers`` and ``accelerate``; ``import esper`` imports none of
-them, and each says which extra it needs where its framework is missing. Nothing that trains, and no
-framework's class, may be needed by the rooms below.
+them, and each says which extra it needs where its framework is missing. No room below may know a
+framework.
 """

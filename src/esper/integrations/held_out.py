@@ -52,7 +52,7 @@ def sample_loss(loss: SampleLoss) -> Callable[[Tensor, Tensor], Tensor]:
         raise TypeError(msg)
 
     def losses(output: Tensor, target: Tensor) -> Tensor:
-        found = function(output, target)
+        found: Tensor = function(output, target)
         return found.reshape(found.shape[0], -1).mean(1)
 
     return losses
