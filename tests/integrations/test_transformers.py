@@ -101,7 +101,7 @@ class Looking(TrainerCallback):
 @pytest.mark.slow
 def test_a_training_grows_and_is_resumed(tmp_path):
     """Kernels stand in the groups of their hosts, and come back with their moments, by name."""
-    made = trainer(tmp_path, save_strategy="epoch", save_only_model=False)
+    made = trainer(tmp_path, save_strategy="epoch", logging_strategy="epoch")
     made.train()
     assert made.grower.report().trials[0].verdict == "kept", made.grower.report()
     assert any(entry.get("esper/packages") for entry in made.state.log_history)

@@ -27,6 +27,8 @@ from esper.wrapping.wrap import layers, wrap
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from esper.integrations.pretrained_loading import register
 except ImportError as error:
     raise missing_framework("transformers", "hf") from error
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from esper.growth.batch import Batch
+
+register()
 
 _IGNORED: Final = -100
 """The label of what no loss is taken of."""
@@ -49,7 +53,8 @@ class EsperTrainerMixin:
     ``labels`` for each sample, the mean of its tokens where there are several; the square of the
     difference where labels are floats. A checkpoint has kernels in the model's file, their moments
     in the optimizer's, and growth in files of its own; ``resume_from_checkpoint`` brings all of it
-    back. Growth under FSDP and DeepSpeed is refused.
+    back. Parameters, packages kept and the gate loss are logged as ``esper/...``. Growth under FSDP
+    and DeepSpeed is refused.
 
     Attributes:
         grower: The Grower of the training under way, or of the last one; None before.
@@ -178,9 +183,10 @@ class EsperTrainerMixin:
             self._esper_log()
 
     def _esper_log(self) -> None:
-        if self._esper_hearing.has_heard and self.grower is not None:
+        trainer: Any = self
+        is_wanted = trainer.args.logging_strategy != "no"
+        if is_wanted and self._esper_hearing.has_heard and self.grower is not None:
             self._esper_hearing.has_heard = False
-            trainer: Any = self
             trainer.log(metrics_of(self.grower))
 
     def _esper_close(self, reason: str = "the run ended") -> None:
