@@ -256,8 +256,9 @@ __all__ = [
 ]
 
 
-_WITH: Final = {"wrap": "esper.continuity.optimizer"}
-"""What has to be there as well: a wrapped model that loads kernels tells its optimizers."""
+_WITH: Final = {"wrap": ("esper.continuity.optimizer", "esper.integrations.pretrained")}
+"""What has to be there as well: a wrapped model that loads kernels tells its optimizers, and one of
+transformers says in its config that it has grown."""
 
 
 def __getattr__(name: str) -> Any:
@@ -265,7 +266,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'esper' has no attribute {name!r}")
     if name in _WITH:
-        importlib.import_module(_WITH[name])
+        for module in _WITH[name]:
+            importlib.import_module(module)
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

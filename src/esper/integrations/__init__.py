@@ -1,4 +1,6 @@
-"""Callbacks for training frameworks, an adapter each. There is none yet.
+"""Training frameworks, an adapter each, which calls ``growth`` and decides nothing.
 
-An adapter translates a framework's moments into calls of ``growth`` and decides nothing.
+The doors are ``lightning``, ``transformers`` and ``accelerate``; ``import esper`` imports none of
+them, and each says which extra it needs where its framework is missing. No room below may know a
+framework.
 """

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from esper.state.layer_record import RECORD, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
+
+    Plain = Mapping[str, tuple[list[Any], Mapping[int, nn.Module]]]
+    """Of each layer that became a graph: the structures of its seeds, and their kernels."""
 
 _busy: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 _moved: Final[weakref.WeakKeyDictionary[nn.Module, nn.Module]] = weakref.WeakKeyDictionary()
@@ -21,7 +24,35 @@ _at_first: Final[list[Callable[[], None]]] = []
 
 _at_building: Final[list[Callable[[nn.Module, object], None]]] = []
 
+_at_change: Final[list[Callable[[nn.Module], None]]] = []
+
+_at_unwrapping: Final[list[Callable[[nn.Module, Plain], None]]] = []
+
 _lock = threading.Lock()
+
+
+def at_change(do: Callable[[nn.Module], None]) -> None:
+    """Do something whenever the plan of a layer is made anew; it has to be quick.
+
+    Args:
+        do: Takes the layer.
+    """
+    _at_change.append(do)
+
+
+def at_unwrapping(do: Callable[[nn.Module, Plain], None]) -> None:
+    """Do something whenever a model has been unwrapped.
+
+    Args:
+        do: Takes the model, and what has become of those of its layers that did not fold.
+    """
+    _at_unwrapping.append(do)
+
+
+def tell_of_unwrapping(model: nn.Module, plain: Plain) -> None:
+    """Say that a model has been unwrapped."""
+    for do in _at_unwrapping:
+        do(model, plain)
 
 
 def at_building(do: Callable[[nn.Module, object], None]) -> None:
@@ -47,13 +78,12 @@ def at_first_kernel(do: Callable[[], None]) -> None:
 def update_roster(layer: nn.Module) -> None:
     """Remember whether any seed of a layer holds or awaits a kernel; call it when that changes."""
     record = record_of(layer)
+    is_busy = bool(record.seeds or record.waiting)
     with _lock:
-        if record.seeds or record.waiting:
-            _busy.add(layer)
-        else:
-            _busy.discard(layer)
-            return
-    while _at_first:
+        (_busy.add if is_busy else _busy.discard)(layer)
+    for do in _at_change:
+        do(layer)
+    while is_busy and _at_first:
         _at_first.pop()()
 
 

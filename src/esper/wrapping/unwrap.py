@@ -25,6 +25,7 @@ from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
+from esper.state.roster import tell_of_unwrapping
 from esper.wrapping.plain import (
     PlainHost,
     PlainSeed,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.seeds.structure import SeedStructure
     from esper.state.seed_slot import Seed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,10 +110,14 @@ def unwrap(model: Model) -> Model:
         )  # whatever cannot be written raises here, before anything is changed
     modules = dict(model.named_modules(remove_duplicate=False))
     plain: nn.Module = model
+    graphs: dict[str, tuple[list[SeedStructure], dict[int, nn.Module]]] = {}
     for name, layer in sites.items():
         _leave_out(layer, unfit[name])
         _fold(layer)
         site = _as_graph(layer)
+        if site is not None:
+            kernels = {i: seed.slot.kernel for i, seed in record_of(layer).seeds.items()}
+            graphs[name] = layer.structure(), kernels
         make_bare(layer)
         if site is not None:
             graph = standing_in(site, layer)
@@ -120,6 +126,7 @@ def unwrap(model: Model) -> Model:
             plain = graph if layer is model else plain
     for name, attribute, value in fused_paths(plain):
         setattr(plain.get_submodule(name), attribute, value)
+    tell_of_unwrapping(plain, graphs)
     return cast("Model", plain)
 
 

@@ -1,0 +1,86 @@
+"""Growth in a loop of one's own under Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from esper.growth.grower import Grower
+from esper.growth.options import check_options
+from esper.integrations.growth_state import resume, state_of
+from esper.integrations.missing import missing_framework
+from esper.wrapping.wrap import layers, wrap
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise missing_framework("accelerate", "hf") from error
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from esper.growth.options import GrowerOptions
+    from esper.wrapping.select import Select
+
+
+def esper_prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *others: Any,
+    select: Select | None = None,
+    **options: Unpack[GrowerOptions],
+) -> tuple[Any, ...]:
+    """Wrap a model, prepare everything, and make the Grower: in this order.
+
+    Call ``grower.step(loss, batch=batch)`` behind each ``optimizer.step()``, inside
+    ``accelerator.accumulate`` too: a step that only gathered gradients is no update. Call
+    ``grower.close()`` at the end. ``accelerator.save_state`` saves kernels with the model, their
+    moments with the optimizer, and growth beside them; ``load_state`` brings them back.
+
+    Args:
+        accelerator: What prepares and trains.
+        model: The model; wrapped already, or not.
+        optimizer: What trains it, or a sequence of all that do.
+        others: Loaders and schedulers, as in ``accelerator.prepare``.
+        select: Which layers may grow, as in :func:`esper.wrap`.
+        options: Those of :class:`esper.Grower`; ``compute_loss`` and ``evaluate`` among them.
+
+    Returns:
+        The model, the optimizer (a list where a sequence was given), the others as prepared, and
+        the Grower.
+
+    Raises:
+        TypeError, ValueError: An option is none of the Grower's or out of its range, or what
+            :func:`esper.wrap` and :class:`esper.Grower` raise.
+    """
+    check_options(options)
+    if not layers(model):
+        wrap(model, select=select)
+    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    made: Sequence[Any] = accelerator.prepare(model, *several, *others)
+    prepared, optimizers, rest = made[0], made[1 : 1 + len(several)], made[1 + len(several) :]
+    given = list(optimizers) if isinstance(optimizer, Sequence) else optimizers[0]
+    grower = Grower(prepared, given, **options)
+    accelerator.register_for_checkpointing(_Growth(grower))
+    return prepared, given, *rest, grower
+
+
+class _Growth:
+    """What ``save_state`` and ``load_state`` keep of a Grower.
+
+    Args:
+        grower: The Grower.
+    """
+
+    def __init__(self, grower: Grower) -> None:
+        self._grower = grower
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where growth is."""
+        return {"updates": self._grower.updates, "grower": state_of(self._grower)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; model and optimizer are loaded."""
+        resume(self._grower, state["grower"], at_update=state["updates"])

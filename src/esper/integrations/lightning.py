@@ -1,0 +1,289 @@
+"""Growth in PyTorch Lightning: a callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+
+from torch import Tensor, nn
+
+from esper.continuity.optimizer import sync_optimizer
+from esper.growth.grower import Grower
+from esper.growth.options import check_options
+from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
+from esper.integrations.held_out import SampleLoss, joined, sample_loss
+from esper.integrations.missing import missing_framework
+from esper.wrapping.wrap import layers, wrap
+
+try:
+    import pytorch_lightning as pl
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+except ImportError as error:
+    raise missing_framework("pytorch_lightning", "lightning") from error
+
+if TYPE_CHECKING:
+    from esper.growth.batch import Batch
+    from esper.growth.options import GrowerOptions
+    from esper.wrapping.select import Select
+
+_LOGS: Final = ("log", "log_dict", "print")
+"""Methods of a LightningModule that a pass beside the training must not reach."""
+
+
+class EsperCallback(pl.Callback):
+    """Grows the LightningModule that a Trainer fits.
+
+    The module is wrapped in ``setup``, before its optimizers are made; a Grower is made when the
+    training starts and closed when it ends, also by an error. By default ``horizon`` is the
+    Trainer's number of updates; ``compute_loss`` calls ``training_step`` (under automatic
+    optimization; nothing is logged twice) under the Trainer's precision; and ``evaluate`` reads
+    the Trainer's validation batches, where ``loss`` says how. Every keyword of
+    :class:`esper.Grower` is an option. A Trainer's checkpoint has the kernels in the model's state
+    and their moments in the optimizer's, by name: ``ckpt_path=`` brings both back. Parameters,
+    packages kept and the gate loss are logged as ``esper/...``.
+
+    Args:
+        module: Dotted name of the part of the module that grows; None for all of it.
+        select: Which layers may grow, as in :func:`esper.wrap`.
+        loss: For held-out batches ``(input, target)``: ``"cross_entropy"`` (classes last),
+            ``"mse"``, or a function ``(output, target)`` to losses whose first axis is the
+            samples'. The output is what the module, or the part that grows, returns for the input.
+        options: Those of :class:`esper.Grower`.
+
+    Attributes:
+        grower: The Grower of the fit under way, or of the last one; None before.
+
+    Raises:
+        TypeError, ValueError: An option is none of the Grower's, or out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: str | None = None,
+        select: Select | None = None,
+        loss: SampleLoss | None = None,
+        **options: Unpack[GrowerOptions],
+    ) -> None:
+        check_options(options)
+        self._path = module or ""
+        self._select = select
+        self._loss = None if loss is None else sample_loss(loss)
+        self._options = options
+        self._hearing = Hearing(options.get("sink"))
+        self._loaded: Mapping[str, Any] | None = None
+        self.grower: Grower | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done."""
+        del trainer, stage
+        model = pl_module.get_submodule(self._path)
+        if not layers(model):
+            wrap(model, select=self._select)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the optimizers load by names what a checkpoint may have."""
+        sync_optimizer(pl_module.get_submodule(self._path), trainer.optimizers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the Grower: model and optimizers are those of the checkpoint by now."""
+        self.close()
+        model = pl_module.get_submodule(self._path)
+        adapter = _Adapter(trainer, pl_module, self._path, self._loss)
+        options: dict[str, Any] = {
+            "horizon": adapter.horizon(is_resumed=not self._loaded),
+            "compute_loss": adapter.compute_loss if pl_module.automatic_optimization else None,
+            "evaluate": None if self._loss is None else adapter.evaluate,
+            **self._options,
+            "sink": self._hearing,
+        }
+        given = trainer.optimizers
+        self.grower = Grower(model, given[0] if len(given) == 1 else given, **options)
+        loaded, self._loaded = self._loaded, None
+        resume(self.grower, loaded, at_update=trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Tell the Grower of a batch, and log what happened."""
+        del batch_idx
+        grower = self._open()
+        shares = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        loss = loss_in(outputs)
+        grower.step(None if loss is None else loss * shares, batch=batch)
+        self._log(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell the Grower that an epoch ended; let ``monitor=`` see what growth measured."""
+        grower = self._open()
+        grower.end_epoch()
+        self._log(trainer)
+        if not trainer.barebones:
+            pl_module.log_dict(metrics_of(grower), logger=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the Grower."""
+        del pl_module
+        self.close()
+        self._log(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the Grower, and say why."""
+        del trainer, pl_module
+        self.close(f"{type(exception).__name__} was raised")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the Grower where nothing else did."""
+        del trainer, pl_module, stage
+        self.close()
+
+    def close(self, reason: str = "the run ended") -> None:
+        """Close the Grower, if one is open. Closing twice does nothing."""
+        if self.grower is not None:
+            self.grower.close(reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of growth for a checkpoint; empty where a Grower has none to give."""
+        state = state_of(self.grower)
+        return {"grower": state} if state else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of growth until there is a Grower to give it to."""
+        self._loaded = state_dict.get("grower")
+
+    def _open(self) -> Grower:
+        assert self.grower is not None, "on_train_start came before"
+        return self.grower
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        """Log what growth measured, where something happened."""
+        if self._hearing.has_heard and self.grower is not None:
+            self._hearing.has_heard = False
+            found = metrics_of(self.grower)
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
+
+
+def loss_in(outputs: object) -> Tensor | None:
+    """Return the loss in what a ``training_step`` gave; None where there is none."""
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return found if isinstance(found, Tensor) else None
+
+
+class _Adapter:
+    """What the Grower asks of a Trainer that fits a module.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module that it fits.
+        path: Dotted name of the part that grows; empty for the module itself.
+        loss: ``(output, target)`` to the losses of a held-out batch, shape (samples,).
+    """
+
+    __slots__ = ("_loss", "_path", "_pl_module", "_trainer")
+    # what a part of the module keeps is looked into by the slots, and put back after each pass
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: str, loss: Any
+    ) -> None:
+        self._trainer, self._pl_module, self._path, self._loss = trainer, pl_module, path, loss
+
+    def horizon(self, *, is_resumed: bool) -> int | None:
+        """Return the updates that the fit will make from now on; None where that is not known."""
+        if not self._pl_module.automatic_optimization:
+            return None
+        try:
+            found = self._trainer.estimated_stepping_batches
+        except MisconfigurationException:  # accumulation that changes from epoch to epoch
+            return None
+        left = found - (self._trainer.global_step if is_resumed else 0)
+        return int(left) if left > 0 and math.isfinite(left) else None
+
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return what ``training_step`` gives for a batch, of the module or of a copy of it.
+
+        Raises:
+            TypeError: It gave no loss.
+        """
+        with self._standing_in(model) as module, self._trainer.precision_plugin.forward_context():
+            given: dict[str, Any] = {}
+            if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+                given["batch_idx"] = self._trainer.fit_loop.epoch_loop.batch_idx
+            found = loss_in(module.training_step(batch, **given))
+        if found is None:
+            msg = (
+                f"{type(module).__name__}.training_step gave no loss for this batch, while growth "
+                "needs one for each; give EsperCallback compute_loss=, a function (model, batch)"
+            )
+            raise TypeError(msg)
+        return found
+
+    def evaluate(self, model: nn.Module) -> Tensor:
+        """Return the losses of every held-out sample, in the loader's order."""
+        losses = [self._held_out(model, batch) for batch in self._held_out_batches()]
+        return joined(losses)
+
+    def _held_out(self, model: nn.Module, batch: Any) -> Tensor:
+        plugin = self._trainer.precision_plugin
+        batch = plugin.convert_input(batch)
+        batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        given, target = batch[0], batch[1]
+        with self._standing_in(model), plugin.forward_context():
+            return cast("Tensor", self._loss(model(given), target))
+
+    def _held_out_batches(self) -> Iterator[Any]:
+        if self._trainer.val_dataloaders is None:
+            self._trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        found = self._trainer.val_dataloaders
+        if found is None:
+            msg = (
+                "EsperCallback(loss=...) reads the Trainer's validation batches, and there are "
+                "none; pass val_dataloaders to fit, or give EsperCallback evaluate="
+            )
+            raise ValueError(msg)
+        first = found[0] if isinstance(found, (list, tuple)) else found
+        return iter(first)
+
+    @contextmanager
+    def _standing_in(self, model: nn.Module) -> Iterator[pl.LightningModule]:
+        """Let the module stand where it can be asked for its loss, and log nothing.
+
+        A copy has no Trainer of its own; a part is put into the module for the while.
+        """
+        if not self._path:
+            assert isinstance(model, pl.LightningModule), "it is the module, or a copy of it"
+            module = model
+        else:
+            module = self._pl_module
+        parent_path, _, name = self._path.rpartition(".")
+        parent = module.get_submodule(parent_path)
+        part = parent._modules.get(name)  # noqa: SLF001 - past a module's own __setattr__
+        before, held = module._trainer, dict(module.__dict__)  # noqa: SLF001 - its property asks fabric
+        module._trainer = self._trainer  # noqa: SLF001 - as above
+        try:
+            module.__dict__.update(dict.fromkeys(_LOGS, _nothing))
+            if self._path:
+                parent._modules[name] = model  # noqa: SLF001 - as above
+            yield module
+        finally:
+            module._trainer = before  # noqa: SLF001 - as above
+            for log in _LOGS:
+                module.__dict__.pop(log, None)
+                if log in held:
+                    module.__dict__[log] = held[log]
+            if self._path:
+                parent._modules[name] = part  # noqa: SLF001 - as above
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Stand for a method that logs."""

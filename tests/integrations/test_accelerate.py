@@ -1,0 +1,125 @@
+"""Growth in a loop under Accelerate: prepared, accumulated, clipped, saved and loaded."""
+
+import importlib
+import sys
+
+import growing
+import pytest
+import torch
+
+import esper
+
+pytest.importorskip("accelerate")
+from accelerate import Accelerator
+
+from esper.integrations.accelerate import esper_prepare
+
+
+def compute_loss(model, batch):
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def loader():
+    data = torch.utils.data.TensorDataset(growing.X, growing.Y)
+    return torch.utils.data.DataLoader(data, batch_size=30)
+
+
+def prepared(accelerator, **options):
+    model = growing.host()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    chosen = {
+        "policy": esper.EveryN(20),
+        "compute_loss": compute_loss,
+        "evaluate": growing.evaluate,
+        **growing.SHORT,
+    }
+    return esper_prepare(accelerator, model, optimizer, loader(), **{**chosen, **options})
+
+
+def train(accelerator, model, optimizer, batches, grower, epochs):
+    for _ in range(epochs):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                loss = compute_loss(model, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 5.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            grower.step(loss, batch=batch)
+        grower.end_epoch()
+
+
+def moments(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: state["exp_avg"].clone() for p, state in optimizer.state.items()}
+
+
+def tensors_of(model):
+    """All of a state but the structures, which say where faults are stopped from now on."""
+    return {n: v for n, v in growing.state_of(model).items() if not n.endswith("structure")}
+
+
+@pytest.mark.slow
+def test_it_grows_under_accumulation_and_clipping_and_is_resumed(tmp_path):
+    """Kernels and their moments, by name, come back by ``load_state`` in a fresh run."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, batches, grower = prepared(accelerator)
+    train(accelerator, model, optimizer, batches, grower, epochs=9)
+    report = grower.report()
+    assert report.updates == 9 * 15
+    assert report.trials[0].verdict == "kept", report
+    accelerator.save_state(tmp_path / "state")
+
+    other = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    again, its_optimizer, batches, its_grower = prepared(other, policy=esper.Never())
+    if hasattr(its_grower, "load_state_dict"):
+        other.load_state(tmp_path / "state")
+    else:
+        with pytest.warns(UserWarning, match="no state of growth"):
+            other.load_state(tmp_path / "state")
+
+    assert growing.equal_states(tensors_of(again), tensors_of(model))
+    before, found = moments(model, optimizer), moments(again, its_optimizer)
+    assert any("_seeds" in name for name in before)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    train(other, again, its_optimizer, batches, its_grower, epochs=1)
+    its_grower.close()
+
+
+def test_micro_batches_are_one_update():
+    """Steps of the optimizer that only gathered gradients are not counted."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, optimizer, batches, grower = prepared(accelerator, policy=esper.Never())
+    train(accelerator, model, optimizer, batches, grower, epochs=1)
+    assert grower.updates == 10
+    grower.close()
+
+
+def test_several_optimizers_are_given_as_a_sequence():
+    """They come back prepared, as a list, in their order."""
+    accelerator = Accelerator(cpu=True)
+    model = growing.host()
+    optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 4)]
+    _, given, grower = esper_prepare(accelerator, model, optimizers, policy=esper.Never())
+    assert [member.optimizer for member in given] == optimizers
+    grower.close()
+
+
+def test_an_unknown_option_changes_nothing():
+    """The model is not wrapped where the options are refused."""
+    model = growing.host()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="did you mean horizon"):
+        esper_prepare(Accelerator(cpu=True), model, optimizer, horizn=3)
+    assert not esper.layers(model)
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    """The error says what to install."""
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "esper.integrations.accelerate")
+    with pytest.raises(ImportError, match=r"pip install 'esper-morph\[hf\]'"):
+        importlib.import_module("esper.integrations.accelerate")
