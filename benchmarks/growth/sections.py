@@ -193,10 +193,12 @@ def depth(task: Task, results: ByArm) -> Section:
                     verdict(_all(met, len(found_differences) >= 6)),
                 )
             )
-    alone = [100 * share for share in saving(results, "small 100", scratch).shares]
-    grown = [100 * share for share in saving(results, "grown fresh", scratch).shares]
+    alone, *grown = (
+        [100 * share for share in saving(results, arm, scratch).shares]
+        for arm in ("small 100", "grown fresh", "grown copy")
+    )
     remark = ""
-    if alone and grown and statistics.fmean(alone) > statistics.fmean(grown):
+    if alone and all(own and statistics.fmean(alone) > statistics.fmean(own) for own in grown):
         remark = (
             "\nThe small model alone saves more: so short a run does not yet need the larger one, "
             "and whoever can stop here should take the small one.\n"
