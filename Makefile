@@ -52,6 +52,7 @@ bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/resu
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 bench-growth: venv ## Measure what growing brings, in hours, going on where it stopped; writes docs/growth.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/growth/run.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours

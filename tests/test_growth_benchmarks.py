@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 GROWTH = ROOT / "benchmarks" / "growth"
@@ -151,6 +152,30 @@ def test_rate_of_a_forked_run_falls_to_zero_at_its_end(load):
     assert [falling(u) for u in range(81)] == [rate(u) for u in range(81)]
     assert falling(90) == 0.5
     assert math.isclose(falling(99), 0.05)
+
+
+def test_no_pixel_of_an_image_is_of_two_splits(load):
+    """What decides and what is told has not been trained on, down to single pixels."""
+    pixels = torch.arange(200 * 160).reshape(200, 160, 1)
+    cells = load("other_data").cells
+    splits = [set(cells([pixels], kind).flatten().tolist()) for kind in ("train", "gate", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == pixels.numel()
+
+
+@pytest.mark.parametrize(("loss", "told"), [(1.0, "2 won, 0 lost"), (2.0, "0 won, 2 lost")])
+def test_lower_loss_is_a_run_that_is_won(load, loss, told):
+    """Of a regression the arm with the lower loss has won, and the goal is missed without it."""
+    runs = {"details": {"trials": []}}
+    results = {
+        arm: {
+            seed: a_result(load, **runs, figures={"loss": at, "passed": 1, "work": 1.5})
+            for seed in (1, 2)
+        }
+        for arm, at in (("host", 1.5), ("grown", loss))
+    }
+    task = load("tasks").TASKS["photographs"]
+    (row,) = (r for r in load("sections").other_data(task, results)[0].splitlines() if told in r)
+    assert row.endswith("met |" if loss < 1.5 else "missed |")
 
 
 @pytest.mark.slow

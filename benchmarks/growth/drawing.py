@@ -54,7 +54,7 @@ def losses(lines: Sequence[Line], unit: str) -> str:
 
 
 def bars(found: Sequence[Bar], unit: str) -> str:
-    """Draw means with their intervals, and where 0 is."""
+    """Draw means with their intervals, where 0 is and how far they reach."""
     ends = [0.0, *(b.low for b in found), *(b.high for b in found)]
     across = _Scale(low=min(ends), high=max(ends), start=220, end=WIDTH - 30)
     height = 40 + 28 * len(found)
@@ -63,6 +63,8 @@ def bars(found: Sequence[Bar], unit: str) -> str:
         _text(across(0.0) - 3, height - 10, "0"),
         _text(6, height - 10, unit),
     ]
+    reach = [end for end in (across.low, across.high) if abs(across(end) - across(0.0)) > 40]
+    parts += [_text(across(end) - 8, height - 10, f"{end:+.2g}") for end in reach]
     for number, bar in enumerate(found):
         y = 24 + 28 * number
         colour = COLOURS[0] if bar.low > 0 or bar.high < 0 else COLOURS[-1]

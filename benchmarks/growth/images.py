@@ -1,16 +1,17 @@
-"""Two small classifiers that are grown: the demo's digits, and Fashion-MNIST.
+"""Small models that are grown over epochs; and two of them, the demo's digits and Fashion-MNIST.
 
-The final accuracy of a run is the mean over its last ten epochs, since at a constant rate the last
-one alone differs between equal runs by more than a point.
+What a run came to is the mean over its last ten epochs, since at a constant rate the accuracy of
+the last one alone differs between equal runs by more than a point.
 """
 
 import copy
 import functools
 import gzip
+import math
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from esper.services.digits import LEARNING_RATE, demo_host, load_digits
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 LOOKS = 10
-"""Last epochs whose mean accuracy is a run's."""
+"""Last epochs whose mean is a run's."""
 
 ARMS = ("host", "grown", "null", "scratch", "random", "defaults")
 Batch = tuple[Tensor, Tensor]
@@ -39,7 +40,7 @@ Kernels = tuple[tuple[str, BlueprintIR], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """Images and their labels: shapes (N, 1, height, width) and (N,)."""
+    """Images and their labels, shapes (N, 1, height, width) and (N,); or other inputs, targets."""
 
     x: Tensor
     y: Tensor
@@ -52,6 +53,27 @@ class Splits:
     train: Images
     gate: Images
     test: Images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is trained, on what, and how it is read.
+
+    Attributes:
+        splits: Of the settings.
+        host: Of a random seed, a network.
+        compute_loss: Model and batch to the loss.
+        measure: Of the gate split, the owner's measure.
+        look: Model and the test split to figures, by name.
+        digest: What tells the data apart where it depends on the machine.
+    """
+
+    splits: Callable[[Mapping[str, Any]], Splits]
+    host: Callable[[int], nn.Module]
+    compute_loss: Callable[[nn.Module, Batch], Tensor]
+    measure: Callable[[Images], Callable[[nn.Module], Any]]
+    look: Callable[[nn.Module, Images], Mapping[str, float]]
+    digest: Callable[[], str] = lambda: ""
 
 
 def digits_splits(_settings: Mapping[str, Any]) -> Splits:
@@ -127,20 +149,20 @@ class Run:
     """One arm at one random seed.
 
     Args:
-        splits: The data.
+        subject: What is trained.
         settings: How long, and how.
         random_seed: Of weights and batches.
-        model: What is trained.
+        model: The host, or one that grows or has grown from it.
     """
 
     def __init__(
-        self, splits: Splits, settings: Mapping[str, Any], random_seed: int, model: nn.Module
+        self, subject: Subject, settings: Mapping[str, Any], random_seed: int, model: nn.Module
     ) -> None:
-        self.splits, self.settings, self.random_seed = splits, settings, random_seed
-        self.model = model
+        self.subject, self.settings, self.random_seed = subject, settings, random_seed
+        self.splits, self.model = subject.splits(settings), model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["rate"])
-        self.looks: list[float] = []
-        self.null_looks: list[float] = []
+        self.looks: list[Mapping[str, float]] = []
+        self.null_looks: list[Mapping[str, float]] = []
         self.seconds = 0.0
 
     def train(self, grower: esper.Grower | None = None) -> None:
@@ -148,7 +170,7 @@ class Run:
         for epoch in range(self.settings["epochs"]):
             begin = time.perf_counter()
             for batch in self._batches(epoch):
-                loss = compute_loss(self.model, batch)
+                loss = self.subject.compute_loss(self.model, batch)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
@@ -161,32 +183,45 @@ class Run:
                 self._look(grower)
 
     @property
-    def accuracy(self) -> float:
-        """Percent of the test split, mean of the last looks."""
-        return statistics.fmean(self.looks)
+    def updates(self) -> int:
+        """How many there are in all."""
+        return self.settings["epochs"] * math.ceil(self._samples / self.settings["batch"])
+
+    @property
+    def _samples(self) -> int:
+        """How many an epoch takes: all, or as many as the settings say."""
+        num = len(self.splits.train.y)
+        return min(num, self.settings.get("samples_an_epoch", num))
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of the test split, means of the last looks."""
+        return {name: statistics.fmean(look[name] for look in self.looks) for name in self.looks[0]}
 
     def training_flops(self) -> float:
         """Return the FLOPs of training alone, at the shape that the model has now."""
-        updates = self.settings["epochs"] * len(list(self._batches(0)))
-        each = update_flops(self.model, compute_loss, next(self._batches(0)))
-        return float(each) * updates
+        each = update_flops(self.model, self.subject.compute_loss, next(self._batches(0)))
+        return float(each) * self.updates
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         train, size = self.splits.train, self.settings["batch"]
         generator = torch.Generator().manual_seed(self.random_seed * 100_003 + epoch)
-        for rows in torch.randperm(len(train.y), generator=generator).split(size):
+        order = torch.randperm(len(train.y), generator=generator)
+        for rows in order[: self._samples].split(size):
             yield train.x[rows], train.y[rows]
 
     def _look(self, grower: esper.Grower | None) -> None:
-        self.looks.append(_accuracy(self.model, self.splits.test))
+        self.looks.append(self.subject.look(self.model, self.splits.test))
         beside = None if grower is None else grower._run.null_beside  # noqa: SLF001 - no owner asks for it
         if beside is not None:
-            self.null_looks.append(_accuracy(beside._arm.twin.model, self.splits.test))  # noqa: SLF001 - as above
+            null = beside._arm.twin.model  # noqa: SLF001 - as above
+            self.null_looks.append(self.subject.look(null, self.splits.test))
 
 
-def _accuracy(model: nn.Module, split: Images) -> float:
+def accuracy(model: nn.Module, split: Images) -> dict[str, float]:
+    """Look at a classifier: percent of a split."""
     with measuring(model):
-        return 100 * float((model(split.x).argmax(1) == split.y).float().mean())
+        return {"accuracy": 100 * float((model(split.x).argmax(1) == split.y).float().mean())}
 
 
 def measure(split: Images) -> Any:
@@ -201,42 +236,48 @@ def measure(split: Images) -> Any:
 
 
 def runs(
-    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+    task: str,
+    subject: Subject,
+    random_seed: int,
+    missing: Collection[str],
+    settings: Mapping[str, Any],
 ) -> Iterator[Result]:
-    """Run the missing arms of a random seed; null and scratch need what was grown."""
-    begin, host = _TASKS[task]
-    splits = begin(settings)
+    """Run the missing arms of a random seed; null and scratch need what was grown.
+
+    Where the settings name no ``overhead``, `grown` and `random` have every default.
+    """
 
     def run(model: nn.Module) -> Run:
-        return Run(splits, settings, random_seed, model)
+        return Run(subject, settings, random_seed, model)
 
-    def put(arm: str, done: Run, flops: float, **more: Any) -> Result:
-        return _result(task, arm, done, flops, **more)
+    def host() -> nn.Module:
+        return subject.host(random_seed)
 
+    seeded = {"random_seed": random_seed}
+    given = {**seeded, "overhead": settings["overhead"]} if "overhead" in settings else {}
     if "host" in missing:
-        plain = run(host(random_seed))
+        plain = run(host())
         plain.train()
-        yield put("host", plain, plain.training_flops())
+        yield _result(task, "host", plain, plain.training_flops(), parameters=_size(plain.model))
     if {"grown", "null", "scratch"} & {*missing}:
-        kernels, results = _grown_with_null(task, run(esper.wrap(host(random_seed))))
+        kernels, results = _grown_with_null(task, run(esper.wrap(host())), given)
         yield from (each for each in results if each.arm in missing)
         if "scratch" in missing:
-            shaped = run(_shaped(host(random_seed), kernels, splits.train.x[:2]))
+            shaped = run(_shaped(host(), kernels, subject.splits(settings).train.x[:2]))
             shaped.train()
-            yield put("scratch", shaped, shaped.training_flops(), parameters=_size(shaped.model))
+            flops, size = shaped.training_flops(), _size(shaped.model)
+            yield _result(task, "scratch", shaped, flops, parameters=size)
     if "random" in missing:
-        random = run(esper.wrap(host(random_seed)))
         ranking = esper.RandomChoice(random_seed)
-        yield _grow(task, "random", random, overhead=settings["overhead"], ranking=ranking)[0]
+        yield _grow(task, "random", run(esper.wrap(host())), **given, ranking=ranking)[0]
     if "defaults" in missing:
-        yield _grow(task, "defaults", run(esper.wrap(host(random_seed))))[0]
+        yield _grow(task, "defaults", run(esper.wrap(host())), **seeded)[0]
 
 
-def _grown_with_null(task: str, run: Run) -> tuple[Kernels, list[Result]]:
-    """Grow; the null that trains beside to the end is an arm of its own."""
-    grown, null_flops = _grow(
-        task, "grown", run, overhead=run.settings["overhead"], attribution="run"
-    )
+def _grown_with_null(task: str, run: Run, given: Mapping[str, Any]) -> tuple[Kernels, list[Result]]:
+    """Grow; a null that trains beside to the end is an arm of its own."""
+    attribution = {"attribution": "run"} if given else {}
+    grown, null_flops = _grow(task, "grown", run, **given, **attribution)
     null = copy.copy(run)
     null.looks = run.null_looks or run.looks
     figures = {"beside": float(bool(run.null_looks))}
@@ -249,10 +290,9 @@ def _grow(task: str, arm: str, run: Run, **options: Any) -> tuple[Result, float]
     grower = esper.Grower(
         run.model,
         run.optimizer,
-        compute_loss=compute_loss,
-        evaluate=measure(run.splits.gate),
-        horizon=run.settings["epochs"] * len(list(run._batches(0))),  # noqa: SLF001 - our own
-        random_seed=run.random_seed,
+        compute_loss=run.subject.compute_loss,
+        evaluate=run.subject.measure(run.splits.gate),
+        horizon=run.updates,
         **options,
     )
     with grower:
@@ -311,15 +351,16 @@ def _result(
     details: Mapping[str, Any] | None = None,
     **figures: float | None,
 ) -> Result:
+    digest = run.subject.digest()
     return Result(
         task=task,
         arm=arm,
         random_seed=run.random_seed,
         settings={**run.settings},
-        figures={"accuracy": statistics.fmean(run.looks), **figures},
+        figures={**run.figures, **figures},
         flops=flops,
         seconds=run.seconds,
-        details=details or {},
+        details={**(details or {}), **({"data": digest} if digest else {})},
     )
 
 
@@ -351,10 +392,14 @@ def _shaped(host: nn.Module, kernels: Kernels, x: Tensor) -> nn.Module:
     return esper.unwrap(model)
 
 
-_TASKS = {
-    "digits": (digits_splits, demo_host),
-    "Fashion-MNIST": (fashion_splits, fashion_host),
-}
+_DIGITS_SUBJECT = Subject(
+    splits=digits_splits,
+    host=demo_host,
+    compute_loss=compute_loss,
+    measure=measure,
+    look=accuracy,
+)
+_FASHION_SUBJECT = replace(_DIGITS_SUBJECT, splits=fashion_splits, host=fashion_host)
 _DIGITS = {"epochs": 60, "batch": 32, "rate": LEARNING_RATE, "overhead": 6.0}
 _FASHION_MNIST = {
     "epochs": 40,
@@ -382,7 +427,7 @@ TASKS = (
         random_seeds=tuple(range(50, 62)),
         settings=_DIGITS,
         quick={**_DIGITS, "epochs": 22},
-        runs=functools.partial(runs, "digits"),
+        runs=functools.partial(runs, "digits", _DIGITS_SUBJECT),
         title="Digits: the demo's host of 358 parameters",
         told=_TOLD,
         section="images",
@@ -398,7 +443,7 @@ TASKS = (
         random_seeds=tuple(range(50, 56)),
         settings=_FASHION_MNIST,
         quick={**_FASHION_MNIST, "train_images": 640, "epochs": 22, "test_images": 500},
-        runs=functools.partial(runs, "Fashion-MNIST"),
+        runs=functools.partial(runs, "Fashion-MNIST", _FASHION_SUBJECT),
         title="Fashion-MNIST: a host of 640 parameters",
         told=_TOLD,
         section="images",

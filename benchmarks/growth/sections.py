@@ -62,45 +62,76 @@ def _above(found: Sequence[float], least: float) -> bool | None:
 def images(task: Task, results: ByArm) -> Section:
     """Tell of a classifier that is grown."""
     least = 3.0 if task.name == "digits" else 4.0
+    rows, drawn = _differences(results, "accuracy", "points", ("grown", "defaults"), least)
+    for arm in ("grown", "defaults", "random"):
+        if arm in results:
+            rows += _trials(arm, results, has_defaults=arm == "defaults")
+    return table(_HEADS, rows), bars(drawn, "points")
+
+
+def other_data(task: Task, results: ByArm) -> Section:
+    """Tell of a model that is grown with every default."""
+    unit, remark = (
+        ("points", "") if task.figure == "accuracy" else ("% of the variance", ", less is better")
+    )
+    rows, drawn = _differences(results, task.figure, unit, ("grown",))
+    if task.figure == "accuracy":
+        rows += _differences(results, "loss", "nats")[0]
+    for arm in ("grown", "random"):
+        if arm in results:
+            rows += _trials(arm, results, has_defaults=arm == "grown")
+            size = spread(values(results, arm, "parameters"), 0)
+            rows.append((f"{arm}: parameters at the end", size, "", "", ""))
+    return table(_HEADS, rows), bars(drawn, unit + remark)
+
+
+_HEADS: Final = ("", "figure", "random seeds", "goal", "")
+
+
+def _differences(
+    results: ByArm,
+    figure: str,
+    unit: str,
+    with_goals: Sequence[str] = (),
+    least: float | None = None,
+) -> tuple[list[tuple[str, ...]], list[Bar]]:
+    """Return a row and a bar for each pair of arms; of a loss less is better."""
     rows, drawn = [], []
+    better, side = (-1, "below") if figure == "loss" else (1, "above")
     for arm in ("grown", "defaults", "random"):
         for other in ("host", "random", "null", "scratch"):
-            found = paired(results, arm, other, "accuracy")
+            found = paired(results, arm, other, figure)
             if arm == other or not found or (arm != "grown" and other != "host"):
                 continue
-            won, lost = sum(f > 0 for f in found), sum(f < 0 for f in found)
-            is_goal = other == "host" and arm != "random"
-            goal = f"≥ {least:g}, interval above 0, no loss" if is_goal else ""
-            met = verdict(_all(_above(found, least), lost == 0)) if is_goal else ""
+            gains = [better * f for f in found]
+            won, lost = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+            is_goal = other == "host" and arm in with_goals
+            amount = "" if least is None else f"≥ {least:g}, "
+            met = _all(_above(gains, least or 0.0), lost == 0)
             rows.append(
                 (
-                    f"{arm} minus {other}, points",
-                    interval_of(found, 2),
+                    f"{arm} minus {other}, {unit}",
+                    interval_of(found, 4 if unit == "nats" else 2),
                     f"{won} won, {lost} lost",
-                    goal,
-                    met,
+                    f"{amount}interval {side} 0, no loss" if is_goal else "",
+                    verdict(met) if is_goal else "",
                 )
             )
             drawn.append(_bar(f"{arm} minus {other}", found))
-    for arm in ("grown", "defaults", "random"):
-        if arm in results:
-            rows += _trials(arm, results)
-    heads = ("", "figure", "random seeds", "goal", "")
-    return table(heads, rows), bars([b for b in drawn if b], "points")
+    return rows, [bar for bar in drawn if bar]
 
 
 def _all(*found: bool | None) -> bool | None:
     return None if None in found else all(found)
 
 
-def _trials(arm: str, results: ByArm) -> list[tuple[str, ...]]:
-    """Return what trials came to in an arm, and what growing took."""
+def _trials(arm: str, results: ByArm, *, has_defaults: bool) -> list[tuple[str, ...]]:
+    """Return what trials came to in an arm, and what growing took; defaults may take 2."""
     runs = list(results[arm].values())
     passed, work = values(results, arm, "passed"), values(results, arm, "work")
     trials = [trial for run in runs for trial in run.details["trials"]]
     nulls = sum(trial["taken"] == "null" for trial in trials)
     shown = sum(bool(t["taken"] == "candidate" and t["capacity_shown"]) for t in trials)
-    is_goal = arm == "defaults"
     share = statistics.fmean(passed)
     return [
         (
@@ -121,8 +152,8 @@ def _trials(arm: str, results: ByArm) -> list[tuple[str, ...]]:
             f"{arm}: work of the run over its training",
             f"{statistics.fmean(work):.2f}",
             "",
-            "≤ 2" if is_goal else "",
-            verdict(statistics.fmean(work) <= 2.0) if is_goal else "",
+            "≤ 2" if has_defaults else "",
+            verdict(statistics.fmean(work) <= 2.0) if has_defaults else "",
         ),
     ]
 
@@ -304,6 +335,7 @@ def ratios(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signatu
 
 SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {
     "images": images,
+    "other data": other_data,
     "depth": depth,
     "extra budget": extra_budget,
     "useless": useless,

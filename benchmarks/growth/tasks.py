@@ -3,10 +3,18 @@
 import depth
 import extra_budget
 import images
+import other_data
 import peers_tasks
 import useless
 
 TASKS = {
     task.name: task
-    for task in (*images.TASKS, *depth.TASKS, *extra_budget.TASKS, *useless.TASKS, peers_tasks.TASK)
+    for task in (
+        *images.TASKS,
+        *other_data.TASKS,
+        *depth.TASKS,
+        *extra_budget.TASKS,
+        *useless.TASKS,
+        peers_tasks.TASK,
+    )
 }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from esper.bus.in_process import EventBus
     from esper.compiler.catalog import Catalog, CatalogEntry, default_catalog
     from esper.compiler.compile import compile_blueprint
+    from esper.continuity.checkpoint import load_checkpoint, save_checkpoint
     from esper.continuity.deepening import deepen
     from esper.continuity.ensemble import register_optimizer
     from esper.continuity.following import follow
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.budget import Budget
+    from esper.growth.evaluate_on import evaluate_on
     from esper.growth.gates import GateVerdict
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
@@ -147,15 +149,18 @@ _HOME: Final = {
     "compile_blueprint": "esper.compiler.compile",
     "deepen": "esper.continuity.deepening",
     "default_catalog": "esper.compiler.catalog",
+    "evaluate_on": "esper.growth.evaluate_on",
     "export": "esper.wrapping.export",
     "follow": "esper.continuity.following",
     "in_order": "esper.growth.ranking",
     "in_shadow_pass": "esper.seeds.shadow",
     "layers": "esper.wrapping.wrap",
+    "load_checkpoint": "esper.continuity.checkpoint",
     "maintain": "esper.seeds.maintenance",
     "open_registry": "esper.registry.open",
     "register_optimizer": "esper.continuity.ensemble",
     "restore": "esper.wrapping.restore",
+    "save_checkpoint": "esper.continuity.checkpoint",
     "shallow": "esper.seeds.shallow",
     "skipped": "esper.wrapping.wrap",
     "sync_optimizer": "esper.continuity.optimizer",
@@ -230,15 +235,18 @@ __all__ = [
     "compile_blueprint",
     "deepen",
     "default_catalog",
+    "evaluate_on",
     "export",
     "follow",
     "in_order",
     "in_shadow_pass",
     "layers",
+    "load_checkpoint",
     "maintain",
     "open_registry",
     "register_optimizer",
     "restore",
+    "save_checkpoint",
     "shallow",
     "skipped",
     "sync_optimizer",

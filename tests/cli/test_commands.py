@@ -81,6 +81,10 @@ def warns(): return job(train=lambda batches: Loader(batches, 1, warn))
 def no_file(): return open("no_such_file_of_mine")
 def shuffled(): return job(train=lambda b: torch.utils.data.DataLoader(
     torch.utils.data.TensorDataset(*map(torch.cat, zip(*b))), batch_size=16, shuffle=True))
+def told(): return job(train=lambda b: Loader(b, 0, lambda: print("an epoch begins")))
+def drawn():
+    print("drew", torch.rand(1).item())
+    return job()
 MODEL = nn.Sequential(nn.Linear(4, 2))
 def one_model(): return job(model=MODEL)
 """
@@ -161,7 +165,7 @@ def test_suggest_prints_a_ranked_table_and_writes_nothing(folder):
     """The table names sites and kernels with their cost, and no file is left."""
     result = run("suggest", "jobs_of_a_user:job")
     assert result.exit_code == 0, result.stderr
-    assert "What growing would bring" in result.stdout
+    assert "Where and what to grow" in result.stdout
     assert "mlp" in result.stdout
     assert not (folder / "runs").exists()
 
@@ -370,6 +374,25 @@ def test_grow_takes_what_a_job_would_be_edited_for(folder):
     assert settings["budget"]["small_graft"] == 10_000
 
 
+@pytest.mark.parametrize(("options", "num"), [((), 1), (("--epochs", "2"), 2)])
+def test_suggest_trains_as_long_as_it_is_told(folder, options, num):
+    """So many passes, and a fifth of the job's, at least one, where nothing is said."""
+    result = run("suggest", "jobs_of_a_user:told", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("an epoch begins") == num
+
+
+def test_suggest_takes_a_random_seed_and_a_budget(folder):
+    """The job is made from that seed, and what exceeds the budget is not on offer."""
+    options = ("suggest", "jobs_of_a_user:drawn", "--budget", "small_graft=0", "--random-seed")
+    one, again, other = (run(*options, seed) for seed in ("5", "5", "6"))
+    assert one.exit_code == 0, one.stderr
+    drawn = [result.stdout.splitlines()[0] for result in (one, again, other)]
+    assert drawn[0].startswith("drew")
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert one.stdout.rstrip().endswith(": none")
+
+
 def test_budget_that_is_a_number_is_a_share_of_any_host(folder):
     """A share alone holds for one graft and for all, in a small host too."""
     assert run("grow", "jobs_of_a_user:job", "--budget", "0.5").exit_code == 0
@@ -407,7 +430,7 @@ def test_control_is_the_same_job_without_growth(folder, target):
     assert control["settings"]["horizon"] == report["settings"]["horizon"]
     assert control["evaluations"] == report["evaluations"]
     measure = "test loss" if target == "tested" else "gate loss"
-    assert f"Did it help? The {measure} was" in result.stdout
+    assert result.stdout.startswith(f"Did it help? Not shown: the {measure} was")
     assert "no difference" in result.stdout
     assert control["test_metrics"] == report["test_metrics"]
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from esper.cli.tables import print_demo, print_suggestions
+from esper.cli.tables import print_demo
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import (
     ArmReport,
@@ -17,7 +17,6 @@ from esper.contracts.report import (
     TimelineEntry,
     TrialRecord,
 )
-from esper.growth.suggestion import Suggestion
 
 
 def a_demo():
@@ -117,39 +116,3 @@ def test_the_demo_ends_with_its_tables():
         "Note: a note",
     ):
         assert line in lines
-
-
-def test_suggestions_are_printed_in_their_order():
-    """Each row has what the kernel would bring and cost, or why there is no score."""
-    rows = [
-        Suggestion(
-            site="head",
-            blueprint="mlp-8",
-            gain=0.0123,
-            stderr=0.004,
-            parameters=1234,
-            flops=2400.0,
-            latency_us=12.3,
-            reason="",
-        ),
-        Suggestion(
-            site="head",
-            blueprint="noise",
-            gain=None,
-            stderr=None,
-            parameters=0,
-            flops=None,
-            latency_us=3.0,
-            reason="nothing to train",
-        ),
-    ]
-    lines = printed(print_suggestions, rows)
-    assert lines[-3:] == [
-        "head mlp-8 0.0123 0.004 1,234 2.4 kFLOP 12",
-        "head noise \u2013 \u2013 0 \u2013 3 nothing to train",
-        (
-            "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
-            "esper.sync_optimizer(model, optimizer), so that it is trained"
-        ),
-    ]
-    assert "none" in printed(print_suggestions, [])[-1]

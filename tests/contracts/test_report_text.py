@@ -12,7 +12,7 @@ from esper.contracts.report import (
     StageRecord,
     TrialRecord,
 )
-from esper.contracts.report_text import OPTIMISTIC, flops_text
+from esper.contracts.report_text import ONE_RUN_EACH, OPTIMISTIC, flops_text
 from esper.contracts.run_report import headline, words_for, work_text
 
 FROM_SCRATCH = "Nothing here was compared with a network of the final size trained from scratch"
@@ -249,13 +249,40 @@ def test_nothing_tried_beat_nothing():
     assert said() == "Growth tried nothing here, so there is nothing that it beat."
 
 
+@pytest.mark.parametrize(
+    ("grown", "control", "answer"),
+    [
+        (7.029, 6.776, "No"),
+        (6.776, 7.029, "Yes"),
+        (7.0, 7.001, "Not shown"),
+        (7.0, 7.0, "Not shown"),
+    ],
+)
+def test_whether_it_helped_is_answered_before_anything_else(grown, control, answer):
+    """By the test loss of one run each, and that it is one run each follows."""
+    beside = replace(a_run(), test_metrics={"loss": control})
+    settings = {"min_effect": 0.001}
+    run = replace(a_run(a_trial()), settings=settings, test_metrics={"loss": grown}, control=beside)
+    opening = f"Did it help? {answer}: the test loss was {grown:.4g} at the end with growth and"
+    assert str(run).startswith(opening)
+    assert ONE_RUN_EACH in str(run).splitlines()[0]
+
+
+def test_a_gate_loss_that_fell_shows_no_help():
+    """Growing was decided on it; that it rose is an answer."""
+    seen, worse = ((Evaluation(update=100, gate_loss=v),) for v in (0.4, 0.9))
+    run, beside = (replace(a_run(), evaluations=e) for e in (seen, worse))
+    assert str(replace(run, control=beside)).startswith("Did it help? Not shown: the gate loss")
+    assert str(replace(beside, control=run)).startswith("Did it help? No: the gate loss")
+
+
 def test_a_control_is_what_the_whole_run_is_held_against():
     """Then nobody has to be told how to measure it."""
     seen = (Evaluation(update=100, gate_loss=0.4),)
     text = said(a_trial(), evaluations=seen, control=a_control())
-    assert "Against the same job without growth, the gate loss was 0.4 at the end with" in text
+    assert "the gate loss was 0.4 at the end with growth and" in text
     assert "0.9 without: 0.5 less" in text
-    assert "in one run each" in text
+    assert ONE_RUN_EACH in text
     assert "nobody measured" not in text
     assert FROM_SCRATCH in text
 

@@ -243,6 +243,18 @@ def test_suggestion_changes_nothing():
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
 
 
+def test_suggestion_after_close_is_that_of_before():
+    """The with-block may be over; once the seeds are gone it says so."""
+    model, optimizer = wrapped()
+    with growing(model, optimizer) as grower:
+        train(model, optimizer, 12, grower)
+        before = [(row.site, row.blueprint, row.gain) for row in grower.suggest()]
+    assert [(row.site, row.blueprint, row.gain) for row in grower.suggest()] == before
+    unwrap(model)
+    with pytest.raises(GrowthError, match=r"before esper\.unwrap"):
+        grower.suggest()
+
+
 def test_suggestion_needs_a_batch():
     """Without a batch there is nothing to rank on, and the cure is named."""
     grower = growing(*wrapped())

@@ -7,9 +7,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from growing import batches, compute_loss, growing, wrapped
+from torch.utils.flop_counter import FlopCounterMode
 
+from esper.growth.budget import count_parameters
 from esper.growth.ledger import WorkLedger
 from esper.growth.losses import LOSS_CHECK_EVERY, LOSS_WINDOW, SpikeLimit, TrainingLosses
+from esper.growth.policies import EveryN
 from esper.growth.settings import GrowthSettings
 from esper.resilience.clock import ManualClock
 
@@ -281,3 +285,22 @@ def test_the_horizon_that_is_told_counts_what_was_taken_already():
         other = a_ledger(horizon=horizon)
         other.count("ranking", flops=500 * UPDATE)
         assert other.affordable(100 * UPDATE) is buys
+
+
+def test_training_counts_what_the_run_executed_with_a_kernel_that_was_auditioned():
+    """FLOPs of every update, as torch counts them in the training loop itself."""
+    model, optimizer = wrapped()
+    settings = {"trial": "shadow", "audition_updates": 60, "ramp_updates": 4}
+    grower = growing(model, optimizer, policy=EveryN(5), **settings)
+    executed, before = 0, count_parameters(model)
+    for batch in batches(95):
+        optimizer.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss = compute_loss(model, batch)
+            loss.backward()
+        executed += counter.get_total_flops()
+        optimizer.step()
+        grower.step(loss, batch=batch)
+    assert count_parameters(model) > before
+    assert grower.report().work["training"] == executed
+    grower.close()

@@ -101,6 +101,7 @@ def test_a_stretched_interval_is_even_and_told_once():
     assert interval == pytest.approx(4999 * 2 / (0.2 * 0.1 * 5000 - 6), abs=1)
     told = schedule.stretched()
     assert f"{interval} updates apart, where 10 were wanted" in told
+    assert "readings for verdicts and watches are made all the same, and come beside it" in told
     assert "raise overhead=" in told
     assert schedule.stretched() is None
     made = train(schedule, HORIZON)

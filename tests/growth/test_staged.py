@@ -10,6 +10,7 @@ from sleepers import HOSTS, Listed, made, update
 from torch import nn
 
 import esper
+from esper.contracts.report_text import flops_text
 from esper.growth.policies import ByHand, Never
 from esper.seeds.shallow import depth_state, load_depth_state
 
@@ -92,6 +93,24 @@ def test_flops_are_those_of_what_was_executed():
     assert note.startswith(
         f"{11 * (2 * flops_of_block() + ends):.4g} FLOPs of training until update 11"
     )
+
+
+def test_a_report_of_depth_alone_says_nothing_of_kernels_and_batches():
+    """What growing took is told without batches, and no note speaks of twins or of overhead."""
+    model, optimizer = shallow()
+    report, _ = run(model, optimizer, esper.Staged({0.5: 6}))
+    text = str(report)
+    assert "growing took no FLOPs beside the training, whose FLOPs are told stage by stage" in text
+    assert not [word for word in ("overhead", "twin", "kernel", "batch=") if word in text]
+
+
+def test_a_reading_beside_planned_depth_is_told_in_flops():
+    """Where evaluate is given, what its readings took is in the sentence."""
+    model, optimizer = shallow()
+    options = {"evaluate": lambda m: (m(X) - Y).square().mean(1)}
+    report, _ = run(model, optimizer, esper.Staged({0.5: 6}), **options)
+    assert report.overhead > 0
+    assert f"growing took {flops_text(report.overhead)} beside the training" in str(report)
 
 
 def test_micro_batches_are_counted_each():
@@ -246,6 +265,23 @@ def test_a_plan_that_is_none_is_refused(given, error, said):
     """With what was expected and found."""
     with pytest.raises(error, match=said):
         esper.Staged(*given)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_depth_that_is_awake_already_is_told_of_at_the_start(depth):
+    """A warning with the path, what was asked for and what there is."""
+    words = rf"in 'blocks': of its 6 blocks 2 are awake already, .* asks for {depth} at 60%"
+    model, optimizer = shallow()
+    with pytest.warns(UserWarning, match=words):
+        esper.Grower(model, optimizer, horizon=20, policy=esper.Staged({0.6: depth})).close()
+
+
+def test_a_stage_that_wakes_nothing_before_others_that_do_is_a_note():
+    """A run that goes on where another ended has such stages behind it."""
+    model, optimizer = shallow()
+    report, _ = run(model, optimizer, esper.Staged({0.2: 2, 0.5: 6}))
+    assert any("asks for 2 at 20% of the run" in note for note in report.notes)
+    assert [stage.depth for stage in report.stages] == [6]
 
 
 def test_a_model_in_which_nothing_sleeps_is_told_of():

@@ -151,7 +151,7 @@ def test_a_control_is_in_the_first_words_the_figures_and_the_chart(make_run):
         grafts=(), evaluations=tuple(Evaluation(update=u, gate_loss=0.9) for u in LOOKS[::2])
     )
     page = run_page(make_run(control=control))
-    assert "with growth and 0.9 without" in Reader(page).of("p")[1]
+    assert "with growth and 0.9 without" in Reader(page).of("p")[0]
     assert "Gate loss without growth" in Reader(page).of("dt")
     assert "gate loss, control" in Reader(page).of("text")
 

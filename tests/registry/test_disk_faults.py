@@ -15,6 +15,7 @@ from kernel_artifacts import artifact
 from esper.contracts import artifact_format
 from esper.contracts.errors import KernelNotFoundError, KernelSourceUnavailable
 from esper.registry.directory import DirectoryRegistry
+from esper.resilience.durable_file import write_synced
 
 KEPT, WITHDRAWN, ADDED = (artifact(number, size=400) for number in range(3))
 KEPT_ID, WITHDRAWN_ID, ADDED_ID = map(artifact_format.digest_of, (KEPT, WITHDRAWN, ADDED))
@@ -189,7 +190,7 @@ def row_first(registry, data, admitted):
         json.dumps(admitted.metadata.to_document()),
         admitted.record,
     )
-    registry._write(registry._blobs / admitted.digest, data)
+    write_synced(registry._disk, registry._blobs / admitted.digest, [data])
     registry._disk.sync_directory(registry._blobs)
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.seeds.shallow import depth_state, load_depth_state
+from esper.seeds.sleep import PATIENCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
@@ -144,6 +145,31 @@ def test_a_copy_sleeps_and_wakes_as_its_original(copied, updates):
     update(other, optimizer, x)
     assert not depth_state(other)
     assert len(depth_state(model)) == 3
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_whose_waking_blocks_nothing_moves_is_told_of(copied):
+    """After some calls in training, with the path, the alpha and the cure; then no more."""
+    model, _, x = woken("sequential", updates=2)
+    other = copied(model).train()
+    other.eval()(x)
+    for _ in range(PATIENCE - 1):
+        other.train()(x)
+    with pytest.warns(UserWarning, match=r"stay at alpha 0\.5: .* esper\.deepen\(copy, optimizer"):
+        other(x)
+    for _ in range(PATIENCE):
+        other(x)
+
+
+def test_a_copy_that_is_woken_is_told_nothing():
+    """Its alpha moves: warnings are errors here."""
+    model, _, x = woken("sequential", updates=2)
+    other = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+    esper.deepen(other, optimizer, depth=6, ramp_updates=2 * PATIENCE)
+    for _ in range(PATIENCE + 1):
+        update(other, optimizer, x)
+    assert len(depth_state(other)) == 3
 
 
 def test_a_saved_module_is_loaded_as_it_was():

@@ -6,7 +6,7 @@ import pytest
 
 from esper.contracts.errors import GrowthError
 from esper.growth.job import GrowthJob
-from esper.services.target import load_job
+from esper.services.target import find_function, make_job
 
 MODULE = """
 import torch
@@ -42,6 +42,10 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield "jobs_to_load"
     sys.modules.pop("jobs_to_load", None)
+
+
+def load_job(target):
+    return make_job(target, find_function(target))
 
 
 def test_a_target_is_called_and_gives_its_job(module):

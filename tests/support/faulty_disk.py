@@ -98,6 +98,12 @@ class ForgetfulDisk(Disk):
         self._safe_names = {}
         self._inode_of = {}
 
+    def note(self, path):
+        """Take a file that is there already for one that is safe."""
+        inode = path.stat().st_ino
+        self._safe_bytes[inode] = self._written[inode] = path.read_bytes()
+        self._safe_names.setdefault(path.parent, {})[path.name] = inode
+
     def create(self, path):
         descriptor = super().create(path)
         inode = self._inode_of[descriptor] = os.fstat(descriptor).st_ino
@@ -128,12 +134,16 @@ class ForgetfulDisk(Disk):
         for name in ("blobs", "quarantine"):
             folder = self._root / name
             (target / name).mkdir(parents=True)
-            names = self._names_now(folder) if names_kept else self._safe_names.get(folder, {})
-            for file, inode in names.items():
-                (target / name / file).write_bytes(self._safe_bytes[inode])
+            for file, data in self.left_in(folder, names_kept=names_kept).items():
+                (target / name / file).write_bytes(data)
         for name in ("index.sqlite", "index.sqlite-wal"):
             if (self._root / name).exists():
                 shutil.copyfile(self._root / name, target / name)
+
+    def left_in(self, folder, *, names_kept):
+        """Return what would be left in a folder, by name."""
+        names = self._names_now(folder) if names_kept else self._safe_names.get(folder, {})
+        return {file: self._safe_bytes[inode] for file, inode in names.items()}
 
     def _names_now(self, folder):
         return {entry.name: entry.inode() for entry in os.scandir(folder) if entry.is_file()}

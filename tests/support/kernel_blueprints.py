@@ -20,3 +20,17 @@ def mlp_blueprint(n=6, **options):
     return BlueprintIR(
         id="mlp", nodes=nodes, edges=edges, input_spec=spec, output_spec=spec, **options
     )
+
+
+def linear_blueprint(n=6, **options):
+    """Return a kernel of one linear layer, which folds into a linear layer of n features."""
+    node = BlueprintNode(
+        id="map", op_type="linear", attributes={"in_features": n, "out_features": n}
+    )
+    edges = tuple(
+        BlueprintEdge(source=a, target=b) for a, b in (("input", "map"), ("map", "output"))
+    )
+    spec = TensorSpec(shape=("*", n))
+    return BlueprintIR(
+        id="map", nodes=(node,), edges=edges, input_spec=spec, output_spec=spec, **options
+    )

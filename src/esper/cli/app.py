@@ -57,6 +57,13 @@ RunDir = Annotated[
 Epochs = Annotated[
     int | None, typer.Option(min=1, help="Passes over the training data, other than the job's.")
 ]
+SuggestEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Passes over the training data before the ranking; a fifth of the job's if left out.",
+    ),
+]
 Overhead = Annotated[
     float | None,
     typer.Option(help="What growing may take, in FLOPs, as a ratio to those of training."),
@@ -191,18 +198,26 @@ def _tell(run: JobRun) -> None:
 
 
 @app.command(epilog=ENVIRONMENT)
-def suggest(target: Target) -> None:
-    """Train your own job for a while, change nothing, and say what growing would bring."""
+def suggest(
+    target: Target,
+    epochs: SuggestEpochs = None,
+    random_seed: RandomSeed = None,
+    budget: BudgetLimits = None,
+) -> None:
+    """Train your own job for a while, change nothing, and say where and what could grow."""
     with _one_line_errors():
         from esper.cli.progress import ProgressDisplay
-        from esper.cli.tables import print_suggestions
         from esper.resilience.clock import MonotonicClock
+        from esper.services.job_options import JobOptions, parse_budget
         from esper.services.run_job import suggest_for
 
+        options = JobOptions(
+            epochs=epochs, random_seed=random_seed, budget=parse_budget(budget or ())
+        )
         _see_working_folder()
         with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
-            suggestions = suggest_for(target, on_progress=display)
-        print_suggestions(_console(), suggestions)
+            suggestions = suggest_for(target, options=options, on_progress=display)
+        typer.echo(str(suggestions))
 
 
 @app.command(epilog=ENVIRONMENT)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from esper.cli.doctor import Check
     from esper.contracts.report import DemoReport
-    from esper.growth.suggestion import Suggestion
 
     Rows = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -56,37 +55,6 @@ def print_demo(console: Console, report: DemoReport) -> None:
     _print(console, "Timeline of the grown arm", *_timeline_rows(report))
     for note in report.notes:
         console.print(f"Note: {note}")
-
-
-def print_suggestions(console: Console, suggestions: Sequence[Suggestion]) -> None:
-    """Print the ranked table, best first."""
-    heads = ("site", "kernel", ">gain", ">std. error", ">parameters", ">FLOPs", ">us", "remark")
-    rows = [
-        (
-            row.site,
-            row.blueprint,
-            number_text(row.gain, ".3g"),
-            number_text(row.stderr, ".2g"),
-            f"{row.parameters:,}",
-            flops_text(row.flops),
-            f"{row.latency_us:,.0f}",
-            row.reason,
-        )
-        for row in suggestions
-    ]
-    _print(console, "What growing would bring (predicted fall of the training loss)", heads, rows)
-    first = next((row for row in suggestions if row.going_on is not None), None)
-    if first is not None:
-        console.print(
-            "Going on without growing, for the FLOPs of a trial of the first: held-out loss lower "
-            f"by {first.going_on:.3g} ± {first.going_on_stderr:.2g}, by the run's own curve. Where "
-            "that is as much as a kernel brings, training is missing, and not capacity"
-        )
-    if rows:
-        console.print(
-            "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
-            "esper.sync_optimizer(model, optimizer), so that it is trained"
-        )
 
 
 def print_checks(console: Console, checks: Sequence[Check]) -> None:

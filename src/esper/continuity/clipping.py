@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -83,12 +83,26 @@ class GradientWatch:
                 _total(torch._foreach_norm(gradients, float("inf"))).max()  # noqa: SLF001 - as above
             )
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was seen, on the CPU."""
+        return {"norms": _listed(self._norms), "values": _listed(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what another had seen."""
+        for sizes, name in ((self._norms, "norms"), (self._values, "values")):
+            sizes.clear()
+            sizes.extend(state[name].clone().unbind())
+
     @property
     def clipping(self) -> Clipping:
         """How the gradients seen so far were clipped, as far as they tell."""
         value = _limit(self._values, is_exact=True)
         norm = None if value is not None else _limit(self._norms, is_exact=False)
         return Clipping(norm=norm, value=value)
+
+
+def _listed(sizes: Collection[Tensor]) -> Tensor:
+    return torch.stack([size.detach().cpu() for size in sizes]) if sizes else torch.empty(0)
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor:

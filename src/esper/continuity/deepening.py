@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from esper.continuity.step_hooks import StepHooks, is_update
 from esper.contracts.arguments import whole_number
 from esper.contracts.choices import INITS, DepthInit
 from esper.seeds.replica_names import heed_in_replicas, ignore_in_replicas, root_of
+from esper.seeds.shallow import forms_of
 from esper.seeds.sleep import (
     FORMS,
     allow_graphs,
@@ -128,6 +129,8 @@ class Deepening:
         names: Names of the blocks in the model.
         blocks: The blocks; one that is on its way goes on from where it is.
         ramp_updates: Updates until alpha is 1.
+        forms: What is known of the form of each block's output; None: what the blocks know, none
+            of which is awake.
 
     Attributes:
         names: As given.
@@ -141,10 +144,13 @@ class Deepening:
         names: tuple[str, ...],
         blocks: Sequence[nn.Module],
         ramp_updates: int,
+        *,
+        forms: Sequence[Forms] | None = None,
     ) -> None:
         self.names = names
         self._model, self._blocks = model, list(blocks)
-        self._forms: list[Forms] = [block.__dict__[FORMS] for block in blocks]
+        known = [block.__dict__[FORMS] for block in blocks] if forms is None else forms
+        self._forms: list[Forms] = list(known)
         self._starts = [share_of(block) for block in blocks]
         self._ramp_updates = ramp_updates
         self._counts: dict[int, int] = {}
@@ -152,6 +158,56 @@ class Deepening:
         self._members = weakref.WeakSet(members_of(optimizer))
         self._hooks = StepHooks(optimizer, after=self._after_step)
         _under_way.update(dict.fromkeys(blocks, weakref.ref(self)))
+
+    def state_dict(self, optimizer: AnyOptimizer) -> dict[str, Any]:
+        """Return which blocks move and how far they are, as JSON can hold it.
+
+        Args:
+            optimizer: What trains the model.
+        """
+        return {
+            "names": list(self.names),
+            "starts": list(self._starts),
+            "alpha": self.alpha,
+            "ramp_updates": self._ramp_updates,
+            "counts": [self._counts.get(id(member), 0) for member in members_of(optimizer)],
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], model: nn.Module, optimizer: AnyOptimizer
+    ) -> Deepening:
+        """Go on moving blocks that are as far as those of which :meth:`state_dict` was taken.
+
+        Args:
+            state: What it returned.
+            model: The model as its owner has it; its blocks sleep and wake as they did then.
+            optimizer: What trains it.
+
+        Raises:
+            ValueError: The model has no such stack.
+        """
+        names, inner = tuple(state["names"]), bare(model)
+        stack = stack_at(inner, names[0].rpartition(".")[0])
+        numbers = {stack.full_name(i): i for i in range(len(stack))}
+        blocks = [stack.blocks[numbers[name]] for name in names]
+        before = [mover for mover in map(_mover, blocks) if mover is not None]
+        for mover in before:  # of a checkpoint that was loaded, if the Grower's state follows
+            mover.close()
+        awake = [numbers[name] for name in names if share_of(stack.blocks[numbers[name]]) >= 1.0]
+        known = forms_of(stack, awake)
+        forms = [b.__dict__[FORMS] if FORMS in b.__dict__ else known[type(b)] for b in blocks]
+        if not awake and not before:
+            _share(model, dict(zip(names, blocks, strict=True)), optimizer)
+        made = cls(model, optimizer, names, blocks, int(state["ramp_updates"]), forms=forms)
+        made._go_on(state, optimizer)
+        return made
+
+    def _go_on(self, state: Mapping[str, Any], optimizer: AnyOptimizer) -> None:
+        self._starts, self.alpha = list(state["starts"]), float(state["alpha"])
+        self._counts = dict(zip(map(id, members_of(optimizer)), state["counts"], strict=True))
+        if self.is_done:
+            self.close()
 
     @property
     def is_done(self) -> bool:
@@ -199,6 +255,33 @@ class Deepening:
         if self.is_done:
             self.close()
             heed_in_replicas(bare(self._model), self._blocks)
+
+
+def ramps_of(model: nn.Module, optimizer: AnyOptimizer) -> list[dict[str, Any]]:
+    """Return how far the blocks of a model are that an optimizer's updates wake."""
+    movers = _movers_in(bare(model))
+    return [mover.state_dict(optimizer) for mover in movers if mover.moves_with(optimizer)]
+
+
+def resume_ramps(
+    model: nn.Module, optimizer: AnyOptimizer, states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Let blocks go on from where :func:`ramps_of` was taken; no others are on their way then.
+
+    Args:
+        model: The model; its blocks sleep and wake as they did then.
+        optimizer: What trains it.
+        states: What :func:`ramps_of` returned.
+    """
+    for mover in _movers_in(bare(model)):
+        mover.close()
+    for state in states:
+        Deepening.from_state_dict(state, model, optimizer)
+
+
+def _movers_in(model: nn.Module) -> list[Deepening]:
+    found = (_mover(block) for block in model.modules())
+    return list(dict.fromkeys(mover for mover in found if mover is not None))
 
 
 def sleeping_stack(model: nn.Module, path: str | None) -> Stack:

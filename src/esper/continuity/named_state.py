@@ -80,7 +80,7 @@ class NamedState:
         for member in members_of(optimizer):
             is_new = member not in self._models
             self._models[member] = weakref.ref(model)
-            _drop_names_of_a_load(member)
+            _dropnames_of_a_load(member)
             if is_new:
                 member.register_state_dict_pre_hook(self._before_saving)
                 member.register_state_dict_post_hook(self._after_saving)
@@ -99,7 +99,7 @@ class NamedState:
         model = self._model(optimizer)
         if model is None or _has_names(optimizer):
             return
-        names = _names_of(model)
+        names = names_of(model)
         found = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
         if all(None not in own for own in found):  # else it trains what is no part of the model
             for group, own in zip(state["param_groups"], found, strict=True):
@@ -114,7 +114,7 @@ class NamedState:
         groups: list[ParamGroup] = state["param_groups"]
         live = optimizer.param_groups
         if len(groups) == len(live) and all(NAMES in group for group in groups):
-            names = _names_of(model)
+            names = names_of(model)
             wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
             groups = _by_name(groups, wanted, self._may_start(optimizer))
         if not _has_names(optimizer):
@@ -124,7 +124,7 @@ class NamedState:
     def _may_start(self, optimizer: Optimizer) -> set[str]:
         """Return the names of kernels' parameters, which may begin without any state."""
         model, kernels = self._model(optimizer), self._kernels(optimizer)
-        names = {} if model is None else _names_of(model)
+        names = {} if model is None else names_of(model)
         return {name for key, name in names.items() if key in kernels}
 
 
@@ -142,7 +142,7 @@ def _by_name(
         ValueError: The two do not hold the same parameters.
     """
     having = [
-        dict(zip(map(_bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
+        dict(zip(map(bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
     ]
     lacking = sorted(
         {n for own, names in zip(having, wanted, strict=True) for n in own}
@@ -179,11 +179,12 @@ def _by_name(
     return groups
 
 
-def _names_of(model: nn.Module) -> dict[int, str]:
-    return {id(p): _bare_name(name) for name, p in bare(model).named_parameters()}
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the names of a model's parameters by their ids, without those of wrappers."""
+    return {id(p): bare_name(name) for name, p in bare(model).named_parameters()}
 
 
-def _bare_name(name: str) -> str:
+def bare_name(name: str) -> str:
     """Return a name without what wrappers of the whole model put before it."""
     parts = name.split(".")
     while parts and parts[0] in _WRAPPERS:
@@ -195,7 +196,7 @@ def _has_names(optimizer: Optimizer) -> bool:
     return any(NAMES in group for group in optimizer.param_groups)
 
 
-def _drop_names_of_a_load(optimizer: Optimizer) -> None:
+def _dropnames_of_a_load(optimizer: Optimizer) -> None:
     """Take out names that came with a state: torch would want them of each group from then on."""
     for group in optimizer.param_groups:
         if group.pop(NAMED_BY_US, False):

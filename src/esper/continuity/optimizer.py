@@ -110,6 +110,32 @@ def sync_optimizer(
         _warn_of_lone_isolation(link.roster.busy())
 
 
+def kernels_in(optimizer: AnyOptimizer) -> set[int]:
+    """Return the ids of kernels' parameters in an optimizer, those that have gone included."""
+    return {*_link(optimizer).kernels}
+
+
+def sync_again(model: nn.Module, optimizer: AnyOptimizer) -> None:
+    """Do what :func:`sync_optimizer` does, by the choice of groups that it was given last."""
+    sync_optimizer(model, members_of(optimizer), group_for=_link(optimizer).group_for)
+
+
+def sync_to_groups(model: nn.Module, optimizer: AnyOptimizer, group_of: Mapping[str, int]) -> None:
+    """Do what :func:`sync_optimizer` does, into the groups that kernels' parameters had before.
+
+    Args:
+        model: The model.
+        optimizer: What trains it.
+        group_of: Number of a param group, over all optimizers, by the parameter's name. What it
+            does not name goes where it would; the owner's choice of groups stays what it was.
+    """
+    own = _link(optimizer).group_for
+    sync_optimizer(
+        model, members_of(optimizer), group_for=lambda name, _parameter: group_of.get(name)
+    )
+    _link(optimizer).group_for = own
+
+
 def _finish_waiting(model: nn.Module) -> None:
     """Make live what waits and has seen a call; say of what has not that it is left out."""
     for layer in _layers(model):

@@ -13,6 +13,8 @@ from esper.continuity.following import averages_of
 from esper.state.seed_slot import SeedSlot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor, nn
 
     from esper.continuity.ensemble import AnyOptimizer
@@ -39,9 +41,11 @@ class RunSnapshot:
         models = [model, *averages_of(model)]
         parameters = dict.fromkeys(p for each in models for p in each.parameters())
         parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
-        self._values = {p: p.detach().clone() for p in parameters}
+        self._values: dict[Tensor, Tensor] = {p: p.detach().clone() for p in parameters}
         state = optimizer.state
-        self._state = {p: _cloned(state[p]) for p in parameters if p in state}
+        self._state: dict[Tensor, dict[str, Any]] = {
+            p: _cloned(state[p]) for p in parameters if p in state
+        }
         self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(models)]
         self._random_state = random_state(model)
 
@@ -64,6 +68,114 @@ class RunSnapshot:
         for p, state in self._state.items():
             live[p] = _cloned(state)
         set_random_state(self._random_state)
+
+    def state_dict(self, model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Any]:
+        """Return the snapshot by names, as plain values and tensors on the CPU.
+
+        What has left the run since is not in it.
+
+        Args:
+            model: The model that it was taken of.
+            optimizer: Its optimizer.
+        """
+        named = {id(p): name for name, p in parameters_by_name(model, optimizer).items()}
+        held = {p: named[id(p)] for p in self._values if id(p) in named}
+        places = {(id(m), own): name for name, m, own, _ in _buffers_by_name(model)}
+        return {
+            "update": self.update,
+            "values": {name: on_cpu(self._values[p]) for p, name in held.items()},
+            "state": {
+                name: {key: on_cpu(value) for key, value in self._state[p].items()}
+                for p, name in held.items()
+                if p in self._state
+            },
+            "buffers": {
+                places[id(m), own]: on_cpu(value)
+                for m, own, _, value in self._buffers
+                if (id(m), own) in places
+            },
+            "random_state": _random_state_dict(self._random_state),
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], model: nn.Module, optimizer: AnyOptimizer
+    ) -> RunSnapshot:
+        """Return the snapshot that :meth:`state_dict` was taken of, for a run built anew.
+
+        Args:
+            state: What it returned.
+            model: A model like the one that it was taken of.
+            optimizer: What trains it.
+
+        Raises:
+            KeyError: A part is missing, or names what the model and the optimizer do not have.
+        """
+        made = cls.__new__(cls)
+        named = parameters_by_name(model, optimizer)
+        places = {name: (m, own, b) for name, m, own, b in _buffers_by_name(model)}
+        made.update = int(state["update"])
+        made._values = {  # noqa: SLF001 - of its own class
+            named[name]: value.to(named[name].device, copy=True)
+            for name, value in state["values"].items()
+        }
+        made._state = {  # noqa: SLF001 - as above
+            named[name]: _state_beside(named[name], own, optimizer)
+            for name, own in state["state"].items()
+        }
+        made._buffers = [  # noqa: SLF001 - as above
+            (*places[name], value.clone()) for name, value in state["buffers"].items()
+        ]
+        made._random_state = _random_state_from(state["random_state"])  # noqa: SLF001 - as above
+        return made
+
+
+def parameters_by_name(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
+    """Return every parameter of a run by a name that it has in a run built anew, too.
+
+    Those of averages that follow the model have their number before their name; of what only the
+    optimizer holds, group and place are the name.
+
+    Args:
+        model: The model.
+        optimizer: What trains it.
+    """
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for i, average in enumerate(averages_of(model)):
+        found |= {f"average {i}: {name}": p for name, p in average.named_parameters()}
+    known = set(map(id, found.values()))
+    for i, group in enumerate(optimizer.param_groups):
+        others = {f"group {i}: {at}": p for at, p in enumerate(group["params"])}
+        found |= {name: p for name, p in others.items() if id(p) not in known}
+    return found
+
+
+def on_cpu(value: Any) -> Any:
+    """Return a tensor's copy on the CPU; anything else as it is."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def _state_beside(p: Tensor, state: Mapping[str, Any], optimizer: AnyOptimizer) -> dict[str, Any]:
+    """Return a parameter's state where the optimizer keeps such: a count of steps may be aside."""
+    live = optimizer.state.get(p) or {}
+
+    def placed(key: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        like = live.get(key)
+        aside = torch.device("cpu") if value.ndim == 0 else p.device
+        return value.to(like.device if isinstance(like, torch.Tensor) else aside, copy=True)
+
+    return {key: placed(key, value) for key, value in state.items()}
+
+
+def _buffers_by_name(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield every buffer that a snapshot may hold: its name, the module, its own name, and it."""
+    for i, each in enumerate((model, *averages_of(model))):
+        paths = {id(module): path for path, module in each.named_modules()}
+        prefix = f"average {i - 1}: " if i else ""
+        for module, own, buffer in _host_buffers([each]):
+            yield f"{prefix}{paths[id(module)]}.{own}", module, own, buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,6 +212,29 @@ def set_random_state(state: RandomState) -> None:
             torch.set_rng_state(value)
         else:
             torch.get_device_module(torch.device(name)).set_rng_state(value, torch.device(name))
+
+
+def _random_state_dict(state: RandomState) -> dict[str, Any]:
+    """Return a random state as plain values and tensors."""
+    generator = state.numpy["state"]
+    plain = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in generator.items()}
+    return {
+        "devices": {name: value.clone() for name, value in state.devices.items()},
+        "python": state.python,
+        "numpy": {**state.numpy, "state": plain},
+    }
+
+
+def _random_state_from(state: Mapping[str, Any]) -> RandomState:
+    """Return the random state that was made plain."""
+    version, internal, gauss = state["python"]
+    generator = dict(state["numpy"]["state"])
+    generator["key"] = np.array(generator["key"], dtype=np.uint32)
+    return RandomState(
+        devices={name: value.clone() for name, value in state["devices"].items()},
+        python=(version, tuple(internal), gauss),
+        numpy={**state["numpy"], "state": generator},
+    )
 
 
 def seed_random_state(model: nn.Module, random_seed: int) -> None:

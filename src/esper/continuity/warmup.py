@@ -43,6 +43,15 @@ class UpdateCounter:
         self._counts = dict.fromkeys(map(id, members_of(optimizer)), start)
         self._hooks = StepHooks(optimizer, after=self._after_step)
 
+    def state_dict(self) -> list[int]:
+        """Return the updates of each optimizer, in their order."""
+        return list(self._counts.values())
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        """Go on counting where as many optimizers, in the same order, were."""
+        self._counts = dict(zip(self._counts, map(int, state), strict=True))
+        self.count = max(self._counts.values())
+
     def close(self) -> None:
         """Remove the hook; the count stays."""
         self._hooks.close()
@@ -128,12 +137,7 @@ class UpdateFactor:
             ValueError: A parameter is in no group of the optimizer.
         """
         groups = self._optimizer.param_groups
-        where = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        for p in params:
-            if id(p) not in where:
-                msg = "a parameter is in no group of the optimizer; append it first"
-                raise ValueError(msg)
-            number = where[id(p)]
+        for p, number in self._numbered(params):
             highest = peak_rate(groups[number]) if peaks is None else peaks[number]
             self._entries[id(p)] = self._begin(p, number, highest)
         self._drop_finished()
@@ -171,12 +175,26 @@ class UpdateFactor:
             raise ValueError(msg)
         self._entries.clear()
         going = [(p, saved) for p, saved in zip(params, state, strict=True) if saved is not None]
-        for p, saved in going:
-            self.add([p])
-            entry = self._entries.get(id(p))
-            if entry is not None:
-                entry.num_updates = int(saved["num_updates"])
-                entry.ceiling, entry.start_rate = saved["ceiling"], saved["start_rate"]
+        numbered = self._numbered([p for p, _ in going])
+        for (p, saved), (_, number) in zip(going, numbered, strict=True):
+            entry = self._entries[id(p)] = self._begin(p, number, 0.0)
+            entry.num_updates = int(saved["num_updates"])
+            entry.ceiling, entry.start_rate = saved["ceiling"], saved["start_rate"]
+        self._drop_finished()
+
+    def _numbered(self, params: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+        """Return parameters with the numbers of their groups over all optimizers.
+
+        Raises:
+            ValueError: A parameter is in no group of the optimizer.
+        """
+        groups = self._optimizer.param_groups
+        where = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        listed = list(params)
+        if any(id(p) not in where for p in listed):
+            msg = "a parameter is in no group of the optimizer; append it first"
+            raise ValueError(msg)
+        return [(p, where[id(p)]) for p in listed]
 
     def _begin(self, param: torch.Tensor, number: int, highest: float) -> _Entry:
         owner, group = own_groups(self._optimizer)[number]

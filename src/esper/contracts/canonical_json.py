@@ -3,7 +3,8 @@
 Canonical text is UTF-8 without white space, with keys sorted by code point, integers within 64
 bits, and floats as their shortest form that reads back the same. ``encode(parse(text)) == text``
 exactly when ``text`` is canonical. Reading refuses duplicate keys, NaN and infinities, nesting
-deeper than 16, more than 32,768 values, anything after the value, and text over a size limit.
+deeper than 16, more than 32,768 values, anything after the value, and text over a size limit,
+where who reads sets no other limits.
 """
 
 from __future__ import annotations
@@ -33,19 +34,34 @@ def encode(value: object) -> bytes:
     Raises:
         ValueError: A part of the value has no canonical text; the message says which.
     """
-    plain = _plain(value, depth=0, left=[MAX_VALUES])
+    return encode_plain(_Limits(MAX_DEPTH, MAX_VALUES).plain(value))
+
+
+def encode_plain(value: JsonValue) -> bytes:
+    """Return the one canonical text of a value that :func:`parse` has given, or might have.
+
+    It is not looked at again: for long texts, which that takes most of the time of.
+    """
     text = json.dumps(
-        plain, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+        value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
     )
     return text.encode()
 
 
-def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> JsonValue:
+def parse(
+    data: bytes | memoryview,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+) -> JsonValue:
     """Read a JSON text, canonical or not, and refuse whatever two readers could see differently.
 
     Args:
         data: UTF-8 text.
         max_bytes: Longest text that is read, in bytes.
+        max_depth: How deep lists and mappings may nest.
+        max_values: How many values there may be in it.
 
     Raises:
         ValueError: The text is not strict JSON; the message says what is wrong.
@@ -58,9 +74,9 @@ def parse(data: bytes | memoryview, *, max_bytes: int = MAX_BYTES) -> JsonValue:
             str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
     except RecursionError:
-        msg = f"a JSON text may nest {MAX_DEPTH} deep, found far more"
+        msg = f"a JSON text may nest {max_depth} deep, found far more"
         raise ValueError(msg) from None
-    return _plain(value, depth=0, left=[MAX_VALUES])
+    return _Limits(max_depth, max_values).plain(value)
 
 
 def _unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
@@ -78,29 +94,36 @@ def _no_constant(word: str) -> None:
     raise ValueError(msg)
 
 
-def _plain(value: object, *, depth: int, left: list[int]) -> JsonValue:
-    """Check a value and turn its tuples and mappings into lists and dicts.
+class _Limits:
+    """Checks a value, and turns its tuples and mappings into lists and dicts.
 
     Args:
-        value: To be checked.
-        depth: How many lists and mappings it stands in.
-        left: One number, counted down: how many values may still follow.
+        max_depth: How deep lists and mappings may nest.
+        max_values: How many values there may be.
     """
-    left[0] -= 1
-    if left[0] < 0:
-        msg = f"a JSON text may have {MAX_VALUES} values, found more"
-        raise ValueError(msg)
-    if depth > MAX_DEPTH:
-        msg = f"a JSON value may nest {MAX_DEPTH} deep, found more"
-        raise ValueError(msg)
-    if isinstance(value, Mapping):
-        if not all(type(key) is str for key in value):
-            msg = f"keys are strings, found {[key for key in value if type(key) is not str]}"
+
+    def __init__(self, max_depth: int, max_values: int) -> None:
+        self._max_depth, self._max_values = max_depth, max_values
+        self._num_values = 0
+
+    def plain(self, value: object, depth: int = 0) -> JsonValue:
+        """Return a value that stands in so many lists and mappings, as JSON has it."""
+        self._num_values += 1
+        if self._num_values > self._max_values:
+            msg = f"a JSON text may have {self._max_values} values, found more"
             raise ValueError(msg)
-        return {_text(key): _plain(item, depth=depth + 1, left=left) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, depth=depth + 1, left=left) for item in value]
-    return _scalar(value)
+        if depth > self._max_depth:
+            msg = f"a JSON value may nest {self._max_depth} deep, found more"
+            raise ValueError(msg)
+        if isinstance(value, Mapping):
+            if not all(type(key) is str for key in value):
+                odd = [key for key in value if type(key) is not str]
+                msg = f"keys are strings, found {odd}"
+                raise ValueError(msg)
+            return {_text(key): self.plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.plain(item, depth + 1) for item in value]
+        return _scalar(value)
 
 
 def _scalar(value: object) -> JsonValue:

@@ -128,7 +128,7 @@ class Ranked(Event):
 
     Attributes:
         rows: One per candidate, best first. Each has ``site`` and ``blueprint``; ``gain``, the
-            predicted gain in the ranking's own unit, and its ``stderr``, both None without a
+            score in the ranking's own unit, and its ``stderr``, both None without a
             score; ``parameters`` of the kernel; ``flops`` of a forward of one sample, None where
             not counted; and ``reason``, why there is no score.
         refused: One per place or kernel that was not scored, with ``site``, ``blueprint`` (empty

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from esper.contracts.run_records import GraftRecord, StageRecord, TrialRecord
 
 OPTIMISTIC: Final = "used for growing: optimistic"
-ONE_RUN_EACH: Final = "One run each: another random seed may tell otherwise."
+ONE_RUN_EACH: Final = (
+    "That is as far as one run of each can tell: another random seed may tell otherwise."
+)
 
 WORDS: Final[Mapping[str, str]] = {
     "live run": "the run itself, which trains on untouched while a package is tried",

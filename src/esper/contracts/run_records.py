@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.value_json import WHERE_KNOWN, Extensible
@@ -300,6 +300,17 @@ class Comparison:
     measure: str
     grown: float
     control: float
+
+    def answer(self, least: float) -> Literal["Yes", "No", "Not shown"]:
+        """Say whether the run ended better, as far as one run of each can tell.
+
+        Args:
+            least: Smallest difference that says anything, as a share of the control's number.
+        """
+        saved = self.control - self.grown
+        if abs(saved) <= least * abs(self.control):
+            return "Not shown"
+        return "Yes" if saved > 0 else "No"
 
     def __str__(self) -> str:
         saved = self.control - self.grown

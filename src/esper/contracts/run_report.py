@@ -210,7 +210,7 @@ def _last_gate_loss(report: RunReport) -> float | None:
 
 
 def headline(report: RunReport) -> str:
-    """Return what was kept, what it was held against, and what it did and did not beat.
+    """Return whether it helped, what was kept, what that was held against, and what it did beat.
 
     It is what terminal, page and ``str(report)`` say, word for word. Only what was met is counted:
     a package whose verdict was read, a kernel that came to a gate.
@@ -231,7 +231,21 @@ def headline_sentences(report: RunReport) -> list[str]:
     told = [*packages, *untried, *single, *of_stages(report.stages)]
     if not told:
         told = ["Growth tried nothing here, so there is nothing that it beat."]
-    return [*told, *_of_the_end(report)]
+    return [*_did_it_help(report), *told, *_of_the_end(report)]
+
+
+def _did_it_help(report: RunReport) -> Iterator[str]:
+    """Answer by yes or no where the same job was trained without growth, as far as that tells."""
+    found = report.comparison
+    if found is None:
+        return
+    least = report.settings.get("min_effect")
+    is_optimistic = found.measure == "gate loss"
+    answer = found.answer(least if isinstance(least, float) else 0.0)
+    if answer == "Yes" and is_optimistic:
+        answer = "Not shown"
+    yield f"Did it help? {answer}: {found}{_hint_of(found)}."
+    yield ONE_RUN_EACH
 
 
 def _of_the_end(report: RunReport) -> Iterator[str]:
@@ -246,10 +260,7 @@ def _of_the_end(report: RunReport) -> Iterator[str]:
     ]
     if report.end_capacity is not None:
         yield _end_capacity(report)
-    if report.comparison is not None:
-        found = f"{report.comparison}{_hint_of(report.comparison)}"
-        yield f"Against the same job without growth, {found}, in one run each."
-    elif (inside or alone) and report.end_capacity is None:
+    if (inside or alone) and report.end_capacity is None and report.comparison is None:
         met_a_null = any(trial.capacity_shown is not None for trial in inside)
         met_a_twin = any(graft.contribution is not None for graft in alone)
         yield _UNMEASURED_END if met_a_null or met_a_twin else _unneeded(report)
@@ -287,6 +298,8 @@ def words_for(report: RunReport) -> dict[str, str]:
 def work_text(report: RunReport) -> str:
     """Say what growing took of a run, in FLOPs and in time, without an end mark."""
     if report.updates and not report.work.get("training"):
+        if report.stages:
+            return _work_beside_stages(report)
         return "what share of the work was growing is not known, since no batch= was given"
     if report.work_unit == "passes":
         return f"{report.overhead_share:.1%} of the work was growing"
@@ -300,6 +313,14 @@ def work_text(report: RunReport) -> str:
     if training is None:
         return took
     return f"{took}, and {sum(report.seconds.values()) - training:,.1f} s beside {training:,.1f} s"
+
+
+def _work_beside_stages(report: RunReport) -> str:
+    """Say what is known where stages alone tell what training took."""
+    known = any(stage.flops is not None for stage in report.stages)
+    training = "are told stage by stage" if known else "were not counted"
+    took = flops_text(report.overhead) if report.overhead else "no FLOPs"
+    return f"growing took {took} beside the training, whose FLOPs {training}"
 
 
 def beyond_limit(report: RunReport) -> str:
@@ -323,10 +344,6 @@ def run_lines(report: RunReport) -> Iterator[str]:
         f"{report.parameters_after:,} after; {work_text(report)}."
     )
     yield from _loss_lines(report)
-    if report.comparison is not None:
-        found = str(report.comparison)
-        hint = _hint_of(report.comparison)
-        yield f"Did it help? {found[0].upper()}{found[1:]}{hint}. {ONE_RUN_EACH}"
     yield from _parts_lines(report)
     yield from (f"Note: {note}" for note in report.notes)
 

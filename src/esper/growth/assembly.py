@@ -25,7 +25,7 @@ from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.run import GrowthRun
-from esper.growth.staged import check_stages, needs_no_seeds
+from esper.growth.staged import check_stages, grafts_nothing, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
@@ -87,7 +87,10 @@ def begin_run(
     functions = tuple(f for f in (compute_loss, options.get("update")) if f is not None)
     budget = options.get("budget") or Budget()
     host_cost = Cost(parameters=count_parameters(inner))
-    settings = _with_overhead(settings, budget, host_cost, journal)
+    settings = _with_overhead(settings, budget, host_cost)
+    of_overhead = _said_of_overhead(settings, options, budget, host_cost)
+    if of_overhead is not None and not grafts_nothing(policy):
+        journal.note(of_overhead)
     return GrowthRun(
         model=inner,
         given=model,
@@ -119,20 +122,24 @@ def begin_run(
     )
 
 
-def _with_overhead(
-    settings: GrowthSettings, budget: Budget, host: Cost, journal: Journal
-) -> GrowthSettings:
+def _with_overhead(settings: GrowthSettings, budget: Budget, host: Cost) -> GrowthSettings:
     """Fill in what growing may take where the owner does not say it."""
     if settings.overhead is not None:
         return settings
-    overhead = default_overhead(host.parameters, budget)
-    if host.parameters < budget.small_host:
-        journal.note(
-            f"overhead={overhead:g}, since the host has {host.parameters:,} parameters, fewer than "
-            f"{budget.small_host:,}: growing may take as many FLOPs as training, and a kernel up "
-            f"to {budget.small_graft:,} parameters; give overhead= and budget= for other limits"
-        )
-    return replace(settings, overhead=overhead)
+    return replace(settings, overhead=default_overhead(host.parameters, budget))
+
+
+def _said_of_overhead(
+    settings: GrowthSettings, options: GrowerOptions, budget: Budget, host: Cost
+) -> str | None:
+    """Say what growing may take of a small host where the owner does not, or None."""
+    if options.get("overhead") is not None or host.parameters >= budget.small_host:
+        return None
+    return (
+        f"overhead={settings.overhead:g}, since the host has {host.parameters:,} parameters, fewer "
+        f"than {budget.small_host:,}: growing may take as many FLOPs as training, and a kernel up "
+        f"to {budget.small_graft:,} parameters; give overhead= and budget= for other limits"
+    )
 
 
 def _bus(*sinks: EventSink | None) -> EventBus:

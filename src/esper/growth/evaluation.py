@@ -65,6 +65,14 @@ class Evaluator:
             self._check_order(model)
         return self._read(model)
 
+    def state_dict(self) -> list[int]:
+        """Return how many readings were made, and whether their order is known to repeat."""
+        return [self.num_readings, int(self._repeats)]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        """Go on where another evaluator was: an order that repeated is not checked again."""
+        self.num_readings, self._repeats = state[0], bool(state[1])
+
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
         apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
         with apart, _seeing(model, self._see):

@@ -250,7 +250,7 @@ def germinate_package(
             entry.site,
             ranked.blueprints[entry.site, entry.blueprint],
             observations[entry.site],
-            f"the best at its site, predicted gain {entry.gain:.3g}",
+            f"the best at its site, score {entry.gain:.3g}",
         )
         for entry in chosen
         if (entry.site, entry.blueprint) in ranked.blueprints  # of another rank's it may not be

@@ -12,6 +12,8 @@ from esper.contracts.report import GraftRecord
 from esper.growth.budget import Cost
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from esper.contracts.choices import GraftVerdict
 
 NO_COST: Final = Cost(parameters=0, flops=0.0, latency_s=0.0)
@@ -34,13 +36,17 @@ class Graft:
         record: What is known of it; at its germination.
         cost: What its kernel costs.
         listener: Told of the germination, and of every stage that follows.
+        is_known: Whether the listener has heard of it, so that it is told of what follows alone.
     """
 
-    def __init__(self, record: GraftRecord, cost: Cost, listener: GraftListener) -> None:
+    def __init__(
+        self, record: GraftRecord, cost: Cost, listener: GraftListener, *, is_known: bool = False
+    ) -> None:
         self._record = record
         self._listener = listener
         self.cost = cost
-        listener.stage_changed(record, None)
+        if not is_known:
+            listener.stage_changed(record, None)
 
     @property
     def record(self) -> GraftRecord:
@@ -258,6 +264,36 @@ class Grafts:
             flops=sum(cost.flops or 0.0 for cost in added),
             latency_s=sum(cost.latency_s or 0.0 for cost in added),
         )
+
+    @property
+    def costs(self) -> list[list[float | None]]:
+        """What each costs: parameters, FLOPs and seconds of a forward, as JSON can hold them."""
+        return [[g.cost.parameters, g.cost.flops, g.cost.latency_s] for g in self._grafts]
+
+    def load(self, records: Iterable[GraftRecord], costs: Iterable[Sequence[float | None]]) -> None:
+        """Go on with the grafts of another run, of which nobody is told again.
+
+        Args:
+            records: What is known of each, in their order.
+            costs: What each costs, as :attr:`costs` has them.
+        """
+        self._grafts = [
+            Graft(
+                record,
+                Cost(parameters=int(cost[0] or 0), flops=cost[1], latency_s=cost[2]),
+                self._listener,
+                is_known=True,
+            )
+            for record, cost in zip(records, costs, strict=True)
+        ]
+
+    def numbered(self, number: int) -> Graft:
+        """Return a graft by its number, from 1.
+
+        Raises:
+            IndexError: There are not so many.
+        """
+        return self._grafts[number - 1]
 
     def germinate(self, germination: Germination) -> Graft:
         """Number a graft, keep it, and return it."""

@@ -32,6 +32,16 @@ from esper.growth.obstacles import (
 from esper.growth.options import GrowerOptions, show_options
 from esper.growth.reading import Reading
 from esper.growth.rehearsal import rehearse
+from esper.growth.saving import (
+    check_loadable,
+    checked_plain,
+    damage_told,
+    load_run,
+    loaded_reading,
+    resumed_stage,
+    saved_reading,
+    saved_run,
+)
 from esper.growth.schedule import EVALUATE_EVERY, EvaluationSchedule
 from esper.growth.sizing import is_earned
 from esper.growth.staged import PlannedDepth, grafts_nothing
@@ -42,7 +52,7 @@ from esper.seeds.maintenance import maintain_layers
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -51,13 +61,16 @@ if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
     from esper.growth.stage import Stage
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
 
 _LOG = logging.getLogger(__name__)
 
 KEPT_BATCHES: Final = 8
 """Recent batches that :meth:`Grower.suggest` may rank on."""
+
+_REMEMBERED: Final = ("num_steps", "num_told", "has_advised", "tried_loss", "tried_twin")
+"""What the Grower itself remembers of a run, and saves."""
 
 STEPS_WITHOUT_UPDATE: Final = 100
 """Calls of ``step`` without one update of the optimizer, after which something must be wrong."""
@@ -146,6 +159,7 @@ class Grower:
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
         self._has_advised = self._closed = self._tried_loss = self._tried_twin = False
+        self._had_batches = False  # of the run that was loaded
         self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
         self._run.journal.started(self._effective_settings())
@@ -159,7 +173,8 @@ class Grower:
             self._run.journal.note(
                 f"{options.get('run_dir')} holds a run already; this one is in {self.run_dir}"
             )
-        if settings.trial == "twin" and options.get("update") is None:
+        has_own_update = options.get("update") is not None
+        if settings.trial == "twin" and not has_own_update and not grafts_nothing(self._run.policy):
             self._run.journal.note(
                 "twins are updated by loss, backward and step with the rates, the clipping and the "
                 "loss scale that the run is seen to have; give update= if your own update does more"
@@ -254,14 +269,18 @@ class Grower:
         if not self._closed and self._run.updates and self._look():
             self._decide()
 
-    def suggest(self) -> list[Suggestion]:
+    def suggest(self) -> Suggestions:
         """Rank every kernel on offer on the recent batches; changes nothing.
 
+        After :meth:`close` too, for which the Grower keeps those batches.
+
         Returns:
-            Best first; those that the ranking cannot score come last.
+            A list of :class:`~esper.Suggestion` that prints as a table. Best first; those that the
+            ranking cannot score come last.
 
         Raises:
-            GrowthError: There is no ``compute_loss``, or no batch was passed to :meth:`step`.
+            GrowthError: There is no ``compute_loss``, no batch was passed to :meth:`step`, or the
+                model's seeds were taken out, as by :func:`esper.unwrap`.
         """
         return suggestions(self._run, self._recent)
 
@@ -292,6 +311,77 @@ class Grower:
         run = self._run
         return {**asdict(run.settings), "budget": asdict(run.budget)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides in this run, for another process to go on with.
+
+        To be saved between two updates, together with the states of the model, the optimizer, the
+        scheduler and the random generators. The values are plain: dicts, lists, tuples, numbers,
+        text and tensors on the CPU, as ``torch.load(..., weights_only=True)`` takes them.
+
+        A recording, a trial or an audition that is under way is not saved; where the state is
+        loaded it begins again, and the cut one counts as a try.
+
+        Raises:
+            GrowthError: A kernel blends in after its audition (``trial="shadow"``), or the watch
+                has tensors that are sharded: the message says when the run can be saved.
+            TypeError: What the policy or the ranking returns as its state is not plain.
+        """
+        own = {name: getattr(self, f"_{name}") for name in _REMEMBERED}
+        own |= {"has_batches": self._has_batches, "reading": saved_reading(self._reading)}
+        state = saved_run(self._run, self._stage, self.report())
+        state |= {"schedule": self._schedule.state_dict(), "depth": self._depth.state_dict()}
+        return checked_plain({**state, "grower": own})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another Grower was saved; all of it, or nothing.
+
+        To be called on a Grower that has made no step, after the states of the model and of its
+        optimizer were loaded, and before the random state is. From there on the run is the one
+        that was saved, bit for bit, its report included. In its own ``events.jsonl`` a note names
+        the run that it continues.
+
+        A trial or a recording that was under way begins again. The null of ``attribution="run"``
+        is gone, and a note says so.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            GrowthError: This Grower has stepped, or was closed.
+            ValueError: The state is damaged, of a newer Esper, of another model, or of a run with
+                other settings; the message names what differs and what to do.
+        """
+        if self._num_steps or self._run.watcher.num_steps_of_optimizer or self._closed:
+            msg = (
+                "this Grower has stepped, or was closed, and a state is loaded into a fresh one: "
+                "make a Grower, load the state into it, and train then"
+            )
+            raise GrowthError(msg)
+        check_loadable(self._run, state)
+        before = self.state_dict()
+        try:
+            with damage_told():
+                self._take(state)
+        except BaseException:
+            self._take(before)
+            raise
+        self._run.journal.continues(state["run_id"])
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Let every part have its state; a stage last, which may begin again from there."""
+        report, own = load_run(self._run, state), state["grower"]
+        self._depth.load_state_dict(state["depth"], report.stages)
+        self._schedule.load_state_dict(state["schedule"])
+        self._reading = loaded_reading(own["reading"], self._run.settings.horizon)
+        for name in _REMEMBERED:
+            setattr(self, f"_{name}", own[name])
+        self._had_batches = bool(own["has_batches"])
+        self._stage = resumed_stage(self._run, state)
+
+    @property
+    def _has_batches(self) -> bool:
+        return self._had_batches or bool(self._recent)
+
     def close(self, reason: str = "the run ended") -> None:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
 
@@ -309,7 +399,6 @@ class Grower:
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
-            steps.callback(self._recent.clear)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
             steps.callback(self._finish, lambda: self._depth.close(reason))
@@ -418,7 +507,7 @@ class Grower:
             )
 
     def _missing_evidence(self) -> str | None:
-        return missing_evidence(self._run, has_batches=bool(self._recent))
+        return missing_evidence(self._run, has_batches=self._has_batches)
 
     def _look_once_more(self) -> None:
         """Read the gate split at the end where the run has been lost since it was last read."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.report import RunReport
     from esper.growth.batch import Batch, LossFunction
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
     from esper.wrapping.select import Select
 
 SUGGEST_SHARE = 0.2
@@ -271,26 +271,32 @@ def with_test_metrics(job: GrowthJob, report: RunReport) -> RunReport:
 
 
 def suggest(
-    job: GrowthJob, *, on_progress: Callable[[Progress], None] | None = None
-) -> list[Suggestion]:
-    """Train a job for a fifth of its epochs, at least one, and rank what could be grown.
+    job: GrowthJob,
+    *,
+    epochs: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Suggestions:
+    """Train a job for a part of its epochs and rank what could be grown.
 
     Nothing is grafted; the model stays wrapped, every seed dormant.
 
     Args:
         job: The job; its model is wrapped and trained in place.
+        epochs: How many, at least 1; None for a fifth of the job's, at least one.
         on_progress: Told after every update.
 
     Raises:
         GrowthError: A loader gave no batch.
-        ValueError: The model has no layer that can be wrapped.
+        ValueError: The model has no layer that can be wrapped, or ``epochs`` is below 1.
     """
+    part = max(1, round(SUGGEST_SHARE * job.epochs))
+    num_epochs = part if epochs is None else whole_number("epochs", epochs, least=1)
     wrap(job.model, select=job.select, num_seeds=job.num_seeds)
     job.model.train()
     options = _grower_options(job)
     options["policy"] = Never()
     with Grower(job.model, job.optimizer, **options) as grower:
-        for epoch in range(max(1, round(SUGGEST_SHARE * job.epochs))):
+        for epoch in range(num_epochs):
             _train_epoch(job, grower, epoch, on_progress)
         return grower.suggest()
 

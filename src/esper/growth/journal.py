@@ -34,12 +34,12 @@ from esper.contracts.owner_warning import warn_owner
 from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
-    from esper.contracts.report import GraftRecord, StageRecord, TrialRecord
+    from esper.contracts.report import GraftRecord, RunReport, StageRecord, TrialRecord
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
     from esper.growth.measurement import Measurement
@@ -102,6 +102,33 @@ class Journal:
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         _LOG.info("growing with %s", told)
         self._sink.publish(RunStarted(**self._now(), settings=settings))
+
+    def goes_on(self, report: RunReport, said: Mapping[str, Any]) -> None:
+        """Take over what another journal kept.
+
+        Args:
+            report: What that run reported when it was saved.
+            said: Its :meth:`state_dict`.
+        """
+        self.evaluations, self.timeline = list(report.evaluations), list(report.timeline)
+        self.alphas, self.notes = list(report.alphas), list(report.notes)
+        self.not_finite, self.trials = list(report.not_finite), list(report.trials)
+        self.stages = list(report.stages)
+        self._last_reason, self.last_switch = said["last_reason"], int(said["last_switch"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept beside the parts of the report, as JSON can hold it."""
+        return {"last_reason": self._last_reason, "last_switch": self.last_switch}
+
+    def continues(self, run_id: str) -> None:
+        """Say in the log which run goes on in this one; the report is one of both.
+
+        Args:
+            run_id: Names the run that was saved.
+        """
+        text = f"this run goes on from update {self._updates()} of run {run_id}, which was saved"
+        _LOG.info("%s", text)
+        self._sink.publish(Noted(**self._now(), text=text))
 
     def ended(self, reason: str, grafts: Sequence[GraftRecord]) -> None:
         """Record that the controller let go of the model, and of which grafts."""

@@ -6,13 +6,13 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 LOSS_WINDOW: Final = 50
 """Losses that are kept."""
@@ -53,6 +53,21 @@ class TrainingLosses:
             return None
         self._num_unread = 0
         return self.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses on the CPU, where each was, and how many nobody has read."""
+        return {
+            "losses": [loss.detach().to("cpu", copy=True) for loss in self._losses],
+            "devices": [str(loss.device) for loss in self._losses],
+            "num_unread": self._num_unread,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the losses of another run, on the devices that they were on."""
+        found = zip(state["losses"], state["devices"], strict=True)
+        self._losses.clear()
+        self._losses.extend(loss.to(device, copy=True) for loss, device in found)
+        self._num_unread = int(state["num_unread"])
 
     def clear(self) -> None:
         """Forget all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -48,6 +48,25 @@ class Measurement:
     def told(self) -> float:
         """The loss that pages are told: the watch's part, or of all where one is not finite."""
         return self.watchs_part.loss if math.isfinite(self.loss) else self.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the measurement as plain values, its losses as a tensor."""
+        samples = self.per_sample
+        return {
+            "loss": self.loss,
+            "per_sample": None if samples is None else torch.tensor(samples, dtype=torch.float64),
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Measurement:
+        """Return the measurement that :meth:`state_dict` was taken of."""
+        samples = state["per_sample"]
+        return cls(
+            loss=state["loss"],
+            per_sample=None if samples is None else samples.numpy().copy(),
+            metrics=dict(state["metrics"]),
+        )
 
     def _part(self, *, watch: bool) -> Measurement:
         """Return every third sample, or all others; a measure without samples stays as it is."""

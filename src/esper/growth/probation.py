@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.continuity.snapshot import RunSnapshot
+from esper.contracts.errors import GrowthError
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.evaluation import averaged
 from esper.growth.gates import judge_not_worse, level_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
+    from esper.growth.stage import StageState
 
 
 LOOKS: Final = 5
@@ -99,6 +101,8 @@ class Probation:
             self._remove(trouble)
             return None
         alpha = self._kernel.set_alpha(self._num_updates, self._ramp)
+        if self._num_updates == 1:  # before that alpha was 0, and the kernel was not run
+            self._run.ledger.structure_changed()
         if self._graft.stage is GraftStage.BLENDING and self._num_updates >= self._ramp:
             self._run.journal.alpha(self._graft, alpha)
             self._graft.hold(f"alpha reached 1 after {self._ramp} updates")
@@ -119,6 +123,20 @@ class Probation:
             if without is None:
                 self._take_away(reason, keeps_host=False, why="the gate split could not be read")
         self._remove(reason, without)
+
+    def state_dict(self) -> StageState:
+        """Refuse: a kernel that blends in is not saved.
+
+        Raises:
+            GrowthError: Always; it says when the run can be saved.
+        """
+        left = self._ramp + self._run.settings.hold_updates - self._num_updates
+        msg = (
+            f"the kernel at {self._graft.site!r} was admitted and has no verdict yet, and such a "
+            f"run cannot be saved: save it after {left} more updates, or call grower.close() "
+            "before, which judges the kernel now"
+        )
+        raise GrowthError(msg)
 
     def _trouble(self) -> str | None:
         state = self._state()

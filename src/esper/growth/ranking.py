@@ -80,7 +80,8 @@ class RankedCandidate:
 
     Attributes:
         candidate: The candidate.
-        gain: Predicted gain, in the ranking's own unit; None where it has no score.
+        gain: Its score, in the ranking's own unit, which is no fall of the loss to be expected;
+            None where it has none.
         stderr: Standard error of the gain; None where it has none.
         reason: Why there is no score; empty where there is one.
     """
@@ -210,6 +211,14 @@ class RandomChoice:
         self._generator = torch.Generator().manual_seed(
             generator_seed(whole_number("random_seed", random_seed))
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return where the generator is."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the scores where another ranking was."""
+        self._generator.set_state(state["generator"])
 
     def rank(
         self,
@@ -352,7 +361,7 @@ def _scored(
 def finite_score(entry: RankedCandidate) -> RankedCandidate:
     """Return an entry as it is, or without a score where its score is not finite."""
     if entry.gain is not None and not math.isfinite(entry.gain):
-        return replace(entry, gain=None, stderr=None, reason=f"its predicted gain is {entry.gain}")
+        return replace(entry, gain=None, stderr=None, reason=f"its score is {entry.gain}")
     if entry.stderr is not None and not math.isfinite(entry.stderr):
         return replace(entry, stderr=None)
     return entry

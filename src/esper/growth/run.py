@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from esper.growth.measurement import Measurement
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
+    from esper.growth.reading import Choice
     from esper.growth.settings import GrowthSettings
     from esper.growth.updates import UpdateWatcher
     from esper.observability.event_log import EventLog
@@ -99,6 +100,7 @@ class GrowthRun:
         num_moves: Moves of kernels to other modules that the layers have followed.
         num_packages: Packages that were tried so far.
         num_decisions: Decisions to grow so far.
+        choice: What the owner named at the last of them; None where the ranking chose.
         null_beside: The null twin that trains on to the end of the run; None without one.
         too_dear: Why no package can be paid for in a run of this length; None where one can.
         awaited_flops: What the shortest trial of a package takes that was not earned yet; the next
@@ -138,6 +140,7 @@ class GrowthRun:
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_packages: int = 0
     num_decisions: int = 0
+    choice: Choice | None = None
     null_beside: Beside | None = None
     too_dear: str | None = None
     awaited_flops: float = 0.0
@@ -168,11 +171,19 @@ class GrowthRun:
         beside, self.null_beside, self.ledger.promised = self.null_beside, None, 0.0
         if beside is not None:
             beside.close()
-            self.journal.note(
-                f"package {beside.package} made linear trained beside the run until update "
-                f"{self.updates} and no longer, so that no capacity of it is claimed at the end: "
-                f"{reason}"
-            )
+            self.tell_null_ended(beside.package, reason)
+
+    def tell_null_ended(self, package: int, reason: str) -> None:
+        """Say that a null trains beside the run no longer.
+
+        Args:
+            package: Number of the package that it had.
+            reason: Why.
+        """
+        self.journal.note(
+            f"package {package} made linear trained beside the run until update {self.updates} and "
+            f"no longer, so that no capacity of it is claimed at the end: {reason}"
+        )
 
     def placement(self) -> Placement:
         """Look at whose the parameters are now."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from esper.growth.ledger import SHARE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from esper.growth.ledger import WorkLedger
 
 EVALUATE_EVERY: Final = 50
@@ -101,13 +103,33 @@ class EvaluationSchedule:
             return None
         self._has_told = True
         share = f"a fifth of overhead={self._ledger.overhead:g}"
+        beside = "readings for verdicts and watches are made all the same, and come beside it"
         cure = "raise overhead=, or let evaluate read fewer samples"
         if interval is None:
-            return f"no more evaluations are due: one more takes more than {share}; {cure}"
+            return (
+                f"no more evaluations are due: one more takes more than {share}; {beside}; {cure}"
+            )
         return (
             f"evaluations are {interval} updates apart, where {self.wanted} were wanted, so that "
-            f"they take at most {share}; {cure}"
+            f"they take at most {share}; {beside}; {cure}"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return when evaluations and ends of epochs were, as JSON can hold it."""
+        return {
+            "epoch_ended": self._epoch_ended,
+            "last_end": self._last_end,
+            "epoch_updates": self._epoch_updates,
+            "has_told": self._has_told,
+            "num_made": self._num_made,
+            "last": self.last,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another schedule was."""
+        self._epoch_ended, self._has_told = bool(state["epoch_ended"]), bool(state["has_told"])
+        self._last_end, self._epoch_updates = state["last_end"], state["epoch_updates"]
+        self._num_made, self.last = int(state["num_made"]), state["last"]
 
     def _is_past(self, since: int) -> bool:
         if self._every is None and self._last_end is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stage import Stage
+    from esper.growth.stage import Stage, StageState
     from esper.state.kernel import PreparedKernel
 
 
@@ -78,6 +78,10 @@ class Auditioning:
         """Cull the kernel; the run is as if it had never grafted."""
         update = self._run.updates
         self._contender.withdraw(reason, update=update, verdict="culled in audition")
+
+    def state_dict(self) -> StageState:
+        """Return which kernel is auditioned: what it has learned is not saved."""
+        return {"kind": "audition", "package": None, "grafts": [self._contender.graft.number]}
 
     def _pass(self, batches: list[Batch]) -> None:
         run = self._run

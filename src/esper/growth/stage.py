@@ -6,11 +6,14 @@ takes away everything that the stage put anywhere.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
+
+StageState = dict[str, Any]
+"""What is saved of a stage: its ``kind``, and what that kind needs; plain values and tensors."""
 
 
 class Stage(Protocol):
@@ -32,4 +35,12 @@ class Stage(Protocol):
 
     def close(self, reason: str) -> None:
         """Take away everything that is not decided yet."""
+        ...
+
+    def state_dict(self) -> StageState:
+        """Return what the stage begins again from, or goes on from, after the run was loaded.
+
+        Raises:
+            GrowthError: It can do neither.
+        """
         ...

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from esper.continuity.deepening import (
     Deepening,
@@ -16,8 +16,8 @@ from esper.continuity.deepening import (
     sleeping_stack,
     sources_of,
 )
-from esper.continuity.replicas import any_rank, bare
-from esper.continuity.snapshot import RunSnapshot
+from esper.continuity.replicas import any_rank, bare, replicas
+from esper.continuity.snapshot import RunSnapshot, parameters_by_name
 from esper.contracts.arguments import Bounds, checked_number, whole_number
 from esper.contracts.choices import INITS, DepthInit, DepthVerdict
 from esper.contracts.report import StageRecord
@@ -25,6 +25,7 @@ from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
 from esper.growth.policies import AllOf, AnyOf, Never, Policy
 from esper.growth.reading import Decision, PolicyState, Reading
 from esper.growth.step_flops import StepFlops, is_compiled
+from esper.seeds.shallow import depth_state, load_depth_state
 from esper.seeds.sleep import kind_of_sleep, share_of
 from esper.seeds.stack import stack_at
 
@@ -234,6 +235,30 @@ class _Course:
     number: int
     stack: Stack
 
+    @property
+    def idle(self) -> list[tuple[float, int]]:
+        """Stages that ask for no more blocks than are awake: they wake nothing."""
+        num_awake = len(self.stack.numbers(None))
+        return [
+            (s, depth) for s, depth in self.staged.plans[self.number].stages if depth <= num_awake
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every stage is such a one."""
+        return len(self.idle) == len(self.staged.plans[self.number].stages)
+
+    @property
+    def said_of_idle(self) -> str:
+        """What the owner is told of these stages."""
+        asked = ", ".join(f"{depth} at {share:.0%} of the run" for share, depth in self.idle)
+        awake, whole = len(self.stack.numbers(None)), len(self.stack)
+        what = "nothing will wake in" if self.is_idle else "a stage wakes nothing in"
+        return (
+            f"{what} {self.stack.path!r}: of its {whole} blocks {awake} are awake already, and "
+            f"Staged asks for {asked}; a depth is how many are awake from then on, at most {whole}"
+        )
+
     def due(self, update: int, horizon: int) -> int | None:
         """Return the depth that is due, the last where several are, and count it as begun."""
         stages = self.staged.plans[self.number].stages
@@ -266,6 +291,34 @@ class _Waking:
     factors: list[dict[str, float] | None]
     usual: SpikeLimit
 
+    def state_dict(self, run: GrowthRun) -> dict[str, Any]:
+        """Return what moves, and the way back, by names."""
+        named = {id(p): n for n, p in parameters_by_name(run.model, run.optimizer).items()}
+        pairs = zip(self.parameters, self.factors, strict=True)
+        return {
+            "movers": {
+                number: mover.state_dict(run.optimizer) for number, mover in self.movers.items()
+            },
+            "snapshot": self.snapshot.state_dict(run.model, run.optimizer),
+            "factors": {named[id(p)]: factor for p, factor in pairs if id(p) in named},
+            "usual": self.usual.limit,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], run: GrowthRun) -> _Waking:
+        """Go on moving what moved in another run."""
+        named = parameters_by_name(run.model, run.optimizer)
+        return cls(
+            movers={
+                number: Deepening.from_state_dict(own, run.given, run.optimizer)
+                for number, own in state["movers"].items()
+            },
+            snapshot=RunSnapshot.from_state_dict(state["snapshot"], run.model, run.optimizer),
+            parameters=[cast("nn.Parameter", named[name]) for name in state["factors"]],
+            factors=list(state["factors"].values()),
+            usual=SpikeLimit(limit=state["usual"]),
+        )
+
 
 class PlannedDepth:
     """Carries out a run's stages of depth, behind each update.
@@ -285,18 +338,64 @@ class PlannedDepth:
         self._records: list[StageRecord] = []
         self._waking: _Waking | None = None
         self._counted = range(0)
+        self._flops = self._new_count() if self._courses else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what sleeps, what wakes and how far, and the way back, by names."""
+        run, waking = self._run, self._waking
+        numbers = {id(staged): i for i, staged in enumerate(staged_in(run.policy))}
+        return {
+            "shares": depth_state(run.model),
+            "courses": [[numbers[id(c.staged)], c.number, c.stack.path] for c in self._courses],
+            "counted": [self._counted.start, self._counted.stop],
+            "flops": None if self._flops is None else self._flops.state_dict(),
+            "waking": None if waking is None else waking.state_dict(run),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], records: Sequence[StageRecord]) -> None:
+        """Go on with what was planned and begun in another run of a model like this one.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            records: Every stage that had begun, in order.
+
+        Raises:
+            ValueError: The model has no such blocks, or is replicated and its blocks do not sleep
+                as they did.
+        """
+        run = self._run
+        _let_sleep(run, state["shares"])
+        policies = staged_in(run.policy)
+        self._courses = [
+            _Course(staged=policies[i], number=number, stack=stack_at(run.model, path))
+            for i, number, path in state["courses"]
+        ]
+        self._records, self._counted = list(records), range(*state["counted"])
+        if self._flops is not None:
+            self._flops.close()
         self._flops = None
-        if self._courses:
-            compiled = is_compiled(run.given)
-            self._flops = StepFlops(run.model, is_compiled=compiled, compute_loss=run.compute_loss)
+        if state["flops"] is not None:
+            self._flops = self._new_count()
+            self._flops.load_state_dict(state["flops"])
+        waking = state["waking"]
+        self._waking = None if waking is None else _Waking.from_state_dict(waking, run)
+
+    def _new_count(self) -> StepFlops:
+        run = self._run
+        compiled = is_compiled(run.given)
+        return StepFlops(run.model, is_compiled=compiled, compute_loss=run.compute_loss)
 
     def warn_if_idle(self) -> None:
-        """Warn the owner where stages are planned and nothing sleeps."""
+        """Warn the owner where stages are planned and nothing sleeps, or nothing will wake."""
         if staged_in(self._run.policy) and not self._courses:
             self._run.journal.warn(
                 "nothing can wake: no block of the model sleeps; call esper.shallow(model, path, "
                 "depth=...) before the Grower"
             )
+        for course in self._courses:
+            if course.idle:
+                tell = self._run.journal.warn if course.is_idle else self._run.journal.note
+                tell(course.said_of_idle)
 
     @property
     def is_waking(self) -> bool:
@@ -467,6 +566,24 @@ class PlannedDepth:
             )
         self._counted = counted
         self._flops.begin()
+
+
+def _let_sleep(run: GrowthRun, shares: Mapping[str, float]) -> None:
+    """Let blocks sleep and wake as those of another model did.
+
+    Raises:
+        ValueError: The model has no such blocks, or it is replicated and others sleep in it.
+    """
+    if depth_state(run.model) == shares:
+        return
+    if replicas(run.given) is not None:
+        msg = (
+            "other blocks sleep in this model than in the run that was saved, and it is in "
+            "DistributedDataParallel already: let them sleep as they did before that, with "
+            "esper.load_checkpoint or load_depth_state"
+        )
+        raise ValueError(msg)
+    load_depth_state(run.model, shares)
 
 
 def _finite(loss: float | None) -> float | None:

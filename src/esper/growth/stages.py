@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from esper.growth.ranking import RankedCandidate
     from esper.growth.reading import Choice
     from esper.growth.run import GrowthRun
-    from esper.growth.stage import Stage
+    from esper.growth.stage import Stage, StageState
 
 
 class Recording:
@@ -63,6 +63,7 @@ class Recording:
         self._num_recorded = 0
         self._has_made_up = False
         run.watcher.reads_scale = True
+        run.choice = choice
 
     @property
     def needs_batches(self) -> bool:
@@ -196,6 +197,10 @@ class Recording:
         """Remove the hooks."""
         self._recorder.close()
         self._run.watcher.reads_scale = False
+
+    def state_dict(self) -> StageState:
+        """Return what it was begun with: what it recorded is not saved, and is recorded anew."""
+        return {"kind": "recording", "advise_only": self._advise_only}
 
     def _make_up_for_silent_sites(self, batches: list[Batch]) -> None:
         """Record one pass beside the run of the sites that the step had nothing of.

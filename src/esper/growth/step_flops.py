@@ -12,7 +12,7 @@ from esper.resilience.attempt import Done, attempt
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -71,6 +71,18 @@ class StepFlops:
         elif self._may_run_aside and batches:
             self._may_run_aside = False
             self._run_aside(batches)
+
+    def state_dict(self) -> list[float | None]:
+        """Return what was counted, as JSON can hold it."""
+        return [self._num_updates, self._per_update, self._counted, int(self._may_run_aside)]
+
+    def load_state_dict(self, state: Sequence[float | None]) -> None:
+        """Go on counting where another model of the same depth was."""
+        self.begin()
+        self._num_updates, self._per_update = int(state[0] or 0), state[1]
+        self._counted, self._may_run_aside = int(state[2] or 0), bool(state[3])
+        if self._per_update is not None:
+            self.close()
 
     def close(self) -> None:
         """Take the hooks off."""

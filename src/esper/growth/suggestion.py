@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, SupportsIndex, overload
 
 from esper.contracts.errors import GrowthError
+from esper.contracts.report_text import flops_text, with_error
 from esper.growth.budget import forward_latency_s
 from esper.growth.germination import open_sites, rank
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.sizing import FORWARD_BACKWARD
+from esper.observability.wording import number_text, table_lines
+from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from esper.growth.batch import Batch
     from esper.growth.ranking import RankedCandidate
@@ -27,7 +30,10 @@ class Suggestion:
     Attributes:
         site: Name of the layer.
         blueprint: Name of the kernel.
-        gain: Predicted first-order gain, in units of the training loss; None without a score.
+        gain: Score of the ranking, to compare kernels by; None without one. The default ranking's
+            is the first-order gain: what the training loss would fall by if it kept the slope that
+            it has now along a whole whitened step of the kernel's readout. It does not, so that
+            the score may exceed the loss itself, and is no fall to be expected.
         stderr: Its standard error; None where it has none.
         parameters: Parameters that the kernel adds.
         flops: FLOPs that it adds to a forward of one sample.
@@ -72,7 +78,67 @@ class Suggestion:
         )
 
 
-def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
+TITLE: Final = (
+    "Where and what to grow (a score compares kernels; it is no fall of the loss to expect)"
+)
+_HEADS: Final = (
+    *("site", "kernel", ">score", ">std. error", ">parameters", ">FLOPs", ">us", "remark"),
+)
+
+
+class Suggestions(list[Suggestion]):
+    """A list of suggestions, best first, which prints as a table: so does a slice of it."""
+
+    def __repr__(self) -> str:
+        """Return the table that ``esper suggest`` prints."""
+        return "\n".join(self.lines())
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Suggestion: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Suggestions: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Suggestion | Suggestions:
+        """Return a suggestion, or some of them as a table of their own."""
+        if isinstance(index, slice):
+            return Suggestions(super().__getitem__(index))
+        return super().__getitem__(index)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the table, and under it what it does not say."""
+        if not self:
+            yield f"{TITLE}: none"
+            return
+        yield TITLE
+        yield from table_lines(_HEADS, [_cells(row) for row in self])
+        first = next((row for row in self if row.going_on is not None), None)
+        if first is not None:
+            yield (
+                "Going on without growing, for the FLOPs of a trial of the first: held-out loss "
+                f"lower by {with_error(first.going_on, first.going_on_stderr)}, by the run's own "
+                "curve. Where that is much, training is missing, and not capacity"
+            )
+        yield (
+            "To put one in: esper.layers(model)[site].graft(0, kernel, example=...), then "
+            "esper.sync_optimizer(model, optimizer), so that it is trained"
+        )
+
+
+def _cells(row: Suggestion) -> Sequence[str]:
+    return (
+        row.site,
+        row.blueprint,
+        number_text(row.gain, ".3g"),
+        number_text(row.stderr, ".2g"),
+        f"{row.parameters:,}",
+        flops_text(row.flops),
+        f"{row.latency_us:,.0f}",
+        row.reason,
+    )
+
+
+def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> Suggestions:
     """Rank every kernel on offer on some batches; the run does not notice.
 
     What that takes counts as spent, but is not bounded: it was asked for.
@@ -81,8 +147,16 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
         Best first; those that the ranking cannot score come last.
 
     Raises:
-        GrowthError: There is no ``compute_loss``, or no batch.
+        GrowthError: There is no ``compute_loss``, no batch, or the model's seeds were taken out.
     """
+    run.follow_exchanges()
+    gone = sorted(run.layers.keys() - layers(run.model).keys())
+    if gone:
+        msg = (
+            "suggest() ranks what could stand in the model's seeds, of which there are none "
+            f"any more at {', '.join(gone)}: call it before esper.unwrap or esper.restore"
+        )
+        raise GrowthError(msg)
     compute_loss = run.compute_loss
     if compute_loss is None or not batches:
         msg = (
@@ -99,4 +173,6 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> list[Suggestion]:
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
         ranked = rank(run, recorder.observations, is_bounded=False)
-    return [Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order]
+    return Suggestions(
+        Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order
+    )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from esper.growth.germination import Contender
     from esper.growth.measurement import Measurement
     from esper.growth.run import GrowthRun
-    from esper.growth.stage import Stage
+    from esper.growth.stage import Stage, StageState
     from esper.growth.verdict import TrialVerdict
 
 
@@ -111,6 +111,14 @@ class Trial:
         self._drop(reason)
         self.record = replace(self.record, verdict="refused", reason=reason)
         self._run.journal.trial_changed(self.record)
+
+    def state_dict(self) -> StageState:
+        """Return which package is tried: its twins are not saved, and are made anew."""
+        return {
+            "kind": "trial",
+            "package": self.record.package,
+            "grafts": [contender.graft.number for contender in self._package],
+        }
 
     @property
     def _done(self) -> int:

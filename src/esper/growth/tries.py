@@ -22,6 +22,16 @@ def spend_try(model: nn.Module) -> int:
     return _SPENT[model]
 
 
+def set_tries_spent(model: nn.Module, num: int) -> None:
+    """Let a model have the refusals of the one that it was loaded from.
+
+    Args:
+        model: The model.
+        num: How many there were, at least 0.
+    """
+    _SPENT[model] = num
+
+
 def no_tries_left(model: nn.Module, tries: int) -> str:
     """Say why nothing more is tried in a model."""
     spent = tries_spent(model)

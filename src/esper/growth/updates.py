@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esper.continuity.clipping import GradientWatch
 from esper.continuity.ensemble import members_of, settings_of
@@ -11,7 +11,7 @@ from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateCounter, peak_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch.optim import Optimizer
 
@@ -110,6 +110,30 @@ class UpdateWatcher:
     def num_steps_of_optimizer(self) -> int:
         """Updates that the optimizer made, whether :meth:`step` was called after them or not."""
         return self._counter.count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen, with rates and peaks by the number of the optimizer."""
+        members = [id(member) for member in members_of(self._optimizer)]
+        return {
+            "updates": self.updates,
+            "counts": self._counter.state_dict(),
+            "per_update": self._per_update,
+            "rates": [list(self._rates.get(member, ())) for member in members],
+            "peaks": [list(self._peaks.get(member, ())) for member in members],
+            "gradients": self._gradients.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another watcher was; batches that were no update yet are not known."""
+        members = [id(member) for member in members_of(self._optimizer)]
+        self._counter.load_state_dict(state["counts"])
+        for own, name in ((self._rates, "rates"), (self._peaks, "peaks")):
+            own.clear()
+            found = zip(members, state[name], strict=True)
+            own.update((member, list(rates)) for member, rates in found if rates)
+        self._gradients.load_state_dict(state["gradients"])
+        self._per_update, self.updates = state["per_update"], int(state["updates"])
+        self._micro_batches, self._stepped = [], False
 
     def close(self) -> None:
         """Remove the hooks."""

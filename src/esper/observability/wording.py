@@ -8,7 +8,7 @@ from esper.contracts.report import OPPONENTS
 from esper.contracts.report_text import flops_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from esper.contracts.intervals import Interval
     from esper.contracts.progress import ProgressRow
@@ -157,6 +157,21 @@ def measured_text(row: ProgressRow) -> dict[str, str]:
 def metric_text(name: str, value: float) -> str:
     """Return a metric with its unit: ``"93.2 %"`` for a share, else four digits."""
     return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4g}"
+
+
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table as plain lines; a head that begins with ``>`` is of a column of numbers.
+
+    Args:
+        heads: Names of the columns.
+        rows: A cell for each column, of each row.
+    """
+    named = [head.removeprefix(">") for head in heads]
+    widths = [max(map(len, column)) for column in zip(named, *rows, strict=True)]
+    aligns = [">" if head.startswith(">") else "<" for head in heads]
+    for row in (named, *rows):
+        cells = zip(row, aligns, widths, strict=True)
+        yield "  ".join(f"{cell:{align}{width}}" for cell, align, width in cells).rstrip()
 
 
 def number_text(value: float | None, form: str = ",.2f", unit: str = "") -> str:

@@ -31,6 +31,7 @@ from esper.registry.disk import Disk
 from esper.registry.index import Index
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screened, screen
 from esper.resilience.clock import wall_time_s
+from esper.resilience.durable_file import write_synced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -276,7 +277,7 @@ class DirectoryRegistry:
         part = self._blobs / f".{digest}.{secrets.token_hex(8)}{_PART}"
         with ExitStack() as undo:
             undo.callback(self._clear_up, part)
-            self._write(part, data)
+            write_synced(self._disk, part, [data])
             with self._index.transaction():
                 self._disk.rename(part, self._blobs / digest)
                 self._disk.sync_directory(self._blobs)
@@ -294,17 +295,6 @@ class DirectoryRegistry:
     def _clear_up(self, part: Path) -> None:
         with suppress(OSError):  # what stays is removed when the registry is opened again
             self._disk.remove(part)
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a file whose bytes survive a power failure, though its name may not."""
-        descriptor = self._disk.create(path)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._disk.write(descriptor, rest) :]
-            self._disk.sync(descriptor)
-        finally:
-            self._disk.close(descriptor)
 
     def _holds(self, digest: str) -> bool:
         """Say whether an artifact is published and its bytes are right."""

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,19 @@ from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from esper.contracts.ports import Clock
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import Example
 
+_Like = tuple[tuple[int, ...], torch.dtype, torch.device]
+_Key = tuple[str, "weakref.ref[nn.Module]", tuple[_Like, ...], _Like, bool]
 _REMEMBERED: Final = 4096
 _UPDATE: Final = 1e-2
 _ALWAYS_ALLOWED_S: Final = 1.0
 _TIMES_HOST: Final = 100.0
-_passed: OrderedDict[tuple[object, ...], ProbeResult] = OrderedDict()
+_passed: OrderedDict[_Key, ProbeResult] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +101,69 @@ def probe(
     return result
 
 
-def _memory_key(
-    layer: nn.Module, kernel: PreparedKernel, example: Tensor
-) -> tuple[object, ...] | None:
-    digest = kernel.artifact_id or (kernel.blueprint and kernel.blueprint.digest)
+def _memory_key(layer: nn.Module, kernel: PreparedKernel, example: Tensor) -> _Key | None:
+    blueprint = kernel.blueprint
+    digest = kernel.artifact_id or (None if blueprint is None else blueprint.digest)
     if digest is None:
         return None
     like = [(tuple(p.shape), p.dtype, p.device) for p in host_view(layer).parameters()]
-    shape = (example.shape[1:], example.dtype, example.device)
+    shape = (tuple(example.shape[1:]), example.dtype, example.device)
     return digest, weakref.ref(layer), tuple(like), shape, layer.training
+
+
+def probe_memory(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return what probes at layers have found out, as plain values.
+
+    Args:
+        layers: The layers by name.
+    """
+    names = {id(layer): name for name, layer in layers.items()}
+    passed = [
+        {
+            "digest": digest,
+            "site": names[id(ref())],
+            "like": [_written(*each) for each in like],
+            "example": _written(*example),
+            "is_training": is_training,
+            "found": [found.is_identity, found.is_null, found.is_trainable],
+        }
+        for (digest, ref, like, example, is_training), found in _passed.items()
+        if id(ref()) in names
+    ]
+    written = {name: record_of(layer).writes_input for name, layer in layers.items()}
+    return {
+        "passed": passed,
+        "writes_input": {name: [own[False], own[True]] for name, own in written.items()},
+    }
+
+
+def load_probe_memory(layers: Mapping[str, nn.Module], memory: Mapping[str, Any]) -> None:
+    """Let what probes have found out at other layers be known of layers like them.
+
+    Args:
+        layers: The layers by name.
+        memory: What :func:`probe_memory` returned of the others.
+    """
+    for each in memory["passed"]:
+        is_identity, is_null, is_trainable = each["found"]
+        like = tuple(_read(own) for own in each["like"])
+        ref = weakref.ref(layers[each["site"]])
+        key = each["digest"], ref, like, _read(each["example"]), each["is_training"]
+        _passed[key] = ProbeResult(
+            is_identity=is_identity, is_null=is_null, is_trainable=is_trainable
+        )
+    for name, (in_evaluation, in_training) in memory["writes_input"].items():
+        own = record_of(layers[name]).writes_input
+        own[False], own[True] = in_evaluation, in_training
+
+
+def _written(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Any]:
+    return [list(shape), str(dtype).removeprefix("torch."), str(device)]
+
+
+def _read(written: Sequence[Any]) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    shape, dtype, device = written
+    return tuple(shape), getattr(torch, dtype), torch.device(device)
 
 
 class _Probe:

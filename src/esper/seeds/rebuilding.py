@@ -72,21 +72,55 @@ def build(layer: nn.Module, described: Sequence[SeedStructure]) -> None:
             than 1. The layer is unchanged.
         ValueError: The structure names a seed that the layer does not have.
     """
-    record = record_of(layer)
-    entries = {int(entry["seed"]): entry for entry in described}
-    seeds = {i: _seed_for(layer, entry) for i, entry in entries.items()}
+    carry_out(layer, planned(layer, described))
+
+
+Plan = dict[int, "tuple[SeedStructure, Seed | None]"]
+"""Each seed that is not to be dormant: its structure, and its record where it holds a kernel."""
+
+
+def planned(
+    layer: nn.Module,
+    described: Sequence[SeedStructure],
+    by_hand: Mapping[int, PreparedKernel] | None = None,
+) -> Plan:
+    """Return what :func:`carry_out` takes; nothing is changed.
+
+    Args:
+        layer: A wrapped layer.
+        described: What ``structure.structure`` returned.
+        by_hand: Kernels that no blueprint can build, by their seeds; those that stand in the layer
+            already are not asked for.
+
+    Raises:
+        KernelLoadError: As for :func:`build`.
+        ValueError: As for :func:`build`.
+    """
+    kernels = by_hand or {}
+    plan: Plan = {
+        (i := int(entry["seed"])): (entry, _seed_for(layer, entry, kernels.get(i)))
+        for entry in described
+    }
     _check_shares(layer, described)
+    return plan
+
+
+def carry_out(layer: nn.Module, plan: Plan) -> None:
+    """Make the layer's seeds those of a plan; all others are dormant then."""
+    record = record_of(layer)
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
         record.loads[i].give_up()
-        if i not in entries and (i in record.seeds or record.layout.state(i)):
+        if i not in plan and (i in record.seeds or record.layout.state(i)):
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)
-    for i, entry in entries.items():
-        _restore(layer, i, entry, seeds[i])
+    for i, (entry, seed) in plan.items():
+        _restore(layer, i, entry, seed)
 
 
-def _seed_for(layer: nn.Module, entry: SeedStructure) -> Seed | None:
+def _seed_for(
+    layer: nn.Module, entry: SeedStructure, by_hand: PreparedKernel | None = None
+) -> Seed | None:
     """Return the record that an entry asks for: the one that is there, if it is of that kind."""
     record = record_of(layer)
     seed_idx = int(entry["seed"])
@@ -103,6 +137,8 @@ def _seed_for(layer: nn.Module, entry: SeedStructure) -> Seed | None:
     current = record.seeds.get(seed_idx)
     if current is not None and _same_kernel(describe(layer, seed_idx), entry):
         return current
+    if entry["blueprint"] is None and by_hand is not None:
+        return make_seed(layer, seed_idx, by_hand, guard=_guard(layer, entry))
     if entry["blueprint"] is None:
         msg = (
             f"layer {record.name!r}: the kernel of seed {seed_idx} is a {entry['kernel']} written "

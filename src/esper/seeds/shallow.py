@@ -86,7 +86,7 @@ def shallow(
     _check_none_wakes(stack, sleepers)
     fresh = [i for i in sleepers if kind_of_sleep(stack.blocks[i]) is None]
     _check_can_sleep(stack, fresh)
-    forms = _forms(stack, fresh)
+    forms = forms_of(stack, fresh)
     if sleepers or len(awake) > depth:
         _say_differences(stack, found, awake, depth)
     ignore_in_replicas(
@@ -179,8 +179,16 @@ def _check_can_sleep(stack: Stack, fresh: Iterable[int]) -> None:
             raise refused(stack.path, f"{stack.full_name(i)!r}: {reason}")
 
 
-def _forms(stack: Stack, fresh: Iterable[int]) -> dict[type, Forms]:
-    """Return what can be told of the form of each class of blocks that is to sleep."""
+def forms_of(stack: Stack, fresh: Iterable[int]) -> dict[type, Forms]:
+    """Return what can be told of the form of each class of blocks that is to sleep.
+
+    Args:
+        stack: The stack.
+        fresh: Numbers of blocks that are awake.
+
+    Raises:
+        ValueError: It cannot be told of one of them.
+    """
     known = {
         type(b).__dict__["_esper_sleep"][0]: b.__dict__[FORMS]
         for b in stack.blocks
@@ -243,7 +251,7 @@ def load_depth_state(model: nn.Module, state: Mapping[str, float]) -> None:
 def _load_shares(model: nn.Module, stack: Stack, shares: Mapping[int, float]) -> None:
     fresh = [i for i in stack.numbers(None) if shares[i] < 1.0]
     _check_can_sleep(stack, fresh)
-    forms = _forms(stack, fresh)
+    forms = forms_of(stack, fresh)
     ignore_in_replicas(model, model, [stack.blocks[i] for i in fresh])
     for i in fresh:
         put_to_sleep(stack.blocks[i], forms[type(stack.blocks[i])])

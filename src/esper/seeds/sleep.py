@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from esper.contracts.owner_warning import warn_owner
 from esper.forward.host_view import has_foreign_forward
 from esper.forward.recompilation import allow_graph_for
 from esper.seeds.sleep_form import exchanged, form_of_call, in_form, leading_tensor
@@ -36,6 +37,10 @@ FORMS: Final = "_esper_forms"
 """Entry of a block's ``__dict__`` while it sleeps or wakes: what is known of its output's form."""
 ALPHA: Final = "_esper_alpha"
 """Entry of a waking block: its share, a float32 scalar on the block's device."""
+UNMOVED: Final = "_esper_unmoved"
+"""Entry of a waking block that was copied or unpickled: calls in training until that is told."""
+PATIENCE: Final = 100
+"""Such calls in which whoever goes on with a run has time to say how its blocks wake."""
 _HELD: Final = "_esper_held_hooks"
 """Entry of a sleeping block under FSDP2: the hooks that would gather its parameters."""
 _FOLLOWERS: Final = "_esper_followers"
@@ -108,6 +113,8 @@ def _waking(host_class: type[nn.Module]) -> HostForward:
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        if not torch.compiler.is_compiling() and UNMOVED in self.__dict__:
+            _miss_what_moves(self)
         alpha: Tensor = self._esper_alpha  # type: ignore[assignment] # a Module's attribute
         x = leading_tensor(first_of(args, kwargs))
         kept = (1.0 - alpha) * x  # before the block, which may write to it
@@ -115,6 +122,21 @@ def _waking(host_class: type[nn.Module]) -> HostForward:
         return exchanged(output, lambda h: (kept + alpha * h).to(h.dtype))
 
     return forward
+
+
+def _miss_what_moves(block: nn.Module) -> None:
+    """Warn the owner of a copy that is trained, and whose alpha nothing moves."""
+    if not (block.training and torch.is_grad_enabled()):
+        return
+    block.__dict__[UNMOVED] -= 1
+    if not block.__dict__[UNMOVED]:
+        del block.__dict__[UNMOVED]
+        warn_owner(
+            f"blocks of {block.__dict__[FORMS].name!r} stay at alpha {share_of(block):.3g}: the "
+            "model was copied or unpickled while they woke, and nothing moves them in the copy; "
+            "call esper.deepen(copy, optimizer, depth=...), which goes on from there, or "
+            "esper.follow(model, copy) for an average"
+        )
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
@@ -145,6 +167,8 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 def _rebuild(host_class: type[nn.Module], kind: Kind) -> nn.Module:
     """Return an empty block, for copy and pickle."""
     block: nn.Module = object.__new__(sleeping_class(host_class, kind))
+    if kind == "waking":
+        block.__dict__[UNMOVED] = PATIENCE
     return block
 
 
@@ -198,7 +222,8 @@ def put_to_sleep(block: nn.Module, forms: Forms) -> None:
         forms: What the blocks of its stack and class know of their output.
     """
     block.__dict__[FORMS] = forms
-    block.__dict__.pop(ALPHA, None)
+    for entry in (ALPHA, UNMOVED):
+        block.__dict__.pop(entry, None)
     _change_class(block, "asleep")
     _hold_hooks_off(block)
     for p in block.parameters():
@@ -223,6 +248,7 @@ def set_share(block: nn.Module, alpha: float) -> None:
         return
     check_can_wake(block)
     _put_hooks_back(block)
+    block.__dict__.pop(UNMOVED, None)
     if alpha < 1.0:
         with torch.inference_mode(mode=False):  # autograd may save it
             device = reference_tensor(block).device

@@ -9,7 +9,7 @@ from esper.contracts.errors import GrowthError
 from esper.resilience.attempt import Failed, attempt
 from esper.services.interrupts import Interrupts
 from esper.services.job_options import JobOptions, random_start, start_random
-from esper.services.target import find_function, load_job, make_job
+from esper.services.target import find_function, make_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from esper.contracts.report import RunReport
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
-    from esper.growth.suggestion import Suggestion
+    from esper.growth.suggestion import Suggestions
 
     Tell = Callable[[Progress], None]
 
@@ -185,18 +185,23 @@ def _part_of(on_progress: Tell | None, part: int, *, parts: int) -> Tell | None:
     return told
 
 
-def suggest_for(target: str, *, on_progress: Tell | None = None) -> list[Suggestion]:
+def suggest_for(
+    target: str, *, options: JobOptions | None = None, on_progress: Tell | None = None
+) -> Suggestions:
     """Train the job that ``target`` names for a while, graft nothing, and rank what could grow.
 
     Args:
         target: ``"package.module:function"``.
+        options: What is other than in the job; its epochs are those that are trained, in place of
+            a fifth of the job's, and there is no control.
         on_progress: Told after every update.
 
     Raises:
-        GrowthError: The target is wrong, or a loader gave no batch.
-        ValueError: The model has no layer that can be wrapped.
+        GrowthError: The target or an option is wrong, or a loader gave no batch.
+        ValueError: The model has no layer that can be wrapped, or an option is out of its range.
     """
-    job = load_job(target)
+    options = options or JobOptions()
+    job, _ = _jobs(target, replace(options, epochs=None, control=False))
     from esper.growth.job import suggest
 
-    return suggest(job, on_progress=on_progress)
+    return suggest(job, epochs=options.epochs, on_progress=on_progress)

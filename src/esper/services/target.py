@@ -18,19 +18,6 @@ if TYPE_CHECKING:
 _WRITTEN: Final = "a target is package.module:function"
 
 
-def load_job(target: str) -> GrowthJob:
-    """Import the module that ``target`` names, call its function and return the job.
-
-    Args:
-        target: ``"package.module:function"``; the function takes no arguments.
-
-    Raises:
-        GrowthError: The target is malformed, names nothing that can be called, or the function
-            refuses or returns something other than a ``GrowthJob``.
-    """
-    return make_job(target, find_function(target))
-
-
 def find_function(target: str) -> Callable[[], object]:
     """Import the module that ``target`` names and return its function.
 
