@@ -167,7 +167,7 @@ def test_what_has_grown_is_resumed_by_ckpt_path(tmp_path):
             self.state = tensors_of(pl_module)
 
     looking, torch_module = Looking(), Module()
-    resumed = trainer(tmp_path, never(), max_epochs=5)
+    resumed = trainer(tmp_path, growing_callback(), max_epochs=5)
     resumed.callbacks.append(looking)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has no state of growth")

@@ -111,7 +111,7 @@ def test_a_training_grows_and_is_resumed(tmp_path):
     assert all(("bias" in name) == (name in free) for name in kernels)
 
     looking = Looking()
-    again = never(tmp_path, callbacks=[looking], num_train_epochs=5)
+    again = trainer(tmp_path, callbacks=[looking], num_train_epochs=5)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has no state of growth")
         again.train(resume_from_checkpoint=True)

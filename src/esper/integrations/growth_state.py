@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from esper.contracts.errors import GrowthError
 from esper.contracts.events import Evaluated, StageChanged
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.owner_warning import warn_owner
@@ -19,9 +20,18 @@ _KEPT: Final = (GraftStage.HOLDING, GraftStage.FOSSILIZED)
 
 
 def state_of(grower: Grower | None) -> dict[str, Any]:
-    """Return a Grower's state; empty where there is none, or it cannot be saved."""
+    """Return a Grower's state; empty where there is none, or it cannot be saved now.
+
+    Warns:
+        UserWarning: Growth cannot be saved at this moment; the framework's checkpoint is written
+            without it.
+    """
     save = getattr(grower, "state_dict", None)
-    return {} if save is None else dict(save())
+    try:
+        return {} if save is None else dict(save())
+    except GrowthError as error:
+        warn_owner(f"this checkpoint has no state of growth: {error}")
+        return {}
 
 
 def resume(grower: Grower, state: Mapping[str, Any] | None, *, at_update: int) -> None:
