@@ -148,16 +148,21 @@ class Journal:
 
     def note(self, text: str) -> None:
         """Say a word to the owner, once: a text that was said is not repeated."""
-        if text not in self.notes:
-            self.notes.append(text)
+        if self._noted(text):
             _LOG.info("%s", text)
-            self._sink.publish(Noted(**self._now(), text=text))
 
     def warn(self, text: str) -> None:
         """Say a word to the owner, once, and at once: as a note, and as a warning."""
-        if text not in self.notes:
-            self.note(text)
+        if self._noted(text):
             warn_owner(text)
+
+    def _noted(self, text: str) -> bool:
+        """Keep a text for the report and the log; say whether it is new."""
+        if text in self.notes:
+            return False
+        self.notes.append(text)
+        self._sink.publish(Noted(**self._now(), text=text))
+        return True
 
     def read(self, what: str, value: float, cure: str) -> None:
         """Follow whether a figure is finite; the first time that it is not, the owner is warned.
