@@ -45,7 +45,7 @@ def test_job_runs_a_few_epochs_through_the_commands_door():
     assert set(report.test_metrics) == {"loss"}
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_job_grows_with_default_settings(tmp_path, monkeypatch):
     """`esper grow` with nothing but defaults grows the job, to less than half the host's loss."""
     from esper.growth.job import grow

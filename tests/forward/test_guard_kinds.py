@@ -14,6 +14,8 @@ from esper.seeds.maintenance import maintain
 from esper.seeds.step_guard import read_step_flags
 from esper.state.layer_call import LayerCall
 
+pytestmark = pytest.mark.slow  # test_guard.py holds the same, of fewer kinds and faults
+
 
 class Net(nn.Module):
     """Trainable factors before the site, and a square behind it.
