@@ -112,20 +112,15 @@ class NamedState:
         self._take_in(model, optimizer)
         order_by_model(model, optimizer, self._kernels(optimizer))
         groups: list[ParamGroup] = state["param_groups"]
-        live = optimizer.param_groups
+        live, kernels = optimizer.param_groups, self._kernels(optimizer)
         if len(groups) == len(live) and all(NAMES in group for group in groups):
             names = names_of(model)
             wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
-            groups = _by_name(groups, wanted, self._may_start(optimizer))
+            may_start = {name for key, name in names.items() if key in kernels}
+            groups = _by_name(groups, wanted, may_start)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
         return {**state, "param_groups": [_without(group, NAMED_BY_US) for group in groups]}
-
-    def _may_start(self, optimizer: Optimizer) -> set[str]:
-        """Return the names of kernels' parameters, which may begin without any state."""
-        model, kernels = self._model(optimizer), self._kernels(optimizer)
-        names = {} if model is None else names_of(model)
-        return {name for key, name in names.items() if key in kernels}
 
 
 def _by_name(
