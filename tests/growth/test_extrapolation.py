@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from growing import growing, train, wrapped
 
+from esper.contracts.report import Evaluation
 from esper.growth.extrapolation import going_on
+from esper.growth.policies import Never
 
 EVERY, AT, EXTRA = 50, 2000, 400
 NOISE = 0.03
@@ -114,3 +117,20 @@ def test_too_few_points_say_nothing(points):
 def test_no_more_updates_bring_nothing():
     """Whatever the curve."""
     assert going_on(curve(1), AT, 0) == (0.0, 0.0)
+
+
+def test_what_fell_at_a_switch_is_no_part_of_the_curve():
+    """A package that was taken over moved the loss; going on is told from what came after it."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=Never())
+    train(model, optimizer, 1, grower)
+    run = grower._run
+    run.watcher.updates = 200
+    losses = {u: 2.0 - 0.01 * u for u in (160, 170, 180)} | dict.fromkeys((185, 190, 195, 200), 0.1)
+    run.journal.evaluations[:] = [Evaluation(update=u, gate_loss=v) for u, v in losses.items()]
+    run.journal.evaluations[:0] = [Evaluation(update=u, gate_loss=2.0) for u in range(20, 160, 10)]
+    flops = 100 * run.ledger.update_flops
+    assert run.going_on(flops).gain > 0.01
+    run.journal.last_switch = 185
+    assert run.going_on(flops).gain == pytest.approx(0.0, abs=1e-9)
+    grower.close()
