@@ -241,6 +241,14 @@ def test_a_line_of_format_1_is_written_in_the_format_of_today(line):
     assert (written["run_id"], written["seq"], written["id"]) == ("", 0, "-0")
 
 
+def test_events_outside_of_a_run_can_be_told_apart():
+    """Two that say the same are equal, and each has a name of its own."""
+    first, second = (Noted(update=1, time_s=0.5, text="x") for _ in range(2))
+    assert first == second
+    assert first.id != second.id
+    assert event_to_json(first) != event_to_json(second)
+
+
 def test_a_whole_log_of_format_1_is_read():
     """A run with an audition and twins: every line is an event of a kind that is known."""
     lines = (FILES / "events-1.jsonl").read_text(encoding="utf-8").splitlines()

@@ -6,9 +6,10 @@ import functools
 import itertools
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from esper.resilience.attempt import Failed, attempt
+from esper.bus.lane import Deliveries, Lane
+from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -18,24 +19,45 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+PATIENCE_S: Final = 0.1
+ROOM: Final = 1024
+
 
 class EventBus:
     """Hands every event to every sink, in the order in which they subscribed.
 
     A sink that raises is counted, logged, and costs neither the publisher nor the other sinks
-    anything. Sinks run on the publisher's thread, outside the lock, so that a sink may
-    subscribe, unsubscribe and publish. A bus is itself an :class:`EventSink`.
+    anything; nor does one that is slow: each is called on a thread beside the publisher, which
+    waits for it until that was once in vain, and keeps ``room`` events for it. Of more, the oldest
+    of the least telling kind is dropped, and counted. A sink that has ``never_waits = True``
+    promises to keep nobody waiting, and is called as it is; a bus is itself one. Sinks may
+    subscribe, unsubscribe and publish.
 
     Args:
         sinks: The first subscribers; those that leave again use :meth:`subscribe`.
+        patience_s: Seconds that :meth:`publish` waits for a sink that was never slow, at least 0.
+        room: Events that are kept for a sink that is behind, at least 1.
     """
 
-    def __init__(self, sinks: Iterable[EventSink] = ()) -> None:
+    never_waits: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sinks: Iterable[EventSink] = (),
+        *,
+        patience_s: float = PATIENCE_S,
+        room: int = ROOM,
+    ) -> None:
         self._lock = threading.Lock()
         self._tickets = itertools.count()
-        self._sinks: dict[int, EventSink] = dict(zip(self._tickets, sinks))  # noqa: B905 - endless
+        self._deliveries = Deliveries()
+        self._lane_to = functools.partial(
+            Lane, deliveries=self._deliveries, patience_s=patience_s, room=room
+        )
+        self._lanes: dict[int, Lane] = {}
         self._num_published = 0
-        self._num_failures = 0
+        for sink in sinks:
+            self.subscribe(sink)
 
     @property
     def num_published(self) -> int:
@@ -45,37 +67,54 @@ class EventBus:
     @property
     def num_failures(self) -> int:
         """Number of times that a sink raised so far."""
-        return self._num_failures
+        return self._deliveries.failed
+
+    @property
+    def num_dropped(self) -> int:
+        """Number of events that a sink did not get because it was too far behind."""
+        return self._deliveries.dropped
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of events that sinks have yet to take."""
+        return self._deliveries.waiting
 
     def publish(self, event: Event) -> None:
         """Hand one event to every sink that is subscribed now. Never raises an ``Exception``."""
         with self._lock:
             self._num_published += 1
-            sinks = tuple(self._sinks.values())
-        for sink in sinks:
-            taken = attempt(functools.partial(sink.publish, event))
-            if isinstance(taken, Failed):
-                self._count_failure(sink, event, taken.error)
+            lanes = tuple(self._lanes.values())
+        for lane in lanes:
+            lane.put(event)
 
     def subscribe(self, sink: EventSink) -> Callable[[], None]:
         """Add a sink at the end.
 
         Returns:
-            A function that takes this subscription away again; calling it twice does nothing.
+            A function that takes this subscription away again; calling it twice does nothing. What
+            was published before still reaches the sink.
         """
         with self._lock:
             ticket = next(self._tickets)
-            self._sinks[ticket] = sink
+            self._lanes[ticket] = self._lane_to(sink)
 
         def unsubscribe() -> None:
             with self._lock:
-                self._sinks.pop(ticket, None)
+                self._lanes.pop(ticket, None)
 
         return unsubscribe
 
-    def _count_failure(self, sink: EventSink, event: Event, error: Exception) -> None:
-        """Count an exception and log it with its traceback."""
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until the sinks have what was published, for so many seconds in all.
+
+        Returns:
+            Whether they have. One that has not is named in the log, and goes on at its own pace.
+        """
+        clock = MonotonicClock()
+        until_s = clock.now() + timeout_s
         with self._lock:
-            self._num_failures += 1
-        msg = "%s failed on a %r event; the run goes on"
-        _LOG.error(msg, type(sink).__name__, event.kind, exc_info=error)
+            lanes = tuple(self._lanes.values())
+        behind = [lane for lane in lanes if not lane.flush(max(0.0, until_s - clock.now()))]
+        for lane in behind:
+            _LOG.warning("%s has not taken every event, and is waited for no longer", lane.name)
+        return not behind

@@ -11,7 +11,9 @@ written again byte for byte. Only a higher major version is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -50,6 +52,11 @@ if TYPE_CHECKING:
 
 EVENT_FORMAT_VERSION: Final = "1.1"
 
+_OF_NO_RUN: Final = uuid.uuid4().hex
+"""Names the events of this process that belong to no run."""
+
+_numbers: Final = itertools.count()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event(Extensible):
@@ -58,15 +65,18 @@ class Event(Extensible):
     Attributes:
         update: Number of optimizer updates done when it happened; 0 before the first.
         time_s: Seconds since the run started, by the injected clock.
-        run_id: Names the run among all runs; empty where nobody gave it a name.
+        run_id: Names the run among all runs. An event outside of any has the name of its process;
+            one that was read from a log without it has none.
         seq: Number of the event in its run: 0, 1, 2 and so on.
+
+    Who published an event is no part of what it says: two are equal where their other fields are.
     """
 
     kind: ClassVar[str] = ""
     update: int
     time_s: float
-    run_id: str = ""
-    seq: int = 0
+    run_id: str = field(default=_OF_NO_RUN, compare=False)
+    seq: int = field(default_factory=lambda: next(_numbers), compare=False)
 
     @property
     def id(self) -> str:
@@ -569,6 +579,7 @@ def event_from_json(line: str) -> Event:
         raise ValueError(wrong)
     if newer:
         found["format_version"] = json.dumps(written)
+    found = {"run_id": '""', "seq": "0", **found}
     return value_from(EVENT_TYPES[kind], found, {}, derived=("id",))
 
 

@@ -225,7 +225,11 @@ class Registry(KernelSource, Protocol):
 
 
 class EventSink(Protocol):
-    """Something that takes events. It may not raise and may not keep the caller waiting."""
+    """Something that takes events. It may not raise.
+
+    It is called on a thread of its own where it may keep its caller waiting; one that never does
+    says ``never_waits = True``.
+    """
 
     def publish(self, event: Event) -> None:
         """Take one event."""

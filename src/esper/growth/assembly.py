@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from esper.contracts.ports import EventSink
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
@@ -78,7 +77,8 @@ def begin_run(
     registry = open_registry("memory:") if registry is None else registry
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
     watcher = UpdateWatcher(every)
-    journal = Journal(_bus(log, options.get("sink")), clock, lambda: watcher.updates)
+    bus = EventBus([sink for sink in (log, options.get("sink")) if sink is not None])
+    journal = Journal(bus, clock, lambda: watcher.updates)
     for name, parameters in untrained.items():
         journal.note(_said_of(name, parameters))
     for told in left:
@@ -115,6 +115,7 @@ def begin_run(
         watcher=watcher,
         factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
         journal=journal,
+        bus=bus,
         log=log,
         ledger=WorkLedger(settings, clock),
         grafts=Grafts(journal),
@@ -140,10 +141,6 @@ def _said_of_overhead(
         f"than {budget.small_host:,}: growing may take as many FLOPs as training, and a kernel up "
         f"to {budget.small_graft:,} parameters; give overhead= and budget= for other limits"
     )
-
-
-def _bus(*sinks: EventSink | None) -> EventBus:
-    return EventBus([sink for sink in sinks if sink is not None])
 
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:

@@ -398,6 +398,7 @@ class Grower:
         run = self._run
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
+            steps.callback(self._finish, self._flush)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
@@ -434,6 +435,11 @@ class Grower:
             log.close()
             if log.error is not None:
                 self._run.journal.note(f"the log is incomplete, {log.error}")
+
+    def _flush(self) -> None:
+        """Let a sink that is behind catch up; one that cannot in time is named."""
+        if not self._run.bus.flush():
+            self._run.journal.note("the sink given as sink= has not taken every event of the run")
 
     def _finish(self, step: Callable[[], None]) -> None:
         """Do one step of closing; one that fails is said and leaves the others."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.bus.in_process import EventBus
     from esper.compiler.catalog import Catalog
     from esper.continuity.ensemble import AnyOptimizer
     from esper.continuity.placement import GroupFor
@@ -91,6 +92,7 @@ class GrowthRun:
         watcher: Knows the updates, and their rates.
         factor: Warm-up of parameters that appear.
         journal: Publishes what happens, and keeps it for the report.
+        bus: Carries it to the log and to the owner's sink.
         log: The file that it goes to; None where the owner wants none.
         ledger: Counts the work.
         grafts: All grafts so far.
@@ -132,6 +134,7 @@ class GrowthRun:
     watcher: UpdateWatcher
     factor: UpdateFactor
     journal: Journal
+    bus: EventBus
     log: EventLog | None
     ledger: WorkLedger
     grafts: Grafts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from esper.contracts.events import (
     AlphaChanged,
@@ -44,6 +44,8 @@ class EventLog:
         dropped: Events that could not be written.
         error: Why the latest of them could not; None while none was dropped.
     """
+
+    never_waits: ClassVar[bool] = True
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

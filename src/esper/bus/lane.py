@@ -1,0 +1,173 @@
+"""The way to one sink: a bounded ring, and a thread that lives while something is in it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from esper.resilience.attempt import Failed, attempt
+
+if TYPE_CHECKING:
+    from esper.contracts.events import Event
+    from esper.contracts.ports import EventSink
+
+_LOG = logging.getLogger(__name__)
+
+_LEAST_TELLING: Final = ("alpha_changed", "detected", "ranked", "evaluated", "noted")
+"""Kinds that are given up first where a ring is full, in this order; the others come last."""
+
+
+class Deliveries:
+    """What became of events, each counted once for every sink that it was for.
+
+    ``put`` is at any time ``taken + dropped`` and what is in a ring or under way. An event at
+    which a sink raised was taken, and is counted in ``failed`` as well.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.put = self.taken = self.failed = self.dropped = 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of events that are in a ring or under way."""
+        with self._lock:
+            return self.put - self.taken - self.dropped
+
+    def count(self, *, put: int = 0, taken: int = 0, failed: int = 0, dropped: int = 0) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self.put += put
+            self.taken += taken
+            self.failed += failed
+            self.dropped += dropped
+
+
+class Lane:
+    """Hands events to a sink in their order, beside its publisher.
+
+    The publisher waits for a sink until it was once too slow, and never again: as long as a sink
+    is quick, an event has been taken when it is published. A sink that never waits is called as it
+    is. In a forked process the lane begins empty; what was in it is the parent's to deliver.
+
+    Args:
+        sink: Takes the events.
+        deliveries: Counts what becomes of them.
+        patience_s: Seconds that a publisher waits for it, at least 0.
+        room: Events that are kept for it, at least 1.
+    """
+
+    def __init__(
+        self, sink: EventSink, deliveries: Deliveries, *, patience_s: float, room: int
+    ) -> None:
+        self._sink = sink
+        self._deliveries = deliveries
+        self._patience_s = patience_s
+        self._room = room
+        self._is_prompt = getattr(sink, "never_waits", False) is True
+        self._start()
+
+    @property
+    def name(self) -> str:
+        """The sink's class."""
+        return type(self._sink).__name__
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._ring: deque[tuple[int, Event]] = deque()
+        self._worker: threading.Thread | None = None
+        self._interrupt: BaseException | None = None
+        self._last_put = self._last_done = 0
+        self._is_slow = False
+
+    def put(self, event: Event) -> None:
+        """Take an event for the sink; wait for that only as long as the sink may be quick.
+
+        Raises:
+            KeyboardInterrupt: The sink was interrupted while its publisher waited for it; as any
+                other error that is no ``Exception``.
+        """
+        if self._pid != os.getpid():
+            self._start()
+        self._deliveries.count(put=1)
+        if self._is_prompt:
+            interrupt = self._deliver(event)
+        else:
+            with self._changed:
+                ticket = self._keep(event)
+                interrupt = self._interrupt if self._wait_for(ticket, event) else None
+                self._interrupt = None
+        if interrupt is not None:
+            raise interrupt
+
+    def _keep(self, event: Event) -> int:
+        """Keep an event for the worker; return its ticket."""
+        self._last_put += 1
+        self._ring.append((self._last_put, event))
+        if len(self._ring) > self._room:
+            self._drop_one()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="esper sink", daemon=True)
+            self._worker.start()
+        return self._last_put
+
+    def _wait_for(self, ticket: int, event: Event) -> bool:
+        """Wait until an event is delivered, where its sink may be quick; say whether it was."""
+        if self._is_slow or self._worker is threading.current_thread():
+            return False
+        if self._changed.wait_for(lambda: self._last_done >= ticket, self._patience_s):
+            return True
+        self._is_slow = True
+        msg = "%s took longer than %g s to take a %r event; from now on nothing waits for it"
+        _LOG.warning(msg, self.name, self._patience_s, event.kind)
+        return False
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything is delivered; say whether it was, in time."""
+        if self._pid != os.getpid() or self._worker is threading.current_thread():
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self._worker is None, timeout_s)
+
+    def _work(self) -> None:
+        """Deliver until the ring is empty; the next event starts another thread."""
+        while True:
+            with self._changed:
+                if not self._ring:
+                    self._worker = None
+                    self._changed.notify_all()
+                    return
+                ticket, event = self._ring.popleft()
+            interrupt = self._deliver(event)
+            with self._changed:
+                self._last_done = ticket
+                self._interrupt = interrupt
+                self._changed.notify_all()
+
+    def _deliver(self, event: Event) -> BaseException | None:
+        try:
+            taken = attempt(functools.partial(self._sink.publish, event))
+        except BaseException as error:  # noqa: BLE001 - handed to the publisher, which raises it
+            self._deliveries.count(taken=1)
+            return error
+        self._deliveries.count(taken=1, failed=int(isinstance(taken, Failed)))
+        if isinstance(taken, Failed):
+            msg = "%s failed on a %r event; the run goes on"
+            _LOG.error(msg, self.name, event.kind, exc_info=taken.error)
+        return None
+
+    def _drop_one(self) -> None:
+        """Give up the oldest of the least telling kind."""
+        kinds = [event.kind for _, event in self._ring]
+        least = min(kinds, key=_how_telling)
+        del self._ring[kinds.index(least)]
+        self._deliveries.count(dropped=1)
+
+
+def _how_telling(kind: str) -> int:
+    return _LEAST_TELLING.index(kind) if kind in _LEAST_TELLING else len(_LEAST_TELLING)
