@@ -16,6 +16,7 @@ from esper.contracts.events import (
     Noted,
     PassengerRemoved,
     Ranked,
+    RegistryUnavailable,
     RolledBack,
     RunEnded,
     RunStarted,
@@ -183,6 +184,11 @@ OF_FORMAT_1_1 = {
         started_at=7,
         ramp_updates=20,
         loss_before=0.5,
+    ),
+    '{"artifact_id": "ab", "format_version": "1.1", "id": "ab-3", "kind": "registry_unavailable", '
+    '"operation": "put", "reason": "down", "run_id": "ab", "seq": 3, "time_s": 0.5, '
+    '"update": 7}': RegistryUnavailable(
+        **ENVELOPE, operation="put", artifact_id="ab", reason="down"
     ),
     '{"format_version": "1.1", "graft": 0, "id": "ab-3", "kind": "rolled_back", "package": 1, '
     '"reason": "worse", "run_id": "ab", "seq": 3, "time_s": 0.5, "update": 7, '

@@ -7,6 +7,7 @@ values: a branch on a value fails, and a branch on a size turns its symbol into 
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -50,6 +51,16 @@ def trace_symbolically(kernel: nn.Module, input_spec: TensorSpec) -> None:
         _traced[key] = None
         if len(_traced) > _MAX_REMEMBERED:
             _traced.popitem(last=False)
+
+
+@functools.cache
+def warm_up() -> None:
+    """Trace something small, so that no later trace of this process pays for the first one.
+
+    It takes half a second, most of it for importing sympy, and changes nothing.
+    """
+    into, out = nn.Linear(2, 3, device="meta"), nn.Linear(3, 2, device="meta")
+    trace_symbolically(nn.Sequential(into, nn.GELU(), out), TensorSpec((2,)))
 
 
 def _key_of(kernel: nn.Module) -> str | None:

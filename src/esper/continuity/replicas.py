@@ -67,6 +67,12 @@ def num_ranks(model: DistributedDataParallel) -> int:
     return dist.get_world_size(model.process_group)
 
 
+def is_first(model: nn.Module) -> bool:
+    """Say whether this is the first rank that a model is replicated over; so is one that is not."""
+    replicated = replicas(model)
+    return replicated is None or dist.get_rank(replicated.process_group) == 0
+
+
 def share_kernels(
     model: DistributedDataParallel,
     params: Mapping[str, nn.Parameter],

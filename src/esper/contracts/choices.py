@@ -38,6 +38,10 @@ SeedState = Literal[
 """The name of a ``SeedLifecycleState`` in files, in the order of its values."""
 SEED_STATES: Final[tuple[SeedState, ...]] = get_args(SeedState)
 
+RegistryOperation = Literal["put", "fetch"]
+"""What a registry was asked that did not answer: to publish a kernel, or for one."""
+REGISTRY_OPERATIONS: Final[tuple[RegistryOperation, ...]] = get_args(RegistryOperation)
+
 GraftVerdict = Literal[
     "in progress",
     "culled in audition",

@@ -21,6 +21,7 @@ from esper.contracts.choices import (
     ATTRIBUTIONS,
     DEPTH_VERDICTS,
     GATES,
+    REGISTRY_OPERATIONS,
     SEED_STATES,
     TAKEN,
     TRIAL_VERDICTS,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Attribution,
         DepthVerdict,
         Gate,
+        RegistryOperation,
         SeedState,
         Taken,
         TrialVerdict,
@@ -469,6 +471,22 @@ class SeedFaulted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryUnavailable(Event):
+    """A registry did not answer; the run went on without, and it is asked again.
+
+    Attributes:
+        operation: What was asked: ``"put"`` to publish a kernel, ``"fetch"`` to have one.
+        artifact_id: The sha256 of the kernel's bytes.
+        reason: What came in place of an answer.
+    """
+
+    kind: ClassVar[str] = "registry_unavailable"
+    operation: RegistryOperation
+    artifact_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Noted(Event):
     """A word to the owner: advice, a fallback that was taken, a limit that was met.
 
@@ -527,6 +545,7 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
         PassengerRemoved,
         StageWoken,
         SeedFaulted,
+        RegistryUnavailable,
         Noted,
         RunEnded,
     )
@@ -535,6 +554,7 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
 _STAGES: Final = tuple(stage.value for stage in GraftStage)
 _CLOSED: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "gate_read": {"gate": GATES},
+    "registry_unavailable": {"operation": REGISTRY_OPERATIONS},
     "seed_faulted": {"state": SEED_STATES},
     "stage_changed": {"before": ("", *_STAGES), "after": _STAGES},
     "trial_started": {"attribution": ATTRIBUTIONS},

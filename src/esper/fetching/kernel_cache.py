@@ -195,6 +195,17 @@ class KernelCache:
             if not isinstance(answer, _CalledOff):
                 return answer
 
+    def admit(self, artifact: CompiledKernelArtifact) -> None:
+        """Keep a kernel that was compiled here, as one that was just fetched."""
+        with self._lock:
+            if artifact.artifact_id not in self._entries:
+                self._keep(artifact.artifact_id, artifact)
+
+    def held(self, artifact_id: str) -> CompiledKernelArtifact | None:
+        """Return a kernel if it is in the cache; never waits, and asks nobody."""
+        with self._lock:
+            return self._entries.get(artifact_id)
+
     def prewarm(self, artifact_ids: Iterable[str]) -> list[str]:
         """Load kernels before they are asked for.
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 from esper.bus.in_process import EventBus
 from esper.compiler.catalog import default_catalog
+from esper.compiler.tracing import warm_up
 from esper.continuity.ensemble import joined, members_of
 from esper.continuity.optimizer import sync_optimizer
 from esper.continuity.placement import Placement, check_trains, numbered
-from esper.continuity.replicas import bare
+from esper.continuity.replicas import bare, is_first
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
+from esper.contracts.reference import is_digest
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
+from esper.fetching.outbox import Outbox
 from esper.growth.budget import Budget, Cost, count_parameters, default_overhead
 from esper.growth.claims import check_free, left_behind
 from esper.growth.evaluation import Evaluator
@@ -29,8 +32,7 @@ from esper.growth.staged import check_stages, grafts_nothing, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
-from esper.observability.run_folder import EVENTS_FILE, claim_run_folder
-from esper.registry.open import open_registry
+from esper.observability.run_folder import EVENTS_FILE, OUTBOX_FOLDER, claim_run_folder
 from esper.resilience.clock import MonotonicClock
 from esper.wrapping.wrap import layers
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from esper.contracts.ports import Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
@@ -60,8 +63,9 @@ def begin_run(
         ValueError: A setting is out of its range, the model has no layer with seeds, or none that
             the optimizer trains, or it is another model's.
         TypeError: An option is unknown or of the wrong type, or the optimizer is not supported.
-        GrowthError: A site named by hand is none of the model's or cannot grow, or another Grower
-            has the model or an optimizer.
+        GrowthError: A site named by hand is none of the model's or cannot grow, a kernel named by
+            its digest is not to be had, or another Grower has the model or an optimizer.
+        KernelSourceUnavailable: The registry did not give such a kernel.
         OSError: The log cannot be written.
     """
     settings = check_options(options)
@@ -72,9 +76,10 @@ def begin_run(
     found, untrained = _layers_to_grow(Placement(inner, every, group_for), policy)
     check_free([*layers(inner).values(), *members_of(every)])
     left = list(left_behind(layers(inner)))
+    if not grafts_nothing(policy):
+        warm_up()
+    cache = _cache_of(options.get("registry"), policy)
     sync_optimizer(model, members_of(every), group_for=group_for)
-    registry = options.get("registry")
-    registry = open_registry("memory:") if registry is None else registry
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
     watcher = UpdateWatcher(every)
     bus = EventBus([sink for sink in (log, options.get("sink")) if sink is not None])
@@ -102,8 +107,8 @@ def begin_run(
         policy=policy,
         ranking=options.get("ranking") or FirstOrderGain(random_seed=settings.random_seed),
         catalog=options.get("catalog") or default_catalog(),
-        registry=registry,
-        cache=EnhancedKernelCache(source=registry),
+        cache=cache,
+        outbox=_outbox(options.get("registry"), model, log),
         clock=clock,
         compute_loss=compute_loss,
         evaluator=None
@@ -141,6 +146,27 @@ def _said_of_overhead(
         f"than {budget.small_host:,}: growing may take as many FLOPs as training, and a kernel up "
         f"to {budget.small_graft:,} parameters; give overhead= and budget= for other limits"
     )
+
+
+def _cache_of(registry: Registry | None, policy: Policy) -> EnhancedKernelCache:
+    """Return the cache of a run, with the kernels in it that the policy names by their digest."""
+    cache = EnhancedKernelCache(source=registry)
+    for choice in choices_of(policy):
+        named = choice.blueprint
+        if not (isinstance(named, str) and is_digest(named)):
+            continue
+        if registry is None or cache.load_kernel_sync(named) is None:
+            where = "there is no registry=" if registry is None else "the registry does not have it"
+            msg = f"kernel {named} is to grow at {choice.site!r}, and {where}"
+            raise GrowthError(msg)
+    return cache
+
+
+def _outbox(registry: Registry | None, model: nn.Module, log: EventLog | None) -> Outbox | None:
+    """Return what publishes kernels; ranks all compile the same, so that the first one does."""
+    if registry is None or not is_first(model):
+        return None
+    return Outbox(registry, folder=None if log is None else log.path.parent / OUTBOX_FOLDER)
 
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:

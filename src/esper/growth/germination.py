@@ -17,6 +17,8 @@ from esper.contracts.errors import (
     SiteDescriptionError,
 )
 from esper.contracts.lifecycle import SeedLifecycleState
+from esper.contracts.reference import is_digest
+from esper.fetching.outbox import Parcel
 from esper.growth.budget import Cost, count_parameters, forward_flops
 from esper.growth.causality import is_causal
 from esper.growth.graft import Germination, Graft
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.choices import GraftVerdict
     from esper.contracts.site import SiteSpec
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.fetching.kernel_cache import KernelCache
     from esper.growth.ranking import RankedCandidate
     from esper.growth.ranking_cost import AffordableRanking
     from esper.growth.reading import Choice
@@ -90,6 +94,20 @@ class Ranked:
     blueprints: dict[tuple[str, str], BlueprintIR]
     refused: list[RefusedCandidate]
     is_cut: bool = False
+
+
+class Named(NamedTuple):
+    """What the owner named.
+
+    Attributes:
+        blueprint: The kernel's blueprint.
+        cost: What it costs.
+        artifact: The kernel itself where it was named by its digest.
+    """
+
+    blueprint: BlueprintIR
+    cost: Cost
+    artifact: CompiledKernelArtifact | None
 
 
 class Chosen(NamedTuple):
@@ -260,7 +278,7 @@ def germinate_package(
 
 def named_kernel(
     run: GrowthRun, choice: Choice, observations: Mapping[str, SiteObservation]
-) -> tuple[BlueprintIR, Cost] | None:
+) -> Named | None:
     """Return what the owner named and what it costs: without the ranking, with the budget.
 
     Returns:
@@ -282,9 +300,9 @@ def named_kernel(
             f"nothing germinated at {choice.site}, where nothing was recorded: {silence}"
         )
         return None
-    seen = observations[choice.site]
+    seen, artifact = observations[choice.site], fetched_for(run.cache, choice)
     try:
-        blueprint = _named(run, layer, choice, seen)
+        blueprint = artifact.blueprint if artifact else _named(run, layer, choice, seen)
     except SiteDescriptionError as error:
         run.journal.note(f"{choice.blueprint} at {choice.site} was refused: {error}")
         return None
@@ -297,13 +315,32 @@ def named_kernel(
     if reason is not None:
         run.journal.note(f"{blueprint.id} at {choice.site}, named by hand, was refused: {reason}")
         return None
-    return blueprint, cost
+    return Named(blueprint, cost, artifact)
+
+
+def fetched_for(cache: KernelCache, choice: Choice) -> CompiledKernelArtifact | None:
+    """Return the kernel that a choice names by its digest; None where it names a blueprint."""
+    named = choice.blueprint
+    return cache.load_kernel_sync(named) if isinstance(named, str) and is_digest(named) else None
 
 
 def germinate(
-    run: GrowthRun, site: str, blueprint: BlueprintIR, seen: SiteObservation, reason: str
+    run: GrowthRun,
+    site: str,
+    blueprint: BlueprintIR,
+    seen: SiteObservation,
+    reason: str,
+    artifact: CompiledKernelArtifact | None = None,
 ) -> Contender | None:
-    """Compile, store, fetch, verify, build and probe a kernel, and reserve its seed.
+    """Compile a kernel, verify, build and probe it, and reserve its seed; nothing here waits.
+
+    Args:
+        run: The run.
+        site: Name of the layer, which has a seed that is free.
+        blueprint: The kernel's blueprint.
+        seen: What was recorded at the layer.
+        reason: Why this kernel, for the log.
+        artifact: The kernel itself where it came from a registry; None: it is compiled.
 
     Returns:
         None where something refused it; the reason is in the log, and nothing was changed.
@@ -312,7 +349,7 @@ def germinate(
     seed_idx = free_seed(run, site)
     assert seed_idx is not None, f"{site} was offered without a dormant seed"
     try:
-        kernel, is_identity = _fetched(run, layer, blueprint, seen)
+        kernel, is_identity = _probed(run, layer, artifact or _compiled(run, blueprint), seen)
     except (KasminaException, BlueprintError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
@@ -343,16 +380,23 @@ def germinate(
     )
 
 
-def _fetched(
-    run: GrowthRun, layer: KasminaLayer, blueprint: BlueprintIR, seen: SiteObservation
+def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
+    """Compile a kernel, decode what was made of it as if it had been fetched, and publish it."""
+    artifact = compile_blueprint(blueprint, clock=run.clock)
+    run.cache.admit(artifact)
+    if run.outbox is not None:
+        record = None if artifact.record is None else artifact.record.to_document()
+        run.outbox.send(
+            Parcel(digest=artifact.artifact_id, data=artifact.kernel_binary, record=record)
+        )
+    return artifact
+
+
+def _probed(
+    run: GrowthRun, layer: KasminaLayer, artifact: CompiledKernelArtifact, seen: SiteObservation
 ) -> tuple[PreparedKernel, bool]:
     """Return a kernel that passed its probe, and whether it is the identity at alpha 1."""
-    artifact = compile_blueprint(blueprint, clock=run.clock)
-    record = None if artifact.record is None else artifact.record.to_document()
-    digest = run.registry.put(artifact.kernel_binary, digest=artifact.artifact_id, record=record)
-    loaded = run.cache.load_kernel_sync(digest)
-    assert loaded is not None, "the registry has just acknowledged this artifact"
-    kernel = prepare_kernel(layer, loaded)
+    kernel = prepare_kernel(layer, artifact)
     with run.ledger.measured("ranking"):
         found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity

@@ -47,6 +47,7 @@ from esper.growth.sizing import is_earned
 from esper.growth.staged import PlannedDepth, grafts_nothing
 from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
+from esper.observability.run_folder import OUTBOX_FOLDER
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.maintenance import maintain_layers
 from esper.wrapping.wrap import layers
@@ -107,7 +108,9 @@ class Grower:
         ``policy``: When; ``DiminishingReturns`` where None.
         ``ranking``: Where and what; ``FirstOrderGain`` where None.
         ``catalog``: The kernels on offer; the default catalog where None.
-        ``registry``: Where compiled kernels are stored and fetched from; one in memory where None.
+        ``registry``: Where kernels that are compiled here are published, beside the run and
+        without waiting, and where those come from that a policy names by their digest; none where
+        None.
 
     What it may cost:
         ``budget``: Limits on parameters, FLOPs, latency and the number of packages.
@@ -400,6 +403,7 @@ class Grower:
             steps.callback(self._close_log)
             steps.callback(self._finish, self._flush)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
+            steps.callback(self._finish, self._close_outbox)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
             steps.callback(self._finish, lambda: self._depth.close(reason))
@@ -441,6 +445,25 @@ class Grower:
         if not self._run.bus.flush():
             self._run.journal.note("the sink given as sink= has not taken every event of the run")
 
+    def _tell_of_hitches(self) -> None:
+        """Say of which kernels a registry did not take."""
+        for hitch in self._run.outbox.hitches() if self._run.outbox is not None else ():
+            self._run.journal.unpublished(hitch)
+
+    def _close_outbox(self) -> None:
+        """Give the registry a few seconds more; what it has not taken is named."""
+        outbox = self._run.outbox
+        if outbox is None:
+            return
+        left = outbox.close()
+        self._tell_of_hitches()
+        if left:
+            where = "nowhere else" if self.run_dir is None else f"in {self.run_dir / OUTBOX_FOLDER}"
+            self._run.journal.note(
+                f"the registry has not taken {len(left)} of the kernels that were compiled, which "
+                f"are {where}: {', '.join(digest[:12] for digest in left)}"
+            )
+
     def _finish(self, step: Callable[[], None]) -> None:
         """Do one step of closing; one that fails is said and leaves the others."""
         outcome = attempt(step)
@@ -458,6 +481,7 @@ class Grower:
         run.follow_exchanges()
         for fault in maintain_layers(busy_layers(run.optimizer)).faults:
             run.journal.faulted(fault)
+        self._tell_of_hitches()
         if run.null_beside is not None and batches:
             over = run.null_beside.advance(batches)
             if over is not None:

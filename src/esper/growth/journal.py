@@ -19,6 +19,7 @@ from esper.contracts.events import (
     Noted,
     PassengerRemoved,
     Ranked,
+    RegistryUnavailable,
     RolledBack,
     RunEnded,
     RunStarted,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
     from esper.contracts.report import GraftRecord, RunReport, StageRecord, TrialRecord
+    from esper.fetching.outbox import Hitch
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
     from esper.growth.measurement import Measurement
@@ -439,6 +441,21 @@ class Journal:
                 faults=fault.faults,
                 state=SEED_STATES[fault.state],
                 reason=fault.reason,
+            )
+        )
+
+    def unpublished(self, hitch: Hitch) -> None:
+        """Record that a registry did not take a kernel: not yet, or for good."""
+        if hitch.is_final:
+            self.note(
+                f"the registry refused kernel {hitch.digest[:12]}, and it is not sent again: "
+                f"{hitch.error}; the run has it all the same"
+            )
+            return
+        reason = f"{type(hitch.error).__name__}: {hitch.error}"
+        self._sink.publish(
+            RegistryUnavailable(
+                **self._now(), operation="put", artifact_id=hitch.digest, reason=reason
             )
         )
 

@@ -47,7 +47,8 @@ class Choice:
 
     Attributes:
         site: Name of the layer in the wrapped model.
-        blueprint: The blueprint itself, or the id of one in the catalog.
+        blueprint: The blueprint itself, the id of one in the catalog, or the digest of a kernel in
+            the Grower's registry, which is fetched before the run begins.
         update: Earliest update at which to germinate it, at least 0.
 
     Raises:

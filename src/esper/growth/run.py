@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from esper.continuity.ensemble import AnyOptimizer
     from esper.continuity.placement import GroupFor
     from esper.continuity.warmup import UpdateFactor
-    from esper.contracts.ports import Clock, Registry
+    from esper.contracts.ports import Clock
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
+    from esper.fetching.outbox import Outbox
     from esper.growth.batch import Batch, LossFunction, TwinBuilder, TwinUpdate
     from esper.growth.budget import Budget, Cost
     from esper.growth.evaluation import Evaluator
@@ -80,8 +81,8 @@ class GrowthRun:
         policy: Says when to grow.
         ranking: Says where and what.
         catalog: The kernels on offer.
-        registry: Where compiled kernels are stored.
-        cache: Through which they are fetched.
+        cache: The kernels that were compiled here or fetched.
+        outbox: Publishes what was compiled here; None where the owner gave no registry.
         clock: Measures latencies, and dates the events.
         compute_loss: ``(model, batch)`` to a scalar loss; None where the owner gave none.
         evaluator: Reads the gate split; None where the owner gave no measure.
@@ -123,8 +124,8 @@ class GrowthRun:
     policy: Policy
     ranking: Ranking
     catalog: Catalog
-    registry: Registry
     cache: KernelCache
+    outbox: Outbox | None
     clock: Clock
     compute_loss: LossFunction | None
     evaluator: Evaluator | None

@@ -178,12 +178,13 @@ class Recording:
         found = named_kernel(run, choice, self._recorder.observations)
         if found is None:
             return refused, []
-        blueprint, cost = found
-        size = over_ranks(run.given, paid_kernel(run, cost.flops, batches))[0]
+        size = over_ranks(run.given, paid_kernel(run, found.cost.flops, batches))[0]
         if size.reason:
             return size, []
         seen = self._recorder.observations[choice.site]
-        contender = germinate(run, choice.site, blueprint, seen, "named by hand")
+        contender = germinate(
+            run, choice.site, found.blueprint, seen, "named by hand", found.artifact
+        )
         return (refused, []) if contender is None else (size, [contender])
 
     def _audition(self, contender: Contender, slow: str) -> Stage | None:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EVENTS_FILE: Final = "events.jsonl"
+OUTBOX_FOLDER: Final = "outbox"
+"""Kernels that are on their way to a registry, each under its digest."""
+
 _OF_A_RUN: Final = (
     "report.json",
     "report.html",

@@ -6,10 +6,9 @@ Everything here starts from one host at one fixed update and never touches the a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from esper.compiler import catalog
-from esper.compiler.codec import decode_artifact
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.linear_form import linear_form
 from esper.compiler.lowering import kernel_tensors, lower
@@ -26,10 +25,9 @@ from esper.state.site import describe_site
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from esper.contracts.blueprint import BlueprintIR
-    from esper.contracts.ports import Registry
     from esper.contracts.report import ControlKind, TrialRecord
     from esper.contracts.site import SiteSpec
     from esper.growth.options import GrowerOptions
@@ -99,33 +97,15 @@ class ControlResult:
         return trial is not None and trial.taken == "candidate" and bool(trial.capacity_shown)
 
 
-class _OtherNumbers:
-    """A registry that keeps each kernel begun with other random numbers than its blueprint's.
+def _with_other_numbers(blueprint: BlueprintIR) -> bytes:
+    """Compile a kernel that begins with other random numbers than its blueprint's.
 
-    The null of a package is its linear form, begun with the same numbers. Of a package that is
-    linear itself that would be the same run twice, and no capacity would be claimed however loose
-    the test is. Begun apart, the two differ as much as equal runs do.
-
-    Args:
-        random_seed: Starts the generator of the other numbers.
+    The null of a package is its linear form, begun with the blueprint's numbers. Of a package that
+    is linear itself that would be the same run twice, and no capacity would be claimed however
+    loose the test is. Begun apart, the two differ as much as equal runs do.
     """
-
-    def __init__(self, random_seed: int) -> None:
-        self._random_seed = random_seed
-        self._stored = MemoryRegistry()
-        self.get = self.fetch = self._stored.get
-
-    def put(
-        self,
-        data: bytes,
-        *,
-        digest: str | None = None,
-        record: Mapping[str, object] | None = None,  # noqa: ARG002 - the protocol's signature
-    ) -> str:
-        """Publish what a blueprint gives with the other numbers; return the digest of that."""
-        blueprint = decode_artifact(data, artifact_id=digest).blueprint
-        tensors = kernel_tensors(lower(replace(blueprint, init_seed=self._random_seed)))
-        return self._stored.put(compile_blueprint(blueprint, tensors=tensors).kernel_binary)
+    tensors = kernel_tensors(lower(replace(blueprint, init_seed=blueprint.init_seed + 1)))
+    return compile_blueprint(blueprint, tensors=tensors).kernel_binary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,12 +115,12 @@ class _Package:
     Attributes:
         site: Where.
         blueprint: What.
-        registry: What it is stored in; None for any.
+        binary: The kernel itself where it begins with other numbers than its blueprint's.
     """
 
     site: str
     blueprint: BlueprintIR
-    registry: _OtherNumbers | None
+    binary: bytes | None
 
 
 def run_controls(digits: Digits, fork: HostFork, tell: Tell) -> tuple[ControlResult, ...]:
@@ -153,11 +133,9 @@ def run_controls(digits: Digits, fork: HostFork, tell: Tell) -> tuple[ControlRes
     spec = describe_site(fork.copy()[0].get_submodule(site))
     results = []
     for kind in kinds:
-        package = _Package(
-            site=site,
-            blueprint=replace(BUILDERS[kind](spec), init_seed=fork.random_seed),
-            registry=_OtherNumbers(fork.random_seed + 1) if kind == "linear" else None,
-        )
+        blueprint = replace(BUILDERS[kind](spec), init_seed=fork.random_seed)
+        binary = _with_other_numbers(blueprint) if kind == "linear" else None
+        package = _Package(site=site, blueprint=blueprint, binary=binary)
         results.append(
             ControlResult(
                 kind=kind,
@@ -172,10 +150,13 @@ def run_controls(digits: Digits, fork: HostFork, tell: Tell) -> tuple[ControlRes
 def _tried(digits: Digits, fork: HostFork, package: _Package, tell: Tell) -> TrialRecord | None:
     """Let a package named by hand go the way of every other one; return what became of it."""
     model, optimizer = fork.copy()
+    registry = MemoryRegistry()
+    named = package.blueprint if package.binary is None else registry.put(package.binary)
     options: GrowerOptions = {
         "compute_loss": compute_loss,
         "evaluate": measure_on(digits.gate),
-        "policy": ByHand([(package.site, package.blueprint)]),
+        "registry": registry,
+        "policy": ByHand([(package.site, named)]),
         "horizon": 2 + LEAST_RECORDED + TRIAL_UPDATES + HOLD_UPDATES,  # chosen after one update
         "trial_updates": TRIAL_UPDATES,
         "hold_updates": HOLD_UPDATES,
@@ -183,8 +164,6 @@ def _tried(digits: Digits, fork: HostFork, package: _Package, tell: Tell) -> Tri
         "evaluate_every": 2 * (TRIAL_UPDATES + HOLD_UPDATES),
         "random_seed": fork.random_seed,
     }
-    if package.registry is not None:
-        options["registry"] = cast("Registry", package.registry)  # growing asks for no more of it
     with Grower(model, optimizer, **options) as grower:
         for batch in fork.batches_after(digits):
             grower.step(train_on(model, optimizer, batch), batch=batch)

@@ -1,0 +1,137 @@
+"""What is compiled in a run reaches its registry, and the run never waits for it."""
+
+import threading
+
+import pytest
+
+from esper.contracts.errors import KernelCorruptError, KernelSourceRefused, KernelSourceUnavailable
+from esper.fetching.outbox import Outbox, Parcel
+from esper.resilience.retry import RetryPolicy
+
+AT_ONCE = RetryPolicy(base_delay_s=0.0, max_delay_s=0.0)
+NEVER = RetryPolicy(base_delay_s=1e6, max_delay_s=1e6)
+DOWN = KernelSourceUnavailable("it did not answer")
+
+
+class Answers:
+    """A registry that answers one put after the other with what it was told to; then it takes."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.taken, self.threads = [], []
+
+    def put(self, data, *, digest, record):
+        self.threads.append(threading.current_thread())
+        if self.errors:
+            raise self.errors.pop(0)
+        self.taken.append((digest, data, record))
+        return digest
+
+
+class Held(Answers):
+    """One that answers nothing before it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go, self.entered = threading.Event(), threading.Event()
+
+    def put(self, data, *, digest, record):
+        self.entered.set()
+        self.go.wait()
+        return super().put(data, digest=digest, record=record)
+
+
+def parcel(number):
+    return Parcel(digest=f"{number:064x}", data=bytes([number]), record={"number": number})
+
+
+def test_parcels_arrive_in_their_order_on_another_thread():
+    """Everything that was sent has arrived when the box is closed, and no thread is left."""
+    registry = Answers()
+    box = Outbox(registry)
+    for number in range(5):
+        box.send(parcel(number))
+
+    assert box.close() == []
+    assert registry.taken == [(p.digest, p.data, p.record) for p in map(parcel, range(5))]
+    assert threading.current_thread() not in registry.threads
+    assert not [t for t in threading.enumerate() if t.name == "esper outbox"]
+
+
+def test_sending_does_not_wait_and_closing_gives_up():
+    """A registry that hangs holds up nobody; what has not arrived is named."""
+    registry = Held()
+    box = Outbox(registry)
+    box.send(parcel(1))
+    box.send(parcel(2))
+    assert registry.entered.wait(10)
+
+    assert box.close(timeout_s=0.01) == [parcel(1).digest, parcel(2).digest]
+    registry.go.set()
+
+
+def test_a_registry_that_is_down_is_asked_again():
+    """Nothing is lost, and it is said once for each parcel."""
+    registry = Answers(DOWN, DOWN, DOWN)
+    box = Outbox(registry, policy=AT_ONCE)
+    box.send(parcel(1))
+    while not registry.taken:
+        threading.Event().wait(0.001)
+
+    assert box.close() == []
+    (hitch,) = box.hitches()
+    assert (hitch.digest, hitch.error, hitch.is_final) == (parcel(1).digest, DOWN, False)
+    assert box.hitches() == []
+
+
+@pytest.mark.parametrize(
+    "error", [KernelSourceRefused("no right"), KernelCorruptError("damaged"), ValueError("long")]
+)
+def test_what_is_refused_is_sent_once(error):
+    """A refusal is an answer: the parcel goes, the next one arrives."""
+    registry = Answers(error)
+    box = Outbox(registry, policy=NEVER)
+    box.send(parcel(1))
+    box.send(parcel(2))
+
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(2).digest]
+    assert [(h.error, h.is_final) for h in box.hitches()] == [(error, True)]
+
+
+def test_closing_asks_once_more():
+    """Who waits for the next try is woken; a registry that is back by then gets everything."""
+    registry = Answers(DOWN)
+    box = Outbox(registry, policy=NEVER)
+    box.send(parcel(1))
+    while not registry.threads:
+        threading.Event().wait(0.001)
+
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
+
+
+def test_what_has_not_arrived_is_in_the_folder(tmp_path):
+    """Under its digest, byte for byte; what has arrived is not there, nor is an empty folder."""
+    folder = tmp_path / "outbox"
+    box = Outbox(Answers(), folder=folder)
+    box.send(parcel(1))
+    assert box.close() == []
+    assert not folder.exists()
+
+    box = Outbox(Answers(DOWN, DOWN, DOWN), folder=folder, policy=NEVER)
+    for number in (2, 3):
+        box.send(parcel(number))
+    assert box.close() == [parcel(2).digest, parcel(3).digest]
+    for number in (2, 3):
+        assert (folder / parcel(number).digest).read_bytes() == parcel(number).data
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_else(tmp_path):
+    """The parcel arrives all the same."""
+    (tmp_path / "file").write_bytes(b"")
+    registry = Answers()
+    box = Outbox(registry, folder=tmp_path / "file" / "outbox")
+    box.send(parcel(1))
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
