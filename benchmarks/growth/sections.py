@@ -335,6 +335,24 @@ def ratios(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signatu
     return table(("", "here", "GradMax, published", ""), rows), ""
 
 
+def tutorial(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signature of all
+    """Tell of growing by Esper beside a peer's own example, with every arm under each figure."""
+    rows = []
+    for figure, when in (("loss", "at the tutorial's end"), ("loss_later", "880 updates later")):
+        for other in ("GroMo", "random", "host", "large"):
+            found = paired(results, "chosen", other, figure)
+            if found:
+                won, lost = sum(f < 0 for f in found), sum(f > 0 for f in found)
+                told = f"chosen minus {other}, test loss {when}"
+                rows.append((told, interval_of(found, 3), f"{won} won, {lost} lost"))
+    for arm, of_arm in results.items():
+        later, size = values(results, arm, "loss_later"), values(results, arm, "parameters")
+        seeds = f"{len(of_arm)} random seeds"
+        rows.append((f"{arm}: test loss 880 updates later", spread(later, 3), seeds))
+        rows.append((f"{arm}: parameters at the end", spread(size, 0), ""))
+    return table(("", "figure", "random seeds"), rows), ""
+
+
 SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {
     "images": images,
     "other data": other_data,
@@ -342,4 +360,5 @@ SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {
     "extra budget": extra_budget,
     "useless": useless,
     "ratios": ratios,
+    "tutorial": tutorial,
 }

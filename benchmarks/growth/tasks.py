@@ -2,6 +2,7 @@
 
 import depth
 import extra_budget
+import gromo_tutorial
 import images
 import other_data
 import peers_tasks
@@ -16,5 +17,6 @@ TASKS = {
         *extra_budget.TASKS,
         *useless.TASKS,
         peers_tasks.TASK,
+        gromo_tutorial.TASK,
     )
 }
