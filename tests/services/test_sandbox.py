@@ -1,0 +1,155 @@
+"""A child that goes wrong in any way costs its own work, and nobody else anything."""
+
+import os
+import re
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from esper.services import sandbox_host
+from esper.services.sandbox import Answered, Broken, Sandbox, SandboxLimits, why_no_bubblewrap
+
+SUPPORT = Path(__file__).parent.parent / "support"
+LIMITS = SandboxLimits(memory_bytes=2**28, seconds=0.6, answer_bytes=2**20)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *os.sys.path]))
+        with Sandbox("poison:work", limits=LIMITS, confinement="process") as made:
+            yield made
+
+
+def _children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_work_is_done_in_a_child_of_a_host_that_is_warm(sandbox):
+    """The answer is what the function returned; the host was warmed once, before any work."""
+    assert sandbox.run(b"echo hello") == Answered(data=b"hello")
+    warmed, parent = sandbox.run(b"host").data.split()
+    assert warmed == parent == str(sandbox._host.pid).encode()
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [
+        ("memory", "MemoryError"),
+        ("cpu", "longer than 0.6 s|processor time"),
+        ("sleep", "longer than 0.6 s"),
+        ("crash", "ended by SIGSEGV"),
+        ("leave", "exited with 17"),
+        ("fail", "ValueError: this blueprint is poison"),
+        ("flood", "longer than 1048576 bytes"),
+    ],
+)
+def test_poison_ends_its_own_work_only(sandbox, poison, reason):
+    """It says why; the same host does the next piece, and no child is left."""
+    host = sandbox._host.pid
+    broken = sandbox.run(poison.encode())
+    assert isinstance(broken, Broken)
+    assert not broken.is_ours
+    assert re.search(reason, broken.reason)
+    assert sandbox.run(b"echo again") == Answered(data=b"again")
+    assert sandbox._host.pid == host
+    assert _children(host) == []
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_processes_that_detach_are_killed_too(tmp_path, monkeypatch):
+    """Forty that have left their session are gone before the answer is given."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *os.sys.path]))
+    limits = SandboxLimits(memory_bytes=2**28, seconds=20.0)
+    with Sandbox("poison:work", limits=limits, confinement="process") as sandbox:
+        assert sandbox.run(f"detach {tmp_path}".encode()) == Answered(data=b"detached")
+        left = [int(path.name) for path in tmp_path.iterdir()]
+        assert len(left) == 40
+        assert not any(map(_alive, left))
+
+
+def test_control_killing_a_group_leaves_what_has_left_it():
+    """Without a subreaper's look at its children, one that detached goes on."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.fork() == 0:
+            os.setsid()
+            os.write(writing, str(os.getpid()).encode())
+            time.sleep(60)
+        os._exit(0)
+    os.setpgid(child, child)
+    detached = int(os.read(reading, 32))
+    os.waitpid(child, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    try:
+        assert _alive(detached)
+    finally:
+        os.kill(detached, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_pieces_of_work(sandbox):
+    """What a piece has taken is given back; nothing is kept of poison either."""
+
+    def held():
+        status = Path(f"/proc/{sandbox._host.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+    kinds = [b"echo x", b"memory", b"fail", b"crash"]
+    for number in range(8):
+        sandbox.run(kinds[number % 4])
+    before = held()
+    for number in range(200):
+        sandbox.run(kinds[number % 4])
+    assert held() <= before + 1024  # KiB
+
+
+def test_what_the_work_prints_is_no_answer(sandbox):
+    """Standard output belongs to nobody; the answer comes by a pipe of its own."""
+    assert sandbox.run(b"print nonsense") == Answered(data=b"printed")
+
+
+def test_a_host_that_was_killed_is_started_again(sandbox):
+    """The work at hand is ours to repeat, and the next piece is done."""
+    sandbox._host.kill()
+    sandbox._host.wait()
+    assert sandbox.run(b"echo on") == Answered(data=b"on")
+
+
+@pytest.mark.parametrize("name", ["memory_bytes", "seconds", "answer_bytes"])
+def test_a_limit_is_above_0(name):
+    """A limit of nothing is a mistake."""
+    with pytest.raises(ValueError, match=name):
+        SandboxLimits(**{name: 0})
+
+
+def test_work_that_is_not_there_is_said_at_once():
+    """A sandbox that could do nothing is not made."""
+    with pytest.raises(OSError, match="ended with exit code"):
+        Sandbox("esper.nowhere:work", confinement="process")
+
+
+@pytest.mark.skipif(why_no_bubblewrap() is None, reason="bubblewrap works here")
+def test_bubblewrap_that_does_not_work_is_named():
+    """Who asks for it by name hears why it cannot be had."""
+    with pytest.raises(OSError, match="bubblewrap"):
+        Sandbox("poison:work", confinement="bwrap")
+
+
+def test_the_host_is_a_subreaper():
+    """The numbers of the kernel's interface are those of its headers."""
+    assert sandbox_host._PR_SET_CHILD_SUBREAPER == 36
+    assert sandbox_host._PR_SET_PDEATHSIG == 1

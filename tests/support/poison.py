@@ -1,0 +1,73 @@
+"""Work that goes wrong in every way that a sandbox has to survive; the payload says which."""
+
+import ctypes
+import os
+import time
+from pathlib import Path
+
+WARM = []
+
+
+def warm_up():
+    WARM.append(os.getpid())
+
+
+def work(payload):
+    kind, _, argument = payload.decode().partition(" ")
+    return globals()[f"_{kind}"](argument)
+
+
+def _echo(argument):
+    return argument.encode()
+
+
+def _host(_):
+    return f"{WARM[0]} {os.getppid()}".encode()
+
+
+def _memory(_):
+    return bytes(bytearray(8 * 2**30)[:1])
+
+
+def _cpu(_):
+    while True:
+        pass
+
+
+def _sleep(_):
+    time.sleep(1e6)
+
+
+def _crash(_):
+    ctypes.string_at(0)
+
+
+def _leave(_):
+    os._exit(17)
+
+
+def _fail(_):
+    raise ValueError("this blueprint is poison")
+
+
+def _flood(_):
+    return bytes(2**24)
+
+
+def _print(argument):
+    os.write(1, argument.encode())
+    return b"printed"
+
+
+def _detach(folder):
+    """Leave forty processes behind, each in a session of its own, that write their numbers."""
+    for _ in range(40):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            (Path(folder) / str(os.getpid())).write_text("")
+            time.sleep(1e6)
+    while len(list(Path(folder).iterdir())) < 40:
+        time.sleep(0.01)
+    return b"detached"
