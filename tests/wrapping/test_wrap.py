@@ -192,3 +192,26 @@ def test_only_modules_can_be_wrapped():
     """Anything else is a TypeError that says what was found."""
     with pytest.raises(TypeError, match="found list"):
         esper.wrap([nn.Linear(2, 2)])
+
+
+TAKE_A_MODEL = {
+    "wrap": esper.wrap,
+    "sync_optimizer": lambda model: esper.sync_optimizer(model, sgd(model)),
+    "Grower": lambda model: esper.Grower(model, sgd(model)),
+}
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", TAKE_A_MODEL)
+def test_data_parallel_is_refused(name, inside):
+    """It is said what is refused, why, and what to use; also where only a part is in it."""
+    model = nn.DataParallel(Mlp() if name == "wrap" else esper.wrap(Mlp()))
+    model = nn.Sequential(model) if inside else model
+    classes = list(map(type, model.modules()))
+    with pytest.raises(TypeError, match=f"^{name} cannot.*DataParallel, which.*Distributed"):
+        TAKE_A_MODEL[name](model)
+    assert list(map(type, model.modules())) == classes

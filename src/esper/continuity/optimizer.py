@@ -38,7 +38,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
 from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
-from esper.state.host_parts import SEEDS, check_module
+from esper.state.host_parts import SEEDS, check_module, check_replicas
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster, at_building
 
@@ -78,11 +78,13 @@ def sync_optimizer(
             is the parameter's in the model.
 
     Raises:
-        TypeError: ``model`` is no module, or an optimizer is not supported.
+        TypeError: ``model`` is no module or in ``torch.nn.DataParallel``, or an optimizer is not
+            supported.
         ValueError: An optimizer holds parameters and none of them is the model's, or ``group_for``
             named a group that there is not.
     """
     check_module("sync_optimizer", model)
+    check_replicas("sync_optimizer", model)
     every = joined(optimizer)
     _finish_waiting(model)
     for loss in losses(model):

@@ -29,6 +29,24 @@ def check_module(function: str, model: object) -> None:
         raise TypeError(msg)
 
 
+def check_replicas(function: str, model: nn.Module) -> None:
+    """Refuse what makes copies of a model at each forward, which its kernels do not follow.
+
+    Raises:
+        TypeError: The model is, or has in it, a ``torch.nn.DataParallel``.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            where = f"its module {name!r} is in" if name else "it is in"
+            msg = (
+                f"{function} cannot take this model: {where} torch.nn.DataParallel, which copies "
+                "the model to each device anew at every forward, so that kernels and what they "
+                "count would be lost with the copies. Start a process for each device with "
+                "torchrun, and use torch.nn.parallel.DistributedDataParallel"
+            )
+            raise TypeError(msg)
+
+
 def host_modules(module: nn.Module) -> list[nn.Module]:
     """Return a module and what is inside it, without the kernels of any seed."""
     return [part for name, part in module.named_modules() if not is_in_a_seed(name)]

@@ -11,7 +11,7 @@ from torch import nn
 from esper.contracts.arguments import whole_number
 from esper.execution.host_class import adopt, release
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.state.host_parts import check_module
+from esper.state.host_parts import check_module, check_replicas
 from esper.state.layer_record import RECORD, record_of
 from esper.wrapping.select import Select, SkippedModule, choose, named_host_modules
 
@@ -57,8 +57,8 @@ def wrap(
         The model itself.
 
     Raises:
-        TypeError: ``model`` is no module, ``num_seeds`` no whole number, or ``select`` is of a
-            wrong type.
+        TypeError: ``model`` is no module or in ``torch.nn.DataParallel``, ``num_seeds`` no whole
+            number, or ``select`` of a wrong type.
         ValueError: There is nothing to wrap; ``select`` matches nothing; a layer that was asked
             for is wrapped already or cannot be; ``num_seeds`` is out of range. What a layer whose
             class does not let itself be changed raises is the cause of such an error, which names
@@ -66,6 +66,7 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
+    check_replicas("wrap", model)
     whole_number("num_seeds", num_seeds, least=1)
     selection = choose(model, select)
     _refuse_wrapped(selection.taken)
