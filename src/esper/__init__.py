@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         KernelNotFoundError,
         KernelRefusedError,
         KernelSourceUnavailable,
+        RankFailedError,
         SeedLifecycleError,
         SiteDescriptionError,
     )
@@ -132,6 +133,7 @@ _HOME: Final = {
     "Policy": "esper.growth.policies",
     "ProgressRow": "esper.contracts.progress",
     "RandomChoice": "esper.growth.ranking",
+    "RankFailedError": "esper.contracts.errors",
     "RankedCandidate": "esper.growth.ranking",
     "Ranking": "esper.growth.ranking",
     "Reading": "esper.growth.reading",
@@ -217,6 +219,7 @@ __all__ = [
     "Policy",
     "ProgressRow",
     "RandomChoice",
+    "RankFailedError",
     "RankedCandidate",
     "Ranking",
     "Reading",

@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
+from esper.continuity.agreement import Ranks
 from esper.state.host_parts import is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
 
@@ -109,54 +110,107 @@ def averaging(model: nn.Module) -> AverageGradients | None:
 
     Returns:
         A function of the twin's optimizer, to be called on every rank behind the backward; None
-        where there is one rank.
+        where there is one rank. It raises RankFailedError where another rank has no gradients.
     """
-    replicated = replicas(model)
-    if replicated is None or num_ranks(replicated) == 1:
+    ranks = ranks_of(model)
+    if ranks is None:
         return None
-    group = replicated.process_group
 
     def average(optimizer: AnyOptimizer) -> None:
         held = [p for own in optimizer.param_groups for p in own["params"] if p.requires_grad]
+        ranks.vote()
         for bucket in _buckets(held):
-            _average(bucket, group)
+            _average(bucket, ranks.group)
 
     return average
 
 
-def all_agree(model: nn.Module, choice: int) -> bool:
-    """Say whether every rank of a replicated model made the same choice; True where there is one.
+def ranks_of(model: nn.Module) -> Ranks | None:
+    """Return the ranks that a model is replicated over; None where there is one."""
+    replicated = replicas(model)
+    if replicated is None or num_ranks(replicated) == 1:
+        return None
+    found = _RANKS.get(replicated)
+    if found is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        found = _RANKS[replicated] = Ranks(replicated.process_group, device)
+    return found
 
-    To be called by all ranks at the same moment.
+
+def in_step(model: nn.Module, work: Callable[[], _T]) -> _T:
+    """Do what may fail on one rank alone: it returns on every rank, or raises on every rank.
+
+    To be called by all ranks at the same moment, as all that follow.
 
     Args:
         model: The live model, which may be replicated.
-        choice: This rank's, a small number.
+        work: What is done.
+
+    Raises:
+        RankFailedError: Another rank failed. On that one its own error is raised.
     """
-    replicated = replicas(model)
-    if replicated is None or num_ranks(replicated) == 1:
-        return True
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    both = torch.tensor([choice, -choice], device=device)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=replicated.process_group)
-    return int(both[0]) == -int(both[1])
+    ranks = ranks_of(model)
+    return work() if ranks is None else ranks.in_step(work)
+
+
+def go_on(model: nn.Module) -> None:
+    """Return where every rank of a model got as far as this.
+
+    Args:
+        model: The live model, which may be replicated.
+
+    Raises:
+        RankFailedError: Another rank failed on its way here.
+    """
+    ranks = ranks_of(model)
+    if ranks is not None:
+        ranks.vote()
+
+
+def each_rank(model: nn.Module, work: Callable[[], _T]) -> list[_T]:
+    """Do something on every rank as :func:`in_step` does; return what each has, in their order.
+
+    Args:
+        model: The live model, which may be replicated; where it is not, there is one rank.
+        work: Returns plain values, that pickle takes.
+    """
+    ranks = ranks_of(model)
+    return [work()] if ranks is None else ranks.each(work)
 
 
 def over_ranks(model: nn.Module, value: _T) -> list[_T]:
     """Return what each rank of a replicated model says, in their order; the value alone without.
 
-    To be called by all ranks at the same moment.
-
     Args:
         model: The live model, which may be replicated.
         value: This rank's: plain values, that pickle takes.
     """
-    replicated = replicas(model)
-    if replicated is None or num_ranks(replicated) == 1:
-        return [value]
-    found = [value] * num_ranks(replicated)
-    dist.all_gather_object(found, value, group=replicated.process_group)
-    return found
+    return each_rank(model, lambda: value)
+
+
+def of_first_rank(model: nn.Module, make: Callable[[], bytes]) -> bytes:
+    """Return the bytes that the first rank makes; the others make none, and are sent them.
+
+    Args:
+        model: The live model, which may be replicated.
+        make: Called on the first rank alone.
+    """
+    ranks = ranks_of(model)
+    return make() if ranks is None else ranks.of_one(0, make)
+
+
+def all_agree(model: nn.Module, choice: int) -> bool:
+    """Say whether every rank of a replicated model made the same choice; True where there is one.
+
+    Args:
+        model: The live model, which may be replicated.
+        choice: This rank's, a small number.
+    """
+    ranks = ranks_of(model)
+    if ranks is None:
+        return True
+    least, most = ranks.vote(choice)
+    return least == most
 
 
 class Woken(NamedTuple):
@@ -210,13 +264,13 @@ def any_rank(model: nn.Module, *, here: bool) -> bool:
         model: The model as its owner has it: replicated, sharded by FSDP2, or neither.
         here: Whether it is so on this rank.
     """
-    replicated = replicas(model)
-    is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-    if replicated is None and not is_sharded:
+    ranks = ranks_of(model)
+    if ranks is not None:
+        return bool(ranks.vote(here)[1])
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return here
-    group = None if replicated is None else replicated.process_group
     flag = torch.tensor(float(here), device=next(model.parameters()).device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
@@ -279,7 +333,7 @@ class _Replication:
         self._device = next(model.parameters()).device
         known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - the list is told to nobody
         mine = {name: self._standing(p, known) for name, p in params.items()}
-        of_ranks = self._gathered(_Told(mine, sorted(seeds)))
+        of_ranks = over_ranks(model, _Told(mine, sorted(seeds)))
         self._share([told.params for told in of_ranks], params)
         self._await(p for p in params.values() if id(p) in known)
         names = sorted({name for told in of_ranks for name in told.seeds})
@@ -290,11 +344,6 @@ class _Replication:
         if id(p) in known:
             return "known"
         return "late" if id(p) in self._late else "appeared"
-
-    def _gathered(self, told: _Told) -> list[_Told]:
-        found = [told] * dist.get_world_size(self._group)
-        dist.all_gather_object(found, told, group=self._group)
-        return found
 
     def _share(
         self, of_ranks: Sequence[Mapping[str, Standing]], params: Mapping[str, nn.Parameter]
@@ -325,8 +374,7 @@ class _Replication:
         self._group = model.process_group
         self._device = next(model.parameters()).device
         names = [*woken.params, *woken.buffers]
-        of_ranks = [names] * dist.get_world_size(self._group)
-        dist.all_gather_object(of_ranks, names, group=self._group)
+        of_ranks = over_ranks(model, names)
         known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - as in follow
         if any(each != names for each in of_ranks):
             msg = "the ranks wake other blocks; make the same call of esper.deepen on every rank"
@@ -477,6 +525,7 @@ def _broadcast(tensor: Tensor, device: torch.device, group: dist.ProcessGroup | 
     tensor.copy_(sent)
 
 
+_RANKS: Final[weakref.WeakKeyDictionary[nn.Module, Ranks]] = weakref.WeakKeyDictionary()
 _REPLICATIONS: Final[weakref.WeakKeyDictionary[nn.Module, _Replication]] = (
     weakref.WeakKeyDictionary()
 )

@@ -6,6 +6,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
     EsperError
     ├── BlueprintError                  a blueprint breaks a rule; permanent
     ├── GrowthError                     a growth run cannot be set up or continued
+    ├── RankFailedError                 another rank failed, so that this one does not go on
     ├── SiteDescriptionError            no kernel can be offered at a layer; also a ValueError
     ├── CircuitOpenError                an endpoint has been failing and is not asked; transient
     ├── DeadlineExceededError           the time that was given is over; also a TimeoutError
@@ -40,6 +41,13 @@ class BlueprintError(EsperError):
 
 class GrowthError(EsperError):
     """A growth run cannot be set up or continued as asked."""
+
+
+class RankFailedError(EsperError):
+    """Another rank could not do what all ranks do together, so none does. It says which, and why.
+
+    On the rank that failed its own error is raised.
+    """
 
 
 class SiteDescriptionError(EsperError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +29,14 @@ from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
 from esper.growth.run import GrowthRun
+from esper.growth.sent_kernel import kernel_of_first_rank
 from esper.growth.staged import check_stages, grafts_nothing, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
 from esper.observability.run_folder import EVENTS_FILE, OUTBOX_FOLDER, claim_run_folder
 from esper.resilience.clock import MonotonicClock
+from esper.state.host_parts import check_replicas
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.ports import Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
@@ -69,6 +73,7 @@ def begin_run(
         OSError: The log cannot be written.
     """
     settings = check_options(options)
+    check_replicas("Grower", model)
     every, inner = joined(optimizer), bare(model)
     policy = options.get("policy") or DiminishingReturns()
     check_stages(policy, inner, every, settings.horizon)
@@ -78,7 +83,7 @@ def begin_run(
     left = list(left_behind(layers(inner)))
     if not grafts_nothing(policy):
         warm_up()
-    cache = _cache_of(options.get("registry"), policy)
+    cache = _cache_of(options.get("registry"), policy, model)
     sync_optimizer(model, members_of(every), group_for=group_for)
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
     watcher = UpdateWatcher(every)
@@ -148,18 +153,27 @@ def _said_of_overhead(
     )
 
 
-def _cache_of(registry: Registry | None, policy: Policy) -> EnhancedKernelCache:
-    """Return the cache of a run, with the kernels in it that the policy names by their digest."""
+def _cache_of(registry: Registry | None, policy: Policy, model: nn.Module) -> EnhancedKernelCache:
+    """Return the cache of a run, with the kernels in it that the policy names by their digest.
+
+    Of several ranks the first one fetches them.
+    """
     cache = EnhancedKernelCache(source=registry)
     for choice in choices_of(policy):
-        named = choice.blueprint
-        if not (isinstance(named, str) and is_digest(named)):
-            continue
-        if registry is None or cache.load_kernel_sync(named) is None:
-            where = "there is no registry=" if registry is None else "the registry does not have it"
-            msg = f"kernel {named} is to grow at {choice.site!r}, and {where}"
-            raise GrowthError(msg)
+        if isinstance(choice.blueprint, str) and is_digest(choice.blueprint):
+            fetch = functools.partial(_fetched, cache, choice.blueprint, choice.site)
+            cache.admit(kernel_of_first_rank(model, fetch))
     return cache
+
+
+def _fetched(cache: EnhancedKernelCache, named: str, site: str) -> CompiledKernelArtifact:
+    found = None if cache.source is None else cache.load_kernel_sync(named)
+    if found is None:
+        is_without = cache.source is None
+        where = "there is no registry=" if is_without else "the registry does not have it"
+        msg = f"kernel {named} is to grow at {site!r}, and {where}"
+        raise GrowthError(msg)
+    return found
 
 
 def _outbox(registry: Registry | None, model: nn.Module, log: EventLog | None) -> Outbox | None:

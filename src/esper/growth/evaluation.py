@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from esper.state.set_aside import set_aside
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from esper.contracts.choices import Goal
 
@@ -33,6 +34,7 @@ class Evaluator:
         num_readings: Readings made; the first call makes three.
         example: The first input that the model was given, without its data (on the device
             ``meta``); None before.
+        mark: A digest of that input's data: of which samples the losses are; empty before.
 
     Args:
         evaluate: Takes the model; returns a scalar, per-sample losses, a dict whose first key
@@ -54,6 +56,7 @@ class Evaluator:
         self._repeats = False
         self.num_readings = 0
         self.example: LayerCall | None = None
+        self.mark = ""
 
     def __call__(self, model: nn.Module) -> Measurement:
         """Measure the model as it stands.
@@ -83,8 +86,9 @@ class Evaluator:
         return result
 
     def _see(self, call: LayerCall) -> None:
-        """Keep the shapes of the first call that was seen."""
+        """Keep the shapes of the first call that was seen, and a digest of its tensors."""
         if self.example is None:
+            self.mark = _digest(call.tensors())
             self.example = call.to(torch.device("meta"))
 
     def _check_order(self, model: nn.Module) -> None:
@@ -148,6 +152,15 @@ def measuring(
                 yield
         finally:
             set_random_state(state)
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    made = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            made.update(plain.view(torch.uint8).numpy().tobytes())
+    return made.hexdigest() if tensors else ""
 
 
 @contextmanager

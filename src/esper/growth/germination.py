@@ -14,6 +14,7 @@ from esper.contracts.errors import (
     BlueprintError,
     GrowthError,
     KasminaException,
+    RankFailedError,
     SiteDescriptionError,
 )
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -25,6 +26,7 @@ from esper.growth.graft import Germination, Graft
 from esper.growth.ranking import Candidate, RefusedCandidate, finite_score
 from esper.growth.ranking_cost import CUT, affordable_ranking
 from esper.growth.recording import finite_steps
+from esper.growth.sent_kernel import kernel_of_first_rank
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
@@ -350,7 +352,7 @@ def germinate(
     assert seed_idx is not None, f"{site} was offered without a dormant seed"
     try:
         kernel, is_identity = _probed(run, layer, artifact or _compiled(run, blueprint), seen)
-    except (KasminaException, BlueprintError) as error:
+    except (KasminaException, BlueprintError, RankFailedError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
     layer.reserve(seed_idx)
@@ -381,8 +383,12 @@ def germinate(
 
 
 def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
-    """Compile a kernel, decode what was made of it as if it had been fetched, and publish it."""
-    artifact = compile_blueprint(blueprint, clock=run.clock)
+    """Compile a kernel, decode what was made of it as if it had been fetched, and publish it.
+
+    Of several ranks the first one compiles it.
+    """
+    compiling = functools.partial(compile_blueprint, blueprint, clock=run.clock)
+    artifact = kernel_of_first_rank(run.given, compiling)
     run.cache.admit(artifact)
     if run.outbox is not None:
         record = None if artifact.record is None else artifact.record.to_document()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import deque
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import busy_layers
-from esper.continuity.replicas import all_agree, over_ranks
+from esper.continuity.replicas import all_agree, any_rank, each_rank, in_step, over_ranks, ranks_of
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
@@ -186,7 +187,9 @@ class Grower:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; on a rank that an error ends, without asking the others, which may be anywhere."""
+        self._run.has_left = kind is not None and ranks_of(self._run.given) is not None
         self.close()
 
     @property
@@ -258,7 +261,7 @@ class Grower:
             self._hear(self._run.losses.add(loss))
         if batch is not None and not self._tried_loss:
             self._tried_loss = True
-            try_compute_loss(self._run, batch)
+            in_step(self._run.given, lambda: try_compute_loss(self._run, batch))
         batches = self._run.watcher.step(batch)
         if batches is not None:
             self._after_update(batches)
@@ -475,7 +478,7 @@ class Grower:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
         if batches and not run.ledger.update.is_known:
-            measure_update(run, batches[-1])
+            in_step(run.given, functools.partial(measure_update, run, batches[-1]))
         run.ledger.count_update(batches)
         self._recent.extend(batches)
         run.follow_exchanges()
@@ -496,7 +499,7 @@ class Grower:
                     "graft is under way; pass the batch of every step"
                 )
                 raise GrowthError(msg)
-            self._stage = self._stage.advance(batches)
+            self._stage = in_step(run.given, functools.partial(self._stage.advance, batches))
         self._depth.advance(batches, is_free=self._stage is None)
         self._look()
         if run.updates == 1 and missing_part(run) is None:
@@ -507,10 +510,11 @@ class Grower:
         """Try a twin, before anything depends on it; none where no trial can be paid."""
         run = self._run
         never = grafts_nothing(run.policy) or missing_part(run) is not None
-        if run.settings.trial != "twin" or never or is_too_dear(run):
+        if run.settings.trial != "twin" or never or over_ranks(run.given, is_too_dear(run))[0]:
             return
         with run.ledger.measured("trial"):
-            run.no_twins = rehearse(run, batches)
+            found = each_rank(run.given, lambda: rehearse(run, batches))
+            run.no_twins = next(filter(None, found), None)
         if run.no_twins is not None:
             self._warn(f"nothing can grow: {run.no_twins}")
 
@@ -542,8 +546,10 @@ class Grower:
     def _look_once_more(self) -> None:
         """Read the gate split at the end where the run has been lost since it was last read."""
         run = self._run
+        if run.evaluator is None or run.has_left or self._schedule.last == run.updates:
+            return
         is_lost = any(n.what == "training loss" and n.until is None for n in run.journal.not_finite)
-        if run.evaluator is not None and is_lost and self._schedule.last != run.updates:
+        if any_rank(run.given, here=is_lost):
             found = attempt(run.measure)
             if isinstance(found, Done):
                 run.journal.evaluated(found.value, None)
@@ -588,10 +594,10 @@ class Grower:
 
         Of several ranks it is the mean, so that each rank's policy sees the same.
         """
-        told = over_ranks(self._run.given, (train_loss, gate_loss, metrics))
-        known = [loss for loss, _, _ in told if loss is not None]
+        told = over_ranks(self._run.given, (train_loss, gate_loss))
+        known = [loss for loss, _ in told if loss is not None]
         train_loss = fmean(known) if known else None
-        gate_loss, metrics = fmean(loss for _, loss, _ in told), told[0][2]
+        gate_loss = fmean(loss for _, loss in told)
         self._reading = replace(
             self._reading_now(), train_loss=train_loss, gate_loss=gate_loss, metrics=metrics
         )

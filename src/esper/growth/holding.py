@@ -81,13 +81,11 @@ class Holding:
 
     def advance(self, batches: list[Batch]) -> Holding | None:  # noqa: ARG002 - the protocol's signature
         """Follow one update of the run; None once the package is permanent, or gone."""
-        trouble = self._trouble()
         is_look = bool(self._look_at) and self._num_updates >= self._look_at[0]
+        trouble = self._trouble_of_ranks(is_look=is_look)
         if is_look:
             self._look_at.pop(0)
             trouble = trouble or self._watch()
-        if is_look or self._num_updates % LOSS_CHECK_EVERY == 0:  # no rank goes back by itself
-            trouble = next(filter(None, over_ranks(self._run.given, trouble)), None)
         if trouble is not None:
             self._roll_back(trouble)
             return None
@@ -180,6 +178,13 @@ class Holding:
     @property
     def _num_updates(self) -> int:
         return self._run.updates - self._taken.snapshot.update
+
+    def _trouble_of_ranks(self, *, is_look: bool) -> str | None:
+        """Say what is wrong on any rank, where it is time to ask: no rank goes back by itself."""
+        trouble = self._trouble()
+        if not is_look and self._num_updates % LOSS_CHECK_EVERY:
+            return trouble  # an isolated seed, which is isolated on every rank
+        return next(filter(None, over_ranks(self._run.given, trouble)), None)
 
     def _trouble(self) -> str | None:
         isolated = [graft.site for graft, kernel in self._members if not kernel.is_active]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from esper.continuity.replicas import any_rank
+from esper.continuity.replicas import any_rank, in_step
 from esper.growth.averaging import STATISTICS_BATCHES, WeightAverage, read_average
 from esper.growth.gates import Spread, judge, level_of
 from esper.growth.sizing import end_reading_flops
@@ -50,7 +50,7 @@ class NullBeside:
         if any_rank(self._run.given, here=not is_paid):
             cure = 'attribution="trial" ends it with the trial, and horizon= prices it before'
             return f"overhead={ledger.overhead:g} buys no more of it; {cure}"
-        self._update(batches)
+        in_step(self._run.given, lambda: self._update(batches))
         to_come = ledger.updates_left(self._run.updates) * self._each
         ledger.promised = to_come + end_reading_flops(self._run)
         return None

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
 from esper.continuity.placement import Placement
-from esper.continuity.replicas import averaging
+from esper.continuity.replicas import averaging, each_rank
 from esper.contracts.errors import GrowthError
 from esper.growth.extrapolation import GoingOn, going_on
 from esper.growth.live_step import LiveStep
 from esper.growth.losses import TrainingLosses
 from esper.growth.memory import MemoryEstimate, available_bytes, estimate
+from esper.growth.shards import joined
 from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class GrowthRun:
         last_change_update: When the last graft ended, by a verdict or a removal, or none was to
             be had; None before.
         last_measurement: What the last evaluation of the model as it is gave.
+        has_left: Whether an error ends the run on this rank, so that it asks the others nothing.
     """
 
     model: nn.Module
@@ -152,6 +154,7 @@ class GrowthRun:
     num_moves: int = field(default_factory=lambda: Moves.count)
     last_change_update: int | None = None
     last_measurement: Measurement | None = None
+    has_left: bool = False
 
     @property
     def updates(self) -> int:
@@ -215,10 +218,16 @@ class GrowthRun:
     def measure(self) -> Measurement:
         """Read the gate split for the model as it is, and count what that takes.
 
+        Every rank has to measure at the same moment, and all get the same measurement.
+
         Raises:
             GrowthError: The owner gave no ``evaluate``.
+            RankFailedError: Another rank could not measure.
         """
-        evaluator, reading = self._evaluator(), self.ledger.reading
+        return self._of_ranks(self._counted_reading)
+
+    def _counted_reading(self, evaluator: Evaluator) -> Measurement:
+        reading = self.ledger.reading
         if reading.is_known:
             with reading.counted():
                 return evaluator(self.model)
@@ -236,11 +245,22 @@ class GrowthRun:
         """Read the gate split in the way that ``read`` says, under the counter.
 
         Raises:
-            GrowthError: The owner gave no ``evaluate``.
+            As :meth:`measure`.
         """
+
+        def counted(evaluator: Evaluator) -> Measurement:
+            with self.ledger.measured("evaluation"):
+                return read(evaluator)
+
+        return self._of_ranks(counted)
+
+    def _of_ranks(self, read: Callable[[Evaluator], Measurement]) -> Measurement:
+        """Let every rank read; return what they measured together."""
         evaluator = self._evaluator()
-        with self.ledger.measured("evaluation"):
-            return read(evaluator)
+        if self.has_left:
+            msg = "nothing is measured by a rank that was ended by an error"
+            raise GrowthError(msg)
+        return joined(each_rank(self.given, lambda: (read(evaluator), evaluator.mark)))
 
     def _evaluator(self) -> Evaluator:
         if self.evaluator is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esper.continuity.replicas import over_ranks
+from esper.continuity.replicas import any_rank, in_step, over_ranks
 from esper.growth.germination import (
     Chosen,
     choose_package,
@@ -88,7 +88,8 @@ class Recording:
             share_kept=watcher.share_kept,
         )
         self._make_up_for_silent_sites(batches)
-        has_enough = self._num_recorded >= self._wanted or self._recorder.done
+        is_done = any_rank(self._run.given, here=self._recorder.done)
+        has_enough = self._num_recorded >= self._wanted or is_done
         if self._num_recorded < self._least or not has_enough:
             return self
         self.close("recorded")
@@ -103,7 +104,7 @@ class Recording:
         if run.settings.trial == "shadow" and package:
             return self._audition(package[0], against)
         if not against:
-            made = attempt(lambda: Trial(run, package, size.updates))
+            made = attempt(lambda: in_step(run.given, lambda: Trial(run, package, size.updates)))
             if isinstance(made, Done):
                 return made.value
             against = f"no trial could begin: {made}"
@@ -155,8 +156,17 @@ class Recording:
             run.too_dear = size.reason
         if size.reason:
             return size, []
-        package = germinate_package(run, chosen, ranked, observations)
+        package = germinate_package(run, self._offered(chosen, ranked), ranked, observations)
         return (size if package else refused), package
+
+    def _offered(self, chosen: list[Chosen], ranked: Ranked) -> list[Chosen]:
+        """Return what of a choice every rank can make: a rank may have been offered other kernels.
+
+        Ranks that see other batches may describe a site in other ways.
+        """
+        mine = [(entry.site, entry.blueprint) in ranked.blueprints for entry in chosen]
+        everywhere = map(all, zip(*over_ranks(self._run.given, mine), strict=True))
+        return [entry for entry, is_there in zip(chosen, everywhere, strict=True) if is_there]
 
     def _own_choice(self, ranked: Ranked, batches: list[Batch]) -> tuple[list[Chosen], Size]:
         """Choose by this rank's ranking and ledger, of which others may see other batches."""
@@ -176,7 +186,7 @@ class Recording:
         run = self._run
         refused = Size(reason="what was named by hand was refused")
         found = named_kernel(run, choice, self._recorder.observations)
-        if found is None:
+        if any_rank(run.given, here=found is None) or found is None:
             return refused, []
         size = over_ranks(run.given, paid_kernel(run, found.cost.flops, batches))[0]
         if size.reason:

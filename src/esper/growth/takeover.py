@@ -9,7 +9,7 @@ import torch
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
-from esper.continuity.replicas import replicas
+from esper.continuity.replicas import in_step, replicas
 from esper.continuity.snapshot import RunSnapshot
 from esper.growth.live_kernel import LiveKernel, place_kernel, remove_kernel
 from esper.state.seed_slot import SeedSlot
@@ -51,7 +51,7 @@ class Taken:
 
 
 def take_over(run: GrowthRun, twin: Twin, kernels: Mapping[str, LiveKernel]) -> Taken:
-    """Let the live run have the state of a twin; whatever fails, the run is as it was.
+    """Let the live run have the state of a twin; whatever fails, on any rank, it is as it was.
 
     Host parameters, buffers and moments are written in place, so that every object stays the
     owner's. Kernels move over with their moments, which join the groups of their hosts. The
@@ -69,23 +69,32 @@ def take_over(run: GrowthRun, twin: Twin, kernels: Mapping[str, LiveKernel]) -> 
         host=host,
         factors=run.factor.state_dict(host),
     )
-    copies = [twin.copy_of(p) for p in host]
-    moved: list[LiveKernel] = []
     try:
-        going = [*copies, *(p for kernel in kernels.values() for p in kernel.parameters)]
-        first_steps = twin.factor.state_dict(going)
-        _write_host(run, twin, list(zip(host, copies, strict=True)))
-        for site, kernel in kernels.items():
-            moved.append(_moved(run, twin, run.layers[site], kernel))
-        staying = [*host, *(p for kernel in moved for p in kernel.parameters)]
-        run.factor.load_state_dict(first_steps, staying)
-        sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
+        moved = in_step(run.given, lambda: _written(run, twin, host, kernels))
     except BaseException:
         for site, kernel in kernels.items():
             _clear(run, run.layers[site], kernel.seed_idx)
         taken.undo(run)
         raise
     return replace(taken, kernels=tuple(moved))
+
+
+def _written(
+    run: GrowthRun,
+    twin: Twin,
+    host: Sequence[nn.Parameter],
+    kernels: Mapping[str, LiveKernel],
+) -> list[LiveKernel]:
+    """Write the twin's state into the live run; return its kernels where they stand now."""
+    copies = [twin.copy_of(p) for p in host]
+    going = [*copies, *(p for kernel in kernels.values() for p in kernel.parameters)]
+    first_steps = twin.factor.state_dict(going)
+    _write_host(run, twin, list(zip(host, copies, strict=True)))
+    moved = [_moved(run, twin, run.layers[site], kernel) for site, kernel in kernels.items()]
+    staying = [*host, *(p for kernel in moved for p in kernel.parameters)]
+    run.factor.load_state_dict(first_steps, staying)
+    sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
+    return moved
 
 
 def _clear(run: GrowthRun, layer: KasminaLayer, seed_idx: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from esper.compiler.linear_form import linear_form
 from esper.continuity.placement import Placement
-from esper.continuity.replicas import all_agree
+from esper.continuity.replicas import all_agree, in_step, over_ranks
 from esper.contracts.choices import TAKEN
 from esper.contracts.errors import BlueprintError, GrowthError
 from esper.contracts.report import TrialRecord
@@ -87,7 +87,7 @@ class Trial:
         if [p.shape for p in self._run.model.parameters()] != self._shape:
             self.close("the model was changed from outside during its trial")
             return None
-        outcome = attempt(lambda: self._train(batches))
+        outcome = attempt(lambda: in_step(self._run.given, lambda: self._train(batches)))
         if isinstance(outcome, Failed):
             if isinstance(outcome.error, GrowthError):
                 raise outcome.error
@@ -192,13 +192,16 @@ class Trial:
         """Read the verdict, once, and do what it says."""
         run = self._run
         readings = self._readings()
-        going_on = run.going_on(self._work()[0] - self._began[0])
+        by_rank = over_ranks(run.given, run.going_on(self._work()[0] - self._began[0]))
+        going_on = by_rank[0]  # what an update takes differs between ranks whose batches do
         verdict = read_trial(
             readings,
             level=level_of(run.settings.tries),
             settings=run.settings,
             going_on=going_on,
         )
+        if not all_agree(run.given, TAKEN.index(verdict.taken)):
+            verdict = verdict.refused("the ranks read different verdicts")
         arm = self._arm_named(verdict.taken) if verdict.taken else None
         live_now = taken_now = None
         if arm is not None:
@@ -207,8 +210,6 @@ class Trial:
             worse = last_is_worse(live_now.verdicts_part, taken_now.verdicts_part)
             if worse is not None:
                 verdict, arm = verdict.refused(worse), None
-        if not all_agree(run.given, TAKEN.index(verdict.taken)):
-            verdict, arm = verdict.refused("the ranks read different verdicts"), None
         self.record = self._read(verdict, going_on)
         if arm is None or live_now is None or taken_now is None:
             self._refuse(verdict.reason)
