@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from esper.continuity.grown_state import (
 )
 from esper.continuity.named_state import NAMES, bare_name, names_of
 from esper.continuity.optimizer import kernels_in, sync_again, sync_to_groups
-from esper.continuity.replicas import bare
+from esper.continuity.rank_contents import of_all_ranks, of_rank, shared_bytes
+from esper.continuity.replicas import bare, go_on, in_step, ranks_of
 from esper.continuity.snapshot import RandomState, random_state, set_random_state
 from esper.continuity.stored_values import Reader, Writer
 from esper.contracts import checkpoint_format
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from esper.continuity.agreement import Ranks
     from esper.continuity.ensemble import ParamGroup
 
 _logger = logging.getLogger(__name__)
@@ -87,10 +89,13 @@ def save_checkpoint(
     ``model.`` are the ``state_dict`` (``esper.wrap(model).load_state_dict`` takes them without the
     prefix), with canonical JSON and a digest beside.
 
-    Where several processes train, every rank calls it, with a path of its own.
+    Of a model in DistributedDataParallel every rank calls it, and the first writes the file. It has
+    what each rank has for itself: where its random numbers go on from, its running statistics, its
+    ``grower``. What the ranks have alike is in it once; ``extra`` is each rank's own.
 
     Args:
-        path: The file; its folder exists. What has the name is replaced.
+        path: The file; its folder exists. What has the name is replaced. Of several ranks the
+            first one's counts.
         model: The model; it may be inside DistributedDataParallel or ``torch.compile``.
         optimizer: What trains it, or all that train it together; :func:`esper.sync_optimizer` is
             called for it first.
@@ -109,15 +114,21 @@ def save_checkpoint(
         ValueError: Something cannot be written (an object, a function, a kernel by hand whose class
             is not in ``classes``); it is named, and nothing was written.
         OSError: The file cannot be written; what was there before is there still.
+        RankFailedError: One of these was raised on another rank; nothing was written.
     """
     run = _Run.of(model, optimizer, scheduler, scaler, ema, grower)
-    check_can_be_saved(run.model, classes)
-    if run.ema is not None:
-        check_can_be_saved(run.ema, classes)
-    if run.optimizer is not None:
-        sync_again(model, run.optimizer)
-    content = {**_collected(run), "extra": extra}
-    write_checkpoint(Disk(), Path(path), content)
+    known = tuple(classes)
+
+    def save() -> None:
+        check_can_be_saved(run.model, known)
+        if run.ema is not None:
+            check_can_be_saved(run.ema, known)
+        if run.optimizer is not None:
+            sync_again(model, run.optimizer)
+        content = {**_collected(run), "extra": extra}
+        write_checkpoint(Disk(), Path(path), content, ranks_of(model))
+
+    in_step(model, save)
 
 
 def load_checkpoint(
@@ -142,8 +153,13 @@ def load_checkpoint(
     A kernel by hand is loaded into the one of its class that stands in its seed, if you have
     grafted one there; else it is built, by calling its class without arguments.
 
+    Of a model in DistributedDataParallel every rank calls it. One rank reads the file, of those
+    that have it the one whose was written last, and the others are sent it: machines need not share
+    a folder. Where there are more or fewer ranks than it was saved by, the run goes on, but not bit
+    for bit, and a warning says so.
+
     Args:
-        path: The file.
+        path: The file. It may be missing on some ranks.
         model: A model of the same class and sizes, wrapped where kernels stand.
         optimizer: As for :func:`save_checkpoint`, like all that follow; each is given if it was
             when the checkpoint was saved, and only then.
@@ -160,13 +176,20 @@ def load_checkpoint(
         TypeError: An argument is of the wrong type.
         ValueError: The file is torn or was changed, or it is of another model, optimizer, scheduler
             and so on than are given; the message says what differs.
-        OSError: The file cannot be read.
+        OSError: The file cannot be read; ``FileNotFoundError`` where no rank has it.
+        RankFailedError: It could not be loaded on another rank; nothing was changed on any.
     """
-    run = _Run.of(model, optimizer, scheduler, scaler, ema, grower)
-    content = read_checkpoint(Path(path))
+    run, known = _Run.of(model, optimizer, scheduler, scaler, ema, grower), tuple(classes)
+    return in_step(model, lambda: _loaded(run, Path(path), known))
+
+
+def _loaded(run: _Run, path: Path, classes: tuple[type[nn.Module], ...]) -> Any:
+    """Load a file into a run; return its ``extra``."""
+    model = run.model
+    content = read_checkpoint(path, ranks_of(model))
     before = random_state(model)
     try:
-        loading = _checked(run, content, tuple(classes))
+        loading = _checked(run, content, classes)
     except ValueError as error:
         msg = f"cannot load {path}: {error}. Nothing was changed"
         raise ValueError(msg) from error
@@ -179,37 +202,72 @@ def load_checkpoint(
     return content["extra"]
 
 
-def write_checkpoint(disk: WritesFiles, path: Path, content: dict[str, Any]) -> None:
+def write_checkpoint(
+    disk: WritesFiles, path: Path, content: dict[str, Any], ranks: Ranks | None = None
+) -> None:
     """Write plain values durably to a file, or nothing.
 
     Args:
         disk: Who makes the calls to the machine.
         path: The file.
         content: Values by the name that those within them are called by in messages.
+        ranks: Who write together; None where one process does by itself.
 
     Raises:
         ValueError: A value cannot be written.
         OSError: The file cannot be written.
     """
     writer = Writer()
+    tensors: Mapping[str, checkpoint_format.StoredTensor] = writer.tensors
     made = ["dict", *(each for k, v in content.items() for each in (k, writer.json(v, k)))]
-    write_durably(disk, path, checkpoint_format.encode(made, writer.tensors))
+    if ranks is not None:
+        made, tensors = of_all_ranks(ranks, made, tensors)
+    if ranks is None or ranks.is_first:
+        write_durably(disk, path, checkpoint_format.encode(made, tensors))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_checkpoint` wrote.
+def read_checkpoint(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Read what :func:`write_checkpoint` wrote, of several ranks this one's part.
+
+    Args:
+        path: The file.
+        ranks: Who read together; None where one process does by itself.
 
     Raises:
         ValueError: The file is torn, was changed, or is no checkpoint.
         OSError: The file cannot be read.
     """
+    data = path.read_bytes() if ranks is None else shared_bytes(ranks, path)
+    rank, size = (0, 1) if ranks is None else (ranks.group.rank(), ranks.group.size())
     try:
-        parsed = checkpoint_format.parse(path.read_bytes())
-        content = _parts(Reader(parsed.tensors).value(parsed.content))
+        made, tensors, num_saved = of_rank(checkpoint_format.parse(data), rank)
+        content = _parts(Reader(tensors).value(made))
     except ValueError as error:
         msg = f"cannot load {path}: {error}. Nothing was changed; take an earlier checkpoint"
         raise ValueError(msg) from error
+    if num_saved != size:
+        _logger.warning(
+            "%s is of %d ranks, and there are %d here: the run goes on, but not bit for bit",
+            path,
+            num_saved,
+            size,
+        )
+    if rank >= num_saved:
+        content["random"] = _drawn_anew(content["random"], rank)
     return content
+
+
+def _drawn_anew(random: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return another state of torch's generators, for a rank that the checkpoint has none of."""
+    devices = {}
+    for name, state in random["devices"].items():
+        if not _is_here(name):
+            continue
+        generator = torch.Generator(name)
+        generator.set_state(state)
+        drawn = torch.randint(2**31, (), generator=generator, device=name)
+        devices[name] = generator.manual_seed(int(drawn) + rank).get_state()
+    return {**random, "devices": devices}
 
 
 def _parts(content: object) -> dict[str, Any]:
@@ -442,6 +500,7 @@ def _load(run: _Run, loading: _Loading) -> None:
             for each, state in zip(run.objects[name], loading.objects[name], strict=True):
                 each.load_state_dict(state)
         _load_random(loading.random)
+        go_on(run.model)
         undo.pop_all()
 
 

@@ -220,7 +220,7 @@ def _json(data: bytes | memoryview) -> JsonValue:
         return canonical_json.parse(
             data,
             max_bytes=_MAX_HEADER_BYTES,
-            max_depth=MAX_NESTING + 2,
+            max_depth=MAX_NESTING + 4,  # two of the content's own, two of ranks around
             max_values=_MAX_VALUES,
         )
     except ValueError as error:
