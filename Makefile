@@ -10,7 +10,7 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs bench bench-growth torture
+.PHONY: help venv demo test check docs bench bench-growth bench-ranks torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ docs: venv ## Build the documents and the reference of the public names into sit
 bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/results/ and docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-ranks: venv ## Measure what ranks take to agree and to share kernels; writes benchmarks/results/ranks/
+	$(BIN)/python benchmarks/rank_rows.py $(ARGS)
 
 bench-growth: venv ## Measure what growing brings, in hours, going on where it stopped; writes docs/growth.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'

@@ -1,6 +1,9 @@
 """The examples: a user's own loop, and a job for the command."""
 
 import importlib.util
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +36,42 @@ def test_own_loop_takes_over_what_beat_the_run():
     assert "candidate against live run, loss saved" in text
     assert "fossilized" in text
     assert "1,210 parameters before and 1,210 after" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_ddp_grows_on_two_ranks_and_goes_on_by_itself(tmp_path):
+    """Started by torchrun, and once more for an epoch beyond: it begins where it had ended."""
+    for epochs, began in (("2", 0), ("2", 2)):
+        assert f"Began at epoch {began}. Test accuracy: " in _under_torchrun(tmp_path, epochs)
+
+
+@pytest.mark.torture
+@pytest.mark.network
+@pytest.mark.timeout(600)
+def test_ddp_takes_over_what_beat_the_run(tmp_path):
+    """With the settings that it has, on shares of the held-out digits."""
+    text = _under_torchrun(tmp_path, "60")
+    assert "Trials: " in text
+    assert "fossilized" in text
+
+
+def _under_torchrun(folder, epochs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command += [str(EXAMPLES / "ddp.py"), str(folder / "ddp.esper"), epochs]
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    settings = {"GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(sys.path)
+    made = subprocess.run(
+        command,
+        env={**os.environ, **settings, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    return made.stdout
 
 
 def test_job_runs_a_few_epochs_through_the_commands_door():
