@@ -10,12 +10,12 @@ import pytest
 PAGE = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text(encoding="utf-8")
 (TASK,) = re.findall(r"```python\n(# task.py\n.*?)```", PAGE, flags=re.DOTALL)
 BLOCKS = re.findall(r"```python\n((?!# task).*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL)
-NEEDED = ["pytorch_lightning", "transformers", "accelerate"]
+NEEDED = ["pytorch_lightning", "transformers", "accelerate", "torch"]
 
 
 def test_every_block_says_what_it_prints():
     """None is left out of the run below."""
-    assert len(BLOCKS) + 1 == PAGE.count("```python") == 4
+    assert len(BLOCKS) + 1 == PAGE.count("```python") == 5
 
 
 @pytest.mark.slow

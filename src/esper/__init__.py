@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from esper.compiler.compile import compile_blueprint
     from esper.continuity.checkpoint import load_checkpoint, save_checkpoint
     from esper.continuity.deepening import deepen
+    from esper.continuity.distributed_checkpoint import build_as_saved
     from esper.continuity.ensemble import register_optimizer
     from esper.continuity.following import follow
     from esper.continuity.optimizer import sync_optimizer
@@ -153,6 +154,7 @@ _HOME: Final = {
     "default_catalog": "esper.compiler.catalog",
     "evaluate_on": "esper.growth.evaluate_on",
     "export": "esper.wrapping.export",
+    "build_as_saved": "esper.continuity.distributed_checkpoint",
     "follow": "esper.continuity.following",
     "in_order": "esper.growth.ranking",
     "in_shadow_pass": "esper.seeds.shadow",
@@ -235,6 +237,7 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "asleep",
+    "build_as_saved",
     "compile_blueprint",
     "deepen",
     "default_catalog",

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import torch.utils.checkpoint
 from kernel_blueprints import mlp_blueprint
 from torch import fx, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -158,12 +159,13 @@ def _(tmp_path):
 @check("`torch.distributed.checkpoint`, no grafts")
 def _(tmp_path):
     model, x, y = of_blueprints()
-    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
+    state = get_state_dict(model, torch.optim.AdamW(model.parameters()))
+    dcp.save(dict(zip(("model", "optim"), state, strict=True)), checkpoint_id=tmp_path)
     loaded = esper.wrap(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
-    recipe = {}
+    optimizer, recipe = torch.optim.AdamW(loaded.parameters()), {}
     exec(PAGE.split("```python\n")[1].split("```")[0], recipe)
-    recipe["load_grown"](loaded, tmp_path)
-    return is_same(loaded, x, y)
+    recipe["load_grown"](loaded, optimizer, tmp_path)
+    return is_same(loaded, x, y) and len(optimizer.state) == len(list(loaded.parameters()))
 
 
 @check("`AveragedModel` made after growth")

@@ -21,6 +21,7 @@ from esper.continuity.grown_state import (
     Loading,
     as_it_is,
     check_can_be_saved,
+    check_same_kernels,
     checked,
     grown_state,
     load_depth,
@@ -41,6 +42,7 @@ from esper.contracts.arguments import check_type
 from esper.registry.disk import Disk
 from esper.resilience.durable_file import WritesFiles, write_durably
 from esper.state.host_parts import check_module, is_in_a_seed
+from esper.state.shards import whole_in
 
 if TYPE_CHECKING:
     import os
@@ -91,7 +93,9 @@ def save_checkpoint(
 
     Of a model in DistributedDataParallel every rank calls it, and the first writes the file. It has
     what each rank has for itself: where its random numbers go on from, its running statistics, its
-    ``grower``. What the ranks have alike is in it once; ``extra`` is each rank's own.
+    ``grower``. What the ranks have alike is in it once; ``extra`` is each rank's own. So it is of a
+    model that FSDP2 has sharded: its tensors are made whole, in the memory of every rank meanwhile,
+    and the file fits a model that is not sharded, too.
 
     Args:
         path: The file; its folder exists. What has the name is replaced. Of several ranks the
@@ -125,7 +129,8 @@ def save_checkpoint(
             check_can_be_saved(run.ema, known)
         if run.optimizer is not None:
             sync_again(model, run.optimizer)
-        content = {**_collected(run), "extra": extra}
+        check_same_kernels(run.model)
+        content = whole_in({**_collected(run), "extra": extra})
         write_checkpoint(Disk(), Path(path), content, ranks_of(model))
 
     in_step(model, save)

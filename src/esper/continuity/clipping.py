@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from esper.state.shards import here, largest, whole
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -78,10 +80,9 @@ class GradientWatch:
         ]
         gradients = [g for g in gradients if not g.is_sparse]
         if gradients:
-            self._norms.append(_total(torch._foreach_norm(gradients)).norm())  # noqa: SLF001 - as clip_grad_norm_ does
-            self._values.append(
-                _total(torch._foreach_norm(gradients, float("inf"))).max()  # noqa: SLF001 - as above
-            )
+            norms = _total(torch._foreach_norm(gradients))  # noqa: SLF001 - as clip_grad_norm_ does
+            self._norms.append(whole(norms.norm()))
+            self._values.append(_highest(gradients))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what was seen, on the CPU."""
@@ -103,6 +104,15 @@ class GradientWatch:
 
 def _listed(sizes: Collection[Tensor]) -> Tensor:
     return torch.stack([size.detach().cpu() for size in sizes]) if sizes else torch.empty(0)
+
+
+def _highest(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the largest absolute value; a rank may hold nothing of a small gradient."""
+    held = [part for part in map(here, gradients) if part.numel()] or [
+        here(gradients[0]).new_zeros(1)
+    ]
+    found = _total(torch._foreach_norm(held, float("inf"))).max()  # noqa: SLF001 - as clip_grad_norm_ does
+    return largest(found, gradients[0])
 
 
 def _total(norms: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from torch import Tensor, nn
 
-from esper.continuity.replicas import bare, replicas
+from esper.continuity.replicas import bare, over_ranks, replicas
 from esper.contracts.errors import KernelLoadError
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.written_alphas import take_written_alphas
@@ -25,6 +25,7 @@ from esper.seeds.structure import SeedStructure, structure
 from esper.state.host_parts import SEEDS, is_in_a_seed
 from esper.state.kernel import PreparedKernel, reference_tensor
 from esper.state.layer_record import RECORD, record_of
+from esper.state.shards import is_in_shards, spread_like
 from esper.state.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
@@ -109,6 +110,23 @@ def check_can_be_saved(model: nn.Module, classes: Iterable[type[nn.Module]]) -> 
         for i, seed in record.seeds.items():
             if seed.kernel.blueprint is None:
                 _check_class(f"the kernel of seed {i} of layer {name!r}", seed, known)
+
+
+def check_same_kernels(model: nn.Module) -> None:
+    """Refuse shards of a model that is another one on another rank: nobody could make them whole.
+
+    Raises:
+        ValueError: The ranks hold other kernels.
+    """
+    if not is_in_shards(model):
+        return
+    names = over_ranks(model, [*weights_of(model)])
+    if any(each != names[0] for each in names):
+        msg = (
+            "the ranks do not hold the same kernels, so that their shards are of no one model: "
+            "unload on every rank what one of them has isolated or given up, then save"
+        )
+        raise ValueError(msg)
 
 
 def _check_class(what: str, seed: Seed, known: set[type[nn.Module]]) -> None:
@@ -219,7 +237,7 @@ def load_seeds(loading: Loading) -> None:
 def load_weights(loading: Loading) -> None:
     """Load the weights, and then what counts the calls of their layers."""
     inner = bare(loading.model)
-    inner.load_state_dict(loading.weights)
+    _load_tensors(inner, loading.weights)
     for name, layer in _layers(inner).items():
         if name in loading.plans:
             state = loading.grown["layers"][name]
@@ -372,12 +390,20 @@ def _settle(layer: nn.Module, plan: Plan, state: LayerState) -> None:
         for name, p in seed.slot.kernel.named_parameters():
             p.requires_grad_(name not in frozen)
         if i in state["isolated"]:
-            seed.slot.kernel.load_state_dict(state["isolated"][i]["tensors"])
+            _load_tensors(seed.slot.kernel, state["isolated"][i]["tensors"])
             for name in _SEEN:
                 setattr(seed, name, state["isolated"][i][name])
     slots = _slots(layer)
     for i in state["order"]:
         slots[str(i)] = slots.pop(str(i))
+
+
+def _load_tensors(module: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Load tensors that are whole, also where the module has shards of them."""
+    like = module.state_dict()
+    module.load_state_dict(
+        {name: spread_like(value, like.get(name)) for name, value in tensors.items()}
+    )
 
 
 def _check_layout(what: str, record: LayerRecord, state: LayerState) -> None:

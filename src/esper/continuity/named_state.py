@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
+from esper.state.shards import is_spread, spread_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,6 +87,10 @@ class NamedState:
                 member.register_state_dict_post_hook(self._after_saving)
                 member.register_load_state_dict_pre_hook(self._before_loading)
 
+    def knows(self, optimizer: Optimizer) -> bool:
+        """Say whether an optimizer has the hooks."""
+        return optimizer in self._models
+
     def _model(self, optimizer: Optimizer) -> nn.Module | None:
         found = self._models.get(optimizer)
         return None if found is None else found()
@@ -111,16 +116,60 @@ class NamedState:
             return state
         self._take_in(model, optimizer)
         order_by_model(model, optimizer, self._kernels(optimizer))
-        groups: list[ParamGroup] = state["param_groups"]
+        groups: list[ParamGroup] = [_with_own_names(group) for group in state["param_groups"]]
         live, kernels = optimizer.param_groups, self._kernels(optimizer)
         if len(groups) == len(live) and all(NAMES in group for group in groups):
             names = names_of(model)
             wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
             may_start = {name for key, name in names.items() if key in kernels}
             groups = _by_name(groups, wanted, may_start)
+        spread = _spread(state["state"], groups, live)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
-        return {**state, "param_groups": [_without(group, NAMED_BY_US) for group in groups]}
+        return {
+            **state,
+            "state": spread,
+            "param_groups": [_without(group, NAMED_BY_US) for group in groups],
+        }
+
+
+def _spread(
+    state: dict[Any, Any], groups: Sequence[ParamGroup], live: Sequence[ParamGroup]
+) -> dict[Any, Any]:
+    """Return the state with tensors that are whole as their parameters are: in shards, if so."""
+    if len(groups) != len(live):
+        return state  # which torch refuses
+    params = {
+        key: p
+        for group, own in zip(groups, live, strict=True)
+        for key, p in zip(group["params"], own["params"], strict=False)
+        if is_spread(p)
+    }
+
+    return {key: spread_state(own, params.get(key)) for key, own in state.items()}
+
+
+def _with_own_names(group: ParamGroup) -> ParamGroup:
+    """Return a group by the names that ``torch.distributed.checkpoint`` has in the place of ids.
+
+    It leaves out what the optimizer did not hold when it asked for the state.
+
+    Raises:
+        ValueError: It has left something out.
+    """
+    ids = group["params"]
+    if not all(isinstance(each, str) for each in ids):
+        return group
+    left = sorted(set(map(bare_name, group.get(NAMES, ()))) - set(ids))
+    if left:
+        msg = (
+            f"the state was saved with {_some(left)}, and torch.distributed.checkpoint has left "
+            "them out, since the optimizer did not have them: call esper.build_as_saved(folder, "
+            "model, optimizer) before dcp.load, or esper.sync_optimizer between the model's state "
+            "and the optimizer's; esper.load_checkpoint does all of it with a file of its own"
+        )
+        raise ValueError(msg)
+    return {**group, NAMES: list(ids)} if ids else group
 
 
 def _by_name(
@@ -159,7 +208,6 @@ def _by_name(
         raise ValueError(msg)
     if absent:
         _logger.warning("%s: the state has nothing of them; they begin without", _some(absent))
-    free = 1 + max((i for own in having for i in own.values()), default=-1)
     groups = []
     for number, (group, own, names) in enumerate(zip(saved, having, wanted, strict=True)):
         elsewhere = [n for n in names if n not in own and n not in absent]
@@ -169,7 +217,7 @@ def _by_name(
                 f"(group {number} here); build the optimizer with the groups that it had"
             )
             raise ValueError(msg)
-        ids = [own[n] if n in own else free + absent.index(n) for n in names]
+        ids = [own.get(n, n) for n in names]
         groups.append({**group, "params": ids, NAMES: list(names)})
     return groups
 

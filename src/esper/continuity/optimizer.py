@@ -32,7 +32,7 @@ from esper.continuity.placement import (
     check_trains,
     seeded_kernels,
 )
-from esper.continuity.replicas import bare, num_ranks, replicas, share_kernels, worst_of_ranks
+from esper.continuity.replicas import bare, share_kernels, spread, worst_of_ranks
 from esper.continuity.step_hooks import StepHooks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
@@ -41,10 +41,9 @@ from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import SEEDS, check_module, check_replicas
 from esper.state.layer_record import record_of
 from esper.state.roster import Roster, at_building
+from esper.state.shards import reshard
 
 if TYPE_CHECKING:
-    from torch.nn.parallel import DistributedDataParallel
-
     from esper.continuity.replicas import SeedKey
 
 _logger = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ def sync_optimizer(
     check_module("sync_optimizer", model)
     check_replicas("sync_optimizer", model)
     every = joined(optimizer)
+    reshard(model)
     _finish_waiting(model)
     for loss in losses(model):
         _logger.warning("seed %d of layer %r: %s", loss.seed_idx, loss.layer, loss.reason)
@@ -104,11 +104,11 @@ def sync_optimizer(
     order_kernels(inner, every)
     link.group_for = group_for
     _NAMED.watch(inner, every)
-    replicated = replicas(model)
-    if replicated is not None:
-        _share(replicated, inner, placement)
+    together = spread(model)
+    if together is not None:
+        _share(together, inner, placement)
     link.watch_steps(model, every)
-    if replicated is not None and num_ranks(replicated) > 1:
+    if worst_of_ranks(model) is not None:
         _warn_of_lone_isolation(link.roster.busy())
 
 
@@ -152,8 +152,8 @@ def _finish_waiting(model: nn.Module) -> None:
             )
 
 
-def _share(replicated: DistributedDataParallel, inner: nn.Module, placement: Placement) -> None:
-    """Let ranks agree on the kernels of a replicated model."""
+def _share(together: nn.Module, inner: nn.Module, placement: Placement) -> None:
+    """Let ranks agree on the kernels of the model that they train together."""
     params: dict[str, nn.Parameter] = {}
     seeds: dict[str, SeedKey] = {}
     for layer in _layers(inner):
@@ -165,7 +165,7 @@ def _share(replicated: DistributedDataParallel, inner: nn.Module, placement: Pla
                 for below, p in kernel.named_parameters()
                 if p.requires_grad and not placement.is_hosts(p)
             }
-    share_kernels(replicated, params, seeds)
+    share_kernels(together, params, seeds)
 
 
 def _kernel_parameters(layer: nn.Module) -> list[nn.Parameter]:
@@ -458,7 +458,21 @@ def _find_optimizers(layer: nn.Module, load: object) -> None:
             continue
         is_wrapper = "_optimizer_state_dict_pre_hooks" not in found.__dict__
         if not is_wrapper and any(id(p) in own for p in _all_parameters(found)):
+            _tell_of_earlier_state(found)
             _NAMED.watch(model, found)
+
+
+def _tell_of_earlier_state(optimizer: Optimizer) -> None:
+    """Say that kernels come too late for an optimizer's state, which may have been loaded."""
+    if optimizer.state and not _NAMED.knows(optimizer):
+        _logger.warning(
+            "loading has built kernels in a model whose optimizer (%s) has state already, and "
+            "nothing of them. If that was loaded before the model, as set_state_dict of "
+            "torch.distributed.checkpoint does, their moments were left out: call "
+            "esper.build_as_saved(folder, model, optimizer) before it. Else call "
+            "esper.sync_optimizer(model, optimizer), or load the optimizer's state now",
+            type(optimizer).__name__,
+        )
 
 
 at_building(_find_optimizers)

@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from esper.continuity.agreement import Ranks
+from esper.continuity.sharding import expect_idle_ranks, is_shard, synchronizes
 from esper.state.host_parts import is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
+from esper.state.shards import group_of_shards, here, spread_like
 
 if TYPE_CHECKING:
     from esper.continuity.ensemble import AnyOptimizer
@@ -36,7 +38,7 @@ SeedKey = tuple[nn.Module, int]
 """A layer and the index of a seed of it."""
 
 OverRanks = Callable[[Sequence[SeedKey], Tensor], Tensor]
-"""``(seeds, flags)`` to the flags' maximum over the ranks; shape (seeds, 2), bool."""
+"""``(seeds, flags)`` to the flags' maximum over the ranks; shape (seeds, flags of each), bool."""
 
 AverageGradients = Callable[["AnyOptimizer"], None]
 """Replaces the gradients of what an optimizer trains by their means over the ranks."""
@@ -69,13 +71,36 @@ def num_ranks(model: DistributedDataParallel) -> int:
 
 
 def is_first(model: nn.Module) -> bool:
-    """Say whether this is the first rank that a model is replicated over; so is one that is not."""
+    """Say whether this is the first rank of those that train a model; so is one by itself."""
+    ranks = ranks_of(model)
+    return ranks is None or ranks.is_first
+
+
+def spread(model: nn.Module) -> nn.Module | None:
+    """Return what several ranks train together: a replicated model, or one that FSDP2 has sharded.
+
+    Args:
+        model: The model as its owner has it.
+
+    Returns:
+        None where there are no ranks, or only this one of a sharded model knows of it.
+    """
     replicated = replicas(model)
-    return replicated is None or dist.get_rank(replicated.process_group) == 0
+    if replicated is not None:
+        return replicated
+    return None if _group_of(model) is None else bare(model)
+
+
+def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the ranks that train a model together; None where there are none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    replicated = replicas(model)
+    return group_of_shards(model) if replicated is None else replicated.process_group
 
 
 def share_kernels(
-    model: DistributedDataParallel,
+    model: nn.Module,
     params: Mapping[str, nn.Parameter],
     seeds: Mapping[str, SeedKey],
 ) -> None:
@@ -86,9 +111,9 @@ def share_kernels(
     rank whose backward did not reach them; under ``no_sync`` they accumulate, as the others do.
 
     Args:
-        model: The replicated model.
+        model: What :func:`spread` returned.
         params: Trainable parameters of kernels by their names in the model. Those that the model
-            knew when it was made are left to it.
+            knew when it was replicated or sharded are left to it.
         seeds: Every seed that holds a kernel, by a name that is the same on every rank.
     """
     _replication(model).follow(model, params, seeds)
@@ -96,17 +121,15 @@ def share_kernels(
 
 def worst_of_ranks(model: nn.Module | None) -> OverRanks | None:
     """Return what takes the elementwise maximum of flags over the ranks; None without ranks."""
-    replicated = None if model is None else replicas(model)
-    if replicated is None or num_ranks(replicated) == 1:
-        return None
-    return _replication(replicated).worst
+    known = None if model is None else _REPLICATIONS.get(replicas(model) or bare(model))
+    return None if known is None or known.is_alone else known.worst
 
 
 def averaging(model: nn.Module) -> AverageGradients | None:
     """Return what averages the gradients of a twin over the ranks of the live run.
 
     Args:
-        model: The live model, which may be replicated.
+        model: The live model, which may be replicated or sharded.
 
     Returns:
         A function of the twin's optimizer, to be called on every rank behind the backward; None
@@ -126,14 +149,14 @@ def averaging(model: nn.Module) -> AverageGradients | None:
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:
-    """Return the ranks that a model is replicated over; None where there is one."""
-    replicated = replicas(model)
-    if replicated is None or num_ranks(replicated) == 1:
+    """Return the ranks that train a model together; None where there is one."""
+    group, known_as = _group_of(model), replicas(model) or bare(model)
+    if group is None or dist.get_world_size(group) == 1:
         return None
-    found = _RANKS.get(replicated)
+    found = _RANKS.get(known_as)
     if found is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found = _RANKS[replicated] = Ranks(replicated.process_group, device)
+        found = _RANKS[known_as] = Ranks(group, device)
     return found
 
 
@@ -179,10 +202,10 @@ def each_rank(model: nn.Module, work: Callable[[], _T]) -> list[_T]:
 
 
 def over_ranks(model: nn.Module, value: _T) -> list[_T]:
-    """Return what each rank of a replicated model says, in their order; the value alone without.
+    """Return what each rank that trains a model says, in their order; the value alone without.
 
     Args:
-        model: The live model, which may be replicated.
+        model: The live model, which may be replicated or sharded.
         value: This rank's: plain values, that pickle takes.
     """
     return each_rank(model, lambda: value)
@@ -265,13 +288,7 @@ def any_rank(model: nn.Module, *, here: bool) -> bool:
         here: Whether it is so on this rank.
     """
     ranks = ranks_of(model)
-    if ranks is not None:
-        return bool(ranks.vote(here)[1])
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return here
-    flag = torch.tensor(float(here), device=next(model.parameters()).device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return here if ranks is None else bool(ranks.vote(here)[1])
 
 
 class _AndSeeds(set[str]):
@@ -291,6 +308,13 @@ def _leave_seeds_alone(model: DistributedDataParallel) -> None:
         model.parameters_to_ignore = _AndSeeds(model.parameters_to_ignore)
         make_list = model._assign_modules_buffers  # noqa: SLF001 - DDP has no other way
         make_list()  # type: ignore[no-untyped-call] # torch has none
+
+
+def _synchronizes(model: nn.Module) -> bool:
+    """Say whether the backward of a forward that is under way averages gradients."""
+    if isinstance(model, DistributedDataParallel):
+        return bool(model.require_backward_grad_sync)
+    return synchronizes(model)
 
 
 class _Told(NamedTuple):
@@ -323,27 +347,41 @@ class _Replication:
 
     def follow(
         self,
-        model: DistributedDataParallel,
+        model: nn.Module,
         params: Mapping[str, nn.Parameter],
         seeds: Mapping[str, SeedKey],
     ) -> None:
         """Agree with the other ranks on the kernels that there are."""
-        _leave_seeds_alone(model)
-        self._group = model.process_group
+        self._group = _group_of(model)
         self._device = next(model.parameters()).device
-        known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - the list is told to nobody
+        known = self._known(model, params)
         mine = {name: self._standing(p, known) for name, p in params.items()}
         of_ranks = over_ranks(model, _Told(mine, sorted(seeds)))
         self._share([told.params for told in of_ranks], params)
-        self._await(p for p in params.values() if id(p) in known)
         names = sorted({name for told in of_ranks for name in told.seeds})
         self._rows = {seeds[name]: row for row, name in enumerate(names) if name in seeds}
         self._num_rows = len(names)
+
+    def _known(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> set[int]:
+        """Return the parameters of kernels that the model averages itself, and waits for."""
+        if not isinstance(model, DistributedDataParallel):
+            known = {id(p) for p in params.values() if is_shard(p)}
+            expect_idle_ranks(model, known)
+            return known
+        _leave_seeds_alone(model)
+        known = {id(p) for p in model._module_parameters}  # noqa: SLF001 - the list is told to nobody
+        self._await(p for p in params.values() if id(p) in known)
+        return known
 
     def _standing(self, p: nn.Parameter, known: set[int]) -> Standing:
         if id(p) in known:
             return "known"
         return "late" if id(p) in self._late else "appeared"
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank trains the model, as far as it is followed."""
+        return self._num_rows == 0 or dist.get_world_size(self._group) == 1
 
     def _share(
         self, of_ranks: Sequence[Mapping[str, Standing]], params: Mapping[str, nn.Parameter]
@@ -354,7 +392,7 @@ class _Replication:
         for name in shared:
             if any(told[name] == "appeared" for told in of_ranks):
                 with torch.no_grad():
-                    dist.broadcast(params[name], group=self._group, group_src=0)
+                    dist.broadcast(here(params[name]), group=self._group, group_src=0)
         self._late = {id(params[name]): params[name] for name in shared}
         self._make_buckets()
         apart = sorted({name for told in of_ranks for name in told}.difference(everywhere))
@@ -410,7 +448,7 @@ class _Replication:
         """Return the maximum over the ranks, which may not have the same seeds under the guard."""
         if not self._num_rows:
             return flags
-        counts = torch.zeros(self._num_rows, 2, dtype=torch.int32, device=self._device)
+        counts = torch.zeros(self._num_rows, flags.shape[1], dtype=torch.int32, device=self._device)
         rows = [self._rows[seed] for seed in seeds if seed in self._rows]
         mine = [i for i, seed in enumerate(seeds) if seed in self._rows]
         counts[rows] = flags[mine].to(counts)
@@ -423,7 +461,7 @@ class _Replication:
     def __call__(self, model: nn.Module, _: object, output: object) -> None:
         """Prepare the backward of a forward that synchronizes, as the model's forward hook."""
         self._is_queued = False  # a backward that failed has not ended
-        if torch.is_grad_enabled() and getattr(model, "require_backward_grad_sync", False):
+        if torch.is_grad_enabled() and _synchronizes(model):
             idle = self._idle(model)
             found = _find_tensors(output)  # type: ignore[no-untyped-call] # as above
             tensors = [t for t in found if t.requires_grad]
@@ -492,17 +530,16 @@ def _buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 def _average(bucket: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
     """Replace gradients by their means over the ranks; one that no rank has stays None."""
     present = [float(p.grad is not None) for p in bucket]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    gradients = [here(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
     flags = torch.tensor(present, dtype=bucket[0].dtype, device=bucket[0].device)
     flat = torch.cat([*(g.flatten() for g in gradients), flags])
     dist.all_reduce(flat.div_(dist.get_world_size(group)), group=group)
     *means, flags = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])
     somewhere = flags.tolist() if not all(present) else present
-    for p, mean, is_there in zip(bucket, means, somewhere, strict=True):
-        if p.grad is not None:
-            p.grad.copy_(mean.view_as(p))
-        elif is_there:
-            p.grad = mean.view_as(p).clone()
+    for p, gradient, mean, is_there in zip(bucket, gradients, means, somewhere, strict=True):
+        if is_there:
+            gradient.copy_(mean.view_as(gradient))
+            p.grad = spread_like(gradient, p) if p.grad is None else p.grad
 
 
 @torch.no_grad()
@@ -531,7 +568,7 @@ _REPLICATIONS: Final[weakref.WeakKeyDictionary[nn.Module, _Replication]] = (
 )
 
 
-def _replication(model: DistributedDataParallel) -> _Replication:
+def _replication(model: nn.Module) -> _Replication:
     found = _REPLICATIONS.get(model)
     if found is None:
         found = _REPLICATIONS[model] = _Replication()

@@ -11,6 +11,7 @@ import torch
 
 from esper.continuity.following import averages_of
 from esper.state.seed_slot import SeedSlot
+from esper.state.shards import spread_like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -116,7 +117,7 @@ class RunSnapshot:
         places = {name: (m, own, b) for name, m, own, b in _buffers_by_name(model)}
         made.update = int(state["update"])
         made._values = {  # noqa: SLF001 - of its own class
-            named[name]: value.to(named[name].device, copy=True)
+            named[name]: spread_like(value.to(named[name].device, copy=True), named[name])
             for name, value in state["values"].items()
         }
         made._state = {  # noqa: SLF001 - as above
@@ -151,8 +152,8 @@ def parameters_by_name(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, T
 
 
 def on_cpu(value: Any) -> Any:
-    """Return a tensor's copy on the CPU; anything else as it is."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+    """Return a tensor's copy on the CPU, whole where it is in shards; anything else as it is."""
+    return whole(value.detach()).to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def _state_beside(p: Tensor, state: Mapping[str, Any], optimizer: AnyOptimizer) -> dict[str, Any]:
@@ -162,6 +163,8 @@ def _state_beside(p: Tensor, state: Mapping[str, Any], optimizer: AnyOptimizer) 
     def placed(key: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value.shape == p.shape:
+            value = spread_like(value, p)
         like = live.get(key)
         aside = torch.device("cpu") if value.ndim == 0 else p.device
         return value.to(like.device if isinstance(like, torch.Tensor) else aside, copy=True)

@@ -57,7 +57,7 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = parameters  # no value of theirs is used: they may be written meanwhile
-        return h.view_as(h)
+        return h.clone()  # FSDP2 warns of a view, which others may write to
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

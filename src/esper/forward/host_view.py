@@ -6,6 +6,7 @@ from torch import nn
 
 from esper.forward.generated_class import host_class_of, key_of, native_forward
 from esper.state.layer_call import LayerCall, as_declared, declared_names
+from esper.state.shards import gathered
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
@@ -32,9 +33,13 @@ def host_view(layer: nn.Module) -> nn.Module:
 
 
 def host_forward(layer: nn.Module, *args: object, **kwargs: object) -> object:
-    """Run the host's own forward, without the layer's hooks and seeds."""
+    """Run the host's own forward, without the layer's hooks and seeds.
+
+    Of a layer that FSDP2 has sharded, every rank has to do so at the same moment.
+    """
     key = key_of(layer)
-    return native_forward(key.family, key.host_class)(layer, *args, **kwargs)
+    with gathered(layer):
+        return native_forward(key.family, key.host_class)(layer, *args, **kwargs)
 
 
 def completed(layer: nn.Module, call: LayerCall) -> LayerCall:

@@ -13,7 +13,7 @@ from esper.compiler.tracing import warm_up
 from esper.continuity.ensemble import joined, members_of
 from esper.continuity.optimizer import sync_optimizer
 from esper.continuity.placement import Placement, check_trains, numbered
-from esper.continuity.replicas import bare, is_first
+from esper.continuity.replicas import bare, is_first, ranks_of
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.contracts.reference import is_digest
@@ -37,6 +37,7 @@ from esper.observability.event_log import EventLog
 from esper.observability.run_folder import EVENTS_FILE, OUTBOX_FOLDER, claim_run_folder
 from esper.resilience.clock import MonotonicClock
 from esper.state.host_parts import check_replicas
+from esper.state.shards import is_in_shards
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def begin_run(
     settings = check_options(options)
     check_replicas("Grower", model)
     every, inner = joined(optimizer), bare(model)
+    _check_shadow_in_shards(model, settings)
     policy = options.get("policy") or DiminishingReturns()
     check_stages(policy, inner, every, settings.horizon)
     group_for = numbered(options.get("group_for"), every)
@@ -185,6 +187,21 @@ def _outbox(registry: Registry | None, model: nn.Module, log: EventLog | None) -
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:
     return None if run_dir is None else EventLog(claim_run_folder(Path(run_dir)) / EVENTS_FILE)
+
+
+def _check_shadow_in_shards(model: nn.Module, settings: GrowthSettings) -> None:
+    """Refuse auditions, which each rank holds by itself, where ranks wait for each other.
+
+    Raises:
+        GrowthError: As said.
+    """
+    if settings.trial == "shadow" and is_in_shards(bare(model)) and ranks_of(model) is not None:
+        msg = (
+            "trial='shadow' trains and admits a kernel on each rank by itself, and the ranks of a "
+            "model that FSDP2 has sharded have to go on alike: leave trial= out, and give twin=, a "
+            "function that builds the module anew"
+        )
+        raise GrowthError(msg)
 
 
 def _layers_to_grow(

@@ -11,6 +11,7 @@ from esper.continuity.snapshot import random_state, seed_random_state, set_rando
 from esper.forward.recompilation import uncompiled
 from esper.state.seed_slot import SeedSlot
 from esper.state.set_aside import set_aside
+from esper.state.shards import whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ class WeightAverage:
     def write_to(self, model: nn.Module) -> None:
         """Let a copy of the model have the averaged values."""
         for value, mean in zip(_averaged_tensors(model), self._means, strict=True):
-            value.copy_(mean)
+            value.copy_(whole(mean))
 
 
 def _wide(value: Tensor) -> torch.dtype:

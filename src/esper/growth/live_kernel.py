@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from esper.continuity.following import tell_of_copies
 from esper.continuity.optimizer import append_parameters, order_kernels, remove_parameters
@@ -12,6 +12,7 @@ from esper.seeds.shadow import remember_call, seen_example
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
 from esper.state.roster import where_kernels_stand
+from esper.state.shards import spread_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ def place_kernel(
     placement: Placement,
     factor: UpdateFactor,
     peaks: Sequence[float],
-    state: Mapping[Tensor, object] | None = None,
+    state: Mapping[Tensor, dict[str, Any]] | None = None,
     guard: Guard = "always",
 ) -> LiveKernel:
     """Put a kernel that was probed, or has run elsewhere, into a model and its optimizer.
@@ -97,7 +98,11 @@ def place_kernel(
     """
     if seen_example(layer, kernel) is None:
         remember_call(layer, kernel, LayerCall.of(example))
+    before = list(kernel.module.parameters())
     layer.graft(seed_idx, kernel, alpha=alpha, guard=guard)
+    if state is not None:  # in a layer in shards the kernel has other parameters now
+        pairs = zip(before, kernel.module.parameters(), strict=True)
+        state = {now: spread_state(state[p], now) for p, now in pairs if p in state}
     places, _ = placement.places(layer, seed_idx, kernel.module)
     parameters = tuple(place.parameter for place in places)
     tell_of_copies([layer])

@@ -18,6 +18,7 @@ from esper.growth.live_step import LiveStep
 from esper.growth.twins import Twin
 from esper.resilience.attempt import Failed, attempt
 from esper.state.layer_record import RECORD
+from esper.state.shards import here
 
 if TYPE_CHECKING:
     from esper.growth.batch import Batch
@@ -108,7 +109,7 @@ def _digest(value: object) -> str:
 def _bytes_of(value: object, depth: int) -> Iterator[bytes]:
     """Yield what a value consists of; objects of classes of the owner's by their attributes."""
     if isinstance(value, Tensor):
-        yield from _bytes_of_tensor(value)
+        yield from _bytes_of_tensor(here(value))
     elif isinstance(value, np.ndarray):
         yield np.ascontiguousarray(value).tobytes()
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):

@@ -9,10 +9,11 @@ import torch
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
-from esper.continuity.replicas import in_step, replicas
+from esper.continuity.replicas import in_step, spread
 from esper.continuity.snapshot import RunSnapshot
 from esper.growth.live_kernel import LiveKernel, place_kernel, remove_kernel
 from esper.state.seed_slot import SeedSlot
+from esper.state.shards import spread_like, spread_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -110,11 +111,12 @@ def _write_host(run: GrowthRun, twin: Twin, pairs: Sequence[tuple[Tensor, Tensor
     live = run.optimizer.state
     with torch.no_grad():
         for p, copied in pairs:
-            p.copy_(copied)
+            p.copy_(spread_like(copied, p))
         for ours, theirs in zip(_buffers(run.model), _buffers(twin.model), strict=True):
             ours.copy_(theirs)
         for p, copied in pairs:
-            _write_state(live, p, twin.optimizer.state.get(copied))
+            state = twin.optimizer.state.get(copied)
+            _write_state(live, p, None if state is None else spread_state(state, p))
 
 
 def _write_state(live: State, p: Tensor, state: dict[str, object] | None) -> None:
@@ -156,5 +158,5 @@ def _moved(run: GrowthRun, twin: Twin, layer: KasminaLayer, kernel: LiveKernel) 
         factor=run.factor,
         peaks=run.watcher.peaks,
         state=twin.optimizer.state,
-        guard="always" if replicas(run.given) is None else "step",
+        guard="always" if spread(run.given) is None else "step",
     )

@@ -17,6 +17,7 @@ from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
 from esper.state.set_aside import Apart
+from esper.state.shards import is_in_shards, whole, whole_in
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
@@ -207,9 +208,10 @@ def copied_model(
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
+        other = "" if is_in_shards(model) else ", or trial='shadow'"
         msg = (
             f"the model cannot be copied for a twin ({type(error).__name__}: {error}); give the "
-            "Grower twin=, a function that builds such a module anew, or trial='shadow'"
+            f"Grower twin=, a function that builds such a module anew{other}"
         )
         raise GrowthError(msg) from error
     for module in copied.modules():
@@ -261,7 +263,7 @@ def _become_alike(made: nn.Module, model: nn.Module) -> None:
     found = layers(model)
     if made is not model and not layers(made):
         wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
-    made.load_state_dict(model.state_dict())
+    made.load_state_dict(whole_in(dict(model.state_dict())))
     for module, copied in zip(model.modules(), made.modules(), strict=True):
         copied.training = module.training
 
@@ -298,7 +300,7 @@ def _copied_optimizer(optimizer: AnyOptimizer, memo: dict[int, object]) -> AnyOp
     twin = rebuilt(optimizer, shares)
     for p, state in optimizer.state.items():
         twin.state[_copy_of(p, memo)] = {
-            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()
+            k: whole(v).clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()
         }
     return twin
 

@@ -37,6 +37,7 @@ from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import LayerRecord, record_of
 from esper.state.made_call import made_calls
 from esper.state.seed_slot import Seed
+from esper.state.shards import mesh_beside
 from esper.state.waiting import GraftOptions, GraftRequest, WaitingGraft
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _check(layer: nn.Module, seed_idx: int, alpha: float | None, guard: Guard) -
 
 
 def _check_is_called(layer: nn.Module) -> None:
-    """Refuse a layer that would bypass its seeds, or whose parameters a kernel cannot join."""
+    """Refuse a layer that would bypass its seeds, or that is spread as no kernel can follow."""
     record = record_of(layer)
     if not has_foreign_forward(layer):
         layer.__dict__.pop("forward", None)
@@ -139,12 +140,7 @@ def _check_is_called(layer: nn.Module) -> None:
             "its seeds; remove it (accelerate sets one: graft before it does)"
         )
         raise ValueError(msg)
-    if any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters()):
-        msg = (
-            f"layer {record.name!r} is sharded (its parameters are DTensors), and a kernel would "
-            "not be: graft before fully_shard"
-        )
-        raise ValueError(msg)
+    mesh_beside(layer)
 
 
 def check_guard(layer: nn.Module, guard: Guard) -> None:

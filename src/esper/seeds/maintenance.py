@@ -35,6 +35,7 @@ from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import Reading, read
+from esper.state.shards import is_sharded
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
@@ -242,6 +243,10 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
     seed.num_retries += 1
     if seed.example is None:
         _give_up(layer, seed_idx, seed, "no example to probe it with")
+        return
+    if is_sharded(layer):
+        reason = "its layer is sharded, and a probe would wait for ranks that may not make it"
+        _give_up(layer, seed_idx, seed, f"{reason}: {seed.last_error}")
         return
     probed = attempt(functools.partial(_probe, layer, seed, seed.example))
     if isinstance(probed, Failed):  # a kernel, or a host of another dtype that refuses the example

@@ -16,6 +16,7 @@ from esper.seeds.shadow import shadow_pass
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
+from esper.state.shards import gathered
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _described(layer: nn.Module, example: Example | None) -> SiteSpec:
         return describe_site(layer)
     call = LayerCall.of(example).detached().to(reference_tensor(layer).device)
     host = host_view(layer)
-    with shadow_pass(layer), torch.no_grad():
+    with shadow_pass(layer), gathered(layer), torch.no_grad():
         given = attempt(lambda: blendable(type(host).forward(host, *call.args, **call.kwargs)))
     if isinstance(given, Failed) or not isinstance(given.value, Tensor):
         return describe_site(layer)

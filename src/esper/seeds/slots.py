@@ -10,6 +10,7 @@ from torch import nn
 
 from esper.forward.class_change import choose_forward
 from esper.forward.gradient_gates import gate_parameters, ungate_parameters
+from esper.seeds.beside_shards import stand_alone, stand_beside
 from esper.seeds.structure import encoded_structure
 from esper.seeds.watching import end_watch
 from esper.state.host_parts import SEEDS
@@ -42,7 +43,8 @@ def insert(layer: nn.Module, seed: Seed, alpha: float) -> None:
     record = record_of(layer)
     before = record.seeds.get(seed.seed_idx)
     if before is not None and before is not seed:
-        ungate_parameters(before)
+        _let_go(before)
+    stand_beside(layer, seed.slot.kernel)
     record.seeds[seed.seed_idx] = seed
     _container(layer)._modules[str(seed.seed_idx)] = seed.slot
     seed.slot.train(layer.training)
@@ -81,10 +83,18 @@ def withdraw(layer: nn.Module, seed_idx: int, *, keep_record: bool = False) -> S
         container._modules.pop(str(seed_idx), None)
         if not container._modules:
             del layer._modules[SEEDS]
-    if seed is not None:
+    if seed is not None and keep_record:
         ungate_parameters(seed)
+    elif seed is not None:
+        _let_go(seed)
     choose_forward(layer)
     return seed
+
+
+def _let_go(seed: Seed) -> None:
+    """Give a kernel back as it would be without a layer."""
+    ungate_parameters(seed)
+    stand_alone(seed.slot.kernel)
 
 
 def forget_waiting(layer: nn.Module, seed_idx: int) -> WaitingGraft | None:

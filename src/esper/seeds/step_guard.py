@@ -12,6 +12,7 @@ from esper.forward.finiteness import gradient_total
 from esper.seeds.isolation import SeedFault, isolate_if_moved
 from esper.state.host_parts import host_parameters, is_in_a_seed
 from esper.state.layer_record import LayerRecord, record_of
+from esper.state.shards import here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,8 @@ def read_step_flags(
     found = _step_flags(watched)
     if over_ranks is not None:
         found = over_ranks([(layer, seed_idx) for layer, seed_idx, _ in watched], found)
-    flags = found.tolist()
+    output, gradient, host = found.unbind(1)
+    flags = torch.stack((output, gradient & ~host), 1).tolist()
     faults = []
     for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
         raised = any(call.raised for call in seed.seen.calls)
@@ -81,26 +83,28 @@ def has_step_seeds(layers: Iterable[nn.Module]) -> bool:
 
 
 def _step_flags(watched: Sequence[tuple[nn.Module, int, Seed]]) -> Tensor:
-    """Return a ``[seeds, 2]`` bool tensor: output at fault, gradients at fault."""
+    """Return a ``[seeds, 3]`` bool tensor: what :func:`_step_flag` says of each seed."""
     if not watched:
-        return torch.zeros(0, 2, dtype=torch.bool)
+        return torch.zeros(0, 3, dtype=torch.bool)
     return torch.stack([_step_flag(layer, seed) for layer, _, seed in watched])
 
 
 def _step_flag(layer: nn.Module, seed: Seed) -> Tensor:
-    """Return a ``[2]`` bool tensor: output at fault, gradients at fault."""
+    """Return a ``[3]`` bool tensor: output at fault, gradients not finite, nor what excuses them.
+
+    What excuses a kernel's gradients is the host's output, or its gradients where both read the
+    same input; of a sharded host each rank sees its own part of these.
+    """
     seed.follow_device()
     output_bad, host_bad = seed.seen.step_flags()
     gradient_bad = _any_not_finite(seed.slot.kernel.parameters(), like=output_bad)
-    gradient_bad = gradient_bad & ~host_bad
     if not seed.is_serial:
-        hosts_gradient_bad = _any_not_finite(host_parameters(layer), like=output_bad)
-        gradient_bad = gradient_bad & ~hosts_gradient_bad
-    return torch.stack((output_bad, gradient_bad))
+        host_bad = host_bad | _any_not_finite(host_parameters(layer), like=output_bad)
+    return torch.stack((output_bad, gradient_bad, host_bad))
 
 
 def _any_not_finite(parameters: Iterable[Tensor], *, like: Tensor) -> Tensor:
-    totals = [gradient_total(p.grad) for p in parameters if p.grad is not None]
+    totals = [gradient_total(here(p.grad)) for p in parameters if p.grad is not None]
     if not totals:
         return torch.zeros_like(like)
     finite = [torch.as_tensor(total, device=like.device).isfinite() for total in totals]

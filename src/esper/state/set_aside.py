@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from esper.contracts.owner_warning import warn_owner
 from esper.state.layer_record import RECORD
 from esper.state.seed_slot import SeedSlot
+from esper.state.shards import reshard
 
 SMALL_BYTES: Final = 1 << 16
 """A tensor or array up to this size is cloned in every pass."""
@@ -94,6 +95,7 @@ def set_aside(
     """
     kept = _Kept(with_buffers=with_buffers)
     for index, module in enumerate(modules):
+        reshard(module)
         kept.walk(module, f"model {index}" if index else "model")
     kept.walk_batch(values)
     kept.with_buffers = True
@@ -103,6 +105,8 @@ def set_aside(
     try:
         yield
     finally:
+        for module in modules:
+            reshard(module)  # FSDP2 would find shards where it has left what it gathered
         lost = kept.put_back()
     _tell_of(lost)
 
