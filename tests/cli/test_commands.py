@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,12 +13,15 @@ from typer.testing import CliRunner
 from esper import __version__
 from esper.cli.app import app, parse_random_seeds
 from esper.contracts.errors import EsperError
+from esper.contracts.report import run_report_from_json
 
 SHORT = (
     "esper: warning: nothing can grow: a package takes 166 updates at least (record_updates, 50 of "
     "a trial and hold_updates), and horizon is 12; shorten them, or train longer"
 )
 """What is said of most jobs here: they are shorter than a trial."""
+
+A_LOG = Path(__file__).parents[1] / "contracts" / "files" / "events-1.jsonl"
 
 JOB = """
 import os
@@ -115,10 +119,10 @@ def in_a_process(*arguments, **variables):
 
 
 def test_help_names_every_command(folder):
-    """The help lists the four commands."""
+    """The help lists the five commands."""
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "grow", "suggest", "doctor"):
+    for command in ("demo", "grow", "suggest", "replay", "doctor"):
         assert command in result.stdout
 
 
@@ -441,6 +445,43 @@ def test_control_needs_a_model_of_its_own(folder):
     assert result.exit_code == 2
     assert "returned the same model when it was called again" in result.stderr
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("what", ["events.jsonl", ""], ids=["a log", "a folder"])
+def test_replay_shows_a_run_from_its_log(folder, what):
+    """A log, or the folder of a run: its report is printed, and written as a page."""
+    (folder / "events.jsonl").write_bytes(A_LOG.read_bytes())
+    result = run("replay", str(folder / what), "--page", "page.html")
+    assert result.exit_code == 0, result.stderr
+    assert "gated-mlp-4x4-w64 at 0, 900 parameters: fossilized" in result.stdout
+    assert "Kernels in the model where the log ends" in result.stdout
+    assert "<title>Esper: a run of growth" in (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_replay_as_json_is_a_report(folder):
+    """It is read as report.json is, and nothing is printed beside it."""
+    result = run("replay", str(A_LOG), "--json")
+    assert run_report_from_json(result.stdout).updates == 600
+
+
+@pytest.mark.parametrize(
+    ("text", "page", "status", "words"),
+    [
+        (None, "page.html", 1, "No such file"),
+        ("", "page.html", 1, "the log has no event"),
+        ("{}\n", "page.html", 1, "line 1: event format None is not known here"),
+        ('{"format_version": "2.0"}\n', "page.html", 1, "read it with a newer Esper"),
+        (A_LOG.read_text(encoding="utf-8"), "no/folder.html", 2, "No such file"),
+    ],
+    ids=["absent", "empty", "no event", "of a later major version", "no place for the page"],
+)
+def test_replay_says_refused_or_failed_by_its_status(folder, text, page, status, words):
+    """1 where the log is not there or refused, 2 where something went wrong."""
+    if text is not None:
+        (folder / "events.jsonl").write_text(text, encoding="utf-8")
+    result = run("replay", "events.jsonl", "--page", page)
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert words in result.stderr
 
 
 def test_the_command_works_as_a_process(folder):

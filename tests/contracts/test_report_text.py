@@ -496,7 +496,8 @@ def test_words_are_explained_where_they_are_used():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"work": {}}, "not known, since no batch= was given"),
+        ({"work": {}}, "what growing took is not known"),
+        ({"work": {"training": 0.0}}, "not known, since no batch= was given"),
         (
             {"work": {"training": 75.0, "shadow": 25.0}, "work_unit": "passes"},
             "25.0% of the work was growing",
@@ -507,7 +508,7 @@ def test_words_are_explained_where_they_are_used():
             "of what training did (whatever the limit, the first pass, update of a twin and",
         ),
     ],
-    ids=["not counted", "passes", "flops", "beyond the limit"],
+    ids=["of a log", "not counted", "passes", "flops", "beyond the limit"],
 )
 def test_work_is_told_in_its_unit(changes, words):
     """FLOPs over training's, or passes over all as in files of format 1."""

@@ -18,6 +18,7 @@ from growing import (
     train,
     wrapped,
 )
+from replay_checks import in_a_log
 from torch import nn
 
 from esper.contracts.errors import GrowthError
@@ -26,7 +27,8 @@ from esper.growth.budget import Budget
 from esper.growth.flops import update_flops
 from esper.growth.grower import Grower
 from esper.growth.policies import ByHand, EveryN
-from esper.observability.event_log import read_events, replay_structure
+from esper.observability.event_log import read_events
+from esper.observability.replay import replay
 from esper.observability.report_page import run_page
 from esper.wrapping.unwrap import unwrap
 from esper.wrapping.wrap import layers
@@ -292,26 +294,26 @@ def test_batch_must_not_be_missing_under_way():
 
 
 @pytest.mark.slow
-def test_log_replays_the_structure(tmp_path):
-    """events.jsonl is enough to tell which kernel stands where."""
+@pytest.mark.parametrize("trial", ["twin", pytest.param("shadow", marks=pytest.mark.torture)])
+def test_log_replays_the_run(tmp_path, trial):
+    """events.jsonl is enough to tell which kernel stands where, and all else that it can know."""
     model, optimizer = wrapped()
-    with growing(model, optimizer, policy=EveryN(20), run_dir=tmp_path) as grower:
+    with growing(model, optimizer, policy=EveryN(20), run_dir=tmp_path, trial=trial) as grower:
         train(model, optimizer, 250, grower)
-    replayed = replay_structure(read_events(tmp_path / "events.jsonl"))
+    replayed = replay(read_events(tmp_path / "events.jsonl"))
+    assert in_a_log(replayed.report) == in_a_log(grower.report())
     told = {
-        (site, seed.seed_idx)
-        for site, seeds in replayed.items()
+        (site, seed.seed_idx, seed.artifact_id, 1.0 if seed.alpha is None else seed.alpha)
+        for site, seeds in replayed.structure.items()
         for seed in seeds
         if not seed.folded
     }
-    stands = {
-        (name, index)
+    assert told
+    assert told == {
+        (name, seed["seed"], seed["artifact_id"], layer.alpha(seed["seed"]))
         for name, layer in layers(model).items()
-        for index in range(layer.num_seeds)
-        if layer.seed_kernel(index) is not None
+        for seed in layer.structure()
     }
-    assert stands
-    assert told == stands
 
 
 @pytest.mark.slow

@@ -6,12 +6,15 @@ import warnings
 import pytest
 import torch
 from growing import SHORT, compute_loss, evaluate
+from replay_checks import in_a_log
 from sleepers import HOSTS, Listed, made, update
 from torch import nn
 
 import esper
 from esper.contracts.report_text import flops_text
 from esper.growth.policies import ByHand, Never
+from esper.observability.event_log import read_events
+from esper.observability.replay import replay
 from esper.seeds.shallow import depth_state, load_depth_state
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -49,6 +52,16 @@ def test_blocks_wake_at_their_share_of_the_run():
     assert "In blocks, awake blocks went from 2 to 6" in str(report)
     assert {type(m) for m in model.modules()} == {type(m) for m in made("list").modules()}
     report.to_json()
+
+
+def test_a_log_replays_the_stages(tmp_path):
+    """Which blocks woke and when, as the report has it and as the model stands."""
+    model, optimizer = shallow()
+    report, _ = run(model, optimizer, esper.Staged({0.5: 4, 0.9: 6}), run_dir=tmp_path)
+    replayed = replay(read_events(tmp_path / "events.jsonl")).report
+    assert in_a_log(replayed) == in_a_log(report)
+    assert [stage.depth for stage in replayed.stages] == [4, 6]
+    assert esper.asleep(model) == ()
 
 
 def test_until_then_the_run_is_that_of_the_shallow_model():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from esper.contracts.events import Event
     from esper.contracts.report import DemoReport, RunReport
     from esper.services.run_job import JobRun
 
@@ -87,6 +88,16 @@ Control = Annotated[
         "--control",
         help="Train the same job without growth as well, and say what growth brought.",
     ),
+]
+Log = Annotated[
+    Path,
+    typer.Argument(metavar="LOG", help="An events.jsonl, or the folder of a run that has one."),
+]
+Page = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the report's page there as well.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the report as JSON, as report.json is written.")
 ]
 
 
@@ -218,6 +229,54 @@ def suggest(
         with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
             suggestions = suggest_for(target, options=options, on_progress=display)
         typer.echo(str(suggestions))
+
+
+@app.command(epilog=ENVIRONMENT)
+def replay(
+    log: Log,
+    page: Page = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
+) -> None:
+    """Put a run together again from its log, and show it; exit with 1 where the log is refused.
+
+    It may be the log of a run that was killed, or that an older Esper wrote.
+    """
+    with _one_line_errors():
+        from esper.observability.replay import replay as replay_events
+
+        with _refusals():
+            found = replay_events(_events_of(log))
+        if page is not None:
+            from esper.observability.report_page import run_page
+            from esper.resilience.whole_file import write_whole
+
+            write_whole(page, run_page(found.report).encode("utf-8"))
+        if as_json:
+            typer.echo(found.report.to_json(), nl=False)
+        else:
+            from esper.cli.tables import print_replayed
+
+            print_replayed(_console(), found)
+
+
+def _events_of(log: Path) -> list[Event]:
+    """Return the events of a log, which may be named by its run's folder."""
+    from esper.observability.event_log import read_events
+    from esper.observability.run_folder import EVENTS_FILE
+
+    return read_events(log / EVENTS_FILE if log.is_dir() else log)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Exit with the status of a problem where a file is not there, or is refused."""
+    from esper.cli.errors import error_text
+
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        typer.echo(error_text(error), err=True)
+        raise typer.Exit(EXIT_PROBLEM) from error
 
 
 @app.command(epilog=ENVIRONMENT)

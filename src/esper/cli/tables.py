@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 from rich.text import Text
 
 from esper.contracts.report import ARMS, OPPONENTS
 from esper.contracts.report_text import WORDS, flops_text, with_error
+from esper.observability.replay import ABSENT
 from esper.observability.wording import (
     ARM_NAMES,
     CONTROL_NAMES,
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 
     from esper.cli.doctor import Check
     from esper.contracts.report import DemoReport
+    from esper.observability.replay import Replayed
 
     Rows = tuple[Sequence[str], list[Sequence[str]]]
+
+SHOWN_OF_DIGEST: Final = 12
+"""Letters of a digest that a table has room for."""
 
 
 def print_demo(console: Console, report: DemoReport) -> None:
@@ -55,6 +60,29 @@ def print_demo(console: Console, report: DemoReport) -> None:
     _print(console, "Timeline of the grown arm", *_timeline_rows(report))
     for note in report.notes:
         console.print(f"Note: {note}")
+
+
+def print_replayed(console: Console, found: Replayed) -> None:
+    """Print what a log says of its run: the report, the seeds in the model, and what is absent."""
+    console.print(str(found.report), soft_wrap=True)
+    heads = ("site", ">seed", ">graft", "kernel", "stage", ">alpha", "folded", "artifact")
+    rows = [
+        (
+            site,
+            str(seed.seed_idx),
+            str(seed.graft),
+            seed.blueprint,
+            str(seed.stage),
+            number_text(seed.alpha, ".3g"),
+            "yes" if seed.folded else "no",
+            seed.artifact_id[:SHOWN_OF_DIGEST],
+        )
+        for site, seeds in found.structure.items()
+        for seed in seeds
+    ]
+    _print(console, "Kernels in the model where the log ends", heads, rows)
+    console.print()
+    console.print(ABSENT, soft_wrap=True)
 
 
 def print_checks(console: Console, checks: Sequence[Check]) -> None:

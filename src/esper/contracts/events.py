@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 EVENT_FORMAT_VERSION: Final = "1.1"
 
+STOPPED: Final = "the run was stopped"
+"""Why a run ended that its owner interrupted, in :class:`RunEnded`."""
+
 _OF_NO_RUN: Final = uuid.uuid4().hex
 """Names the events of this process that belong to no run."""
 

@@ -344,8 +344,9 @@ def _switch_lines(trial: TrialRecord) -> Iterator[str]:
 def graft_lines(graft: GraftRecord) -> Iterator[str]:
     """Yield what is known of a graft, in plain lines."""
     package = "" if graft.package is None else f", package {graft.package}"
+    size = "" if graft.parameters is None else f", {graft.parameters:,} parameters"
     yield (
-        f"  {graft.graft}. {graft.blueprint} at {graft.site}, {graft.parameters:,} parameters"
+        f"  {graft.graft}. {graft.blueprint} at {graft.site}{size}"
         f"{package}: {graft.verdict} ({graft.reason})"
     )
     measured = {

@@ -69,7 +69,7 @@ class GraftRecord(Extensible):
         stage: Where the graft is; ``fossilized`` and ``culled`` are final.
         verdict: What was decided, in a word or three; one of ``GraftVerdict``.
         reason: Why, in a sentence.
-        parameters: Parameters of the kernel.
+        parameters: Parameters of the kernel; None where a log was read that does not say.
         germinated_at: Update at which the graft was chosen.
         admitted_at: Update at which it entered the model; None if it never did.
         decided_at: Update of the verdict; None while there is none.
@@ -92,7 +92,7 @@ class GraftRecord(Extensible):
     stage: GraftStage
     verdict: GraftVerdict
     reason: str
-    parameters: int
+    parameters: int | None
     germinated_at: int
     admitted_at: int | None = None
     decided_at: int | None = None

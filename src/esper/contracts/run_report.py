@@ -81,8 +81,9 @@ class RunReport(Extensible):
         work_unit: FLOPs of what was executed, or forwards of one sample as in files of format 1.
         seconds: Wall time by the same categories.
         overhead_limit: FLOPs that growing may take in all; None where it is not known.
-        parameters_before: Parameters of the model when the run began.
-        parameters_after: Parameters of the model now.
+        parameters_before: Parameters of the model when the run began; None where only its log was
+            read.
+        parameters_after: Parameters of the model now; None likewise.
         test_metrics: Read once, at the end, on a split that growth never saw; empty without one.
         notes: Words to the owner.
         interrupted: Whether the run was stopped before its end.
@@ -110,8 +111,8 @@ class RunReport(Extensible):
     work_unit: WorkUnit = "flops"
     seconds: dict[str, float] = field(default_factory=dict)
     overhead_limit: float | None = None
-    parameters_before: int
-    parameters_after: int
+    parameters_before: int | None = None
+    parameters_after: int | None = None
     test_metrics: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     interrupted: bool = False
@@ -297,6 +298,8 @@ def words_for(report: RunReport) -> dict[str, str]:
 
 def work_text(report: RunReport) -> str:
     """Say what growing took of a run, in FLOPs and in time, without an end mark."""
+    if not report.work:
+        return "what growing took is not known"
     if report.updates and not report.work.get("training"):
         if report.stages:
             return _work_beside_stages(report)
@@ -339,13 +342,17 @@ def run_lines(report: RunReport) -> Iterator[str]:
     if report.interrupted:
         yield f"Stopped after {report.updates:,} updates, before the end of the run."
     yield headline(report)
-    yield (
-        f"{report.updates:,} updates, {report.parameters_before:,} parameters before and "
-        f"{report.parameters_after:,} after; {work_text(report)}."
-    )
+    yield f"{report.updates:,} updates{_sizes_text(report)}; {work_text(report)}."
     yield from _loss_lines(report)
     yield from _parts_lines(report)
     yield from (f"Note: {note}" for note in report.notes)
+
+
+def _sizes_text(report: RunReport) -> str:
+    before, after = report.parameters_before, report.parameters_after
+    if before is None or after is None:
+        return ""
+    return f", {before:,} parameters before and {after:,} after"
 
 
 def _hint(report: RunReport) -> str:

@@ -15,6 +15,7 @@ from esper.continuity.ensemble import joined
 from esper.contracts.arguments import check_type, whole_number
 from esper.contracts.choices import SCHEDULES, Schedule
 from esper.contracts.errors import GrowthError
+from esper.contracts.events import STOPPED
 from esper.contracts.progress import Progress
 from esper.growth.evaluation import measuring
 from esper.growth.grower import Grower
@@ -254,7 +255,7 @@ def train(
             for epoch in range(job.epochs):
                 _train_epoch(job, grower, epoch, on_progress)
         except KeyboardInterrupt:
-            grower.close("the run was stopped")
+            grower.close(STOPPED)
             return True
     return False
 

@@ -95,10 +95,10 @@ def read_events(path: Path) -> list[Event]:
         ValueError: A line is no event, or is of a newer format; the message has its number.
     """
     events = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            events.append(event_from_json(line))
+            events.append(event_from_json(line.decode("utf-8")))
         except ValueError as error:
             msg = f"{path}, line {number}: {error}"
             raise ValueError(msg) from error

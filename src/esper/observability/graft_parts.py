@@ -187,7 +187,7 @@ _KERNEL: Final[Cells] = (
 )
 _PARAMETERS: Final[Cells] = (
     Column(head="para\u00admeters", kind="number"),
-    lambda _, graft: f"{graft.parameters:,}",
+    lambda _, graft: number_text(graft.parameters, ",d"),
 )
 _CONTRIBUTION: Final[Cells] = (
     Column(head="contri\u00adbution", kind="number"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.contracts.report_text import OPTIMISTIC, flops_text
-from esper.contracts.run_report import beyond_limit, headline_sentences, words_for
+from esper.contracts.run_report import beyond_limit, headline_sentences, words_for, work_text
 from esper.observability.charts import Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
@@ -116,7 +116,7 @@ def _settings_parts(report: RunReport) -> list[Markup]:
     limit = budget.get("small_host") if isinstance(budget, dict) else None
     if not isinstance(budget, dict) or not isinstance(limit, int | float):
         return [settings]
-    if report.parameters_before >= limit:
+    if report.parameters_before is None or report.parameters_before >= limit:
         return [settings]
     words = (
         f"This host is small: {report.parameters_before:,} parameters, fewer than the "
@@ -158,8 +158,8 @@ def alpha_chart(series: tuple[Series, ...], report: DemoReport | RunReport, word
 def _run_facts(report: RunReport) -> Markup:
     pairs = {
         "Updates": f"{report.updates:,}",
-        "Parameters before": f"{report.parameters_before:,}",
-        "Parameters after": f"{report.parameters_after:,}",
+        "Parameters before": number_text(report.parameters_before, ",d"),
+        "Parameters after": number_text(report.parameters_after, ",d"),
         **_growing_share(report),
     }
     gate = measured_text(report.progress_row())
@@ -177,11 +177,16 @@ def _run_facts(report: RunReport) -> Markup:
 
 def _growing_share(report: RunReport) -> dict[str, str]:
     """Return what share growing took, under the name of what it is a share of."""
-    if report.updates and not report.work.get("training"):
-        return {"Work spent on growing": "not known"}
+    if _is_training_unknown(report):
+        spent = report.stages and report.work
+        return {"Work spent on growing": flops_text(report.overhead) if spent else "not known"}
     if report.work_unit == "passes":
         return {"Work spent on growing": f"{report.overhead_share:.1%}"}
     return {"Growing over training, FLOPs": f"{report.overhead_share:.1%}"}
+
+
+def _is_training_unknown(report: RunReport) -> bool:
+    return bool(report.updates) and not report.work.get("training")
 
 
 def _loss_figure(report: RunReport) -> Markup:
@@ -256,6 +261,9 @@ def _work_parts(report: RunReport) -> list[Markup]:
     """Return what growing took, what it might take, and all work by category."""
     if report.work_unit == "passes":
         return [_pass_table(report)]
+    if _is_training_unknown(report):
+        told = work_text(report)
+        return [paragraph(f"{told[0].upper()}{told[1:]}."), _flops_table(report)]
     training = report.seconds.get("training")
     growing_s = sum(report.seconds.values()) - (training or 0.0)
     known = report.overhead_limit is not None
