@@ -262,9 +262,14 @@ __all__ = [
 ]
 
 
-_WITH: Final = {"wrap": ("esper.continuity.optimizer", "esper.integrations.pretrained")}
-"""What has to be there as well: a wrapped model that loads kernels tells its optimizers, and one of
-transformers says in its config that it has grown."""
+_WITH: Final = {
+    "Grower": ("esper.observability.notebook",),
+    "GrowthJob": ("esper.observability.notebook",),
+    "RunReport": ("esper.observability.notebook",),
+    "wrap": ("esper.continuity.optimizer", "esper.integrations.pretrained"),
+}
+"""What has to be there as well: reports are drawn in notebooks, a wrapped model that loads kernels
+tells its optimizers, and one of transformers says in its config that it has grown."""
 
 
 def __getattr__(name: str) -> Any:

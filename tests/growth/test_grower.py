@@ -26,7 +26,7 @@ from esper.contracts.lifecycle import GraftStage
 from esper.growth.budget import Budget
 from esper.growth.flops import update_flops
 from esper.growth.grower import Grower
-from esper.growth.policies import ByHand, EveryN
+from esper.growth.policies import ByHand, EveryN, Never
 from esper.observability.event_log import read_events
 from esper.observability.replay import replay
 from esper.observability.report_page import run_page
@@ -291,6 +291,41 @@ def test_batch_must_not_be_missing_under_way():
     optimizer.step()
     with pytest.raises(GrowthError, match="without batch="):
         grower.step(loss)
+
+
+def test_a_line_is_printed_behind_each_look(capsys):
+    """``on_progress=print`` is all that a loop of one's own needs, and it is off by default."""
+    model, optimizer = wrapped()
+    with growing(model, optimizer, policy=Never(), on_progress=print) as grower:
+        train(model, optimizer, 12, grower)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["run at update 1", "run at update 11"]
+    assert "gate loss" in lines[-1]
+    assert lines[-1].endswith("33 parameters, dormant")
+
+
+def test_a_line_is_told_where_a_graft_comes_to_another_stage():
+    """Between two looks as well: the package by which a run tries to grow is named."""
+    model, optimizer, told = *wrapped(), []
+    with growing(
+        model, optimizer, policy=EveryN(5), evaluate_every=100, on_progress=told.append
+    ) as grower:
+        train(model, optimizer, 10, grower)
+        assert "in trial in a twin" in str(told[-1])
+
+
+def test_on_progress_that_raises_ends_no_run():
+    """It is called once, the run goes on, and a note says why nothing more was told."""
+    model, optimizer, calls = *wrapped(), []
+
+    def fail(row):
+        calls.append(row)
+        raise OSError("the terminal is gone")
+
+    with growing(model, optimizer, policy=Never(), on_progress=fail) as grower:
+        train(model, optimizer, 12, grower)
+    assert len(calls) == 1
+    assert any("the terminal is gone" in note for note in grower.report().notes)
 
 
 @pytest.mark.slow

@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 
 from esper.contracts.intervals import Interval
-from esper.contracts.progress import ProgressRow
+from esper.contracts.progress import ProgressRow, metric_text
 from esper.observability.wording import (
     bytes_text,
     interval_text,
-    measured_text,
-    metric_text,
     not_beaten,
     wins_text,
 )
@@ -114,10 +112,10 @@ def test_what_was_measured_begins_with_the_losses():
         train_loss=0.25,
         metrics={"b": 1.0, "accuracy": 0.25},
     )
-    assert list(measured_text(row).items()) == [
+    assert list(row.measured().items()) == [
         ("gate loss", "0.5"),
         ("training loss", "0.25"),
         ("b", "1"),
         ("accuracy", "25.0 %"),
     ]
-    assert measured_text(ProgressRow(name="run", update=3)) == {}
+    assert ProgressRow(name="run", update=3).measured() == {}

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts.progress import statuses_text
-from esper.observability.wording import measured_text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,7 +71,7 @@ class ProgressDisplay:
         if self._live is not None:
             self._live.update(_picture(progress, line))
         elif self._is_worth_a_line(progress):
-            rows = "; ".join(_row_text(row) for row in progress.rows)
+            rows = "; ".join(map(str, progress.rows))
             self._console.print(f"{line}: {rows}" if rows else line, soft_wrap=True)
 
     def _is_worth_a_line(self, progress: Progress) -> bool:
@@ -124,7 +123,7 @@ class _Rows:
         if Measurement.get(console, wide, table).maximum <= options.max_width:
             yield table
         else:
-            yield from (Text(_row_text(row)) for row in self._rows)
+            yield from (Text(str(row)) for row in self._rows)
 
 
 def _picture(progress: Progress, line: str) -> Group:
@@ -136,7 +135,7 @@ def _picture(progress: Progress, line: str) -> Group:
 def _rows_table(rows: tuple[ProgressRow, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("run")
-    measured = [measured_text(row) for row in rows]
+    measured = [row.measured() for row in rows]
     names = list(dict.fromkeys(name for texts in measured for name in texts))
     for head in ("update", *names, "parameters"):
         table.add_column(head, justify="right")
@@ -147,14 +146,6 @@ def _rows_table(rows: tuple[ProgressRow, ...]) -> Table:
         cells = (row.name, f"{row.update:,}", *found, parameters, _grafts_text(row))
         table.add_row(*(Text(cell) for cell in cells))
     return table
-
-
-def _row_text(row: ProgressRow) -> str:
-    parts = [f"{row.name} at update {row.update:,}"]
-    parts += [f"{name} {text}" for name, text in measured_text(row).items()]
-    if row.parameters is not None:
-        parts.append(f"{row.parameters:,} parameters")
-    return ", ".join([*parts, _grafts_text(row)])
 
 
 def _grafts_text(row: ProgressRow) -> str:

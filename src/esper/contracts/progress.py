@@ -54,6 +54,10 @@ _DOING: Final = {
 """What a package does at a stage."""
 
 
+_SHARES: Final = frozenset({"accuracy"})
+"""Metrics that are shares in [0, 1], and shown in percent."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressRow:
     """Where one run is: what a terminal, a page and a callback of the owner's are all given.
@@ -75,6 +79,28 @@ class ProgressRow:
     metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
     grafts: tuple[GraftStatus, ...] = ()
+
+    def measured(self) -> dict[str, str]:
+        """Return everything that was measured so far, as text by name.
+
+        The losses come first, then the owner's metrics in their order; what was not read yet is
+        left out.
+        """
+        losses = {"gate loss": self.gate_loss, "training loss": self.train_loss}
+        known = {name: f"{loss:.4g}" for name, loss in losses.items() if loss is not None}
+        return known | {name: metric_text(name, value) for name, value in self.metrics.items()}
+
+    def __str__(self) -> str:
+        parts = [f"{self.name} at update {self.update:,}"]
+        parts += [f"{name} {text}" for name, text in self.measured().items()]
+        if self.parameters is not None:
+            parts.append(f"{self.parameters:,} parameters")
+        return ", ".join([*parts, statuses_text(self.grafts) or "dormant"])
+
+
+def metric_text(name: str, value: float) -> str:
+    """Return a metric with its unit: ``"93.2 %"`` for a share, else four digits."""
+    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+from esper.contracts.errors import EsperError
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import GraftStatus, ProgressRow
 from esper.contracts.report_text import (
@@ -60,6 +61,18 @@ _NEVER_COMPARED: Final = (
     "Nothing here was compared with a network of the final size trained from scratch, nor with a "
     "random choice of site and kernel."
 )
+
+
+class ReportDrawer(Protocol):
+    """Draws reports for a notebook."""
+
+    def html(self, report: RunReport) -> str:
+        """Return a report as a piece of HTML that stands by itself."""
+        ...
+
+    def plot(self, report: RunReport, axes: Any = None) -> Any:
+        """Draw the losses of a report on matplotlib's axes, its own where None, and return them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +136,9 @@ class RunReport(Extensible):
     end_capacity_shown: bool | None = None
     overhead_share: float = field(init=False)
     format_version: str = REPORT_FORMAT_VERSION
+    drawer: ClassVar[ReportDrawer | None] = None
+    """What draws reports; importing ``esper.observability.notebook`` puts it here, since a contract
+    knows no picture."""
 
     def __post_init__(self) -> None:
         training = self.work.get("training", 0.0)
@@ -193,6 +209,28 @@ class RunReport(Extensible):
     def optimistic(self) -> bool:
         """Whether every figure comes from data that growth itself was decided on."""
         return not self.test_metrics
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the losses over the updates, marked where something grew or left.
+
+        Args:
+            axes: Of matplotlib, to draw on; None makes a figure of its own.
+
+        Returns:
+            The axes; ``axes.figure`` is the figure.
+
+        Raises:
+            ImportError: matplotlib cannot be imported; the extra ``plot`` brings it.
+            EsperError: Nothing that draws was imported.
+        """
+        if self.drawer is None:
+            msg = "nothing that draws a report is there; import esper.observability.notebook first"
+            raise EsperError(msg)
+        return self.drawer.plot(self, axes)
+
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows, or None, so that it shows the text."""
+        return None if self.drawer is None else self.drawer.html(self)
 
     def to_json(self) -> str:
         """Return the report as JSON.

@@ -29,6 +29,7 @@ TAKES: Final[Mapping[str, tuple[str, ...]]] = {
     "update": ("model", "optimizer", "batch"),
     "twin": (),
     "group_for": ("name", "parameter"),
+    "on_progress": ("row",),
 }
 """What each of the owner's functions is called with, in order."""
 

@@ -128,6 +128,9 @@ class Grower:
         a run already is left alone, and one beside it is numbered: see :attr:`run_dir`.
         ``sink``: Takes every event as well.
         ``clock``: Dates the events.
+        ``on_progress``: Called with an :class:`~esper.ProgressRow` behind each update in which the
+        gate split was read or something came to another stage; ``on_progress=print`` is a line
+        for each, in a terminal and a notebook. One that raises is not called again, and noted.
 
     Args:
         model: A model after :func:`esper.wrap`; it may be inside DDP or ``torch.compile``. One
@@ -166,6 +169,7 @@ class Grower:
         self._had_batches = False  # of the run that was loaded
         self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
+        self._on_progress, self._changes_told = options.get("on_progress"), 0
         self._run.journal.started(self._effective_settings())
         try:
             self._depth.warn_if_idle()
@@ -274,6 +278,7 @@ class Grower:
         self._schedule.end_epoch(self._run.updates)
         if not self._closed and self._run.updates and self._look():
             self._decide()
+            self._tell()
 
     def suggest(self) -> Suggestions:
         """Rank every kernel on offer on the recent batches; changes nothing.
@@ -412,6 +417,7 @@ class Grower:
             steps.callback(self._finish, lambda: self._depth.close(reason))
             if stage is not None:
                 self._finish(lambda: stage.close(f"{reason} before its verdict"))
+            self._finish(self._tell)
             self._finish(self._read_null_beside)
             self._finish(self._look_once_more)
             if run.watcher.num_steps_of_optimizer:
@@ -505,6 +511,18 @@ class Grower:
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
         self._decide()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell the owner where the run is, where it was looked at or has changed since."""
+        tell, changes = self._on_progress, self._run.journal.num_changes
+        if tell is None or changes == self._changes_told:
+            return
+        self._changes_told = changes
+        outcome = attempt(lambda: tell(self.progress_row()))
+        if isinstance(outcome, Failed):
+            self._on_progress = None
+            self._run.journal.note(f"on_progress failed and is not called again: {outcome}")
 
     def _rehearse(self, batches: list[Batch]) -> None:
         """Try a twin, before anything depends on it; none where no trial can be paid."""

@@ -99,6 +99,12 @@ class Journal:
         self._last_reason = ""
         self.last_switch = 0
 
+    @property
+    def num_changes(self) -> int:
+        """How often the run was looked at, or a graft or a stack came to another stage."""
+        of_depth = sum(1 if stage.ended_at is None else 2 for stage in self.stages)
+        return len(self.evaluations) + len(self.timeline) + of_depth
+
     def started(self, settings: JsonObject) -> None:
         """Record the effective settings of the run, and say them."""
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())

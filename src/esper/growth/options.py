@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from esper.compiler.catalog import Catalog
     from esper.continuity.placement import GroupFor
     from esper.contracts.ports import Clock, EventSink, Registry
+    from esper.contracts.progress import ProgressRow
     from esper.growth.batch import LossFunction, OwnUpdate
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
@@ -50,6 +51,7 @@ class GrowerOptions(SettingOptions, total=False):
     run_dir: str | Path | None
     clock: Clock | None
     sink: EventSink | None
+    on_progress: Callable[[ProgressRow], object] | None
 
 
 PARTS: Final = tuple(

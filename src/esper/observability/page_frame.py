@@ -11,12 +11,32 @@ from esper.observability.markup import Markup, element, join
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-STYLE: Final = Markup("""
-:root { color-scheme: light dark;
-  --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d5dae0; --panel: #f5f7f9;
-  --host: #57606a; --grown: #0067a8; --random: #b34d00; --scratch: #00795a;
-  --graft-1: #0067a8; --graft-2: #b34d00; --graft-3: #00795a; --graft-4: #7a3fd0;
-  --graft-5: #b01f6f; --graft-6: #6b5d00; --graft-7: #a61b1b; --graft-8: #00707f; }
+COLOURS: Final = {
+    "paper": "#ffffff",
+    "ink": "#1b1f24",
+    "soft": "#57606a",
+    "rule": "#d5dae0",
+    "panel": "#f5f7f9",
+    "host": "#57606a",
+    "grown": "#0067a8",
+    "random": "#b34d00",
+    "scratch": "#00795a",
+    "graft-1": "#0067a8",
+    "graft-2": "#b34d00",
+    "graft-3": "#00795a",
+    "graft-4": "#7a3fd0",
+    "graft-5": "#b01f6f",
+    "graft-6": "#6b5d00",
+    "graft-7": "#a61b1b",
+    "graft-8": "#00707f",
+}
+"""What things are drawn in on light paper, by the name of their style."""
+
+_ON_LIGHT: Final = " ".join(f"--{name}: {colour};" for name, colour in COLOURS.items())
+
+STYLE: Final = Markup(
+    """
+:root { color-scheme: light dark; ON_LIGHT }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171b; --ink: #e7eaee; --soft: #a3adb8; --rule: #3a424c; --panel: #1d2228;
   --host: #a9b3bd; --grown: #62b6f0; --random: #f0a04b; --scratch: #3ecfa4;
@@ -125,7 +145,8 @@ text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--
   .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
   .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
-""")
+""".replace("ON_LIGHT", _ON_LIGHT)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +186,11 @@ class Section:
 
 
 def document(
-    title: str, *lead: str, intro: Sequence[Markup], sections: Sequence[Section | None]
+    title: str,
+    *lead: str,
+    intro: Sequence[Markup],
+    sections: Sequence[Section | None],
+    base: str | None = None,
 ) -> str:
     """Return a whole page that needs no network and no scripts.
 
@@ -174,6 +199,7 @@ def document(
         lead: The first sentences that a reader meets; only the very first is set large.
         intro: What follows it, in order.
         sections: What the contents name, in order; None is left out.
+        base: Address that its links start from; None is its own.
     """
     shown = [section for section in sections if section is not None]
     head = element(
@@ -182,6 +208,7 @@ def document(
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
+        *([] if base is None else [element("base", href=base)]),
         element("style", STYLE),
     )
     main = element(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from esper.contracts.progress import metric_text
 from esper.contracts.report_text import OPTIMISTIC, flops_text
 from esper.contracts.run_report import beyond_limit, headline_sentences, words_for, work_text
 from esper.observability.charts import Chart, Series, draw_lanes, draw_lines, legend
@@ -39,8 +40,6 @@ from esper.observability.trial_parts import (
 )
 from esper.observability.wording import (
     NOT_MEASURED,
-    measured_text,
-    metric_text,
     number_text,
 )
 
@@ -56,8 +55,13 @@ MARK_CAPTION = (
 )
 
 
-def run_page(report: RunReport) -> str:
-    """Return the page of one run as HTML. Its first sentences are those of the terminal."""
+def run_page(report: RunReport, *, base: str | None = None) -> str:
+    """Return the page of one run as HTML. Its first sentences are those of the terminal.
+
+    Args:
+        report: The run.
+        base: Address that its links start from; None is its own.
+    """
     changes = [(str(entry.graft), entry) for entry in report.timeline]
     return document(
         "Esper: a run of growth",
@@ -77,6 +81,7 @@ def run_page(report: RunReport) -> str:
             notes(report.notes),
             section("Settings", *_settings_parts(report)),
         ],
+        base=base,
     )
 
 
@@ -162,7 +167,7 @@ def _run_facts(report: RunReport) -> Markup:
         "Parameters after": number_text(report.parameters_after, ",d"),
         **_growing_share(report),
     }
-    gate = measured_text(report.progress_row())
+    gate = report.progress_row().measured()
     training = gate.pop("training loss", None)
     gate = {name.removeprefix("gate "): text for name, text in gate.items()}
     if training is not None:
@@ -189,15 +194,15 @@ def _is_training_unknown(report: RunReport) -> bool:
     return bool(report.updates) and not report.work.get("training")
 
 
-def _loss_figure(report: RunReport) -> Markup:
+def loss_chart(report: RunReport) -> Chart:
+    """Return the losses of a run over its updates, marked where something grew or left."""
     gate = _gate_points(report)
     alone = () if report.control is None else _gate_points(report.control)
     train = tuple(
         (float(e.update), e.train_loss) for e in report.evaluations if e.train_loss is not None
     )
     ends = f" from {gate[0][1]:.4g} to {gate[-1][1]:.4g}" if gate else ""
-    y_range = _effect_range(report, (gate, alone, train))
-    chart = Chart(
+    return Chart(
         name="loss",
         title="Loss over the updates",
         description=f"The loss on the gate split went{ends}.",
@@ -209,18 +214,22 @@ def _loss_figure(report: RunReport) -> Markup:
             Series(style="grown", points=gate, label="gate loss"),
         ),
         x_range=(0.0, report.updates),
-        y_range=y_range,
+        y_range=_effect_range(report, (gate, alone, train)),
         marks=tuple(_loss_marks(report, gate)),
     )
+
+
+def _loss_figure(report: RunReport) -> Markup:
+    chart, gate = loss_chart(report), _gate_points(report)
     captions = [MARK_CAPTION, "Each has the colour and number of its package (P) or graft."]
     if report.stages:
         captions.append("Block: a stage of depth begins.")
     if report.control is not None:
         captions.append("Control: the same job without growth.")
-    if y_range is not None and gate[0][1] > y_range[1]:
+    if chart.y_range is not None and gate[0][1] > chart.y_range[1]:
         captions.append(
-            f"The axis is cut at {y_range[1]:.3g}, to show what came later; the gate loss began "
-            f"at {gate[0][1]:.3g}."
+            f"The axis is cut at {chart.y_range[1]:.3g}, to show what came later; the gate loss "
+            f"began at {gate[0][1]:.3g}."
         )
     if report.optimistic:
         captions.append(f"There is no test split, so every figure was {OPTIMISTIC}.")

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from esper.contracts.intervals import Interval
-    from esper.contracts.progress import ProgressRow
     from esper.contracts.report import ControlRow, DemoReport, Wins
 
 NOT_MEASURED: Final = "\u2013"
@@ -32,9 +31,6 @@ CONTROL_NAMES: Final = {
     "linear": "linear package, begun apart from its null",
 }
 """Short names of the kinds of control packages."""
-
-_SHARES: Final = frozenset({"accuracy"})
-"""Metrics that are shares in [0, 1], and shown in percent."""
 
 _OPPONENTS: Final = {
     "host": "the host trained on without growing",
@@ -141,22 +137,6 @@ def interval_text(interval: Interval, *, sign: bool = False) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.mean:{form}} (one run, no interval)"
     return f"{interval.mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
-
-
-def measured_text(row: ProgressRow) -> dict[str, str]:
-    """Return everything that was measured in a run so far, as text by name.
-
-    The losses come first, then the owner's metrics in their order; what was not read yet is left
-    out.
-    """
-    losses = {"gate loss": row.gate_loss, "training loss": row.train_loss}
-    known = {name: f"{loss:.4g}" for name, loss in losses.items() if loss is not None}
-    return known | {name: metric_text(name, value) for name, value in row.metrics.items()}
-
-
-def metric_text(name: str, value: float) -> str:
-    """Return a metric with its unit: ``"93.2 %"`` for a share, else four digits."""
-    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4g}"
 
 
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
