@@ -106,3 +106,60 @@ def _with_policy(job, policy):
     from dataclasses import replace
 
     return replace(job, grower={"policy": policy})
+
+
+FRAMEWORKS = {
+    "lightning_digits": "pytorch_lightning",
+    "transformers_digits": "transformers",
+    "accelerate_digits": "accelerate",
+}
+QUIET = (
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:.*number of training batches",
+    "ignore:.*exists and is not empty",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*QUIET)
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_frameworks_run_is_stopped_and_resumed(name, capsys):
+    """By the framework's own checkpoint, and the report is of the whole run."""
+    pytest.importorskip(FRAMEWORKS[name])
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
+        _example(name).main(epochs=2)
+    told = capsys.readouterr().out
+    assert "the machine went down behind update 28" in told
+    assert "56 updates, 1,210 parameters before and 1,210 after" in told
+
+
+@pytest.mark.torture
+@pytest.mark.filterwarnings(*QUIET)
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_frameworks_run_grows_with_one_line(name, capsys):
+    """With default settings a package is kept, and its kernels come back from the checkpoint."""
+    pytest.importorskip(FRAMEWORKS[name])
+    accuracy = _example(name).main()
+    told = capsys.readouterr().out
+    assert "1,120 updates, 1,210 parameters before and" in told
+    assert ": kept (" in told
+    assert accuracy > 0.9
+
+
+@pytest.mark.torture
+def test_a_frozen_layer_learns_what_is_new():
+    """Ten digits where fine-tuning behind it does not, and the old ones are not forgotten."""
+    found = _example("new_classes").main()
+    gain = found[True, True]["all digits"] - found[True, False]["all digits"]
+    assert gain > 0.05
+    assert all(result["old digits"] > 0.85 for result in found.values())
+
+
+@pytest.mark.slow
+def test_new_classes_stand_beside_fine_tuning(capsys):
+    """A few epochs of it say what is known before and after, grown and not, frozen and not."""
+    with pytest.warns(UserWarning, match="nothing can grow: a package takes"):
+        found = _example("new_classes").main(epochs=1)
+    assert set(found) == {(frozen, grows) for frozen in (True, False) for grows in (True, False)}
+    assert capsys.readouterr().out.count("of the old digits") == 5
