@@ -276,6 +276,32 @@ def test_a_gate_loss_that_fell_shows_no_help():
     assert str(replace(beside, control=run)).startswith("Did it help? No: the gate loss")
 
 
+@pytest.mark.parametrize(
+    ("tested", "words"),
+    [
+        (
+            None,
+            "Not shown: the gate measure was 0.9 at the end with growth and 0.4 without: 0.5 more",
+        ),
+        (0.8, "Yes: the test measure was 0.8 at the end with growth and 0.4 without: 0.4 more"),
+        (0.1, "No: the test measure was 0.1 at the end with growth and 0.4 without: 0.3 less"),
+    ],
+    ids=["no test split", "better", "worse"],
+)
+def test_a_control_by_a_measure_of_which_higher_is_better(tested, words):
+    """It is told in the owner's unit, and more of it is a yes."""
+    settings = {"trial": "twin", "goal": "max"}
+    seen, beside = (
+        replace(a_run(), settings=settings, evaluations=(Evaluation(update=100, gate_loss=v),))
+        for v in (-0.9, -0.4)
+    )
+    if tested is not None:
+        seen = replace(seen, test_metrics={"loss": tested})
+        beside = replace(beside, test_metrics={"loss": 0.4})
+    told = str(replace(seen, control=beside))
+    assert told.startswith(f"Did it help? {words}, where higher is better")
+
+
 def test_a_control_is_what_the_whole_run_is_held_against():
     """Then nobody has to be told how to measure it."""
     seen = (Evaluation(update=100, gate_loss=0.4),)

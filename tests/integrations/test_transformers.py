@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from esper.integrations.state_files import read_state, write_state
-from esper.integrations.transformers import EsperTrainer, sample_losses
+from esper.integrations.transformers import EsperTrainer
 
 
 class Regressor(nn.Module):
@@ -217,20 +217,6 @@ def test_label_smoothing_finds_its_labels(tmp_path):
     report = made.grower.report()
     assert report.trials, report
     assert report.evaluations[0].gate_loss == pytest.approx(3.9, abs=0.2)  # ln 50
-
-
-def test_losses_of_samples():
-    """Tokens that are not labelled are left out of a sample's mean; floats are regressed on."""
-    logits = torch.randn(2, 3, 5)
-    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
-    cross_entropy = nn.functional.cross_entropy
-    wanted = [
-        cross_entropy(logits[0, :2], labels[0, :2]),
-        cross_entropy(logits[1, :1], labels[1, :1]),
-    ]
-    torch.testing.assert_close(sample_losses(logits, labels), torch.stack(wanted))
-    found = sample_losses(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 5.0]))
-    assert torch.equal(found, torch.tensor([1.0, 9.0]))
 
 
 def test_an_error_in_the_training_closes_the_grower(tmp_path):

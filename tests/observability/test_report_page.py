@@ -494,3 +494,20 @@ def test_a_graft_that_is_under_way_is_no_verdict(make_run):
     assert 'class="mark fossilized' not in page
     assert 'class="mark culled' not in page
     assert 'class="mark admitted' in page
+
+
+def test_a_run_of_depth_alone_says_what_growing_took(make_run, stage_of_depth):
+    """Training is told by its stages there, and no share of it is made up."""
+    page = run_page(
+        make_run(
+            grafts=(),
+            timeline=(),
+            alphas=(),
+            stages=(stage_of_depth,),
+            work={"training": 0.0, "evaluation": 5e9},
+            work_unit="flops",
+        )
+    )
+    assert "<dt>Work spent on growing</dt><dd>5 GFLOP</dd>" in page
+    assert "Growing took 5 GFLOP beside the training, whose FLOPs are told stage by stage." in page
+    assert "Share of training" not in page

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esper.contracts.choices import (
         Attribution,
         DepthVerdict,
+        Goal,
         GraftVerdict,
         Taken,
         TrialVerdict,
@@ -289,17 +290,25 @@ class AlphaPoint(Extensible):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A run and the same job trained without growth, by one number each; lower is better.
+    """A run and the same job trained without growth, by one number each, in the owner's unit.
 
     Attributes:
-        measure: What the numbers are: ``"test loss"``, or ``"gate loss"`` without a test split.
+        measure: What the numbers are: ``"test loss"``, or ``"gate loss"`` without a test split;
+            ``"test measure"`` and ``"gate measure"`` where higher is better.
         grown: Of the run that could grow.
         control: Of the run that could not.
+        goal: Whether a lower or a higher number is better.
     """
 
     measure: str
     grown: float
     control: float
+    goal: Goal = "min"
+
+    @property
+    def is_of_gate(self) -> bool:
+        """Whether the numbers are of data that growth was decided on."""
+        return self.measure.startswith("gate")
 
     def answer(self, least: float) -> Literal["Yes", "No", "Not shown"]:
         """Say whether the run ended better, as far as one run of each can tell.
@@ -307,15 +316,16 @@ class Comparison:
         Args:
             least: Smallest difference that says anything, as a share of the control's number.
         """
-        saved = self.control - self.grown
+        saved = (self.control - self.grown) * (1.0 if self.goal == "min" else -1.0)
         if abs(saved) <= least * abs(self.control):
             return "Not shown"
         return "Yes" if saved > 0 else "No"
 
     def __str__(self) -> str:
-        saved = self.control - self.grown
-        words = f"{abs(saved):.4g} {'less' if saved > 0 else 'more'}" if saved else "no difference"
+        less = self.control - self.grown
+        words = f"{abs(less):.4g} {'less' if less > 0 else 'more'}" if less else "no difference"
+        better = "" if self.goal == "min" else ", where higher is better"
         return (
             f"the {self.measure} was {self.grown:.4g} at the end with growth and "
-            f"{self.control:.4g} without: {words}"
+            f"{self.control:.4g} without: {words}{better}"
         )

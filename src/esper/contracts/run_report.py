@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import WorkUnit
+    from esper.contracts.choices import Goal, WorkUnit
     from esper.contracts.run_records import (
         AlphaPoint,
         Evaluation,
@@ -196,14 +196,15 @@ class RunReport(Extensible):
         if self.control is None:
             return None
         pairs = (self.test_metrics.get("loss"), self.control.test_metrics.get("loss"))
-        measure = "test loss"
+        split = "test"
         if None in pairs:
-            measure = "gate loss"
-            pairs = (_last_gate_loss(self), _last_gate_loss(self.control))
+            split, pairs = "gate", (_last_gate_measure(self), _last_gate_measure(self.control))
         grown, control = pairs
         if grown is None or control is None:
             return None
-        return Comparison(measure=measure, grown=grown, control=control)
+        goal: Goal = "max" if self.settings.get("goal") == "max" else "min"
+        measure = f"{split} {'loss' if goal == 'min' else 'measure'}"
+        return Comparison(measure=measure, grown=grown, control=control, goal=goal)
 
     @property
     def optimistic(self) -> bool:
@@ -244,8 +245,10 @@ class RunReport(Extensible):
         return "\n".join(run_lines(self))
 
 
-def _last_gate_loss(report: RunReport) -> float | None:
-    return report.evaluations[-1].gate_loss if report.evaluations else None
+def _last_gate_measure(report: RunReport) -> float | None:
+    """Return the last reading of the gate split in the owner's unit, as a loss is kept."""
+    sign = -1.0 if report.settings.get("goal") == "max" else 1.0
+    return sign * report.evaluations[-1].gate_loss if report.evaluations else None
 
 
 def headline(report: RunReport) -> str:
@@ -279,9 +282,8 @@ def _did_it_help(report: RunReport) -> Iterator[str]:
     if found is None:
         return
     least = report.settings.get("min_effect")
-    is_optimistic = found.measure == "gate loss"
     answer = found.answer(least if isinstance(least, float) else 0.0)
-    if answer == "Yes" and is_optimistic:
+    if answer == "Yes" and found.is_of_gate:
         answer = "Not shown"
     yield f"Did it help? {answer}: {found}{_hint_of(found)}."
     yield ONE_RUN_EACH
@@ -398,7 +400,7 @@ def _hint(report: RunReport) -> str:
 
 
 def _hint_of(comparison: Comparison) -> str:
-    return in_brackets(OPTIMISTIC if comparison.measure == "gate loss" else "")
+    return in_brackets(OPTIMISTIC if comparison.is_of_gate else "")
 
 
 def _loss_lines(report: RunReport) -> Iterator[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from esper.continuity.optimizer import sync_optimizer
+from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
 from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
-from esper.integrations.held_out import SampleLoss, joined, sample_loss
 from esper.integrations.missing import missing_framework
 from esper.wrapping.wrap import layers, wrap
 
@@ -26,6 +27,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from esper.growth.batch import Batch
+    from esper.growth.evaluate_on import Loss
     from esper.growth.options import GrowerOptions
     from esper.wrapping.select import Select
 
@@ -48,9 +50,9 @@ class EsperCallback(pl.Callback):
     Args:
         module: Dotted name of the part of the module that grows; None for all of it.
         select: Which layers may grow, as in :func:`esper.wrap`.
-        loss: For held-out batches ``(input, target)``: ``"cross_entropy"`` (classes last),
-            ``"mse"``, or a function ``(output, target)`` to losses whose first axis is the
-            samples'. The output is what the module, or the part that grows, returns for the input.
+        loss: For held-out batches ``(inputs, targets)``, as :func:`esper.evaluate_on` takes both:
+            ``"cross_entropy"``, ``"mse"``, or a function ``(output, target)`` to losses of shape
+            (samples,). The output is what the module, or the part that grows, returns.
         options: Those of :class:`esper.Grower`.
 
     Attributes:
@@ -65,13 +67,15 @@ class EsperCallback(pl.Callback):
         *,
         module: str | None = None,
         select: Select | None = None,
-        loss: SampleLoss | None = None,
+        loss: Loss | None = None,
         **options: Unpack[GrowerOptions],
     ) -> None:
         check_options(options)
         self._path = module or ""
         self._select = select
-        self._loss = None if loss is None else sample_loss(loss)
+        if loss is not None:
+            evaluate_on((), loss=loss)  # a loss that it does not take is refused at once
+        self._loss = loss
         self._options = options
         self._hearing = Hearing(options.get("sink"))
         self._loaded: Mapping[str, Any] | None = None
@@ -187,14 +191,14 @@ class _Adapter:
         trainer: The Trainer.
         pl_module: The module that it fits.
         path: Dotted name of the part that grows; empty for the module itself.
-        loss: ``(output, target)`` to the losses of a held-out batch, shape (samples,).
+        loss: Of held-out batches, as :func:`esper.evaluate_on` takes it.
     """
 
     __slots__ = ("_loss", "_path", "_pl_module", "_trainer")
     # what a part of the module keeps is looked into by the slots, and put back after each pass
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: str, loss: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: str, loss: Loss | None
     ) -> None:
         self._trainer, self._pl_module, self._path, self._loss = trainer, pl_module, path, loss
 
@@ -230,16 +234,15 @@ class _Adapter:
 
     def evaluate(self, model: nn.Module) -> Tensor:
         """Return the losses of every held-out sample, in the loader's order."""
-        losses = [self._held_out(model, batch) for batch in self._held_out_batches()]
-        return joined(losses)
+        return torch.cat([self._held_out(model, batch) for batch in self._held_out_batches()])
 
     def _held_out(self, model: nn.Module, batch: Any) -> Tensor:
         plugin = self._trainer.precision_plugin
         batch = plugin.convert_input(batch)
         batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        given, target = batch[0], batch[1]
+        assert self._loss is not None, "without a loss there is no evaluate"
         with self._standing_in(model), plugin.forward_context():
-            return cast("Tensor", self._loss(model(given), target))
+            return evaluate_on([batch[:2]], loss=self._loss)(model)
 
     def _held_out_batches(self) -> Iterator[Any]:
         if self._trainer.val_dataloaders is None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
 from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
-from esper.integrations.held_out import joined
 from esper.integrations.missing import missing_framework
 from esper.integrations.state_files import read_state, write_state
 from esper.seeds.rebuilding import build
@@ -26,7 +25,6 @@ from esper.wrapping.wrap import layers, wrap
 
 try:
     from transformers import Trainer, TrainerCallback
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from esper.integrations.pretrained_loading import register
 except ImportError as error:
@@ -36,11 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from esper.growth.batch import Batch
+    from esper.growth.evaluate_on import Loss
 
 register()
-
-_IGNORED: Final = -100
-"""The label of what no loss is taken of."""
 
 
 class EsperTrainerMixin:
@@ -254,7 +250,7 @@ class _Asked:
 
     def evaluate(self, model: nn.Module) -> Tensor:
         """Return the loss of each sample of ``eval_dataset``, in its order."""
-        return joined([self._losses(model, batch) for batch in self._held_out()])
+        return torch.cat([self._losses(model, batch) for batch in self._held_out()])
 
     def _held_out(self) -> torch.utils.data.DataLoader[Any]:
         trainer = self._trainer
@@ -272,40 +268,16 @@ class _Asked:
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
         trainer = self._trainer
         inputs = trainer._prepare_inputs(batch)  # noqa: SLF001 - as prediction_step does
-        with trainer.compute_loss_context_manager():
-            outputs = model(**inputs)
-        logits, labels = getattr(outputs, "logits", None), inputs.get("labels")
-        if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor):
             msg = (
-                f"losses of single samples need logits of {type(model).__name__} and labels in "
-                f"eval_dataset, found {sorted(inputs)}; give esper_options evaluate=, a function "
-                "(model) to per-sample losses"
+                f"losses of single samples need labels in eval_dataset, found {sorted(inputs)}; "
+                "give esper_options evaluate=, a function (model) to per-sample losses"
             )
             raise TypeError(msg)
-        name = trainer.accelerator.unwrap_model(model)._get_name()  # noqa: SLF001 - as label smoothing does
-        if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return sample_losses(logits, labels)
-
-
-def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return a loss for each sample, shape (samples,): the mean over what is labelled.
-
-    Args:
-        logits: (samples, ..., classes) for whole labels, else of as many elements as the labels.
-        labels: (samples, ...); -100 is left out, floats are regressed on.
-    """
-    if labels.is_floating_point():
-        return (
-            (logits.float().reshape(labels.shape) - labels)
-            .square()
-            .reshape(len(labels), -1)
-            .mean(1)
-        )
-    flat = logits.float().reshape(-1, logits.shape[-1])
-    losses = F.cross_entropy(flat, labels.reshape(-1), reduction="none", ignore_index=_IGNORED)
-    num_labelled = (labels != _IGNORED).reshape(len(labels), -1).sum(1).clamp(min=1)
-    return losses.reshape(len(labels), -1).sum(1) / num_labelled
+        with trainer.compute_loss_context_manager():
+            loss: Loss = "mse" if labels.is_floating_point() else "cross_entropy"
+            return evaluate_on([inputs], loss=loss)(model)
 
 
 def _kernel_parameters(model: nn.Module) -> list[nn.Parameter]:
