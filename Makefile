@@ -10,7 +10,7 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs bench bench-growth bench-ranks torture
+.PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ bench-ranks: venv ## Measure what ranks take to agree and to share kernels; writ
 bench-growth: venv ## Measure what growing brings, in hours, going on where it stopped; writes docs/growth.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/growth/run.py $(ARGS)
+
+bench-peers: venv ## Run what peers' users complain of on them and on Esper; writes docs/peers.md
+	$(BIN)/python benchmarks/beside/run.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
 	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)
