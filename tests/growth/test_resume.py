@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from crafted_measures import Course, Measure, helps
-from growing import growing, host, train, wrapped
+from growing import host
 from sleepers import HOSTS, made, update
 
 import esper
@@ -366,21 +366,36 @@ def test_an_audition_begins_again():
     assert "cut off" in grafts[0]["reason"]
 
 
+def truly_useful():
+    """Also beside its linear form, which an audition is read against."""
+    return Measure(lambda on: 5.0 - (on.get("0") == "real"))
+
+
+IN_PROBATION = {"on the ramp": 20, "held, looked at": 27}
+
+
 @pytest.mark.slow
-def test_a_kernel_that_blends_in_is_not_saved():
-    """The error says after how many updates the run can be saved, and then it can."""
-    model, optimizer = wrapped()
-    settings = {"policy": esper.ByHand([("0", "mlp-4x4-w32")]), "trial": "shadow", "min_effect": 0}
-    grower = growing(model, optimizer, **settings)
-    train(model, optimizer, 70, grower)
-    with pytest.raises(GrowthError, match=r"save it after \d+ more updates") as refused:
-        grower.state_dict()
-    left = int(str(refused.value).split("save it after ")[1].split()[0])
-    train(model, optimizer, left - 1, grower)
-    with pytest.raises(GrowthError, match="save it after 1 more updates"):
-        grower.state_dict()
-    train(model, optimizer, 1, grower)
-    assert grower.state_dict()["stage"] is None
+@pytest.mark.parametrize("at", IN_PROBATION.values(), ids=IN_PROBATION)
+def test_a_kernel_that_blends_in_goes_on(at):
+    """Its alpha, its looks and its verdict: a run can be saved at every update."""
+    expected = whole(truly_useful, **SHADOW)
+    assert [g["verdict"] for g in expected["report"]["grafts"]] == ["fossilized"]
+    assert_same(resumed(at, truly_useful, **SHADOW), expected)
+
+
+def spoil(course):
+    course.measure.loss_of = lambda _: 9.0
+
+
+@pytest.mark.slow
+def test_a_kernel_that_fails_goes_though_it_came_in_another_process():
+    """Back to the admission, where the host without it is worse too; a control has no moments."""
+    expected = whole(truly_useful, at=27, then=spoil, **SHADOW)
+    assert [g["updates_lost"] for g in expected["report"]["grafts"]] == [12]
+    assert_same(resumed(27, truly_useful, then=spoil, **SHADOW), expected)
+    change = forget("stage", "snapshot", "state", to={})
+    found = resumed(27, truly_useful, then=spoil, change=change, **SHADOW)
+    assert not same(found["model"], expected["model"])
 
 
 # ---- blocks that wake

@@ -27,8 +27,9 @@ def kernels_on(model):
     """Return the kernel at each site that contributes: ``"real"``, or ``"linear"``."""
     found = {}
     for name, layer in layers(model).items():
-        for index, seed in record_of(layer).seeds.items():
-            if layer.alpha(index) > 0:
+        record = record_of(layer)
+        for seed in (*record.seeds.values(), *record.shadows.values()):
+            if seed.slot.alpha > 0:
                 made = seed.kernel.blueprint.id
                 found[name] = "linear" if made.endswith("-linear") else "real"
     return found

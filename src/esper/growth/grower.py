@@ -325,16 +325,16 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides in this run, for another process to go on with.
 
-        To be saved between two updates, together with the states of the model, the optimizer, the
-        scheduler and the random generators. The values are plain: dicts, lists, tuples, numbers,
+        To be saved between any two updates, together with the states of the model, the optimizer,
+        the scheduler and the random generators. The values are plain: dicts, lists, tuples, numbers,
         text and tensors on the CPU, as ``torch.load(..., weights_only=True)`` takes them.
 
         A recording, a trial or an audition that is under way is not saved; where the state is
         loaded it begins again, and the cut one counts as a try.
 
         Raises:
-            GrowthError: A kernel blends in after its audition (``trial="shadow"``), or the watch
-                has tensors that are sharded: the message says when the run can be saved.
+            GrowthError: The way back of a watch has tensors that are sharded: the message says when
+                the run can be saved.
             TypeError: What the policy or the ranking returns as its state is not plain.
         """
         own = {name: getattr(self, f"_{name}") for name in _REMEMBERED}

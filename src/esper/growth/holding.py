@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.continuity.replicas import over_ranks
-from esper.continuity.snapshot import RunSnapshot, parameters_by_name
 from esper.growth.gates import is_worse, upper_rise
-from esper.growth.live_kernel import LiveKernel, remove_kernel
+from esper.growth.live_kernel import remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
 from esper.growth.measurement import Measurement
 from esper.growth.takeover import Taken
@@ -21,12 +20,11 @@ from esper.growth.tries import spend_try
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import nn
-
     from esper.contracts.progress import GraftStatus
     from esper.contracts.report import TrialRecord
     from esper.growth.batch import Batch
     from esper.growth.graft import Graft
+    from esper.growth.live_kernel import LiveKernel
     from esper.growth.run import GrowthRun
     from esper.growth.stage import StageState
 
@@ -109,30 +107,14 @@ class Holding:
 
     def state_dict(self) -> StageState:
         """Return the watch and the way back: where it goes on, it decides what it would have."""
-        run, taken = self._run, self._taken
-        named = {id(p): n for n, p in parameters_by_name(run.model, run.optimizer).items()}
-        sites = {id(layer): name for name, layer in run.layers.items()}
         return {
             "kind": "holding",
             "package": self._record.package,
-            "kernels": [
-                {
-                    "graft": graft.number,
-                    "site": sites[id(kernel.layer)],
-                    "parameters": [named[id(p)] for p in kernel.parameters],
-                }
-                for graft, kernel in self._members
-            ],
             "before": self._before.state_dict(),
             "effect": self._effect,
             "usual": self._usual.limit,
             "look_at": list(self._look_at),
-            "snapshot": taken.snapshot.state_dict(run.model, run.optimizer),
-            "factors": {
-                named[id(p)]: factor
-                for p, factor in zip(taken.host, taken.factors, strict=True)
-                if id(p) in named
-            },
+            **self._taken.state_dict(self._run, [graft for graft, _ in self._members]),
         }
 
     @classmethod
@@ -146,24 +128,7 @@ class Holding:
         Raises:
             KeyError: The state names what the run does not have.
         """
-        named = parameters_by_name(run.model, run.optimizer)
-        grafts = [run.grafts.numbered(kernel["graft"]) for kernel in state["kernels"]]
-        kernels = tuple(
-            LiveKernel(
-                grafted_into=run.layers[kernel["site"]],
-                seed_idx=graft.seed_idx,
-                parameters=tuple(
-                    cast("nn.Parameter", named[name]) for name in kernel["parameters"]
-                ),
-            )
-            for graft, kernel in zip(grafts, state["kernels"], strict=True)
-        )
-        taken = Taken(
-            kernels=kernels,
-            snapshot=RunSnapshot.from_state_dict(state["snapshot"], run.model, run.optimizer),
-            host=[cast("nn.Parameter", named[name]) for name in state["factors"]],
-            factors=list(state["factors"].values()),
-        )
+        grafts, taken = Taken.from_state_dict(state, run)
         made = cls(
             run,
             grafts=grafts,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
-from esper.continuity.snapshot import RunSnapshot
-from esper.contracts.errors import GrowthError
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.evaluation import averaged
 from esper.growth.gates import judge_not_worse, level_of
 from esper.growth.live_kernel import place_kernel, remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
+from esper.growth.measurement import Measurement
+from esper.growth.takeover import Taken
 from esper.growth.tries import spend_try
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from esper.growth.audition import Audition
     from esper.growth.batch import Batch
     from esper.growth.germination import Contender
-    from esper.growth.measurement import Measurement
+    from esper.growth.graft import Graft
     from esper.growth.run import GrowthRun
     from esper.growth.stage import StageState
 
@@ -34,28 +35,44 @@ class Probation:
 
     Args:
         run: The run.
-        contender: What was admitted.
-        audition: Its audition.
+        graft: What was admitted.
+        taken: Its kernel in the live model, and the way back.
         before: The watch's part of the gate split before the admission, seed off; a mean of looks.
-        reason: Why it was admitted.
     """
 
-    def __init__(
-        self,
+    def __init__(self, run: GrowthRun, *, graft: Graft, taken: Taken, before: Measurement) -> None:
+        self._run = run
+        self._graft = graft
+        self._taken = taken
+        (self._kernel,) = taken.kernels
+        self._before = before
+        self._usual = SpikeLimit.after(run.losses)
+        self._looks: list[Measurement] = []
+        hold, num_looks = run.settings.hold_updates, LOOKS
+        moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
+        self._look_at = sorted(moments)
+        self._level = level_of(run.settings.tries)
+
+    @classmethod
+    def admit(
+        cls,
         run: GrowthRun,
         contender: Contender,
         audition: Audition,
         before: Measurement,
         reason: str,
-    ) -> None:
-        self._run = run
-        self._contender = contender
-        self._before = before
-        self._snapshot = RunSnapshot(run.model, run.optimizer, update=run.updates)
-        self._host = list(run.model.parameters())
-        self._factors = run.factor.state_dict(self._host)
-        optimizer = audition.optimizer
-        self._kernel = place_kernel(
+    ) -> Probation:
+        """Put a kernel into the live model, at alpha 0 and with its moments.
+
+        Args:
+            run: The run.
+            contender: What is admitted.
+            audition: Its audition.
+            before: The watch's part of the gate split, seed off; a mean of looks.
+            reason: Why it is admitted.
+        """
+        taken, optimizer = Taken.before(run), audition.optimizer
+        kernel = place_kernel(
             contender.layer,
             contender.seed_idx,
             contender.kernel,
@@ -66,15 +83,11 @@ class Probation:
             peaks=run.watcher.peaks,
             state=None if optimizer is None else optimizer.state,
         )
-        self._usual = SpikeLimit.after(run.losses)
-        self._looks: list[Measurement] = []
-        hold, num_looks = run.settings.hold_updates, LOOKS
-        moments = {self._ramp + hold * (i + 1) // num_looks for i in range(num_looks)}
-        self._look_at = sorted(moments)
-        self._graft = contender.graft
-        self._graft.admit(reason, update=run.updates)
-        self._level = level_of(run.settings.tries)
-        run.journal.alpha(self._graft, 0.0)
+        taken = replace(taken, kernels=(kernel,))
+        made = cls(run, graft=contender.graft, taken=taken, before=before)
+        contender.graft.admit(reason, update=run.updates)
+        run.journal.alpha(contender.graft, 0.0)
+        return made
 
     @property
     def needs_batches(self) -> bool:
@@ -92,7 +105,7 @@ class Probation:
 
     @property
     def _num_updates(self) -> int:
-        return self._run.updates - self._snapshot.update
+        return self._run.updates - self._taken.snapshot.update
 
     def advance(self, batches: list[Batch]) -> Probation | None:  # noqa: ARG002 - the protocol's signature
         """Follow one update of the run; None once the verdict is spoken."""
@@ -125,18 +138,33 @@ class Probation:
         self._remove(reason, without)
 
     def state_dict(self) -> StageState:
-        """Refuse: a kernel that blends in is not saved.
+        """Return the ramp, the looks so far, and the way back: it goes on from there."""
+        return {
+            "kind": "probation",
+            "before": self._before.state_dict(),
+            "usual": self._usual.limit,
+            "looks": [look.state_dict() for look in self._looks],
+            "look_at": list(self._look_at),
+            **self._taken.state_dict(self._run, [self._graft]),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: StageState, run: GrowthRun) -> Probation:
+        """Go on with the probation that :meth:`state_dict` was taken of.
+
+        Args:
+            state: What it returned.
+            run: A run whose model, optimizer and grafts are those of then.
 
         Raises:
-            GrowthError: Always; it says when the run can be saved.
+            KeyError: The state names what the run does not have.
         """
-        left = self._ramp + self._run.settings.hold_updates - self._num_updates
-        msg = (
-            f"the kernel at {self._graft.site!r} was admitted and has no verdict yet, and such a "
-            f"run cannot be saved: save it after {left} more updates, or call grower.close() "
-            "before, which judges the kernel now"
-        )
-        raise GrowthError(msg)
+        (graft,), taken = Taken.from_state_dict(state, run)
+        before = Measurement.from_state_dict(state["before"])
+        made = cls(run, graft=graft, taken=taken, before=before)
+        made._usual, made._look_at = SpikeLimit(limit=state["usual"]), list(state["look_at"])
+        made._looks = [Measurement.from_state_dict(look) for look in state["looks"]]
+        return made
 
     def _trouble(self) -> str | None:
         state = self._state()
@@ -203,13 +231,11 @@ class Probation:
     def _take_away(self, reason: str, *, keeps_host: bool, why: str) -> None:
         """Remove the kernel, and go back to the admission unless the trained host is kept."""
         run = self._run
-        remove_kernel(self._kernel, run.optimizer, run.factor)
-        updates_lost = 0
-        if not keeps_host:
-            updates_lost = self._num_updates
-            self._snapshot.restore(run.optimizer)
-            run.factor.load_state_dict(self._factors, self._host)
-            run.losses.clear()
+        updates_lost = 0 if keeps_host else self._num_updates
+        if keeps_host:
+            remove_kernel(self._kernel, run.optimizer, run.factor)
+        else:
+            self._taken.undo(run)
         run.last_change_update = run.updates
         spend_try(run.model)
         run.ledger.structure_changed()

@@ -1,7 +1,8 @@
 """The state of a growing run: what is saved of it, what it fits, and how a run goes on from it.
 
-A state is plain values and CPU tensors, by names. What goes on is a watch, a ramp of blocks and all
-that was counted; what was only tried (a recording, a trial, an audition) begins again.
+A state is plain values and CPU tensors, by names. What goes on is a watch, a ramp of a kernel or of
+blocks, and all that was counted; what was only tried (a recording, a trial, an audition) begins
+again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from esper.growth.budget import Cost
 from esper.growth.holding import Holding
 from esper.growth.measurement import Measurement
 from esper.growth.policies import AllOf, AnyOf, Policy
+from esper.growth.probation import Probation
 from esper.growth.reading import Choice, Reading
 from esper.growth.staged import staged_in
 from esper.growth.stages import Recording
@@ -61,9 +63,6 @@ def saved_run(run: GrowthRun, stage: Stage | None, report: RunReport) -> dict[st
         run: The run.
         stage: What is under way; None where nothing is.
         report: The run's report as it is.
-
-    Raises:
-        GrowthError: What is under way cannot be saved.
     """
     measured, evaluator = run.last_measurement, run.evaluator
     return {
@@ -136,6 +135,8 @@ def resumed_stage(run: GrowthRun, state: Mapping[str, Any]) -> Stage | None:
         return None
     if saved["kind"] == "holding":
         return Holding.from_state_dict(saved, run)
+    if saved["kind"] == "probation":
+        return Probation.from_state_dict(saved, run)
     if saved["kind"] == "recording":
         return Recording(run, run.choice, advise_only=saved["advise_only"])
     return _begun_again(run, saved)

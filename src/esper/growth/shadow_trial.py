@@ -101,7 +101,7 @@ class Auditioning:
         run.journal.gate(graft, "admission", verdict)
         if verdict.passed:
             before = averaged(self._looks or [run.measure().watchs_part])
-            return Probation(run, self._contender, self._audition, before, verdict.reason)
+            return Probation.admit(run, self._contender, self._audition, before, verdict.reason)
         update = run.updates
         self._contender.withdraw(verdict.reason, update=update, verdict="culled at admission")
         run.last_change_update = update

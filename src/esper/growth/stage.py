@@ -38,9 +38,5 @@ class Stage(Protocol):
         ...
 
     def state_dict(self) -> StageState:
-        """Return what the stage begins again from, or goes on from, after the run was loaded.
-
-        Raises:
-            GrowthError: It can do neither.
-        """
+        """Return what the stage begins again from, or goes on from, after the run was loaded."""
         ...

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.continuity.replicas import in_step, spread
-from esper.continuity.snapshot import RunSnapshot
+from esper.continuity.snapshot import RunSnapshot, parameters_by_name
 from esper.growth.live_kernel import LiveKernel, place_kernel, remove_kernel
 from esper.state.seed_slot import SeedSlot
 from esper.state.shards import spread_like, spread_state
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from esper.continuity.ensemble import State
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.growth.graft import Graft
     from esper.growth.run import GrowthRun
+    from esper.growth.stage import StageState
     from esper.growth.twins import Twin
 
 
@@ -41,6 +43,73 @@ class Taken:
     snapshot: RunSnapshot
     host: Sequence[nn.Parameter]
     factors: list[dict[str, float] | None]
+
+    @classmethod
+    def before(cls, run: GrowthRun) -> Taken:
+        """Return the way back to where a run is now, which has none of the kernels yet."""
+        host = list(run.model.parameters())
+        return cls(
+            kernels=(),
+            snapshot=RunSnapshot(run.model, run.optimizer, update=run.updates),
+            host=host,
+            factors=run.factor.state_dict(host),
+        )
+
+    def state_dict(self, run: GrowthRun, grafts: Sequence[Graft]) -> StageState:
+        """Return kernels and way back by names, as plain values and tensors on the CPU.
+
+        Args:
+            run: The run.
+            grafts: The grafts of the kernels, in their order.
+        """
+        named = {id(p): n for n, p in parameters_by_name(run.model, run.optimizer).items()}
+        sites = {id(layer): name for name, layer in run.layers.items()}
+        return {
+            "kernels": [
+                {
+                    "graft": graft.number,
+                    "site": sites[id(kernel.layer)],
+                    "parameters": [named[id(p)] for p in kernel.parameters],
+                }
+                for graft, kernel in zip(grafts, self.kernels, strict=True)
+            ],
+            "snapshot": self.snapshot.state_dict(run.model, run.optimizer),
+            "factors": {
+                named[id(p)]: factor
+                for p, factor in zip(self.host, self.factors, strict=True)
+                if id(p) in named
+            },
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: StageState, run: GrowthRun) -> tuple[list[Graft], Taken]:
+        """Return grafts, and the way back that :meth:`state_dict` was taken of.
+
+        Args:
+            state: What it returned.
+            run: A run whose model, optimizer and grafts are those of then.
+
+        Raises:
+            KeyError: The state names what the run does not have.
+        """
+        named = parameters_by_name(run.model, run.optimizer)
+        grafts = [run.grafts.numbered(kernel["graft"]) for kernel in state["kernels"]]
+        kernels = [
+            LiveKernel(
+                grafted_into=run.layers[kernel["site"]],
+                seed_idx=graft.seed_idx,
+                parameters=tuple(
+                    cast("nn.Parameter", named[name]) for name in kernel["parameters"]
+                ),
+            )
+            for graft, kernel in zip(grafts, state["kernels"], strict=True)
+        ]
+        return grafts, cls(
+            kernels=tuple(kernels),
+            snapshot=RunSnapshot.from_state_dict(state["snapshot"], run.model, run.optimizer),
+            host=[cast("nn.Parameter", named[name]) for name in state["factors"]],
+            factors=list(state["factors"].values()),
+        )
 
     def undo(self, run: GrowthRun) -> None:
         """Put the run back to where it was before, exactly: weights, buffers, moments, draws."""
@@ -63,13 +132,8 @@ def take_over(run: GrowthRun, twin: Twin, kernels: Mapping[str, LiveKernel]) -> 
         twin: The twin, which is used up.
         kernels: What stands in it that the live run does not have, by site.
     """
-    host = list(run.model.parameters())
-    taken = Taken(
-        kernels=(),
-        snapshot=RunSnapshot(run.model, run.optimizer, update=run.updates),
-        host=host,
-        factors=run.factor.state_dict(host),
-    )
+    taken = Taken.before(run)
+    host = taken.host
     try:
         moved = in_step(run.given, lambda: _written(run, twin, host, kernels))
     except BaseException:
