@@ -326,8 +326,8 @@ class Grower:
         """Return everything that decides in this run, for another process to go on with.
 
         To be saved between any two updates, together with the states of the model, the optimizer,
-        the scheduler and the random generators. The values are plain: dicts, lists, tuples, numbers,
-        text and tensors on the CPU, as ``torch.load(..., weights_only=True)`` takes them.
+        the scheduler and the random generators. The values are plain: dicts, lists, tuples,
+        numbers, text and tensors on the CPU, as ``torch.load(..., weights_only=True)`` takes them.
 
         A recording, a trial or an audition that is under way is not saved; where the state is
         loaded it begins again, and the cut one counts as a try.
