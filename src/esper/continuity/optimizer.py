@@ -62,7 +62,9 @@ def sync_optimizer(
     of a layer that this optimizer does not train, though it is trainable, are left to the optimizer
     that does, and a warning names them where Esper knows of none. Parameters of kernels that went
     are dropped with their state. Parameters of the host are never touched, also where they are tied
-    into a kernel. From then on the optimizer reads the flags of ``guard="step"`` before each step,
+    into a kernel; but where a kernel was folded behind its host, or took a share from it, their
+    gradient is another one, and their state begins anew (``FoldCertificate.stale_moments``). From
+    then on the optimizer reads the flags of ``guard="step"`` before each step,
     and skips one that was not finite; its ``state_dict`` is in the order of the model's parameters
     and has their names, and it loads by these. Kernels that appeared in a model replicated by
     DistributedDataParallel get rank 0's weights and averaged gradients; there every rank has to
@@ -101,6 +103,7 @@ def sync_optimizer(
         for seed_idx, kernel in seeded_kernels(layer):
             link.adopt(p for p in kernel.parameters() if _is_in_it_for_us(p, placement))
             _join(layer, seed_idx, kernel, placement)
+        drop_stale_moments(layer, every)
     order_kernels(inner, every)
     link.group_for = group_for
     _NAMED.watch(inner, every)
@@ -278,6 +281,24 @@ def remove_parameters(optimizer: AnyOptimizer, params: Iterable[torch.Tensor]) -
         link.kernels.pop(key, None)
 
 
+def drop_stale_moments(layer: nn.Module, optimizer: AnyOptimizer) -> list[nn.Parameter]:
+    """Let the state begin anew of what a fold has given another gradient; return the parameters.
+
+    What another optimizer trains is left to it.
+
+    Args:
+        layer: A layer with seeds.
+        optimizer: What trains it.
+    """
+    held = {id(p) for p in _all_parameters(optimizer)}
+    stale = {name: layer.get_parameter(name) for name in record_of(layer).stale_moments}
+    own = {name: p for name, p in stale.items() if id(p) in held}
+    for p in own.values():
+        optimizer.state.pop(p, None)
+    record_of(layer).stale_moments -= own.keys()
+    return list(own.values())
+
+
 def audition_optimizer(
     optimizer: AnyOptimizer, places: Iterable[Place], *, rates: Sequence[float] | None = None
 ) -> AnyOptimizer:
@@ -398,7 +419,7 @@ class _Link:
             self._kept = KeptBuffers(model)
 
 
-def _all_parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+def _all_parameters(optimizer: AnyOptimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

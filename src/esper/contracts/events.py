@@ -247,7 +247,8 @@ class Fossilized(Event):
         folded: Whether its weights went into the host's own.
         rel_diff: Largest difference of the layer's outputs before and after folding, relative to
             the largest output, at least 0; None where it was not measured.
-        reason: Why it was not folded, in a few words; empty where it was.
+        reason: Why it was not folded, or which moments of its host begin anew, in a few words;
+            empty where neither.
     """
 
     kind: ClassVar[str] = "fossilized"

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from esper.continuity.ensemble import members_of
-from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.continuity.optimizer import sync_optimizer
 from esper.continuity.replicas import over_ranks
 from esper.growth.gates import is_worse, upper_rise
-from esper.growth.live_kernel import remove_kernel
+from esper.growth.live_kernel import make_permanent, remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
 from esper.growth.measurement import Measurement
 from esper.growth.takeover import Taken
@@ -237,13 +237,8 @@ class Holding:
     def _fossilize(self, reason: str) -> None:
         run, folded = self._run, []
         for graft, kernel in self._members:
-            certificate = kernel.layer.fossilize(kernel.seed_idx)
+            certificate = make_permanent(kernel, run.optimizer, run.factor)
             folded.append(certificate.folded)
-            if certificate.folded:
-                run.factor.remove(kernel.parameters)
-                remove_parameters(run.optimizer, kernel.parameters)
-            else:
-                kernel.layer.set_guard(kernel.seed_idx, "step")
             run.journal.fossilized(
                 graft,
                 folded=certificate.folded,

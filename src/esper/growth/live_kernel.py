@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from esper.continuity.following import tell_of_copies
-from esper.continuity.optimizer import append_parameters, order_kernels, remove_parameters
+from esper.continuity.optimizer import (
+    append_parameters,
+    drop_stale_moments,
+    order_kernels,
+    remove_parameters,
+)
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.seeds.shadow import remember_call, seen_example
 from esper.state.layer_call import LayerCall
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from esper.continuity.warmup import UpdateFactor
     from esper.contracts.choices import Guard
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.seeds.folding import FoldCertificate
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import Example
     from esper.state.seed_slot import Seed
@@ -119,3 +125,22 @@ def remove_kernel(live: LiveKernel, optimizer: AnyOptimizer, factor: UpdateFacto
     factor.remove(live.parameters)
     live.layer.unload_kernel(live.seed_idx)
     remove_parameters(optimizer, live.parameters)
+
+
+def make_permanent(
+    live: LiveKernel, optimizer: AnyOptimizer, factor: UpdateFactor
+) -> FoldCertificate:
+    """Fossilize a kernel: one that folds leaves the optimizer, any other is guarded at the step.
+
+    Where the fold gives the host's weights another gradient, their moments begin anew, and so do
+    their first steps, whose full size under Adam would be a dip.
+    """
+    certificate = live.layer.fossilize(live.seed_idx)
+    if not certificate.folded:
+        live.layer.set_guard(live.seed_idx, "step")
+        return certificate
+    factor.remove(live.parameters)
+    remove_parameters(optimizer, live.parameters)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    factor.add(drop_stale_moments(live.layer, optimizer), peaks=rates)
+    return certificate

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from esper.continuity.ensemble import members_of
-from esper.continuity.optimizer import remove_parameters, sync_optimizer
+from esper.continuity.optimizer import sync_optimizer
 from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
 from esper.growth.evaluation import averaged
 from esper.growth.gates import judge_not_worse, level_of
-from esper.growth.live_kernel import place_kernel, remove_kernel
+from esper.growth.live_kernel import make_permanent, place_kernel, remove_kernel
 from esper.growth.losses import LOSS_CHECK_EVERY, SpikeLimit
 from esper.growth.measurement import Measurement
 from esper.growth.takeover import Taken
@@ -203,13 +203,8 @@ class Probation:
 
     def _fossilize(self, reason: str) -> None:
         run = self._run
-        certificate = self._kernel.layer.fossilize(self._kernel.seed_idx)
-        if certificate.folded:
-            run.factor.remove(self._kernel.parameters)
-            remove_parameters(run.optimizer, self._kernel.parameters)
-        else:
-            self._kernel.layer.set_guard(self._kernel.seed_idx, "step")
-            sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
+        certificate = make_permanent(self._kernel, run.optimizer, run.factor)
+        sync_optimizer(run.given, members_of(run.optimizer), group_for=run.group_for)
         run.journal.fossilized(
             self._graft,
             folded=certificate.folded,

@@ -42,13 +42,17 @@ class FoldCertificate:
             output before, both computed in float64 from the weights as stored; None if nothing
             was computed.
         tolerance: What was allowed: 1e-6 in float32 and float64, else the dtype's epsilon.
-        reason: Why it was not folded; empty if it was.
+        reason: Why it was not folded, or which moments of the host begin anew; empty where neither.
+        stale_moments: Names in the layer of host parameters whose gradient is another one from now
+            on, so that an optimizer's moments of them are of no use.
+            :func:`esper.sync_optimizer` drops them.
     """
 
     folded: bool
     rel_diff: float | None
     tolerance: float
     reason: str = ""
+    stale_moments: tuple[str, ...] = ()
 
 
 def fossilize(layer: nn.Module, seed_idx: int) -> FoldCertificate:
@@ -56,6 +60,7 @@ def fossilize(layer: nn.Module, seed_idx: int) -> FoldCertificate:
     seed = active_seed(layer, seed_idx)
     layout = record_of(layer).layout
     certificate = fold(layer, seed)
+    record_of(layer).stale_moments |= {*certificate.stale_moments}
     layout.transition_seed_state(seed_idx, SeedLifecycleState.FOSSILIZED)
     if certificate.folded:
         layout.release_kernel(seed_idx)
@@ -70,6 +75,12 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
     """Add a seed's kernel to its host's weight and bias, or change nothing and say why.
 
     The parameters stay the same objects; they are written in place, under ``no_grad``.
+
+    With ``G`` the gradient of the loss at the output, that of a weight is ``G x^T``, before the
+    fold of what is added beside the host (``W + a K``) as after it: its moments stay. Behind the
+    host (``K W``) it was ``K^T G x^T``, and with a share taken from it (``(1 - a) W + a K``) that
+    share of it: such moments are of another gradient. An optimizer alone knows which of its state
+    is a mean and which a mean of squares, so that nobody can convert them for all.
     """
     tolerance, rel_diff = FLOAT32_TOLERANCE, None
     joining = Joining.of(seed)
@@ -93,7 +104,17 @@ def fold(layer: nn.Module, seed: Seed) -> FoldCertificate:
         target.weight.copy_(weight)
         if bias is not None and target.bias is not None:
             target.bias.copy_(bias)
-    return FoldCertificate(folded=True, rel_diff=rel_diff, tolerance=tolerance)
+    stale = _stale(layer, target) if joining.is_serial or joining.replaces else ()
+    reason = f"folded; moments of {' and '.join(stale)} begin anew" if stale else ""
+    return FoldCertificate(
+        folded=True, rel_diff=rel_diff, tolerance=tolerance, reason=reason, stale_moments=stale
+    )
+
+
+def _stale(layer: nn.Module, target: FoldTarget) -> tuple[str, ...]:
+    """Return the names of a host's tensors."""
+    held = {id(p) for p in (target.weight, target.bias) if p is not None}
+    return tuple(name for name, p in layer.named_parameters() if id(p) in held)
 
 
 def target_beside(layer: nn.Module, others: Iterable[Seed]) -> FoldTarget:

@@ -65,6 +65,8 @@ class LayerRecord:
         waiting: Grafts that wait for a call of the layer, by seed index.
         note: What the forward notes for them; None while none waits.
         refusals: Why a graft that had waited was refused, by seed index.
+        stale_moments: Names of host parameters whose gradient a fold has changed, until their
+            optimizer learns of it.
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
@@ -110,6 +112,7 @@ class LayerRecord:
         self.waiting: dict[int, WaitingGraft] = {}
         self.note: Note | None = None
         self.refusals: dict[int, str] = {}
+        self.stale_moments: set[str] = set()
         self.native_count = 0
         self.active_count = 0
         self.kernel_execution_count = 0
@@ -147,6 +150,7 @@ class LayerRecord:
             "layout": copy.deepcopy(self.layout),
             "own": Companions(),
             "refusals": dict(self.refusals),
+            "stale_moments": set(self.stale_moments),
         }
         none: dict[str, object] = {"seeds": {}, "plan": (), "watched": ()}
         copied.__setstate__(self.__dict__ | self._cleared_in_copies() | own | none)
