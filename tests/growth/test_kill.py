@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 
 import killed_runs
 import pytest
 import torch
+from fork_server import ForkServer
 from killed_runs import NEVER, RECORDED, RUNS, START, TRIED, end_of, saved_at
 
 
@@ -24,20 +20,10 @@ class Lives:
     """
 
     def __init__(self, folder):
-        paths = os.pathsep.join(filter(None, sys.path))
-        self._server = subprocess.Popen(
-            [sys.executable, killed_runs.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        self._folder, self._num_runs, self._wholes = folder, 0, {}
+        self._server, self._folder = ForkServer(killed_runs.__file__), folder
+        self._num_runs, self._wholes = 0, {}
         self.took_s, self.num_killed = 0.0, 0
-
-    def close(self):
-        """Let the server end."""
-        self._server.communicate(timeout=60)
+        self.close = self._server.close
 
     def place(self, like=None):
         """Return the folder of another run, with the checkpoint of one where it is given."""
@@ -49,15 +35,12 @@ class Lives:
             shutil.copytree(like, folder)
         return folder
 
-    def live(self, kind, folder, *, start=START, kill=None, without=""):
+    def live(self, kind, folder, *, start=START, kill=None, killed_after_s=None, without=""):
         """Let a process begin a run or go on with it; return whether it was killed."""
-        request = [kind, str(folder), start, kill, without]
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        code, self.took_s = json.loads(self._server.stdout.readline())
-        assert code in (0, -signal.SIGKILL), f"the process ended with {code}"
-        self.num_killed += code != 0
-        return code != 0
+        request = (kind, str(folder), start, kill, without)
+        was_killed, self.took_s = self._server.run(*request, killed_after_s=killed_after_s)
+        self.num_killed += was_killed
+        return was_killed
 
     def whole(self, kind, start=START):
         """Return how a run ends that was not killed and decides to grow after ``start``."""
@@ -165,7 +148,7 @@ def test_killed_at_any_moment(lives, kind):
     while lives.num_killed - before < 334:
         folder, expected = lives.place(), Expected(kind)
         for _ in range(chance.randint(1, 3)):
-            if not lives.live(kind, folder, kill=chance.uniform(0.0, whole_s)):
+            if not lives.live(kind, folder, killed_after_s=chance.uniform(0.01, whole_s)):
                 break
             expected.go_on_from(saved_at(folder))
         else:

@@ -1,8 +1,7 @@
 """Runs that are killed, and started again from their last checkpoint.
 
-As a program it forks a process for each line ``[kind, folder, start, kill, without]`` of its input,
-so that torch is imported once, and answers with how the process ended and the seconds that it took.
-A kill is a list ``[update, function, number]``, which counts calls, or a number of seconds.
+As a program it serves ``[kind, folder, start, kill, without]``; a kill is None, or an update, a
+function, and how many calls from its first one on are let pass.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import os
 import random
 import signal
 import sys
-import time
-import traceback
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import crafted_measures
 import numpy as np
 import torch
 from crafted_measures import Course, Measure
+from fork_server import serve
 from growing import compute_loss, host
 from sleepers import HOSTS, made
 from torch.optim.lr_scheduler import OneCycleLR
@@ -169,7 +167,7 @@ class _Without:
 
 def live(kind, folder, start, kill, without):
     """Begin a run or go on with it, to the end or until it is killed."""
-    run, path = RUNS[kind](start), folder / _CHECKPOINT
+    run, path = RUNS[kind](start), Path(folder) / _CHECKPOINT
     if path.exists():
         grower = _Without(run.grower) if without == "warm-up" else run.grower
         esper.load_checkpoint(path, run.model, run.optimizer, **{**run.parts, "grower": grower})
@@ -182,7 +180,7 @@ def live(kind, folder, start, kill, without):
         if run.grower.updates % SAVE_EVERY == 0:
             extra = {"update": run.grower.updates}
             esper.save_checkpoint(path, run.model, run.optimizer, **run.parts, extra=extra)
-    torch.save(pictured(run), folder / _END)
+    torch.save(pictured(run), path.parent / _END)
 
 
 def pictured(run):
@@ -219,43 +217,15 @@ def end_of(folder):
     return torch.load(folder / _END, weights_only=True)
 
 
-def serve():
-    """Fork a process for each line, wait for it or kill it, and say how it ended."""
+def begin():
+    """Load at once what is loaded at its first use, and serve."""
     torch.set_num_threads(1)
     esper.growth.sizing.MIN_TRIAL = crafted_measures.TRIAL_UPDATES
-    warm = RUNS["twin"](START)  # what is loaded at its first use is loaded once for all
+    warm = RUNS["twin"](START)
     while warm.grower.updates < START + RECORDED + TRIED + 1:
         warm.update()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until it is waited for
-    for line in sys.stdin:
-        kind, folder, start, kill, without = json.loads(line)
-        begun_s, counted = time.perf_counter(), kill if isinstance(kill, list) else None
-        child = os.fork()
-        if child == 0:
-            with _ended():
-                live(kind, Path(folder), start, counted, without)
-        if signal.sigtimedwait([signal.SIGCHLD], kill if isinstance(kill, float) else 600) is None:
-            os.kill(child, signal.SIGKILL)
-            signal.sigwait([signal.SIGCHLD])
-        _, status = os.waitpid(child, 0)
-        took_s = time.perf_counter() - begun_s
-        sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), took_s]) + "\n")
-        sys.stdout.flush()
-
-
-@contextmanager
-def _ended():
-    """End the process behind a block, past what its parent would do at its own end."""
-    code = 1
-    try:
-        yield
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        os._exit(code)
+    serve(live)
 
 
 if __name__ == "__main__":
-    serve()
+    begin()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Final, TypeGuard
 
 from torch import Tensor
-from torch.optim import LBFGS, Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer, SparseAdam
 
 _Inner = Callable[[Any], Optimizer]
 
@@ -203,8 +203,13 @@ def own_groups(optimizer: AnyOptimizer) -> list[tuple[Optimizer, int]]:
 
 
 def takes(optimizer: Optimizer, p: Tensor) -> bool:
-    """Say whether an optimizer can train a parameter: Muon takes matrices alone."""
-    return p.ndim == 2 or not isinstance(optimizer, Muon)
+    """Say whether an optimizer can train a kernel's parameter, whose gradients are dense.
+
+    Muon takes matrices alone, and SparseAdam sparse gradients alone.
+    """
+    return not isinstance(optimizer, SparseAdam) and (
+        p.ndim == 2 or not isinstance(optimizer, Muon)
+    )
 
 
 def rebuilt(optimizer: AnyOptimizer, params: Sequence[Sequence[Tensor]]) -> AnyOptimizer:
