@@ -219,9 +219,11 @@ class UpdateFactor:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        for entry in self._of(optimizer):
+        entries = self._of(optimizer)
+        is_counted = bool(entries) and is_update(optimizer)
+        for entry in entries:
             before, entry.before = entry.before, None
-            if before is None or entry.param.grad is None:
+            if before is None or entry.param.grad is None or not is_counted:
                 continue  # not updated, so not counted
             factor = self._factor(entry)
             if factor != 1.0:
