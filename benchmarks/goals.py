@@ -260,4 +260,11 @@ GOALS = (
         limit=1.2,
         at_least=True,
     ),
+    Goal(
+        row=16,
+        key="controller",
+        what="an update of 1,051,000 parameters under a controller, all dormant, over one without",
+        unit="x",
+        limit=1.01,
+    ),
 )

@@ -42,7 +42,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """Measure rows 1 to 15, but for the instructions of row 1; what is compiled comes last."""
+    """Measure rows 1 to 16, but for the instructions of row 1; what is compiled comes last."""
     yield from layer_rows.dormant(rounds)
     yield from layer_rows.active(rounds)
     yield layer_rows.folded(rounds)
@@ -54,6 +54,7 @@ def figures(rounds: int) -> Iterator[Figure]:
     yield from state_rows.memory()
     yield from state_rows.wrapping(rounds)
     yield from state_rows.controller(rounds)
+    yield state_rows.waiting_controller(rounds)
     yield compile_rows.telemetry_compiled()
     yield layer_rows.active_compiled(rounds)
     yield from compile_rows.compiled_events()

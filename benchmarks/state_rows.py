@@ -1,7 +1,8 @@
-"""Rows 10, 13 and 14: state of seeds, and what is left of the cost where there are many."""
+"""Rows 10, 13, 14 and 16: state of seeds, the cost of many, and a controller with nothing to do."""
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from esper.state.state_layout import KasminaStateLayout, SeedLifecycleState
 
 NUM_SEEDS, MANY_SEEDS = 8, 1_000_000
 LAYERS = (250, 500, 1000)
+FIRST_UPDATES = 20
+"""Updates in which a controller tries loss, measure and twin, and learns what an update takes."""
+WAITS = 10**9
+"""Updates until a controller looks at a run: it waits."""
 ACTIVE = 8
 _MEASURE_MEMORY = """
 from esper.state.state_layout import KasminaStateLayout
@@ -127,6 +132,62 @@ def controller(rounds: int) -> Iterator[Figure]:
     best = (timed["many layers"].best_s - timed["idle"].best_s) / ACTIVE * US
     spread = Timing(tuple(per_seed)).took("step seed", US).spread
     yield Figure(key="step seed", value=best, spread=spread)
+
+
+class Training:
+    """A loop that trains a model of 1,051,648 parameters, with a Grower that waits or without."""
+
+    def __init__(self, *, grows: bool) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(512, 512), nn.ReLU())))
+        self._batches = [(torch.randn(32, 512), torch.randn(32, 512)) for _ in range(8)]
+        self.grower: esper.Grower | None = None
+        if grows:
+            esper.wrap(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        if grows:
+            self.grower = esper.Grower(
+                self.model,
+                self.optimizer,
+                compute_loss=_squared,
+                evaluate=lambda model: _squared(model, self._batches[0]),
+                policy=esper.EveryN(WAITS),
+                evaluate_every=WAITS,
+            )
+        self._updates = 0
+
+    def update(self) -> None:
+        """Make one update, as a loop of anybody's does."""
+        batch = self._batches[self._updates % len(self._batches)]
+        self._updates += 1
+        loss = _squared(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.grower is not None:
+            self.grower.step(loss, batch=batch)
+
+
+def _squared(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    loss: torch.Tensor = (model(batch[0]) - batch[1]).square().mean()
+    return loss
+
+
+def waiting_controller(rounds: int) -> Figure:
+    """Row 16: updates under a controller whose seeds are all dormant, over those without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a run without a horizon that never grows
+        plain, grown = Training(grows=False), Training(grows=True)
+        for _ in range(FIRST_UPDATES):
+            plain.update()
+            grown.update()
+        took = take_turns(
+            {"plain": plain.update, "grown": grown.update}, rounds=4 * rounds, number=8
+        )
+    assert grown.grower is not None
+    grown.grower.close()
+    added = (took["grown"].best_s - took["plain"].best_s) * US
+    return took["grown"].ratio(took["plain"], "controller", beside=f"+{added:.0f} us an update")
 
 
 def _stepping(run: Controlled) -> Callable[[], object]:

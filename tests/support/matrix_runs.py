@@ -82,10 +82,11 @@ def one(cls, **settings):
 
 
 def muon(model):
-    """Return what Muon can train under Muon, and the rest under AdamW."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3)]
+    """Return the matrices of the hosts under Muon, where there are any, and AdamW for the rest."""
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.mix]
+    rest = [p for p in model.parameters() if p.ndim != 2 or p is model.mix]
+    adamw = torch.optim.AdamW(rest, lr=1e-3)
+    return [torch.optim.Muon(matrices, lr=1e-2), adamw] if matrices else [adamw]
 
 
 def sparse(model):
