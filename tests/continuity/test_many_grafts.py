@@ -81,7 +81,10 @@ def count():
     return sum(issubclass(type(each), kinds) for each in gc.get_objects())
 
 
-@pytest.mark.parametrize("num", [20, pytest.param(1000, marks=pytest.mark.slow)])
+MANY = [pytest.param(1000, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.torture)]
+
+
+@pytest.mark.parametrize("num", [20, *MANY])
 def test_grafts_that_are_taken_back_leave_nothing(num):
     """The digest of the run, every count, and the tensors and modules that are alive."""
     model, optimizer = a_run()

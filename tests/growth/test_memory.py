@@ -39,7 +39,8 @@ def test_every_part_is_told():
     assert found.averages == 3 * (own + FLOAT * 100)
     assert found.activations == 77
     parts = (found.parameters, found.gradients, found.buffers, found.moments, found.averages)
-    assert found.total == sum(parts) + 77
+    assert found.snapshot == own + buffers + 2 * own + 4 * FLOAT
+    assert found.total == sum(parts) + 77 + found.snapshot
 
 
 def test_a_package_is_in_every_twin_and_not_in_the_live_run():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from crafted_measures import Course, chain
 from growing import batches, equal_states, growing, host, state_of, train, wrapped
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+import esper
 from esper.continuity.snapshot import RunSnapshot
 from esper.contracts.errors import GrowthError
 from esper.growth.live_step import LiveStep
@@ -43,6 +48,33 @@ def test_snapshot_without_moments_does_not_repeat():
     snapshot.restore(optimizer)
     train(model, optimizer, 5, random_seed=1)
     assert not equal_states(final, state_of(model))
+
+
+def num_snapshots():
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is RunSnapshot]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_trials")
+def test_one_snapshot_is_kept_and_its_size_was_told():
+    """While a package is under watch, with the average that follows; none before, none behind."""
+    model, optimizer = chain()
+    averaged = esper.follow(model, AveragedModel(model))
+    course = Course(model, optimizer, after=lambda: averaged.update_parameters(model))
+    course.to_the_verdict()
+    told = course.run.trial_memory(0).snapshot
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert told > 4 * own  # weights, two moments, and those of the average
+    assert num_snapshots() == []
+    course.update()
+    (kept,) = num_snapshots()
+    assert kept.size_bytes == told
+    del kept
+    for _ in range(30):
+        course.update()
+    assert not course.grower.stages
+    assert num_snapshots() == []
 
 
 def run_of(model, optimizer, num=5, **options):

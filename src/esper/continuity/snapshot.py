@@ -31,6 +31,8 @@ class RunSnapshot:
     (``Optimizer.load_state_dict`` keeps references to what it is given). Learning rates are not
     part of it: they belong to the scheduler, which is not rolled back.
 
+    It takes as much memory as what it clones (:func:`snapshot_bytes`), however long it is kept.
+
     Args:
         model: The model, whose kernels at this moment belong to the snapshot.
         optimizer: Its optimizer.
@@ -40,8 +42,7 @@ class RunSnapshot:
     def __init__(self, model: nn.Module, optimizer: AnyOptimizer, *, update: int) -> None:
         self.update = update
         models = [model, *averages_of(model)]
-        parameters = dict.fromkeys(p for each in models for p in each.parameters())
-        parameters.update({p: None for group in optimizer.param_groups for p in group["params"]})
+        parameters = _parameters(models, optimizer)
         self._values: dict[Tensor, Tensor] = {p: p.detach().clone() for p in parameters}
         state = optimizer.state
         self._state: dict[Tensor, dict[str, Any]] = {
@@ -49,6 +50,13 @@ class RunSnapshot:
         }
         self._buffers = [(m, name, b, b.detach().clone()) for m, name, b in _host_buffers(models)]
         self._random_state = random_state(model)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensors that it holds, but for the random state's few thousand."""
+        moments = (each for state in self._state.values() for each in state.values())
+        buffers = (value for *_, value in self._buffers)
+        return _bytes([*self._values.values(), *moments, *buffers])
 
     def restore(self, optimizer: AnyOptimizer) -> None:
         """Put everything back; parameters that came later must have been removed before.
@@ -129,6 +137,32 @@ class RunSnapshot:
         ]
         made._random_state = _random_state_from(state["random_state"])  # noqa: SLF001 - as above
         return made
+
+
+def snapshot_bytes(model: nn.Module, optimizer: AnyOptimizer) -> int:
+    """Return what a snapshot of a run would take: parameters, buffers, moments and averages.
+
+    Args:
+        model: The model.
+        optimizer: What trains it, after its first step: its moments are counted as they are.
+    """
+    models = [model, *averages_of(model)]
+    parameters = _parameters(models, optimizer)
+    state = optimizer.state
+    moments = (each for p in parameters if p in state for each in state[p].values())
+    return _bytes([*parameters, *moments, *(buffer for *_, buffer in _host_buffers(models))])
+
+
+def _parameters(models: list[nn.Module], optimizer: AnyOptimizer) -> list[Tensor]:
+    """Return what models and the optimizer hold, each once."""
+    own = (p for each in models for p in each.parameters())
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    return list(dict.fromkeys([*own, *held]))
+
+
+def _bytes(values: list[Any]) -> int:
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def parameters_by_name(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:

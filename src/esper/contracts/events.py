@@ -291,7 +291,8 @@ class TrialStarted(Event):
         arms: What trains beside one another, for example ``"live"``, ``"candidate"``, ``"null"``.
         attribution: How long the null trains.
         level: One-sided level of the test, in (0, 0.5).
-        memory_bytes: Memory that the copies take, estimated beforehand; None where it was not.
+        memory_bytes: Memory that the copies take, and the snapshot behind them, estimated
+            beforehand; None where it was not.
         null_adds: Sites at which the linear package adds capacity itself, each with the reason.
     """
 

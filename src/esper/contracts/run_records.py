@@ -150,7 +150,8 @@ class TrialRecord(Extensible):
         gate_loss_after: Gate loss just after it.
         flops: FLOPs that the trial took.
         seconds: Wall time that the trial took.
-        memory_bytes: Memory that its copies take, as estimated before them.
+        memory_bytes: Memory that its copies take, and behind them the snapshot that the package can
+            be put back to while it is under watch, as estimated before them.
         memory_peak_bytes: Most memory that was in use while it ran.
         updates_lost: Updates that going back to the switch cost.
         num_nulls: Equal twins that the spread was measured on; 0 where it was given.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from esper.continuity.snapshot import snapshot_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -32,6 +34,8 @@ class MemoryEstimate:
         gradients: Gradients of every twin, which stay between its updates.
         averages: Averaged weights of every twin, and of the live run.
         activations: What one update keeps for its backward; twins are updated one after another.
+        snapshot: The run as it is at the switch, kept while the package is under watch. There is
+            one at a time: the next trial begins when the watch is over.
     """
 
     parameters: int
@@ -40,6 +44,7 @@ class MemoryEstimate:
     gradients: int
     averages: int
     activations: int
+    snapshot: int
 
     @property
     def total(self) -> int:
@@ -96,6 +101,7 @@ def estimate(
         gradients=round(num_twins * (trained + package)),
         averages=round((num_twins + 1) * average + num_twins * package) if num_twins else 0,
         activations=activation_bytes,
+        snapshot=snapshot_bytes(model, optimizer) if num_twins else 0,
     )
 
 
