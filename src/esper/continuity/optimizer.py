@@ -357,7 +357,7 @@ class _Link:
         self._model = weakref.ref(model)
         self.roster = Roster(_layers(model))
         self._kept = None
-        self._keep(model)
+        self._keep(model, self.roster.busy())
         for member in members_of(optimizer):
             if member not in self._hooks:
                 self._hooks[member] = StepHooks(member, before=self._before_step)
@@ -396,9 +396,10 @@ class _Link:
         model = self._model()
         if model is None:
             return
-        faults = read_step_flags(self.roster.busy(), worst_of_ranks(model))
+        busy = self.roster.busy()
+        faults = read_step_flags(busy, worst_of_ranks(model))
         if not faults:
-            self._keep(model)
+            self._keep(model, busy)
             return
         if self._kept is not None:
             self._kept.put_back()
@@ -411,11 +412,11 @@ class _Link:
         if model is not None and self._kept is None:
             self._kept = KeptBuffers(model)
 
-    def _keep(self, model: nn.Module) -> None:
+    def _keep(self, model: nn.Module, busy: Iterable[nn.Module]) -> None:
         """Copy the buffers while a seed stands under ``guard="step"``."""
         if self._kept is not None:
             self._kept.keep()
-        elif has_step_seeds(self.roster.busy()):
+        elif has_step_seeds(busy):
             self._kept = KeptBuffers(model)
 
 

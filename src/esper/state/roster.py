@@ -141,6 +141,8 @@ class Roster:
         """Return the layers that hold or await kernels, in the order in which they were given."""
         if self._num_moves != Moves.count:
             self._follow_moves()
+        if not _busy:  # the usual case, in each step of a run that has not grown
+            return []
         with _lock:
             found = [layer for layer in _busy if layer in self._positions]
         wrapped = (layer for layer in found if RECORD in layer.__dict__)
