@@ -48,8 +48,9 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of them, in bytes."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        """All of them, in bytes; the snapshot is made when no update keeps anything any more."""
+        every: int = sum(getattr(self, part.name) for part in fields(self))
+        return every - min(self.activations, self.snapshot)
 
     def shortage(self, available_bytes: int | None) -> str | None:
         """Say that a trial does not fit; None where it does, or where nobody knows.
