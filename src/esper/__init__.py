@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         RankFailedError,
         SeedLifecycleError,
         SiteDescriptionError,
+        TagMovedError,
     )
     from esper.contracts.events import Evaluated
     from esper.contracts.lifecycle import GraftStage, SeedLifecycleState
@@ -147,6 +148,7 @@ _HOME: Final = {
     "SkippedModule": "esper.wrapping.select",
     "Staged": "esper.growth.staged",
     "Suggestion": "esper.growth.suggestion",
+    "TagMovedError": "esper.contracts.errors",
     "TensorSpec": "esper.contracts.blueprint",
     "asleep": "esper.seeds.shallow",
     "compile_blueprint": "esper.compiler.compile",
@@ -234,6 +236,7 @@ __all__ = [
     "SkippedModule",
     "Staged",
     "Suggestion",
+    "TagMovedError",
     "TensorSpec",
     "__version__",
     "asleep",

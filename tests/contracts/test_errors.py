@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from esper.contracts import errors
-from esper.contracts.errors import CircuitOpenError, EsperError, KernelRefusedError
+from esper.contracts.errors import CircuitOpenError, EsperError, KernelRefusedError, TagMovedError
 
 CLASSES = [
     found
@@ -16,6 +16,7 @@ CLASSES = [
 MADE_OTHERWISE = {
     CircuitOpenError: lambda: CircuitOpenError("kernels.example", 2.5),
     KernelRefusedError: lambda: KernelRefusedError("3.0 changes its input", check="in place"),
+    TagMovedError: lambda: TagMovedError("mlp:prod points elsewhere by now", found="0" * 64),
 }
 WAYS = {
     "pickle": lambda error: pickle.loads(pickle.dumps(error)),

@@ -1,9 +1,10 @@
-"""Both registries, and artifacts to put into them."""
+"""Every registry, and artifacts to put into them."""
+
+import secrets
 
 import pytest
-
-from esper.registry.directory import DirectoryRegistry
-from esper.registry.memory import MemoryRegistry
+import real_servers
+from registries import in_a_directory, in_memory, of_a_team, on_a_server
 
 
 class WallClock:
@@ -21,12 +22,63 @@ def wall():
     return WallClock()
 
 
-@pytest.fixture(params=["memory", "directory"])
-def registry(request, tmp_path, wall):
+@pytest.fixture(scope="session")
+def needs_server():
+    """Skip where the extra is not installed."""
+    pytest.importorskip("fastapi", reason="needs the extra server")
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """Return the address of a PostgreSQL."""
+    with real_servers.postgres() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """Return the address of a bucket, and how it is reached."""
+    objects = pytest.importorskip("esper.registry.object_blobs", reason="needs the extra s3")
+    with real_servers.seaweed(tmp_path_factory.mktemp("seaweed") / "server") as endpoint:
+        access = objects.BucketAccess(endpoint=endpoint, access_key="esper", secret_key="secret")
+        yield "s3://kernels", access
+
+
+@pytest.fixture
+def database(postgres):
+    """Return a PostgreSQL with nothing in it."""
+    made = pytest.importorskip("esper.registry.postgres").PostgresDatabase(postgres)
+    made.rows("DROP SCHEMA public CASCADE")
+    made.rows("CREATE SCHEMA public")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def objects(bucket):
+    """Return a blob store of this test's own, with nothing in it."""
+    from esper.registry.object_blobs import ObjectBlobs, open_bucket
+
+    url, access = bucket
+    prefix = secrets.token_hex(8)
+    store = ObjectBlobs(open_bucket(f"{url}/{prefix}", access), f"{url}/{prefix}")
+    part = store.receive()
+    part.seal("0" * 64)  # this S3 makes a bucket by the first thing that is put there
+    part.discard()
+    store.remove("0" * 64)
+    return store
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(in_memory, id="memory"),
+        pytest.param(in_a_directory, id="directory"),
+        pytest.param(on_a_server, id="http", marks=pytest.mark.slow),
+        pytest.param(of_a_team, id="postgresql and s3", marks=pytest.mark.slow),
+    ]
+)
+def registry(request, wall):
     """Return each implementation of the port in turn, empty."""
-    if request.param == "memory":
-        made = MemoryRegistry(wall_s=wall, max_artifact_bytes=100_000)
-    else:
-        made = DirectoryRegistry(tmp_path / "store", wall_s=wall, max_artifact_bytes=100_000)
+    made = request.param(request, {"wall_s": wall, "max_artifact_bytes": 100_000})
     yield made
     made.close()

@@ -6,7 +6,6 @@ which store in a wrong order, must be found guilty by it.
 """
 
 import functools
-import json
 
 import pytest
 from faulty_disk import Crash, FaultyDisk, ForgetfulDisk
@@ -181,29 +180,26 @@ def test_what_was_answered_survives_a_power_failure(tmp_path):
     assert power_failures(tmp_path) == []
 
 
-def row_first(registry, data, admitted):
+def row_first(registry, screened, part, actor):
     """A control: publish the row, then write under the final name."""
-    registry._index.rows(
-        "INSERT OR IGNORE INTO artifacts (digest, size_bytes, metadata, record) VALUES (?,?,?,?)",
-        admitted.digest,
-        len(data),
-        json.dumps(admitted.metadata.to_document()),
-        admitted.record,
-    )
-    write_synced(registry._disk, registry._blobs / admitted.digest, [data])
-    registry._disk.sync_directory(registry._blobs)
+    registry.book.artifacts.publish(screened, 0.0)
+    blobs = registry._blobs._blobs
+    data = part.path.read_bytes()
+    part.discard()
+    write_synced(registry._disk, blobs / screened.digest, [data])
+    registry._disk.sync_directory(blobs)
 
 
 def test_control_publishing_the_row_first_is_caught(prepare, monkeypatch):
     """The judge finds a row without bytes where the order of a put is turned round."""
-    monkeypatch.setattr(DirectoryRegistry, "_store", row_first)
+    monkeypatch.setattr(DirectoryRegistry, "enter", row_first)
     wrong, _ = fail_every_call(prepare, OPERATIONS["put"], "crash")
     assert any("dangling" in found for found in wrong)
 
 
 def test_control_writing_under_the_final_name_is_caught(prepare, monkeypatch):
     """The judge finds torn bytes where a put does without its temporary file."""
-    monkeypatch.setattr(DirectoryRegistry, "_store", row_first)
+    monkeypatch.setattr(DirectoryRegistry, "enter", row_first)
     wrong, _ = fail_every_call(prepare, OPERATIONS["put"], "torn crash")
     assert any("torn" in found for found in wrong)
 

@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kernel_artifacts import artifact
+from registries import in_a_directory, in_memory
 
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError
+from esper.contracts.blueprint import TensorSpec
+from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.ports import TagMove
 
 NOBODY = "0" * 64
@@ -132,23 +135,219 @@ def test_an_unknown_criterion_is_a_type_error(registry):
         registry.search(paramter_count=3)
 
 
+def test_search_finds_what_fits_a_site(registry):
+    """Kind, widths and dtype are a site's; what a serial kernel reads is what the site gives."""
+    flat, image = TensorSpec(("*", 8)), TensorSpec((8, "H", "W"))
+    widening = registry.put(artifact(0, input_spec=flat, output_spec=TensorSpec(("*", 16))))
+    behind = registry.put(artifact(1, input_spec=flat, output_spec=flat, position="serial"))
+    conv = registry.put(artifact(2, input_spec=image, output_spec=image))
+    half = TensorSpec(("*", 8), "float16")
+    halved = registry.put(artifact(3, size=9, input_spec=half, output_spec=half))
+
+    def found(**criteria):
+        return [entry.digest for entry in registry.search(**criteria)]
+
+    assert found(kind="linear", in_features=8, out_features=16) == [widening]
+    assert found(kind="linear", in_features=4, out_features=8) == [behind]
+    assert found(kind="linear", in_features=8, out_features=8, dtype="float32") == [behind]
+    assert found(kind="conv2d", in_features=8, out_features=8) == [conv]
+    assert found(kind="block", out_features=8, num_axes=2) == [conv]
+    assert found(dtype="float16", min_size_bytes=1) == [halved]
+    assert found(max_size_bytes=1) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "lstm"}, {"in_features": "8"}, {"deprecated": 1}, {"out_features": 1 << 63}]
+)
+def test_a_criterion_has_a_value_of_its_type(registry, wrong):
+    """What could never be met is a mistake, not an empty answer."""
+    with pytest.raises(ValueError, match=f"the criterion {next(iter(wrong))}"):
+        registry.search(**wrong)
+
+
+def test_a_search_comes_in_pages(registry):
+    """Pages hold everything once, in either order, whatever is withdrawn meanwhile."""
+    digests = [registry.put(artifact(number)) for number in range(5)]
+
+    def pages(order, limit):
+        after = None
+        while page := registry.search(limit=limit, after=after, order=order):
+            assert len(page) <= limit
+            after = page[-1].number
+            yield from (entry.digest for entry in page)
+
+    assert list(pages("oldest", 2)) == digests
+    assert list(pages("newest", 3)) == digests[::-1]
+    first = registry.search(limit=2)
+    registry.delete(first[-1].digest)
+    assert [e.digest for e in registry.search(after=first[-1].number)] == digests[2:]
+
+
+def test_a_page_is_asked_for_properly(registry):
+    """A page has room, and an order that there is."""
+    for wrong in ({"limit": 0}, {"order": "best"}):
+        with pytest.raises(ValueError, match=r"at least 1|one of oldest, newest"):
+            registry.search(**wrong)
+
+
+def test_names_and_tags_are_listed(registry):
+    """Every name that has a tag, in pages, and where each of its tags points."""
+    first, second = registry.put(artifact(1)), registry.put(artifact(2))
+    for name, tag, digest in (("b", "x", first), ("a", "y", second), ("a", "x-1", first)):
+        registry.tag(name, tag, digest)
+
+    assert registry.names() == ["a", "b"]
+    assert registry.names(limit=1) == ["a"]
+    assert registry.names(limit=1, after="a") == ["b"]
+    assert registry.tags("a") == {"x-1": first, "y": second}
+    assert registry.tags("c") == {}
+
+
+def test_of_two_promotions_one_is_told_that_it_lost(registry):
+    """A tag moves only from where its mover has seen it, and is left alone otherwise."""
+    digests = [registry.put(artifact(number)) for number in range(3)]
+    registry.tag("mlp", "prod", digests[0], expected=None, actor="ann")
+    registry.tag("mlp", "prod", digests[1], expected=digests[0], actor="ben")
+
+    with pytest.raises(TagMovedError) as raised:
+        registry.tag("mlp", "prod", digests[2], expected=digests[0])
+    assert raised.value.found == digests[1]
+    with pytest.raises(TagMovedError):
+        registry.tag("mlp", "prod", digests[2], expected=None)
+    with pytest.raises(TagMovedError):
+        registry.untag("mlp", "prod", expected=digests[0])
+    assert registry.resolve("mlp:prod") == digests[1]
+    assert len(registry.history("mlp", "prod")) == 2
+
+
+def test_control_without_a_guard_a_promotion_is_lost(registry):
+    """Two who read and then write without saying what they read: the first one's move is gone."""
+    digests = [registry.put(artifact(number)) for number in range(2)]
+    for digest in digests:
+        registry.tag("mlp", "prod", digest)
+
+    assert registry.resolve("mlp:prod") == digests[1]
+
+
+def test_an_artifact_is_read_in_parts(registry):
+    """Parts from any byte on make up the whole, and none goes past its end."""
+    data = artifact(1, size=100)
+    digest = registry.put(data)
+
+    assert registry.stat(digest) == len(data)
+    assert registry.read(digest, 0, 10) + registry.read(digest, 10, len(data)) == data
+    assert registry.read(digest, len(data) - 1, 1_000) == data[-1:]
+    assert registry.read(digest, len(data), 1) == b""
+    with pytest.raises(ValueError, match="at least 0"):
+        registry.read(digest, -1, 1)
+    for operation in (registry.stat, lambda digest: registry.read(digest, 0, 1)):
+        with pytest.raises(KernelNotFoundError):
+            operation(NOBODY)
+
+
+def test_a_deprecated_artifact_says_why_and_can_be_had(registry, wall):
+    """A deprecation is seen in every entry and searched by, stops nobody, and can be taken back."""
+    first, second = registry.put(artifact(1)), registry.put(artifact(2))
+
+    registry.deprecate(first, reason="diverges in float16", successor=second)
+
+    (entry,) = registry.search(deprecated=True)
+    assert (entry.digest, entry.deprecation.reason) == (first, "diverges in float16")
+    assert (entry.deprecation.successor, entry.deprecation.deprecated_at_s) == (second, wall())
+    assert [e.digest for e in registry.search(deprecated=False)] == [second]
+    assert registry.get(first) == artifact(1)
+    registry.reinstate(first)
+    assert registry.search(deprecated=True) == []
+    with pytest.raises(ValueError, match="says why"):
+        registry.deprecate(first, reason=" ")
+    with pytest.raises(KernelNotFoundError):
+        registry.deprecate(NOBODY, reason="unknown")
+
+
+def field_report(artifact_id, **fields):
+    """Return a report of one graft."""
+    values = {
+        "artifact_id": artifact_id,
+        "blueprint_digest": NOBODY,
+        "run_id": "run-1",
+        "graft_id": "g-1",
+        "site_kind": "linear",
+        "in_features": 8,
+        "out_features": 8,
+        "metric": "loss",
+        "unit": "relative",
+        "contribution": 0.02,
+        "standard_error": 0.005,
+        "num_looks": 12,
+        "verdict": "fossilized",
+    }
+    return FieldReport(**{**values, **fields})
+
+
+def test_a_graft_is_reported_once(registry):
+    """A report that is sent again, as an outbox does, is the same report."""
+    digest = registry.put(artifact(1))
+    report = field_report(digest)
+    for sent in (report, field_report(digest, graft_id="g-2"), report):
+        registry.report_outcome(sent)
+
+    assert registry.outcomes(digest) == [report, field_report(digest, graft_id="g-2")]
+    with pytest.raises(KernelNotFoundError):
+        registry.report_outcome(field_report(NOBODY))
+
+
+def test_validations_are_kept(registry):
+    """Every validation of an artifact is there, oldest first."""
+    digest = registry.put(artifact(1))
+    reports = [
+        ValidationReport(
+            artifact_id=digest,
+            toolchain=toolchain,
+            passed=not reason,
+            reason=reason,
+            findings={"latency_us": 3.5},
+        )
+        for toolchain, reason in (("torch 2.12", "gradients: not finite"), ("torch 2.13", ""))
+    ]
+    for report in reports:
+        registry.report_validation(report)
+
+    assert registry.validations(digest) == reports
+
+
+def test_verify_goes_on_where_it_stopped(registry):
+    """Looks at two artifacts each see all of them, and say where the next begins."""
+    for number in range(5):
+        registry.put(artifact(number))
+    withdrawn = registry.put(artifact(5))
+    registry.delete(withdrawn)
+
+    looks, after = [], ""
+    while after is not None:
+        looks.append(registry.verify(after=after, limit=2))
+        after = looks[-1].after
+
+    assert [look.intact for look in looks] == [2, 2, 2]
+    assert [d for look in looks for d in look.unreferenced] == [withdrawn]
+
+
 def test_a_tag_moves_and_remembers(registry, wall):
     """A tag points to the latest digest, and its history to all of them with their times."""
     first, second = registry.put(artifact(1)), registry.put(artifact(2))
     for now_s, digest in ((10.0, first), (20.0, second), (25.0, second)):
         wall.now_s = now_s
-        registry.tag("mlp", "latest", digest)
+        registry.tag("mlp", "latest", digest, actor="ann")
     assert registry.resolve("mlp:latest") == second
 
     wall.now_s = 30.0
-    registry.untag("mlp", "latest")
+    registry.untag("mlp", "latest", actor="ann")
 
     with pytest.raises(KernelNotFoundError, match="mlp:latest"):
         registry.resolve("mlp:latest")
     assert registry.history("mlp", "latest") == [
-        TagMove(digest=first, moved_at_s=10.0),
-        TagMove(digest=second, moved_at_s=20.0),
-        TagMove(digest=None, moved_at_s=30.0),
+        TagMove(digest=first, moved_at_s=10.0, actor="ann"),
+        TagMove(digest=second, moved_at_s=20.0, actor="ann"),
+        TagMove(digest=None, moved_at_s=30.0, actor="ann"),
     ]
 
 
@@ -283,6 +482,7 @@ def test_closing_twice_does_nothing(registry):
     registry.close()
 
 
+@pytest.mark.parametrize("registry", [in_memory, in_a_directory], indirect=True)
 def test_a_pickled_registry_still_has_its_artifacts(registry):
     """A registry can travel to another process with what refers to it."""
     digest = registry.put(artifact(1))

@@ -6,7 +6,6 @@ It says what it is about to do and what was answered, a line each: ``try N``, ``
 ``deleting N``, ``deleted N``. With ``row-first`` it stores in a wrong order, as a control.
 """
 
-import json
 import os
 import sys
 
@@ -14,20 +13,18 @@ from kernel_artifacts import artifact
 
 from esper.contracts import artifact_format
 from esper.registry.directory import DirectoryRegistry
+from esper.registry.screening import Screening
 
 SIZE = 4_000
 
 
-def row_first(registry, data, admitted):
+def row_first(registry, data):
     """Publish the row, then write under the final name, as a careless program would."""
-    registry._index.rows(
-        "INSERT OR IGNORE INTO artifacts (digest, size_bytes, metadata, record) VALUES (?,?,?,?)",
-        admitted.digest,
-        len(data),
-        json.dumps(admitted.metadata.to_document()),
-        admitted.record,
-    )
-    with (registry._blobs / admitted.digest).open("wb", buffering=0) as file:
+    screening = Screening(digest=None, record=None, max_bytes=len(data))
+    screening.update(data)
+    screened = screening.finish()
+    registry.book.artifacts.publish(screened, 0.0)
+    with (registry.root / "blobs" / screened.digest).open("wb", buffering=0) as file:
         for start in range(0, len(data), 64):
             file.write(data[start : start + 64])
 
@@ -39,7 +36,7 @@ def say(word, number):
 def main():
     root, first = sys.argv[1], int(sys.argv[2])
     if sys.argv[3:] == ["row-first"]:
-        DirectoryRegistry._store = row_first
+        DirectoryRegistry.put = row_first
     registry = DirectoryRegistry(root)
     number = first
     while True:

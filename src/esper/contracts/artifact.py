@@ -46,6 +46,26 @@ class KernelMetadata:
     zeroed: str | None
     lineage: tuple[str, ...] = ()
 
+    @property
+    def in_features(self) -> int | None:
+        """Features or channels that it reads; None where they are free."""
+        return _features(self.input_spec)
+
+    @property
+    def out_features(self) -> int | None:
+        """Features or channels that it gives; None where they are free."""
+        return _features(self.output_spec)
+
+    @property
+    def num_axes(self) -> int:
+        """Axes behind the channels of what it gives; 0 where its features are the last axis."""
+        return _num_axes(self.output_spec)
+
+    @property
+    def dtype(self) -> str:
+        """Of what it reads and gives, by its torch name."""
+        return self.input_spec.dtype
+
     def to_document(self) -> JsonObject:
         """Return the JSON form."""
         document = asdict(self)
@@ -74,6 +94,17 @@ class KernelMetadata:
                 raise KernelCorruptError(msg)
         build: Callable[..., KernelMetadata] = cls  # every field was looked at
         return build(**{**document, **_read_specs(document), "lineage": _read_lineage(document)})
+
+
+def _num_axes(spec: TensorSpec) -> int:
+    """Return how many free sizes follow the channels; a leading batch is no channel."""
+    sizes = spec.shape[1:] if spec.shape[0] == "N" else spec.shape
+    return len(sizes) - 1 if sizes and isinstance(sizes[0], int) else 0
+
+
+def _features(spec: TensorSpec) -> int | None:
+    size = spec.shape[-1 - _num_axes(spec)]
+    return size if isinstance(size, int) else None
 
 
 def _read_specs(document: JsonObject) -> dict[str, TensorSpec]:

@@ -102,7 +102,8 @@ def encode(header: Mapping[str, object], tensors: Mapping[str, TensorBytes]) -> 
         KernelCorruptError: A tensor's bytes do not fit its shape and dtype, or the header is
             not JSON: what would be written could not be read.
     """
-    text = _header_text({**header, "format_version": ARTIFACT_FORMAT_VERSION}, tensors)
+    layout = _checked_layout(tensors)
+    text = _header_text({**header, "format_version": ARTIFACT_FORMAT_VERSION}, layout)
     if len(text) > MAX_HEADER_BYTES:
         msg = f"an artifact's header may have {MAX_HEADER_BYTES} bytes, found {len(text)}"
         raise KernelCorruptError(msg)
@@ -118,13 +119,43 @@ def parse(data: bytes) -> ParsedArtifact:
             newer format version.
     """
     text, body = _split(data)
-    raw = _parse_json(text, "the header")
-    header = _read_header(raw)
-    tensors = _read_tensors({key: raw[key] for key in raw if key != _METADATA}, body)
-    if _header_text(header, tensors) != text:
-        msg = "the artifact's header is not canonical; only bytes written by Esper are accepted"
+    header, entries = _read_text(text, len(body))
+    return ParsedArtifact(header=header, tensors=_read_tensors(entries, body))
+
+
+def header_size(data: bytes | bytearray | memoryview) -> int:
+    """Return how many bytes an artifact has in front of its tensors, by its first eight.
+
+    Raises:
+        KernelCorruptError: It would be more than a header may have.
+    """
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        msg = f"an artifact's header may have {MAX_HEADER_BYTES} bytes, and this one says {size}"
         raise KernelCorruptError(msg)
-    return ParsedArtifact(header=header, tensors=tensors)
+    return 8 + size
+
+
+def read_header(front: bytes | memoryview, size_bytes: int) -> JsonObject:
+    """Check an artifact by what it has in front of its tensors, as :func:`parse` does by all.
+
+    What tensors hold is no part of the format: any bytes are numbers. So this accepts exactly what
+    ``parse`` accepts.
+
+    Args:
+        front: The first ``header_size`` bytes.
+        size_bytes: Length of the whole artifact.
+
+    Raises:
+        KernelCorruptError: These are not the bytes that ``encode`` would write, or they are of a
+            newer format version.
+    """
+    text, rest = _split(front)
+    if len(rest):
+        msg = "these bytes are more than an artifact's header"
+        raise KernelCorruptError(msg)
+    header, _ = _read_text(text, size_bytes - len(front))
+    return header
 
 
 def stored_tensors(data: bytes) -> dict[str, TensorBytes]:
@@ -142,7 +173,7 @@ def stored_tensors(data: bytes) -> dict[str, TensorBytes]:
     return _read_tensors({key: raw[key] for key in raw if key != _METADATA}, body)
 
 
-def _split(data: bytes) -> tuple[memoryview, memoryview]:
+def _split(data: bytes | memoryview) -> tuple[memoryview, memoryview]:
     view = memoryview(data)
     size = int.from_bytes(view[:8], "little")
     if len(view) < 8 or size > MAX_HEADER_BYTES or size > len(view) - 8:
@@ -185,12 +216,28 @@ def _read_header(raw: JsonObject) -> JsonObject:
     return header
 
 
+def _read_text(text: memoryview, body_bytes: int) -> tuple[JsonObject, JsonObject]:
+    """Check a header against the length of what follows; return its object and the tensors'."""
+    raw = _parse_json(text, "the header")
+    header = _read_header(raw)
+    entries = {key: raw[key] for key in raw if key != _METADATA}
+    layout = {name: _read_entry(name, entry) for name, entry in entries.items()}
+    expected = sum(map(_num_bytes, layout.values()))
+    if expected != body_bytes:
+        msg = f"the artifact's tensors take {expected} bytes, found {body_bytes}"
+        raise KernelCorruptError(msg)
+    if _header_text(header, layout) != text:
+        msg = "the artifact's header is not canonical; only bytes written by Esper are accepted"
+        raise KernelCorruptError(msg)
+    return header, entries
+
+
 def _read_tensors(entries: JsonObject, body: memoryview) -> dict[str, TensorBytes]:
     tensors: dict[str, TensorBytes] = {}
     offset = 0
     for name in sorted(entries):
         dtype, shape = _read_entry(name, entries[name])
-        end = offset + DTYPE_SIZES[dtype] * math.prod(shape)
+        end = offset + _num_bytes((dtype, shape))
         tensors[name] = TensorBytes(dtype=dtype, shape=shape, data=body[offset:end])
         offset = end
     if offset != len(body):
@@ -214,12 +261,16 @@ def _read_entry(name: str, entry: JsonValue) -> tuple[str, tuple[int, ...]]:
     raise KernelCorruptError(msg)
 
 
-def _header_text(header: Mapping[str, object], tensors: Mapping[str, TensorBytes]) -> bytes:
-    """Return the canonical header of these tensors laid one after the other."""
-    document: JsonObject = {}
-    offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
+def _num_bytes(entry: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = entry
+    return DTYPE_SIZES[dtype] * math.prod(shape)
+
+
+def _checked_layout(
+    tensors: Mapping[str, TensorBytes],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of tensors whose bytes are as many as these say."""
+    for name, tensor in tensors.items():
         size = DTYPE_SIZES.get(tensor.dtype, 0) * math.prod(tensor.shape)
         if len(tensor.data) != size or size == 0 or name == _METADATA:
             msg = (
@@ -227,10 +278,22 @@ def _header_text(header: Mapping[str, object], tensors: Mapping[str, TensorBytes
                 f"{len(tensor.data)} bytes"
             )
             raise KernelCorruptError(msg)
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _header_text(
+    header: Mapping[str, object], layout: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> bytes:
+    """Return the canonical header of tensors of these dtypes and shapes, one after the other."""
+    document: JsonObject = {}
+    offset = 0
+    for name in sorted(layout):
+        dtype, shape = layout[name]
+        size = _num_bytes(layout[name])
         document[name] = {
             "data_offsets": [offset, offset + size],
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
+            "dtype": dtype,
+            "shape": list(shape),
         }
         offset += size
     try:

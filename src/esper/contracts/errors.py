@@ -7,6 +7,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
     ├── BlueprintError                  a blueprint breaks a rule; permanent
     ├── GrowthError                     a growth run cannot be set up or continued
     ├── RankFailedError                 another rank failed, so that this one does not go on
+    ├── TagMovedError                   a tag is not where its mover has seen it; look again
     ├── SiteDescriptionError            no kernel can be offered at a layer; also a ValueError
     ├── CircuitOpenError                an endpoint has been failing and is not asked; transient
     ├── DeadlineExceededError           the time that was given is over; also a TimeoutError
@@ -52,6 +53,22 @@ class RankFailedError(EsperError):
 
 class SiteDescriptionError(EsperError, ValueError):
     """A layer does what no kernel of the catalog can be told to do, so none is offered there."""
+
+
+class TagMovedError(EsperError):
+    """A tag is not where its mover has seen it: somebody else was faster. Nothing was moved.
+
+    Attributes:
+        found: Digest that it points to; None where there is no such tag.
+    """
+
+    def __init__(self, message: str, *, found: str | None) -> None:
+        super().__init__(message)
+        self.found = found
+
+    def __reduce__(self) -> tuple[object, ...]:
+        make = functools.partial(type(self), found=self.found)
+        return make, self.args, self.__dict__
 
 
 class CircuitOpenError(EsperError):

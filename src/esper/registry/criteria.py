@@ -1,60 +1,87 @@
-"""What a search can ask for: one table, read in two languages."""
+"""What a search can ask for: one table, from what is asked to a condition on the columns."""
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.layer_kind import LAYER_KINDS
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from esper.contracts.artifact import KernelMetadata
-
-_FIELDS: Final[dict[str, tuple[str, str]]] = {
-    "blueprint_id": ("blueprint_id", "="),
-    "blueprint_digest": ("blueprint_digest", "="),
-    "mode": ("mode", "="),
-    "position": ("position", "="),
-    "adds_capacity": ("adds_capacity", "="),
-    "draws_random": ("draws_random", "="),
-    "min_parameter_count": ("parameter_count", ">="),
-    "max_parameter_count": ("parameter_count", "<="),
+_CONDITIONS: Final[dict[str, tuple[type, str]]] = {
+    "blueprint_id": (str, "blueprint_id = :blueprint_id"),
+    "blueprint_digest": (str, "blueprint_digest = :blueprint_digest"),
+    "mode": (str, "mode = :mode"),
+    "position": (str, "position = :position"),
+    "adds_capacity": (bool, "adds_capacity = :adds_capacity"),
+    "draws_random": (bool, "draws_random = :draws_random"),
+    "min_parameter_count": (int, "parameter_count >= :min_parameter_count"),
+    "max_parameter_count": (int, "parameter_count <= :max_parameter_count"),
+    "kind": (str, "num_axes = :kind"),
+    "in_features": (int, "(in_features = :in_features OR position = 'serial')"),
+    "out_features": (
+        int,
+        "out_features = :out_features AND (in_features = :out_features OR position = 'parallel')",
+    ),
+    "num_axes": (int, "num_axes = :num_axes"),
+    "dtype": (str, "dtype = :dtype"),
+    "min_size_bytes": (int, "size_bytes >= :min_size_bytes"),
+    "max_size_bytes": (int, "size_bytes <= :max_size_bytes"),
+    "deprecated": (
+        bool,
+        "(deprecations.digest IS NOT NULL) = (:deprecated = 1)",
+    ),
 }
-"""Criterion -> field of the metadata, and how the field compares with what was asked."""
+"""Criterion -> type of its value, and what it asks of a row of ``artifacts``."""
 
-_OPERATORS: Final[dict[str, Callable[..., bool]]] = {
-    "=": operator.eq,
-    ">=": operator.ge,
-    "<=": operator.le,
+CRITERIA: Final[Mapping[str, type]] = {name: kind for name, (kind, _) in _CONDITIONS.items()}
+"""Criterion -> type of its value."""
+
+_AXES: Final[dict[str, int | None]] = {
+    "conv1d": 1,
+    "conv2d": 2,
+    "conv3d": 3,
+    "conv_transpose2d": 2,
+    "channel_norm": None,
+    "block": None,
 }
+"""Kinds of sites whose tensors have channels in front; None where only an example says the axes."""
+
+KINDS: Final = tuple(dict.fromkeys(kind.site for kind in LAYER_KINDS))
+"""Kinds of sites that can be searched for."""
 
 
-def check(criteria: Mapping[str, object]) -> None:
-    """Refuse what nobody can search for.
+def as_sql(criteria: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """Return a condition on the columns of ``artifacts``, and the values of its names.
 
     Raises:
         TypeError: A criterion is not in the table.
+        ValueError: A criterion has a value of another type, or a kind that there is not.
     """
-    unknown = sorted(set(criteria) - set(_FIELDS))
+    unknown = sorted(set(criteria) - set(_CONDITIONS))
     if unknown:
-        msg = f"cannot search by {', '.join(unknown)}; known criteria: {', '.join(_FIELDS)}"
+        msg = f"cannot search by {', '.join(unknown)}; known criteria: {', '.join(_CONDITIONS)}"
         raise TypeError(msg)
+    values = {name: _checked(name, value) for name, value in criteria.items()}
+    if "kind" in values and values["kind"] is None:
+        del values["kind"]
+    terms = [f"({_CONDITIONS[name][1]})" for name in values]
+    return " AND ".join(terms) or "1 = 1", values
 
 
-def matches(metadata: KernelMetadata, criteria: Mapping[str, object]) -> bool:
-    """Say whether a kernel meets every criterion. They have been checked."""
-    return all(
-        _OPERATORS[sign](getattr(metadata, field), criteria[name])
-        for name, (field, sign) in _FIELDS.items()
-        if name in criteria
-    )
-
-
-def as_sql(criteria: Mapping[str, object]) -> tuple[str, tuple[object, ...]]:
-    """Return a condition on a column ``metadata`` of JSON text, and the values of its ``?``.
-
-    The criteria have been checked.
-    """
-    asked = [(field, sign, name) for name, (field, sign) in _FIELDS.items() if name in criteria]
-    terms = [f"json_extract(metadata, '$.{field}') {sign} ?" for field, sign, _ in asked]
-    return " AND ".join(terms) or "TRUE", tuple(criteria[name] for *_, name in asked)
+def _checked(name: str, value: object) -> object:
+    """Return the value that the database compares with; flags are 0 and 1."""
+    expected = _CONDITIONS[name][0]
+    is_right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    if name == "kind" and value not in KINDS:
+        is_right = False
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        is_right = False
+    if not is_right:
+        what = f"one of {', '.join(KINDS)}" if name == "kind" else f"a {expected.__name__}"
+        msg = f"the criterion {name} is {what}, found {value!r:.100}"
+        raise ValueError(msg)
+    if name == "kind":
+        return _AXES.get(str(value), 0)
+    return int(value) if isinstance(value, bool) else value

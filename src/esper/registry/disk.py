@@ -10,12 +10,14 @@ import fcntl
 import os
 import sqlite3
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from esper.registry.database import Row
 
 _BUSY_TIMEOUT_S: Final = 30.0
-
-Row = tuple[Any, ...]
-"""What SQLite gives for a row; its statement says of what types."""
 
 
 class Disk:
@@ -57,9 +59,11 @@ class Disk:
         finally:
             os.close(descriptor)
 
-    def read(self, path: Path, limit_bytes: int) -> bytes:
-        """Return a file's bytes, at most ``limit_bytes`` of them."""
+    def read(self, path: Path, limit_bytes: int, start: int = 0) -> bytes:
+        """Return a file's bytes from ``start`` on, at most ``limit_bytes`` of them."""
         with path.open("rb", buffering=0) as file:
+            if start:
+                file.seek(start)
             data = file.read(limit_bytes)
             while len(data) < limit_bytes and (more := file.read(limit_bytes - len(data))):
                 data += more
@@ -72,6 +76,10 @@ class Disk:
     def exists(self, path: Path) -> bool:
         """Say whether a name is there."""
         return path.exists()
+
+    def size(self, path: Path) -> int:
+        """Return a file's length in bytes."""
+        return path.stat().st_size
 
     def lock(self, path: Path) -> tuple[int, bool]:
         """Hold a lock file together with everybody else who does.
@@ -101,7 +109,7 @@ class Disk:
         )
 
     def execute(
-        self, connection: sqlite3.Connection, statement: str, values: tuple[object, ...]
+        self, connection: sqlite3.Connection, statement: str, values: Mapping[str, object]
     ) -> list[Row]:
         """Run one statement and return its rows. Raises ``sqlite3.Error`` too."""
         return connection.execute(statement, values).fetchall()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from esper.contracts.errors import KernelNotFoundError
+from typing import Final
+
+from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+
+LONGEST_REASON: Final = 1_000
 
 
 def not_published(digest: str) -> KernelNotFoundError:
@@ -11,16 +15,33 @@ def not_published(digest: str) -> KernelNotFoundError:
     return KernelNotFoundError(msg)
 
 
+def bytes_gone(digest: str, place: str) -> KernelCorruptError:
+    """Return the error of an artifact that is published and whose bytes cannot be served."""
+    msg = (
+        f"the stored bytes of {digest} were damaged or are gone; what was left of them is in "
+        f"{place}; put the artifact again to repair it"
+    )
+    return KernelCorruptError(msg)
+
+
 def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"
     return KernelNotFoundError(msg)
 
 
-def still_tagged(digest: str, tags: tuple[str, ...]) -> ValueError:
+class StillTaggedError(ValueError):
+    """What a tag points to cannot be withdrawn."""
+
+
+class TooLargeError(ValueError):
+    """An artifact is longer than the registry takes."""
+
+
+def still_tagged(digest: str, tags: tuple[str, ...]) -> StillTaggedError:
     """Return the error of withdrawing what a tag points to."""
     msg = f"{digest} is still {', '.join(tags)}; move or untag that first"
-    return ValueError(msg)
+    return StillTaggedError(msg)
 
 
 def check_grace(grace_s: float) -> None:
@@ -31,4 +52,44 @@ def check_grace(grace_s: float) -> None:
     """
     if not grace_s >= 0:
         msg = f"a grace period is at least 0 s, found {grace_s}"
+        raise ValueError(msg)
+
+
+def tag_moved(name: str, tag: str, found: str | None) -> TagMovedError:
+    """Return the error of a tag that is not where its mover has seen it."""
+    place = "is not there any more" if found is None else f"points to {found} by now"
+    msg = f"{name}:{tag} {place}, and was not moved; look at its history, and decide again"
+    return TagMovedError(msg, found=found)
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a page without room.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if limit is not None and limit < 1:
+        msg = f"a limit is at least 1, found {limit}; leave it out for everything"
+        raise ValueError(msg)
+
+
+def check_range(start: int, length: int) -> None:
+    """Refuse a part that begins or ends before the first byte.
+
+    Raises:
+        ValueError: It does.
+    """
+    if start < 0 or length < 0:
+        msg = f"a part has a start and a length of at least 0, found {start} and {length}"
+        raise ValueError(msg)
+
+
+def check_reason(reason: str) -> None:
+    """Refuse a deprecation that does not say why.
+
+    Raises:
+        ValueError: The reason is empty, or too long to be read.
+    """
+    if not 0 < len(reason.strip()) <= len(reason) <= LONGEST_REASON:
+        msg = f"a deprecation says why in 1 to {LONGEST_REASON} characters, found {reason!r:.100}"
         raise ValueError(msg)

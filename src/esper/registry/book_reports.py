@@ -1,0 +1,77 @@
+"""The chapter of what is said of artifacts after they were published."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, final
+
+from esper.contracts.kernel_reports import FieldReport, ValidationReport
+
+if TYPE_CHECKING:
+    from esper.registry.database import Database
+
+
+@final
+class Reports:
+    """Deprecations, outcomes and validations; they stay where an artifact is withdrawn.
+
+    Args:
+        database: Who keeps them.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def deprecate(
+        self, digest: str, *, reason: str, successor: str | None, actor: str | None, now_s: float
+    ) -> None:
+        """Say that an artifact should not be used; what was said before gives way."""
+        self._database.rows(
+            "INSERT INTO deprecations (digest, reason, successor, actor, deprecated_at_s) "
+            "VALUES (:digest, :reason, :successor, :actor, :now_s) ON CONFLICT (digest) DO UPDATE "
+            "SET reason = excluded.reason, successor = excluded.successor, "
+            "actor = excluded.actor, deprecated_at_s = excluded.deprecated_at_s",
+            digest=digest,
+            reason=reason,
+            successor=successor,
+            actor=actor,
+            now_s=now_s,
+        )
+
+    def reinstate(self, digest: str) -> None:
+        """Take a deprecation back."""
+        self._database.rows("DELETE FROM deprecations WHERE digest = :digest", digest=digest)
+
+    def add_outcome(self, report: FieldReport) -> None:
+        """Keep an outcome; one of the same run and graft is there already and stays."""
+        self._database.rows(
+            "INSERT INTO outcomes (digest, run_id, graft_id, report) "
+            "VALUES (:digest, :run_id, :graft_id, :report) "
+            "ON CONFLICT (run_id, graft_id) DO NOTHING",
+            digest=report.artifact_id,
+            run_id=report.run_id,
+            graft_id=report.graft_id,
+            report=json.dumps(report.to_document(), sort_keys=True),
+        )
+
+    def outcomes(self, digest: str) -> list[FieldReport]:
+        """Return the outcomes of an artifact, oldest first."""
+        found = self._database.rows(
+            "SELECT report FROM outcomes WHERE digest = :digest ORDER BY seq", digest=digest
+        )
+        return [FieldReport.from_document(json.loads(text)) for (text,) in found]
+
+    def add_validation(self, report: ValidationReport) -> None:
+        """Keep what a validation found."""
+        self._database.rows(
+            "INSERT INTO validations (digest, report) VALUES (:digest, :report)",
+            digest=report.artifact_id,
+            report=json.dumps(report.to_document(), sort_keys=True),
+        )
+
+    def validations(self, digest: str) -> list[ValidationReport]:
+        """Return what validations of an artifact found, oldest first."""
+        found = self._database.rows(
+            "SELECT report FROM validations WHERE digest = :digest ORDER BY seq", digest=digest
+        )
+        return [ValidationReport.from_document(json.loads(text)) for (text,) in found]

@@ -1,0 +1,90 @@
+"""Databases of earlier versions become today's, and those of later ones are left alone."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from kernel_artifacts import artifact
+
+from esper.contracts import artifact_format
+from esper.contracts.errors import KernelCorruptError
+from esper.contracts.ports import TagMove
+from esper.registry import schema
+from esper.registry.directory import DirectoryRegistry
+from esper.registry.disk import Disk
+from esper.registry.sqlite_database import SqliteFile, SqliteMemory
+
+SCHEMAS = Path(__file__).parent / "schemas"
+FIRST = artifact_format.digest_of(artifact(1))
+
+
+@pytest.fixture
+def older(tmp_path):
+    """Return a directory as version 1 left it: two artifacts, one of them without its bytes."""
+    root = tmp_path / "store"
+    (root / "blobs").mkdir(parents=True)
+    (root / "blobs" / FIRST).write_bytes(artifact(1))
+    index = sqlite3.connect(root / "index.sqlite")
+    index.executescript((SCHEMAS / "1.sql").read_text(encoding="utf-8"))
+    index.close()
+    return root
+
+
+def test_every_version_but_the_last_stays_in_the_tests():
+    """Who changes the schema leaves a file of the one before."""
+    kept = {int(path.stem) for path in SCHEMAS.iterdir()}
+    assert kept == set(range(1, schema.VERSION))
+
+
+def test_an_older_directory_is_migrated_when_it_is_opened(older):
+    """What was published, tagged and moved is there, and found by columns that were not."""
+    registry = DirectoryRegistry(older)
+
+    first, second = registry.search()
+    assert (first.digest, first.tags) == (FIRST, ("mlp:first",))
+    assert first.record == {"toolchain": "torch 2.13.0"}
+    assert first.published_at_s is None
+    assert registry.search(kind="conv2d", in_features=8, out_features=16) == [second]
+    assert registry.resolve("mlp:latest") == second.digest
+    assert registry.history("mlp", "latest") == [
+        TagMove(digest=FIRST, moved_at_s=1_000.0),
+        TagMove(digest=second.digest, moved_at_s=1_000.0),
+    ]
+    assert registry.get(FIRST) == artifact(1)
+    with pytest.raises(KernelCorruptError):
+        registry.get(second.digest)
+    registry.close()
+
+
+def test_migrating_is_done_once(older):
+    """Whoever comes second finds it done."""
+    first = SqliteFile(older / "index.sqlite", Disk())
+    second = SqliteFile(older / "index.sqlite", Disk())
+
+    assert schema.migrate(first) == 1
+    assert schema.migrate(second) == schema.VERSION
+    first.close()
+    second.close()
+
+
+def test_a_migration_that_fails_leaves_everything(older, monkeypatch):
+    """Half of a migration is none."""
+    database = SqliteFile(older / "index.sqlite", Disk())
+    steps = (schema._STEPS[0], (*schema._STEPS[1], "CREATE TABLE artifacts (x {text})"))
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "_STEPS", steps)
+        with pytest.raises(OSError, match="already exists"):
+            schema.migrate(database)
+
+    assert database.version() == 1
+    assert schema.migrate(database) == 1
+    database.close()
+
+
+def test_a_newer_database_is_refused():
+    """A schema that is not known is left alone, with a clear word."""
+    database = SqliteMemory()
+    database.set_version(schema.VERSION + 1)
+
+    with pytest.raises(ValueError, match="newer Esper"):
+        schema.migrate(database)

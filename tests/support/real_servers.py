@@ -1,0 +1,126 @@
+"""Real servers on loopback, started for the tests that talk to them; each ends with its block."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+PATIENCE_S = 60.0
+
+
+def find(program, *places):
+    """Return where a program is, or skip the test."""
+    path = os.pathsep.join([*places, os.environ.get("PATH", "")])
+    found = shutil.which(program, path=path)
+    if found is None:
+        pytest.skip(f"needs the program {program}")
+    return found
+
+
+def free_ports(count):
+    """Return ports that nobody listens at, below 45,000: some servers add 10,000 to theirs."""
+    ports, start = [], 20_000 + os.getpid() * 7 % 20_000
+    for port in range(start, start + 5_000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("no free ports")
+
+
+def wait_until(is_there, process, log):
+    """Ask again and again; a server that ended says why."""
+    end = time.monotonic() + PATIENCE_S
+    while not is_there():
+        assert process.poll() is None, f"it ended: {log.read_text()[-2_000:]}"
+        assert time.monotonic() < end, f"it did not start: {log.read_text()[-2_000:]}"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(command, folder, **options):
+    """Run a server until the end of the block; yields the process and its log."""
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
+        )
+    try:
+        yield process, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def postgres():
+    """Run a PostgreSQL of its own; yields its address. It refuses to run as root."""
+    with (
+        tempfile.TemporaryDirectory(prefix="esper-postgres-") as folder,
+        _cluster(Path(folder)) as url,
+    ):
+        yield url
+
+
+@contextlib.contextmanager
+def _cluster(folder):
+    places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+    initdb, server = find("initdb", *places), find("postgres", *places)
+    user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    if user:
+        shutil.chown(folder, **user)
+    subprocess.run(
+        [initdb, "-D", folder / "data", "-U", "esper", "--auth=trust", "-N", "--locale=C.UTF-8"],
+        check=True,
+        capture_output=True,
+        cwd="/",
+        **user,
+    )
+    (port,) = free_ports(1)
+    command = [server, "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), "-F"]
+    command += ["-c", f"unix_socket_directories={folder}"]
+    with running(command, folder, cwd="/", **user) as (process, log):
+        wait_until(lambda: b"ready to accept connections" in log.read_bytes(), process, log)
+        try:
+            yield f"postgresql://esper@127.0.0.1:{port}/postgres"
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_S)
+
+
+@contextlib.contextmanager
+def seaweed(folder):
+    """Run a SeaweedFS of its own; yields the address of its S3, keys ``esper`` and ``secret``."""
+    weed = find("weed", str(Path(sys.executable).parent))
+    folder.mkdir()
+    (folder / "data").mkdir()
+    keys = [{"accessKey": "esper", "secretKey": "secret"}]
+    actions = ["Admin", "Read", "Write", "List"]
+    identities = [{"name": "esper", "credentials": keys, "actions": actions}]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    master, volume, filer, s3 = free_ports(4)
+    command = [weed, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", "-filer", "-s3"]
+    command += [f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64"]
+    address = f"http://127.0.0.1:{s3}"
+
+    def answers():
+        with contextlib.suppress(httpx2.HTTPError):
+            return httpx2.get(address, trust_env=False).status_code == 403
+        return False
+
+    with running(command, folder) as (process, log):
+        wait_until(answers, process, log)
+        yield address
