@@ -21,10 +21,15 @@ from esper.contracts.errors import (
     KernelLoadError,
     KernelNotFoundError,
     KernelSourceRefused,
+    KernelSourceSuspended,
     KernelSourceUnavailable,
 )
+from esper.fetching.breaker_source import SourceBehindBreaker
+from esper.registry import http
 from esper.registry.http import HttpKernelSource
+from esper.registry.http_registry import HttpRegistry
 from esper.registry.memory import MemoryRegistry
+from esper.resilience.clock import ManualClock
 
 pytestmark = pytest.mark.network
 
@@ -330,6 +335,47 @@ def test_a_failure_leaves_the_source_usable():
         assert source.fetch(DIGEST) == DATA
 
 
+def test_an_overloaded_server_is_left_alone_for_as_long_as_it_says():
+    """Until Retry-After is over nothing is asked, and what is said is not believed for ever."""
+    clock = ManualClock()
+    answers = iter([whole(503, Retry_After="30"), whole(429, Retry_After="9" * 9), whole()])
+
+    def behave(handler):
+        next(answers)(handler)
+
+    with serving(behave) as server:
+        source = source_of(server, timeout_s=60, clock=clock)
+        for rest_s in (30.0, 60.0):
+            with pytest.raises(KernelSourceUnavailable):
+                source.fetch(DIGEST)
+            clock.advance(rest_s - 1.0)
+            with pytest.raises(KernelSourceSuspended, match="left alone"):
+                source.fetch(DIGEST)
+            clock.advance(1.0)
+        assert source.fetch(DIGEST) == DATA
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 413])
+def test_an_answer_that_stays_is_asked_for_once_and_charges_no_breaker(status):
+    """What a server will answer again is no failure of the way to it."""
+    with serving(whole(status, b"")) as server:
+        behind = SourceBehindBreaker(source_of(server, timeout_s=60))
+        with pytest.raises((KernelSourceRefused, KernelNotFoundError)):
+            behind.fetch(DIGEST)
+        assert len(server.requests) == 1
+    assert behind.breaker.stats().failed == 0
+
+
+def test_control_an_answer_that_may_pass_charges_the_breaker():
+    """A failure of the server is one."""
+    with serving(whole(500, b"")) as server:
+        behind = SourceBehindBreaker(source_of(server, timeout_s=60))
+        with pytest.raises(KernelSourceUnavailable):
+            behind.fetch(DIGEST)
+    assert behind.breaker.stats().failed == 1
+
+
 def test_threads_share_a_source():
     """Any number of threads fetch through one source at a time."""
     with serving(whole()) as server, ThreadPoolExecutor(8) as threads:
@@ -389,14 +435,92 @@ def test_addresses_that_are_none_are_refused(url):
 @pytest.mark.parametrize("settings", [{"timeout_s": 0}, {"max_size_bytes": 0}])
 def test_numbers_out_of_range_are_refused(settings):
     """A fetch needs time and room."""
-    with pytest.raises(ValueError, match="needs time and room"):
+    with pytest.raises(ValueError, match=r"needs (time|room)"):
         HttpKernelSource("http://h", **settings)
 
 
 def test_an_address_says_which_source():
-    """open_registry gives a source for HTTP, and a registry for everything else."""
+    """open_registry gives a registry for every kind of address, and asks nothing of a server."""
     source = registry.open_registry("HTTPS://kernels.example/prefix/")
 
-    assert isinstance(source, HttpKernelSource)
+    assert isinstance(source, HttpRegistry)
     assert source.base_url == "HTTPS://kernels.example/prefix"
     assert isinstance(registry.open_registry("memory:"), MemoryRegistry)
+
+
+class Cut:
+    """A server that gives parts, and hangs up after some bytes of each."""
+
+    def __init__(self, data=DATA, most=300):
+        self.data, self.most = data, most
+        self.num_sent = self.num_answers = 0
+
+    @property
+    def tag(self):
+        return f'"{hashlib.sha256(self.data).hexdigest()}"'
+
+    def __call__(self, handler):
+        self.num_answers += 1
+        asked = handler.headers.get("Range")
+        if asked is not None and handler.headers.get("If-Range", self.tag) == self.tag:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            handler.send_response(206)
+            span = f"bytes {start}-{len(self.data) - 1}/{len(self.data)}"
+            handler.send_header("Content-Range", span)
+        else:
+            start = 0
+            handler.send_response(200)
+        handler.send_header("ETag", self.tag)
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Length", str(len(self.data) - start))
+        handler.end_headers()
+        part = self.data[start : start + self.most]
+        self.num_sent += len(part)
+        handler.wfile.write(part)
+        handler.hang_up()
+
+
+def test_a_fetch_that_is_cut_off_goes_on_where_it_was():
+    """However often the connection ends, every byte comes once."""
+    cut = Cut(most=200)
+    with serving(cut) as server:
+        assert source_of(server, timeout_s=60).fetch(DIGEST) == DATA
+
+    assert cut.num_answers == 21
+    assert cut.num_sent == len(DATA)
+
+
+def test_a_fetch_that_brings_nothing_more_is_given_up():
+    """A connection that ends before its first byte is a failure, not a reason to go on for ever."""
+    cut = Cut(most=0)
+    with serving(cut) as server, pytest.raises(KernelSourceUnavailable):
+        source_of(server, timeout_s=60).fetch(DIGEST)
+
+    assert cut.num_answers == 1
+
+
+class Changed(Cut):
+    """The same, but what it has is other bytes from the second answer on."""
+
+    def __call__(self, handler):
+        super().__call__(handler)
+        self.data, self.most = DATA[::-1], len(DATA)
+
+
+def test_what_changes_midway_is_refused():
+    """The rest of something else is never joined to the first half."""
+    changed = Changed()
+    with serving(changed) as server, pytest.raises(KernelCorruptError, match="not what it was"):
+        source_of(server, timeout_s=60).fetch(DIGEST)
+
+
+def test_control_without_if_range_the_rest_of_something_else_is_joined(monkeypatch):
+    """Whoever only asks for the rest gets it, and finds out when all of it has come."""
+    headers = http._Download.headers
+
+    def heedless(self):
+        return {name: value for name, value in headers(self).items() if name != "If-Range"}
+
+    monkeypatch.setattr(http._Download, "headers", heedless)
+    with serving(Changed()) as server, pytest.raises(KernelCorruptError, match="other bytes"):
+        source_of(server, timeout_s=60, max_size_bytes=2 * LIMIT_BYTES).fetch(DIGEST)

@@ -11,11 +11,13 @@ from kernel_artifacts import artifact
 
 from esper.contracts import artifact_format
 from esper.contracts.errors import KernelSourceUnavailable
+from esper.registry import schema
 from esper.registry.book import Book
 from esper.registry.memory_blobs import MemoryBlobs
 from esper.registry.shared import SharedRegistry
 from esper.registry.sqlite_database import SqliteMemory
-from esper.services.settings import hidden_from_libraries
+from esper.services.registry_server import first_token, open_storage
+from esper.services.settings import hidden_from_libraries, read_environment
 
 KEPT, WITHDRAWN, ADDED = (artifact(number) for number in range(3))
 KEPT_ID, WITHDRAWN_ID, ADDED_ID = map(artifact_format.digest_of, (KEPT, WITHDRAWN, ADDED))
@@ -273,3 +275,27 @@ def test_a_bucket_that_does_not_answer_is_given_up():
     registry = SharedRegistry(Book(SqliteMemory()), blobs)
     with pytest.raises(KernelSourceUnavailable):
         registry.put(KEPT)
+
+
+@pytest.mark.slow
+def test_two_addresses_open_a_registry_of_a_team(postgres, database, bucket):
+    """What the two name is opened, with what the environment says of the bucket."""
+    url, access = bucket
+    variables = {
+        "AWS_ENDPOINT_URL": access.endpoint,
+        "AWS_ACCESS_KEY_ID": access.access_key,
+        "AWS_SECRET_ACCESS_KEY": access.secret_key,
+        "ESPER_REGISTRY_DATABASE": postgres,
+        "ESPER_REGISTRY_BLOBS": f"{url}/team",
+    }
+    said = read_environment(variables)
+    registry = open_storage(
+        data=None, database=said.registry_database, blobs=said.registry_blobs, environment=said
+    )
+    token = first_token(registry, None)
+
+    assert registry.get(registry.put(KEPT)) == KEPT
+    assert registry.book.tokens.find(token).name == "owner"
+    assert first_token(registry, None) is None
+    assert registry.book.database.version() == schema.VERSION
+    registry.close()

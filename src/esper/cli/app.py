@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from esper.cli import registry
+from esper.cli.outcome import EXIT_ERROR, EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
 from esper.contracts.errors import EsperError
-from esper.services.settings import Environment, read_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from esper.contracts.report import DemoReport, RunReport
     from esper.services.run_job import JobRun
 
-EXIT_PROBLEM: Final = 1
-EXIT_ERROR: Final = 2
-EXIT_STOPPED: Final = 130
 PIPE_WIDTH: Final = 140
 """Columns of a table where there is no terminal to ask."""
 
@@ -39,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(registry.app)
 
 Target = Annotated[
     str,
@@ -128,7 +127,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of 20 updates.")] = 55,
 ) -> None:
     """Grow a digit classifier, beside its controls, and report what growth did and did not do."""
-    with _one_line_errors() as environment:
+    with one_line_errors() as environment:
         from esper.cli.progress import ProgressDisplay
         from esper.cli.tables import print_demo
         from esper.resilience.clock import MonotonicClock
@@ -165,7 +164,7 @@ def grow(
     control: Control = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Train your own job and grow its model where the evidence allows it."""
-    with _one_line_errors() as environment:
+    with one_line_errors() as environment:
         from esper.cli.progress import ProgressDisplay
         from esper.resilience.clock import MonotonicClock
         from esper.services.job_options import JobOptions, parse_budget
@@ -216,7 +215,7 @@ def suggest(
     budget: BudgetLimits = None,
 ) -> None:
     """Train your own job for a while, change nothing, and say where and what could grow."""
-    with _one_line_errors():
+    with one_line_errors():
         from esper.cli.progress import ProgressDisplay
         from esper.resilience.clock import MonotonicClock
         from esper.services.job_options import JobOptions, parse_budget
@@ -241,7 +240,7 @@ def replay(
 
     It may be the log of a run that was killed, or that an older Esper wrote.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from esper.observability.replay import replay as replay_events
 
         with _refusals():
@@ -282,7 +281,7 @@ def _refusals() -> Iterator[None]:
 @app.command(epilog=ENVIRONMENT)
 def doctor(run_dir: RunDir = None) -> None:
     """Look at the environment, and exit with 1 where something is wrong."""
-    with _one_line_errors() as environment:
+    with one_line_errors() as environment:
         from esper.cli.doctor import examine
         from esper.cli.tables import print_checks
 
@@ -303,29 +302,6 @@ def parse_random_seeds(text: str) -> tuple[int, ...]:
         return tuple(range(int(first), int(end)))
     msg = f"--random-seeds is FIRST:END with FIRST below END, for example 100:110; got {text!r}"
     raise EsperError(msg)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[Environment]:
-    """Yield the environment; turn errors that a user can mend into one line and an exit status.
-
-    Warnings to the user become one line each, and end nothing.
-    """
-    from esper.cli.errors import error_text, one_line_warnings
-
-    environment = Environment()
-    try:
-        environment = read_environment()
-        with one_line_warnings():
-            yield environment
-    except (EsperError, ValueError, OSError) as error:
-        if environment.traceback:
-            raise
-        typer.echo(error_text(error), err=True)
-        raise typer.Exit(EXIT_ERROR) from error
-    except KeyboardInterrupt as error:
-        typer.echo("esper: stopped", err=True)
-        raise typer.Exit(EXIT_STOPPED) from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -14,28 +14,21 @@ from esper.registry.memory import MemoryRegistry
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from esper.contracts.ports import KernelSource, Registry
+    from esper.contracts.ports import Registry
 
 
-@overload
-def open_registry(url: Path | Literal["memory:"]) -> Registry: ...
-
-
-@overload
-def open_registry(url: str) -> KernelSource: ...
-
-
-def open_registry(url: str | Path) -> KernelSource:
-    """Open where kernels are kept: a registry, or behind HTTP a source that is only read.
+def open_registry(url: str | Path, *, token: str | None = None) -> Registry:
+    """Open a registry: where kernels are kept, and what is said of them.
 
     Args:
         url: ``"memory:"`` for a registry that ends with the process, every call its own; a
             directory as a path or as ``file:///...``, made where it is missing; or
-            ``http://...`` or ``https://...``, without credentials, to fetch from.
+            ``http://...`` or ``https://...``, without credentials, what ``esper registry serve``
+            serves. Nothing is asked of a server until it is used.
+        token: What a server knows the caller by; for HTTP only.
 
     Returns:
-        A ``Registry``, which the Grower takes too; for HTTP a ``KernelSource``. A type checker
-        cannot read addresses: give it a ``Path`` where it is to know of a registry.
+        A ``Registry``, which the Grower takes too.
 
     Raises:
         KernelSourceUnavailable: The directory cannot be made, read or written.
@@ -46,15 +39,15 @@ def open_registry(url: str | Path) -> KernelSource:
     if address == "memory:":
         return MemoryRegistry()
     if re.match(r"https?://", address, re.IGNORECASE):
-        from esper.registry.http import HttpKernelSource  # an HTTP client comes with it: late
+        from esper.registry.http_registry import HttpRegistry  # an HTTP client comes with it: late
 
-        return HttpKernelSource(address)
+        return HttpRegistry(address, token=token)
     if address.startswith("file:"):
         return DirectoryRegistry(_path_of(address))
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
         msg = (
             f"{address!r} is no address of kernels: expected memory:, a directory, file:///path, "
-            "or http:// or https:// to fetch from"
+            "or http:// or https:// of a server"
         )
         raise ValueError(msg)
     return DirectoryRegistry(address)

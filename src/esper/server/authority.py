@@ -1,0 +1,49 @@
+"""Who asks, and whether they may: bearer tokens with scopes. What names no scope is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from starlette.exceptions import HTTPException
+
+from esper.registry.book_access import Token
+
+if TYPE_CHECKING:
+    from esper.registry.stored import StoredRegistry
+
+_BEARER = HTTPBearer(auto_error=False, description="A token of `esper registry token create`.")
+
+
+def token_of(
+    request: Request,
+    needed: SecurityScopes,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
+) -> Token:
+    """Return the token that a request comes with.
+
+    Raises:
+        HTTPException: There is none that counts (401), or it has not the scope (403).
+    """
+    registry: StoredRegistry = request.app.state.registry
+    token = None
+    if given is not None:
+        with registry.reporting("look up a token"):
+            token = registry.book.tokens.find(given.credentials)
+    if token is None:
+        raise HTTPException(
+            401, "a token is needed: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
+        )
+    lacking = set(needed.scopes) - set(token.scopes)
+    if lacking:
+        msg = f"the token of {token.name} has not the scope {', '.join(sorted(lacking))}"
+        raise HTTPException(403, msg)
+    return token
+
+
+Reader = Annotated[Token, Security(token_of, scopes=["read"])]
+Publisher = Annotated[Token, Security(token_of, scopes=["publish"])]
+Promoter = Annotated[Token, Security(token_of, scopes=["promote"])]
+Worker = Annotated[Token, Security(token_of, scopes=["work"])]
+Admin = Annotated[Token, Security(token_of, scopes=["admin"])]
