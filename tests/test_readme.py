@@ -54,6 +54,7 @@ def test_readme_names_commands_that_esper_has():
     from esper.cli.app import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
+    known |= {group.typer_instance.info.name for group in app.registered_groups}
     named = set(re.findall(r"(?:^ {4}|`)esper ([a-z]+)", README, flags=re.MULTILINE))
     assert named >= {"grow", "suggest", "doctor"}
     assert named <= known
