@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from growing import GATE_X, GATE_Y, compute_loss, train, wrapped
 from sleepers import HOSTS, made
 from torch import nn
@@ -47,6 +48,8 @@ async def by_hand(public, folder):
     public.export(model, folder / "plain", example=(X,))
     public.save_checkpoint(folder / "run.esper", model, optimizer)
     public.load_checkpoint(folder / "run.esper", model, optimizer)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "dcp")
+    public.build_as_saved(folder / "dcp", model)
     public.skipped(model)
     layer.unload_kernel(0)
     public.restore(model)
@@ -96,6 +99,7 @@ async def by_itself(public, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is.*:UserWarning")
 def test_everything_public_works_where_an_event_loop_runs(tmp_path):
     """No function starts a loop of its own, or waits for the one that runs."""
     public = Called()
