@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from kernel_blueprints import mlp_blueprint
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_model_state_dict,
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import esper
 from esper.compiler.lowering import lower
+from esper.state.layer_record import record_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is.*:UserWarning")
 
@@ -142,3 +144,45 @@ def test_what_does_not_fit_is_refused(saved, options, prefix, said):
     with pytest.raises(ValueError, match=said):
         esper.build_as_saved(saved[2], model, optimizer, prefix=prefix)
     assert len(optimizer.param_groups[0]["params"]) == 4
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_kernels_under_a_step_guard_come_back(tmp_path, with_optimizer):
+    """As a Grower leaves them: the folder fits what was built, also without an optimizer."""
+    model, _ = grown()
+    model[0].set_guard(0, "step")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
+    fresh, other = run(num_updates=0)
+    esper.build_as_saved(tmp_path, fresh, other if with_optimizer else None)
+    state = {"model": fresh.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    fresh.load_state_dict(state["model"])
+
+    x = torch.randn(3, 6)
+    assert torch.equal(fresh(x), model(x))
+    assert record_of(fresh[0]).seeds[0].guard == ("step" if with_optimizer else "always")
+
+
+def test_a_kernel_without_moments_yet_comes_back_where_torch_is_told(tmp_path):
+    """Grafted behind the last step: what the folder lacks begins anew, the rest is as it was."""
+    model, optimizer = grown()
+    model[2].graft(0, lower(mlp_blueprint()), example=torch.randn(3, 6))
+    esper.sync_optimizer(model, optimizer)
+    model_state, optim_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id=tmp_path)
+    fresh, other = run(num_updates=0)
+    esper.build_as_saved(tmp_path, fresh, other)
+    of_model, of_optimizer = get_state_dict(fresh, other)
+    state = {"model": of_model, "optim": of_optimizer}
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(fresh, other, model_state_dict=state["model"], optim_state_dict=state["optim"])
+
+    assert torch.equal(_first(fresh), _first(model))
+    moments = other.state[fresh[0].weight]["exp_avg"]
+    assert torch.equal(moments, optimizer.state[model[0].weight]["exp_avg"])
+    assert not other.state[_first(fresh)]["exp_avg"].any()
+
+
+def _first(model):
+    """Return the first weight of the later kernel."""
+    return next(model[2].seed_kernel(0).parameters())

@@ -58,6 +58,17 @@ def test_parcels_arrive_in_their_order_on_another_thread():
     assert not [t for t in threading.enumerate() if t.name == "esper outbox"]
 
 
+def test_the_same_artifact_is_sent_once():
+    """A kernel that is tried again is there already, or on its way."""
+    registry = Answers()
+    box = Outbox(registry)
+    for _ in range(3):
+        box.send(parcel(1))
+
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
+
+
 def test_sending_does_not_wait_and_closing_gives_up():
     """A registry that hangs holds up nobody; what has not arrived is named."""
     registry = Held()

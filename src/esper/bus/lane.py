@@ -83,7 +83,7 @@ class Lane:
         self._worker: threading.Thread | None = None
         self._interrupt: BaseException | None = None
         self._last_put = self._last_done = 0
-        self._is_slow = False
+        self._is_slow = self._has_failed = False
 
     def put(self, event: Event) -> None:
         """Take an event for the sink; wait for that only as long as the sink may be quick.
@@ -156,8 +156,9 @@ class Lane:
             self._deliveries.count(taken=1)
             return error
         self._deliveries.count(taken=1, failed=int(isinstance(taken, Failed)))
-        if isinstance(taken, Failed):
-            msg = "%s failed on a %r event; the run goes on"
+        if isinstance(taken, Failed) and not self._has_failed:
+            self._has_failed = True
+            msg = "%s failed on a %r event; the run goes on, and later failures are only counted"
             _LOG.error(msg, self.name, event.kind, exc_info=taken.error)
         return None
 

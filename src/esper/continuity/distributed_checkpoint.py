@@ -46,7 +46,10 @@ def build_as_saved(
 
     Their weights, and all else, come from ``dcp.load`` afterwards, which loads in place what it
     finds in a ``state_dict``: of a model without kernels the host alone, and without a word.
-    Kernels that the model has beyond the checkpoint are taken out. Where several processes load,
+    Kernels that the model has beyond the checkpoint are taken out. Moments that a kernel did not
+    have yet, since it came after the last step, are not in the folder, and torch asks for them all
+    the same: ``dcp.load(..., planner=DefaultLoadPlanner(allow_partial_load=True))`` leaves them at
+    their beginning, as for any parameter without a gradient so far. Where several processes load,
     each has to call this. Make a Grower, or let it load its state, behind all of it.
 
     Args:
@@ -77,7 +80,7 @@ def build_as_saved(
         msg = f"{error}. Nothing was changed"
         raise ValueError(msg) from error
     for name, plan in plans.items():
-        carry_out(layers[name], plan)
+        carry_out(layers[name], plan, is_to_be_loaded=True)
     if every is not None:
         sync_again(model, every)
         for member in members_of(every):

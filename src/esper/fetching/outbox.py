@@ -99,15 +99,19 @@ class Outbox:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._parcels: deque[Parcel] = deque()
+        self._digests: set[str] = set()
         self._hitches: deque[Hitch] = deque()
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
     def send(self, parcel: Parcel) -> None:
-        """Take an artifact; never waits."""
+        """Take an artifact, unless it is on its way or there; never waits."""
         if self._pid != os.getpid():
             self._start()
         with self._changed:
+            if parcel.digest in self._digests:
+                return
+            self._digests.add(parcel.digest)
             self._parcels.append(parcel)
             if self._worker is None and not self._is_closed:
                 self._worker = threading.Thread(target=self._work, name="esper outbox", daemon=True)

@@ -450,9 +450,15 @@ class Grower:
                 self._run.journal.note(f"the log is incomplete, {log.error}")
 
     def _flush(self) -> None:
-        """Let a sink that is behind catch up; one that cannot in time is named."""
-        if not self._run.bus.flush():
-            self._run.journal.note("the sink given as sink= has not taken every event of the run")
+        """Let a sink that is behind catch up; one that cannot in time, or has failed, is named."""
+        bus, journal = self._run.bus, self._run.journal
+        if not bus.flush():
+            journal.note("the sink given as sink= has not taken every event of the run")
+        if bus.num_failures:
+            journal.note(
+                f"the sink given as sink= raised at {bus.num_failures} of {bus.num_published} "
+                "events; the first time is in the log"
+            )
 
     def _tell_of_hitches(self) -> None:
         """Say of which kernels a registry did not take."""

@@ -37,6 +37,6 @@ def no_tries_left(model: nn.Module, tries: int) -> str:
     spent = tries_spent(model)
     one = "one package of this model was" if spent == 1 else f"{spent} packages of this model were"
     return (
-        f"nothing more is tried: {one} refused, and tries={tries}; with each more the chance would "
-        "rise that one is kept by luck"
+        f"nothing more is tried: {one} refused or cut off, and tries={tries}; with each more the "
+        "chance would rise that one is kept by luck"
     )

@@ -105,8 +105,15 @@ def planned(
     return plan
 
 
-def carry_out(layer: nn.Module, plan: Plan) -> None:
-    """Make the layer's seeds those of a plan; all others are dormant then."""
+def carry_out(layer: nn.Module, plan: Plan, *, is_to_be_loaded: bool = False) -> None:
+    """Make the layer's seeds those of a plan; all others are dormant then.
+
+    Args:
+        layer: The layer.
+        plan: Of :func:`planned`.
+        is_to_be_loaded: Whether a state is loaded in place next. Seeds then say the guard that they
+            were saved under, even where no optimizer reads the flags of ``"step"`` yet.
+    """
     record = record_of(layer)
     for i in range(record.layout.num_seeds):
         forget_waiting(layer, i)
@@ -115,7 +122,8 @@ def carry_out(layer: nn.Module, plan: Plan) -> None:
             withdraw(layer, i)
             record.layout.restore_seed(i, SeedLifecycleState.DORMANT, alpha=0.0, kernel_id=None)
     for i, (entry, seed) in plan.items():
-        _restore(layer, i, entry, seed)
+        guard = entry["guard"] if is_to_be_loaded else None
+        _restore(layer, i, entry, seed, guard)
 
 
 def _seed_for(
@@ -239,13 +247,19 @@ def _prepared(layer: nn.Module, entry: SeedStructure) -> PreparedKernel:
     )
 
 
-def _restore(layer: nn.Module, seed_idx: int, entry: SeedStructure, seed: Seed | None) -> None:
+def _restore(
+    layer: nn.Module,
+    seed_idx: int,
+    entry: SeedStructure,
+    seed: Seed | None,
+    guard: Guard | None = None,
+) -> None:
     layout = record_of(layer).layout
     alpha = float(entry["alpha"])
     state = SeedLifecycleState(entry["state"])
     forget_waiting(layer, seed_idx)
     if seed is not None:
-        seed.guard = _guard(layer, entry)
+        seed.guard = guard or _guard(layer, entry)
         seed.kernel = replace(seed.kernel, artifact_id=entry["artifact_id"])
     kernel_id = None if seed is None else seed.kernel.kernel_id
     layout.restore_seed(seed_idx, state, alpha=alpha, kernel_id=kernel_id)
