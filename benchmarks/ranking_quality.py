@@ -20,17 +20,19 @@ from esper.contracts.intervals import Interval, mean_interval
 from esper.growth.audition import Audition
 from esper.growth.evaluation import Evaluator
 from esper.growth.germination import make_candidate
-from esper.growth.live_kernel import graft_kernel
+from esper.growth.live_kernel import place_kernel
 from esper.growth.ranking import Candidate, FirstOrderGain, GradientNorm, RandomChoice, Ranking
 from esper.growth.recording import Recorder
-from esper.services.arms import compute_loss, measure_on, optimizer_for, train_on
-from esper.services.controls import RECORDED_UPDATES, fork_host, spearman
-from esper.services.digits import LEARNING_RATE, Digits, load_digits
+from esper.services.arms import FORK_UPDATE, HostFork, compute_loss, optimizer_for, train_on
+from esper.services.digits import LEARNING_RATE, Digits, demo_host, load_digits
+from esper.services.findings import spearman
+from esper.services.looks import measure_on
 from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
 from esper.wrapping.wrap import layers
 
 RANDOM_SEEDS = range(8)
+RECORDED_UPDATES = 16
 AUDITION_UPDATES, RAMP_UPDATES, JOINT_UPDATES = 50, 100, 250
 LOOKS, LOOK_EVERY = 5, 10
 """Gate losses whose mean is the gain's: one look would measure the last update's wobble."""
@@ -115,7 +117,7 @@ def _correlation(columns: list[tuple[Gains, Gains]]) -> Correlation:
 
 
 def _trial(digits: Digits, random_seed: int, *, passes: int, joint: int) -> Trial:
-    fork = fork_host(digits, random_seed)
+    fork = _fork(digits, random_seed)
     model, optimizer = fork.copy()
     feed = fork.batches_after(digits)
     with Recorder(layers(model), random_seed=random_seed) as recorder:
@@ -138,6 +140,16 @@ def _trial(digits: Digits, random_seed: int, *, passes: int, joint: int) -> Tria
     )
 
 
+def _fork(digits: Digits, random_seed: int) -> HostFork:
+    """Train the demo's host for a while."""
+    model = demo_host(random_seed)
+    optimizer = optimizer_for(model)
+    begun = HostFork.of(model, optimizer, random_seed=random_seed, update=0)
+    for batch in islice(begun.batches_after(digits), FORK_UPDATE):
+        train_on(model, optimizer, batch)
+    return HostFork.of(model, optimizer, random_seed=random_seed, update=FORK_UPDATE)
+
+
 def _candidates(
     model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, random_seed: int
 ) -> tuple[list[Candidate], dict[tuple[str, str], Audition]]:
@@ -155,6 +167,7 @@ def _candidates(
                 placement=placement,
                 rates=[LEARNING_RATE],
                 random_seed=random_seed,
+                example=seen.example,
             )
     return candidates, auditions
 
@@ -201,13 +214,17 @@ def _joint_loss(
     optimizer.load_state_dict(state)
     live = None
     if audition is not None:
-        factor = UpdateFactor(optimizer)
-        live = graft_kernel(
-            audition,
+        assert audition.example is not None
+        live = place_kernel(
             layers(model)[site],
-            factor,
+            audition.seed_idx,
+            audition.kernel,
+            example=audition.example,
+            alpha=0.0,
             placement=Placement(model, optimizer),
+            factor=UpdateFactor(optimizer),
             peaks=[LEARNING_RATE],
+            state=None if audition.optimizer is None else audition.optimizer.state,
         )
     evaluator, losses = Evaluator(measure_on(digits.gate)), []
     for update, batch in enumerate(feed):

@@ -115,8 +115,11 @@ def test_what_a_package_that_went_back_cost_is_told():
     ("events", "words"),
     [
         ([a_note()], "the log ends at update 3 without the end of its run"),
-        ([a_note(seq=0), a_note(seq=3), AN_END], "the log lacks 2 of its run's events"),
-        ([a_note(seq=5), AN_END], "the log lacks 5 of its run's events"),
+        (
+            [a_note(seq=0), a_note(seq=3), replace(AN_END, seq=4)],
+            "the log lacks 2 of its run's events",
+        ),
+        ([a_note(seq=5), replace(AN_END, seq=6)], "the log lacks 5 of its run's events"),
         (
             [event_from_json('{"format_version": "1.9", "kind": "pruned"}'), AN_END],
             "1 of the log's events are of a kind that this Esper does not know, 'pruned'",

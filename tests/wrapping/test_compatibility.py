@@ -159,7 +159,9 @@ def _(tmp_path):
 @check("`torch.distributed.checkpoint`, no grafts")
 def _(tmp_path):
     model, x, y = of_blueprints()
-    state = get_state_dict(model, torch.optim.AdamW(model.parameters()))
+    trained_by = torch.optim.AdamW(model.parameters())
+    esper.sync_optimizer(model, trained_by)
+    state = get_state_dict(model, trained_by)
     dcp.save(dict(zip(("model", "optim"), state, strict=True)), checkpoint_id=tmp_path)
     loaded = esper.wrap(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
     optimizer, recipe = torch.optim.AdamW(loaded.parameters()), {}

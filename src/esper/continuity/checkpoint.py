@@ -42,7 +42,7 @@ from esper.contracts.arguments import check_type
 from esper.registry.disk import Disk
 from esper.resilience.durable_file import WritesFiles, write_durably
 from esper.state.host_parts import check_module, is_in_a_seed
-from esper.state.shards import whole_in
+from esper.state.shards import is_in_shards, whole_in
 
 if TYPE_CHECKING:
     import os
@@ -130,7 +130,9 @@ def save_checkpoint(
         if run.optimizer is not None:
             sync_again(model, run.optimizer)
         check_same_kernels(run.model)
-        content = whole_in({**_collected(run), "extra": extra})
+        content = {**_collected(run), "extra": extra}
+        if is_in_shards(run.model):
+            content = whole_in(content)
         write_checkpoint(Disk(), Path(path), content, ranks_of(model))
 
     in_step(model, save)

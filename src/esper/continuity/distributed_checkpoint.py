@@ -47,10 +47,11 @@ def build_as_saved(
     Their weights, and all else, come from ``dcp.load`` afterwards, which loads in place what it
     finds in a ``state_dict``: of a model without kernels the host alone, and without a word.
     Kernels that the model has beyond the checkpoint are taken out. Moments that a kernel did not
-    have yet, since it came after the last step, are not in the folder, and torch asks for them all
-    the same: ``dcp.load(..., planner=DefaultLoadPlanner(allow_partial_load=True))`` leaves them at
-    their beginning, as for any parameter without a gradient so far. Where several processes load,
-    each has to call this. Make a Grower, or let it load its state, behind all of it.
+    have yet, since it came after the last step, are not in the folder, nor are names of an
+    optimizer that ``sync_optimizer`` had not seen, and torch asks for them all the same:
+    ``dcp.load(..., planner=DefaultLoadPlanner(allow_partial_load=True))`` leaves them at their
+    beginning, as for any parameter without a gradient so far. Where several processes load, each
+    has to call this. Make a Grower, or let it load its state, behind all of it.
 
     Args:
         checkpoint: The folder, or what reads it.
