@@ -9,8 +9,6 @@ import torch.multiprocessing as multiprocessing
 
 from esper.continuity.replicas import _Replication
 
-pytestmark = pytest.mark.xdist_group("replicas")
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

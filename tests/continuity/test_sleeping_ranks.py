@@ -4,7 +4,7 @@ import pytest
 import sleeping_ranks
 import torch.multiprocessing as multiprocessing
 
-pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.xdist_group("sleeping ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ import torch
 from fork_server import ForkServer
 from killed_runs import NEVER, RECORDED, RUNS, START, TRIED, end_of, saved_at
 
-pytestmark = pytest.mark.xdist_group("kill")
-
 
 class Lives:
     """Starts processes that live through a run, or a part of it.

@@ -11,7 +11,7 @@ from matrix_runs import CHECKPOINT, FOUND, HOLD, OPTIMIZERS, SQUARE, MatrixRun, 
 
 import esper
 
-pytestmark = [pytest.mark.usefixtures("short_trials"), pytest.mark.xdist_group("matrix")]
+pytestmark = pytest.mark.usefixtures("short_trials")
 
 SLICE = [
     ("adamw, fused", "linear"),

@@ -4,7 +4,7 @@ import pytest
 import sharded_trials
 import torch.multiprocessing as multiprocessing
 
-pytestmark = [pytest.mark.network, pytest.mark.xdist_group("sharded ranks")]
+pytestmark = pytest.mark.network
 
 
 def outcomes_of(run, cases, folder):

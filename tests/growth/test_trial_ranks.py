@@ -4,8 +4,6 @@ import pytest
 import torch.multiprocessing as multiprocessing
 import trial_ranks
 
-pytestmark = pytest.mark.xdist_group("trial ranks")
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

@@ -19,8 +19,6 @@ from esper.services.digits import NUM_GATE, NUM_TRAIN, Split, batches, demo_host
 from esper.services.findings import SeedResult, demo_report, gains_of, spearman
 from esper.services.looks import Looks
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 EPOCHS = 25
 
 

@@ -4,7 +4,7 @@ import ecosystem_ranks
 import pytest
 import torch.multiprocessing as multiprocessing
 
-pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.xdist_group("ecosystem ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
