@@ -41,7 +41,7 @@ def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
     assert {"torch", "python", "platform", "threads"} <= set(result["environment"])
     goals = load("goals").GOALS
     assert sorted(line["key"] for line in result["lines"]) == sorted(goal.key for goal in goals)
-    assert {line["row"] for line in result["lines"]} == set(range(1, 16))
+    assert {line["row"] for line in result["lines"]} == set(range(1, 17))
     assert [line["what"] for line in result["lines"] if line["what"] not in printed] == []
     rankings = [row["ranking"] for row in result["rankings"]["rows"]]
     assert rankings == ["FirstOrderGain", "GradientNorm", "RandomChoice"]
