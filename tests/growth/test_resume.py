@@ -15,6 +15,7 @@ import pytest
 import torch
 from crafted_measures import Course, Measure, helps
 from growing import host
+from killed_runs import Once
 from sleepers import HOSTS, made, update
 
 import esper
@@ -35,26 +36,6 @@ def useful():
 
 def useless():
     return Measure(helps({}))
-
-
-class Once(esper.Policy):
-    """Grows at one update; of what was begun it learns, as a policy of one's own may."""
-
-    def __init__(self, update):
-        self.update, self.is_done = update, False
-
-    def decide(self, reading):
-        grow = not self.is_done and reading.update >= self.update
-        return esper.Decision(grow=grow, verdict="scheduled", reason="once")
-
-    def germinated(self, update, choice):
-        self.is_done = True
-
-    def state_dict(self):
-        return {"is_done": self.is_done}
-
-    def load_state_dict(self, state):
-        self.is_done = state["is_done"]
 
 
 def built(measure=useful, *, rate=None, **settings):

@@ -201,11 +201,6 @@ class KernelCache:
             if artifact.artifact_id not in self._entries:
                 self._keep(artifact.artifact_id, artifact)
 
-    def held(self, artifact_id: str) -> CompiledKernelArtifact | None:
-        """Return a kernel if it is in the cache; never waits, and asks nobody."""
-        with self._lock:
-            return self._entries.get(artifact_id)
-
     def prewarm(self, artifact_ids: Iterable[str]) -> list[str]:
         """Load kernels before they are asked for.
 
