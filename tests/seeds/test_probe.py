@@ -222,6 +222,23 @@ def test_a_kernel_that_takes_too_long_is_refused(seconds):
     assert refusal.value.check == "time"
 
 
+def test_a_machine_that_halts_once_costs_no_kernel_its_place():
+    """A forward that took too long once, and not again, is none of the kernel's."""
+    layer, clock = site(), ManualClock()
+
+    class Halted(SlowKernel):
+        def forward(self, x):
+            self.seconds = 0.0 if self.clock.now() else 5.0
+            return super().forward(x)
+
+        def __deepcopy__(self, memo):
+            return Halted(self.clock, self.seconds)
+
+    kernel = prepare_kernel(layer, Halted(clock, 0.0))
+    assert probe(layer, kernel, torch.randn(5, 6), clock=clock).is_trainable
+    assert clock.now() == 5.0, "the first forward took too long, and no other"
+
+
 def test_a_probe_sees_at_once_that_a_kernel_adds_nothing():
     """A zeroed last layer answers for later probes from the first one on."""
     layer, x = site(), torch.randn(5, 6)
