@@ -1,17 +1,19 @@
-"""Depth by stages: the final model from scratch, the small one alone, and the small one grown.
+"""Depth and width by stages: the final model from scratch, a smaller one alone, and it grown.
 
-All arms of a random seed have the same initial weights and see the same batch at each update. The
+All arms of a random seed that begin at one width have the same initial weights, and all see the
+same batch at each update. The
 rate warms up, stays, and falls over the last part of a run, so that runs of several horizons have
 one beginning, which is trained once.
 """
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from images import no_fashion
-from learners import learner_of
+from learners import MLP_RATIO, learner_of
 from store import Result
 from task import Task
 from training import Training, falling, warm_then_constant
@@ -45,8 +47,41 @@ def percent(share: float) -> str:
 
 
 SCRATCH = tuple(f"scratch {percent(h)}" for h in SHORT["horizons"])
-SMALL = tuple(f"small {percent(h)}" for h in (0.8, 1.0))
-GROWN = ("grown fresh", "grown copy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A smaller model than the one of the end, and what is made of it.
+
+    Attributes:
+        alone: Arms in which it stays as it is, the last with the FLOPs of a grown one.
+        grown: Arms in which it grows.
+        is_shallow: Whether most of its blocks sleep.
+        is_narrow: Whether its MLPs have a quarter of their units.
+    """
+
+    alone: tuple[str, ...]
+    grown: tuple[str, ...]
+    is_shallow: bool = True
+    is_narrow: bool = False
+
+    def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of the smaller model."""
+        return {**settings, "mlp_ratio": 1} if self.is_narrow else {**settings}
+
+    def blocks(self, settings: Mapping[str, Any]) -> int:
+        """Return how many of its blocks are awake."""
+        return int(settings["blocks_at_first" if self.is_shallow else "blocks"])
+
+
+SHALLOW = Start(
+    alone=tuple(f"small {percent(h)}" for h in (0.8, 1.0)), grown=("grown fresh", "grown copy")
+)
+NARROW = Start(alone=("narrow 100",), grown=("grown wide",), is_shallow=False, is_narrow=True)
+LEAST = Start(alone=("small and narrow 100",), grown=("grown both",), is_narrow=True)
+STARTS = (SHALLOW, NARROW, LEAST)
+RIVALS = {arm: start.alone[-1] for start in STARTS for arm in start.grown}
+"""Grown arm -> the smaller model alone with as many FLOPs."""
 
 
 def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Training:
@@ -99,9 +134,10 @@ def runs(
         trunk = begin(settings, random_seed, depth=settings["blocks"])
         ends = {arm: _updates(arm, settings["updates"]) for arm in SCRATCH}
         yield from _horizons(task, trunk, ends, random_seed, missing, settings)
-    small = [arm for arm in (*SMALL, *GROWN) if arm in missing]
-    if small:
-        yield from _from_small(task, random_seed, small, settings)
+    for start in STARTS:
+        small = [arm for arm in (*start.alone, *start.grown) if arm in missing]
+        if small:
+            yield from _from_small(task, random_seed, start, small, settings)
 
 
 def _updates(arm: str, updates: int) -> int:
@@ -127,43 +163,55 @@ def _horizons(
 
 
 def _from_small(
-    task: str, random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+    task: str,
+    random_seed: int,
+    start: Start,
+    missing: Collection[str],
+    settings: Mapping[str, Any],
 ) -> Iterator[Result]:
-    """Run the small model alone, and grow it where its own rate begins to fall."""
-    small, whole = (
-        flops_at(settings, d) for d in (settings["blocks_at_first"], settings["blocks"])
-    )
+    """Run the smaller model alone, and grow it where its own rate begins to fall."""
+    of_start, blocks = start.settings(settings), start.blocks(settings)
+    small, whole = flops_at(of_start, blocks), flops_at(settings, settings["blocks"])
     late = settings["decay_share"]
     equal = round(settings["updates"] * ((1 - late) * small + late * whole) / small)
-    ends = {arm: _updates(arm, equal) for arm in SMALL}
-    moments = {arm: round((1 - late) * ends[arm]) for arm in SMALL if arm in missing}
-    for arm in GROWN:
+    ends = {arm: _updates(arm, equal) for arm in start.alone}
+    moments = {arm: round((1 - late) * ends[arm]) for arm in start.alone if arm in missing}
+    for arm in start.grown:
         if arm in missing:
             moments[arm] = round((1 - late) * _updates(arm, settings["updates"]))
-    trunk = begin(settings, random_seed, depth=settings["blocks_at_first"])
+    trunk = begin(of_start, random_seed, depth=blocks)
     rate = warm_then_constant(settings["warmup"])
     for arm in sorted(moments, key=moments.__getitem__):
         trunk.train(moments[arm], rate)
-        if arm in SMALL:
+        if arm in start.alone:
             yield from _horizons(task, trunk, {arm: ends[arm]}, random_seed, missing, settings)
         else:
-            yield _grown(task, trunk.fork(), arm, random_seed, settings)
+            yield _grown(task, trunk.fork(), arm, random_seed, start, settings)
 
 
 def _grown(
-    task: str, run: Training, arm: str, random_seed: int, settings: Mapping[str, Any]
+    task: str,
+    run: Training,
+    arm: str,
+    random_seed: int,
+    start: Start,
+    settings: Mapping[str, Any],
 ) -> Result:
     rate = warm_then_constant(settings["warmup"])
-    end, start = _updates(arm, settings["updates"]), run.updates
+    end, begun = _updates(arm, settings["updates"]), run.updates
     before = run.look()
-    esper.deepen(
-        run.model,
-        run.optimizer,
-        depth=settings["blocks"],
-        init="copy" if "copy" in arm else "fresh",
-        ramp_updates=max(1, round(0.2 * (end - start))),
-    )
-    run.train(end, falling(start, end, rate))
+    if start.is_narrow:
+        hidden = MLP_RATIO * settings["width"]
+        esper.widen(run.model, run.optimizer, f"{PATH}.*.mlp", intermediate=hidden)
+    if start.is_shallow:
+        esper.deepen(
+            run.model,
+            run.optimizer,
+            depth=settings["blocks"],
+            init="fresh" if "fresh" in arm else "copy",
+            ramp_updates=max(1, round(0.2 * (end - begun))),
+        )
+    run.train(end, falling(begun, end, rate))
     return result(task, arm, random_seed, run, settings, before=before)
 
 
@@ -173,9 +221,14 @@ the same model with most of them asleep to its end, `small 100` for as many FLOP
 `grown` wakes them at 80 % of the run by `esper.deepen`, where the rate begins to fall, with their
 own weights or as copies. Compute saved is that of the run from scratch that ends at the same loss,
 interpolated between horizons."""
+_WIDTH_TOLD = """\
+`narrow 100` has all blocks and a quarter of the units in each MLP, `grown wide` gets the others at
+80 % by `esper.widen`; `small and narrow 100` has fewer of both, and `grown both` gets all of them
+at 80 %, blocks as copies. Each is held against the smaller model that it began as, for as many
+FLOPs."""
 _TRIED = """\
 three rates (2e-3, 4e-3, 8e-3) for two and six blocks at random seed 90, and widths 32, 48 and 64
-for their speed, all at 1,000 updates: 5 variants. Kinds of growing tried: the two shown."""
+for their speed, all at 1,000 updates: 5 variants. Kinds of growing tried: those shown."""
 TRANSFORMER: dict[str, Any] = {
     **SHORT,
     "model": "vision transformer",
@@ -199,19 +252,20 @@ def _task(
     title: str,
     told: str,
     *,
+    starts: tuple[Start, ...] = (SHALLOW,),
     tried: str = "nothing.",
     missing: Callable[[], str | None] = lambda: None,
 ) -> Task:
     is_bytes = "model" not in settings
     return Task(
         name=name,
-        arms=(*SCRATCH, *SMALL, *GROWN),
+        arms=(*SCRATCH, *(arm for start in starts for arm in (*start.alone, *start.grown))),
         random_seeds=tuple(range(100, 106)),
         settings=settings,
         quick=QUICK if is_bytes else {**settings, **QUICK_IMAGES},
         runs=functools.partial(runs, name),
         title=title,
-        told=f"{told}\n{_ARMS_TOLD}",
+        told="\n".join((told, _ARMS_TOLD, *([_WIDTH_TOLD] if NARROW in starts else []))),
         section="depth",
         figure="loss",
         unit="nats a byte, test split" if is_bytes else "cross entropy, test split",
@@ -221,16 +275,16 @@ def _task(
     )
 
 
-def _bytes_task(name: str, settings: Mapping[str, Any]) -> Task:
+def _bytes_task(name: str, settings: Mapping[str, Any], starts: tuple[Start, ...]) -> Task:
     size = f"{settings['updates']:,} updates at width {settings['width']}"
     title = f"Depth by stages: a byte-level model, {size}"
     told = "A transformer of six blocks reads Python's standard library, byte by byte."
-    return _task(name, settings, title, told, tried=_TRIED)
+    return _task(name, settings, title, told, starts=starts, tried=_TRIED)
 
 
 TASKS = (
-    _bytes_task("depth, short", SHORT),
-    _bytes_task("depth", LONG),
+    _bytes_task("depth, short", SHORT, (SHALLOW,)),
+    _bytes_task("depth", LONG, STARTS),
     _task(
         "vision transformer",
         TRANSFORMER,

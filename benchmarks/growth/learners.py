@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 Settings = Mapping[str, Any]
 Measure = Callable[[nn.Module], float]
+MLP_RATIO = 4
+"""Units of a byte model's MLP for each feature, where the settings name no ``mlp_ratio``."""
 
 
 class Feed(Protocol):
@@ -50,8 +52,9 @@ class Learner:
 
 def _bytes(settings: Settings, num_blocks: int) -> nn.Module:
     width = settings["width"]
+    hidden = settings.get("mlp_ratio", MLP_RATIO) * width
     shape = byte_model.Shape(
-        num_blocks=num_blocks, width=width, hidden=4 * width, context=settings["context"]
+        num_blocks=num_blocks, width=width, hidden=hidden, context=settings["context"]
     )
     return byte_model.ByteModel(shape)
 

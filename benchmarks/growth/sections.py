@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from depth import RIVALS
 from drawing import Bar, Line, bars, losses
 from figures import (
     ByArm,
@@ -180,13 +181,14 @@ def depth(task: Task, results: ByArm) -> Section:
             )
         )
     for arm in (a for a in task.arms if a.startswith("grown")):
-        found_differences = paired(results, arm, "small 100", "loss")
+        rival = RIVALS[arm]
+        found_differences = paired(results, arm, rival, "loss")
         if found_differences:
             below = mean_interval(found_differences)
             met = None if below.high is None else below.is_below_zero
             rows.append(
                 (
-                    f"{arm} minus small at equal FLOPs, nats",
+                    f"{arm} minus {rival.removesuffix(' 100')} at equal FLOPs, nats",
                     interval_of(found_differences, 4),
                     f"{len(found_differences)} random seeds",
                     "interval below 0, of at least 6",
