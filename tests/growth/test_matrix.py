@@ -7,7 +7,17 @@ import pytest
 import torch
 from execution_hosts import KINDS
 from fork_server import ForkServer
-from matrix_runs import CHECKPOINT, FOUND, HOLD, OPTIMIZERS, SQUARE, MatrixRun, WakingRun, applies
+from matrix_runs import (
+    CHECKPOINT,
+    FOUND,
+    HOLD,
+    OPTIMIZERS,
+    SQUARE,
+    AcceleratedRun,
+    MatrixRun,
+    WakingRun,
+    applies,
+)
 
 import esper
 
@@ -74,6 +84,10 @@ def carried(optimizer, kind, fresh, tmp_path):
 
     parts = MatrixRun(optimizer, kind).load_parts(tmp_path / "parts.pt").train_to_the_end()
     assert differing(parts.picture(), expected) == []
+    through = AcceleratedRun(optimizer, kind).train_to_the_switch()
+    through.train(through.switch + 1).save(tmp_path / "accelerate")
+    again = AcceleratedRun(optimizer, kind).load(tmp_path / "accelerate").train_to_the_end()
+    assert differing(again.picture(), expected) == []
     assert fresh.run(optimizer, kind, str(tmp_path))[0] is False
     assert differing(torch.load(tmp_path / FOUND, weights_only=True), expected) == []
 
@@ -98,7 +112,7 @@ def woken(optimizer, kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "kind"), SLICE, ids=named(SLICE))
 def test_optimizers_carry_kernels(optimizer, kind, fresh, tmp_path):
-    """Tried, taken over, fossilized, rolled back, and gone on with from both kinds of files."""
+    """Tried, taken over, fossilized, rolled back, and gone on with from all kinds of files."""
     carried(optimizer, kind, fresh, tmp_path)
 
 

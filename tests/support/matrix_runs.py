@@ -10,16 +10,18 @@ from pathlib import Path
 
 import crafted_measures
 import torch
+from accelerate import Accelerator
 from crafted_measures import Measure
 from execution_hosts import KINDS, run
 from fork_server import serve
-from growing import growing
+from growing import SHORT, growing
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
 import esper.growth.sizing
 from esper.compiler.catalog import Catalog, default_catalog
+from esper.integrations.accelerate import esper_prepare
 from esper.state.layer_call import LayerCall
 from esper.state.site import describe_site
 
@@ -150,7 +152,8 @@ class Trained:
     @property
     def bare(self):
         """The optimizers that do the work."""
-        return [getattr(each, "held", each) for each in self.optimizers]
+        inner = [getattr(each, "optimizer", each) for each in self.optimizers]
+        return [getattr(each, "held", each) for each in inner]
 
     def update(self, x):
         """Make one update; return the loss."""
@@ -199,10 +202,14 @@ class MatrixRun(Trained):
             "evaluate_every": 1000,
             **settings,
         }
-        self.grower = growing(self.model, self.optimizers, **options)
+        self.begin(options)
         trial_updates = crafted_measures.TRIAL_UPDATES
         object.__setattr__(self.grower._run.settings, "trial_updates", trial_updates)
         torch.manual_seed(2)
+
+    def begin(self, options):
+        """Make the Grower."""
+        self.grower = growing(self.model, self.optimizers, **options)
 
     def first_kernel(self, catalog):
         """Return the name of what is offered at the host first, whether or not it is frozen."""
@@ -265,6 +272,29 @@ class MatrixRun(Trained):
             each.load_state_dict(state)
         self.grower.load_state_dict(parts["grower"])
         torch.set_rng_state(parts["random"])
+        return self
+
+
+class AcceleratedRun(MatrixRun):
+    """The same run under Accelerate, whose own ``save_state`` keeps it."""
+
+    def begin(self, options):
+        """Let Accelerate prepare everything, and make the Grower."""
+        if not isinstance(self.optimizers[0], torch.optim.Optimizer):
+            self.optimizers = self.bare  # what is no optimizer of torch's it does not prepare
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.optimizers, self.grower = esper_prepare(
+            self.accelerator, self.model, self.optimizers, **{**SHORT, **options}
+        )
+        self.accelerator.register_for_checkpointing(self.ema)
+
+    def save(self, path):
+        """Save as Accelerate does, into a folder."""
+        self.accelerator.save_state(str(path))
+
+    def load(self, path):
+        """Load what :meth:`save` wrote."""
+        self.accelerator.load_state(str(path))
         return self
 
 
