@@ -4,6 +4,7 @@ import secrets
 
 import pytest
 import real_servers
+from far_registries import cached_in_memory
 from registries import in_a_directory, in_memory, of_a_team, on_a_server
 
 
@@ -73,6 +74,7 @@ def objects(bucket):
     params=[
         pytest.param(in_memory, id="memory"),
         pytest.param(in_a_directory, id="directory"),
+        pytest.param(cached_in_memory, id="cached"),
         pytest.param(on_a_server, id="http", marks=pytest.mark.slow),
         pytest.param(of_a_team, id="postgresql and s3", marks=pytest.mark.slow),
     ]

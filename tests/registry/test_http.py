@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import pickle
 import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
+from misbehaving_servers import (
+    CHUNKED,
+    DATA,
+    DIGEST,
+    ENDLESS,
+    OK,
+    PATH,
+    Changed,
+    Cut,
+    dripping,
+    raw,
+    serving,
+    whole,
+)
 
 from esper import registry
 from esper.contracts.errors import (
     KernelCorruptError,
-    KernelLoadError,
     KernelNotFoundError,
     KernelSourceRefused,
     KernelSourceSuspended,
@@ -33,89 +41,8 @@ from esper.resilience.clock import ManualClock
 
 pytestmark = pytest.mark.network
 
-DATA = bytes(range(256)) * 16
-DIGEST = hashlib.sha256(DATA).hexdigest()
-PATH = f"/api/v1/kernels/{DIGEST}/binary"
 LIMIT_BYTES = 10_000
 PATIENCE_S = 0.2
-
-
-class Server(ThreadingHTTPServer):
-    """A server on loopback whose answer a test writes, byte by byte if it likes."""
-
-    daemon_threads = False
-
-    def __init__(self, behave):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave = behave
-        self.connections = []
-        self.is_over = threading.Event()
-        self.requests = []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def get_request(self):
-        """Accept a connection, and remember it."""
-        self.connections.append(super().get_request())
-        return self.connections[-1]
-
-    def handle_error(self, request, client_address):
-        """Say nothing: that a client leaves is what some tests are about."""
-
-    def end(self):
-        """Hang up on everybody, and wait until every thread is over."""
-        self.is_over.set()
-        self.shutdown()
-        for connection, _ in self.connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.server.requests.append((self.path, self.headers, self.client_address))
-        self.server.behave(self)
-
-    def log_message(self, *_):
-        """Print nothing."""
-
-    def answer(self, status=200, body=DATA, length=None, **headers):
-        """Send a whole answer, as a server should."""
-        self.send_response(status)
-        self.send_header("Content-Type", headers.pop("content_type", "application/octet-stream"))
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def drip(self, first, again):
-        """Send something, and then the same thing again and again while anyone listens."""
-        self.wfile.write(first)
-        while not self.server.is_over.wait(0.005):
-            self.wfile.write(again)
-
-    def hang_up(self):
-        """Close the connection when this answer is over."""
-        self.close_connection = True
-
-
-@contextlib.contextmanager
-def serving(behave):
-    """Run a server that behaves in one way."""
-    server = Server(behave)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.end()
-        thread.join()
 
 
 def source_of(server, **settings):
@@ -124,98 +51,12 @@ def source_of(server, **settings):
     return HttpKernelSource(server.url, **settings)
 
 
-def raw(data):
-    """Return a behaviour: exactly these bytes, and the end of the connection."""
-
-    def behave(handler):
-        handler.wfile.write(data)
-        handler.hang_up()
-
-    return behave
-
-
-def whole(*args, **fields):
-    """Return a behaviour: one whole answer."""
-    return lambda handler: handler.answer(*args, **fields)
-
-
-def dripping(first, again):
-    """Return a behaviour that never ends."""
-    return lambda handler: handler.drip(first, again)
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-ENDLESS = {
-    "silence": dripping(b"", b""),
-    "headers, byte by byte": dripping(b"HTTP/1.1 200 OK\r\nX: ", b"x"),
-    "headers, line by line": dripping(b"HTTP/1.1 200 OK\r\n", b"X: x\r\n"),
-    "interim answers": dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "a body of known length": dripping(OK + b"Content-Length: 4096\r\n\r\n", b"x"),
-    "a body in chunks": dripping(CHUNKED, b"1\r\nx\r\n"),
-    "a body without end": dripping(OK + b"\r\n", b"x"),
-}
-
-
-@pytest.mark.parametrize("behaviour", ENDLESS)
-def test_a_fetch_ends_at_its_deadline(behaviour):
-    """However a server drags on, the fetch is over within 100 ms of its time."""
-
-    def seconds():
-        start = time.perf_counter()
-        with pytest.raises(KernelSourceUnavailable, match="within"):
-            source.fetch(DIGEST)
-        return time.perf_counter() - start
-
-    with serving(ENDLESS[behaviour]) as server:
-        source = source_of(server)
-        # A busy machine may take the time that the source did not: it gets three tries.
-        assert any(PATIENCE_S * 0.9 < seconds() < PATIENCE_S + 0.1 for _ in range(3))
-
-
 def test_a_tls_handshake_ends_at_the_deadline():
     """A server that accepts the connection and says nothing costs no more than the time."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         source = HttpKernelSource(f"https://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.1)
         with pytest.raises(KernelSourceUnavailable):
             source.fetch(DIGEST)
-
-
-BAD = {
-    "no such kernel": (whole(404, b""), KernelNotFoundError),
-    "gone": (whole(410, b""), KernelNotFoundError),
-    "other bytes": (whole(body=DATA[::-1]), KernelCorruptError),
-    "no bytes": (whole(body=b""), KernelCorruptError),
-    "a failure": (whole(500), KernelSourceUnavailable),
-    "overload": (whole(503, Retry_After="1"), KernelSourceUnavailable),
-    "no right": (whole(401), KernelSourceRefused),
-    "no access": (whole(403), KernelSourceRefused),
-    "a bad request": (whole(400), KernelSourceRefused),
-    "not implemented": (whole(501), KernelSourceRefused),
-    "too many requests": (whole(429, Retry_After="1"), KernelSourceUnavailable),
-    "a slow request": (whole(408), KernelSourceUnavailable),
-    "a part": (whole(206), KernelSourceUnavailable),
-    "a page": (whole(content_type="text/html; charset=utf-8"), KernelSourceUnavailable),
-    "compression": (whole(Content_Encoding="gzip"), KernelSourceUnavailable),
-    "a length of 4,000 digits": (whole(body=b"", length="9" * 4000), KernelSourceUnavailable),
-    "two lengths": (raw(OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx"), None),
-    "half the bytes": (raw(OK + b"Content-Length: 4096\r\n\r\n" + DATA[:2048]), None),
-    "half the chunks": (raw(CHUNKED + b"5\r\nxxxxx\r\n"), None),
-    "a chunk of negative size": (raw(CHUNKED + b"-1\r\n"), None),
-    "nothing": (raw(b""), None),
-    "another protocol": (raw(b"SSH-2.0-OpenSSH_9.6\r\n"), None),
-    "endless headers": (dripping(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), None),
-}
-
-
-@pytest.mark.parametrize("behaviour", BAD)
-def test_every_misbehaviour_has_its_error(behaviour):
-    """What a server did decides the error, long before the deadline."""
-    behave, expected = BAD[behaviour]
-    with serving(behave) as server, pytest.raises(KernelLoadError) as raised:
-        source_of(server, timeout_s=60).fetch(DIGEST)
-
-    assert raised.type is (expected or KernelSourceUnavailable)
 
 
 @pytest.mark.parametrize(
@@ -448,38 +289,6 @@ def test_an_address_says_which_source():
     assert isinstance(registry.open_registry("memory:"), MemoryRegistry)
 
 
-class Cut:
-    """A server that gives parts, and hangs up after some bytes of each."""
-
-    def __init__(self, data=DATA, most=300):
-        self.data, self.most = data, most
-        self.num_sent = self.num_answers = 0
-
-    @property
-    def tag(self):
-        return f'"{hashlib.sha256(self.data).hexdigest()}"'
-
-    def __call__(self, handler):
-        self.num_answers += 1
-        asked = handler.headers.get("Range")
-        if asked is not None and handler.headers.get("If-Range", self.tag) == self.tag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            handler.send_response(206)
-            span = f"bytes {start}-{len(self.data) - 1}/{len(self.data)}"
-            handler.send_header("Content-Range", span)
-        else:
-            start = 0
-            handler.send_response(200)
-        handler.send_header("ETag", self.tag)
-        handler.send_header("Accept-Ranges", "bytes")
-        handler.send_header("Content-Length", str(len(self.data) - start))
-        handler.end_headers()
-        part = self.data[start : start + self.most]
-        self.num_sent += len(part)
-        handler.wfile.write(part)
-        handler.hang_up()
-
-
 def test_a_fetch_that_is_cut_off_goes_on_where_it_was():
     """However often the connection ends, every byte comes once."""
     cut = Cut(most=200)
@@ -499,14 +308,6 @@ def test_a_fetch_that_brings_nothing_more_is_given_up():
     assert cut.num_answers == 1
 
 
-class Changed(Cut):
-    """The same, but what it has is other bytes from the second answer on."""
-
-    def __call__(self, handler):
-        super().__call__(handler)
-        self.data, self.most = DATA[::-1], len(DATA)
-
-
 def test_what_changes_midway_is_refused():
     """The rest of something else is never joined to the first half."""
     changed = Changed()
@@ -516,11 +317,11 @@ def test_what_changes_midway_is_refused():
 
 def test_control_without_if_range_the_rest_of_something_else_is_joined(monkeypatch):
     """Whoever only asks for the rest gets it, and finds out when all of it has come."""
-    headers = http._Download.headers
+    headers = http.Download.headers
 
     def heedless(self):
         return {name: value for name, value in headers(self).items() if name != "If-Range"}
 
-    monkeypatch.setattr(http._Download, "headers", heedless)
+    monkeypatch.setattr(http.Download, "headers", heedless)
     with serving(Changed()) as server, pytest.raises(KernelCorruptError, match="other bytes"):
         source_of(server, timeout_s=60, max_size_bytes=2 * LIMIT_BYTES).fetch(DIGEST)

@@ -51,7 +51,7 @@ def answering():
             lambda request: httpx2.Response(status, stream=httpx2.ByteStream(body))
         )
         client = httpx2.Client(transport=transport)
-        registry = HttpRegistry("http://kernels.example")
+        registry = HttpRegistry("http://kernels.example", sleep=lambda _: None)
         registry._exchange = Exchange("http://kernels.example", timeout_s=9.0, client=client)
         return registry
 
@@ -61,10 +61,9 @@ def answering():
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_that_cannot_be_read_is_none(answering, answer):
     """Whatever a server says in place of an answer, the registry did not answer."""
-    registry = answering(ANSWERS[answer])
     for ask in QUESTIONS:
         with pytest.raises(KernelSourceUnavailable, match="not to be read"):
-            ask(registry)
+            ask(answering(ANSWERS[answer]))
 
 
 def test_an_answer_without_end_is_not_read(answering):

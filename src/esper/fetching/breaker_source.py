@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from esper.contracts.errors import (
     CircuitOpenError,
@@ -32,12 +32,29 @@ ANSWERS: Final = (
 _logger = logging.getLogger(__name__)
 
 
+class Guard(Protocol):
+    """What a source that looks after itself has: it asks its server behind these."""
+
+    breaker: CircuitBreaker
+    retry_budget: RetryBudget
+
+
+@runtime_checkable
+class GuardedSource(Protocol):
+    """A source with a guard of its own: what it has at hand it gives while its server fails."""
+
+    @property
+    def endpoint(self) -> Guard:
+        """Its guard."""
+        ...
+
+
 class SourceBehindBreaker:
     """A source that is not asked for a while after it has failed too often.
 
     Args:
         source: What is asked.
-        breaker: Counts its failures; made where not given.
+        breaker: Counts its failures; where not given it is the source's own, or made.
 
     Attributes:
         retry_budget: Bounds the retries of all who ask the source.
@@ -45,6 +62,11 @@ class SourceBehindBreaker:
 
     def __init__(self, source: KernelSource, breaker: CircuitBreaker | None = None) -> None:
         self.source = source
+        own = source.endpoint if breaker is None and isinstance(source, GuardedSource) else None
+        self._is_guarded = own is not None
+        if own is not None:
+            self.breaker, self.retry_budget = own.breaker, own.retry_budget
+            return
         name = f"the kernel source {type(source).__name__}"
         self.retry_budget = RetryBudget()
         self.breaker = breaker or CircuitBreaker(name, answers=ANSWERS, on_transition=_log)
@@ -55,6 +77,8 @@ class SourceBehindBreaker:
         Raises:
             KernelSourceSuspended: The source has been failing and is not asked for now.
         """
+        if self._is_guarded:
+            return self.source.fetch(digest)
         try:
             permit = self.breaker.permit()
         except CircuitOpenError as error:

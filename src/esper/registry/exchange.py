@@ -17,7 +17,11 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from esper.contracts.errors import KernelSourceSuspended, KernelSourceUnavailable
+from esper.contracts.errors import (
+    KernelSourceRefused,
+    KernelSourceSuspended,
+    KernelSourceUnavailable,
+)
 from esper.registry.timed_transport import TimedTransport
 from esper.resilience.clock import MonotonicClock
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Clock
 
 _LONGEST_REST_S: Final = 60.0
+_ROOM_FOR_WORDS: Final = 1 << 16
 
 
 @final
@@ -36,11 +41,12 @@ class Exchange:
     One that is pickled, or that is used in a forked process, opens connections of its own.
 
     Args:
-        base_url: ``http://`` or ``https://``, a host, and what comes before ``/api/v1``.
+        base_url: ``http://`` or ``https://``, a host, and what comes before ``prefix``.
         timeout_s: Seconds for a whole request with its answer, above 0.
         client: What sends the requests; it stays the caller's. None makes one.
         token: Sent as a bearer token, where there is one.
         clock: Measures what is left.
+        prefix: What every path comes behind.
 
     Raises:
         ValueError: An argument is not as above.
@@ -54,11 +60,13 @@ class Exchange:
         client: httpx2.Client | None = None,
         token: str | None = None,
         clock: Clock | None = None,
+        prefix: str = "/api/v1",
     ) -> None:
         if not 0 < timeout_s < float("inf"):
             msg = f"a request needs time: timeout_s above 0, found {timeout_s}"
             raise ValueError(msg)
         self.base_url = _checked_base(base_url)
+        self._prefix = prefix
         self.timeout_s = timeout_s
         self._clock = clock or MonotonicClock()
         self._rests_until_s = float("-inf")
@@ -84,15 +92,27 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
         params: Mapping[str, str] | None = None,
+        elsewhere: str | None = None,
     ) -> Iterator[httpx2.Response]:
-        """Ask for ``/api/v1`` and a path; yields the answer, whose body is yet to be read.
+        """Ask for a path behind the prefix; yields the answer, whose body is yet to be read.
+
+        Args:
+            method: The request's.
+            path: Behind the prefix.
+            until_s: The clock's reading at which it has to be over.
+            headers: Sent beside those of every request.
+            content: The request's body.
+            params: The request's query.
+            elsewhere: A whole address that is asked in place of the path, without the token;
+                whoever gives one has looked at it.
 
         Raises:
             KernelSourceSuspended: The server has said when to come again, and it is not then yet.
             KernelSourceUnavailable: There was no answer, or not in time, or it was cut off; in the
                 block that reads it, too.
         """
-        url = f"{self.base_url}/api/v1{path}"
+        url = elsewhere or f"{self.base_url}{self._prefix}{path}"
+        own = self._headers if elsewhere is None else {}
         rest_s = self.left_s(self._rests_until_s)
         if rest_s > 0:
             msg = f"{url} was not asked: the server wants to be left alone for {rest_s:.3g} s more"
@@ -105,7 +125,7 @@ class Exchange:
             request = client.build_request(
                 method,
                 url,
-                headers={"Accept-Encoding": "identity", **self._headers, **(headers or {})},
+                headers={"Accept-Encoding": "identity", **own, **(headers or {})},
                 content=content,
                 params=params,
                 timeout=left_s,
@@ -133,6 +153,22 @@ class Exchange:
             if self._clock.now() >= until_s:
                 msg = f"{size_bytes} bytes came in time"
                 raise httpx2.ReadTimeout(msg)
+
+    def body(self, answer: httpx2.Response, until_s: float, *, most: int) -> bytes:
+        """Return an answer's bytes, of which a refusal has room for its words.
+
+        Raises:
+            KernelSourceRefused: They are more than ``most``, and than a refusal takes.
+            httpx2.ReadTimeout: As :meth:`read`.
+        """
+        most = max(most, _ROOM_FOR_WORDS)
+        data = bytearray()
+        for part in self.read(answer, until_s):
+            data += part
+            if len(data) > most:
+                msg = f"{answer.request.url} answers with more than {most} bytes"
+                raise KernelSourceRefused(msg)
+        return bytes(data)
 
     def _note_rest(self, answer: httpx2.Response) -> None:
         """Keep to what an overloaded server says of when to come again, within reason."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from esper.contracts.errors import (
     KernelCorruptError,
@@ -26,6 +26,9 @@ from esper.registry.exchange import Exchange
 from esper.registry.screening import MAX_ARTIFACT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
     import httpx2
 
     from esper.contracts.ports import Clock
@@ -86,11 +89,16 @@ class HttpKernelSource:
         """Where it is, without a slash at its end."""
         return self._exchange.base_url
 
-    def fetch(self, digest: str) -> bytes:
+    def fetch(
+        self, digest: str, *, shelf: Shelf | None = None, until_s: float | None = None
+    ) -> bytes:
         """Return the artifact whose sha256 is ``digest``, compared with it.
 
         Args:
             digest: 64 lower-case hexadecimal digits.
+            shelf: Has what has come of it before, and keeps what comes.
+            until_s: The clock's reading at which it has to be over; by default after
+                ``timeout_s``.
 
         Raises:
             KernelNotFoundError: The server answered that it has none (404, 410).
@@ -101,23 +109,20 @@ class HttpKernelSource:
             ValueError: ``digest`` is not a digest.
         """
         path = f"/kernels/{check_digest(digest)}/binary"
-        url = f"{self.base_url}/api/v1{path}"
-        download = _Download(digest, url, self._max_size_bytes)
-        until_s = self._exchange.until_s()
-        while True:
-            num_before = download.size_bytes
-            try:
-                with self._exchange.answer(
-                    "GET", path, until_s=until_s, headers=download.headers()
-                ) as answer:
-                    download.begin(answer)
-                    for data in self._exchange.read(answer, until_s):
-                        download.take(data)
-                return download.finish()
-            except KernelSourceUnavailable:
-                in_time = self._exchange.left_s(until_s) > 0
-                if not (download.can_go_on and download.size_bytes > num_before and in_time):
-                    raise
+        exchange = self._exchange
+        end_s = exchange.until_s() if until_s is None else until_s
+
+        def ask(headers: Mapping[str, str]) -> AbstractContextManager[httpx2.Response]:
+            return exchange.answer("GET", path, until_s=end_s, headers=headers)
+
+        download = Download(
+            digest,
+            f"{self.base_url}/api/v1{path}",
+            tag=f'"{digest}"',
+            max_size_bytes=self._max_size_bytes,
+            shelf=shelf,
+        )
+        return download.run(ask, exchange, end_s)
 
     def close(self) -> None:
         """Close the connections that this process opened here; a later fetch opens others."""
@@ -130,18 +135,81 @@ class HttpKernelSource:
         return self
 
 
-@final
-class _Download:
-    """An artifact that has come as far as it has."""
+class Shelf(Protocol):
+    """Where what has come of an artifact is kept, for whoever goes on with it."""
 
-    def __init__(self, digest: str, url: str, max_size_bytes: int) -> None:
+    def content(self) -> bytes:
+        """Return what has come so far."""
+        ...
+
+    def append(self, data: bytes) -> None:
+        """Keep some more."""
+        ...
+
+    def clear(self) -> None:
+        """Begin anew."""
+        ...
+
+
+@final
+class Download:
+    """An artifact that has come as far as it has.
+
+    Args:
+        digest: Which one.
+        url: Where it comes from, for messages.
+        tag: The ``ETag`` by which the server calls it.
+        max_size_bytes: Longest artifact that is taken.
+        shelf: Has what has come of it before, and keeps what comes.
+    """
+
+    def __init__(
+        self, digest: str, url: str, *, tag: str, max_size_bytes: int, shelf: Shelf | None = None
+    ) -> None:
         self.size_bytes = 0
         self.can_go_on = False
         self._digest = digest
         self._url = url
+        self._tag = tag
         self._max_size_bytes = max_size_bytes
+        self._shelf = shelf
         self._parts: list[bytes] = []
         self._sha256 = hashlib.sha256()
+        self._is_from_shelf = False
+        found = b"" if shelf is None else shelf.content()
+        if found:
+            self._count(found)
+            self._is_from_shelf = True
+
+    def run(
+        self,
+        ask: Callable[[Mapping[str, str]], AbstractContextManager[httpx2.Response]],
+        exchange: Exchange,
+        until_s: float,
+    ) -> bytes:
+        """Ask for what is lacking, again as long as every answer brings something.
+
+        Where it went on from the shelf and comes out wrong, what was there may have been damaged:
+        then all of it is asked for once.
+        """
+        while self._sha256.hexdigest() != self._digest or not self._is_from_shelf:
+            num_before = self.size_bytes
+            try:
+                with ask(self.headers()) as answer:
+                    self.begin(answer)
+                    for data in exchange.read(answer, until_s):
+                        self.take(data)
+                return self.finish()
+            except KernelCorruptError:
+                was_from_shelf = self._is_from_shelf
+                self._begin_anew()
+                if not was_from_shelf:
+                    raise
+            except KernelSourceUnavailable:
+                in_time = exchange.left_s(until_s) > 0
+                if not (self.can_go_on and self.size_bytes > num_before and in_time):
+                    raise
+        return b"".join(self._parts)
 
     def headers(self) -> dict[str, str]:
         """Return what asks for the rest, and for all if it is not what it was."""
@@ -150,13 +218,15 @@ class _Download:
         return {
             **_ACCEPT,
             "Range": f"bytes={self.size_bytes}-",
-            "If-Range": f'"{self._digest}"',
+            "If-Range": self._tag,
         }
 
     def begin(self, answer: httpx2.Response) -> None:
         """Look at an answer before any of its bytes are read."""
         tag = answer.headers.get("ETag", "")
-        if self.size_bytes and answer.status_code == 200:
+        if self.size_bytes and answer.status_code == 200 and tag == self._tag:
+            self._begin_anew()  # it gives no parts any more
+        if self.size_bytes and answer.status_code in (200, 416):
             msg = f"{self._url} is not what it was when half of it had come (now {tag:.80})"
             raise KernelCorruptError(msg)
         _check_answer(answer, self._url, 206 if self.size_bytes else 200)
@@ -167,14 +237,14 @@ class _Download:
             raise KernelSourceRefused(msg)
         self._check_size(self.size_bytes + int(answer.headers.get("Content-Length", "0")))
         takes_ranges = answer.headers.get("Accept-Ranges", "") == "bytes"
-        self.can_go_on = takes_ranges and tag == f'"{self._digest}"'
+        self.can_go_on = takes_ranges and tag == self._tag
 
     def take(self, data: bytes) -> None:
         """Take some bytes."""
-        self.size_bytes += len(data)
-        self._check_size(self.size_bytes)
-        self._sha256.update(data)
-        self._parts.append(data)
+        self._check_size(self.size_bytes + len(data))
+        self._count(data)
+        if self._shelf is not None:
+            self._shelf.append(data)
 
     def finish(self) -> bytes:
         """Return all of it, compared with its digest."""
@@ -186,6 +256,18 @@ class _Download:
             )
             raise KernelCorruptError(msg)
         return b"".join(self._parts)
+
+    def _count(self, data: bytes) -> None:
+        self.size_bytes += len(data)
+        self._sha256.update(data)
+        self._parts.append(data)
+
+    def _begin_anew(self) -> None:
+        self.size_bytes = 0
+        self._parts, self._sha256 = [], hashlib.sha256()
+        self._is_from_shelf = False
+        if self._shelf is not None:
+            self._shelf.clear()
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_size_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 from urllib.parse import quote
 
@@ -11,7 +12,6 @@ from esper.contracts import reference
 from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
-    KernelSourceRefused,
     KernelSourceUnavailable,
     TagMovedError,
 )
@@ -19,6 +19,7 @@ from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
 from esper.registry import criteria as searching
 from esper.registry import documents, refusals
+from esper.registry.endpoint import Endpoint
 from esper.registry.exchange import Exchange
 from esper.registry.http import HttpKernelSource, error_of
 from esper.registry.screening import MAX_ARTIFACT_BYTES, record_text
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import httpx2
 
     from esper.contracts.ports import SearchCriteria, SearchOrder
+    from esper.registry.http import Shelf
 
 T = TypeVar("T")
 
@@ -61,14 +63,16 @@ _PROBLEMS: Final[dict[str, Callable[[str], Exception]]] = {
 class HttpRegistry:
     """A :class:`~esper.contracts.ports.Registry` behind an address; threads may share it.
 
-    Every request ends by one deadline; pages of a search are requests of their own. Nothing is
-    asked again by itself: every operation may be repeated.
+    Every request ends by one deadline; pages of a search are requests of their own. What may be
+    asked twice is asked again after a failure that may pass, within that deadline and a budget of
+    retries; a server that keeps failing is left alone for a while.
 
     Args:
         base_url: ``http://`` or ``https://``, a host, and what comes before ``/api/v1``.
         token: Sent as a bearer token, where there is one.
-        timeout_s: Seconds for a request with its answer, above 0.
+        timeout_s: Seconds for a request with its answer and its retries, above 0.
         max_size_bytes: Longest artifact that is taken, at least 1.
+        sleep: Waits before a retry, seconds.
 
     Raises:
         ValueError: An argument is not as above.
@@ -81,8 +85,10 @@ class HttpRegistry:
         token: str | None = None,
         timeout_s: float = 10.0,
         max_size_bytes: int = MAX_ARTIFACT_BYTES,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange = Exchange(base_url, timeout_s=timeout_s, token=token)
+        self.endpoint = Endpoint(self.base_url, timeout_s=timeout_s, sleep=sleep)
         self._source = HttpKernelSource(
             base_url, timeout_s=timeout_s, max_size_bytes=max_size_bytes, token=token
         )
@@ -91,6 +97,8 @@ class HttpRegistry:
     def base_url(self) -> str:
         """Where it is, without a slash at its end."""
         return self._exchange.base_url
+
+    address = base_url
 
     def put(
         self,
@@ -112,17 +120,25 @@ class HttpRegistry:
             headers=headers,
             content=bytes(data),
             read=lambda said: reference.check_digest(said["id"]),
+            may_repeat=True,
         )
 
-    def fetch(self, digest: str) -> bytes:
+    def fetch(self, digest: str, *, shelf: Shelf | None = None) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`."""
-        return self._source.fetch(digest)
+        reference.check_digest(digest)
+        return self.endpoint.call(
+            lambda until_s: self._source.fetch(digest, shelf=shelf, until_s=until_s),
+            may_repeat=True,
+        )
 
     get = fetch
 
     def stat(self, digest: str) -> int:
         """Return an artifact's length; see :class:`~esper.contracts.ports.RangedSource`."""
-        path, until_s = _path(digest, "/binary"), self._exchange.until_s()
+        path = _path(digest, "/binary")
+        return self.endpoint.call(lambda until_s: self._stat(path, until_s), may_repeat=True)
+
+    def _stat(self, path: str, until_s: float) -> int:
         with self._exchange.answer("HEAD", path, until_s=until_s) as answer:
             if answer.status_code != 200:
                 raise self._refusal(answer, b"", path)
@@ -134,10 +150,15 @@ class HttpRegistry:
         if length == 0:
             self.stat(digest)
             return b""
-        path, until_s = _path(digest, "/binary"), self._exchange.until_s()
+        path = _path(digest, "/binary")
+        return self.endpoint.call(
+            lambda until_s: self._read(path, start, length, until_s), may_repeat=True
+        )
+
+    def _read(self, path: str, start: int, length: int, until_s: float) -> bytes:
         asked = {"Range": f"bytes={start}-{start + length - 1}"}
         with self._exchange.answer("GET", path, until_s=until_s, headers=asked) as answer:
-            data = self._body(answer, until_s, path, most=length)
+            data = self._exchange.body(answer, until_s, most=length)
             if answer.status_code == 416:
                 return b""
             if answer.status_code != 206:
@@ -260,7 +281,8 @@ class HttpRegistry:
 
     def report_outcome(self, report: FieldReport) -> None:
         """Keep what a graft brought; see :class:`~esper.contracts.ports.Registry`."""
-        self._ask("POST", _path(report.artifact_id, "/outcomes"), body=report.to_document())
+        path, body = _path(report.artifact_id, "/outcomes"), report.to_document()
+        self._ask("POST", path, body=body, may_repeat=True)
 
     def outcomes(self, digest: str) -> list[FieldReport]:
         """Return what grafts brought; see :class:`~esper.contracts.ports.Registry`."""
@@ -316,8 +338,11 @@ class HttpRegistry:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         read: Callable[[Any], T] = lambda said: said,
+        may_repeat: bool = False,
     ) -> T:
         """Send a request, and return what ``read`` makes of its answer's document.
+
+        What is a GET, or ``may_repeat``, is sent again where that may help.
 
         Raises:
             KernelSourceUnavailable: There was no answer that can be read.
@@ -326,29 +351,21 @@ class HttpRegistry:
         sent = dict(headers or {})
         if body is not None:
             content, sent["Content-Type"] = json.dumps(body).encode(), "application/json"
-        until_s = self._exchange.until_s()
-        with self._exchange.answer(
-            method, path, until_s=until_s, headers=sent, content=content, params=params
-        ) as answer:
-            data = self._body(answer, until_s, path, most=_MAX_DOCUMENT_BYTES)
-        if answer.status_code not in (200, 201, 204):
-            raise self._refusal(answer, data, path)
-        try:
-            return read(json.loads(data) if data else None)
-        except _NOT_TO_BE_READ as error:
-            msg = f"{self.base_url}{path} answered with what is not to be read: {error!r:.200}"
-            raise KernelSourceUnavailable(msg) from error
 
-    def _body(self, answer: httpx2.Response, until_s: float, path: str, *, most: int) -> bytes:
-        """Return an answer's bytes, of which a refusal has room for its words."""
-        most = max(most, 1 << 16)
-        data = bytearray()
-        for part in self._exchange.read(answer, until_s):
-            data += part
-            if len(data) > most:
-                msg = f"{self.base_url}{path} answers with more than {most} bytes"
-                raise KernelSourceRefused(msg)
-        return bytes(data)
+        def once(until_s: float) -> T:
+            with self._exchange.answer(
+                method, path, until_s=until_s, headers=sent, content=content, params=params
+            ) as answer:
+                data = self._exchange.body(answer, until_s, most=_MAX_DOCUMENT_BYTES)
+            if answer.status_code not in (200, 201, 204):
+                raise self._refusal(answer, data, path)
+            try:
+                return read(json.loads(data) if data else None)
+            except _NOT_TO_BE_READ as error:
+                msg = f"{self.base_url}{path} answered with what is not to be read: {error!r:.200}"
+                raise KernelSourceUnavailable(msg) from error
+
+        return self.endpoint.call(once, may_repeat=method == "GET" or may_repeat)
 
     def _refusal(self, answer: httpx2.Response, data: bytes, path: str) -> Exception:
         """Return what an answer that is not the one asked for is raised as here."""

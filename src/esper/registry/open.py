@@ -8,49 +8,87 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from esper.registry.cached_registry import CachedRegistry
 from esper.registry.directory import DirectoryRegistry
+from esper.registry.disk_cache import DEFAULT_CACHE_BYTES, DiskCache
 from esper.registry.memory import MemoryRegistry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from esper.contracts.ports import Registry
+    from esper.registry.cached_registry import RemoteRegistry
 
 
-def open_registry(url: str | Path, *, token: str | None = None) -> Registry:
+def open_registry(
+    url: str | Path,
+    *,
+    token: str | None = None,
+    cache: str | Path | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    offline: bool = False,
+) -> Registry:
     """Open a registry: where kernels are kept, and what is said of them.
 
     Args:
         url: ``"memory:"`` for a registry that ends with the process, every call its own; a
-            directory as a path or as ``file:///...``, made where it is missing; or
-            ``http://...`` or ``https://...``, without credentials, what ``esper registry serve``
-            serves. Nothing is asked of a server until it is used.
-        token: What a server knows the caller by; for HTTP only.
+            directory as a path or as ``file:///...``, made where it is missing; ``http://...`` or
+            ``https://...``, without credentials, what ``esper registry serve`` serves;
+            ``oci://host/repository`` of a registry of container images; or ``hf://owner/name``, a
+            model repository of the Hugging Face Hub. Nothing is asked of a server until it is used.
+        token: What a server knows the caller by; for ``oci://`` it is ``user:password`` or a token
+            that stands for a password. Not for what is on this machine.
+        cache: A folder in which artifacts of a server, and where its tags pointed, are kept on this
+            machine; processes may share it. What is on this machine anyway needs none.
+        cache_bytes: Budget of that folder, at least 0; the least recently used goes first.
+        offline: Whether nothing is asked and no socket opened: what is in the cache is served.
 
     Returns:
         A ``Registry``, which the Grower takes too.
 
     Raises:
         KernelSourceUnavailable: The directory cannot be made, read or written.
+        ModuleNotFoundError: ``hf://`` was asked for, and the extra ``hf`` is not installed.
         TypeError: The address is neither text nor a path.
-        ValueError: The address is of another kind, or the directory of a newer Esper.
+        ValueError: The address is of another kind, or the directory of a newer Esper; or a server
+            is to be used offline and without a cache.
     """
     address = _checked(url)
     if address == "memory:":
         return MemoryRegistry()
-    if re.match(r"https?://", address, re.IGNORECASE):
-        from esper.registry.http_registry import HttpRegistry  # an HTTP client comes with it: late
-
-        return HttpRegistry(address, token=token)
+    remote = _remote(address, token)
+    if remote is not None:
+        return _cached(remote, cache, cache_bytes, offline=offline)
     if address.startswith("file:"):
         return DirectoryRegistry(_path_of(address))
     if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
         msg = (
             f"{address!r} is no address of kernels: expected memory:, a directory, file:///path, "
-            "or http:// or https:// of a server"
+            "http:// or https:// of a server, oci://host/repository, or hf://owner/name"
         )
         raise ValueError(msg)
     return DirectoryRegistry(address)
+
+
+def _remote(address: str, token: str | None) -> RemoteRegistry | None:
+    """Return the registry at an address elsewhere; None where it is on this machine."""
+    scheme = address.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        from esper.registry.http_registry import HttpRegistry  # an HTTP client comes with it: late
+
+        return HttpRegistry(address, token=token)
+    return None
+
+
+def _cached(
+    remote: RemoteRegistry, cache: str | Path | None, cache_bytes: int, *, offline: bool
+) -> Registry:
+    if cache is not None:
+        return CachedRegistry(remote, DiskCache(cache, cache_bytes), offline=offline)
+    if offline:
+        msg = f"{remote.address} cannot be used offline without a cache: give one, cache=folder"
+        raise ValueError(msg)
+    return remote
 
 
 def _checked(url: object) -> str:
