@@ -5,7 +5,7 @@ import secrets
 import pytest
 import real_servers
 from far_registries import cached_in_memory
-from registries import in_a_directory, in_memory, of_a_team, on_a_server
+from registries import in_a_directory, in_memory, of_a_team, of_images, on_a_server
 
 
 class WallClock:
@@ -45,6 +45,13 @@ def bucket(tmp_path_factory):
         yield "s3://kernels", access
 
 
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Return host and port of a registry of images that everybody may write to."""
+    with real_servers.docker_registry(tmp_path_factory.mktemp("images") / "server") as address:
+        yield address
+
+
 @pytest.fixture
 def database(postgres):
     """Return a PostgreSQL with nothing in it."""
@@ -77,6 +84,7 @@ def objects(bucket):
         pytest.param(cached_in_memory, id="cached"),
         pytest.param(on_a_server, id="http", marks=pytest.mark.slow),
         pytest.param(of_a_team, id="postgresql and s3", marks=pytest.mark.slow),
+        pytest.param(of_images, id="oci", marks=pytest.mark.slow),
     ]
 )
 def registry(request, wall):

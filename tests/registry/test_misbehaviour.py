@@ -21,6 +21,7 @@ from esper.registry.cached_registry import CachedRegistry
 from esper.registry.disk_cache import DiskCache
 from esper.registry.http import HttpKernelSource
 from esper.registry.http_registry import HttpRegistry
+from esper.registry.oci_registry import OciRegistry
 
 pytestmark = pytest.mark.network
 
@@ -64,7 +65,22 @@ def through_a_cache(server, folder, **settings):
     return CachedRegistry(far, DiskCache(folder)).fetch
 
 
-WAYS = [alone, in_a_registry, in_threads, awaited, through_a_cache]
+def from_a_registry_of_images(server, folder, max_size_bytes, **settings):
+    """A registry of images."""
+    address = f"oci://127.0.0.1:{server.server_port}/team/kernels"
+    return OciRegistry(
+        address, sleep=lambda _: None, max_artifact_bytes=max_size_bytes, **settings
+    ).fetch
+
+
+WAYS = [
+    alone,
+    in_a_registry,
+    in_threads,
+    awaited,
+    through_a_cache,
+    from_a_registry_of_images,
+]
 
 
 def met_by(fetch):

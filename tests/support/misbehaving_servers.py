@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
     """A server on loopback whose answer a test writes, byte by byte if it likes."""
 
     daemon_threads = False
+    request_queue_size = 64
 
     def __init__(self, behave):
         super().__init__(("127.0.0.1", 0), Handler)

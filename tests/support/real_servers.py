@@ -124,3 +124,34 @@ def seaweed(folder):
     with running(command, folder) as (process, log):
         wait_until(answers, process, log)
         yield address
+
+
+@contextlib.contextmanager
+def docker_registry(folder, *, users=None):
+    """Run a registry of images of its own, without or with a file of users; yields host:port."""
+    program = find("docker-registry")
+    folder.mkdir()
+    (port,) = free_ports(1)
+    settings = {
+        "version": 0.1,
+        "log": {"level": "warn"},
+        "storage": {
+            "filesystem": {"rootdirectory": str(folder / "data")},
+            "delete": {"enabled": True},
+        },
+        "http": {"addr": f"127.0.0.1:{port}"},
+    }
+    if users is not None:
+        settings["auth"] = {"htpasswd": {"realm": "kernels", "path": str(users)}}
+    (folder / "config.yml").write_text(json.dumps(settings))
+
+    def answers():
+        with contextlib.suppress(httpx2.HTTPError):
+            address = f"http://127.0.0.1:{port}/v2/"
+            return httpx2.get(address, trust_env=False).status_code in (200, 401)
+        return False
+
+    command = [program, "serve", str(folder / "config.yml")]
+    with running(command, folder) as (process, log):
+        wait_until(answers, process, log)
+        yield f"127.0.0.1:{port}"

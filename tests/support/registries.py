@@ -1,8 +1,12 @@
 """How each implementation of a registry is made, empty: ``make(request, settings)``."""
 
 import contextlib
+import itertools
+import secrets
 import threading
 import time
+
+import pytest
 
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.memory import MemoryRegistry
@@ -68,3 +72,38 @@ def on_a_server(request, settings):
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
     return stack.enter_context(over_http(MemoryRegistry(**settings)))
+
+
+WITHOUT_HISTORY = "there is no history of tags"
+WITHOUT_GUARD = "tags move without a guard"
+WITHOUT_REPORTS = "there are no reports"
+COLLECTS_ITSELF = "it collects by itself"
+NOT_OF_IMAGES = {
+    "test_of_two_promotions_one_is_told_that_it_lost": WITHOUT_GUARD,
+    "test_a_graft_is_reported_once": WITHOUT_REPORTS,
+    "test_validations_are_kept": WITHOUT_REPORTS,
+    "test_verify_goes_on_where_it_stopped": COLLECTS_ITSELF,
+    "test_a_tag_moves_and_remembers": WITHOUT_HISTORY,
+    "test_a_tag_needs_a_published_artifact": WITHOUT_HISTORY,
+    "test_the_longest_name_is_taken": "there is less room in a tag",
+    "test_bytes_go_after_two_collections_a_grace_period_apart": COLLECTS_ITSELF,
+    "test_publishing_again_saves_bytes_from_collection": COLLECTS_ITSELF,
+    "test_a_withdrawal_undone_between_two_collections_starts_anew": COLLECTS_ITSELF,
+}
+"""Tests of what a registry of images does not do; that it says so is tested beside them."""
+
+
+def of_images(request, settings):
+    """Return a repository of this test's own in a registry of images; time passes there."""
+    from esper.registry.oci_registry import OciRegistry
+
+    name = request.node.originalname
+    if name in NOT_OF_IMAGES:
+        pytest.skip(f"a registry of images: {NOT_OF_IMAGES[name]}")
+    ticks, wall_s = itertools.count(), settings["wall_s"]
+    return OciRegistry(
+        f"oci://{request.getfixturevalue('images')}/{secrets.token_hex(8)}",
+        max_artifact_bytes=settings["max_artifact_bytes"],
+        wall_s=lambda: wall_s() + next(ticks) * 1e-6,
+        timeout_s=30.0,
+    )

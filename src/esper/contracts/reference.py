@@ -37,6 +37,11 @@ def check_digest(text: str) -> str:
     return text
 
 
+def is_name(text: str) -> bool:
+    """Say whether ``text`` can be a name or a tag."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(text: str, *, what: str = "name") -> str:
     """Return ``text`` where it can be a name or a tag.
 
@@ -47,7 +52,7 @@ def check_name(text: str, *, what: str = "name") -> str:
     Raises:
         ValueError: It does not match ``[a-z0-9][a-z0-9._-]{0,63}``.
     """
-    if _NAME.fullmatch(text) is None:
+    if not is_name(text):
         msg = (
             f"{_shown(text)} cannot be a {what}: expected 1 to 64 of a-z 0-9 . _ - and a letter "
             "or digit first; choose another"

@@ -63,6 +63,14 @@ class Artifacts:
             **schema.columns_of(screened.metadata),
         )
 
+    def renumber(self, digest: str, number: int) -> None:
+        """Give an artifact another place in the order of publishing, which nobody else has."""
+        self._database.rows(
+            "UPDATE artifacts SET seq = :number WHERE digest = :digest",
+            number=number,
+            digest=digest,
+        )
+
     def withdraw(self, digest: str) -> None:
         """Strike an artifact, to which no tag points."""
         self._database.rows("DELETE FROM artifacts WHERE digest = :digest", digest=digest)

@@ -24,6 +24,11 @@ def _with_tables() -> bytes:
     return database.content()
 
 
+def empty_book() -> Book:
+    """Return a book in memory with nothing in it."""
+    return Book(SqliteMemory(_with_tables()))
+
+
 @final
 class MemoryRegistry(StoredRegistry):
     """A :class:`~esper.contracts.ports.Registry` that ends with its process.
@@ -39,8 +44,8 @@ class MemoryRegistry(StoredRegistry):
         wall_s: Callable[[], float] = wall_time_s,
         max_artifact_bytes: int = MAX_ARTIFACT_BYTES,
     ) -> None:
-        book = Book(SqliteMemory(_with_tables()))
-        super().__init__(book, MemoryBlobs(), wall_s=wall_s, max_artifact_bytes=max_artifact_bytes)
+        blobs = MemoryBlobs()
+        super().__init__(empty_book(), blobs, wall_s=wall_s, max_artifact_bytes=max_artifact_bytes)
 
     def close(self) -> None:
         """Do nothing: there is nothing to give back."""

@@ -77,6 +77,10 @@ def _remote(address: str, token: str | None) -> RemoteRegistry | None:
         from esper.registry.http_registry import HttpRegistry  # an HTTP client comes with it: late
 
         return HttpRegistry(address, token=token)
+    if scheme == "oci":
+        from esper.registry.oci_registry import OciRegistry
+
+        return OciRegistry(address, token=token)
     return None
 
 
