@@ -5,7 +5,7 @@ import secrets
 import pytest
 import real_servers
 from far_registries import cached_in_memory
-from registries import in_a_directory, in_memory, of_a_team, of_images, on_a_server
+from registries import in_a_directory, in_memory, of_a_team, of_images, of_the_hub, on_a_server
 
 
 class WallClock:
@@ -82,6 +82,7 @@ def objects(bucket):
         pytest.param(in_memory, id="memory"),
         pytest.param(in_a_directory, id="directory"),
         pytest.param(cached_in_memory, id="cached"),
+        pytest.param(of_the_hub, id="hub", marks=pytest.mark.slow),
         pytest.param(on_a_server, id="http", marks=pytest.mark.slow),
         pytest.param(of_a_team, id="postgresql and s3", marks=pytest.mark.slow),
         pytest.param(of_images, id="oci", marks=pytest.mark.slow),

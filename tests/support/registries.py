@@ -77,20 +77,22 @@ def on_a_server(request, settings):
 WITHOUT_HISTORY = "there is no history of tags"
 WITHOUT_GUARD = "tags move without a guard"
 WITHOUT_REPORTS = "there are no reports"
-COLLECTS_ITSELF = "it collects by itself"
-NOT_OF_IMAGES = {
-    "test_of_two_promotions_one_is_told_that_it_lost": WITHOUT_GUARD,
+COLLECTS_ITSELF = "nothing is collected by us"
+NOT_OF_THE_HUB = {
     "test_a_graft_is_reported_once": WITHOUT_REPORTS,
     "test_validations_are_kept": WITHOUT_REPORTS,
     "test_verify_goes_on_where_it_stopped": COLLECTS_ITSELF,
-    "test_a_tag_moves_and_remembers": WITHOUT_HISTORY,
-    "test_a_tag_needs_a_published_artifact": WITHOUT_HISTORY,
-    "test_the_longest_name_is_taken": "there is less room in a tag",
     "test_bytes_go_after_two_collections_a_grace_period_apart": COLLECTS_ITSELF,
     "test_publishing_again_saves_bytes_from_collection": COLLECTS_ITSELF,
     "test_a_withdrawal_undone_between_two_collections_starts_anew": COLLECTS_ITSELF,
 }
-"""Tests of what a registry of images does not do; that it says so is tested beside them."""
+NOT_OF_IMAGES = NOT_OF_THE_HUB | {
+    "test_of_two_promotions_one_is_told_that_it_lost": WITHOUT_GUARD,
+    "test_a_tag_moves_and_remembers": WITHOUT_HISTORY,
+    "test_a_tag_needs_a_published_artifact": WITHOUT_HISTORY,
+    "test_the_longest_name_is_taken": "there is less room in a tag",
+}
+"""Tests of what registries that others run do not do; that they say so is tested beside them."""
 
 
 def of_images(request, settings):
@@ -107,3 +109,15 @@ def of_images(request, settings):
         wall_s=lambda: wall_s() + next(ticks) * 1e-6,
         timeout_s=30.0,
     )
+
+
+def of_the_hub(request, settings):
+    """Return a registry in a repository of a Hub in memory."""
+    import fake_hub
+
+    from esper.registry.hub_registry import HubRegistry
+
+    name = request.node.originalname
+    if name in NOT_OF_THE_HUB:
+        pytest.skip(f"a repository of the Hub: {NOT_OF_THE_HUB[name]}")
+    return HubRegistry("hf://team/kernels", hub=fake_hub.FakeHub(), **settings)

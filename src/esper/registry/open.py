@@ -81,6 +81,10 @@ def _remote(address: str, token: str | None) -> RemoteRegistry | None:
         from esper.registry.oci_registry import OciRegistry
 
         return OciRegistry(address, token=token)
+    if scheme == "hf":
+        from esper.registry.hub_registry import HubRegistry  # the extra hf
+
+        return HubRegistry(address, token=token)
     return None
 
 
