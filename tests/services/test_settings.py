@@ -22,7 +22,28 @@ def test_variables_are_read():
     assert settings == Environment(run_dir=Path("/data/runs"), traceback=True)
 
 
-def test_a_value_that_cannot_be_is_refused():
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ESPER_TRACEBACK", "yes", "is 0 or 1, got 'yes'"),
+        ("ESPER_OFFLINE", "true", "is 0 or 1, got 'true'"),
+        ("ESPER_CACHE_BYTES", "10G", "is a number of bytes, got '10G'"),
+        ("ESPER_CACHE_BYTES", "-1", "is a number of bytes, got '-1'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(name, value, said):
     """A wrong value names the variable, what it may be and what was found."""
-    with pytest.raises(EsperError, match=r"ESPER_TRACEBACK is 0 or 1, got 'yes'"):
-        read_environment({"ESPER_TRACEBACK": "yes"})
+    with pytest.raises(EsperError, match=f"{name} {said}"):
+        read_environment({name: value})
+
+
+def test_the_cache_is_in_the_user_s_cache_folder_unless_something_else_is_said():
+    """The most particular variable decides, and the budget is what is said."""
+    home = {"HOME": "/home/ann"}
+    assert read_environment(home).cache_dir == Path("/home/ann/.cache/esper")
+    xdg = {**home, "XDG_CACHE_HOME": "/scratch"}
+    assert read_environment(xdg).cache_dir == Path("/scratch/esper")
+    said = {**xdg, "ESPER_CACHE_DIR": "/data/kernels", "ESPER_CACHE_BYTES": "0"}
+    settings = read_environment({**said, "ESPER_OFFLINE": "1"})
+    assert (settings.cache_dir, settings.cache_bytes) == (Path("/data/kernels"), 0)
+    assert settings.offline

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.errors import EsperError
+from esper.registry.disk_cache import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,6 +27,10 @@ class Environment:
             ``URZA_API_TOKEN_FILE`` names.
         registry_database: Address of a registry's book; ``ESPER_REGISTRY_DATABASE``.
         registry_blobs: Address of a registry's bytes; ``ESPER_REGISTRY_BLOBS``.
+        cache_dir: Folder in which what registries gave is kept; ``ESPER_CACHE_DIR``, by default
+            ``esper`` in the user's cache folder. None where there is no such folder.
+        cache_bytes: Its budget, at least 0; ``ESPER_CACHE_BYTES``, by default 10 GiB.
+        offline: Whether no registry elsewhere is asked; ``ESPER_OFFLINE=1``.
         bucket: How a bucket is reached, by the names that S3's own tools use:
             ``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``
             and ``AWS_SESSION_TOKEN``. No other variable of S3's changes anything.
@@ -36,6 +41,9 @@ class Environment:
     api_token: str | None = field(default=None, repr=False)
     registry_database: str | None = field(default=None, repr=False)
     registry_blobs: str | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    offline: bool = False
     bucket: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -59,19 +67,43 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         EsperError: A variable has a value that it cannot have.
     """
     values = os.environ if variables is None else variables
-    traceback = values.get("ESPER_TRACEBACK", "") or "0"
-    if traceback not in ("0", "1"):
-        msg = f"ESPER_TRACEBACK is 0 or 1, got {traceback!r}; unset it or set one of them"
-        raise EsperError(msg)
     run_dir = Path(values.get("ESPER_RUN_DIR", "") or "runs")
     return Environment(
         run_dir=run_dir,
-        traceback=traceback == "1",
+        traceback=_switch(values, "ESPER_TRACEBACK"),
         api_token=_api_token(values),
         registry_database=values.get("ESPER_REGISTRY_DATABASE") or None,
         registry_blobs=values.get("ESPER_REGISTRY_BLOBS") or None,
+        cache_dir=_cache_dir(values),
+        cache_bytes=_cache_bytes(values),
+        offline=_switch(values, "ESPER_OFFLINE"),
         bucket={name: values[key] for name, key in _BUCKET.items() if values.get(key)},
     )
+
+
+def _switch(values: Mapping[str, str], name: str) -> bool:
+    found = values.get(name, "") or "0"
+    if found not in ("0", "1"):
+        msg = f"{name} is 0 or 1, got {found!r}; unset it or set one of them"
+        raise EsperError(msg)
+    return found == "1"
+
+
+def _cache_dir(values: Mapping[str, str]) -> Path | None:
+    if values.get("ESPER_CACHE_DIR"):
+        return Path(values["ESPER_CACHE_DIR"])
+    if values.get("XDG_CACHE_HOME"):
+        return Path(values["XDG_CACHE_HOME"]) / "esper"
+    home = values.get("HOME")
+    return Path(home) / ".cache" / "esper" if home else None
+
+
+def _cache_bytes(values: Mapping[str, str]) -> int:
+    found = values.get("ESPER_CACHE_BYTES", "") or str(DEFAULT_CACHE_BYTES)
+    if re.fullmatch("[0-9]{1,18}", found) is None:
+        msg = f"ESPER_CACHE_BYTES is a number of bytes, got {found!r}; 0 keeps nothing"
+        raise EsperError(msg)
+    return int(found)
 
 
 @contextmanager
