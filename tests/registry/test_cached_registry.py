@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -264,6 +265,16 @@ def test_a_download_goes_on_after_kill_9(tmp_path):
         assert cached(server, tmp_path).fetch(DIGEST) == DATA
 
     assert cut.num_sent == len(DATA)
+
+
+@pytest.mark.network
+def test_one_that_travels_has_the_same_cache(tmp_path):
+    """A copy in another process finds on disk what the first one fetched."""
+    with serving(whole()) as server:
+        near = registries.open_registry(server.url, cache=tmp_path)
+        assert near.fetch(DIGEST) == DATA
+        assert pickle.loads(pickle.dumps(near)).fetch(DIGEST) == DATA
+        assert len(server.requests) == 1
 
 
 @pytest.mark.network

@@ -141,3 +141,13 @@ def test_an_endless_answer_takes_no_more_memory_than_was_allowed(way, tmp_path):
         tracemalloc.stop()
     assert type(error) is KernelSourceRefused
     assert peak_bytes < ROOM_BYTES
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("turn", range(10))
+def test_every_misbehaviour_again_and_again(turn, tmp_path):
+    """Ten times every behaviour: the same errors, and none later than its deadline allows."""
+    for behaviour in ENDLESS:
+        test_a_fetch_ends_at_its_deadline(behaviour, tmp_path / "endless")
+    for behaviour in BAD:
+        test_every_misbehaviour_has_its_error(behaviour, tmp_path / "bad")

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_CACHE_BYTES: Final = 10 * 2**30
-_NUM_TRIES: Final = 100
+_NUM_TRIES: Final = 10
 _BETWEEN_TRIES_S: Final = 0.01
+"""How long is waited for others who make room: a tenth of a second, which nobody's fetch misses."""
+
 _SEEN: Final = re.compile(r"([0-9a-f]{64}) ([0-9]{1,12})\n")
 
 _logger = logging.getLogger(__name__)
