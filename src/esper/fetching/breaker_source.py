@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol
 
 from esper.contracts.errors import (
     CircuitOpenError,
@@ -33,20 +33,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Guard(Protocol):
-    """What a source that looks after itself has: it asks its server behind these."""
+    """What a source that looks after itself has as its ``endpoint``.
+
+    It asks its server behind that, and gives what it has at hand while the server fails.
+    """
 
     breaker: CircuitBreaker
     retry_budget: RetryBudget
-
-
-@runtime_checkable
-class GuardedSource(Protocol):
-    """A source with a guard of its own: what it has at hand it gives while its server fails."""
-
-    @property
-    def endpoint(self) -> Guard:
-        """Its guard."""
-        ...
 
 
 class SourceBehindBreaker:
@@ -62,7 +55,7 @@ class SourceBehindBreaker:
 
     def __init__(self, source: KernelSource, breaker: CircuitBreaker | None = None) -> None:
         self.source = source
-        own = source.endpoint if breaker is None and isinstance(source, GuardedSource) else None
+        own: Guard | None = None if breaker is not None else getattr(source, "endpoint", None)
         self._is_guarded = own is not None
         if own is not None:
             self.breaker, self.retry_budget = own.breaker, own.retry_budget
