@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format, reference
 from esper.contracts.errors import KernelSourceUnavailable
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
 from esper.registry import refusals
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
+from esper.registry.upload import Upload
 from esper.resilience.clock import wall_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from types import TracebackType
     from typing import Unpack
 
     from esper.contracts.kernel_reports import FieldReport, ValidationReport
@@ -442,75 +442,6 @@ class StoredRegistry(ABC):
             return self._blobs.read(digest, start, length)
         except FileNotFoundError:
             return None
-
-
-@final
-class Upload:
-    """An artifact on its way in: ``write`` its bytes, then ``publish``; a context manager.
-
-    Args:
-        registry: Where it is published.
-        blobs: Where its bytes go.
-        screening: What looks at them as they come.
-        actor: Who publishes it, where that is known.
-    """
-
-    def __init__(
-        self, registry: StoredRegistry, blobs: BlobStore, screening: Screening, actor: str | None
-    ) -> None:
-        self._registry = registry
-        self._blobs = blobs
-        self._screening = screening
-        self._actor = actor
-        self._part: BlobPart | None = None
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Take some bytes.
-
-        Raises:
-            KernelCorruptError: They are no artifact's.
-            KernelSourceUnavailable: They could not be stored.
-            ValueError: The artifact is longer than the registry takes.
-        """
-        self._screening.update(data)
-        with self._registry.reporting("store an artifact"):
-            if self._part is None:
-                self._part = self._blobs.receive()
-            self._part.write(data)
-
-    def publish(self) -> str:
-        """End the bytes, and publish them; see ``Registry.put``.
-
-        Returns:
-            The digest.
-
-        Raises:
-            KernelCorruptError: The bytes are no artifact, or not the one that was announced.
-            KernelSourceUnavailable: They could not be stored; nothing was published.
-        """
-        screened = self._screening.finish()
-        with self._registry.reporting(f"put {screened.digest}"):
-            if not self._registry.holds(screened.digest):
-                assert self._part is not None, "an artifact has bytes"
-                self._part.seal(screened.digest)
-                self._registry.enter(screened, self._part, self._actor)
-        return screened.digest
-
-    def close(self) -> None:
-        """Clear up; what was published stays."""
-        if self._part is not None:
-            self._part.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _between(digests: set[str], after: str, last: str | None) -> tuple[str, ...]:

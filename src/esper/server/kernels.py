@@ -18,7 +18,8 @@ from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.registry import documents
 from esper.registry.criteria import CRITERIA
-from esper.registry.stored import StoredRegistry, Upload
+from esper.registry.stored import StoredRegistry
+from esper.registry.upload import Upload
 from esper.server import answers, models
 from esper.server.authority import Admin, Promoter, Publisher, Reader, Worker
 from esper.server.problems import StoredBytesGone, problem
