@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.memory import MemoryRegistry
+from esper.registry.trusted_source import TrustedSource, keys_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from esper.contracts.ports import Registry
 
 
-def open_registry(url: str | Path, *, token: str | None = None) -> Registry:
+def open_registry(
+    url: str | Path, *, token: str | None = None, trusted_keys: str | None = None
+) -> Registry:
     """Open a registry: where kernels are kept, and what is said of them.
 
     Args:
@@ -26,15 +29,22 @@ def open_registry(url: str | Path, *, token: str | None = None) -> Registry:
             ``http://...`` or ``https://...``, without credentials, what ``esper registry serve``
             serves. Nothing is asked of a server until it is used.
         token: What a server knows the caller by; for HTTP only.
+        trusted_keys: Public keys, ``ed25519:...`` between commas or PEM blocks: what none of them
+            has signed is refused before a byte of it is read. None trusts every kernel that is
+            there. Needs the extra ``sign``.
 
     Returns:
         A ``Registry``, which the Grower takes too.
 
     Raises:
+        EsperError: ``trusted_keys`` is given, and the extra is not installed.
         KernelSourceUnavailable: The directory cannot be made, read or written.
         TypeError: The address is neither text nor a path.
-        ValueError: The address is of another kind, or the directory of a newer Esper.
+        ValueError: The address is of another kind, the directory of a newer Esper, or a key none.
     """
+    if trusted_keys is not None:
+        trust = keys_of(trusted_keys)
+        return cast("Registry", TrustedSource(open_registry(url, token=token), trust))
     address = _checked(url)
     if address == "memory:":
         return MemoryRegistry()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+from esper.contracts.signature import MOST_OF_ONE_KERNEL
 
 LONGEST_REASON: Final = 1_000
 
@@ -28,6 +29,12 @@ def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"
     return KernelNotFoundError(msg)
+
+
+def enough_signatures(digest: str) -> ValueError:
+    """Return the error of one signature more than is kept."""
+    msg = f"{digest} has {MOST_OF_ONE_KERNEL} signatures, and no more are kept of one artifact"
+    return ValueError(msg)
 
 
 class StillTaggedError(ValueError):

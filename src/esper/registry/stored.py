@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder
+    from esper.contracts.signature import KernelSignature
     from esper.registry.blobs import BlobPart, BlobStore
     from esper.registry.book import Book
     from esper.registry.screening import Screened
@@ -147,12 +148,7 @@ class StoredRegistry(ABC):
             return size is not None and self._blobs.stat(digest) is not None
 
     def entry(self, digest: str) -> RegistryEntry:
-        """Return what is known of one artifact.
-
-        Raises:
-            KernelNotFoundError: Nothing is published under ``digest``.
-            ValueError: ``digest`` is not a digest.
-        """
+        """Return what is known of one; see :class:`~esper.contracts.ports.Registry`."""
         reference.check_digest(digest)
         with self.reporting(f"look for {digest}"):
             found = self.book.artifacts.entry(digest)
@@ -314,6 +310,17 @@ class StoredRegistry(ABC):
         reference.check_digest(digest)
         with self.reporting(f"read the validations of {digest}"):
             return self.book.reports.validations(digest)
+
+    def attach_signature(self, signature: KernelSignature, *, actor: str | None = None) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+        with self._changing(signature.artifact_id, "sign", actor):
+            self.book.reports.add_signature(signature)
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        with self.reporting(f"read the signatures of {digest}"):
+            return self.book.reports.signatures(digest)
 
     def check_ready(self) -> None:
         """Write to the book and to the blob store, and read back what was written.

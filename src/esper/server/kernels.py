@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 
 from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
+from esper.contracts.signature import KernelSignature
 from esper.registry import documents
 from esper.registry.criteria import CRITERIA
 from esper.registry.stored import StoredRegistry
@@ -208,6 +209,23 @@ def report_validation(
     """Report what a validation found."""
     _check_same(digest, report.artifact_id)
     registry_of(request).report_validation(ValidationReport.from_document(report.model_dump()))
+
+
+@router.get("/{id}/signatures")
+def signatures(request: Request, digest: Digest, _: Reader) -> models.Signatures:
+    """Return an artifact's signatures, which whoever reads them checks."""
+    found = registry_of(request).signatures(digest)
+    return models.Signatures.model_validate({"signatures": [s.to_document() for s in found]})
+
+
+@router.post("/{id}/signatures", status_code=204)
+def attach_signature(
+    request: Request, digest: Digest, token: Publisher, signature: models.SignatureIn
+) -> None:
+    """Keep a signature beside an artifact. The same one again changes nothing."""
+    _check_same(digest, signature.artifact_id)
+    signed = KernelSignature.from_document(signature.model_dump())
+    registry_of(request).attach_signature(signed, actor=token.name)
 
 
 async def _write_all(request: Request, upload: Upload) -> None:
