@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from esper.contracts import artifact_format
 from esper.contracts.errors import EsperError, KernelCorruptError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from esper.contracts.ports import Registry
     from esper.contracts.signature import KernelSignature
@@ -82,9 +83,20 @@ def keys_of(text: str) -> Trust:
         EsperError: The extra is not installed.
         ValueError: There is no key in the text, or something else.
     """
-    try:
+    with sign_extra():
         from esper.registry.signing import TrustedKeys  # cryptography comes with it: late
-    except ModuleNotFoundError as error:
-        msg = "trusted keys need the extra 'sign': pip install 'esper-morph[sign]'"
-        raise EsperError(msg) from error
     return TrustedKeys(text)
+
+
+@contextmanager
+def sign_extra() -> Iterator[None]:
+    """Say how to install what signatures need.
+
+    Raises:
+        EsperError: It is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        msg = "signatures need the extra 'sign': pip install 'esper-morph[sign]'"
+        raise EsperError(msg) from error

@@ -18,7 +18,7 @@ from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.signature import KernelSignature
 from esper.registry import documents
-from esper.registry.criteria import CRITERIA
+from esper.registry.criteria import CRITERIA, from_text
 from esper.registry.stored import StoredRegistry
 from esper.registry.upload import Upload
 from esper.server import answers, models
@@ -93,7 +93,7 @@ def search(
 ) -> models.KernelPage:
     """Return what meets every criterion, page by page."""
     criteria = {
-        name: _value(name, text)
+        name: from_text(name, text)
         for name, text in request.query_params.items()
         if name not in _PAGING
     }
@@ -306,13 +306,3 @@ def _record_in(text: str | None) -> dict[str, Any] | None:
         msg = "Esper-Record is a JSON object"
         raise ValueError(msg)  # noqa: TRY004 - a client's mistake, not a caller's
     return record
-
-
-def _value(name: str, text: str) -> object:
-    """Return what a criterion's text stands for; what it cannot stand for is refused later."""
-    kind = CRITERIA.get(name)
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, text)
-    if kind is int and re.fullmatch(r"[0-9]{1,18}", text):
-        return int(text)
-    return text
