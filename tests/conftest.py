@@ -10,6 +10,14 @@ from execution_hosts import KINDS
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory):
+    """Let commands keep what registries gave in a folder of the tests, not in the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESPER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=sorted(KINDS))
 def kind(request):
     """Each kind of layer that the engine's promises are checked on."""

@@ -17,15 +17,18 @@ from esper import registry as registries
 from esper.contracts.errors import (
     KernelCorruptError,
     KernelNotFoundError,
+    KernelRefusedError,
     KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
 )
+from esper.contracts.signature import KernelSignature
 from esper.fetching.breaker_source import SourceBehindBreaker
 from esper.fetching.kernel_cache import KernelCache
 from esper.registry.cached_registry import CachedRegistry
 from esper.registry.disk_cache import DiskCache
 from esper.registry.memory import MemoryRegistry
+from esper.registry.trusted_source import TrustedSource
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -80,6 +83,38 @@ def test_a_tag_is_asked_for_while_the_registry_answers(near, far):
     far.is_down = True
     with pytest.raises(KernelSourceUnavailable):
         near.resolve("mlp:prod")
+
+
+def signature_of(digest):
+    """Return a signature that nobody made."""
+    return KernelSignature(artifact_id=digest, key_id="0" * 64, signed_at_s=7, signature="0" * 128)
+
+
+class AnySignature:
+    """Trusts whoever has signed."""
+
+    def check(self, digest, signatures):
+        if not list(signatures):
+            raise KernelRefusedError("nobody has signed it", check="signature")
+
+
+def test_what_is_signed_is_trusted_while_the_registry_is_down(near, far, tmp_path):
+    """Signatures are where the artifact is; altered ones are none, and unsigned stays refused."""
+    digest, unsigned = near.put(artifact(1)), near.put(artifact(2))
+    near.attach_signature(signature_of(digest))
+    trusting = TrustedSource(near, AnySignature())
+    assert trusting.fetch(digest) == artifact(1)
+    with pytest.raises(KernelRefusedError):
+        trusting.fetch(unsigned)
+    far.is_down = True
+
+    assert trusting.fetch(digest) == artifact(1)
+    with pytest.raises(KernelRefusedError):
+        trusting.fetch(unsigned)
+    (kept,) = (tmp_path / "signatures").rglob(digest)
+    kept.write_text('[{"artifact_id": 7}]')
+    with pytest.raises(KernelSourceUnavailable, match="cut"):
+        trusting.fetch(digest)
 
 
 def test_that_there_is_none_is_not_remembered(near):

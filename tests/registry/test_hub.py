@@ -134,9 +134,9 @@ def test_other_bytes_are_refused(hub):
         b"<",
         b"[]",
         b"{}",
-        b'{"format_version": "1.0", "kernels": {"x": 7}, "tags": {}}',
-        b'{"format_version": "2.0", "kernels": {}, "tags": {}}',
-        b'{"format_version": "1.0", "kernels": {}, "tags": {"../x:y": []}}',
+        b'{"format_version": "1.0", "kernels": {"x": 7}, "tags": {}, "signatures": {}}',
+        b'{"format_version": "2.0", "kernels": {}, "tags": {}, "signatures": {}}',
+        b'{"format_version": "1.0", "kernels": {}, "tags": {"../x:y": []}, "signatures": {}}',
     ],
     ids=["no JSON", "a list", "nothing", "no entry", "newer", "no name"],
 )

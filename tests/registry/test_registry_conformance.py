@@ -12,6 +12,7 @@ from esper.contracts.blueprint import TensorSpec
 from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.ports import TagMove
+from esper.contracts.signature import KernelSignature
 
 NOBODY = "0" * 64
 
@@ -295,6 +296,41 @@ def test_a_graft_is_reported_once(registry):
     assert registry.outcomes(digest) == [report, field_report(digest, graft_id="g-2")]
     with pytest.raises(KernelNotFoundError):
         registry.report_outcome(field_report(NOBODY))
+
+
+def signature_of(artifact_id, number=0):
+    """Return a signature that nobody made."""
+    return KernelSignature(
+        artifact_id=artifact_id, key_id=NOBODY, signed_at_s=number, signature="0" * 128
+    )
+
+
+def test_signatures_are_kept_beside_what_they_sign(registry):
+    """Each is there once, oldest first, however often it is sent, up to a hundred."""
+    digest, other = registry.put(artifact(1)), registry.put(artifact(2))
+    for number in (2, 1, 2):
+        registry.attach_signature(signature_of(digest, number))
+
+    assert registry.signatures(digest) == [signature_of(digest, 2), signature_of(digest, 1)]
+    assert registry.signatures(other) == []
+    for number in range(3, 101):
+        registry.attach_signature(signature_of(digest, number))
+    registry.attach_signature(signature_of(digest, 1))
+    with pytest.raises(ValueError, match="100 signatures"):
+        registry.attach_signature(signature_of(digest, 101))
+    with pytest.raises(KernelNotFoundError):
+        registry.attach_signature(signature_of(NOBODY))
+
+
+def test_one_entry_is_what_a_search_says_of_it(registry):
+    """An artifact is looked up by its digest, and what is not published is not found."""
+    digest = registry.put(artifact(1))
+    registry.put(artifact(2))
+    registry.tag("mlp", "latest", digest)
+
+    assert registry.entry(digest) == registry.search(limit=1)[0]
+    with pytest.raises(KernelNotFoundError):
+        registry.entry(NOBODY)
 
 
 def test_validations_are_kept(registry):

@@ -9,6 +9,7 @@ from kernel_artifacts import artifact
 from esper.contracts import artifact_format
 from esper.contracts.errors import KernelCorruptError
 from esper.contracts.ports import TagMove
+from esper.contracts.signature import KernelSignature
 from esper.registry import schema
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.disk import Disk
@@ -21,11 +22,16 @@ FIRST = artifact_format.digest_of(artifact(1))
 @pytest.fixture
 def older(tmp_path):
     """Return a directory as version 1 left it: two artifacts, one of them without its bytes."""
-    root = tmp_path / "store"
+    return directory_of(1, tmp_path)
+
+
+def directory_of(version, folder):
+    """Make a directory of a version: two artifacts, one of them without its bytes."""
+    root = folder / "store"
     (root / "blobs").mkdir(parents=True)
     (root / "blobs" / FIRST).write_bytes(artifact(1))
     index = sqlite3.connect(root / "index.sqlite")
-    index.executescript((SCHEMAS / "1.sql").read_text(encoding="utf-8"))
+    index.executescript((SCHEMAS / f"{version}.sql").read_text(encoding="utf-8"))
     index.close()
     return root
 
@@ -56,6 +62,23 @@ def test_an_older_directory_is_migrated_when_it_is_opened(older):
     registry.close()
 
 
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+def test_every_older_directory_takes_what_today_s_takes(version, tmp_path):
+    """Whatever version a directory is of, it is searched, and signed in, as one of today."""
+    registry = DirectoryRegistry(directory_of(version, tmp_path))
+    signature = KernelSignature(
+        artifact_id=FIRST, key_id="0" * 64, signed_at_s=1, signature="0" * 128
+    )
+    registry.attach_signature(signature)
+
+    assert registry.signatures(FIRST) == [signature]
+    assert [entry.digest for entry in registry.search(deprecated=True)] == (
+        [registry.resolve("mlp:latest")] if version > 1 else []
+    )
+    assert registry.book.database.version() == schema.VERSION
+    registry.close()
+
+
 def test_migrating_is_done_once(older):
     """Whoever comes second finds it done."""
     first = SqliteFile(older / "index.sqlite", Disk())
@@ -70,7 +93,7 @@ def test_migrating_is_done_once(older):
 def test_a_migration_that_fails_leaves_everything(older, monkeypatch):
     """Half of a migration is none."""
     database = SqliteFile(older / "index.sqlite", Disk())
-    steps = (schema._STEPS[0], (*schema._STEPS[1], "CREATE TABLE artifacts (x {text})"))
+    steps = (*schema._STEPS[:-1], (*schema._STEPS[-1], "CREATE TABLE artifacts (x {text})"))
     with monkeypatch.context() as patched:
         patched.setattr(schema, "_STEPS", steps)
         with pytest.raises(OSError, match="already exists"):

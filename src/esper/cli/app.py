@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from esper.cli import registry
+from esper.cli import kernels, registry
+from esper.cli.console import console
 from esper.cli.outcome import EXIT_ERROR, EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rich.console import Console
-
     from esper.contracts.events import Event
     from esper.contracts.report import DemoReport, RunReport
     from esper.services.run_job import JobRun
-
-PIPE_WIDTH: Final = 140
-"""Columns of a table where there is no terminal to ask."""
 
 ENVIRONMENT: Final = (
     "Environment: ESPER_RUN_DIR is the folder under which runs are written (by default `runs`); "
@@ -38,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(registry.app)
+app.add_typer(kernels.app)
 
 Target = Annotated[
     str,
@@ -136,7 +133,7 @@ def demo(
         seeds = parse_random_seeds(random_seeds)
         with (
             _demo_extra(),
-            ProgressDisplay(_console(stderr=True), MonotonicClock()) as display,
+            ProgressDisplay(console(stderr=True), MonotonicClock()) as display,
         ):
             run = run_demo(
                 random_seeds=seeds,
@@ -147,7 +144,7 @@ def demo(
                 on_held=_ask_for_patience,
             )
         try:
-            print_demo(_console(), run.report)
+            print_demo(console(), run.report)
         finally:  # a reader that has gone away, as `| head` does, costs no page
             _write_pages(run.report, run.folder)
         _exit_if_stopped(interrupted=run.report.interrupted)
@@ -180,7 +177,7 @@ def grow(
         _see_working_folder()
         with (
             _settings_said(),
-            ProgressDisplay(_console(stderr=True), MonotonicClock()) as display,
+            ProgressDisplay(console(stderr=True), MonotonicClock()) as display,
         ):
             run = run_job(
                 target,
@@ -225,7 +222,7 @@ def suggest(
             epochs=epochs, random_seed=random_seed, budget=parse_budget(budget or ())
         )
         _see_working_folder()
-        with ProgressDisplay(_console(stderr=True), MonotonicClock()) as display:
+        with ProgressDisplay(console(stderr=True), MonotonicClock()) as display:
             suggestions = suggest_for(target, options=options, on_progress=display)
         typer.echo(str(suggestions))
 
@@ -255,7 +252,7 @@ def replay(
         else:
             from esper.cli.tables import print_replayed
 
-            print_replayed(_console(), found)
+            print_replayed(console(), found)
 
 
 def _events_of(log: Path) -> list[Event]:
@@ -286,7 +283,7 @@ def doctor(run_dir: RunDir = None) -> None:
         from esper.cli.tables import print_checks
 
         checks = examine(run_dir or environment.run_dir)
-        print_checks(_console(), checks)
+        print_checks(console(), checks)
         if any(check.cure for check in checks):
             raise typer.Exit(EXIT_PROBLEM)
 
@@ -314,16 +311,6 @@ def _demo_extra() -> Iterator[None]:
             raise
         msg = "the demo needs its extra: pip install 'esper-morph[demo]'"
         raise EsperError(msg) from error
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Return a console that prints names as they are, wide where there is no terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    return console
 
 
 def _see_working_folder() -> None:

@@ -41,7 +41,7 @@ SHOWN_OF_DIGEST: Final = 12
 def print_demo(console: Console, report: DemoReport) -> None:
     """Print the arms, the differences, packages, controls, stages, grafts and their lives."""
     console.print(not_beaten(report))
-    _print(console, "Arms", *_arm_rows(report))
+    print_table(console, "Arms", *_arm_rows(report))
     for name in OPPONENTS:
         interval = interval_text(difference_of(report, name), sign=True)
         wins = wins_text(report.wins[name])
@@ -49,15 +49,17 @@ def print_demo(console: Console, report: DemoReport) -> None:
     console.print(f"worst dip after a switch, points: {dip_text(report)}")
     trials = _trial_rows(report)
     if trials[1]:
-        _print(console, "Packages of the grown arm (loss saved on the gate split)", *trials)
+        print_table(console, "Packages of the grown arm (loss saved on the gate split)", *trials)
         for word in ("package", "null", "capacity", "treatment", "going on"):
             console.print(f"{word}: {WORDS[word]}")
-    _print(console, "Controls, for none of which capacity may be claimed", *_control_rows(report))
+    print_table(
+        console, "Controls, for none of which capacity may be claimed", *_control_rows(report)
+    )
     if report.stages:
         heads = ("arm", ">loss, nats", ">FLOPs", ">saved at equal loss, % (95 %)", "from")
-        _print(console, "A language model by stages", heads, stage_rows(report))
-    _print(console, "Grafts of the grown arm", *_graft_rows(report))
-    _print(console, "Timeline of the grown arm", *_timeline_rows(report))
+        print_table(console, "A language model by stages", heads, stage_rows(report))
+    print_table(console, "Grafts of the grown arm", *_graft_rows(report))
+    print_table(console, "Timeline of the grown arm", *_timeline_rows(report))
     for note in report.notes:
         console.print(f"Note: {note}")
 
@@ -80,7 +82,7 @@ def print_replayed(console: Console, found: Replayed) -> None:
         for site, seeds in found.structure.items()
         for seed in seeds
     ]
-    _print(console, "Kernels in the model where the log ends", heads, rows)
+    print_table(console, "Kernels in the model where the log ends", heads, rows)
     console.print()
     console.print(ABSENT, soft_wrap=True)
 
@@ -95,7 +97,7 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
             console.print(f"{'':8}{'':{width}}  cure: {check.cure}", soft_wrap=True)
 
 
-def _print(
+def print_table(
     console: Console, title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
     """Print a table; a head that begins with ``>`` is of a column of numbers."""

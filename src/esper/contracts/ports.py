@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from esper.contracts.choices import Mode, Position
     from esper.contracts.events import Event
     from esper.contracts.kernel_reports import Deprecation, FieldReport, ValidationReport
+    from esper.contracts.signature import KernelSignature
 
 
 class KernelSource(Protocol):
@@ -210,6 +211,15 @@ class Registry(KernelSource, RangedSource, Protocol):
         """
         ...
 
+    def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of one artifact.
+
+        Raises:
+            KernelNotFoundError: Nothing is published under ``digest``.
+            ValueError: ``digest`` is not a digest.
+        """
+        ...
+
     def search(
         self,
         *,
@@ -390,6 +400,25 @@ class Registry(KernelSource, RangedSource, Protocol):
 
     def validations(self, digest: str) -> list[ValidationReport]:
         """Return what validations of an artifact found, oldest first.
+
+        Raises:
+            ValueError: ``digest`` is not a digest.
+        """
+        ...
+
+    def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature beside its artifact. One that is there already stays, once.
+
+        It is not checked here: whose word counts is for those to say who fetch.
+
+        Raises:
+            KernelNotFoundError: The artifact is not published here.
+            ValueError: It has 100 signatures already.
+        """
+        ...
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return the signatures of an artifact, oldest first, true and false ones.
 
         Raises:
             ValueError: ``digest`` is not a digest.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SearchOrder,
         TagMove,
     )
+    from esper.contracts.signature import KernelSignature
 
 
 @final
@@ -64,6 +65,10 @@ class AsyncRegistry:
     async def exists(self, digest: str) -> bool:
         """Say whether an artifact can be had; see :class:`~esper.contracts.ports.Registry`."""
         return await asyncio.to_thread(self.registry.exists, digest)
+
+    async def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        return await asyncio.to_thread(self.registry.entry, digest)
 
     async def search(
         self,
@@ -156,3 +161,11 @@ class AsyncRegistry:
     async def validations(self, digest: str) -> list[ValidationReport]:
         """Return what validations found; see :class:`~esper.contracts.ports.Registry`."""
         return await asyncio.to_thread(self.registry.validations, digest)
+
+    async def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+        await asyncio.to_thread(self.registry.attach_signature, signature)
+
+    async def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        return await asyncio.to_thread(self.registry.signatures, digest)

@@ -86,6 +86,13 @@ class Artifacts:
         """Return the digests of all that is published."""
         return {digest for (digest,) in self._database.rows("SELECT digest FROM artifacts")}
 
+    def totals(self) -> tuple[int, int]:
+        """Return how many artifacts are published, and their bytes."""
+        ((count, size_bytes),) = self._database.rows(
+            "SELECT count(*), coalesce(sum(size_bytes), 0) FROM artifacts"
+        )
+        return int(count), int(size_bytes)
+
     def search(
         self,
         wanted: Mapping[str, object],

@@ -93,6 +93,11 @@ class Jobs:
             text.format_map(words) for text in (_BURY, _CLAIM, _RENEW)
         )
 
+    def totals(self) -> dict[str, int]:
+        """Return how many jobs have each of the ``STATUSES``."""
+        found = self._database.rows("SELECT status, count(*) FROM jobs GROUP BY status")
+        return dict.fromkeys(STATUSES, 0) | {status: int(count) for status, count in found}
+
     def submit(
         self,
         *,

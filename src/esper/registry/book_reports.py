@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, final
 
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
+from esper.contracts.signature import KernelSignature
+from esper.registry import refusals
 
 if TYPE_CHECKING:
     from esper.registry.database import Database
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 @final
 class Reports:
-    """Deprecations, outcomes and validations; they stay where an artifact is withdrawn.
+    """Deprecations, outcomes, validations and signatures; they stay where an artifact is withdrawn.
 
     Args:
         database: Who keeps them.
@@ -75,3 +77,29 @@ class Reports:
             "SELECT report FROM validations WHERE digest = :digest ORDER BY seq", digest=digest
         )
         return [ValidationReport.from_document(json.loads(text)) for (text,) in found]
+
+    def add_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; one that is there already stays. Inside a transaction.
+
+        Raises:
+            ValueError: Its artifact has as many as are kept.
+        """
+        if not refusals.keep_signature(signature, self.signatures(signature.artifact_id)):
+            return
+        self._database.rows(
+            "INSERT INTO signatures (digest, key_id, signed_at_s, signature) "
+            "VALUES (:artifact_id, :key_id, :signed_at_s, :signature)",
+            **signature.to_document(),
+        )
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return the signatures of an artifact, oldest first."""
+        found = self._database.rows(
+            "SELECT key_id, signed_at_s, signature FROM signatures "
+            "WHERE digest = :digest ORDER BY seq",
+            digest=digest,
+        )
+        return [
+            KernelSignature(artifact_id=digest, key_id=key_id, signed_at_s=when, signature=text)
+            for key_id, when, text in found
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Protocol, final
 
@@ -15,6 +16,7 @@ from esper.contracts.errors import (
 )
 from esper.contracts.ports import ANY, Registry
 from esper.contracts.reference import split_reference
+from esper.contracts.signature import KernelSignature
 from esper.registry import refusals
 from esper.resilience.clock import wall_time_s
 
@@ -59,10 +61,11 @@ class RemoteRegistry(Registry, Protocol):
 class CachedRegistry:
     """A :class:`~esper.contracts.ports.Registry`: another one, of which what was had is kept.
 
-    An artifact is served from the cache, and fetched where it is not there. A tag is asked for, and
-    is what it was where the registry does not answer. Offline nothing is asked, no socket is
-    opened, and what is not in the cache raises ``KernelSourceSuspended``; so does every operation
-    that needs the registry. That there is no such kernel or tag is not remembered.
+    An artifact is served from the cache, and fetched where it is not there. A tag and signatures
+    are asked for, and are what they were where the registry does not answer. Offline nothing is
+    asked, no socket is opened, and what is not in the cache raises ``KernelSourceSuspended``; so
+    does every operation that needs the registry. That there is no such kernel or tag is not
+    remembered.
 
     Args:
         remote: Who is asked.
@@ -150,6 +153,32 @@ class CachedRegistry:
             return self._as_last_seen(reference, error)
         self._cache.remember(self.address, reference, digest, self._wall_s())
         return digest
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return the signatures of an artifact; see :class:`~esper.contracts.ports.Registry`.
+
+        Where the registry does not answer, those that it had when it was last asked. Whether they
+        are true is for those to say who trust a key.
+        """
+        try:
+            found = self._asked(f"for signatures of {digest}, never seen from here").signatures(
+                digest
+            )
+        except KernelSourceRefused:
+            raise
+        except KernelSourceUnavailable as error:
+            return self._signatures_as_last_seen(digest, error)
+        text = json.dumps([signature.to_document() for signature in found]).encode()
+        self._cache.remember_signatures(self.address, digest, text)
+        return found
+
+    def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+        self._asked("to keep a signature").attach_signature(signature)
+
+    def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        return self._asked(f"for {digest}").entry(digest)
 
     def put(
         self,
@@ -273,3 +302,14 @@ class CachedRegistry:
             "%s is %s, as %s said %.0f s ago: %s", reference, digest, self.address, ago_s, error
         )
         return digest
+
+    def _signatures_as_last_seen(
+        self, digest: str, error: KernelSourceUnavailable
+    ) -> list[KernelSignature]:
+        text = self._cache.recall_signatures(self.address, digest)
+        if text is None:
+            raise error
+        try:
+            return [KernelSignature.from_document(each) for each in json.loads(text)]
+        except (TypeError, ValueError, RecursionError):
+            raise error from None  # what is on the disk was altered, and is as if it were not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.layer_kind import LAYER_KINDS
@@ -68,6 +69,16 @@ def as_sql(criteria: Mapping[str, object]) -> tuple[str, dict[str, object]]:
         del values["kind"]
     terms = [f"({_CONDITIONS[name][1]})" for name in values]
     return " AND ".join(terms) or "1 = 1", values
+
+
+def from_text(name: str, text: str) -> object:
+    """Return what a criterion's text stands for; what it cannot stand for is refused later."""
+    kind = CRITERIA.get(name)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if kind is int and re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    return text
 
 
 def _checked(name: str, value: object) -> object:

@@ -4,6 +4,7 @@
     ROOT/artifacts/DIGEST        an artifact; it was last used when its file was last modified
     ROOT/partial/DIGEST          as much as has come of one, for whoever goes on with it
     ROOT/tags/REGISTRY/NAME/TAG  where a tag was seen to point, and when
+    ROOT/signatures/REGISTRY/DIGEST  the signatures of an artifact, as they were last seen
 
 Any number of processes share one. A file gets its name when it is whole and is never written again,
 and who reads one has it open, so that it may be evicted meanwhile. What is read is compared with
@@ -98,15 +99,8 @@ class DiskCache:
 
     def remember(self, registry: str, reference: str, digest: str, now_s: float) -> None:
         """Remember where ``name:tag`` of a registry pointed, in seconds since 1970."""
-        path = self._tag_path(registry, reference)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(f"{check_digest(digest)} {int(now_s)}\n", encoding="ascii")
-            partial.replace(path)
-        except OSError as error:
-            _say(error)
-            _remove(partial)
+        text = f"{check_digest(digest)} {int(now_s)}\n"
+        _write(self._tag_path(registry, reference), text.encode())
 
     def recall(self, registry: str, reference: str) -> tuple[str, int] | None:
         """Return where ``name:tag`` was seen to point, and when; None where it was not."""
@@ -122,9 +116,23 @@ class DiskCache:
         with suppress(OSError):
             self._tag_path(registry, reference).unlink(missing_ok=True)
 
+    def remember_signatures(self, registry: str, digest: str, text: bytes) -> None:
+        """Remember what signatures a registry had of an artifact, as whoever asks writes them."""
+        _write(self._signatures_path(registry, digest), text)
+
+    def recall_signatures(self, registry: str, digest: str) -> bytes | None:
+        """Return what was remembered of an artifact's signatures; None where nothing was."""
+        try:
+            return self._signatures_path(registry, digest).read_bytes()
+        except OSError:
+            return None
+
+    def _signatures_path(self, registry: str, digest: str) -> Path:
+        return self.folder / "signatures" / _place_of(registry) / check_digest(digest)
+
     def _tag_path(self, registry: str, reference: str) -> Path:
         name, tag = split_reference(reference)
-        return self.folder / "tags" / digest_of(registry.encode())[:32] / name / tag
+        return self.folder / "tags" / _place_of(registry) / name / tag
 
     def _begin(self, digest: str) -> Part:
         """Open what there is of an artifact, for this one alone."""
@@ -294,6 +302,22 @@ def _used(path: Path) -> tuple[int, int, Path] | None:
     except FileNotFoundError:
         return None
     return found.st_mtime_ns, found.st_size, path
+
+
+def _place_of(registry: str) -> str:
+    return digest_of(registry.encode())[:32]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file whole, or not at all."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        _say(error)
+        _remove(partial)
 
 
 def _remove(path: Path) -> None:

@@ -17,6 +17,7 @@ from esper.contracts.errors import (
 )
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
+from esper.contracts.signature import KernelSignature
 from esper.registry import criteria as searching
 from esper.registry import documents, refusals
 from esper.registry.endpoint import Endpoint
@@ -173,6 +174,10 @@ class HttpRegistry:
             return False
         return True
 
+    def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        return self._ask("GET", _path(digest), read=documents.to_entry)
+
     def search(
         self,
         *,
@@ -297,6 +302,16 @@ class HttpRegistry:
         """Return what validations found; see :class:`~esper.contracts.ports.Registry`."""
         read = _list_of("validations", ValidationReport.from_document)
         return self._ask("GET", _path(digest, "/validations"), read=read)
+
+    def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+        path = _path(signature.artifact_id, "/signatures")
+        self._ask("POST", path, body=signature.to_document(), may_repeat=True)
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        read = _list_of("signatures", KernelSignature.from_document)
+        return self._ask("GET", _path(digest, "/signatures"), read=read)
 
     def close(self) -> None:
         """Close connections; a later request opens others."""

@@ -3,7 +3,8 @@
 kernels/DIGEST  an artifact's bytes
 index.json      {"format_version": "1.0",
                  "kernels": {DIGEST: what our own server says of it, without its tags},
-                 "tags": {"NAME:TAG": every move, oldest first}}
+                 "tags": {"NAME:TAG": every move, oldest first},
+                 "signatures": {DIGEST: those of it, oldest first}}
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from esper.contracts.errors import KernelCorruptError, KernelSourceUnavailable
 from esper.contracts.reference import check_digest, split_reference
+from esper.contracts.signature import KernelSignature
 from esper.registry import documents, refusals
 
 if TYPE_CHECKING:
@@ -37,10 +39,12 @@ class HubIndex:
     Attributes:
         kernels: Entries by digest, without their tags.
         moves: Every move of a tag by ``name:tag``, oldest first.
+        signatures: Those of an artifact by its digest, oldest first.
     """
 
     kernels: dict[str, RegistryEntry] = field(default_factory=dict)
     moves: dict[str, list[TagMove]] = field(default_factory=dict)
+    signatures: dict[str, list[KernelSignature]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: bytes, place: str) -> HubIndex:
@@ -57,6 +61,10 @@ class HubIndex:
                 ":".join(split_reference(name)): [documents.to_move(move) for move in found]
                 for name, found in said["tags"].items()
             }
+            signatures = {
+                digest: [KernelSignature.from_document(each) for each in found]
+                for digest, found in said["signatures"].items()
+            }
             for entry in kernels:
                 check_digest(entry.digest)
         except _NOT_TO_BE_READ as error:
@@ -65,7 +73,8 @@ class HubIndex:
         if not is_known:
             msg = f"{place} was written by a newer Esper; install that"
             raise KernelSourceUnavailable(msg)
-        return cls(kernels={entry.digest: entry for entry in kernels}, moves=moves)
+        known = {entry.digest: entry for entry in kernels}
+        return cls(kernels=known, moves=moves, signatures=signatures)
 
     def text(self) -> bytes:
         """Return the file."""
@@ -75,6 +84,10 @@ class HubIndex:
             "tags": {
                 name: [documents.of_move(move) for move in moves]
                 for name, moves in self.moves.items()
+            },
+            "signatures": {
+                digest: [signature.to_document() for signature in found]
+                for digest, found in self.signatures.items()
             },
         }
         return json.dumps(document, indent=1, sort_keys=True).encode()
@@ -91,7 +104,7 @@ class HubIndex:
         return {key: digest for key, digest in found if digest is not None}
 
     def entry(self, digest: str) -> RegistryEntry:
-        """Return what is known of one artifact.
+        """Return what is known of one artifact, without its tags.
 
         Raises:
             KernelNotFoundError: It is not published.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder
+    from esper.contracts.signature import KernelSignature
     from esper.registry.http import Shelf
     from esper.registry.hub_index import HubIndex
     from esper.registry.hub_repository import Hub
@@ -134,6 +135,13 @@ class HubRegistry:
         """Say whether an artifact can be had; see :class:`~esper.contracts.ports.Registry`."""
         reference.check_digest(digest)
         return digest in self._repository.index().kernels
+
+    def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        index = self._repository.index()
+        index.entry(digest)
+        return next(entry for entry in index.entries() if entry.digest == digest)
 
     def search(
         self,
@@ -268,6 +276,21 @@ class HubRegistry:
         """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
         reference.check_digest(digest)
         return []
+
+    def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+
+        def attach(index: HubIndex) -> list[Any] | None:
+            index.entry(signature.artifact_id)
+            kept = index.signatures.setdefault(signature.artifact_id, [])
+            return [] if refusals.keep_signature(signature, kept) else None
+
+        self._repository.change(f"Sign {signature.artifact_id}", attach)
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        return list(self._repository.index().signatures.get(digest, ()))
 
     def close(self) -> None:
         """Do nothing: the Hub's client is the process's."""

@@ -2,7 +2,8 @@
 
     blob sha256:DIGEST            the artifact's bytes
     manifest tag sha256-DIGEST    makes it published: names the blob, which is kept for that, and
-                                  has as an annotation what a registry knows of an artifact
+                                  has as annotations what a registry knows of an artifact, and
+                                  its signatures
     manifest tag NAME.TAG.TAG     name:tag, a manifest of its own that names the same blob
 
 A name and its tag have no capital letters, so that ``.TAG.`` stands between them and nowhere else.
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts import reference
 from esper.contracts.errors import KernelCorruptError, KernelSourceUnavailable
+from esper.contracts.signature import KernelSignature
 from esper.registry import documents
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.ports import RegistryEntry
@@ -31,6 +33,7 @@ EMPTY: Final = b"{}"
 _KERNEL_TYPE: Final = "application/vnd.esper-morph.kernel.v1"
 _EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"
 _ENTRY, _MOVE = "esper-morph.kernel", "esper-morph.tag"
+_SIGNATURES: Final = "esper-morph.signatures"
 _BETWEEN: Final = ".TAG."
 _PUBLISHED: Final = "sha256-"
 _LONGEST_TAG: Final = 128
@@ -72,10 +75,14 @@ def references_in(tags: list[str]) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def of_entry(entry: RegistryEntry) -> bytes:
+def of_entry(entry: RegistryEntry, signatures: Sequence[KernelSignature] = ()) -> bytes:
     """Return the manifest that publishes an artifact."""
-    said = json.dumps(documents.of_entry(entry), sort_keys=True)
-    return _manifest(entry.digest, entry.size_bytes, {_ENTRY: said})
+    said: dict[str, object] = {
+        _ENTRY: documents.of_entry(entry),
+        _SIGNATURES: [signature.to_document() for signature in signatures],
+    }
+    annotations = {name: json.dumps(value, sort_keys=True) for name, value in said.items()}
+    return _manifest(entry.digest, entry.size_bytes, annotations)
 
 
 def of_move(digest: str, size_bytes: int, moved: JsonObject) -> bytes:
@@ -100,6 +107,19 @@ def to_entry(data: bytes, place: str) -> RegistryEntry | None:
     if (entry.digest, entry.size_bytes) != (digest, size_bytes):
         raise _unreadable(place, "its annotation is of another artifact")
     return entry
+
+
+def signatures_in(data: bytes, place: str) -> list[KernelSignature]:
+    """Return the signatures in a manifest that publishes an artifact, oldest first.
+
+    Raises:
+        KernelSourceUnavailable: They cannot be read.
+    """
+    try:
+        said = (json.loads(data).get("annotations") or {}).get(_SIGNATURES, "[]")
+        return [KernelSignature.from_document(each) for each in json.loads(said)]
+    except _NOT_TO_BE_READ as error:
+        raise _unreadable(place, error) from error
 
 
 def layer_of(data: bytes, place: str) -> tuple[str, int]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder, TagMove
+    from esper.contracts.signature import KernelSignature
     from esper.registry.http import Shelf
 
 R = TypeVar("R")
@@ -128,6 +129,11 @@ class OciRegistry:
         except KernelNotFoundError:
             return False
         return True
+
+    def entry(self, digest: str) -> RegistryEntry:
+        """Return what is known of an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        return self._call(lambda until_s: self._repository.entry(digest, until_s))
 
     def search(
         self,
@@ -264,6 +270,18 @@ class OciRegistry:
         """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
         reference.check_digest(digest)
         return []
+
+    def attach_signature(self, signature: KernelSignature) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`.
+
+        Of two that come at the same moment one may be lost: there is no guarded change.
+        """
+        self._call(lambda until_s: self._repository.sign(signature, until_s))
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        return self._call(lambda until_s: self._repository.signatures(digest, until_s))
 
     def close(self) -> None:
         """Close connections; a later request opens others."""

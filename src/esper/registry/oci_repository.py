@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.kernel_reports import Deprecation
     from esper.contracts.ports import RegistryEntry
+    from esper.contracts.signature import KernelSignature
     from esper.registry.http import Shelf
     from esper.registry.oci import OciSession
 
@@ -111,11 +112,7 @@ class OciRepository:
     def entries(self, until_s: float) -> list[RegistryEntry]:
         """Return what is known of everything that is published here by this library."""
         tags = self.tags(until_s)
-        named: dict[str, list[str]] = {}
-        for name, tag in oci_manifest.references_in(tags):
-            pointed = self.pointed(oci_manifest.tag_of(name, tag), until_s)
-            if pointed is not None:
-                named.setdefault(pointed[0], []).append(f"{name}:{tag}")
+        named = self._named(tags, until_s)
         found = []
         for digest in oci_manifest.published_in(tags):
             entry = self._entry(digest, until_s)
@@ -158,11 +155,7 @@ class OciRepository:
             KernelNotFoundError: It is not published.
             ValueError: A tag points to it.
         """
-        named = []
-        for name, tag in oci_manifest.references_in(self.tags(until_s)):
-            pointed = self.pointed(oci_manifest.tag_of(name, tag), until_s)
-            if pointed is not None and pointed[0] == digest:
-                named.append(f"{name}:{tag}")
+        named = self._named(self.tags(until_s), until_s).get(digest)
         if named:
             raise refusals.still_tagged(digest, tuple(named))
         self.withdraw(published_tag(digest), until_s)
@@ -174,11 +167,58 @@ class OciRepository:
         Raises:
             KernelNotFoundError: It is not published, or not by this library.
         """
-        entry = self._entry(digest, until_s)
-        if entry is None:
-            raise refusals.not_published(digest)
-        manifest = oci_manifest.of_entry(replace(entry, deprecation=said))
+        entry, signatures = self._published(digest, until_s)
+        manifest = oci_manifest.of_entry(replace(entry, deprecation=said), signatures)
         self._write_manifest(published_tag(digest), manifest, until_s)
+
+    def sign(self, signature: KernelSignature, until_s: float) -> None:
+        """Keep a signature of an artifact.
+
+        Raises:
+            KernelNotFoundError: The artifact is not published, or not by this library.
+            ValueError: It has as many as are kept.
+        """
+        digest = signature.artifact_id
+        entry, signatures = self._published(digest, until_s)
+        if refusals.keep_signature(signature, signatures):
+            manifest = oci_manifest.of_entry(entry, signatures)
+            self._write_manifest(published_tag(digest), manifest, until_s)
+
+    def signatures(self, digest: str, until_s: float) -> list[KernelSignature]:
+        """Return the signatures of an artifact; none where it is not published."""
+        tag = published_tag(digest)
+        data = self._manifest(tag, until_s)
+        place = f"{self._session.url}:{tag}"
+        return [] if data is None else oci_manifest.signatures_in(data, place)
+
+    def entry(self, digest: str, until_s: float) -> RegistryEntry:
+        """Return what is known of one artifact, with its tags.
+
+        Raises:
+            KernelNotFoundError: It is not published, or not by this library.
+        """
+        entry, _ = self._published(digest, until_s)
+        named = self._named(self.tags(until_s), until_s)
+        return replace(entry, tags=tuple(named.get(digest, ())))
+
+    def _named(self, tags: list[str], until_s: float) -> dict[str, list[str]]:
+        """Return every ``name:tag`` by the digest that it points to."""
+        named: dict[str, list[str]] = {}
+        for name, tag in oci_manifest.references_in(tags):
+            pointed = self.pointed(oci_manifest.tag_of(name, tag), until_s)
+            if pointed is not None:
+                named.setdefault(pointed[0], []).append(f"{name}:{tag}")
+        return named
+
+    def _published(
+        self, digest: str, until_s: float
+    ) -> tuple[RegistryEntry, list[KernelSignature]]:
+        tag = published_tag(digest)
+        data, place = self._manifest(tag, until_s), f"{self._session.url}:{tag}"
+        entry = None if data is None else oci_manifest.to_entry(data, place)
+        if data is None or entry is None:
+            raise refusals.not_published(digest)
+        return entry, oci_manifest.signatures_in(data, place)
 
     def _entry(self, digest: str, until_s: float) -> RegistryEntry | None:
         tag = published_tag(digest)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from esper.contracts.errors import EsperError
 from esper.registry.cached_registry import CachedRegistry
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.disk_cache import DEFAULT_CACHE_BYTES, DiskCache
 from esper.registry.memory import MemoryRegistry
+from esper.registry.trusted_source import TrustedSource, keys_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,7 @@ def open_registry(
     cache: str | Path | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     offline: bool = False,
+    trusted_keys: str | None = None,
 ) -> Registry:
     """Open a registry: where kernels are kept, and what is said of them.
 
@@ -42,17 +45,26 @@ def open_registry(
             machine; processes may share it. What is on this machine anyway needs none.
         cache_bytes: Budget of that folder, at least 0; the least recently used goes first.
         offline: Whether nothing is asked and no socket opened: what is in the cache is served.
+        trusted_keys: Public keys, ``ed25519:...`` between commas or PEM blocks: what none of them
+            has signed is refused before a byte of it is read. None trusts every kernel that is
+            there. Needs the extra ``sign``.
 
     Returns:
         A ``Registry``, which the Grower takes too.
 
     Raises:
+        EsperError: ``trusted_keys`` is given, or ``hf://`` asked for, without the extra.
         KernelSourceUnavailable: The directory cannot be made, read or written.
-        ModuleNotFoundError: ``hf://`` was asked for, and the extra ``hf`` is not installed.
         TypeError: The address is neither text nor a path.
-        ValueError: The address is of another kind, or the directory of a newer Esper; or a server
-            is to be used offline and without a cache.
+        ValueError: The address is of another kind, the directory of a newer Esper, or a key none;
+            or a server is to be used offline and without a cache.
     """
+    if trusted_keys is not None:
+        trust = keys_of(trusted_keys)
+        registry = open_registry(
+            url, token=token, cache=cache, cache_bytes=cache_bytes, offline=offline
+        )
+        return cast("Registry", TrustedSource(registry, trust))
     address = _checked(url)
     if address == "memory:":
         return MemoryRegistry()
@@ -82,8 +94,11 @@ def _remote(address: str, token: str | None) -> RemoteRegistry | None:
 
         return OciRegistry(address, token=token)
     if scheme == "hf":
-        from esper.registry.hub_registry import HubRegistry  # the extra hf
-
+        try:
+            from esper.registry.hub_registry import HubRegistry
+        except ModuleNotFoundError as error:
+            msg = "hf:// needs the extra 'hf': pip install 'esper-morph[hf]'"
+            raise EsperError(msg) from error
         return HubRegistry(address, token=token)
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+from esper.contracts.signature import MOST_OF_ONE_KERNEL, KernelSignature
 
 LONGEST_REASON: Final = 1_000
 
@@ -28,6 +29,22 @@ def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"
     return KernelNotFoundError(msg)
+
+
+def keep_signature(signature: KernelSignature, kept: list[KernelSignature]) -> bool:
+    """Put a signature to those that are kept, and say whether it was not there yet.
+
+    Raises:
+        ValueError: There are as many as are kept.
+    """
+    if signature in kept:
+        return False
+    if len(kept) >= MOST_OF_ONE_KERNEL:
+        digest = signature.artifact_id
+        msg = f"{digest} has {MOST_OF_ONE_KERNEL} signatures, and no more are kept of one artifact"
+        raise ValueError(msg)
+    kept.append(signature)
+    return True
 
 
 class StillTaggedError(ValueError):

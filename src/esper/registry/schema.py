@@ -147,6 +147,12 @@ _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
             action {text} NOT NULL, subject {text} NOT NULL, detail {text} NOT NULL)""",
         _fill_columns,
     ),
+    (
+        """CREATE TABLE signatures (
+            seq {serial}, digest {text} NOT NULL, key_id {text} NOT NULL,
+            signed_at_s BIGINT NOT NULL, signature {text} NOT NULL,
+            UNIQUE (digest, key_id, signed_at_s, signature))""",
+    ),
 )
 
 VERSION: Final = len(_STEPS)

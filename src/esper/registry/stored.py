@@ -10,22 +10,23 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import TYPE_CHECKING, Final
 
 from esper.contracts import artifact_format, reference
 from esper.contracts.errors import KernelSourceUnavailable
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
 from esper.registry import refusals
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
+from esper.registry.upload import Upload
 from esper.resilience.clock import wall_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from types import TracebackType
     from typing import Unpack
 
     from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder
+    from esper.contracts.signature import KernelSignature
     from esper.registry.blobs import BlobPart, BlobStore
     from esper.registry.book import Book
     from esper.registry.screening import Screened
@@ -147,12 +148,7 @@ class StoredRegistry(ABC):
             return size is not None and self._blobs.stat(digest) is not None
 
     def entry(self, digest: str) -> RegistryEntry:
-        """Return what is known of one artifact.
-
-        Raises:
-            KernelNotFoundError: Nothing is published under ``digest``.
-            ValueError: ``digest`` is not a digest.
-        """
+        """Return what is known of one; see :class:`~esper.contracts.ports.Registry`."""
         reference.check_digest(digest)
         with self.reporting(f"look for {digest}"):
             found = self.book.artifacts.entry(digest)
@@ -315,6 +311,17 @@ class StoredRegistry(ABC):
         with self.reporting(f"read the validations of {digest}"):
             return self.book.reports.validations(digest)
 
+    def attach_signature(self, signature: KernelSignature, *, actor: str | None = None) -> None:
+        """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
+        with self._changing(signature.artifact_id, "sign", actor):
+            self.book.reports.add_signature(signature)
+
+    def signatures(self, digest: str) -> list[KernelSignature]:
+        """Return an artifact's signatures; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        with self.reporting(f"read the signatures of {digest}"):
+            return self.book.reports.signatures(digest)
+
     def check_ready(self) -> None:
         """Write to the book and to the blob store, and read back what was written.
 
@@ -442,75 +449,6 @@ class StoredRegistry(ABC):
             return self._blobs.read(digest, start, length)
         except FileNotFoundError:
             return None
-
-
-@final
-class Upload:
-    """An artifact on its way in: ``write`` its bytes, then ``publish``; a context manager.
-
-    Args:
-        registry: Where it is published.
-        blobs: Where its bytes go.
-        screening: What looks at them as they come.
-        actor: Who publishes it, where that is known.
-    """
-
-    def __init__(
-        self, registry: StoredRegistry, blobs: BlobStore, screening: Screening, actor: str | None
-    ) -> None:
-        self._registry = registry
-        self._blobs = blobs
-        self._screening = screening
-        self._actor = actor
-        self._part: BlobPart | None = None
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Take some bytes.
-
-        Raises:
-            KernelCorruptError: They are no artifact's.
-            KernelSourceUnavailable: They could not be stored.
-            ValueError: The artifact is longer than the registry takes.
-        """
-        self._screening.update(data)
-        with self._registry.reporting("store an artifact"):
-            if self._part is None:
-                self._part = self._blobs.receive()
-            self._part.write(data)
-
-    def publish(self) -> str:
-        """End the bytes, and publish them; see ``Registry.put``.
-
-        Returns:
-            The digest.
-
-        Raises:
-            KernelCorruptError: The bytes are no artifact, or not the one that was announced.
-            KernelSourceUnavailable: They could not be stored; nothing was published.
-        """
-        screened = self._screening.finish()
-        with self._registry.reporting(f"put {screened.digest}"):
-            if not self._registry.holds(screened.digest):
-                assert self._part is not None, "an artifact has bytes"
-                self._part.seal(screened.digest)
-                self._registry.enter(screened, self._part, self._actor)
-        return screened.digest
-
-    def close(self) -> None:
-        """Clear up; what was published stays."""
-        if self._part is not None:
-            self._part.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _between(digests: set[str], after: str, last: str | None) -> tuple[str, ...]:

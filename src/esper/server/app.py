@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final, final
 from fastapi import FastAPI
 
 from esper.resilience.clock import MonotonicClock
-from esper.server import kernels, names, upkeep
+from esper.server import kernels, metrics, names, upkeep
 from esper.server.limits import LimitedApp, Limits
+from esper.server.metering import Meter, MeteredApp
 from esper.server.problems import add_handlers
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def build_api(registry: StoredRegistry, *, clock: Clock | None = None) -> FastAP
         redoc_url=None,
     )
     api.state.registry = registry
+    api.state.meter = Meter()
     api.state.readiness = Readiness(registry, clock or MonotonicClock())
     for router in (kernels.router, names.router, upkeep.router):
         api.include_router(router, prefix=API)
+    api.include_router(metrics.router)
     api.include_router(upkeep.open_router)
     api.include_router(upkeep.open_router, prefix=API)
     add_handlers(api)
@@ -72,11 +75,13 @@ def build_api(registry: StoredRegistry, *, clock: Clock | None = None) -> FastAP
 def build_app(
     registry: StoredRegistry, *, limits: Limits | None = None, clock: Clock | None = None
 ) -> ASGIApp:
-    """Return what a server runs: the routes over a registry, within limits."""
+    """Return what a server runs: the routes over a registry, within limits, and counted."""
     clock = clock or MonotonicClock()
-    return LimitedApp(
-        build_api(registry, clock=clock),
+    api = build_api(registry, clock=clock)
+    limited = LimitedApp(
+        api,
         limits=limits or Limits(),
         artifact_bytes=registry.max_artifact_bytes,
         clock=clock,
     )
+    return MeteredApp(limited, meter=api.state.meter, clock=clock)

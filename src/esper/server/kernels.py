@@ -16,9 +16,11 @@ from fastapi.responses import StreamingResponse
 
 from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
+from esper.contracts.signature import KernelSignature
 from esper.registry import documents
-from esper.registry.criteria import CRITERIA
-from esper.registry.stored import StoredRegistry, Upload
+from esper.registry.criteria import CRITERIA, from_text
+from esper.registry.stored import StoredRegistry
+from esper.registry.upload import Upload
 from esper.server import answers, models
 from esper.server.authority import Admin, Promoter, Publisher, Reader, Worker
 from esper.server.problems import StoredBytesGone, problem
@@ -91,7 +93,7 @@ def search(
 ) -> models.KernelPage:
     """Return what meets every criterion, page by page."""
     criteria = {
-        name: _value(name, text)
+        name: from_text(name, text)
         for name, text in request.query_params.items()
         if name not in _PAGING
     }
@@ -209,6 +211,23 @@ def report_validation(
     registry_of(request).report_validation(ValidationReport.from_document(report.model_dump()))
 
 
+@router.get("/{id}/signatures")
+def signatures(request: Request, digest: Digest, _: Reader) -> models.Signatures:
+    """Return an artifact's signatures, which whoever reads them checks."""
+    found = registry_of(request).signatures(digest)
+    return models.Signatures.model_validate({"signatures": [s.to_document() for s in found]})
+
+
+@router.post("/{id}/signatures", status_code=204)
+def attach_signature(
+    request: Request, digest: Digest, token: Publisher, signature: models.SignatureIn
+) -> None:
+    """Keep a signature beside an artifact. The same one again changes nothing."""
+    _check_same(digest, signature.artifact_id)
+    signed = KernelSignature.from_document(signature.model_dump())
+    registry_of(request).attach_signature(signed, actor=token.name)
+
+
 async def _write_all(request: Request, upload: Upload) -> None:
     """Write a body to where artifacts are stored, and hold no more of it than a chunk."""
     waiting = bytearray()
@@ -287,13 +306,3 @@ def _record_in(text: str | None) -> dict[str, Any] | None:
         msg = "Esper-Record is a JSON object"
         raise ValueError(msg)  # noqa: TRY004 - a client's mistake, not a caller's
     return record
-
-
-def _value(name: str, text: str) -> object:
-    """Return what a criterion's text stands for; what it cannot stand for is refused later."""
-    kind = CRITERIA.get(name)
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, text)
-    if kind is int and re.fullmatch(r"[0-9]{1,18}", text):
-        return int(text)
-    return text

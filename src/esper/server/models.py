@@ -95,6 +95,21 @@ class ValidationIn(_Body):
     findings: dict[str, Any]
 
 
+class SignatureIn(_Body):
+    """Who vouches for an artifact; see ``KernelSignature``."""
+
+    artifact_id: str = Digest
+    key_id: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the public key.")
+    signed_at_s: int = Field(ge=0, le=1 << 53)
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$", description="Ed25519, in hexadecimal.")
+
+
+class Signatures(BaseModel):
+    """Signatures of an artifact, oldest first; the server has not checked them."""
+
+    signatures: list[SignatureIn]
+
+
 class Outcomes(BaseModel):
     """What grafts of an artifact brought, oldest report first."""
 

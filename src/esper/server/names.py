@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from esper.registry.refusals import no_such_tag
+from esper.registry.rollback import roll_back
 from esper.server import answers, models
 from esper.server.authority import Promoter, Reader
 from esper.server.kernels import MOST_ON_A_PAGE, registry_of
@@ -82,11 +82,6 @@ def rollback(
     request: Request, response: Response, name: Name, tag: Tag, token: Promoter
 ) -> models.TagOut:
     """Point a tag to where it pointed before its last move."""
-    registry = registry_of(request)
-    now, *before = [move.digest for move in reversed(registry.history(name, tag))] or [None]
-    earlier = next((digest for digest in before if digest not in (None, now)), None)
-    if earlier is None:
-        raise no_such_tag(name, tag)
-    registry.tag(name, tag, earlier, expected=now, actor=token.name)
+    earlier = roll_back(registry_of(request), name, tag, actor=token.name)
     response.headers["ETag"] = answers.etag(earlier)
     return models.TagOut(digest=earlier)

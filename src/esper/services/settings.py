@@ -25,6 +25,9 @@ class Environment:
         traceback: Whether errors are shown with their traceback; ``ESPER_TRACEBACK=1``.
         api_token: A registry's token; ``URZA_API_TOKEN``, or the first line of the file that
             ``URZA_API_TOKEN_FILE`` names.
+        api_url: Address of a registry; ``URZA_API_URL``.
+        trusted_keys: Public keys of those whose kernels are read, as text; ``ESPER_TRUSTED_KEYS``,
+            which has them or names a file that has. None trusts every kernel that is there.
         registry_database: Address of a registry's book; ``ESPER_REGISTRY_DATABASE``.
         registry_blobs: Address of a registry's bytes; ``ESPER_REGISTRY_BLOBS``.
         cache_dir: Folder in which what registries gave is kept; ``ESPER_CACHE_DIR``, by default
@@ -39,6 +42,8 @@ class Environment:
     run_dir: Path = Path("runs")
     traceback: bool = False
     api_token: str | None = field(default=None, repr=False)
+    api_url: str | None = None
+    trusted_keys: str | None = None
     registry_database: str | None = field(default=None, repr=False)
     registry_blobs: str | None = None
     cache_dir: Path | None = None
@@ -72,6 +77,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         run_dir=run_dir,
         traceback=_switch(values, "ESPER_TRACEBACK"),
         api_token=_api_token(values),
+        api_url=values.get("URZA_API_URL") or None,
+        trusted_keys=_trusted_keys(values.get("ESPER_TRUSTED_KEYS", "").strip()),
         registry_database=values.get("ESPER_REGISTRY_DATABASE") or None,
         registry_blobs=values.get("ESPER_REGISTRY_BLOBS") or None,
         cache_dir=_cache_dir(values),
@@ -127,10 +134,31 @@ def _api_token(values: Mapping[str, str]) -> str | None:
     if values.get("URZA_API_TOKEN"):
         return values["URZA_API_TOKEN"]
     path = values.get("URZA_API_TOKEN_FILE")
-    if not path:
+    return token_in(path, "URZA_API_TOKEN_FILE") if path else None
+
+
+def token_in(path: str | Path, said_by: str) -> str | None:
+    """Return the first line of a file; None where it is empty.
+
+    Args:
+        path: The file.
+        said_by: The variable or option that names it.
+
+    Raises:
+        EsperError: It cannot be read.
+    """
+    return _text_in(path, said_by).partition("\n")[0].strip() or None
+
+
+def _trusted_keys(said: str) -> str | None:
+    if not said:
         return None
+    return said if said.startswith("ed25519:") else _text_in(said, "ESPER_TRUSTED_KEYS")
+
+
+def _text_in(path: str | Path, said_by: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").partition("\n")[0].strip() or None
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        msg = f"URZA_API_TOKEN_FILE names {path}, which cannot be read: {error}"
+        msg = f"{said_by} names {path}, which cannot be read: {error}"
         raise EsperError(msg) from error
