@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 from esper.contracts import reference
 from esper.contracts.errors import (
+    BlueprintError,
+    JobLostError,
     KernelCorruptError,
     KernelNotFoundError,
     KernelSourceRefused,
@@ -21,6 +23,7 @@ from esper.registry import criteria as searching
 from esper.registry import documents, refusals
 from esper.registry.exchange import Exchange
 from esper.registry.http import HttpKernelSource, error_of
+from esper.registry.http_jobs import HttpJobs
 from esper.registry.screening import MAX_ARTIFACT_BYTES, record_text
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ _PAGE: Final = 500
 _MAX_DOCUMENT_BYTES: Final = 1 << 25
 _PROBLEMS: Final[dict[str, Callable[[str], Exception]]] = {
     "not-found": KernelNotFoundError,
+    "not-a-blueprint": BlueprintError,
+    "job-lost": JobLostError,
     "not-an-artifact": KernelCorruptError,
     "stored-bytes-gone": KernelCorruptError,
     "too-large": ValueError,
@@ -91,6 +96,11 @@ class HttpRegistry:
     def base_url(self) -> str:
         """Where it is, without a slash at its end."""
         return self._exchange.base_url
+
+    @property
+    def jobs(self) -> HttpJobs:
+        """Its compile service: what is to be compiled, and who is at it."""
+        return HttpJobs(self._ask, self._listed)
 
     def put(
         self,
@@ -331,7 +341,7 @@ class HttpRegistry:
             method, path, until_s=until_s, headers=sent, content=content, params=params
         ) as answer:
             data = self._body(answer, until_s, path, most=_MAX_DOCUMENT_BYTES)
-        if answer.status_code not in (200, 201, 204):
+        if answer.status_code not in (200, 201, 202, 204):
             raise self._refusal(answer, data, path)
         try:
             return read(json.loads(data) if data else None)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+from esper.contracts.errors import (
+    JobLostError,
+    KernelCorruptError,
+    KernelNotFoundError,
+    TagMovedError,
+)
 
 LONGEST_REASON: Final = 1_000
 
@@ -28,6 +33,21 @@ def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"
     return KernelNotFoundError(msg)
+
+
+def no_such_job(job_id: str) -> KernelNotFoundError:
+    """Return the error of a job that nobody asked for."""
+    msg = f"there is no blueprint {job_id} here; submit it first, or look at the list"
+    return KernelNotFoundError(msg)
+
+
+def job_lost(job_id: str, worker: str, attempt: int) -> JobLostError:
+    """Return the error of a worker whose job is another's by now, or was finished."""
+    msg = (
+        f"job {job_id} is not with {worker!r} at attempt {attempt} any more; what was done for it "
+        "changes nothing: claim another"
+    )
+    return JobLostError(msg)
 
 
 class StillTaggedError(ValueError):
