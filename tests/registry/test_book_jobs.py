@@ -111,6 +111,15 @@ def test_a_job_that_loses_three_workers_travels_no_further(book):
     assert "3 times" in book.jobs.find(job.id).report["reason"]
 
 
+def test_control_without_a_cap_it_goes_to_a_fourth(book, monkeypatch):
+    """Where losses are not counted, there is no end to it."""
+    monkeypatch.setattr(book_jobs, "MAX_LOSSES", 1_000_000)
+    submit(book)
+    for _ in range(5):
+        assert claim(book) is not None
+        lapse(book)
+
+
 def order_of_claims(book):
     """Claim a job and lose it; return the numbers of the jobs in the order of the next claims.
 

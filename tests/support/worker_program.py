@@ -30,10 +30,11 @@ def main():
         compile_worker.Slot._finish = die_between
     elif order == ["finish-first"]:
         compile_worker.Slot._reported = finish_first
+    compile_worker._WAIT_S = 0.2
     options = WorkerOptions(
         name=name,
         lease_s=float(lease_s),
-        limits=SandboxLimits(memory_bytes=2**28, seconds=20.0, answer_bytes=2**20),
+        limits=SandboxLimits(memory_bytes=2**28, seconds=30.0, answer_bytes=2**20),
         confinement="process",
         work="compiled_work:work",
     )
@@ -41,7 +42,7 @@ def main():
         address,
         options,
         token=os.environ["URZA_API_TOKEN"],
-        tell=lambda line: print(line, flush=True),  # noqa: T201 - read by a test
+        tell=lambda line: print(line, flush=True),  # noqa: T201 - a test reads it
     )
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     worker.run()

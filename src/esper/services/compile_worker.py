@@ -24,6 +24,7 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.registry.http_registry import HttpRegistry
+from esper.resilience.clock import MonotonicClock
 from esper.resilience.retry import RetryPolicy
 from esper.services.job_lease import JobLease
 from esper.services.sandbox import Answered, Broken, Confinement, Sandbox, SandboxLimits
@@ -39,7 +40,7 @@ T = TypeVar("T")
 WORK: Final = "esper.services.compiling:work"
 """What a worker does in its sandbox."""
 
-_WAIT_S: Final = 5.0
+_WAIT_S: Final = 2.0
 _ASKING_S: Final = 30.0
 _PUBLISHING_S: Final = 300.0
 _LONGEST_NAME: Final = 100
@@ -172,6 +173,7 @@ class Slot:
         self._options, self._stopping, self._tell = options, stopping, tell
         self._name = f"{options.name}/{number}"
         self._toolchain = f"torch {version('torch')}"
+        self._clock = MonotonicClock()
         self._sandbox: Sandbox | None = None
 
     def interrupt(self) -> None:
@@ -200,6 +202,7 @@ class Slot:
     def _claimed(self) -> CompileJob | None:
         """Wait for a job; None where the worker is to end."""
         while not self._stopping.is_set():
+            start_s = self._clock.now()
             try:
                 job = self._persistently(self._claim)
             except KernelSourceRefused:
@@ -208,7 +211,8 @@ class Slot:
                 return None
             if job is not None:
                 return job
-            self._stopping.wait(random.uniform(0.0, 1.0))  # noqa: S311 - not all at once
+            if self._clock.now() - start_s < _WAIT_S / 2:  # there was no room to wait there
+                self._stopping.wait(random.uniform(0.0, _WAIT_S))  # noqa: S311 - not all at once
         return None
 
     def _claim(self) -> CompileJob | None:

@@ -51,13 +51,13 @@ def main() -> None:
         payload = _received(requests)
         if payload is None:
             return
-        reason, data = _done(work, payload, limits)
-        header = {"is_done": not reason, "reason": reason}
         try:
+            reason, data = _done(work, payload, limits)
+            header = {"is_done": not reason, "reason": reason}
             _send(answers, json.dumps(header).encode())
             if not reason:
                 _send(answers, data)
-        except BrokenPipeError:  # nobody waits for it any more
+        except (EOFError, BrokenPipeError):  # nobody waits for it any more
             os._exit(0)
 
 
@@ -120,10 +120,13 @@ def _limit(limits: SandboxLimits) -> None:
 
 
 def _answer(reading: int, child: int, limits: SandboxLimits) -> tuple[str, bytes]:
-    """Read until the child has ended, it says too much, its time is over, or nobody waits.
+    """Read until the child has ended, it says too much, or its time is over.
 
     Its pipe does not end with it where processes that it has left behind hold it open. Who asked
     says nothing before it has its answer: what can be read from it then is that it has ended.
+
+    Raises:
+        EOFError: Nobody waits for the answer any more.
     """
     asking = sys.stdin.fileno()
     until_s = time.monotonic() + limits.seconds
@@ -136,7 +139,7 @@ def _answer(reading: int, child: int, limits: SandboxLimits) -> tuple[str, bytes
             if not ready:
                 return f"it took longer than {limits.seconds:g} s", b""
             if asking in ready:
-                return "nobody waits for it any more", b""
+                raise EOFError
             part = os.read(reading, _CHUNK) if reading in ready else b""
             if not part:
                 return "", b"".join(parts)
