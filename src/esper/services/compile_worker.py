@@ -7,7 +7,9 @@ that does not answer is asked again, however long that takes.
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import threading
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -81,6 +83,11 @@ class WorkerOptions:
             if not is_so:
                 msg = f"a worker has {expected}, found {self}"
                 raise ValueError(msg)
+
+
+def name_of_this_process() -> str:
+    """Return a name that no other worker has: the host's, and the process's number."""
+    return f"{socket.gethostname()[:80]}-{os.getpid()}"
 
 
 @final

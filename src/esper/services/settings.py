@@ -24,6 +24,8 @@ class Environment:
         traceback: Whether errors are shown with their traceback; ``ESPER_TRACEBACK=1``.
         api_token: A registry's token; ``URZA_API_TOKEN``, or the first line of the file that
             ``URZA_API_TOKEN_FILE`` names.
+        api_url: Address of a registry; ``URZA_API_URL``.
+        worker_name: Name of a compile worker; ``ESPER_WORKER_NAME``.
         registry_database: Address of a registry's book; ``ESPER_REGISTRY_DATABASE``.
         registry_blobs: Address of a registry's bytes; ``ESPER_REGISTRY_BLOBS``.
         bucket: How a bucket is reached, by the names that S3's own tools use:
@@ -34,6 +36,8 @@ class Environment:
     run_dir: Path = Path("runs")
     traceback: bool = False
     api_token: str | None = field(default=None, repr=False)
+    api_url: str | None = None
+    worker_name: str | None = None
     registry_database: str | None = field(default=None, repr=False)
     registry_blobs: str | None = None
     bucket: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -68,6 +72,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         run_dir=run_dir,
         traceback=traceback == "1",
         api_token=_api_token(values),
+        api_url=values.get("URZA_API_URL") or None,
+        worker_name=values.get("ESPER_WORKER_NAME") or None,
         registry_database=values.get("ESPER_REGISTRY_DATABASE") or None,
         registry_blobs=values.get("ESPER_REGISTRY_BLOBS") or None,
         bucket={name: values[key] for name, key in _BUCKET.items() if values.get(key)},
