@@ -1,10 +1,13 @@
 """Jobs: one worker at a time, whoever is killed, stopped or woken up, on every database."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from kernel_blueprints import mlp_blueprint
 
+from esper.contracts.compile_options import CompileOptions
 from esper.registry import book_jobs, schema
 from esper.registry.book import Book
 from esper.registry.disk import Disk
@@ -27,15 +30,13 @@ def book(request, tmp_path):
     made.close()
 
 
-def submit(book, number=1, **more):
-    return book.jobs.submit(
-        blueprint="{}",
-        blueprint_digest=f"{number:064x}",
-        toolchain="torch 2.13.0",
-        options="{}",
-        now_s=1.0,
-        **more,
-    )
+def submit(book, number=1, now_s=1.0, **more):
+    blueprint = mlp_blueprint(init_seed=number)
+    return book.jobs.submit(blueprint, CompileOptions(), now_s=now_s, **more)
+
+
+def claim(book, worker="w", toolchain="torch 2.13.0"):
+    return book.jobs.claim(worker, lease_s=30.0, toolchain=toolchain)
 
 
 def lapse(book):
@@ -48,7 +49,7 @@ def test_a_job_is_one_row_however_often_it_is_asked_for(book):
     job = submit(book)
     assert (job.status, job.attempts) == ("UNVALIDATED", 0)
     assert submit(book) == job
-    claimed = book.jobs.claim("w", lease_s=30.0)
+    claimed = claim(book)
     assert book.jobs.finish(job.id, "w", claimed.attempts, artifact_id=None, report={"reason": "x"})
 
     assert submit(book).status == "INVALID"
@@ -59,9 +60,9 @@ def test_a_job_is_one_row_however_often_it_is_asked_for(book):
 def test_a_job_is_leased_to_one_worker(book):
     """What one has, no other gets; what it finishes is finished."""
     job = submit(book)
-    claimed = book.jobs.claim("ann", lease_s=30.0)
+    claimed = claim(book, "ann")
     assert (claimed.id, claimed.status, claimed.attempts) == (job.id, "COMPILING", 1)
-    assert book.jobs.claim("ben", lease_s=30.0) is None
+    assert claim(book, "ben") is None
     assert book.jobs.renew(job.id, "ann", 1, lease_s=30.0)
 
     assert book.jobs.finish(job.id, "ann", 1, artifact_id="0" * 64, report={"passed": True})
@@ -69,15 +70,15 @@ def test_a_job_is_leased_to_one_worker(book):
     done = book.jobs.find(job.id)
     assert (done.status, done.artifact_id) == ("VALIDATED", "0" * 64)
     assert done.report == {"passed": True}
-    assert book.jobs.claim("ben", lease_s=30.0) is None
+    assert claim(book, "ben") is None
 
 
 def wake_up_late(book):
     """Let a worker lose its lease and finish all the same; say whether that counted."""
     job = submit(book)
-    first = book.jobs.claim("ann", lease_s=30.0)
+    first = claim(book, "ann")
     lapse(book)
-    second = book.jobs.claim("ann", lease_s=30.0)  # its second life has the same name
+    second = claim(book, "ann")  # its second life has the same name
     assert (second.id, second.attempts) == (job.id, 2)
     return book.jobs.finish(job.id, "ann", first.attempts, artifact_id="0" * 64, report={})
 
@@ -102,23 +103,103 @@ def test_a_job_that_loses_three_workers_travels_no_further(book):
     """Whatever kills its workers is not handed to a fourth."""
     job = submit(book)
     for _ in range(book_jobs.MAX_LOSSES):
-        assert book.jobs.claim("w", lease_s=30.0).id == job.id
+        assert claim(book).id == job.id
         lapse(book)
 
-    assert book.jobs.claim("w", lease_s=30.0) is None
+    assert claim(book) is None
     assert book.jobs.find(job.id).status == "INVALID"
     assert "3 times" in book.jobs.find(job.id).report["reason"]
 
 
-def test_the_oldest_job_comes_first(book):
-    """A job that was taken over does not wait behind those that were asked for later."""
-    jobs = [submit(book, number) for number in range(3)]
-    book.jobs.claim("w", lease_s=30.0)
+def test_control_without_a_cap_it_goes_to_a_fourth(book, monkeypatch):
+    """Where losses are not counted, there is no end to it."""
+    monkeypatch.setattr(book_jobs, "MAX_LOSSES", 1_000_000)
+    submit(book)
+    for _ in range(5):
+        assert claim(book) is not None
+        lapse(book)
+
+
+def order_of_claims(book):
+    """Claim a job and lose it; return the numbers of the jobs in the order of the next claims.
+
+    Nine came before it and nine after it, ten seconds apart.
+    """
+    numbers = {submit(book, n, now_s=10.0 * n).id: n for n in range(10)}
+    for _ in range(9):
+        claim(book)
+    assert numbers[claim(book).id] == 9
     lapse(book)
+    book.database.rows("UPDATE jobs SET leased_until_s = 1e12 WHERE submitted_at_s < 90")
+    numbers |= {submit(book, n, now_s=10.0 * n).id: n for n in range(10, 20)}
+    return [numbers[claim(book).id] for _ in range(11)]
 
-    claimed = [book.jobs.claim("w", lease_s=30.0).id for _ in jobs]
 
-    assert claimed == [job.id for job in jobs]
+def test_a_job_that_was_lost_waits_a_little(book):
+    """It comes behind those of the next half minute, and before a backlog that is younger."""
+    assert order_of_claims(book) == [10, 11, 9, *range(12, 20)]
+
+
+def test_control_ordered_by_losses_it_waits_behind_everything(book, monkeypatch):
+    """Where age does not count, what was taken over is last, however long the backlog is."""
+    monkeypatch.setattr(book_jobs, "LOSS_S", 1e9)
+    assert order_of_claims(book)[-1] == 9
+
+
+def test_a_job_that_was_given_back_is_nobodys_loss(book):
+    """Others get it at once, as often as that happens."""
+    job = submit(book)
+    for attempt in range(1, 6):
+        assert claim(book).attempts == attempt
+        assert book.jobs.give_back(job.id, "w", attempt)
+        assert not book.jobs.give_back(job.id, "w", attempt)
+
+
+def test_a_job_for_one_toolchain_goes_to_no_other(book):
+    """Who compiles with something else does not get it."""
+    job = submit(book, toolchain="torch 2.99.0")
+    assert claim(book) is None
+    assert claim(book, toolchain="torch 2.99.0").id == job.id
+
+
+def test_jobs_are_listed_in_pages(book):
+    """Oldest first, without their blueprints, by where they stand."""
+    jobs = [submit(book, number) for number in range(3)]
+    claim(book)
+    first, second = book.jobs.list(limit=2)
+    assert [first.id, second.id] == [job.id for job in jobs[:2]]
+    assert (first.status, first.blueprint) == ("COMPILING", None)
+    assert [each.id for each in book.jobs.list(limit=9, after=second.number)] == [jobs[2].id]
+    waiting = book.jobs.list(limit=9, status="UNVALIDATED")
+    assert [each.id for each in waiting] == [job.id for job in jobs[1:]]
+
+
+def asked_for_at_once(book):
+    """Ask for one blueprint from eight threads; return what is claimed until nothing is left."""
+    with ThreadPoolExecutor(8) as threads:
+        ids = set(threads.map(lambda _: submit(book).id, range(8)))
+    found = []
+    while (job := claim(book, f"w{len(found)}")) is not None:
+        found.append(job.id)
+    assert set(found) == ids
+    return found
+
+
+def test_what_is_asked_for_at_once_is_one_job(book):
+    """Eight who ask for the same blueprint together are answered with one row."""
+    assert len(asked_for_at_once(book)) == 1
+
+
+def test_control_without_a_unique_key_it_is_compiled_many_times(monkeypatch):
+    """Where the table allows it twice, one blueprint is eight jobs."""
+    heedless = book_jobs._ENTER.partition(" ON CONFLICT")[0]
+    monkeypatch.setattr(book_jobs, "_ENTER", heedless)
+    book = Book(SqliteMemory())
+    book.open()
+    (made,) = book.database.rows("SELECT sql FROM sqlite_master WHERE name = 'jobs'")[0]
+    book.database.rows("DROP TABLE jobs")
+    book.database.rows(re.sub(r",\s*UNIQUE \([^)]*\)", "", made.replace(" NOT NULL UNIQUE", "")))
+    assert len(asked_for_at_once(book)) == 8
 
 
 def test_workers_that_claim_at_once_get_different_jobs(book):
@@ -128,7 +209,7 @@ def test_workers_that_claim_at_once_get_different_jobs(book):
 
     def work(worker):
         found = []
-        while (job := book.jobs.claim(f"w{worker}", lease_s=30.0)) is not None:
+        while (job := claim(book, f"w{worker}")) is not None:
             found.append(job.id)
         return found
 

@@ -18,8 +18,17 @@ def test_without_variables_there_are_defaults(environment):
 
 def test_variables_are_read():
     """Each variable decides its setting."""
-    settings = read_environment({"ESPER_RUN_DIR": "/data/runs", "ESPER_TRACEBACK": "1"})
-    assert settings == Environment(run_dir=Path("/data/runs"), traceback=True)
+    settings = read_environment(
+        {
+            "ESPER_RUN_DIR": "/data/runs",
+            "ESPER_TRACEBACK": "1",
+            "ESPER_WORKER_NAME": "ann",
+            "URZA_API_URL": "http://host",
+        }
+    )
+    assert settings == Environment(
+        run_dir=Path("/data/runs"), traceback=True, worker_name="ann", api_url="http://host"
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ def of_a_team(request, settings):
 
 
 @contextlib.contextmanager
-def served(registry, **settings):
+def served(registry, *, port=0, **settings):
     """Serve a registry on loopback, in a thread; yields its address."""
     from esper.server.running import listen, server_of
 
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", port) as listener:
         server = server_of(registry, **settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

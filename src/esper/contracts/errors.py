@@ -8,6 +8,7 @@ whether an artifact is quarantined. Nobody reads message text to find out.
     ├── GrowthError                     a growth run cannot be set up or continued
     ├── RankFailedError                 another rank failed, so that this one does not go on
     ├── TagMovedError                   a tag is not where its mover has seen it; look again
+    ├── JobLostError                    a job is another worker's by now; drop what was done
     ├── SiteDescriptionError            no kernel can be offered at a layer; also a ValueError
     ├── CircuitOpenError                an endpoint has been failing and is not asked; transient
     ├── DeadlineExceededError           the time that was given is over; also a TimeoutError
@@ -69,6 +70,10 @@ class TagMovedError(EsperError):
     def __reduce__(self) -> tuple[object, ...]:
         make = functools.partial(type(self), found=self.found)
         return make, self.args, self.__dict__
+
+
+class JobLostError(EsperError):
+    """A job is not this worker's any more, or not at this attempt. Nothing was changed."""
 
 
 class CircuitOpenError(EsperError):

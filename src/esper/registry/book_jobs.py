@@ -2,36 +2,53 @@
 
 A claim leases the oldest job that nobody is at, by the database's own clock. Whoever lets the lease
 run out loses the job to the next who asks, and with it the attempt number, without which nothing
-can be finished: one who wakes up later changes nothing.
+can be finished: one who wakes up later changes nothing. Every worker that was lost over a job makes
+it younger, so that what kills workers does not get all of them first, and what was only unlucky
+does not wait behind everything else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
+from esper.contracts import canonical_json
+from esper.contracts.compile_job import STATUSES, CompileJob, JobStatus, failure
+from esper.contracts.compile_options import ANY_TOOLCHAIN
+
 if TYPE_CHECKING:
+    from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.compile_options import CompileOptions
     from esper.registry.database import Database, Row
 
-STATUSES: Final = ("UNVALIDATED", "COMPILING", "VALIDATED", "INVALID")
 MAX_LOSSES: Final = 3
 """As many workers may be lost over a job; then it is invalid and goes to no other."""
 
+LOSS_S: Final = 30.0
+"""A job counts as so many seconds younger for every worker that was lost over it."""
+
 _FIELDS: Final = (
-    "id, blueprint_digest, toolchain, options, blueprint, status, attempts, worker, artifact_id, "
-    "report, submitted_by, submitted_at_s"
+    "id, seq, blueprint_digest, toolchain, options, blueprint, status, attempts, worker, "
+    "artifact_id, report, submitted_by, submitted_at_s"
+)
+_ENTER: Final = (
+    "INSERT INTO jobs (id, blueprint_digest, toolchain, options, blueprint, status, attempts, "
+    "num_losses, submitted_by, submitted_at_s) VALUES (:id, :blueprint_digest, :toolchain, "
+    ":options, :blueprint, 'UNVALIDATED', 0, 0, :actor, :now_s) "
+    "ON CONFLICT (blueprint_digest, toolchain, options) DO NOTHING"
 )
 _CLAIM: Final = f"""
     UPDATE jobs SET status = 'COMPILING', attempts = attempts + 1, worker = :worker,
         num_losses = num_losses + CASE WHEN status = 'COMPILING' THEN 1 ELSE 0 END,
         leased_until_s = {{now}} + :lease_s
     WHERE seq = (
-        SELECT seq FROM jobs WHERE status = 'UNVALIDATED'
-            OR (status = 'COMPILING' AND leased_until_s < {{now}})
-        ORDER BY seq LIMIT 1 {{skip_locked}})
+        SELECT seq FROM jobs WHERE toolchain IN (:toolchain, '{ANY_TOOLCHAIN}')
+            AND (status = 'UNVALIDATED' OR (status = 'COMPILING' AND leased_until_s < {{now}}))
+        ORDER BY submitted_at_s + :loss_s
+            * (num_losses + CASE WHEN status = 'COMPILING' THEN 1 ELSE 0 END), seq
+        LIMIT 1 {{skip_locked}})
     RETURNING {_FIELDS}"""  # noqa: S608 - names of our own
 _BURY: Final = """
     UPDATE jobs SET status = 'INVALID', report = :report, num_losses = num_losses + 1
@@ -39,43 +56,13 @@ _BURY: Final = """
 _LEASED: Final = "id = :id AND worker = :worker AND attempts = :attempt AND status = 'COMPILING'"
 _RENEW: Final = f"""
     UPDATE jobs SET leased_until_s = {{now}} + :lease_s WHERE {_LEASED} RETURNING id"""  # noqa: S608 - words of our own
+_GIVE_BACK: Final = f"""
+    UPDATE jobs SET status = 'UNVALIDATED', leased_until_s = NULL
+    WHERE {_LEASED} RETURNING id"""  # noqa: S608 - words of our own
 _FINISH: Final = f"""
     UPDATE jobs SET status = :status, artifact_id = :artifact_id, report = :report,
         leased_until_s = NULL
     WHERE {_LEASED} RETURNING id"""  # noqa: S608 - words of our own
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One blueprint that is to be compiled, was, or cannot be.
-
-    Attributes:
-        id: Its name, which follows from the three that come next.
-        blueprint_digest: sha256 of the blueprint's canonical JSON.
-        toolchain: What it is to be compiled with.
-        options: How, as JSON.
-        blueprint: The blueprint, as JSON.
-        status: One of ``STATUSES``.
-        attempts: How often it was claimed; the number of the latest attempt.
-        worker: Who claimed it last.
-        artifact_id: Digest of what came of it; None until it is ``"VALIDATED"``.
-        report: What was found, as JSON values; None until it is finished.
-        submitted_by: Who asked for it.
-        submitted_at_s: When, in seconds since 1970.
-    """
-
-    id: str
-    blueprint_digest: str
-    toolchain: str
-    options: str
-    blueprint: str
-    status: str
-    attempts: int
-    worker: str | None
-    artifact_id: str | None
-    report: JsonObject | None
-    submitted_by: str | None
-    submitted_at_s: float
 
 
 @final
@@ -100,38 +87,34 @@ class Jobs:
 
     def submit(
         self,
+        blueprint: BlueprintIR,
+        options: CompileOptions,
         *,
-        blueprint: str,
-        blueprint_digest: str,
-        toolchain: str,
-        options: str,
+        toolchain: str = ANY_TOOLCHAIN,
         now_s: float,
         actor: str | None = None,
         again: bool = False,
-    ) -> Job:
+    ) -> CompileJob:
         """Ask for a blueprint to be compiled; one that was asked for already is that job.
 
         Args:
-            blueprint: The blueprint, as JSON.
-            blueprint_digest: sha256 of its canonical JSON.
-            toolchain: What it is to be compiled with.
-            options: How, as canonical JSON.
+            blueprint: The blueprint.
+            options: What it is tried on.
+            toolchain: What it is to be compiled with; ``"any"`` leaves it to the worker.
             now_s: Seconds since 1970.
             actor: Who asks.
             again: Whether one that is invalid is tried again.
         """
-        key = "\n".join((blueprint_digest, toolchain, options))
+        said = canonical_json.encode(options.to_document()).decode()
+        key = "\n".join((blueprint.digest, toolchain, said))
         job_id = hashlib.sha256(key.encode()).hexdigest()[:32]
         self._database.rows(
-            "INSERT INTO jobs (id, blueprint_digest, toolchain, options, blueprint, status, "
-            "attempts, num_losses, submitted_by, submitted_at_s) VALUES (:id, :blueprint_digest, "
-            ":toolchain, :options, :blueprint, 'UNVALIDATED', 0, 0, :actor, :now_s) "
-            "ON CONFLICT (blueprint_digest, toolchain, options) DO NOTHING",
+            _ENTER,
             id=job_id,
-            blueprint_digest=blueprint_digest,
+            blueprint_digest=blueprint.digest,
             toolchain=toolchain,
-            options=options,
-            blueprint=blueprint,
+            options=said,
+            blueprint=blueprint.to_json().decode(),
             actor=actor,
             now_s=now_s,
         )
@@ -145,21 +128,44 @@ class Jobs:
         assert found is not None, "it was entered, or was there"
         return found
 
-    def find(self, job_id: str) -> Job | None:
+    def find(self, job_id: str) -> CompileJob | None:
         """Return a job, or None."""
         found = self._database.rows(f"SELECT {_FIELDS} FROM jobs WHERE id = :id", id=job_id)  # noqa: S608 - names of our own
         return _job(found[0]) if found else None
 
-    def claim(self, worker: str, *, lease_s: float) -> Job | None:
+    def list(
+        self, *, limit: int, after: int = 0, status: JobStatus | None = None
+    ) -> list[CompileJob]:
+        """Return jobs without their blueprints, oldest first.
+
+        Args:
+            limit: As many at most.
+            after: Only those that come behind the one of this number.
+            status: Only those that stand so.
+        """
+        found = self._database.rows(
+            f"SELECT {_FIELDS} FROM jobs WHERE seq > :after AND (:every OR status = :status) "  # noqa: S608 - names of our own
+            "ORDER BY seq LIMIT :limit",
+            after=after,
+            every=status is None,
+            status=status or "",
+            limit=limit,
+        )
+        return [_job(row, with_blueprint=False) for row in found]
+
+    def claim(self, worker: str, *, lease_s: float, toolchain: str) -> CompileJob | None:
         """Lease the oldest job that nobody is at; None where there is none.
 
         Args:
             worker: Who asks; a name that no other worker has.
             lease_s: Seconds until others may have it, unless it is renewed.
+            toolchain: What the worker compiles with.
         """
-        lost = {"reason": f"the workers that had this job were lost {MAX_LOSSES} times"}
+        lost = failure(f"the workers that had this job were lost {MAX_LOSSES} times")
         self._database.rows(self._bury, most=MAX_LOSSES, report=json.dumps(lost))
-        found = self._database.rows(self._claim, worker=worker, lease_s=lease_s)
+        found = self._database.rows(
+            self._claim, worker=worker, lease_s=lease_s, toolchain=toolchain, loss_s=LOSS_S
+        )
         return _job(found[0]) if found else None
 
     def renew(self, job_id: str, worker: str, attempt: int, *, lease_s: float) -> bool:
@@ -169,6 +175,13 @@ class Jobs:
                 self._renew, id=job_id, worker=worker, attempt=attempt, lease_s=lease_s
             )
         )
+
+    def give_back(self, job_id: str, worker: str, attempt: int) -> bool:
+        """Leave a job to others, who need not wait; says whether it was still the worker's.
+
+        The worker is not lost over it: it only ends.
+        """
+        return bool(self._database.rows(_GIVE_BACK, id=job_id, worker=worker, attempt=attempt))
 
     def finish(
         self, job_id: str, worker: str, attempt: int, *, artifact_id: str | None, report: JsonObject
@@ -195,8 +208,15 @@ class Jobs:
         )
 
 
-def _job(row: Row) -> Job:
+def _job(row: Row, *, with_blueprint: bool = True) -> CompileJob:
     names = [name.strip() for name in _FIELDS.split(",")]
     values = dict(zip(names, row, strict=True))
-    report = values.pop("report")
-    return Job(report=None if report is None else json.loads(report), **values)
+    report, blueprint = values.pop("report"), json.loads(values.pop("blueprint"))
+    return CompileJob(
+        number=values.pop("seq"),
+        blueprint_id=blueprint["id"],
+        blueprint=blueprint if with_blueprint else None,
+        options=json.loads(values.pop("options")),
+        report=None if report is None else json.loads(report),
+        **values,
+    )

@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 from esper.contracts import reference
 from esper.contracts.errors import (
+    BlueprintError,
+    JobLostError,
     KernelCorruptError,
     KernelNotFoundError,
     KernelSourceUnavailable,
@@ -23,6 +25,7 @@ from esper.registry import documents, refusals
 from esper.registry.endpoint import Endpoint
 from esper.registry.exchange import Exchange
 from esper.registry.http import HttpKernelSource, error_of
+from esper.registry.http_jobs import HttpJobs
 from esper.registry.screening import MAX_ARTIFACT_BYTES, record_text
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ _PAGE: Final = 500
 _MAX_DOCUMENT_BYTES: Final = 1 << 25
 _PROBLEMS: Final[dict[str, Callable[[str], Exception]]] = {
     "not-found": KernelNotFoundError,
+    "not-a-blueprint": BlueprintError,
+    "job-lost": JobLostError,
     "not-an-artifact": KernelCorruptError,
     "stored-bytes-gone": KernelCorruptError,
     "too-large": ValueError,
@@ -100,6 +105,11 @@ class HttpRegistry:
         return self._exchange.base_url
 
     address = base_url
+
+    @property
+    def jobs(self) -> HttpJobs:
+        """Its compile service: what is to be compiled, and who is at it."""
+        return HttpJobs(self._ask, self._listed)
 
     def put(
         self,
@@ -372,7 +382,7 @@ class HttpRegistry:
                 method, path, until_s=until_s, headers=sent, content=content, params=params
             ) as answer:
                 data = self._exchange.body(answer, until_s, most=_MAX_DOCUMENT_BYTES)
-            if answer.status_code not in (200, 201, 204):
+            if answer.status_code not in (200, 201, 202, 204):
                 raise self._refusal(answer, data, path)
             try:
                 return read(json.loads(data) if data else None)

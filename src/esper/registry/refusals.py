@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, TagMovedError
+from esper.contracts.errors import (
+    JobLostError,
+    KernelCorruptError,
+    KernelNotFoundError,
+    TagMovedError,
+)
 from esper.contracts.signature import MOST_OF_ONE_KERNEL, KernelSignature
 
 LONGEST_REASON: Final = 1_000
@@ -45,6 +50,21 @@ def keep_signature(signature: KernelSignature, kept: list[KernelSignature]) -> b
         raise ValueError(msg)
     kept.append(signature)
     return True
+
+
+def no_such_job(job_id: str) -> KernelNotFoundError:
+    """Return the error of a job that nobody asked for."""
+    msg = f"there is no blueprint {job_id} here; submit it first, or look at the list"
+    return KernelNotFoundError(msg)
+
+
+def job_lost(job_id: str, worker: str, attempt: int) -> JobLostError:
+    """Return the error of a worker whose job is another's by now, or was finished."""
+    msg = (
+        f"job {job_id} is not with {worker!r} at attempt {attempt} any more; what was done for it "
+        "changes nothing: claim another"
+    )
+    return JobLostError(msg)
 
 
 class StillTaggedError(ValueError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 from fastapi import FastAPI
 
 from esper.resilience.clock import MonotonicClock
-from esper.server import kernels, metrics, names, upkeep
+from esper.server import blueprints, jobs, kernels, metrics, names, upkeep
 from esper.server.limits import LimitedApp, Limits
 from esper.server.metering import Meter, MeteredApp
 from esper.server.problems import add_handlers
@@ -63,8 +63,9 @@ def build_api(registry: StoredRegistry, *, clock: Clock | None = None) -> FastAP
     api.state.registry = registry
     api.state.meter = Meter()
     api.state.readiness = Readiness(registry, clock or MonotonicClock())
-    for router in (kernels.router, names.router, upkeep.router):
-        api.include_router(router, prefix=API)
+    api.state.waiting = jobs.Waiting()
+    for room in (kernels, names, blueprints, jobs, upkeep):
+        api.include_router(room.router, prefix=API)
     api.include_router(metrics.router)
     api.include_router(upkeep.open_router)
     api.include_router(upkeep.open_router, prefix=API)

@@ -11,6 +11,8 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from esper.contracts.errors import (
+    BlueprintError,
+    JobLostError,
     KernelCorruptError,
     KernelNotFoundError,
     KernelSourceUnavailable,
@@ -29,6 +31,8 @@ RETRY_AFTER_S: Final = 1
 
 KINDS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (TagMovedError, 412, "tag-moved"),
+    (BlueprintError, 400, "not-a-blueprint"),
+    (JobLostError, 409, "job-lost"),
     (KernelNotFoundError, 404, "not-found"),
     (KernelCorruptError, 400, "not-an-artifact"),
     (KernelSourceUnavailable, 503, "unavailable"),

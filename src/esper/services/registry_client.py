@@ -22,6 +22,37 @@ if TYPE_CHECKING:
 _BEGINNING: Final = re.compile(r"[0-9a-f]{8,63}")
 
 
+def address_and_token(
+    address: str | None,
+    environment: Environment,
+    *,
+    token_file: Path | None = None,
+    takes_token: bool = True,
+) -> tuple[str, str | None]:
+    """Return the address that a command is about, and the token that goes there.
+
+    The environment's token is sent to the environment's address, or where that says none to the
+    one that the command names; never to another.
+
+    Args:
+        address: What the command names; None takes ``URZA_API_URL``.
+        environment: What the process was given.
+        token_file: A file whose first line is the token of this address.
+        takes_token: Whether the environment's token is this address's where nothing says whose.
+
+    Raises:
+        EsperError: There is no address, or the file cannot be read.
+    """
+    named = address or environment.api_url
+    if named is None:
+        msg = "which registry? name one with --registry ADDRESS, or set URZA_API_URL"
+        raise EsperError(msg)
+    if token_file is not None:
+        return named, token_in(token_file, "the option for a token's file")
+    is_its_own = takes_token if environment.api_url is None else named == environment.api_url
+    return named, environment.api_token if is_its_own else None
+
+
 def open_named(
     address: str | None,
     environment: Environment,
@@ -31,10 +62,7 @@ def open_named(
     checks_signatures: bool = True,
     makes: bool = False,
 ) -> Registry:
-    """Open the registry that a command is about.
-
-    The environment's token is sent to the environment's address, or where that says none to the
-    one that the command names; never to another.
+    """Open the registry that a command is about, with the token of :func:`address_and_token`.
 
     Args:
         address: As ``open_registry`` takes it; None takes ``URZA_API_URL``.
@@ -49,17 +77,12 @@ def open_named(
         FileNotFoundError: There is no such directory, and none is to be made.
         KernelSourceUnavailable, TypeError, ValueError: See ``open_registry``.
     """
-    named = address or environment.api_url
-    if named is None:
-        msg = "which registry? name one with --registry ADDRESS, or set URZA_API_URL"
-        raise EsperError(msg)
+    named, token = address_and_token(
+        address, environment, token_file=token_file, takes_token=takes_token
+    )
     if not makes and "://" not in named and not Path(named).exists():
         msg = f"there is no registry in {named}: no such directory"
         raise FileNotFoundError(msg)
-    is_its_own = takes_token if environment.api_url is None else named == environment.api_url
-    token = environment.api_token if is_its_own else None
-    if token_file is not None:
-        token = token_in(token_file, "the option for a token's file")
     trusted = environment.trusted_keys if checks_signatures else None
     return open_registry(
         named,

@@ -119,7 +119,7 @@ class Sandbox:
 
     def run(self, payload: bytes) -> Answered | Broken:
         """Do one piece of work; what goes wrong in it is an answer, and never raised."""
-        if self._host.poll() is not None:
+        if self._host.poll() is not None or (self._host.stdin and self._host.stdin.closed):
             _end(self._host)
             self._host = self._started()
         try:
@@ -133,6 +133,15 @@ class Sandbox:
         except (OSError, EOFError, ValueError) as error:
             _end(self._host)
             return Broken(reason=f"the process that runs the work ended: {error}", is_ours=True)
+
+    def interrupt(self) -> None:
+        """End the work that another thread waits for; ``run`` answers there that it was not done.
+
+        The host ends with it, and the next piece of work starts another.
+        """
+        if self._host.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._host.stdin.close()
 
     def close(self) -> None:
         """End the host and every child of it."""

@@ -51,11 +51,14 @@ def main() -> None:
         payload = _received(requests)
         if payload is None:
             return
-        reason, data = _done(work, payload, limits)
-        header = {"is_done": not reason, "reason": reason}
-        _send(answers, json.dumps(header).encode())
-        if not reason:
-            _send(answers, data)
+        try:
+            reason, data = _done(work, payload, limits)
+            header = {"is_done": not reason, "reason": reason}
+            _send(answers, json.dumps(header).encode())
+            if not reason:
+                _send(answers, data)
+        except (EOFError, BrokenPipeError):  # nobody waits for it any more
+            os._exit(0)
 
 
 def _work_named(name: str) -> Work:
@@ -71,6 +74,7 @@ def _work_named(name: str) -> Work:
 def _done(work: Work, payload: bytes, limits: SandboxLimits) -> tuple[str, bytes]:
     """Do one piece of work in a child; return why it was not done, or its answer."""
     reading, writing = os.pipe()
+    reason, data = "the host was interrupted", b""
     child = os.fork()
     if child == 0:
         os.close(reading)
@@ -118,17 +122,24 @@ def _limit(limits: SandboxLimits) -> None:
 def _answer(reading: int, child: int, limits: SandboxLimits) -> tuple[str, bytes]:
     """Read until the child has ended, it says too much, or its time is over.
 
-    Its pipe does not end with it where processes that it has left behind hold it open.
+    Its pipe does not end with it where processes that it has left behind hold it open. Who asked
+    says nothing before it has its answer: what can be read from it then is that it has ended.
+
+    Raises:
+        EOFError: Nobody waits for the answer any more.
     """
+    asking = sys.stdin.fileno()
     until_s = time.monotonic() + limits.seconds
     parts: list[bytes] = []
     size, ended = 0, os.pidfd_open(child)
     try:
         while True:
             left_s = max(0.0, until_s - time.monotonic())
-            ready = select.select([reading, ended], [], [], left_s)[0]
+            ready = select.select([reading, ended, asking], [], [], left_s)[0]
             if not ready:
                 return f"it took longer than {limits.seconds:g} s", b""
+            if asking in ready:
+                raise EOFError
             part = os.read(reading, _CHUNK) if reading in ready else b""
             if not part:
                 return "", b"".join(parts)

@@ -28,6 +28,7 @@ class Environment:
         api_url: Address of a registry; ``URZA_API_URL``.
         trusted_keys: Public keys of those whose kernels are read, as text; ``ESPER_TRUSTED_KEYS``,
             which has them or names a file that has. None trusts every kernel that is there.
+        worker_name: Name of a compile worker; ``ESPER_WORKER_NAME``.
         registry_database: Address of a registry's book; ``ESPER_REGISTRY_DATABASE``.
         registry_blobs: Address of a registry's bytes; ``ESPER_REGISTRY_BLOBS``.
         cache_dir: Folder in which what registries gave is kept; ``ESPER_CACHE_DIR``, by default
@@ -44,6 +45,7 @@ class Environment:
     api_token: str | None = field(default=None, repr=False)
     api_url: str | None = None
     trusted_keys: str | None = None
+    worker_name: str | None = None
     registry_database: str | None = field(default=None, repr=False)
     registry_blobs: str | None = None
     cache_dir: Path | None = None
@@ -79,6 +81,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         api_token=_api_token(values),
         api_url=values.get("URZA_API_URL") or None,
         trusted_keys=_trusted_keys(values.get("ESPER_TRUSTED_KEYS", "").strip()),
+        worker_name=values.get("ESPER_WORKER_NAME") or None,
         registry_database=values.get("ESPER_REGISTRY_DATABASE") or None,
         registry_blobs=values.get("ESPER_REGISTRY_BLOBS") or None,
         cache_dir=_cache_dir(values),
