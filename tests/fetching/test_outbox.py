@@ -188,17 +188,18 @@ def test_a_report_is_sent_once_and_behind_its_kernel():
 def test_what_a_killed_run_left_is_sent_by_the_next(tmp_path):
     """Kernels before reports, whatever their names; what arrived is there no more."""
     folder = tmp_path / "outbox"
-    left = Outbox(Answers(DOWN, DOWN), folder=folder, policy=NEVER)
+    left = Outbox(Answers(DOWN, DOWN), folder=folder, address="here", policy=NEVER)
     for each in (field_report(1), parcel(1)):
         left.send(each)
     assert len(left.close()) == 2
     (folder / "torn.report.json").write_text("{")
 
     registry = Answers()
-    box = Outbox(registry)
+    assert Outbox(registry, address="there").adopt(folder) == 0, "it is for another registry"
+    box = Outbox(registry, address="here")
     assert box.adopt(folder) == 2
     assert box.adopt(tmp_path / "nowhere") == 0
     assert box.close() == []
     assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
     assert registry.reports == [(1, field_report(1).report)]
-    assert [path.name for path in folder.iterdir()] == ["torn.report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["address", "torn.report.json"]

@@ -11,9 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
-from esper.contracts.errors import KernelSourceRefused, KernelSourceUnavailable
 from esper.contracts.kernel_reports import FieldReport
 from esper.contracts.reference import is_digest
+from esper.fetching.hitch import Hitch, is_answer
 from esper.resilience.attempt import Done, attempt
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.retry import RetryPolicy
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _REPORT: Final = ".report.json"
+_ADDRESS: Final = "address"
+"""A file that says which registry the others are for."""
 
 PATIENT: Final = RetryPolicy(base_delay_s=1.0, max_delay_s=60.0)
 """How long is waited before a parcel is sent again; how often does not matter here."""
@@ -53,7 +55,7 @@ class Parcel(Protocol):
         operation: What the registry is asked with it.
     """
 
-    operation: RegistryOperation
+    operation: ClassVar[RegistryOperation]
 
     @property
     def digest(self) -> str:
@@ -132,23 +134,6 @@ class ReportParcel:
         registry.report_outcome(self.report)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hitch:
-    """Why a parcel has not arrived.
-
-    Attributes:
-        operation: What the registry was asked.
-        digest: The artifact.
-        error: What the registry answered, or that it did not.
-        is_final: Whether it is not sent again.
-    """
-
-    operation: RegistryOperation
-    digest: str
-    error: Exception
-    is_final: bool
-
-
 class Outbox:
     """Sends parcels to a registry in their order, on a thread that lives while there are any.
 
@@ -158,6 +143,7 @@ class Outbox:
 
     Args:
         registry: Where to.
+        address: Says which registry it is, for :meth:`adopt`; None where none does.
         folder: Keeps what has not arrived, each under its name, for when the process dies; None
             keeps nothing.
         policy: How long is waited before a parcel is sent again.
@@ -169,11 +155,13 @@ class Outbox:
         registry: TakesKernels,
         *,
         folder: Path | None = None,
+        address: str | None = None,
         policy: RetryPolicy = PATIENT,
         clock: Clock | None = None,
     ) -> None:
         self._registry = registry
         self._folder = folder
+        self._address = address
         self._policy = policy
         self._clock = clock or MonotonicClock()
         self._start()
@@ -202,14 +190,17 @@ class Outbox:
                 self._worker.start()
 
     def adopt(self, folder: Path) -> int:
-        """Send what another box, whose process has ended, has left in its folder.
+        """Send what another box has left in its folder, where it was for the same registry.
 
         Kernels go first, since a report is of one that is published. What arrives is taken from
-        there. Nothing is sent of a folder, or of a file in it, that cannot be read.
+        there. Nothing is sent of a folder, or of a file in it, that cannot be read. The other
+        box may be in use: then some parcels are sent twice.
 
         Returns:
             How many parcels were found.
         """
+        if self._address is None or _address_in(folder) != self._address:
+            return 0
         found = [(path, parcel) for path in _files_of(folder) if (parcel := _parcel_in(path))]
         found.sort(key=lambda each: isinstance(each[1], ReportParcel))
         for path, parcel in found:
@@ -270,9 +261,7 @@ class Outbox:
             sent = attempt(lambda: parcel.deliver(self._registry))
             if isinstance(sent, Done):
                 return True
-            is_final = not isinstance(sent.error, KernelSourceUnavailable) or isinstance(
-                sent.error, KernelSourceRefused
-            )
+            is_final = is_answer(sent.error)
             if tries == 0 or is_final:
                 hitch = Hitch(
                     operation=parcel.operation,
@@ -295,6 +284,8 @@ class Outbox:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._address is not None:
+                write_whole(self._folder / _ADDRESS, self._address.encode())
             write_whole(self._folder / parcel.name, parcel.data)
         except OSError as error:
             _LOG.warning("what is on its way to the registry could not be kept: %s", error)
@@ -305,6 +296,8 @@ class Outbox:
         for path in filter(None, (own, left)):
             try:
                 path.unlink(missing_ok=True)
+                if [each.name for each in path.parent.iterdir()] == [_ADDRESS]:
+                    (path.parent / _ADDRESS).unlink()
                 path.parent.rmdir()
             except OSError:
                 pass  # others are still on their way
@@ -315,6 +308,13 @@ def _files_of(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
+
+
+def _address_in(folder: Path) -> str | None:
+    try:
+        return (folder / _ADDRESS).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _parcel_in(path: Path) -> Parcel | None:

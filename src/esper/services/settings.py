@@ -22,6 +22,7 @@ class Environment:
     Attributes:
         run_dir: Folder under which runs are written; ``ESPER_RUN_DIR``, by default ``runs``.
         traceback: Whether errors are shown with their traceback; ``ESPER_TRACEBACK=1``.
+        api_url: Address of the registry that a run takes kernels from; ``URZA_API_URL``.
         api_token: A registry's token; ``URZA_API_TOKEN``, or the first line of the file that
             ``URZA_API_TOKEN_FILE`` names.
         registry_database: Address of a registry's book; ``ESPER_REGISTRY_DATABASE``.
@@ -33,6 +34,7 @@ class Environment:
 
     run_dir: Path = Path("runs")
     traceback: bool = False
+    api_url: str | None = None
     api_token: str | None = field(default=None, repr=False)
     registry_database: str | None = field(default=None, repr=False)
     registry_blobs: str | None = None
@@ -67,6 +69,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         run_dir=run_dir,
         traceback=traceback == "1",
+        api_url=values.get("URZA_API_URL") or None,
         api_token=_api_token(values),
         registry_database=values.get("ESPER_REGISTRY_DATABASE") or None,
         registry_blobs=values.get("ESPER_REGISTRY_BLOBS") or None,
