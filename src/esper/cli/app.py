@@ -208,7 +208,7 @@ def grow(
 
 
 def _registry_of(address: str | None, environment: Environment) -> Registry | None:
-    """Return the registry that a run is given; None where neither option nor environment has one."""
+    """Return the registry that a run is given, by option or environment; None without one."""
     address = address or environment.api_url
     if address is None:
         return None
