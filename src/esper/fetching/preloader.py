@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Final, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from esper.contracts.errors import KernelNotFoundError
 from esper.fetching.hitch import Hitch, is_answer
@@ -103,7 +103,6 @@ class AtHand:
     entry: RegistryEntry | None
 
 
-@final
 class Preloader:
     """Asks and fetches on a thread of its own, which lives while there is something to do.
 

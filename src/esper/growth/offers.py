@@ -73,6 +73,7 @@ class Offers:
         self._taken: tuple[CompiledKernelArtifact, ...] = ()
         self._names: dict[str, tuple[str, ...]] = {}
         self._asked_at: int | None = None
+        self._was_likely = False
 
     def look(self, run: GrowthRun, reading: Reading) -> None:
         """Ask what fits, where that is not known, and fetch where growth is likely.
@@ -82,8 +83,11 @@ class Offers:
         preloader = self._preloader
         if preloader is None:
             return
-        preloader.expect(is_likely=outlook_of(run.policy, reading) >= LIKELY)
-        if self._asked_at != run.num_decisions or not preloader.has_answers:
+        is_likely = outlook_of(run.policy, reading) >= LIKELY
+        is_news = is_likely and not self._was_likely  # reports may have come since it was asked
+        self._was_likely = is_likely
+        preloader.expect(is_likely=is_likely)
+        if is_news or self._asked_at != run.num_decisions or not preloader.has_answers:
             self._asked_at = run.num_decisions
             preloader.ask(_questions(run))
 
