@@ -170,12 +170,20 @@ def _said_of_overhead(
 
 
 def _opened(registry: Registry | str | Path | None) -> Registry | None:
-    """Return a registry that may have been given by its address."""
+    """Return a registry that may have been given by its address.
+
+    Raises:
+        ValueError: It is no address, or that of a directory of a newer Esper.
+    """
     if registry is None or not isinstance(registry, (str, os.PathLike)):
         return registry
     from esper.registry.open import open_registry  # a database comes with it: where it is needed
 
-    return open_registry(registry)
+    try:
+        return open_registry(registry)
+    except ValueError as error:
+        msg = f"registry={str(registry)!r} cannot be opened: {error}"
+        raise ValueError(msg) from error
 
 
 def _offers(
