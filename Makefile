@@ -10,7 +10,8 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks torture
+.PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks \
+	bench-preloading torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +61,9 @@ bench-growth: venv ## Measure what growing brings, in hours, going on where it s
 
 bench-peers: venv ## Run what peers' users complain of on them and on Esper; writes docs/peers.md
 	$(BIN)/python benchmarks/beside/run.py $(ARGS)
+
+bench-preloading: venv ## Measure how many of a registry's kernels are at hand when they are asked for
+	$(BIN)/python benchmarks/preloading.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
 	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)

@@ -49,6 +49,16 @@ def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
     assert unsaid == []
 
 
+@pytest.mark.slow
+def test_what_is_asked_for_is_at_hand(load):
+    """At least 80 % of loads, for at most twice their bytes; bytes spent at random find little."""
+    found = load("preloading").measured(40, random_seed=1)
+    assert found["loads"] >= 100
+    assert found["found"] >= 0.8
+    assert found["bytes_fetched_over_used"] <= 2.0
+    assert found["found_at_random"] < 0.4, "the control finds its kernels as well"
+
+
 def test_document_is_what_the_kept_results_generate(load):
     """`docs/benchmarks.md` holds the figures of `benchmarks/results/`, and no other."""
     assert (ROOT / "docs" / "benchmarks.md").read_text() == load("document").as_markdown()
@@ -89,3 +99,14 @@ def test_ratio_is_of_the_fastest_rounds(load):
     assert figure.value == 2.0
     assert figure.spread is not None
     assert figure.spread[1] > 3.0
+
+
+def test_the_document_of_registries_has_the_figures_that_were_kept():
+    """What is said of kernels at hand is what the last run of the benchmark wrote."""
+    kept = BENCHMARKS / "results" / "preloading" / "simulated.json"
+    figures = json.loads(kept.read_text(encoding="utf-8"))
+    said = (ROOT / "docs" / "registry.md").read_text(encoding="utf-8")
+    assert f"of {figures['runs']} simulated runs" in said
+    assert f"{figures['found']:.1%}".replace("%", " %") in said
+    assert f"{figures['bytes_fetched_over_used']:.2f} times the bytes" in said
+    assert f"{figures['found_at_random']:.1%}".replace("%", " %") in said

@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from esper.contracts.errors import KernelCorruptError, KernelSourceRefused, KernelSourceUnavailable
-from esper.fetching.outbox import Outbox, Parcel
+from esper.contracts.kernel_reports import FieldReport
+from esper.fetching.outbox import KernelParcel, Outbox, ReportParcel
 from esper.resilience.retry import RetryPolicy
 
 AT_ONCE = RetryPolicy(base_delay_s=0.0, max_delay_s=0.0)
@@ -18,7 +19,7 @@ class Answers:
 
     def __init__(self, *errors):
         self.errors = list(errors)
-        self.taken, self.threads = [], []
+        self.taken, self.threads, self.reports = [], [], []
 
     def put(self, data, *, digest, record):
         self.threads.append(threading.current_thread())
@@ -26,6 +27,11 @@ class Answers:
             raise self.errors.pop(0)
         self.taken.append((digest, data, record))
         return digest
+
+    def report_outcome(self, report):
+        if self.errors:
+            raise self.errors.pop(0)
+        self.reports.append((len(self.taken), report))
 
 
 class Held(Answers):
@@ -42,7 +48,27 @@ class Held(Answers):
 
 
 def parcel(number):
-    return Parcel(digest=f"{number:064x}", data=bytes([number]), record={"number": number})
+    return KernelParcel(digest=f"{number:064x}", data=bytes([number]), record={"number": number})
+
+
+def field_report(graft):
+    return ReportParcel(
+        report=FieldReport(
+            artifact_id=parcel(1).digest,
+            blueprint_digest="1" * 64,
+            run_id="run",
+            graft_id=str(graft),
+            site_kind="linear",
+            in_features=4,
+            out_features=4,
+            metric="gate loss",
+            unit="relative",
+            contribution=0.1,
+            standard_error=0.01,
+            num_looks=9,
+            verdict="fossilized",
+        )
+    )
 
 
 def test_parcels_arrive_in_their_order_on_another_thread():
@@ -77,7 +103,7 @@ def test_sending_does_not_wait_and_closing_gives_up():
     box.send(parcel(2))
     assert registry.entered.wait(10)
 
-    assert box.close(timeout_s=0.01) == [parcel(1).digest, parcel(2).digest]
+    assert box.close(timeout_s=0.01) == [parcel(1), parcel(2)]
     registry.go.set()
 
 
@@ -133,7 +159,7 @@ def test_what_has_not_arrived_is_in_the_folder(tmp_path):
     box = Outbox(Answers(DOWN, DOWN, DOWN), folder=folder, policy=NEVER)
     for number in (2, 3):
         box.send(parcel(number))
-    assert box.close() == [parcel(2).digest, parcel(3).digest]
+    assert box.close() == [parcel(2), parcel(3)]
     for number in (2, 3):
         assert (folder / parcel(number).digest).read_bytes() == parcel(number).data
 
@@ -146,3 +172,34 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(tmp_path):
     box.send(parcel(1))
     assert box.close() == []
     assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
+
+
+def test_a_report_is_sent_once_and_behind_its_kernel():
+    """Equal run and graft is the same report, whatever else it says."""
+    registry = Answers()
+    box = Outbox(registry)
+    for each in (parcel(1), field_report(1), field_report(1), field_report(2)):
+        box.send(each)
+
+    assert box.close() == []
+    assert registry.reports == [(1, field_report(1).report), (1, field_report(2).report)]
+
+
+def test_what_a_killed_run_left_is_sent_by_the_next(tmp_path):
+    """Kernels before reports, whatever their names; what arrived is there no more."""
+    folder = tmp_path / "outbox"
+    left = Outbox(Answers(DOWN, DOWN), folder=folder, address="here", policy=NEVER)
+    for each in (field_report(1), parcel(1)):
+        left.send(each)
+    assert len(left.close()) == 2
+    (folder / "torn.report.json").write_text("{")
+
+    registry = Answers()
+    assert Outbox(registry, address="there").adopt(folder) == 0, "it is for another registry"
+    box = Outbox(registry, address="here")
+    assert box.adopt(folder) == 2
+    assert box.adopt(tmp_path / "nowhere") == 0
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
+    assert registry.reports == [(1, field_report(1).report)]
+    assert sorted(path.name for path in folder.iterdir()) == ["address", "torn.report.json"]

@@ -230,3 +230,37 @@ def test_settings_outside_their_range_are_refused(setting):
     """A setting that means nothing is a caller's mistake."""
     with pytest.raises(ValueError, match="got"):
         Detector(**setting)
+
+
+def outlook(gate, *, horizon=None, last=None, packages=1):
+    detector, now = feed(gate)
+    return detector.outlook(
+        Reading(update=now, horizon=horizon, last_change_update=last, num_packages=packages)
+    )
+
+
+def test_growth_is_near_where_returns_are_and_far_while_a_run_improves():
+    """1 where it is due; twice the fall that is too little is a half; again far once it falls."""
+    plateau = saturating(40)
+    assert outlook(plateau) == 1.0
+    assert outlook(plateau[:4]) == 0.0, "there is nothing to go by yet"
+    assert 0.0 < outlook(saturating(7)) < 0.5
+    falls_again = [plateau[-1] - 0.2 * i for i in range(1, 8)]
+    assert outlook(plateau + falls_again) < 0.5
+
+
+def test_growth_is_due_before_the_first_package_and_never_at_the_end():
+    """A run of known length has its first package by the calendar, and none in its last fifth."""
+    falling = [10.0 - i for i in range(8)]
+    assert outlook(falling, horizon=10_000, packages=0) == 1.0
+    assert outlook(falling, horizon=10_000, last=100) < 0.5
+    assert outlook(saturating(40), horizon=800) == 0.0
+    overfits = [3.0 - 0.1 * i for i in range(15)] + [1.6 + 0.2 * i for i in range(10)]
+    detector, now = feed(overfits, train=[3.0 - 0.1 * i for i in range(25)])
+    assert detector.outlook(Reading(update=now)) == 0.0
+
+
+def test_a_deadline_comes_nearer():
+    """Half of it is half."""
+    falling = [10.0 - i for i in range(11)]
+    assert outlook(falling, horizon=1_000, last=0) == pytest.approx(0.5)

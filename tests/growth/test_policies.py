@@ -18,6 +18,7 @@ from esper.growth.policies import (
     Never,
     Policy,
     choices_of,
+    outlook_of,
 )
 from esper.growth.ranking import FirstOrderGain, GradientNorm, RandomChoice
 from esper.growth.reading import Choice, Decision, Reading
@@ -326,3 +327,16 @@ def test_a_policy_that_was_used_before_begins_anew():
     policy.germinated(480, None)
     assert not policy.decide(Reading(update=10, horizon=500)).grow
     assert policy.decide(Reading(update=20, horizon=500)).grow
+
+
+def test_a_policy_says_how_near_its_yes_is():
+    """Of any the nearest, of all the farthest; who says nothing may say yes at any time."""
+    reading = Reading(update=25)
+    every, silent = EveryN(100), type("Silent", (Policy,), {"decide": None})()
+    assert outlook_of(every, reading) == 0.25
+    assert outlook_of(EveryN(10), reading) == 1.0
+    assert outlook_of(EveryN(10), Reading(update=90, horizon=100)) == 0.0
+    assert outlook_of(silent, reading) == outlook_of(object(), reading) == 1.0
+    assert outlook_of(Never(), reading) == outlook_of(ByHand([]), reading) == 0.0
+    assert outlook_of(AnyOf(Never(), every), reading) == 0.25
+    assert outlook_of(AllOf(Never(), every), reading) == 0.0

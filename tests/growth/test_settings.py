@@ -150,7 +150,7 @@ def test_settings_are_given_one_by_one():
         ("budget", {"packages": 3}, r"budget is an esper\.Budget"),
         ("run_dir", 3, "run_dir is a path"),
         ("policy", object(), r"policy has the method observe\(\); object has none"),
-        ("registry", "kernels/", r"has none; esper\.open_registry\(folder\) opens one"),
+        ("registry", 3, r"has none; esper\.open_registry\(address\) opens one"),
         ("clock", GrowthSettings, "clock is an object, got the class GrowthSettings"),
     ],
 )

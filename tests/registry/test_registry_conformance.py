@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -331,6 +332,72 @@ def test_one_entry_is_what_a_search_says_of_it(registry):
     assert registry.entry(digest) == registry.search(limit=1)[0]
     with pytest.raises(KernelNotFoundError):
         registry.entry(NOBODY)
+
+
+LUCKY, STEADY, UNKNOWN, USELESS = range(4)
+
+
+def with_reports(registry):
+    """Publish four kernels, and report of three: one lucky run, many good ones, many bad ones."""
+    digests = [registry.put(artifact(number)) for number in range(4)]
+    for number, contributions in {
+        LUCKY: [0.20],
+        STEADY: [0.05, 0.07, 0.06, 0.05, 0.07, 0.06],
+        USELESS: [-0.02, -0.03, -0.02],
+    }.items():
+        for i, contribution in enumerate(contributions):
+            error = 0.08 if number == LUCKY else 0.01
+            told = {"contribution": contribution, "standard_error": error}
+            registry.report_outcome(field_report(digests[number], run_id=f"{number}-{i}", **told))
+    return digests
+
+
+def test_what_has_worked_comes_first(registry):
+    """By the lower bound of the pooled effect; by the mean, one lucky report would lead."""
+    digests = with_reports(registry)
+    found = registry.search(order="proven")
+
+    assert [e.digest for e in found] == [digests[i] for i in (STEADY, LUCKY, UNKNOWN, USELESS)]
+    steady, lucky, unknown, useless = (entry.standing for entry in found)
+    assert steady.lower > 0 > lucky.lower
+    assert (steady.num_runs, lucky.num_runs, useless.num_runs) == (6, 1, 3)
+    assert unknown is None
+    assert useless.effect < 0 < steady.standard_error < lucky.standard_error
+
+    by_mean = sorted(
+        (digests[LUCKY], digests[STEADY]),
+        key=lambda d: -statistics.fmean(r.contribution for r in registry.outcomes(d)),
+    )
+    assert by_mean[0] == digests[LUCKY], "the control orders by luck"
+
+
+def test_what_has_worked_comes_in_pages(registry):
+    """Everything once, in the order of one page that has room for all."""
+    with_reports(registry)
+    whole, after, pages = registry.search(order="proven"), None, []
+    while page := registry.search(order="proven", limit=1, after=after):
+        pages += page
+        after = page[-1].number
+    assert pages == whole
+
+
+def test_a_standing_is_of_the_kind_of_site_that_is_asked_for(registry):
+    """What has worked at linear layers is not known to work at a norm."""
+    digest = registry.put(artifact(1))
+    registry.report_outcome(field_report(digest, contribution=0.1))
+    (at_linear,) = registry.search(kind="linear", order="proven")
+    (at_norm,) = registry.search(kind="norm", order="proven")
+    assert at_linear.standing.num_runs == 1
+    assert at_norm.standing is None
+
+
+def test_a_report_is_about_the_blueprint_of_its_artifact(registry):
+    """What a report says of a blueprint that its artifact is not made of moves nothing."""
+    mine, other = registry.put(artifact(1)), registry.put(artifact(2))
+    registry.report_outcome(field_report(mine, blueprint_digest=f"{2:064x}", contribution=-0.5))
+    found = {entry.digest: entry.standing for entry in registry.search()}
+    assert found[other] is None
+    assert found[mine].effect < 0
 
 
 def test_validations_are_kept(registry):

@@ -11,9 +11,11 @@ from esper.contracts.errors import KernelCorruptError
 from esper.contracts.ports import TagMove
 from esper.contracts.signature import KernelSignature
 from esper.registry import schema
+from esper.registry.book_artifacts import Artifacts
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.disk import Disk
 from esper.registry.sqlite_database import SqliteFile, SqliteMemory
+from esper.registry.standings import EVERY_KIND
 
 SCHEMAS = Path(__file__).parent / "schemas"
 FIRST = artifact_format.digest_of(artifact(1))
@@ -77,6 +79,22 @@ def test_every_older_directory_takes_what_today_s_takes(version, tmp_path):
     )
     assert registry.book.database.version() == schema.VERSION
     registry.close()
+
+
+def test_outcomes_of_version_2_are_pooled_when_it_is_opened(tmp_path):
+    """What was reported before search knew an order by it counts all the same."""
+    index = sqlite3.connect(tmp_path / "index.sqlite")
+    index.executescript((SCHEMAS.parent / "reported_2.sql").read_text(encoding="utf-8"))
+    index.close()
+    database = SqliteFile(tmp_path / "index.sqlite", Disk())
+
+    assert schema.migrate(database) == 2
+    for kind in ("linear", EVERY_KIND):
+        found = Artifacts(database).search(
+            {"kind": kind} if kind else {}, limit=None, after=None, order="proven"
+        )
+        assert [(e.digest == FIRST, e.standing.num_runs) for e in found[:1]] == [(True, 2)]
+    database.close()
 
 
 def test_migrating_is_done_once(older):

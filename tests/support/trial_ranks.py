@@ -239,7 +239,7 @@ class Counting(MemoryRegistry):
 
     def __init__(self):
         super().__init__()
-        self.num_puts = self.num_fetches = 0
+        self.num_puts = self.num_fetches = self.num_searches = 0
         site = esper.SiteSpec(kind="linear", in_features=4, out_features=8)
         blueprint = esper.default_catalog().named("mlp-4x8-w32", site, where="'0'")
         artifact = esper.compile_blueprint(blueprint)
@@ -250,6 +250,10 @@ class Counting(MemoryRegistry):
     def put(self, data, **given):
         self.num_puts += 1
         return super().put(data, **given)
+
+    def search(self, **asked):
+        self.num_searches += 1
+        return super().search(**asked)
 
     def fetch(self, digest):
         self.num_fetches += 1
@@ -277,6 +281,25 @@ def one_rank_compiles_and_publishes_a_kernel_for_all():
         report = grower.report()
     assert registry.num_puts == (1 if dist.get_rank() == 0 else 0)
     assert_alike([graft.artifact_id for graft in report.grafts])
+
+
+def one_rank_asks_what_fits_for_all():
+    """What the first one has at hand at the decision, both rank and try; the other never asks."""
+    run, registry = replicated(), Counting()
+    options = {"catalog": esper.Catalog(entries=()), "policy": esper.EveryN(30), "budget": WIDE}
+    with grower_of(run, registry=registry, **options) as grower:
+        first, *others = own_batches(70)
+        run.update(first, grower)
+        preloader = grower._run.offers._preloader
+        if preloader is not None:
+            with preloader._changed:
+                assert preloader._changed.wait_for(lambda: preloader._worker is None, 20)
+        for batch in others:
+            run.update(batch, grower)
+    assert [graft.artifact_id for graft in grower.report().grafts] == [registry.digest]
+    is_first = dist.get_rank() == 0
+    assert (registry.num_searches > 0, registry.num_fetches) == (is_first, int(is_first))
+    assert_ranks_agree(run.model)
 
 
 def a_kernel_that_does_not_come_stops_all():
@@ -431,6 +454,7 @@ CASES = {
         a_measure_that_fails_on_one_rank_stops_all,
         one_rank_fetches_a_kernel_for_all,
         one_rank_compiles_and_publishes_a_kernel_for_all,
+        one_rank_asks_what_fits_for_all,
         a_kernel_that_does_not_come_stops_all,
         shares_of_the_held_out_data_are_put_together,
         running_statistics_apart_are_no_more_samples,

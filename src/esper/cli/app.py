@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from esper.contracts.events import Event
+    from esper.contracts.ports import Registry
     from esper.contracts.report import DemoReport, RunReport
     from esper.services.run_job import JobRun
+    from esper.services.settings import Environment
 
 ENVIRONMENT: Final = (
     "Environment: ESPER_RUN_DIR is the folder under which runs are written (by default `runs`); "
-    "ESPER_TRACEBACK=1 shows an error with its whole traceback."
+    "ESPER_TRACEBACK=1 shows an error with its whole traceback; URZA_API_URL is the registry of "
+    "`esper grow`, URZA_API_TOKEN its token."
 )
 
 app = typer.Typer(
@@ -79,6 +82,15 @@ BudgetLimits = Annotated[
         metavar="LIMIT",
         help="What growth may add: a share of the host's parameters (0.2), or a limit of "
         "esper.Budget by name (packages=2, flops=none); may be repeated.",
+    ),
+]
+RegistryAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        metavar="ADDRESS",
+        help="Take kernels from there and publish there: a directory, or http(s):// of a server. "
+        "By default URZA_API_URL.",
     ),
 ]
 Control = Annotated[
@@ -161,6 +173,7 @@ def grow(
     overhead: Overhead = None,
     random_seed: RandomSeed = None,
     budget: BudgetLimits = None,
+    registry: RegistryAddress = None,
     control: Control = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Train your own job and grow its model where the evidence allows it."""
@@ -176,10 +189,12 @@ def grow(
             random_seed=random_seed,
             budget=parse_budget(budget or ()),
             control=control,
+            registry=_registry_of(registry, environment),
         )
         _see_working_folder()
         with (
             _settings_said(),
+            closing(options.registry) if options.registry else nullcontext(),
             ProgressDisplay(console(stderr=True), MonotonicClock()) as display,
         ):
             run = run_job(
@@ -190,6 +205,15 @@ def grow(
                 on_held=_ask_for_patience,
             )
         _tell(run)
+
+
+def _registry_of(address: str | None, environment: Environment) -> Registry | None:
+    """Return the registry that a run is given, by option or environment; None without one."""
+    if address is None and environment.api_url is None:
+        return None
+    from esper.services.registry_client import open_named
+
+    return open_named(address, environment, makes=True)
 
 
 def _tell(run: JobRun) -> None:

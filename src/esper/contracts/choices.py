@@ -38,8 +38,9 @@ SeedState = Literal[
 """The name of a ``SeedLifecycleState`` in files, in the order of its values."""
 SEED_STATES: Final[tuple[SeedState, ...]] = get_args(SeedState)
 
-RegistryOperation = Literal["put", "fetch"]
-"""What a registry was asked that did not answer: to publish a kernel, or for one."""
+RegistryOperation = Literal["put", "fetch", "search", "report"]
+"""What a registry was asked that did not answer: to publish a kernel, for one, which ones there
+are, or to take a field report."""
 REGISTRY_OPERATIONS: Final[tuple[RegistryOperation, ...]] = get_args(RegistryOperation)
 
 GraftVerdict = Literal[

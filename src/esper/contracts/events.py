@@ -480,8 +480,9 @@ class RegistryUnavailable(Event):
     """A registry did not answer; the run went on without, and it is asked again.
 
     Attributes:
-        operation: What was asked: ``"put"`` to publish a kernel, ``"fetch"`` to have one.
-        artifact_id: The sha256 of the kernel's bytes.
+        operation: What was asked: ``"put"`` to publish a kernel, ``"fetch"`` to have one,
+            ``"search"`` which ones fit, ``"report"`` to take a field report.
+        artifact_id: The sha256 of the kernel's bytes; empty for a search.
         reason: What came in place of an answer.
     """
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from esper.contracts.events import Event
     from esper.contracts.kernel_reports import Deprecation, FieldReport, ValidationReport
     from esper.contracts.signature import KernelSignature
+    from esper.contracts.standing import Standing
 
 
 class KernelSource(Protocol):
@@ -81,6 +82,8 @@ class RegistryEntry:
         published_at_s: When, in seconds since 1970 by the registry's clock; None where it was
             published before that was kept.
         deprecation: Why it should not be used any more; None where it may be.
+        standing: How kernels of its blueprint have done in the field, at sites of the kind that
+            was asked for; None where nobody has reported.
     """
 
     digest: str
@@ -91,6 +94,7 @@ class RegistryEntry:
     number: int
     published_at_s: float | None = None
     deprecation: Deprecation | None = None
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +156,14 @@ class SearchCriteria(TypedDict, total=False):
     deprecated: bool
 
 
-SearchOrder = Literal["oldest", "newest"]
-"""Which of what was found comes first, by when it was published."""
+SearchOrder = Literal["oldest", "newest", "proven"]
+"""Which of what was found comes first.
+
+``"oldest"`` and ``"newest"`` go by when it was published. ``"proven"`` goes by what field reports
+of its blueprint say, at sites of the ``kind`` that is asked for: first those whose pooled effect
+is above 0, then those of which nothing is known, then the others; within each by the lower bound
+of the effect, the highest first. See :mod:`esper.contracts.standing`.
+"""
 
 ANY: Final = "any"
 """For ``expected=``: wherever a tag points, and if it is not there."""
@@ -232,8 +242,10 @@ class Registry(KernelSource, RangedSource, Protocol):
 
         Args:
             limit: Most entries that are returned, at least 1; None for all of them.
-            after: ``number`` of the last entry of the page before, in the same order.
-            order: ``"oldest"`` or ``"newest"`` first.
+            after: ``number`` of the last entry of the page before, in the same order. A report that
+                comes meanwhile moves what is ``"proven"``, so that one page may have what another
+                had, or miss it.
+            order: See :data:`SearchOrder`.
             criteria: See :class:`SearchCriteria`.
 
         Raises:

@@ -341,6 +341,19 @@ def _switch_lines(trial: TrialRecord) -> Iterator[str]:
         yield f"     going back cost {trial.updates_lost:,} updates"
 
 
+def registry_lines(grafts: Sequence[GraftRecord]) -> Iterator[str]:
+    """Yield which kernels of a run came from a registry; nothing where none did.
+
+    Args:
+        grafts: All grafts of the run.
+    """
+    theirs = [graft for graft in grafts if graft.is_of_a_registry]
+    if theirs:
+        yield f"Kernels from a registry: {len({graft.artifact_id for graft in theirs})}"
+    for graft in theirs:
+        yield f"  graft {graft.graft}, {graft.blueprint}: digest {graft.artifact_id}"
+
+
 def graft_lines(graft: GraftRecord) -> Iterator[str]:
     """Yield what is known of a graft, in plain lines."""
     package = "" if graft.package is None else f", package {graft.package}"

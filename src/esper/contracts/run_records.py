@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         TrialVerdict,
     )
 
+DIGEST_SHOWN: Final = 12
+"""Letters of a digest in the name of a registry's kernel."""
+
 BEYOND_LUCK: Final = 1.645
 """Standard errors that a difference has to exceed, one-sided at 5 %, where no test was made."""
 
@@ -104,6 +107,12 @@ class GraftRecord(Extensible):
     updates_lost: int = 0
     folded: bool | None = None
     package: int | None = None
+
+    @property
+    def is_of_a_registry(self) -> bool:
+        """Whether its kernel came from a registry: then its name ends as its digest begins."""
+        shown = self.artifact_id[:DIGEST_SHOWN]
+        return bool(shown) and self.blueprint.endswith(f".{shown}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from esper.contracts.report_text import (
     of_single_grafts,
     of_stages,
     of_untried,
+    registry_lines,
     stage_text,
     trial_lines,
     with_error,
@@ -450,6 +451,7 @@ def _parts_lines(report: RunReport) -> Iterator[str]:
         yield f"Grafts: {len(report.grafts) or 'none'}"
         for graft in report.grafts:
             yield from graft_lines(graft)
+        yield from registry_lines(report.grafts)
     if report.stages:
         yield f"Stages of depth: {len(report.stages)}"
         for stage in report.stages:

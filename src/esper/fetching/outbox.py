@@ -1,16 +1,19 @@
-"""Publishing beside a run: what was compiled goes to a registry when the registry takes it."""
+"""Sending beside a run: kernels and field reports go to a registry when the registry takes them."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
 import logging
 import os
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
-from esper.contracts.errors import KernelSourceRefused, KernelSourceUnavailable
+from esper.contracts.kernel_reports import FieldReport
+from esper.contracts.reference import is_digest
+from esper.fetching.hitch import Hitch, is_answer
 from esper.resilience.attempt import Done, attempt
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.retry import RetryPolicy
@@ -20,24 +23,62 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from esper.contracts.choices import RegistryOperation
     from esper.contracts.ports import Clock
 
 _LOG = logging.getLogger(__name__)
+
+_REPORT: Final = ".report.json"
+_ADDRESS: Final = "address"
+"""A file that says which registry the others are for."""
 
 PATIENT: Final = RetryPolicy(base_delay_s=1.0, max_delay_s=60.0)
 """How long is waited before a parcel is sent again; how often does not matter here."""
 
 
 class TakesKernels(Protocol):
-    """What of a registry an outbox needs."""
+    """What of a registry an outbox needs; see :class:`~esper.contracts.ports.Registry`."""
 
     def put(self, data: bytes, *, digest: str, record: Mapping[str, object] | None) -> str:
-        """Publish an artifact; see :class:`~esper.contracts.ports.Registry`."""
+        """Publish an artifact."""
+        ...
+
+    def report_outcome(self, report: FieldReport) -> None:
+        """Keep what a graft brought."""
+        ...
+
+
+class Parcel(Protocol):
+    """Something on its way to a registry, which may be sent any number of times.
+
+    Attributes:
+        operation: What the registry is asked with it.
+    """
+
+    operation: ClassVar[RegistryOperation]
+
+    @property
+    def digest(self) -> str:
+        """The artifact that it is, or is about."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What it is called among all parcels, and the name of its file."""
+        ...
+
+    @property
+    def data(self) -> bytes:
+        """What is kept of it in a file."""
+        ...
+
+    def deliver(self, registry: TakesKernels) -> None:
+        """Hand it over; raises what the registry raises."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
+class KernelParcel:
     """An artifact on its way.
 
     Attributes:
@@ -46,36 +87,64 @@ class Parcel:
         record: What is kept beside it.
     """
 
+    operation: ClassVar[RegistryOperation] = "put"
     digest: str
     data: bytes
     record: Mapping[str, object] | None
 
+    @property
+    def name(self) -> str:
+        """Its digest."""
+        return self.digest
+
+    def deliver(self, registry: TakesKernels) -> None:
+        """Publish it."""
+        registry.put(self.data, digest=self.digest, record=self.record)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hitch:
-    """Why a parcel has not arrived.
+class ReportParcel:
+    """A field report on its way.
 
     Attributes:
-        digest: The artifact.
-        error: What the registry answered, or that it did not.
-        is_final: Whether it is not sent again.
+        report: The report.
     """
 
-    digest: str
-    error: Exception
-    is_final: bool
+    operation: ClassVar[RegistryOperation] = "report"
+    report: FieldReport
+
+    @property
+    def digest(self) -> str:
+        """The artifact that it is about."""
+        return self.report.artifact_id
+
+    @property
+    def name(self) -> str:
+        """Of run and graft, which say which report it is."""
+        both = f"{self.report.run_id}\n{self.report.graft_id}".encode()
+        return f"{hashlib.sha256(both).hexdigest()}{_REPORT}"
+
+    @property
+    def data(self) -> bytes:
+        """Its JSON."""
+        return json.dumps(self.report.to_document(), sort_keys=True).encode()
+
+    def deliver(self, registry: TakesKernels) -> None:
+        """Report it."""
+        registry.report_outcome(self.report)
 
 
 class Outbox:
-    """Sends artifacts to a registry in their order, on a thread that lives while there are any.
+    """Sends parcels to a registry in their order, on a thread that lives while there are any.
 
     A registry that does not answer is asked again, after a wait that doubles up to a minute; one
-    that refuses an artifact is not asked for that one again. In a forked process the box is empty:
-    what was in it is the parent's to send.
+    that refuses a parcel is not asked for that one again. In a forked process the box is empty:
+    what was in it is the parent's to send. A registry takes a parcel twice as it takes it once.
 
     Args:
         registry: Where to.
-        folder: Keeps what has not arrived, each under its digest, for when the process dies; None
+        address: Says which registry it is, for :meth:`adopt`; None where none does.
+        folder: Keeps what has not arrived, each under its name, for when the process dies; None
             keeps nothing.
         policy: How long is waited before a parcel is sent again.
         clock: Measures how long closing may take.
@@ -86,11 +155,13 @@ class Outbox:
         registry: TakesKernels,
         *,
         folder: Path | None = None,
+        address: str | None = None,
         policy: RetryPolicy = PATIENT,
         clock: Clock | None = None,
     ) -> None:
         self._registry = registry
         self._folder = folder
+        self._address = address
         self._policy = policy
         self._clock = clock or MonotonicClock()
         self._start()
@@ -99,23 +170,43 @@ class Outbox:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._parcels: deque[Parcel] = deque()
-        self._digests: set[str] = set()
+        self._names: set[str] = set()
         self._hitches: deque[Hitch] = deque()
+        self._left_by_others: dict[str, Path] = {}
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
     def send(self, parcel: Parcel) -> None:
-        """Take an artifact, unless it is on its way or there; never waits."""
+        """Take a parcel, unless it is on its way or there; never waits."""
         if self._pid != os.getpid():
             self._start()
         with self._changed:
-            if parcel.digest in self._digests:
+            if parcel.name in self._names:
                 return
-            self._digests.add(parcel.digest)
+            self._names.add(parcel.name)
             self._parcels.append(parcel)
             if self._worker is None and not self._is_closed:
                 self._worker = threading.Thread(target=self._work, name="esper outbox", daemon=True)
                 self._worker.start()
+
+    def adopt(self, folder: Path) -> int:
+        """Send what another box has left in its folder, where it was for the same registry.
+
+        Kernels go first, since a report is of one that is published. What arrives is taken from
+        there. Nothing is sent of a folder, or of a file in it, that cannot be read. The other
+        box may be in use: then some parcels are sent twice.
+
+        Returns:
+            How many parcels were found.
+        """
+        if self._address is None or _address_in(folder) != self._address:
+            return 0
+        found = [(path, parcel) for path in _files_of(folder) if (parcel := _parcel_in(path))]
+        found.sort(key=lambda each: isinstance(each[1], ReportParcel))
+        for path, parcel in found:
+            self._left_by_others[parcel.name] = path
+            self.send(parcel)
+        return len(found)
 
     def hitches(self) -> list[Hitch]:
         """Return what went wrong since the last call: of each parcel the first time and the end."""
@@ -124,11 +215,11 @@ class Outbox:
             found.append(self._hitches.popleft())
         return found
 
-    def close(self, timeout_s: float = 5.0) -> list[str]:
+    def close(self, timeout_s: float = 5.0) -> list[Parcel]:
         """Try once more what is left, for so many seconds, and send nothing after that.
 
         Returns:
-            The digests of what has not arrived; with a folder, it is there.
+            What has not arrived; with a folder, it is there.
         """
         until_s = self._clock.now() + timeout_s
         with self._changed:
@@ -140,7 +231,7 @@ class Outbox:
             left = list(self._parcels)
         for parcel in left:
             self._keep(parcel)
-        return [parcel.digest for parcel in left]
+        return left
 
     def _work(self) -> None:
         """Send until nothing is left; the next parcel starts another thread."""
@@ -167,18 +258,17 @@ class Outbox:
         tries = 0
         while True:
             was_closed = self._is_closed
-            sent = attempt(
-                functools.partial(
-                    self._registry.put, parcel.data, digest=parcel.digest, record=parcel.record
-                )
-            )
+            sent = attempt(lambda: parcel.deliver(self._registry))
             if isinstance(sent, Done):
                 return True
-            is_final = not isinstance(sent.error, KernelSourceUnavailable) or isinstance(
-                sent.error, KernelSourceRefused
-            )
+            is_final = is_answer(sent.error)
             if tries == 0 or is_final:
-                hitch = Hitch(digest=parcel.digest, error=sent.error, is_final=is_final)
+                hitch = Hitch(
+                    operation=parcel.operation,
+                    digest=parcel.digest,
+                    error=sent.error,
+                    is_final=is_final,
+                )
                 self._hitches.append(hitch)
             if is_final:
                 return True
@@ -194,15 +284,47 @@ class Outbox:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._folder / parcel.digest, parcel.data)
+            if self._address is not None:
+                write_whole(self._folder / _ADDRESS, self._address.encode())
+            write_whole(self._folder / parcel.name, parcel.data)
         except OSError as error:
-            _LOG.warning("a kernel on its way to the registry could not be kept: %s", error)
+            _LOG.warning("what is on its way to the registry could not be kept: %s", error)
 
     def _discard(self, parcel: Parcel) -> None:
-        if self._folder is None:
-            return
-        try:
-            (self._folder / parcel.digest).unlink(missing_ok=True)
-            self._folder.rmdir()
-        except OSError:
-            pass  # others are still on their way
+        left = self._left_by_others.pop(parcel.name, None)
+        own = None if self._folder is None else self._folder / parcel.name
+        for path in filter(None, (own, left)):
+            try:
+                path.unlink(missing_ok=True)
+                if [each.name for each in path.parent.iterdir()] == [_ADDRESS]:
+                    (path.parent / _ADDRESS).unlink()
+                path.parent.rmdir()
+            except OSError:
+                pass  # others are still on their way
+
+
+def _files_of(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _address_in(folder: Path) -> str | None:
+    try:
+        return (folder / _ADDRESS).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _parcel_in(path: Path) -> Parcel | None:
+    """Return the parcel that a file keeps; None where it keeps none."""
+    try:
+        if is_digest(path.name):
+            return KernelParcel(digest=path.name, data=path.read_bytes(), record=None)
+        if path.name.endswith(_REPORT):
+            report = FieldReport.from_document(json.loads(path.read_bytes()))
+            return ReportParcel(report=report)
+    except (OSError, ValueError, RecursionError) as error:
+        _LOG.warning("%s is on its way to a registry, and cannot be read: %s", path, error)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,15 @@ from esper.contracts.errors import GrowthError
 from esper.contracts.reference import is_digest
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.fetching.outbox import Outbox
+from esper.fetching.preloader import DEFAULT_BYTES, Preloader
 from esper.growth.budget import Budget, Cost, count_parameters, default_overhead
 from esper.growth.claims import check_free, left_behind
 from esper.growth.evaluation import Evaluator
+from esper.growth.field_reports import FieldReports
 from esper.growth.graft import Grafts
 from esper.growth.journal import Journal
 from esper.growth.ledger import WorkLedger
+from esper.growth.offers import Offers
 from esper.growth.options import check_options
 from esper.growth.policies import DiminishingReturns, choices_of
 from esper.growth.ranking import FirstOrderGain
@@ -34,7 +38,12 @@ from esper.growth.staged import check_stages, grafts_nothing, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
 from esper.observability.event_log import EventLog
-from esper.observability.run_folder import EVENTS_FILE, OUTBOX_FOLDER, claim_run_folder
+from esper.observability.run_folder import (
+    EVENTS_FILE,
+    OUTBOX_FOLDER,
+    claim_run_folder,
+    earlier_outboxes,
+)
 from esper.resilience.clock import MonotonicClock
 from esper.state.host_parts import check_replicas
 from esper.state.shards import is_in_shards
@@ -85,7 +94,8 @@ def begin_run(
     left = list(left_behind(layers(inner)))
     if not grafts_nothing(policy):
         warm_up()
-    cache = _cache_of(options.get("registry"), policy, model)
+    registry = _opened(options.get("registry"))
+    cache = _cache_of(registry, policy, model)
     sync_optimizer(model, members_of(every), group_for=group_for)
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
     watcher = UpdateWatcher(every)
@@ -115,7 +125,11 @@ def begin_run(
         ranking=options.get("ranking") or FirstOrderGain(random_seed=settings.random_seed),
         catalog=options.get("catalog") or default_catalog(),
         cache=cache,
-        outbox=_outbox(options.get("registry"), model, log),
+        outbox=_outbox(registry, model, options.get("run_dir"), log),
+        offers=_offers(registry, cache, model, options.get("preload_bytes")),
+        field_reports=FieldReports(),
+        origin_id=journal.run_id,
+        owned_registry=registry if registry is not options.get("registry") else None,
         clock=clock,
         compute_loss=compute_loss,
         evaluator=None
@@ -155,6 +169,34 @@ def _said_of_overhead(
     )
 
 
+def _opened(registry: Registry | str | Path | None) -> Registry | None:
+    """Return a registry that may have been given by its address.
+
+    Raises:
+        ValueError: It is no address, or that of a directory of a newer Esper.
+    """
+    if registry is None or not isinstance(registry, (str, os.PathLike)):
+        return registry
+    from esper.registry.open import open_registry  # a database comes with it: where it is needed
+
+    try:
+        return open_registry(registry)
+    except ValueError as error:
+        msg = f"registry={str(registry)!r} cannot be opened: {error}"
+        raise ValueError(msg) from error
+
+
+def _offers(
+    registry: Registry | None, cache: EnhancedKernelCache, model: nn.Module, most: int | None
+) -> Offers:
+    """Return what a registry offers a run; of several ranks the first one asks it."""
+    has_registry = registry is not None and most != 0
+    preloader = None
+    if registry is not None and has_registry and is_first(model):
+        preloader = Preloader(registry, cache, budget_bytes=DEFAULT_BYTES if most is None else most)
+    return Offers(preloader, model, has_registry=has_registry)
+
+
 def _cache_of(registry: Registry | None, policy: Policy, model: nn.Module) -> EnhancedKernelCache:
     """Return the cache of a run, with the kernels in it that the policy names by their digest.
 
@@ -178,11 +220,26 @@ def _fetched(cache: EnhancedKernelCache, named: str, site: str) -> CompiledKerne
     return found
 
 
-def _outbox(registry: Registry | None, model: nn.Module, log: EventLog | None) -> Outbox | None:
-    """Return what publishes kernels; ranks all compile the same, so that the first one does."""
+def _outbox(
+    registry: Registry | None,
+    model: nn.Module,
+    run_dir: str | Path | None,
+    log: EventLog | None,
+) -> Outbox | None:
+    """Return what sends kernels and reports; ranks all have the same, so that the first one does.
+
+    What earlier runs of that folder had for the same registry, and could not send, goes first.
+    """
     if registry is None or not is_first(model):
         return None
-    return Outbox(registry, folder=None if log is None else log.path.parent / OUTBOX_FOLDER)
+    address = getattr(registry, "base_url", None) or getattr(registry, "root", None)
+    to = None if address is None else str(address)
+    if log is None or run_dir is None:
+        return Outbox(registry)
+    box = Outbox(registry, folder=log.path.parent / OUTBOX_FOLDER, address=to)
+    for folder in earlier_outboxes(Path(run_dir)):
+        box.adopt(folder)
+    return box
 
 
 def _log_in(run_dir: str | Path | None) -> EventLog | None:

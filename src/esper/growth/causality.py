@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +30,32 @@ def is_causal(layer: nn.Module, example: Example) -> bool:
         example: A call of it, as it was recorded.
     """
     call = completed(layer, LayerCall.of(example)).detached()
-    x = call.x
+    before, after = (_run(layer, call, value) for value in (call.x, _changed_at_its_end(call.x)))
+    return torch.equal(before[:, :-1], after[:, :-1])
+
+
+def is_causal_kernel(kernel: nn.Module, x: Tensor) -> bool:
+    """Return whether no output of a kernel was seen to depend on a later input.
+
+    It is tried on a copy in which no tensor is zero, since a layer of zeros hides what it reads.
+
+    Args:
+        kernel: Reads and gives ``[batch, length, features]``.
+        x: An input of it.
+    """
+    copied = copy.deepcopy(kernel).eval()
+    with torch.no_grad():
+        for p in copied.parameters():
+            if not p.any():
+                p.fill_(1.0)
+        before, after = copied(x), copied(_changed_at_its_end(x))
+    return torch.equal(before[:, :-1], after[:, :-1])
+
+
+def _changed_at_its_end(x: Tensor) -> Tensor:
     changed = x.clone()
     changed[:, -1] += torch.where(x[:, -1] > 0, -1.0, 1.0)
-    before, after = (_run(layer, call, value) for value in (x, changed))
-    return torch.equal(before[:, :-1], after[:, :-1])
+    return changed
 
 
 def _run(layer: nn.Module, call: LayerCall, x: Tensor) -> Tensor:

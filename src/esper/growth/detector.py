@@ -113,6 +113,18 @@ class Detector:
                 return decision
         return self.first(reading) or self._deadline(reading) or self._not_yet(enough=enough)
 
+    def outlook(self, reading: Reading) -> float:
+        """Say how near a yes is, in [0, 1]: 1 where it is due, 0.5 where returns are twice enough.
+
+        Nothing is near where nothing may grow any more, or more capacity is the wrong medicine.
+        """
+        if out_of_time(reading) or self._overfits():
+            return 0.0
+        had = reading.num_packages or reading.last_change_update is not None
+        if reading.horizon is not None and not had:
+            return 1.0
+        return max(self._nearness_of_returns(), self._nearness_of_deadline(reading))
+
     def state_dict(self) -> PolicyState:
         """Return what was observed, as JSON-able values of its own."""
         return {
@@ -200,6 +212,22 @@ class Detector:
             reason=f"the training loss fell by {recently:.3g} over the last {self.window} "
             f"evaluations, by {in_all:.3g} since the start",
         )
+
+    def _nearness_of_returns(self) -> float:
+        """Return the fall that would be too little, over the last one; 1 where that was less."""
+        known = [loss for loss in self._train if loss is not None]
+        if len(known) <= self.window:
+            return 0.0
+        train = _smoothed(known)
+        recently = train[-1 - self.window] - train[-1]
+        enough = self.fraction * max(train[0] - train[-1], 0.0)
+        return 1.0 if recently <= enough else enough / recently
+
+    def _nearness_of_deadline(self, reading: Reading) -> float:
+        if reading.horizon is None:
+            return 0.0
+        since = reading.update - (reading.last_change_update or 0)
+        return min(1.0, since / (self.deadline * reading.horizon))
 
     def _deadline(self, reading: Reading) -> Decision | None:
         change = reading.last_change_update

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import checked_plan
@@ -19,15 +22,16 @@ from esper.contracts.errors import (
 )
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.contracts.reference import is_digest
-from esper.fetching.outbox import Parcel
+from esper.fetching.outbox import KernelParcel
 from esper.growth.budget import Cost, count_parameters, forward_flops
-from esper.growth.causality import is_causal
+from esper.growth.causality import is_causal, is_causal_kernel
 from esper.growth.graft import Germination, Graft
+from esper.growth.offers import Offer
 from esper.growth.ranking import Candidate, RefusedCandidate, finite_score
 from esper.growth.ranking_cost import CUT, affordable_ranking
 from esper.growth.recording import finite_steps
 from esper.growth.sent_kernel import kernel_of_first_rank
-from esper.resilience.attempt import Failed, attempt
+from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
 from esper.state.site import describe_site
@@ -87,13 +91,13 @@ class Ranked:
 
     Attributes:
         order: Candidates, best first.
-        blueprints: Their blueprints by site and name.
+        offers: What they are, by site and name.
         refused: What was refused before.
         is_cut: Whether something was left out that the overhead does not buy a score of.
     """
 
     order: list[RankedCandidate]
-    blueprints: dict[tuple[str, str], BlueprintIR]
+    offers: dict[tuple[str, str], Offer]
     refused: list[RefusedCandidate]
     is_cut: bool = False
 
@@ -140,7 +144,7 @@ def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
 def rank(
     run: GrowthRun, observations: Mapping[str, SiteObservation], *, is_bounded: bool = True
 ) -> Ranked:
-    """Rank every catalog kernel at every recorded site, within the budget. Changes nothing.
+    """Rank every kernel on offer at every recorded site, within the budget. Changes nothing.
 
     Args:
         run: The run.
@@ -149,7 +153,7 @@ def rank(
     """
     candidates: list[Candidate] = []
     refused: list[RefusedCandidate] = []
-    blueprints: dict[tuple[str, str], BlueprintIR] = {}
+    offers: dict[tuple[str, str], Offer] = {}
     for name, seen in observations.items():
         if not seen.inputs:
             reason = f"nothing was recorded: {seen.silence}"
@@ -161,15 +165,21 @@ def rank(
         except SiteDescriptionError as error:
             refused.append(RefusedCandidate(site=name, blueprint="", reason=str(error)))
             continue
-        for blueprint in offered:
-            candidate = make_candidate(run.layers[name], name, blueprint, seen)
+        for offer in offered:
+            made = _candidate(run, name, offer, seen)
+            if isinstance(made, RefusedCandidate):
+                refused.append(made)
+                continue
+            candidate = made
             cost = Cost(parameters=candidate.parameters, flops=candidate.flops)
             over = run.over_budget(cost)
             if over is None:
                 candidates.append(candidate)
-                blueprints[name, blueprint.id] = blueprint
+                offers[name, candidate.blueprint] = offer
             else:
-                refused.append(RefusedCandidate(site=name, blueprint=blueprint.id, reason=over))
+                refused.append(
+                    RefusedCandidate(site=name, blueprint=candidate.blueprint, reason=over)
+                )
     is_cut = False
     if is_bounded and run.ledger.update_flops > 0:
         cut = affordable_ranking(observations, candidates, run.ledger.ranking_left(run.updates))
@@ -179,7 +189,7 @@ def rank(
         _tell_of_cut(run, cut)
     scored = map(finite_score, run.ranking.rank(observations, candidates))
     order = sorted(scored, key=lambda entry: entry.gain is None)
-    return Ranked(order=order, blueprints=blueprints, refused=refused, is_cut=is_cut)
+    return Ranked(order=order, offers=offers, refused=refused, is_cut=is_cut)
 
 
 def _tell_of_cut(run: GrowthRun, cut: AffordableRanking) -> None:
@@ -200,7 +210,11 @@ def _tell_of_lost_steps(run: GrowthRun, seen: SiteObservation) -> None:
 
 
 def make_candidate(
-    layer: KasminaLayer, site: str, blueprint: BlueprintIR, seen: SiteObservation
+    layer: KasminaLayer,
+    site: str,
+    blueprint: BlueprintIR,
+    seen: SiteObservation,
+    artifact: CompiledKernelArtifact | None = None,
 ) -> Candidate:
     """Build what a ranking scores: a kernel at a site with what it costs.
 
@@ -209,8 +223,9 @@ def make_candidate(
         site: Its name.
         blueprint: The kernel's blueprint.
         seen: What was recorded there, at least one step.
+        artifact: The kernel with its weights; None: those that the blueprint begins with.
     """
-    kernel = prepare_kernel(layer, blueprint)
+    kernel = prepare_kernel(layer, artifact or blueprint)
     made = checked_plan(blueprint)
     zeroed = [i for i, step in enumerate(made.steps) if step is made.zeroed_step]
     return Candidate(
@@ -268,12 +283,13 @@ def germinate_package(
         germinate(
             run,
             entry.site,
-            ranked.blueprints[entry.site, entry.blueprint],
+            ranked.offers[entry.site, entry.blueprint].blueprint,
             observations[entry.site],
             f"the best at its site, score {entry.gain:.3g}",
+            ranked.offers[entry.site, entry.blueprint].artifact,
         )
         for entry in chosen
-        if (entry.site, entry.blueprint) in ranked.blueprints  # of another rank's it may not be
+        if (entry.site, entry.blueprint) in ranked.offers  # of another rank's it may not be
     )
     return [contender for contender in made if contender is not None]
 
@@ -355,6 +371,8 @@ def germinate(
     except (KasminaException, BlueprintError, RankFailedError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
+    if artifact is not None:
+        run.journal.note(f"{blueprint.id} at {site} is a registry's: {run.offers.told(artifact)}")
     layer.reserve(seed_idx)
     graft = run.grafts.germinate(
         Germination(
@@ -371,6 +389,8 @@ def germinate(
             ),
         )
     )
+    of_artifact = blueprint if artifact is None else artifact.blueprint
+    run.field_reports.germinated(graft.number, of_artifact, layer, seen)
     return Contender(
         graft=graft,
         layer=layer,
@@ -393,7 +413,7 @@ def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
     if run.outbox is not None:
         record = None if artifact.record is None else artifact.record.to_document()
         run.outbox.send(
-            Parcel(digest=artifact.artifact_id, data=artifact.kernel_binary, record=record)
+            KernelParcel(digest=artifact.artifact_id, data=artifact.kernel_binary, record=record)
         )
     return artifact
 
@@ -408,9 +428,66 @@ def _probed(
     return kernel, found.is_identity
 
 
-def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[BlueprintIR]:
-    offered = run.catalog.blueprints_for(_described(run, run.layers[site], seen))
-    return [_seeded(run, blueprint) for blueprint in offered]
+def _offered(run: GrowthRun, site: str, seen: SiteObservation) -> list[Offer]:
+    """Return what the catalog offers at a site, and what was taken from the registry for it."""
+    spec = _described(run, run.layers[site], seen)
+    local = [_seeded(run, blueprint) for blueprint in run.catalog.blueprints_for(spec)]
+    theirs = run.offers.at(spec, local)
+    if spec.is_sequence and spec.is_causal:
+        theirs = [offer for offer in theirs if not _looks_ahead(run, site, offer, seen)]
+    return [*(Offer(blueprint=blueprint) for blueprint in local), *theirs]
+
+
+def _looks_ahead(run: GrowthRun, site: str, offer: Offer, seen: SiteObservation) -> bool:
+    """Say whether a registry's kernel looks at later inputs; one that cannot be run is refused."""
+
+    def looks() -> bool:
+        kernel = prepare_kernel(run.layers[site], offer.artifact or offer.blueprint)
+        x = seen.inputs[0] if kernel.position == "parallel" else seen.outputs[0]
+        return not is_causal_kernel(kernel.module, x[:1])
+
+    found = attempt(looks)
+    if isinstance(found, Done) and not found.value:
+        return False
+    why = "it looks at later inputs" if isinstance(found, Done) else str(found)
+    run.journal.note(f"{offer.blueprint.id} of the registry is not offered at {site}: {why}")
+    return True
+
+
+def _candidate(
+    run: GrowthRun, site: str, offer: Offer, seen: SiteObservation
+) -> Candidate | RefusedCandidate:
+    """Build a candidate. A registry's kernel, which may not fit, is tried on a recorded sample."""
+    layer, artifact = run.layers[site], offer.artifact
+    if artifact is None:
+        return make_candidate(layer, site, offer.blueprint, seen)
+
+    def made() -> Candidate:
+        candidate = make_candidate(layer, site, offer.blueprint, seen, artifact)
+        _check_shape(candidate, seen)
+        return candidate
+
+    found = attempt(made)
+    if isinstance(found, Done):
+        return found.value
+    reason = f"it does not fit: {found}"
+    run.journal.note(f"{offer.blueprint.id} of the registry is not offered at {site}: {reason}")
+    return RefusedCandidate(site=site, blueprint=offer.blueprint.id, reason=reason)
+
+
+def _check_shape(candidate: Candidate, seen: SiteObservation) -> None:
+    """Refuse a kernel that gives something of another shape than its site.
+
+    Raises:
+        GrowthError: As said.
+    """
+    x = seen.inputs[0] if candidate.position == "parallel" else seen.outputs[0]
+    with torch.no_grad(), torch.random.fork_rng():
+        given = copy.deepcopy(candidate.kernel)(x[:1])
+    expected = seen.outputs[0][:1].shape
+    if given.shape != expected:
+        msg = f"it gives {tuple(given.shape)} where the site gives {tuple(expected)}"
+        raise GrowthError(msg)
 
 
 def _described(run: GrowthRun, layer: KasminaLayer, seen: SiteObservation) -> SiteSpec:

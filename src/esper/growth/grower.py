@@ -74,6 +74,9 @@ KEPT_BATCHES: Final = 8
 _REMEMBERED: Final = ("num_steps", "num_told", "has_advised", "tried_loss", "tried_twin")
 """What the Grower itself remembers of a run, and saves."""
 
+CLOSING_S: Final = 4.0
+"""Seconds that a registry has at the end to take what is left."""
+
 STEPS_WITHOUT_UPDATE: Final = 100
 """Calls of ``step`` without one update of the optimizer, after which something must be wrong."""
 
@@ -109,9 +112,13 @@ class Grower:
         ``policy``: When; ``DiminishingReturns`` where None.
         ``ranking``: Where and what; ``FirstOrderGain`` where None.
         ``catalog``: The kernels on offer; the default catalog where None.
-        ``registry``: Where kernels that are compiled here are published, beside the run and
-        without waiting, and where those come from that a policy names by their digest; none where
-        None.
+        ``registry``: A registry, or the address of one that asks for no token: a directory or a
+        server. Kernels that are compiled here are published there, and what each graft brought is
+        reported, beside the run and without waiting. Kernels that fit a site are offered from
+        there, those that have worked first, beside the catalog's, and those come from there that
+        a policy names by their digest. None where None.
+        ``preload_bytes``: Bytes of a registry's kernels that may be fetched before a ranking asks
+        for them, at least 0; 32 MiB where None. At 0 none is offered.
 
     What it may cost:
         ``budget``: Limits on parameters, FLOPs, latency and the number of packages.
@@ -277,6 +284,7 @@ class Grower:
         self._say_what_is_never_called()
         self._schedule.end_epoch(self._run.updates)
         if not self._closed and self._run.updates and self._look():
+            self._run.offers.look(self._run, self._reading_now())
             self._decide()
             self._tell()
 
@@ -340,6 +348,7 @@ class Grower:
         own = {name: getattr(self, f"_{name}") for name in _REMEMBERED}
         own |= {"has_batches": self._has_batches, "reading": saved_reading(self._reading)}
         state = saved_run(self._run, self._stage, self.report())
+        state["offers"] = self._run.offers.state_dict()
         state |= {"schedule": self._schedule.state_dict(), "depth": self._depth.state_dict()}
         return checked_plain({**state, "grower": own})
 
@@ -387,7 +396,18 @@ class Grower:
         for name in _REMEMBERED:
             setattr(self, f"_{name}", own[name])
         self._had_batches = bool(own["has_batches"])
+        self._have_offers(state.get("offers"))
         self._stage = resumed_stage(self._run, state)
+
+    def _have_offers(self, state: Mapping[str, Any] | None) -> None:
+        """Have at hand what a run had of its registry; what is gone is named."""
+        missing = [] if state is None else self._run.offers.load_state_dict(state)
+        if missing:
+            self._run.journal.note(
+                f"the run that goes on had {len(missing)} kernels of a registry at hand that are "
+                f"not to be had now: {', '.join(digest[:12] for digest in missing)}; it goes on "
+                "without them"
+            )
 
     @property
     def _has_batches(self) -> bool:
@@ -411,7 +431,7 @@ class Grower:
             steps.callback(self._close_log)
             steps.callback(self._finish, self._flush)
             steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
-            steps.callback(self._finish, self._close_outbox)
+            steps.callback(self._finish, self._close_registry)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
             steps.callback(self._finish, lambda: self._depth.close(reason))
@@ -461,22 +481,36 @@ class Grower:
             )
 
     def _tell_of_hitches(self) -> None:
-        """Say of which kernels a registry did not take."""
-        for hitch in self._run.outbox.hitches() if self._run.outbox is not None else ():
-            self._run.journal.unpublished(hitch)
+        """Report what was decided, and say of what a registry did not take or give."""
+        run = self._run
+        run.field_reports.send(run)
+        for hitch in run.outbox.hitches() if run.outbox is not None else ():
+            run.journal.hitched(hitch)
+        for hitch in run.offers.hitches():
+            run.journal.hitched(hitch)
 
-    def _close_outbox(self) -> None:
+    def _close_registry(self) -> None:
         """Give the registry a few seconds more; what it has not taken is named."""
-        outbox = self._run.outbox
+        run, outbox = self._run, self._run.outbox
+        run.offers.close()
         if outbox is None:
             return
-        left = outbox.close()
+        run.field_reports.send(run)
+        left = outbox.close(CLOSING_S)
         self._tell_of_hitches()
-        if left:
-            where = "nowhere else" if self.run_dir is None else f"in {self.run_dir / OUTBOX_FOLDER}"
-            self._run.journal.note(
-                f"the registry has not taken {len(left)} of the kernels that were compiled, which "
-                f"are {where}: {', '.join(digest[:12] for digest in left)}"
+        if run.owned_registry is not None:
+            run.owned_registry.close()
+        kernels = [parcel.digest[:12] for parcel in left if parcel.operation == "put"]
+        num_reports = len(left) - len(kernels)
+        where = "nowhere else" if self.run_dir is None else f"in {self.run_dir / OUTBOX_FOLDER}"
+        if kernels:
+            run.journal.note(
+                f"the registry has not taken {len(kernels)} of the kernels that were compiled, "
+                f"which are {where}: {', '.join(kernels)}"
+            )
+        if num_reports:
+            run.journal.note(
+                f"the registry has not taken {num_reports} of the field reports, which are {where}"
             )
 
     def _finish(self, step: Callable[[], None]) -> None:
@@ -513,7 +547,8 @@ class Grower:
                 raise GrowthError(msg)
             self._stage = in_step(run.given, functools.partial(self._stage.advance, batches))
         self._depth.advance(batches, is_free=self._stage is None)
-        self._look()
+        if self._look() or run.updates == 1:
+            run.offers.look(run, self._reading_now())
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
         self._decide()
@@ -660,6 +695,8 @@ class Grower:
         if not is_time:
             return
         if missing is None or self._advises(missing):
+            if decision.choice is None:
+                run.offers.take()
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
     def _is_hopeless(self) -> bool:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
     from esper.contracts.report import GraftRecord, RunReport, StageRecord, TrialRecord
-    from esper.fetching.outbox import Hitch
+    from esper.fetching.hitch import Hitch
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
     from esper.growth.measurement import Measurement
@@ -51,6 +51,17 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger(__name__)
+
+
+_FINAL: Final = {
+    "put": "the registry refused kernel {digest}, and it is not sent again: {error}; the run has "
+    "it all the same",
+    "report": "the registry refused what was reported of kernel {digest}, and it is not sent "
+    "again: {error}",
+    "fetch": "kernel {digest} of the registry was refused, and is not offered: {error}",
+    "search": "the registry does not say which kernels fit, and is not asked again: {error}",
+}
+"""What is said of a refusal, by what the registry was asked."""
 
 
 class _When(TypedDict):
@@ -450,18 +461,16 @@ class Journal:
             )
         )
 
-    def unpublished(self, hitch: Hitch) -> None:
-        """Record that a registry did not take a kernel: not yet, or for good."""
+    def hitched(self, hitch: Hitch) -> None:
+        """Record that a registry did not do something: not yet, or for good."""
         if hitch.is_final:
-            self.note(
-                f"the registry refused kernel {hitch.digest[:12]}, and it is not sent again: "
-                f"{hitch.error}; the run has it all the same"
-            )
+            text = _FINAL[hitch.operation].format(digest=hitch.digest[:12], error=hitch.error)
+            self.note(text)
             return
         reason = f"{type(hitch.error).__name__}: {hitch.error}"
         self._sink.publish(
             RegistryUnavailable(
-                **self._now(), operation="put", artifact_id=hitch.digest, reason=reason
+                **self._now(), operation=hitch.operation, artifact_id=hitch.digest, reason=reason
             )
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final, ForwardRef, ParamSpec
 
-from esper.contracts.arguments import check_type
+from esper.contracts.arguments import check_type, whole_number
 from esper.growth.budget import Budget
 from esper.growth.callbacks import TAKES, check_function
 from esper.growth.policies import check_policy
@@ -46,7 +46,8 @@ class GrowerOptions(SettingOptions, total=False):
     policy: Policy | None
     ranking: Ranking | None
     catalog: Catalog | None
-    registry: Registry | None
+    registry: Registry | str | Path | None
+    preload_bytes: int | None
     budget: Budget | None
     run_dir: str | Path | None
     clock: Clock | None
@@ -71,7 +72,7 @@ _GONE: Final = {
 _METHODS: Final = {
     "ranking": ("rank",),
     "catalog": ("blueprints_for",),
-    "registry": ("put", "get"),
+    "registry": ("put", "get", "search", "report_outcome"),
     "clock": ("now",),
     "sink": ("publish",),
 }
@@ -120,16 +121,22 @@ def _check_part(name: str, part: object) -> None:
         check_type(name, part, Budget, "an esper.Budget")
     if name == "run_dir":
         check_type(name, part, (str, os.PathLike), "a path")
+    if name == "preload_bytes":
+        whole_number(name, part, least=0)
     if name == "policy":
         check_policy(name, part)
+    if name == "registry" and isinstance(part, (str, os.PathLike)):
+        return
     methods = _METHODS.get(name, ())
     if methods and isinstance(part, type):
         msg = f"{name} is an object, got the class {part.__name__}; make one of it"
         raise TypeError(msg)
     missing = [method for method in methods if not hasattr(part, method)]
     if missing:
-        cure = "; esper.open_registry(folder) opens one" if name == "registry" else ""
-        msg = f"{name} has the method {missing[0]}(); {type(part).__name__} has none{cure}"
+        is_registry = name == "registry"
+        what = f"{name} is an address, or has" if is_registry else f"{name} has"
+        cure = "; esper.open_registry(address) opens one" if is_registry else ""
+        msg = f"{what} the method {missing[0]}(); {type(part).__name__} has none{cure}"
         raise TypeError(msg)
 
 

@@ -32,9 +32,9 @@ class Policy(Protocol):
                     return Decision(grow=False, verdict="waiting", reason="the rate is high")
                 return Decision(grow=True, verdict="scheduled", reason="the rate is spent")
 
-    The other four methods are for a policy that remembers something. Since ``decide`` is asked
-    after every update, a policy that goes by losses or metrics says yes only at an update that it
-    has just observed: between two evaluations they are the last one's.
+    The other five methods are for a policy that remembers something, or looks ahead. Since
+    ``decide`` is asked after every update, a policy that goes by losses or metrics says yes only
+    at an update that it has just observed: between two evaluations they are the last one's.
     """
 
     def observe(self, reading: Reading) -> None:  # noqa: ARG002 - for one that remembers
@@ -53,6 +53,13 @@ class Policy(Protocol):
             choice: The graft that the decision named; None where the ranking chose.
         """
         return
+
+    def outlook(self, reading: Reading) -> float:  # noqa: ARG002 - for one that looks ahead
+        """Say how near a yes is that leaves the choice to the ranking, in [0, 1]; 1 is due.
+
+        From 0.5 kernels of a registry are fetched, so that they are at hand; by default always.
+        """
+        return 1.0
 
     def state_dict(self) -> PolicyState:
         """Return the policy's memory as JSON-able values."""
@@ -94,6 +101,10 @@ class DiminishingReturns(Policy):
                 return first
             return Decision(grow=False, verdict="waiting", reason="the next evaluation decides")
         return self.detector.decide(reading)
+
+    def outlook(self, reading: Reading) -> float:
+        """Return the detector's outlook."""
+        return self.detector.outlook(reading)
 
     def state_dict(self) -> PolicyState:
         """Return the detector's observations."""
@@ -140,6 +151,12 @@ class EveryN(Policy):
     def germinated(self, update: int, choice: Choice | None) -> None:  # noqa: ARG002 - the protocol's signature
         """Count the next distance from here."""
         self._last = update
+
+    def outlook(self, reading: Reading) -> float:
+        """Return how much of the distance has passed."""
+        if out_of_time(reading):
+            return 0.0
+        return max(0.0, min(1.0, (reading.update - self._last) / self.updates))
 
     def state_dict(self) -> PolicyState:
         """Return when the last graft germinated."""
@@ -193,6 +210,10 @@ class ByHand(Policy):
         if choice is not None and choice == self._next():
             self._num_done += 1
 
+    def outlook(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return 0: nothing is left to a ranking."""
+        return 0.0
+
     def state_dict(self) -> PolicyState:
         """Return how many choices are done."""
         return {"num_done": self._num_done}
@@ -215,6 +236,10 @@ class Never(Policy):
     def decide(self, reading: Reading) -> Decision:  # noqa: ARG002 - the protocol's signature
         """Say no."""
         return Decision(grow=False, verdict="waiting", reason="the policy never grows")
+
+    def outlook(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return 0."""
+        return 0.0
 
 
 class _Composed(Policy):
@@ -289,6 +314,10 @@ class AnyOf(_Composed):
             decisions.append(decision)
         return replace(decisions[0], reason="; ".join(d.reason for d in decisions))
 
+    def outlook(self, reading: Reading) -> float:
+        """Return the nearest yes of any."""
+        return max(outlook_of(policy, reading) for policy in self.policies)
+
 
 class AllOf(_Composed):
     """Grows where each of several policies would; the first that names a graft is followed.
@@ -310,6 +339,16 @@ class AllOf(_Composed):
             decisions.append(decision)
         choice = next((d.choice for d in decisions if d.choice is not None), None)
         return replace(decisions[0], reason="; ".join(d.reason for d in decisions), choice=choice)
+
+    def outlook(self, reading: Reading) -> float:
+        """Return the farthest yes of any."""
+        return min(outlook_of(policy, reading) for policy in self.policies)
+
+
+def outlook_of(policy: Policy, reading: Reading) -> float:
+    """Return a policy's outlook; one that is not derived from :class:`Policy` may have none."""
+    found = getattr(policy, "outlook", None)
+    return 1.0 if found is None else float(found(reading))
 
 
 def check_policy(name: str, policy: object) -> None:

@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from esper.continuity.ensemble import AnyOptimizer
     from esper.continuity.placement import GroupFor
     from esper.continuity.warmup import UpdateFactor
-    from esper.contracts.ports import Clock
+    from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.kernel_cache import KernelCache
     from esper.fetching.outbox import Outbox
     from esper.growth.batch import Batch, LossFunction, TwinBuilder, TwinUpdate
     from esper.growth.budget import Budget, Cost
     from esper.growth.evaluation import Evaluator
+    from esper.growth.field_reports import FieldReports
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Grafts
     from esper.growth.journal import Journal
     from esper.growth.ledger import WorkLedger
     from esper.growth.measurement import Measurement
+    from esper.growth.offers import Offers
     from esper.growth.policies import Policy
     from esper.growth.ranking import Ranking
     from esper.growth.reading import Choice
@@ -84,6 +86,10 @@ class GrowthRun:
         catalog: The kernels on offer.
         cache: The kernels that were compiled here or fetched.
         outbox: Publishes what was compiled here; None where the owner gave no registry.
+        offers: What the registry has for the run.
+        field_reports: What the registry is told of grafts.
+        owned_registry: The registry where the run has opened it, and closes it.
+        origin_id: The run that this one goes on from, or itself; field reports are of it.
         clock: Measures latencies, and dates the events.
         compute_loss: ``(model, batch)`` to a scalar loss; None where the owner gave none.
         evaluator: Reads the gate split; None where the owner gave no measure.
@@ -128,6 +134,10 @@ class GrowthRun:
     catalog: Catalog
     cache: KernelCache
     outbox: Outbox | None
+    offers: Offers
+    field_reports: FieldReports
+    origin_id: str
+    owned_registry: Registry | None
     clock: Clock
     compute_loss: LossFunction | None
     evaluator: Evaluator | None

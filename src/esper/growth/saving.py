@@ -68,6 +68,8 @@ def saved_run(run: GrowthRun, stage: Stage | None, report: RunReport) -> dict[st
     return {
         "format_version": STATE_FORMAT_VERSION,
         "run_id": run.journal.run_id,
+        "origin_id": run.origin_id,
+        "field_reports": run.field_reports.state_dict(),
         "identity": identity(run),
         "report": replace(report, settings={}).to_json(),
         "journal": run.journal.state_dict(),
@@ -117,6 +119,8 @@ def load_run(run: GrowthRun, state: Mapping[str, Any]) -> RunReport:
     run.journal.goes_on(report, state["journal"])
     run.grafts.load(report.grafts, state["graft_costs"])
     set_tries_spent(run.model, state["tries_spent"])
+    run.origin_id = state.get("origin_id", state["run_id"])
+    run.field_reports.load_state_dict(state.get("field_reports", []))
     return report
 
 

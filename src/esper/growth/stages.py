@@ -164,7 +164,7 @@ class Recording:
 
         Ranks that see other batches may describe a site in other ways.
         """
-        mine = [(entry.site, entry.blueprint) in ranked.blueprints for entry in chosen]
+        mine = [(entry.site, entry.blueprint) in ranked.offers for entry in chosen]
         everywhere = map(all, zip(*over_ranks(self._run.given, mine), strict=True))
         return [entry for entry, is_there in zip(chosen, everywhere, strict=True) if is_there]
 

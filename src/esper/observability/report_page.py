@@ -167,6 +167,10 @@ def _run_facts(report: RunReport) -> Markup:
         "Parameters after": number_text(report.parameters_after, ",d"),
         **_growing_share(report),
     }
+    theirs = {g.artifact_id: g.blueprint for g in report.grafts if g.is_of_a_registry}
+    if theirs:
+        told = (f"{name} ({digest})" for digest, name in theirs.items())
+        pairs["Kernels from a registry"] = ", ".join(told)
     gate = report.progress_row().measured()
     training = gate.pop("training loss", None)
     gate = {name.removeprefix("gate "): text for name, text in gate.items()}

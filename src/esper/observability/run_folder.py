@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 EVENTS_FILE: Final = "events.jsonl"
 OUTBOX_FOLDER: Final = "outbox"
-"""Kernels that are on their way to a registry, each under its digest."""
+"""Kernels and field reports that are on their way to a registry."""
 
 _OF_A_RUN: Final = (
     "report.json",
@@ -31,6 +31,12 @@ def claim_run_folder(wanted: Path) -> Path:
         OSError: A folder cannot be made or written.
     """
     return next(folder for folder in _numbered(wanted) if _claim(folder))
+
+
+def earlier_outboxes(wanted: Path) -> list[Path]:
+    """Return what runs of a folder, and of those numbered after it, have left to be sent."""
+    runs = takewhile(Path.is_dir, _numbered(wanted))
+    return [box for run in runs if (box := run / OUTBOX_FOLDER).is_dir()]
 
 
 def _numbered(wanted: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 from esper.contracts.artifact import KernelMetadata
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import RegistryEntry
-from esper.registry import criteria, schema
+from esper.registry import criteria, schema, standings
 from esper.registry.database import NO_LIMIT
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ORDERS: Final[dict[str, tuple[str, str]]] = {
     "oldest": ("seq > :after", "seq"),
     "newest": ("seq < :after", "seq DESC"),
+    "proven": (standings.BEYOND, standings.PROVEN),
 }
 """Order -> which entries come after one, and how they are sorted."""
 
@@ -29,11 +30,12 @@ _PUBLISH: Final = (
     f"INSERT INTO artifacts ({', '.join(_COLUMNS)}) "  # noqa: S608 - names of our own
     f"VALUES ({', '.join(f':{name}' for name in _COLUMNS)}) ON CONFLICT (digest) DO NOTHING"
 )
-_SEARCH: Final = """
+_SEARCH: Final = f"""
     SELECT artifacts.seq, artifacts.digest, size_bytes, metadata, record, published_at_s,
-        reason, successor, actor, deprecated_at_s
+        {standings.COLUMNS}, reason, successor, actor, deprecated_at_s
     FROM artifacts LEFT JOIN deprecations ON deprecations.digest = artifacts.digest
-    WHERE {condition} ORDER BY {order} LIMIT :limit"""
+    {standings.JOIN}
+    WHERE {{condition}} ORDER BY {{order}} LIMIT :limit"""  # noqa: S608 - words of our own
 _TAGS: Final = """
     SELECT tags.digest, tags.name, tags.tag FROM tags
     JOIN artifacts ON artifacts.digest = tags.digest WHERE seq >= :first AND seq <= :last"""
@@ -107,13 +109,17 @@ class Artifacts:
             msg = f"an order is one of {', '.join(_ORDERS)}, found {order!r:.100}"
             raise ValueError(msg)
         beyond, sorting = _ORDERS[order]
+        values["at_kind"] = at_kind = str(wanted.get("kind") or standings.EVERY_KIND)
         if after is not None:
             condition, values["after"] = f"{condition} AND {beyond}", after
+            if order == "proven":
+                values |= standings.place_of(self._database, after, at_kind)
         return self._entries(condition, sorting, values, limit)
 
     def entry(self, digest: str) -> RegistryEntry | None:
         """Return what is known of one artifact; None where it is not published."""
-        found = self._entries("artifacts.digest = :digest", "seq", {"digest": digest}, None)
+        values: dict[str, object] = {"digest": digest, "at_kind": standings.EVERY_KIND}
+        found = self._entries("artifacts.digest = :digest", "seq", values, None)
         return found[0] if found else None
 
     def condemned(self) -> dict[str, float]:
@@ -148,8 +154,8 @@ class Artifacts:
 
 
 def _entry(row: Row, tags: Mapping[str, list[str]]) -> RegistryEntry:
-    number, digest, size_bytes, metadata, record, published_at_s, *deprecation = row
-    reason, successor, actor, deprecated_at_s = deprecation
+    number, digest, size_bytes, metadata, record, published_at_s, *said = row
+    reason, successor, actor, deprecated_at_s = said[4:]
     return RegistryEntry(
         digest=digest,
         size_bytes=size_bytes,
@@ -163,4 +169,5 @@ def _entry(row: Row, tags: Mapping[str, list[str]]) -> RegistryEntry:
         else Deprecation(
             reason=reason, successor=successor, actor=actor, deprecated_at_s=deprecated_at_s
         ),
+        standing=standings.standing_of(tuple(said[:4])),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
 from esper.contracts.signature import KernelSignature
 from esper.registry import refusals
+from esper.registry.standings import OF_ARTIFACT, pool
 
 if TYPE_CHECKING:
     from esper.registry.database import Database
@@ -45,16 +46,21 @@ class Reports:
         self._database.rows("DELETE FROM deprecations WHERE digest = :digest", digest=digest)
 
     def add_outcome(self, report: FieldReport) -> None:
-        """Keep an outcome; one of the same run and graft is there already and stays."""
-        self._database.rows(
-            "INSERT INTO outcomes (digest, run_id, graft_id, report) "
-            "VALUES (:digest, :run_id, :graft_id, :report) "
-            "ON CONFLICT (run_id, graft_id) DO NOTHING",
+        """Keep an outcome, and pool its blueprint's; one of the same run and graft stays."""
+        kept = self._database.rows(
+            "INSERT INTO outcomes "  # noqa: S608 - words of our own
+            "(digest, run_id, graft_id, blueprint_digest, site_kind, report) "
+            f"VALUES (:digest, :run_id, :graft_id, {OF_ARTIFACT}, :site_kind, :report) "
+            "ON CONFLICT (run_id, graft_id) DO NOTHING RETURNING blueprint_digest",
             digest=report.artifact_id,
             run_id=report.run_id,
             graft_id=report.graft_id,
+            said=report.blueprint_digest,
+            site_kind=report.site_kind,
             report=json.dumps(report.to_document(), sort_keys=True),
         )
+        for (blueprint_digest,) in kept:
+            pool(self._database, blueprint_digest, report.site_kind)
 
     def outcomes(self, digest: str) -> list[FieldReport]:
         """Return the outcomes of an artifact, oldest first."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from esper.contracts.artifact import KernelMetadata
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import RegistryCheck, RegistryEntry, TagMove
+from esper.contracts.standing import Standing
 
 if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
@@ -24,6 +25,7 @@ def of_entry(entry: RegistryEntry) -> JsonObject:
         "number": entry.number,
         "published_at_s": entry.published_at_s,
         "deprecation": None if entry.deprecation is None else asdict(entry.deprecation),
+        "standing": None if entry.standing is None else asdict(entry.standing),
     }
 
 
@@ -33,7 +35,7 @@ def to_entry(document: Any) -> RegistryEntry:
     Raises:
         KeyError, TypeError, KernelCorruptError: It is none.
     """
-    deprecation = document["deprecation"]
+    deprecation, standing = document["deprecation"], document.get("standing")
     return RegistryEntry(
         digest=document["id"],
         size_bytes=document["size_bytes"],
@@ -43,6 +45,7 @@ def to_entry(document: Any) -> RegistryEntry:
         number=document["number"],
         published_at_s=document["published_at_s"],
         deprecation=None if deprecation is None else Deprecation(**deprecation),
+        standing=None if standing is None else Standing(**standing),
     )
 
 

@@ -11,6 +11,8 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.artifact import KernelMetadata
+from esper.contracts.kernel_reports import FieldReport
+from esper.registry.standings import OF_ARTIFACT, pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,6 +90,22 @@ def _fill_columns(database: Database) -> None:
         database.rows(statement, digest=digest, **values)
 
 
+def _pool_outcomes(database: Database) -> None:
+    """Give the outcomes of version 2 the columns that version 3 pools by, and pool them."""
+    for seq, text in database.rows("SELECT seq, report FROM outcomes"):
+        report = FieldReport.from_document(json.loads(text))
+        database.rows(
+            f"UPDATE outcomes SET blueprint_digest = {OF_ARTIFACT}, site_kind = :site_kind "  # noqa: S608 - words of our own
+            "WHERE seq = :seq",
+            seq=seq,
+            digest=report.artifact_id,
+            said=report.blueprint_digest,
+            site_kind=report.site_kind,
+        )
+    for found in database.rows("SELECT DISTINCT blueprint_digest, site_kind FROM outcomes"):
+        pool(database, *found)
+
+
 _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
     (
         """CREATE TABLE artifacts (
@@ -152,6 +170,15 @@ _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
             seq {serial}, digest {text} NOT NULL, key_id {text} NOT NULL,
             signed_at_s BIGINT NOT NULL, signature {text} NOT NULL,
             UNIQUE (digest, key_id, signed_at_s, signature))""",
+        "ALTER TABLE outcomes ADD COLUMN blueprint_digest {text} NOT NULL DEFAULT ''",
+        "ALTER TABLE outcomes ADD COLUMN site_kind {text} NOT NULL DEFAULT ''",
+        "CREATE INDEX outcomes_by_blueprint ON outcomes (blueprint_digest, site_kind)",
+        """CREATE TABLE standings (
+            of_blueprint {text} NOT NULL, at_kind {text} NOT NULL,
+            effect DOUBLE PRECISION NOT NULL, standard_error DOUBLE PRECISION NOT NULL,
+            lower_bound DOUBLE PRECISION NOT NULL, num_runs BIGINT NOT NULL,
+            PRIMARY KEY (of_blueprint, at_kind))""",
+        _pool_outcomes,
     ),
 )
 

@@ -89,7 +89,7 @@ def search(
     _: Reader,
     limit: Annotated[int, Query(ge=1, le=MOST_ON_A_PAGE)] = 100,
     after: Annotated[int | None, Query(ge=0, description="As the page before says.")] = None,
-    order: Annotated[str, Query(description="oldest or newest")] = "oldest",
+    order: Annotated[str, Query(description="oldest, newest or proven")] = "oldest",
 ) -> models.KernelPage:
     """Return what meets every criterion, page by page."""
     criteria = {

@@ -39,6 +39,15 @@ class DeprecationOut(BaseModel):
     deprecated_at_s: float
 
 
+class StandingOut(BaseModel):
+    """What field reports of a blueprint say together; see ``Standing``."""
+
+    effect: float
+    standard_error: float = Field(gt=0)
+    lower: float
+    num_runs: int = Field(ge=1)
+
+
 class KernelOut(BaseModel):
     """What is known of one artifact."""
 
@@ -50,6 +59,7 @@ class KernelOut(BaseModel):
     number: int
     published_at_s: float | None
     deprecation: DeprecationOut | None
+    standing: StandingOut | None
     kernel_binary_ref: str
 
 

@@ -11,6 +11,7 @@ from esper.contracts.errors import GrowthError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from esper.contracts.ports import Registry
     from esper.growth.budget import Budget
     from esper.growth.job import GrowthJob
     from esper.growth.options import GrowerOptions
@@ -28,6 +29,7 @@ class JobOptions:
         budget: Limits of :class:`esper.Budget` by name, the others as the job has them; None
             lifts a limit.
         control: Whether the same job is also trained without growth.
+        registry: Where kernels come from and go to.
     """
 
     epochs: int | None = None
@@ -35,6 +37,7 @@ class JobOptions:
     random_seed: int | None = None
     budget: Mapping[str, float | None] = field(default_factory=dict)
     control: bool = False
+    registry: Registry | None = None
 
     def apply(self, job: GrowthJob) -> GrowthJob:
         """Return the job as it is to be trained.
@@ -50,6 +53,8 @@ class JobOptions:
             options["overhead"] = self.overhead
         if self.random_seed is not None:
             options["random_seed"] = self.random_seed
+        if self.registry is not None:
+            options["registry"] = self.registry
         if self.budget:
             options["budget"] = _budget(self.budget, job)
         return with_options(job, epochs=self.epochs, **options)

@@ -159,7 +159,7 @@ def _with_control(run: JobRun, control: GrowthJob, on_progress: Tell | None) -> 
     from esper.growth.job import grow, with_options
     from esper.growth.policies import Never
 
-    alone = with_options(control, policy=Never(), run_dir=None, sink=None)
+    alone = with_options(control, policy=Never(), run_dir=None, sink=None, registry=None)
     try:
         found = attempt(lambda: grow(alone, on_progress=on_progress))
     except KeyboardInterrupt:

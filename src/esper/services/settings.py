@@ -25,7 +25,7 @@ class Environment:
         traceback: Whether errors are shown with their traceback; ``ESPER_TRACEBACK=1``.
         api_token: A registry's token; ``URZA_API_TOKEN``, or the first line of the file that
             ``URZA_API_TOKEN_FILE`` names.
-        api_url: Address of a registry; ``URZA_API_URL``.
+        api_url: Address of the registry that commands are about; ``URZA_API_URL``.
         trusted_keys: Public keys of those whose kernels are read, as text; ``ESPER_TRUSTED_KEYS``,
             which has them or names a file that has. None trusts every kernel that is there.
         worker_name: Name of a compile worker; ``ESPER_WORKER_NAME``.

@@ -1,0 +1,150 @@
+"""A registry that is down or worse, on a real socket: a run neither waits for it nor notices."""
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from growing import batches, compute_loss, equal_states, growing, state_of, wrapped
+from misbehaving_registries import REGISTRIES
+
+from esper.fetching.outbox import Outbox
+from esper.fetching.preloader import Preloader
+from esper.growth.policies import EveryN
+from esper.registry.http_registry import HttpRegistry
+from esper.resilience.attempt import attempt
+
+TIMEOUT_S = 1.0
+"""Of a request; a step that waits for one shows it."""
+LEAST_S = 0.05
+"""By how much the longest step may be longer, on a machine of one's own."""
+SHARED_S = 0.5
+"""The same where others work beside; what waits for a request takes longer yet."""
+
+
+class Recorded:
+    """Remembers by which thread a registry was asked."""
+
+    def __init__(self, registry):
+        self._registry, self.threads = registry, []
+
+    def __getattr__(self, name):
+        asked = getattr(self._registry, name)
+        if name not in ("put", "get", "fetch", "search", "report_outcome"):
+            return asked
+
+        def noted(*args, **more):
+            self.threads.append(threading.current_thread())
+            return asked(*args, **more)
+
+        return noted
+
+
+@dataclass
+class Run:
+    """One of two runs that go on step by step in turn."""
+
+    registry: object
+    steps_s: list = field(default_factory=list)
+
+    def __post_init__(self):
+        torch.manual_seed(0)
+        self.model, self.optimizer = wrapped()
+        policy = EveryN(20)
+        self.grower = growing(self.model, self.optimizer, policy=policy, registry=self.registry)
+
+    def step(self, batch):
+        began = time.perf_counter()
+        loss = compute_loss(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.grower.step(loss, batch=batch)
+        self.steps_s.append(time.perf_counter() - began)
+
+    def close(self):
+        began = time.perf_counter()
+        self.grower.close()
+        return time.perf_counter() - began
+
+
+def both(address, num):
+    """Return a run with a registry and one without, trained in turn, and how long closing took."""
+    registry = HttpRegistry(address, timeout_s=TIMEOUT_S)
+    run, alone = Run(Recorded(registry)), Run(None)
+    try:
+        for i, batch in enumerate(batches(num)):
+            for each in (run, alone) if i % 2 else (alone, run):
+                each.step(batch)
+    finally:
+        closing_s = run.close()
+        alone.close()
+        registry.close()
+    return run, alone, closing_s
+
+
+def trace_kernels(num):
+    """Trace every kernel of a run once, which would make a step of the first one long."""
+    run = Run(None)
+    for batch in batches(num):
+        run.step(batch)
+    run.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    trace_kernels(80)
+
+
+def check(run, alone, closing_s, *, least_s):
+    """What holds whatever the registry does, and however long the run is."""
+    assert run.registry.threads, "it was never asked"
+    assert threading.current_thread() not in run.registry.threads
+    assert equal_states(state_of(run.model), state_of(alone.model))
+    assert any(t.taken for t in run.grower.report().trials)
+    assert max(run.steps_s) <= max(alone.steps_s) + least_s
+    assert closing_s <= 5.0
+
+
+def ratio(run, alone):
+    return statistics.median(run.steps_s) / statistics.median(alone.steps_s)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", REGISTRIES)
+def test_a_run_does_not_notice_what_its_registry_does(fault):
+    """A package is taken over, bit for bit as without one; no step and no end waits."""
+    with REGISTRIES[fault]() as address:
+        check(*both(address, 80), least_s=SHARED_S)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("num", [2_000, 10_000])
+@pytest.mark.parametrize("fault", REGISTRIES)
+def test_long_runs_take_no_longer(fault, num):
+    """The median step, interleaved with a run that has no registry, is at most 2 % longer.
+
+    To be run on a machine with nothing else to do: it is of single steps, to 50 ms.
+    """
+    trace_kernels(num)
+    with REGISTRIES[fault]() as address:
+        run, alone, closing_s = both(address, num)
+    check(run, alone, closing_s, least_s=LEAST_S)
+    assert ratio(run, alone) <= 1.02
+
+
+@pytest.mark.slow
+def test_a_run_that_asks_on_its_own_thread_does(monkeypatch):
+    """The control: as it was before, a step waits for a server that says nothing."""
+
+    def deliver(box, parcel):
+        attempt(lambda: parcel.deliver(box._registry))
+
+    monkeypatch.setattr(Outbox, "send", deliver)
+    monkeypatch.setattr(Preloader, "_start", lambda loader: loader._has_work() and loader._work())
+    with REGISTRIES["black hole"]() as address:
+        run, alone, _ = both(address, 30)
+    assert threading.current_thread() in run.registry.threads
+    assert max(run.steps_s) > max(alone.steps_s) + SHARED_S
