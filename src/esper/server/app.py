@@ -11,7 +11,7 @@ from esper.resilience.clock import MonotonicClock
 from esper.server import blueprints, jobs, kernels, metrics, names, upkeep
 from esper.server.limits import LimitedApp, Limits
 from esper.server.metering import Meter, MeteredApp
-from esper.server.problems import add_handlers
+from esper.server.problems import add_handlers, leave_out_what_is_never_answered
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -70,6 +70,7 @@ def build_api(registry: StoredRegistry, *, clock: Clock | None = None) -> FastAP
     api.include_router(upkeep.open_router)
     api.include_router(upkeep.open_router, prefix=API)
     add_handlers(api)
+    leave_out_what_is_never_answered(api)
     return api
 
 

@@ -16,9 +16,10 @@ from fastapi.responses import StreamingResponse
 
 from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
+from esper.contracts.ports import SearchOrder
 from esper.contracts.signature import KernelSignature
 from esper.registry import documents
-from esper.registry.criteria import CRITERIA, from_text
+from esper.registry.criteria import CRITERIA, KINDS, from_text
 from esper.registry.stored import StoredRegistry
 from esper.registry.upload import Upload
 from esper.server import answers, models
@@ -26,6 +27,9 @@ from esper.server.authority import Admin, Promoter, Publisher, Reader, Worker
 from esper.server.problems import StoredBytesGone, problem
 
 MOST_ON_A_PAGE: Final = 500
+LAST_ON_A_PAGE: Final = (1 << 63) - 1
+"""The highest number that a database counts to."""
+
 _CHUNK_BYTES: Final = 1 << 20
 _SHA256: Final = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
 _PAGING: Final = frozenset({"limit", "after", "order"})
@@ -74,10 +78,19 @@ async def publish(
     return models.Published(id=digest)
 
 
-_TYPES: Final = {str: "string", int: "integer", bool: "boolean"}
+_FORMS: Final[dict[type, dict[str, Any]]] = {
+    str: {"type": "string"},
+    int: {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+    bool: {"type": "boolean"},
+}
 _CRITERIA: Final[dict[str, Any]] = {
     "parameters": [
-        {"name": name, "in": "query", "required": False, "schema": {"type": _TYPES[kind]}}
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "schema": {"enum": list(KINDS)} if name == "kind" else _FORMS[kind],
+        }
         for name, kind in CRITERIA.items()
     ]
 }
@@ -88,8 +101,10 @@ def search(
     request: Request,
     _: Reader,
     limit: Annotated[int, Query(ge=1, le=MOST_ON_A_PAGE)] = 100,
-    after: Annotated[int | None, Query(ge=0, description="As the page before says.")] = None,
-    order: Annotated[str, Query(description="oldest, newest or proven")] = "oldest",
+    after: Annotated[
+        int | None, Query(ge=0, le=LAST_ON_A_PAGE, description="As the page before says.")
+    ] = None,
+    order: SearchOrder = "oldest",
 ) -> models.KernelPage:
     """Return what meets every criterion, page by page."""
     criteria = {

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+def _whole(value: Any) -> Any:
+    """Return what is written ``5.0`` as 5: JSON does not tell them apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Digest = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of an artifact's bytes.")
 
 
@@ -85,13 +91,13 @@ class OutcomeIn(_Body):
     run_id: str
     graft_id: str
     site_kind: str
-    in_features: int
-    out_features: int
+    in_features: Whole
+    out_features: Whole
     metric: str
     unit: str
     contribution: float
     standard_error: float = Field(ge=0)
-    num_looks: int = Field(ge=1)
+    num_looks: Whole = Field(ge=1)
     verdict: str
 
 
@@ -110,7 +116,7 @@ class SignatureIn(_Body):
 
     artifact_id: str = Digest
     key_id: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the public key.")
-    signed_at_s: int = Field(ge=0, le=1 << 53)
+    signed_at_s: Whole = Field(ge=0, le=1 << 53)
     signature: str = Field(pattern=r"^[0-9a-f]{128}$", description="Ed25519, in hexadecimal.")
 
 

@@ -86,6 +86,22 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _of_http)
 
 
+def leave_out_what_is_never_answered(app: FastAPI) -> None:
+    """Take the framework's own form of a refusal, status 422, out of the document."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign] # how FastAPI has its document changed
+
+
 async def _of_registry(request: Request, error: Exception) -> Response:  # noqa: ARG001 - as handlers are called
     status, kind = next((status, name) for cls, status, name in KINDS if isinstance(error, cls))
     more = {"found": error.found} if isinstance(error, TagMovedError) else {}

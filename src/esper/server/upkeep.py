@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from esper.registry import documents
 from esper.server import answers, models
 from esper.server.authority import Admin
-from esper.server.kernels import MOST_ON_A_PAGE, registry_of
+from esper.server.kernels import LAST_ON_A_PAGE, MOST_ON_A_PAGE, registry_of
 
 router = APIRouter(tags=["upkeep"], responses=answers.REFUSALS)
 open_router = APIRouter(tags=["upkeep"])
@@ -22,7 +22,7 @@ def audit(
     request: Request,
     _: Admin,
     limit: Annotated[int, Query(ge=1, le=MOST_ON_A_PAGE)] = 100,
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, le=LAST_ON_A_PAGE)] = 0,
 ) -> models.AuditPage:
     """Return who did what, oldest first, page by page."""
     registry = registry_of(request)
