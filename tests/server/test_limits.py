@@ -67,6 +67,54 @@ def test_control_without_the_deadline_a_slow_body_is_waited_for():
             connection.recv(1)
 
 
+SLOW_HEADERS = {
+    "silent": b"",
+    "half a line": b"GET /heal",
+    "half": b"GET /health HTTP/1.1\r\nHost:",
+}
+
+
+@contextlib.contextmanager
+def connected(**limits):
+    """Serve within limits, and connect without a word."""
+    with served(MemoryRegistry(), limits=Limits(**limits)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            yield connection
+
+
+@pytest.mark.parametrize("sent", SLOW_HEADERS.values(), ids=SLOW_HEADERS)
+def test_slow_headers_end_by_their_deadline(sent):
+    """Who connects and says nothing, or never ends the headers, is told so, and is gone."""
+    with connected(headers_s=0.2) as connection:
+        connection.sendall(sent)
+        said = connection.recv(1_000)
+        assert connection.recv(1) == b""
+    assert said.startswith(b"HTTP/1.1 408 ")
+
+
+def test_headers_of_a_further_request_end_by_their_deadline_too():
+    """A connection that was good for two requests is watched as it begins the next."""
+    with connected(headers_s=0.2) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+            said = b""
+            while not said.endswith(b"}"):
+                said += connection.recv(1_000)
+            assert said.startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /health")
+        assert connection.recv(1_000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_control_without_the_deadline_slow_headers_are_waited_for():
+    """The same half of a request still has its place where more time is given."""
+    with connected(headers_s=60.0) as connection:
+        connection.sendall(SLOW_HEADERS["half"])
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+
+
 def test_overload_is_said_at_once():
     """More requests than are served are told when to come again; health is always answered."""
     registry = MemoryRegistry()

@@ -27,12 +27,14 @@ class Limits:
 
     Attributes:
         requests: How many are served at once; more are told to come again.
+        headers_s: Seconds that a connection may take for the headers of a request.
         document_bytes: Longest body that is no artifact.
         body_grace_s: Seconds that any body may take.
         body_bytes_per_s: How fast a body has to come on average after that.
     """
 
     requests: int = 64
+    headers_s: float = 10.0
     document_bytes: int = 1 << 18
     body_grace_s: float = 20.0
     body_bytes_per_s: float = 65_536.0

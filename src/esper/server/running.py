@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
 from esper.server.app import build_app
+from esper.server.limits import Limits
+from esper.server.timed_protocol import TimedProtocol
 
 if TYPE_CHECKING:
     from esper.contracts.ports import Clock
     from esper.registry.stored import StoredRegistry
-    from esper.server.limits import Limits
 
 _MOST_CONNECTIONS: Final = 1_000
 _BACKLOG: Final = 256
@@ -41,11 +43,12 @@ def server_of(
     Args:
         registry: What is served.
         limits: What is given to a request.
-        clock: Measures how long bodies take.
+        clock: Measures how long bodies take; that of headers is the event loop's own.
     """
+    limits = limits or Limits()
     config = uvicorn.Config(
         build_app(registry, limits=limits, clock=clock),
-        http="h11",
+        http=partial(TimedProtocol, headers_s=limits.headers_s),  # type: ignore[arg-type] # called as a class is
         ws="none",
         lifespan="off",
         log_level="warning",
