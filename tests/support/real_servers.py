@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -65,38 +66,78 @@ def running(command, folder, **options):
 
 @contextlib.contextmanager
 def postgres():
-    """Run a PostgreSQL of its own; yields its address. It refuses to run as root."""
-    with (
-        tempfile.TemporaryDirectory(prefix="esper-postgres-") as folder,
-        _cluster(Path(folder)) as url,
-    ):
-        yield url
+    """Run a PostgreSQL of its own; yields its address."""
+    with killable_postgres() as cluster:
+        yield cluster.url
 
 
 @contextlib.contextmanager
-def _cluster(folder):
-    places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
-    initdb, server = find("initdb", *places), find("postgres", *places)
-    user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
-    if user:
-        shutil.chown(folder, **user)
-    subprocess.run(
-        [initdb, "-D", folder / "data", "-U", "esper", "--auth=trust", "-N", "--locale=C.UTF-8"],
-        check=True,
-        capture_output=True,
-        cwd="/",
-        **user,
-    )
-    (port,) = free_ports(1)
-    command = [server, "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), "-F"]
-    command += ["-c", f"unix_socket_directories={folder}"]
-    with running(command, folder, cwd="/", **user) as (process, log):
-        wait_until(lambda: b"ready to accept connections" in log.read_bytes(), process, log)
+def killable_postgres():
+    """Run a PostgreSQL of its own; yields a ``Cluster``."""
+    with tempfile.TemporaryDirectory(prefix="esper-postgres-") as folder:
+        cluster = Cluster(Path(folder))
         try:
-            yield f"postgresql://esper@127.0.0.1:{port}/postgres"
+            cluster.start()
+            yield cluster
         finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
+            cluster.stop()
+
+
+class Cluster:
+    """A PostgreSQL that can be killed as by a power failure, and started again.
+
+    It refuses to run as root. Nothing is synced: what a kill leaves, the machine still has.
+    """
+
+    def __init__(self, folder):
+        places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+        initdb, self._server = find("initdb", *places), find("postgres", *places)
+        self._folder, self._process = folder, None
+        self._user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if self._user:
+            shutil.chown(folder, **self._user)
+        command = [initdb, "-D", folder / "data", "-U", "esper", "--auth=trust", "-N"]
+        subprocess.run(
+            [*command, "--locale=C.UTF-8"], check=True, capture_output=True, cwd="/", **self._user
+        )
+        (self._port,) = free_ports(1)
+        self.url = f"postgresql://esper@127.0.0.1:{self._port}/postgres"
+
+    def start(self):
+        """Start it, and wait until it takes connections."""
+        command = [self._server, "-D", self._folder / "data", "-h", "127.0.0.1", "-F"]
+        command += ["-p", str(self._port), "-c", f"unix_socket_directories={self._folder}"]
+        log = self._folder / "log"
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                **self._user,
+            )
+        ready = b"ready to accept connections"
+        wait_until(lambda: ready in log.read_bytes(), self._process, log)
+
+    def kill_all(self):
+        """Kill every process of it at once."""
+        own = self._process.pid
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        for process in [own, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def await_end(self):
+        """End it where it was not killed, and wait until it is gone."""
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+
+    def stop(self):
+        """End it in order, where it is there."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager
