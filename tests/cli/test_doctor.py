@@ -2,13 +2,24 @@
 
 import pytest
 
-from esper.cli.doctor import check_names, check_run_dir, check_torch, examine
+from esper.cli.doctor import (
+    check_names,
+    check_registry,
+    check_run_dir,
+    check_sandbox,
+    check_torch,
+    examine,
+)
+from esper.registry.directory import DirectoryRegistry
+from esper.services import sandbox
+from esper.services.settings import read_environment
 
 
 def test_this_environment_is_well(tmp_path):
     """Where the tests run nothing is wrong, and versions, threads and devices are reported."""
     checks = {check.name: check for check in examine(tmp_path / "runs")}
     assert [check for check in checks.values() if check.cure] == []
+    assert {"sandbox", "extra server", "extra sign"} <= checks.keys()
     assert {"python", "esper", "torch", "torch build", "threads", "devices"} <= checks.keys()
     assert list(tmp_path.iterdir()) == []
 
@@ -42,3 +53,22 @@ def test_a_run_folder_that_cannot_be_is_a_problem(tmp_path):
     check = check_run_dir(tmp_path / "file" / "runs")
     assert "cannot be written" in check.found
     assert "ESPER_RUN_DIR" in check.cure
+
+
+def test_the_sandbox_is_told(monkeypatch):
+    """Whether bubblewrap works is said, with the reason, and is no problem either way."""
+    for reason, found in ((None, "bubblewrap works"), ("it is not installed", "not installed;")):
+        monkeypatch.setattr(sandbox, "why_no_bubblewrap", lambda reason=reason: reason)
+        check = check_sandbox()
+        assert found in check.found
+        assert check.cure == ""
+
+
+def test_a_registry_that_does_not_answer_is_a_problem(tmp_path):
+    """A directory that is there answers, one that is not and a port without a server do not."""
+    DirectoryRegistry(tmp_path / "kernels").close()
+    named = {"URZA_API_URL": str(tmp_path / "kernels")}
+    assert check_registry(read_environment(named)).found.endswith("kernels answers")
+    assert check_registry(read_environment({})).cure == ""
+    for address in (str(tmp_path / "none"), "http://127.0.0.1:9", "ftp://x"):
+        assert "URZA_API_URL" in check_registry(read_environment({"URZA_API_URL": address})).cure

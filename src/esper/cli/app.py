@@ -309,7 +309,7 @@ def doctor(run_dir: RunDir = None) -> None:
         from esper.cli.doctor import examine
         from esper.cli.tables import print_checks
 
-        checks = examine(run_dir or environment.run_dir)
+        checks = examine(run_dir or environment.run_dir, environment)
         print_checks(console(), checks)
         if any(check.cure for check in checks):
             raise typer.Exit(EXIT_PROBLEM)

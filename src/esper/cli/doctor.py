@@ -5,13 +5,18 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.errors import EsperError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from esper.services.settings import Environment
 
 DISTRIBUTION: Final = "esper-morph"
 OLDEST_TORCH: Final = (2, 10)
@@ -32,19 +37,36 @@ class Check:
     cure: str = ""
 
 
-def examine(run_dir: Path) -> list[Check]:
+EXTRAS: Final = (
+    ("demo", "scikit-learn"),
+    ("plot", "matplotlib"),
+    ("hf", "transformers"),
+    ("lightning", "pytorch-lightning"),
+    ("server", "fastapi"),
+    ("postgres", "psycopg"),
+    ("s3", "obstore"),
+    ("sign", "cryptography"),
+    ("metrics", "prometheus-client"),
+)
+"""Extra -> the distribution by which it is known."""
+
+
+def examine(run_dir: Path, environment: Environment | None = None) -> list[Check]:
     """Look at the environment and return everything that was found.
 
     Args:
         run_dir: Folder under which runs are to be written; it is not made.
+        environment: What the process was given; None leaves out what it names.
     """
     return [
         Check(name="python", found=f"{platform.python_version()} at {sys.executable}"),
         check_names(_providers()),
         check_torch(_version),
         *_torch_details(),
-        *(_optional(name, extra) for name, extra in (("scikit-learn", "demo"),)),
+        *(_optional(name, extra) for extra, name in EXTRAS),
         check_run_dir(run_dir),
+        check_sandbox(),
+        *([] if environment is None else [check_registry(environment)]),
     ]
 
 
@@ -97,6 +119,31 @@ def check_run_dir(run_dir: Path) -> Check:
         )
 
 
+def check_sandbox() -> Check:
+    """Tell whether what a compile worker runs can be kept from files and network."""
+    from esper.services.sandbox import why_no_bubblewrap
+
+    reason = why_no_bubblewrap()
+    found = "bubblewrap works" if reason is None else f"{reason}; work is limited by a process"
+    return Check(name="sandbox", found=found)
+
+
+def check_registry(environment: Environment) -> Check:
+    """Ask the registry that the environment names for a name, with its token."""
+    from esper.services.registry_client import open_named
+
+    address = environment.api_url
+    if address is None:
+        return Check(name="registry", found="none named; URZA_API_URL would")
+    try:
+        with closing(open_named(None, environment)) as registry:
+            registry.names(limit=1)
+    except (EsperError, OSError, ValueError) as error:
+        cure = "see that it runs, and that URZA_API_URL and URZA_API_TOKEN are its own"
+        return Check(name="registry", found=f"{error}", cure=cure)
+    return Check(name="registry", found=f"{address} answers")
+
+
 def _providers() -> list[str]:
     """Return the distributions that provide a package ``esper`` or are called so."""
     providers = list(metadata.packages_distributions().get("esper", []))
@@ -112,8 +159,9 @@ def _version(distribution: str) -> str | None:
 
 def _optional(distribution: str, extra: str) -> Check:
     version = _version(distribution)
-    missing = f"not installed; pip install '{DISTRIBUTION}[{extra}]' for esper {extra}"
-    return Check(name=distribution, found=version or missing)
+    missing = f"not installed; pip install '{DISTRIBUTION}[{extra}]'"
+    found = missing if version is None else f"{distribution} {version}"
+    return Check(name=f"extra {extra}", found=found)
 
 
 def _torch_details() -> list[Check]:
