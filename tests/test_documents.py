@@ -94,3 +94,22 @@ def test_names_that_both_packages_have_are_one_object():
     assert shared >= {"KasminaLayer", "KernelLoadError"}
     for name in shared:
         assert getattr(esper, name) is getattr(esper.execution, name), name
+
+
+def _tests_named(text):
+    return set(re.findall(r"`(test_\w+)`", text))
+
+
+def _tests_there():
+    files = (ROOT / "tests").rglob("test_*.py")
+    pattern = re.compile(r"^def (test_\w+)", flags=re.MULTILINE)
+    return {name for path in files for name in pattern.findall(path.read_text(encoding="utf-8"))}
+
+
+def test_threat_model_names_tests_that_there_are():
+    """Every defence of the threat model is shown by a test, and every test that it names exists."""
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!threat|---)(.+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) > 20
+    assert [row for row in rows if not _tests_named(row)] == []
+    assert _tests_named(page) - _tests_there() == set()
