@@ -68,10 +68,11 @@ class KernelMetadata:
 
     def to_document(self) -> JsonObject:
         """Return the JSON form."""
-        document = asdict(self)
+        document: JsonObject = {name: getattr(self, name) for name in _NAMES}
         document["input_spec"] = self.input_spec.to_document()
         document["output_spec"] = self.output_spec.to_document()
-        return {**document, "lineage": list(self.lineage)}
+        document["lineage"] = list(self.lineage)
+        return document
 
     @classmethod
     def from_document(cls, document: object) -> KernelMetadata:
@@ -80,9 +81,8 @@ class KernelMetadata:
         Raises:
             KernelCorruptError: It has other fields, or a field of another type.
         """
-        known = {f.name for f in fields(cls)}
-        if not isinstance(document, dict) or document.keys() != known:
-            msg = f"an artifact's metadata has the fields {sorted(known)}, found {document!r:.300}"
+        if not isinstance(document, dict) or document.keys() != set(_NAMES):
+            msg = f"an artifact's metadata has the fields {sorted(_NAMES)}, found {document!r:.300}"
             raise KernelCorruptError(msg)
         for name, expected in _FIELD_TYPES.items():
             if type(document[name]) not in expected:
@@ -94,6 +94,9 @@ class KernelMetadata:
                 raise KernelCorruptError(msg)
         build: Callable[..., KernelMetadata] = cls  # every field was looked at
         return build(**{**document, **_read_specs(document), "lineage": _read_lineage(document)})
+
+
+_NAMES = tuple(f.name for f in fields(KernelMetadata))
 
 
 def _num_axes(spec: TensorSpec) -> int:
