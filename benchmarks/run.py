@@ -18,6 +18,7 @@ import document
 import gpu_rows
 import layer_rows
 import loading_rows
+import server_rows
 import state_rows
 import torch
 from goals import GOALS
@@ -42,7 +43,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """Measure rows 1 to 16, but for the instructions of row 1; what is compiled comes last."""
+    """Measure rows 1 to 17, but for the instructions of row 1; what is compiled comes last."""
     yield from layer_rows.dormant(rounds)
     yield from layer_rows.active(rounds)
     yield layer_rows.folded(rounds)
@@ -51,6 +52,7 @@ def figures(rounds: int) -> Iterator[Figure]:
     yield state_rows.transition(rounds)
     yield layer_rows.failing(rounds)
     yield loading_rows.stored(rounds)
+    yield server_rows.metadata(rounds)
     yield from state_rows.memory()
     yield from state_rows.wrapping(rounds)
     yield from state_rows.controller(rounds)

@@ -27,7 +27,7 @@ def load(monkeypatch):
 @pytest.mark.slow
 def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
     """`benchmarks/run.py --quick` prints every line that has a goal, and writes all of them."""
-    for needed in ("sklearn", "peft", "cachetools"):
+    for needed in ("sklearn", "peft", "cachetools", "fastapi"):
         pytest.importorskip(needed, reason="benchmarks need the extras demo and bench")
     printed = subprocess.run(
         [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--out", str(tmp_path)],
@@ -41,7 +41,7 @@ def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
     assert {"torch", "python", "platform", "threads"} <= set(result["environment"])
     goals = load("goals").GOALS
     assert sorted(line["key"] for line in result["lines"]) == sorted(goal.key for goal in goals)
-    assert {line["row"] for line in result["lines"]} == set(range(1, 17))
+    assert {line["row"] for line in result["lines"]} == set(range(1, 18))
     assert [line["what"] for line in result["lines"] if line["what"] not in printed] == []
     rankings = [row["ranking"] for row in result["rankings"]["rows"]]
     assert rankings == ["FirstOrderGain", "GradientNorm", "RandomChoice"]

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 _BEARER = HTTPBearer(auto_error=False, description="A token of `esper registry token create`.")
 
 
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+
+
 def token_of(
     request: Request,
     needed: SecurityScopes,
-    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
+    given: Credentials,
 ) -> Token:
     """Return the token that a request comes with.
 

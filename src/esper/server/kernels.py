@@ -10,20 +10,29 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from fastapi.security import SecurityScopes
 
 from esper.contracts.errors import KernelCorruptError
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
-from esper.contracts.ports import SearchOrder
+from esper.contracts.ports import RegistryEntry, SearchOrder
 from esper.contracts.signature import KernelSignature
 from esper.registry import documents
 from esper.registry.criteria import CRITERIA, KINDS, from_text
 from esper.registry.stored import StoredRegistry
 from esper.registry.upload import Upload
 from esper.server import answers, models
-from esper.server.authority import Admin, Promoter, Publisher, Reader, Worker
+from esper.server.authority import (
+    Admin,
+    Credentials,
+    Promoter,
+    Publisher,
+    Reader,
+    Worker,
+    token_of,
+)
 from esper.server.problems import StoredBytesGone, problem
 
 MOST_ON_A_PAGE: Final = 500
@@ -119,11 +128,22 @@ def search(
     )
 
 
+def _entry_for_reader(
+    request: Request, digest: Digest, needed: SecurityScopes, given: Credentials
+) -> RegistryEntry:
+    """Check the token and look the kernel up on one thread: to change threads takes longer."""
+    token_of(request, needed, given)
+    return registry_of(request).entry(digest)
+
+
 @router.get("/{id}", response_model=models.KernelOut, responses={304: {"description": "As it was"}})
 @router.head("/{id}", response_model=None, operation_id="head_kernel")
-def look(request: Request, digest: Digest, _: Reader) -> Response:
+async def look(
+    request: Request,
+    found: Annotated[RegistryEntry, Security(_entry_for_reader, scopes=["read"])],
+) -> Response:
     """Return what is known of an artifact."""
-    entry = _entry(request, documents.of_entry(registry_of(request).entry(digest)))
+    entry = _entry(request, documents.of_entry(found))
     text = entry.model_dump_json().encode()
     tag = answers.etag(hashlib.sha256(text).hexdigest())
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
