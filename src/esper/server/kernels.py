@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response, Security
 from fastapi.concurrency import run_in_threadpool
@@ -113,7 +113,7 @@ def search(
     after: Annotated[
         int | None, Query(ge=0, le=LAST_ON_A_PAGE, description="As the page before says.")
     ] = None,
-    order: SearchOrder = "oldest",
+    order: Annotated[str, Query(json_schema_extra={"enum": [*get_args(SearchOrder)]})] = "oldest",
 ) -> models.KernelPage:
     """Return what meets every criterion, page by page."""
     criteria = {
