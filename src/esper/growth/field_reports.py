@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from esper.contracts.errors import SiteDescriptionError
 from esper.contracts.kernel_reports import FieldReport
 from esper.contracts.standing import UNIT
-from esper.fetching.outbox import ReportParcel
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
     from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.report import GraftRecord, TrialRecord
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.growth.graft import Grafts
+    from esper.growth.journal import Journal
     from esper.growth.recording import SiteObservation
-    from esper.growth.run import GrowthRun
 
 METRIC: Final = "gate loss"
 _BROUGHT_NOTHING: Final = ("removed as a passenger", "rolled back")
@@ -63,16 +63,20 @@ class FieldReports:
             "out_features": spec.out_features,
         }
 
-    def send(self, run: GrowthRun) -> None:
-        """Put a report of every graft that has been decided into the outbox; never waits."""
+    def decided(self, grafts: Grafts, journal: Journal, run_id: str) -> list[FieldReport]:
+        """Return a report of every graft that has been decided since the last call.
+
+        Args:
+            grafts: Those of the run.
+            journal: What was measured of them.
+            run_id: The run that germinated first.
+        """
+        found = []
         for number in list(self._about):
-            record = run.grafts.numbered(number).record
-            if record.decided_at is None:
-                continue
-            about = self._about.pop(number)
-            report = _report(run, record, about)
-            if report is not None and run.outbox is not None:
-                run.outbox.send(ReportParcel(report=report))
+            record = grafts.numbered(number).record
+            if record.decided_at is not None:
+                found.append(_report(journal, run_id, record, self._about.pop(number)))
+        return [report for report in found if report is not None]
 
     def state_dict(self) -> list[list[Any]]:
         """Return what is to be reported yet."""
@@ -83,11 +87,13 @@ class FieldReports:
         self._about = {number: dict(about) for number, about in state}
 
 
-def _report(run: GrowthRun, record: GraftRecord, about: Mapping[str, Any]) -> FieldReport | None:
-    trial = next((t for t in run.journal.trials if t.package == record.package), None)
+def _report(
+    journal: Journal, run_id: str, record: GraftRecord, about: Mapping[str, Any]
+) -> FieldReport | None:
+    trial = next((t for t in journal.trials if t.package == record.package), None)
     if trial is None or trial.effect is None or trial.stderr is None or not record.artifact_id:
         return None
-    before = _loss_before(run, trial)
+    before = _loss_before(journal, trial)
     if not before:
         return None
     share = trial.effect / len(trial.grafts)
@@ -97,7 +103,7 @@ def _report(run: GrowthRun, record: GraftRecord, about: Mapping[str, Any]) -> Fi
         return None
     return FieldReport(
         artifact_id=record.artifact_id,
-        run_id=run.origin_id,
+        run_id=run_id,
         graft_id=str(record.graft),
         metric=METRIC,
         unit=UNIT,
@@ -109,8 +115,8 @@ def _report(run: GrowthRun, record: GraftRecord, about: Mapping[str, Any]) -> Fi
     )
 
 
-def _loss_before(run: GrowthRun, trial: TrialRecord) -> float:
+def _loss_before(journal: Journal, trial: TrialRecord) -> float:
     """Return how large the loss was at the verdict, by the last reading before it; 0: unknown."""
     decided = trial.decided_at or 0
-    read = [e.gate_loss for e in run.journal.evaluations if e.update <= decided]
+    read = [e.gate_loss for e in journal.evaluations if e.update <= decided]
     return abs(read[-1]) if read else 0.0

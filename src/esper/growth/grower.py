@@ -18,6 +18,7 @@ from esper.continuity.replicas import all_agree, any_rank, each_rank, in_step, o
 from esper.contracts.errors import GrowthError
 from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
+from esper.fetching.outbox import ReportParcel
 from esper.growth.assembly import begin_run
 from esper.growth.budget import count_parameters
 from esper.growth.callbacks import asked, measure_update, try_compute_loss
@@ -31,6 +32,7 @@ from esper.growth.obstacles import (
     obstacle,
 )
 from esper.growth.options import GrowerOptions, show_options
+from esper.growth.policies import outlook_of
 from esper.growth.reading import Reading
 from esper.growth.rehearsal import rehearse
 from esper.growth.saving import (
@@ -284,7 +286,7 @@ class Grower:
         self._say_what_is_never_called()
         self._schedule.end_epoch(self._run.updates)
         if not self._closed and self._run.updates and self._look():
-            self._run.offers.look(self._run, self._reading_now())
+            self._look_at_offers()
             self._decide()
             self._tell()
 
@@ -480,10 +482,28 @@ class Grower:
                 "events; the first time is in the log"
             )
 
+    def _look_at_offers(self) -> None:
+        """Let what a registry has be asked for, in time."""
+        run = self._run
+        run.offers.look(
+            run.layers,
+            outlook=outlook_of(run.policy, self._reading_now()),
+            num_decisions=run.num_decisions,
+            max_parameters=run.parameter_room,
+        )
+
+    def _report_grafts(self) -> None:
+        """Put a report of every graft that was decided into the outbox; never waits."""
+        run = self._run
+        reports = run.field_reports.decided(run.grafts, run.journal, run.origin_id)
+        if run.outbox is not None:
+            for report in reports:
+                run.outbox.send(ReportParcel(report=report))
+
     def _tell_of_hitches(self) -> None:
         """Report what was decided, and say of what a registry did not take or give."""
         run = self._run
-        run.field_reports.send(run)
+        self._report_grafts()
         for hitch in run.outbox.hitches() if run.outbox is not None else ():
             run.journal.hitched(hitch)
         for hitch in run.offers.hitches():
@@ -495,7 +515,7 @@ class Grower:
         run.offers.close()
         if outbox is None:
             return
-        run.field_reports.send(run)
+        self._report_grafts()
         left = outbox.close(CLOSING_S)
         self._tell_of_hitches()
         if run.owned_registry is not None:
@@ -548,7 +568,7 @@ class Grower:
             self._stage = in_step(run.given, functools.partial(self._stage.advance, batches))
         self._depth.advance(batches, is_free=self._stage is None)
         if self._look() or run.updates == 1:
-            run.offers.look(run, self._reading_now())
+            self._look_at_offers()
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
         self._decide()

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 from esper.contracts.errors import SiteDescriptionError
 from esper.contracts.run_records import DIGEST_SHOWN
 from esper.fetching.preloader import Question
-from esper.growth.policies import outlook_of
 from esper.growth.sent_kernel import kernels_of_first_rank
 from esper.resilience.attempt import Done, attempt
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.fetching.hitch import Hitch
     from esper.fetching.preloader import AtHand, Preloader
-    from esper.growth.reading import Reading
-    from esper.growth.run import GrowthRun
 
 LIKELY: Final = 0.5
 """Outlook of a policy from which kernels are fetched."""
@@ -75,21 +72,34 @@ class Offers:
         self._asked_at: int | None = None
         self._was_likely = False
 
-    def look(self, run: GrowthRun, reading: Reading) -> None:
+    def look(
+        self,
+        layers: Mapping[str, KasminaLayer],
+        *,
+        outlook: float,
+        num_decisions: int,
+        max_parameters: float,
+    ) -> None:
         """Ask what fits, where that is not known, and fetch where growth is likely.
 
         To be called where the policy has something new to go by; never waits.
+
+        Args:
+            layers: The sites, by name.
+            outlook: How likely growth is soon, from 0 to 1.
+            num_decisions: Decisions to grow so far; behind each of them is asked anew.
+            max_parameters: Most that a kernel may have.
         """
         preloader = self._preloader
         if preloader is None:
             return
-        is_likely = outlook_of(run.policy, reading) >= LIKELY
+        is_likely = outlook >= LIKELY
         is_news = is_likely and not self._was_likely  # reports may have come since it was asked
         self._was_likely = is_likely
         preloader.expect(is_likely=is_likely)
-        if is_news or self._asked_at != run.num_decisions or not preloader.has_answers:
-            self._asked_at = run.num_decisions
-            preloader.ask(_questions(run))
+        if is_news or self._asked_at != num_decisions or not preloader.has_answers:
+            self._asked_at = num_decisions
+            preloader.ask(_questions(layers.values(), max_parameters))
 
     def take(self) -> None:
         """Take what is at hand now: what the next ranking is made of. Of ranks the first one's."""
@@ -161,12 +171,10 @@ def name_of(artifact: CompiledKernelArtifact) -> str:
     return f"{artifact.blueprint.id[:_NAME_ROOM]}.{artifact.artifact_id[:DIGEST_SHOWN]}"
 
 
-def _questions(run: GrowthRun) -> Iterator[Question]:
+def _questions(layers: Iterable[KasminaLayer], max_parameters: float) -> Iterator[Question]:
     """Yield what is asked for each site at which something may grow."""
-    most = run.budget.room(host=run.host_cost, admitted=run.grafts.added_cost).parameters
-    if run.host_cost.parameters < run.budget.small_host:
-        most = run.budget.small_graft
-    for layer in run.layers.values():
+    most = None if math.isinf(max_parameters) else max(0, int(max_parameters))
+    for layer in layers:
         described = attempt(functools.partial(_described, layer))
         spec = described.value if isinstance(described, Done) else None
         if spec is None or not (spec.in_features and spec.out_features):
@@ -178,7 +186,7 @@ def _questions(run: GrowthRun) -> Iterator[Question]:
             dtype=spec.dtype,
             num_axes=spec.axes,
             capacity_only=spec.host_is_trainable,
-            max_parameters=None if math.isinf(most) else max(0, int(most)),
+            max_parameters=most,
         )
 
 

@@ -295,6 +295,13 @@ class GrowthRun:
         found = None if device is None else available_bytes(device)
         return self.trial_memory(parameters).shortage(found)
 
+    @property
+    def parameter_room(self) -> float:
+        """Most parameters that one more kernel may have."""
+        if self.host_cost.parameters < self.budget.small_host:
+            return self.budget.small_graft
+        return self.budget.room(host=self.host_cost, admitted=self.grafts.added_cost).parameters
+
     def over_budget(self, cost: Cost) -> str | None:
         """Say why a kernel of such a cost does not fit beside what was admitted, or None."""
         return self.budget.check(
