@@ -45,12 +45,12 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
 
 
 def test_verify_finds_what_is_damaged(tmp_path):
-    """A sound registry is 0, and one with a damaged artifact 1 with its digest."""
+    """A sound registry is 0, and one with a damaged artifact 1 with its digest, once."""
     registry = DirectoryRegistry(tmp_path)
     digest = registry.put(artifact(1))
     assert json.loads(typed("verify", "--data", tmp_path, "--json"))["intact"] == 1
     (tmp_path / "blobs" / digest).write_bytes(b"damaged")
-    assert digest in typed("verify", "--data", tmp_path, status=1)
+    assert typed("verify", "--data", tmp_path, status=1).count(digest) == 1
     registry.close()
 
 

@@ -157,7 +157,7 @@ def verify(
             f"{check.intact} intact, {len(check.quarantined)} damaged and put aside, "
             f"{len(check.missing)} missing, {len(check.unreferenced)} unreferenced"
         )
-        wrong = [*check.quarantined, *check.missing]
+        wrong = dict.fromkeys((*check.quarantined, *check.missing))
         more = [] if check.after is None else [f"go on with --after {check.after}"]
         _print(of_check(check), "\n".join([text, *wrong, *more]), as_json=as_json)
         if wrong:
