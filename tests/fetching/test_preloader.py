@@ -100,6 +100,15 @@ def test_the_best_few_of_a_site_are_at_hand(registry):
     assert loader.has_answers
 
 
+@pytest.mark.parametrize(("kind", "position"), [("linear", None), ("channel_norm", "serial")])
+def test_a_site_that_takes_serial_kernels_only_asks_for_those(registry, kind, position):
+    """The others would take the places of those that may stand there."""
+    loader = preloader(registry)
+    loader.ask([question(kind=kind)])
+    settle(loader)
+    assert registry.searches[0].get("position") == position
+
+
 def test_nothing_is_fetched_that_is_not_likely(registry):
     """Questions are asked all the same; what was called off is fetched once it is likely again."""
     loader = preloader(registry)

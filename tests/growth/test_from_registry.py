@@ -117,6 +117,7 @@ def test_a_kernel_that_fits_grows_in_the_run(tmp_path):
     report = grower.report()
     (trial,) = report.trials
     assert trial.verdict == "kept"
+    assert not [note for note in report.notes if "not offered" in note], "at the norm beside it"
     (graft,) = [g for g in report.grafts if g.site == "0"]
     assert graft.artifact_id in digests
     assert graft.blueprint.endswith(f".{graft.artifact_id[:12]}")

@@ -241,6 +241,12 @@ def kind_of_class(cls: type) -> LayerKind:
     return _BY_CLASS[host_class_name(cls)]
 
 
+def positions_at(site: str) -> tuple[Position, ...]:
+    """Return what kernels may read at whatever the catalog calls ``site``."""
+    kinds = [kind for kind in LAYER_KINDS if kind.site == site]
+    return tuple(p for p in POSITIONS if all(p in kind.positions for kind in kinds))
+
+
 def host_class_name(cls: type) -> str:
     """Return the dotted name of the host class that makes a class's instances what they are.
 

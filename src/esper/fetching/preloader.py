@@ -14,6 +14,7 @@ from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Final, Protocol
 
 from esper.contracts.errors import KernelNotFoundError
+from esper.contracts.layer_kind import positions_at
 from esper.fetching.hitch import Hitch, is_answer
 from esper.resilience.attempt import Done, attempt
 from esper.resilience.clock import MonotonicClock
@@ -81,6 +82,9 @@ class Question:
             "dtype": self.dtype,
             "deprecated": False,
         }
+        positions = positions_at(self.kind)
+        if len(positions) == 1:
+            asked["position"] = positions[0]
         if self.num_axes is not None:
             asked["num_axes"] = self.num_axes
         if self.capacity_only:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import SiteDescriptionError
+from esper.contracts.layer_kind import positions_at
 from esper.contracts.run_records import DIGEST_SHOWN
 from esper.fetching.preloader import Question
 from esper.growth.sent_kernel import kernels_of_first_rank
@@ -200,6 +201,8 @@ def _described(layer: KasminaLayer) -> SiteSpec | None:
 def _has_widths(artifact: CompiledKernelArtifact, site: SiteSpec) -> bool:
     """Say whether a kernel reads and gives what a search for the site asks for."""
     said = artifact.metadata
+    if said.position not in positions_at(site.kind):
+        return False
     reads = site.in_features if said.position == "parallel" else site.out_features
     widths = (said.in_features, said.out_features, said.dtype)
     return widths == (reads, site.out_features, site.dtype)
