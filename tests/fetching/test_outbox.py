@@ -4,7 +4,12 @@ import threading
 
 import pytest
 
-from esper.contracts.errors import KernelCorruptError, KernelSourceRefused, KernelSourceUnavailable
+from esper.contracts.errors import (
+    KernelCorruptError,
+    KernelSourceRefused,
+    KernelSourceSuspended,
+    KernelSourceUnavailable,
+)
 from esper.contracts.kernel_reports import FieldReport
 from esper.fetching.outbox import KernelParcel, Outbox, ReportParcel
 from esper.resilience.retry import RetryPolicy
@@ -105,6 +110,26 @@ def test_sending_does_not_wait_and_closing_gives_up():
 
     assert box.close(timeout_s=0.01) == [parcel(1), parcel(2)]
     registry.go.set()
+
+
+def test_what_a_breaker_held_back_is_no_try():
+    """It waits already: the box does not wait longer and longer on top of that."""
+    waits = []
+
+    class Noting:
+        def longest_delay_s(self, retry):
+            waits.append(retry)
+            return 0.0
+
+    rests = KernelSourceSuspended("it is not asked now")
+    registry = Answers(DOWN, rests, rests, DOWN)
+    box = Outbox(registry, policy=Noting())
+    box.send(parcel(1))
+    while not registry.taken:
+        threading.Event().wait(0.001)
+    assert box.close() == []
+    assert waits == [0, 1, 1, 1]
+    assert [hitch.error for hitch in box.hitches()] == [DOWN]
 
 
 def test_a_registry_that_is_down_is_asked_again():

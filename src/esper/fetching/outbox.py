@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
+from esper.contracts.errors import KernelSourceSuspended
 from esper.contracts.kernel_reports import FieldReport
 from esper.contracts.reference import is_digest
 from esper.fetching.hitch import Hitch, is_answer
@@ -254,15 +255,19 @@ class Outbox:
                 return
 
     def _deliver(self, parcel: Parcel) -> bool:
-        """Send a parcel until it has arrived or is refused; give up once the box is closed."""
-        tries = 0
+        """Send a parcel until it has arrived or is refused; give up once the box is closed.
+
+        What was not asked, by a registry's breaker, is no try: the breaker waits already.
+        """
+        tries, is_told = 0, False
         while True:
             was_closed = self._is_closed
             sent = attempt(lambda: parcel.deliver(self._registry))
             if isinstance(sent, Done):
                 return True
             is_final = is_answer(sent.error)
-            if tries == 0 or is_final:
+            if is_final or not is_told:
+                is_told = True
                 hitch = Hitch(
                     operation=parcel.operation,
                     digest=parcel.digest,
@@ -277,7 +282,7 @@ class Outbox:
             with self._changed:
                 wait_s = self._policy.longest_delay_s(tries)
                 self._changed.wait_for(lambda: self._is_closed, wait_s)
-            tries += 1
+            tries += not isinstance(sent.error, KernelSourceSuspended)
 
     def _keep(self, parcel: Parcel) -> None:
         if self._folder is None:
