@@ -137,7 +137,7 @@ class Exchange:
             finally:
                 answer.close()
         except httpx2.HTTPError as error:
-            msg = f"{url} did not answer within {self.timeout_s:g} s: {error!r:.300}"
+            msg = f"{url} did not answer: {error!r:.300} (a call has {self.timeout_s:g} s)"
             raise KernelSourceUnavailable(msg) from error
 
     def read(self, answer: httpx2.Response, until_s: float) -> Iterator[bytes]:
