@@ -59,12 +59,12 @@ def service():
         yield Service(registry, address)
 
 
-def wait_for(look, is_right=bool, *, within_s=30.0):
+def wait_for(look, is_right=bool, *, within_s=30.0, every_s=0.01):
     """Return what a look finds as soon as it is right."""
     end_s = time.monotonic() + within_s
     while not is_right(found := look()):
         assert time.monotonic() < end_s, f"in vain: {found}"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return found
 
 
