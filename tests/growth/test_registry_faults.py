@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from growing import batches, compute_loss, equal_states, growing, state_of, wrapped
-from misbehaving_registries import REGISTRIES
+from misbehaving_registries import REGISTRIES, TOKEN
 
 from esper.fetching.outbox import Outbox
 from esper.fetching.preloader import Preloader
@@ -72,7 +72,7 @@ class Run:
 
 def both(address, num):
     """Return a run with a registry and one without, trained in turn, and how long closing took."""
-    registry = HttpRegistry(address, timeout_s=TIMEOUT_S)
+    registry = HttpRegistry(address, token=TOKEN, timeout_s=TIMEOUT_S)
     run, alone = Run(Recorded(registry)), Run(None)
     try:
         for i, batch in enumerate(batches(num)):
@@ -108,6 +108,11 @@ def check(run, alone, closing_s, *, least_s):
     assert closing_s <= 5.0
 
 
+def shared_s(alone):
+    """By how much a step may be longer where others work beside: a busy machine slows both runs."""
+    return max(SHARED_S, *alone.steps_s)
+
+
 def ratio(run, alone):
     return statistics.median(run.steps_s) / statistics.median(alone.steps_s)
 
@@ -117,7 +122,8 @@ def ratio(run, alone):
 def test_a_run_does_not_notice_what_its_registry_does(fault):
     """A package is taken over, bit for bit as without one; no step and no end waits."""
     with REGISTRIES[fault]() as address:
-        check(*both(address, 80), least_s=SHARED_S)
+        run, alone, closing_s = both(address, 80)
+    check(run, alone, closing_s, least_s=shared_s(alone))
 
 
 @pytest.mark.torture
@@ -147,4 +153,4 @@ def test_a_run_that_asks_on_its_own_thread_does(monkeypatch):
     with REGISTRIES["black hole"]() as address:
         run, alone, _ = both(address, 30)
     assert threading.current_thread() in run.registry.threads
-    assert max(run.steps_s) > max(alone.steps_s) + SHARED_S
+    assert max(run.steps_s) > max(alone.steps_s) + shared_s(alone)

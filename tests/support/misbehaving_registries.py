@@ -6,6 +6,14 @@ import contextlib
 import socket
 import threading
 
+from flapping_proxy import flapping
+from registries import served
+
+from esper.registry.memory import MemoryRegistry
+
+TOKEN = "the token of a run"
+"""What a registry here knows its callers by, where it looks at that."""
+
 
 def black_hole(connection, ends):
     """Take everything and say nothing."""
@@ -66,9 +74,21 @@ def nobody():
     yield f"http://127.0.0.1:{port}"
 
 
+@contextlib.contextmanager
+def flapping_server():
+    """Serve a registry that takes ``TOKEN``, over a network that flaps; yields the address."""
+    from esper.registry.book_access import SCOPES
+
+    registry = MemoryRegistry()
+    registry.book.tokens.create("run", SCOPES, now_s=0.0, text=TOKEN)
+    with served(registry) as address, flapping(address) as proxy:
+        yield proxy.address
+
+
 REGISTRIES = {
     "black hole": lambda: server(black_hole),
     "refused": nobody,
     "500": lambda: server(five_hundred),
+    "flapping": flapping_server,
     "one byte a second": lambda: server(one_byte_a_second),
 }
