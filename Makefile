@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks \
-	bench-preloading torture
+	bench-registry bench-preloading torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/resu
 
 bench-ranks: venv ## Measure what ranks take to agree and to share kernels; writes benchmarks/results/ranks/
 	$(BIN)/python benchmarks/rank_rows.py $(ARGS)
+
+bench-registry: venv ## Measure what a registry's server takes in a second; writes benchmarks/results/registry/
+	$(BIN)/python benchmarks/registry_rows.py $(ARGS)
 
 bench-growth: venv ## Measure what growing brings, in hours, going on where it stopped; writes docs/growth.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'

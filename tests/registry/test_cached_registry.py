@@ -1,14 +1,18 @@
 """A registry behind a cache: what is asked of it, and what is served where it is silent."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cached_ranks import fetch_and_tell
 from far_registries import FarRegistry
 from kernel_artifacts import artifact
 from misbehaving_servers import DATA, DIGEST, Changed, Cut, raw, serving, whole
@@ -25,10 +29,13 @@ from esper.contracts.errors import (
 from esper.contracts.signature import KernelSignature
 from esper.fetching.breaker_source import SourceBehindBreaker
 from esper.fetching.kernel_cache import KernelCache
+from esper.registry import disk_cache
 from esper.registry.cached_registry import CachedRegistry
 from esper.registry.disk_cache import DiskCache
+from esper.registry.endpoint import Endpoint
 from esper.registry.memory import MemoryRegistry
 from esper.registry.trusted_source import TrustedSource
+from esper.resilience.clock import ManualClock
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -52,6 +59,106 @@ def test_an_artifact_is_fetched_once(near, far):
     assert near.stat(digest) == len(artifact(1))
     assert near.read(digest, 3, 5) == artifact(1)[3:8]
     assert (far.asked["fetch"], far.asked["stat"], far.asked["read"]) == (1, 0, 0)
+
+
+class Crowd:
+    """Lets a far registry answer a fetch when so many are there: at it, or waiting for it."""
+
+    def __init__(self, num_expected, far, monkeypatch):
+        self._num_expected = num_expected
+        self._here = set()
+        self._all_are_here = threading.Event()
+        answer = far.fetch
+
+        def fetch(*args, **kwargs):
+            self._come()
+            assert self._all_are_here.wait(30)
+            return answer(*args, **kwargs)
+
+        monkeypatch.setattr(far, "fetch", fetch)
+        monkeypatch.setattr(disk_cache.time, "sleep", lambda _: self._come())
+
+    def _come(self):
+        self._here.add(threading.get_ident())
+        if len(self._here) == self._num_expected:
+            self._all_are_here.set()
+
+
+def fetched_at_once(near, digest, num_threads):
+    """Return what so many threads get that fetch at the same time."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        return list(threads.map(near.fetch, [digest] * num_threads))
+
+
+def test_many_at_once_are_one_download(near, far, monkeypatch):
+    """Who comes while another fetches has the other's bytes."""
+    digest = near.put(artifact(1))
+    far.endpoint.timeout_s = 60.0
+    Crowd(8, far, monkeypatch)
+
+    assert fetched_at_once(near, digest, 8) == [artifact(1)] * 8
+    assert far.asked["fetch"] == 1
+
+
+def test_control_without_a_wait_each_fetches(near, far, monkeypatch):
+    """It is the wait that spares the registry."""
+    digest = near.put(artifact(1))
+    far.endpoint.timeout_s = 0.0
+    Crowd(8, far, monkeypatch)
+
+    assert fetched_at_once(near, digest, 8) == [artifact(1)] * 8
+    assert far.asked["fetch"] == 8
+
+
+def test_one_that_stalls_is_waited_for_half_of_the_time(near, far, tmp_path):
+    """A stopped process costs a fetch half of its deadline, and the other half is left for it."""
+    digest = near.put(artifact(1))
+    far.endpoint.timeout_s = 0.1
+
+    with DiskCache(tmp_path).receive(digest):
+        assert near.fetch(digest) == artifact(1)
+
+    assert 0.05 <= far.waited_s < 10
+
+
+def test_what_was_waited_is_taken_from_the_deadline():
+    """A call whose time has passed is not made; another has what is left of it."""
+    endpoint = Endpoint("far", timeout_s=10.0, clock=(clock := ManualClock()))
+
+    assert endpoint.call(lambda until_s: until_s - clock.now(), may_repeat=True, waited_s=4) == 6.0
+    assert endpoint.call(lambda until_s: until_s - clock.now(), may_repeat=True, waited_s=40) == 0.0
+
+
+@pytest.mark.slow
+def test_a_dead_process_holds_up_nobody(tmp_path):
+    """Of four processes one fetches; it is killed, and another goes on where it was for all."""
+    context = multiprocessing.get_context("spawn")
+    told, half_sent = context.Queue(), threading.Event()
+
+    def behave(handler):
+        if len(handler.server.requests) > 1:
+            Cut(most=len(DATA))(handler)
+            return
+        Cut(most=300)(handler)
+        half_sent.set()
+        handler.server.is_over.wait(30)
+
+    with serving(behave) as server:
+        ranks = [
+            context.Process(target=fetch_and_tell, args=(tmp_path, server.url, DIGEST, told))
+            for _ in range(4)
+        ]
+        ranks[0].start()
+        assert half_sent.wait(30)
+        for rank in ranks[1:]:
+            rank.start()
+        assert [told.get(timeout=30) for _ in range(3)] == ["waits"] * 3
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        assert [told.get(timeout=30) for _ in range(3)] == [len(DATA)] * 3
+        for rank in ranks:
+            rank.join()
+
+    assert len(server.requests) == 2
 
 
 def test_what_was_had_is_had_while_the_registry_is_down(near, far):

@@ -17,6 +17,7 @@ class FarRegistry:
     def __init__(self, registry):
         self.endpoint = Endpoint("far", timeout_s=1.0)
         self.is_down = False
+        self.waited_s = 0.0
         self.asked = collections.Counter()
         self._registry = registry
 
@@ -26,7 +27,8 @@ class FarRegistry:
             raise KernelSourceUnavailable("the network is cut")
         return getattr(self._registry, name)
 
-    def fetch(self, digest, *, shelf=None):
+    def fetch(self, digest, *, shelf=None, waited_s=0.0):
+        self.waited_s = waited_s
         data = self.__getattr__("fetch")(digest)
         if shelf is not None:
             shelf.append(data)

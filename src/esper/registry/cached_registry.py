@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import TYPE_CHECKING, Protocol, final
 
 from esper.contracts.artifact_format import digest_of
@@ -52,8 +53,11 @@ class RemoteRegistry(Registry, Protocol):
         """What guards it."""
         ...
 
-    def fetch(self, digest: str, *, shelf: Shelf | None = None) -> bytes:
-        """Return an artifact's bytes, going on from what is on the shelf."""
+    def fetch(self, digest: str, *, shelf: Shelf | None = None, waited_s: float = 0.0) -> bytes:
+        """Return an artifact's bytes, going on from what is on the shelf.
+
+        Of the time that it may take, ``waited_s`` have passed.
+        """
         ...
 
 
@@ -98,13 +102,21 @@ class CachedRegistry:
         return self._remote.endpoint
 
     def fetch(self, digest: str) -> bytes:
-        """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`."""
+        """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`.
+
+        Where another is fetching it into the same cache, its bytes are waited for, for half of
+        the time that a fetch may take.
+        """
         held = self._cache.get(digest)
         if held is not None:
             return held
         remote = self._asked(f"for kernel {digest}, which is not in the cache {self._cache.folder}")
-        with self._cache.receive(digest) as part:
-            data = remote.fetch(digest, shelf=part)
+        begun_s = time.monotonic()
+        with self._cache.receive(digest, wait_s=remote.endpoint.timeout_s / 2) as part:
+            held = self._cache.get(digest)
+            if held is not None:
+                return held  # another has fetched it since the first look
+            data = remote.fetch(digest, shelf=part, waited_s=time.monotonic() - begun_s)
             if digest_of(data) != digest:
                 part.clear()
                 msg = f"{self.address} answered with other bytes than those of {digest}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_CACHE_BYTES: Final = 10 * 2**30
 _NUM_TRIES: Final = 10
 _BETWEEN_TRIES_S: Final = 0.01
-"""How long is waited for others who make room: a tenth of a second, which nobody's fetch misses."""
+"""Others who make room are waited for ten times as long, which nobody's fetch misses."""
 
 _SEEN: Final = re.compile(r"([0-9a-f]{64}) ([0-9]{1,12})\n")
 
@@ -83,13 +83,19 @@ class DiskCache:
         return data
 
     @contextmanager
-    def receive(self, digest: str) -> Iterator[Part]:
+    def receive(self, digest: str, *, wait_s: float = 0.0) -> Iterator[Part]:
         """Yield what takes an artifact as it comes; it is kept where the block calls it whole.
 
         What has come when the block is left by an error stays for the next who receives it. One
-        who comes while another is at it begins a file of its own, and waits for nobody.
+        who comes while another is at it, in this process or in another, waits until that one is
+        done, has failed or is dead; after that the artifact may be there. Whoever has waited
+        for long enough begins a file of its own.
+
+        Args:
+            digest: Which one.
+            wait_s: Longest wait for another, in seconds, at least 0.
         """
-        part = self._begin(check_digest(digest))
+        part = self._begin(check_digest(digest), wait_s)
         try:
             yield part
             if part.is_whole:
@@ -134,13 +140,15 @@ class DiskCache:
         name, tag = split_reference(reference)
         return self.folder / "tags" / _place_of(registry) / name / tag
 
-    def _begin(self, digest: str) -> Part:
+    def _begin(self, digest: str, wait_s: float) -> Part:
         """Open what there is of an artifact, for this one alone."""
         path = self._partial / digest
         try:
             for folder in (self._artifacts, self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
-            file = _open_alone(path)
+            end_s = time.monotonic() + wait_s
+            while (file := _open_alone(path)) is None and time.monotonic() < end_s:
+                time.sleep(_BETWEEN_TRIES_S)
             if file is None:
                 path = path.with_name(f"{digest}.{secrets.token_hex(8)}")
                 file = path.open("x+b")

@@ -54,6 +54,7 @@ class Endpoint:
         sleep: Waits before a retry, seconds.
 
     Attributes:
+        timeout_s: Seconds for a call with all its retries.
         breaker: Counts failures of the server.
         retry_budget: Bounds the retries of all calls.
     """
@@ -66,7 +67,7 @@ class Endpoint:
         clock: Clock | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._clock = clock or MonotonicClock()
         self.breaker = CircuitBreaker(
             name, answers=_ANSWERS, ignored=(KernelSourceSuspended,), clock=self._clock
@@ -74,18 +75,19 @@ class Endpoint:
         self.retry_budget = RetryBudget(clock=self._clock)
         self._retry = Retry(_POLICIES, budget=self.retry_budget, sleep=sleep)
 
-    def call(self, fn: Callable[[float], R], *, may_repeat: bool) -> R:
+    def call(self, fn: Callable[[float], R], *, may_repeat: bool, waited_s: float = 0.0) -> R:
         """Call ``fn`` with the clock's reading at which it has to be over.
 
         Args:
             fn: Asks the server.
             may_repeat: Whether asking twice is the same as asking once.
+            waited_s: How much of its time has passed already, in seconds, at least 0.
 
         Raises:
             KernelSourceSuspended: The server has been failing and was not asked.
             Exception: What ``fn`` raised at last.
         """
-        deadline = Deadline.after(self._timeout_s, self._clock)
+        deadline = Deadline.after(max(0.0, self.timeout_s - waited_s), self._clock)
         if not may_repeat:
             return self._permitted(fn, deadline.expires_at_s)
         failures: list[Exception] = []

@@ -134,12 +134,13 @@ class HttpRegistry:
             may_repeat=True,
         )
 
-    def fetch(self, digest: str, *, shelf: Shelf | None = None) -> bytes:
+    def fetch(self, digest: str, *, shelf: Shelf | None = None, waited_s: float = 0.0) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`."""
         reference.check_digest(digest)
         return self.endpoint.call(
             lambda until_s: self._source.fetch(digest, shelf=shelf, until_s=until_s),
             may_repeat=True,
+            waited_s=waited_s,
         )
 
     get = fetch

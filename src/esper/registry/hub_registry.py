@@ -110,7 +110,13 @@ class HubRegistry:
         self._repository.change(f"Publish {screened.digest}", publish)
         return screened.digest
 
-    def fetch(self, digest: str, *, shelf: Shelf | None = None) -> bytes:
+    def fetch(
+        self,
+        digest: str,
+        *,
+        shelf: Shelf | None = None,
+        waited_s: float = 0.0,  # noqa: ARG002 - the Hub's own client has its own times
+    ) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`."""
         reference.check_digest(digest)
         data = self._repository.fetch(digest)

@@ -101,10 +101,12 @@ class OciRegistry:
         self._call(lambda until_s: self._repository.publish(entry, bytes(data), until_s))
         return screened.digest
 
-    def fetch(self, digest: str, *, shelf: Shelf | None = None) -> bytes:
+    def fetch(self, digest: str, *, shelf: Shelf | None = None, waited_s: float = 0.0) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`."""
         reference.check_digest(digest)
-        return self._call(lambda until_s: self._repository.fetch(digest, shelf, until_s))
+        return self._call(
+            lambda until_s: self._repository.fetch(digest, shelf, until_s), waited_s=waited_s
+        )
 
     get = fetch
 
@@ -287,9 +289,9 @@ class OciRegistry:
         """Close connections; a later request opens others."""
         self._session.exchange.close()
 
-    def _call(self, fn: Callable[[float], R]) -> R:
+    def _call(self, fn: Callable[[float], R], *, waited_s: float = 0.0) -> R:
         """Do what may be done twice."""
-        return self.endpoint.call(fn, may_repeat=True)
+        return self.endpoint.call(fn, may_repeat=True, waited_s=waited_s)
 
     def _tags(self, name: str, until_s: float) -> dict[str, str]:
         found = {}
