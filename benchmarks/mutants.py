@@ -9,7 +9,8 @@ ends with 1 where a module's score is below its goal.
 *Equivalent* is a survivor that nobody can tell from the original; ``equivalent_mutants.toml`` lists
 each with the reason, and an entry that excuses no survivor is an error. Wording is not counted:
 mutants of strings with a space in them and of f-strings, which are sentences for people. A module's
-folder in ``build/mutants`` is kept while no file changes, and a stopped run goes on from it.
+folder in ``build/mutants`` is kept while its tests and all of ``src`` stay as they are: a stopped run
+goes on from it.
 """
 
 from __future__ import annotations
@@ -215,9 +216,8 @@ def prepare(root: Path, folder: Path, module: Module) -> None:
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     project = (root / "pyproject.toml").read_text()
     text = "\n".join([project, "[tool.mutmut]", *lines, ""])
-    files = sorted(path for part in ("src", "tests") for path in (root / part).rglob("*.py"))
     digest = hashlib.sha256(text.encode())
-    for path in files:
+    for path in concerning(root, module):
         digest.update(path.read_bytes())
     stamp = folder / "digest"
     if stamp.exists() and stamp.read_text() == digest.hexdigest():
@@ -228,6 +228,13 @@ def prepare(root: Path, folder: Path, module: Module) -> None:
     (folder / "mutants" / "src").mkdir(parents=True)  # a path that is not there yet is never read
     (folder / "pyproject.toml").write_text(text)
     stamp.write_text(digest.hexdigest())
+
+
+def concerning(root: Path, module: Module) -> list[Path]:
+    """Return the files on which it depends what becomes of a module's mutants."""
+    shared = [*(root / "src").rglob("*.py"), *(root / "tests" / "support").rglob("*.py")]
+    own = [root / test.partition("::")[0] for test in module.tests]
+    return sorted({*shared, *own, *(root / "tests").glob("conftest.py")})
 
 
 def run_mutmut(folder: Path, jobs: int | None) -> None:
