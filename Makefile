@@ -65,7 +65,7 @@ bench-peers: venv ## Run what peers' users complain of on them and on Esper; wri
 bench-preloading: venv ## Measure how many of a registry's kernels are at hand when they are asked for
 	$(BIN)/python benchmarks/preloading.py $(ARGS)
 
-mutants: venv ## Change the parts that decide, a line at a time: tests must notice 9 of 10 (an hour)
+mutants: venv ## Change what decides a little: do the tests notice? writes benchmarks/results/mutants/
 	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours

@@ -1,7 +1,7 @@
 """``make mutants``: would the tests notice a mistake in the parts that decide?
 
 Mutmut makes one small change at a time to a module's functions, a mutant, and runs the tests that
-reach it: a mutant that no test fails on has survived. Writes ``benchmarks/results/mutants.json``;
+reach it: a mutant that no test fails on has survived. Writes ``benchmarks/results/mutants/scores.json``;
 ends with 1 where a module's score is below its goal.
 
     score = killed / (mutants - equivalent)
@@ -9,8 +9,8 @@ ends with 1 where a module's score is below its goal.
 *Equivalent* is a survivor that nobody can tell from the original; ``equivalent_mutants.toml`` lists
 each with the reason, and an entry that excuses no survivor is an error. Wording is not counted:
 mutants of strings with a space in them and of f-strings, which are sentences for people. A module's
-folder in ``build/mutants`` is kept while its tests and all of ``src`` stay as they are: a stopped run
-goes on from it.
+folder in ``build/mutants`` is kept while its tests and all of ``src`` stay as they are, and a run
+that was stopped goes on from it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
+RESULTS = ROOT / "benchmarks" / "results" / "mutants" / "scores.json"
 EQUIVALENT = ROOT / "benchmarks" / "equivalent_mutants.toml"
 GOAL = 0.9
 
@@ -156,6 +156,7 @@ def write(modules: dict[str, object]) -> None:
         "goal": GOAL,
         "modules": {name: modules[name] for name in MODULES if name in modules},
     }
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=2) + "\n")
 
 
@@ -175,7 +176,7 @@ def report(name: str, score: Score) -> Iterator[str]:
 
 def equivalents(module: str) -> list[Mutant]:
     """Return the mutants of a module that are listed as equivalent."""
-    entries = tomllib.loads(EQUIVALENT.read_text())[module]
+    entries = tomllib.loads(EQUIVALENT.read_text()).get(module, [])
     assert all(entry.pop("reason") for entry in entries)
     return [Mutant(**entry) for entry in entries]
 

@@ -480,6 +480,18 @@ def test_a_copy_shares_no_window(clock):
     assert told == []
 
 
+def test_a_listener_hears_nothing_of_copies(clock):
+    """Also where the first call of a copy makes it half-open."""
+    told = []
+    breaker = opened(clock, on_transition=told.append)
+    clock.advance(10.0)
+    for copied in copies_of(breaker):
+        copied.call(int)
+        assert copied.state == CLOSED
+    assert breaker.state == OPEN
+    assert [move.after for move in told] == [OPEN]
+
+
 # ---- settings
 
 
@@ -503,7 +515,9 @@ def test_a_copy_shares_no_window(clock):
 def test_settings_have_ranges(clock, settings):
     """A breaker that could never open, close or wait is refused, and the setting is named."""
     (name, value), *_ = settings.items()
-    with pytest.raises(ValueError, match=rf"^{name} must be .*, found {value}$"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be (in|at least|above) .*, found {value}$"
+    ):
         breaker_of(clock, **settings)
 
 

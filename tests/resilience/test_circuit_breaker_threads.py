@@ -211,3 +211,14 @@ def test_a_fork_in_the_middle_of_calls_leaves_a_whole_breaker():
         for worker in busy:
             worker.result()
     assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0] * 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_closed_breaker_keeps_its_state():
+    """There is no probe to forget, so nothing has changed."""
+    breaker = CircuitBreaker("endpoint")
+    child = os.fork()
+    if child == 0:
+        os._exit(breaker.stats().generation)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
