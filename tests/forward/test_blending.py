@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from esper.execution.host_class import adopt
@@ -64,6 +65,25 @@ def test_kernel_that_fails_leaves_the_formula_over_the_others(layer):
     graft(layer, 0, 3.0, alpha=0.25, mode="replace").is_bad = True
     graft(layer, 1, 5.0, alpha=0.5)
     assert torch.equal(layer(X), X + 2.5 * X)
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_kernel_that_fails_among_several_processes_has_gradients_of_zero(layer):
+    """The others wait for one; the output is that of the formula over the others all the same."""
+    kernel = graft(layer, 0, nn.Parameter(torch.tensor(3.0)), alpha=0.5)
+    kernel.is_bad = True
+    y = layer(X)
+    assert torch.equal(y, X)
+    y.sum().backward()
+    assert torch.equal(kernel.factor.grad, torch.tensor(0.0))
 
 
 def test_kernels_are_counted_call_by_call(layer):
