@@ -1,8 +1,8 @@
 """``make mutants``: would the tests notice a mistake in the parts that decide?
 
 Mutmut makes one small change at a time to a module's functions, a mutant, and runs the tests that
-reach it: a mutant that no test fails on has survived. Writes ``benchmarks/results/mutants/scores.json``;
-ends with 1 where a module's score is below its goal.
+reach it: a mutant that no test fails on has survived. Writes ``benchmarks/results/mutants/``; ends
+with 1 where a module's score is below the goal.
 
     score = killed / (mutants - equivalent)
 

@@ -66,6 +66,8 @@ def test_the_safetensors_library_reads_the_bytes():
 OTHER_SPELLINGS = [
     ("begins with the length", b""),
     ("begins with the length", b"\0" * 7),
+    ("begins with the length", DATA[: header_size(DATA) - 1]),
+    ("the header of the artifact is not strict JSON", b"\0" * 8),
     (r"header may have|begins with the length", (1 << 60).to_bytes(8, "little") + b"{}"),
     ("tensors take 34 bytes, found 33", DATA[:-1]),
     ("tensors take 34 bytes, found 35", DATA + b"\0"),
