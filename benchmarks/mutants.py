@@ -211,6 +211,7 @@ def prepare(root: Path, folder: Path, module: Module) -> None:
         "pytest_add_cli_args_test_selection": ("-m", "not slow and not torture", *module.tests),
         "pytest_add_cli_args": ["--hypothesis-seed=0", "-p", "no:cacheprovider"],
         "process_isolation": "forkserver",  # a process in which torch has run is not to be forked
+        "timeout_constant": 3.0,  # seconds, times 15: a busy machine is no mistake
         "use_git_change_detection": False,
         "debug": True,  # or nothing says why it failed
     }

@@ -171,6 +171,19 @@ def test_effect_below_the_minimum_does_not_pass():
     assert "too small" in verdict.reason
 
 
+def test_effect_of_just_the_minimum_passes():
+    """Half of the samples gain 1.5, half 0.5: the mean is 1, exactly."""
+    gains = np.tile([1.5, 0.5], 200)
+    assert read_gate(gains, np.zeros(400), level=0.025, min_effect=1.0).passed
+
+
+def test_differences_too_small_for_a_standard_error_do_not_pass():
+    """Their variance is the smallest number there is, and no z can be had."""
+    verdict = read_gate(np.tile([3e-162, -1e-162], 200), np.zeros(400), level=0.025)
+    assert (verdict.passed, verdict.stderr, verdict.z) == (False, 0.0, None)
+    assert "no spread" in verdict.reason
+
+
 def test_too_few_samples_have_too_little_power():
     """Under 200 samples nothing passes; the verdict says what would have been asked."""
     spread = Spread(factor=1.6, degrees=3)
@@ -206,6 +219,7 @@ def test_graft_that_changes_nothing_does_not_pass():
     assert not verdict.passed
     assert verdict.effect == 0.0
     assert verdict.z is None
+    assert verdict.reason == "it changes no loss at all"
 
 
 def test_same_gain_on_every_sample_does_not_pass():

@@ -95,6 +95,13 @@ def test_null_that_is_better_within_luck_of_the_live_run_is_not_taken_over():
     assert found.taken == "candidate"
 
 
+def test_null_that_is_better_within_the_spread_of_equal_runs_is_not_taken_over():
+    """It has to beat the candidate by the same test, spread and all."""
+    null = parse_measurement(BASE - 0.061 + noise(1) + noise(2))
+    assert read(better_by(0.05), null, spread=1.0).taken == "null"
+    assert read(better_by(0.05), null, spread=1.6).taken == "candidate"
+
+
 def test_null_does_not_help_a_candidate_that_was_refused():
     """What is tried is the package, and not its linear form."""
     found = read(better_by(0.0), better_by(0.5, seed=2))
