@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks \
-	bench-registry bench-preloading torture
+	bench-registry bench-preloading mutants torture
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ bench-peers: venv ## Run what peers' users complain of on them and on Esper; wri
 
 bench-preloading: venv ## Measure how many of a registry's kernels are at hand when they are asked for
 	$(BIN)/python benchmarks/preloading.py $(ARGS)
+
+mutants: venv ## Change what decides a little: do the tests notice? writes benchmarks/results/mutants/
+	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
 	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)

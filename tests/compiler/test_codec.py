@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import random
@@ -61,6 +62,7 @@ def test_decoding_and_encoding_are_exact_in_both_directions():
     assert decoded == ARTIFACT
     assert decoded.metadata == ARTIFACT.metadata
     assert decoded.blueprint == ARTIFACT.blueprint
+    assert decoded.blueprint_id == "coded"
     kernel = instantiate(decoded)
     assert encode_kernel(kernel, lineage=decoded.metadata.lineage) == ARTIFACT.kernel_binary
 
@@ -106,6 +108,29 @@ def test_a_trained_readout_is_no_longer_zeroed():
     assert torch.equal(kernel_tensors(instantiate(trained))["out.bias"], torch.ones(3))
 
 
+def test_a_node_may_have_a_dot_in_its_id():
+    """Its tensors are told from those of others by all of its id."""
+    nodes = tuple(
+        dataclasses.replace(node, id=f"layer.{node.id}") if node.id == "out" else node
+        for node in _blueprint().nodes
+    )
+    ids = ["input", "hidden", "norm", "act", "layer.out", "output"]
+    edges = tuple(BlueprintEdge(a, b) for a, b in itertools.pairwise(ids))
+    kernel = lower(_blueprint(nodes=nodes, edges=edges))
+    assert decode_artifact(encode_kernel(kernel)).metadata.zeroed == "layer.out.weight"
+    tensors = {**kernel_tensors(kernel), "layer.out.bias": torch.ones(3)}
+    trained = compile_blueprint(kernel.blueprint, tensors=tensors)
+    assert trained.metadata.zeroed is None
+
+
+def test_a_dtype_that_artifacts_do_not_hold_is_refused():
+    """The tensor is named; what would be written could not be read."""
+    with pytest.raises(
+        KernelCorruptError, match=r"tensor 'hidden\.weight' is of dtype .*float8_e4m3fn"
+    ):
+        encode_kernel(lower(_blueprint()).to(torch.float8_e4m3fn))
+
+
 def test_weights_that_are_not_the_blueprints_are_refused():
     """Compiling with other tensors raises BlueprintError, with NaN KernelCorruptError."""
     tensors = dict(kernel_tensors(lower(_blueprint())))
@@ -138,49 +163,55 @@ def _rewritten(*, header=None, blueprint=None, metadata=None, tensors=None):
     return artifact_format.encode({**new, **(header or {})}, {**PARSED.tensors, **(tensors or {})})
 
 
-def _floats(*values):
-    return torch.tensor(values, dtype=torch.float32).numpy().tobytes()
+def _with_bias(shape, value):
+    """The artifact with another bias of its last layer: 0, a value, 0."""
+    data = torch.tensor([0.0, value, 0.0]).numpy().tobytes()
+    return _rewritten(tensors={"out.bias": TensorBytes(dtype="F32", shape=shape, data=data)})
 
 
+NODES = PARSED.header["blueprint"]["nodes"]
+CONTRADICTS = "'coded' has metadata that contradict"
 TAMPERED = {
-    "kind": _rewritten(header={"kind": "other"}),
-    "extra field": _rewritten(header={"code": "import os"}),
-    "no blueprint": _rewritten(header={"blueprint": 7}),
-    "newer blueprint": _rewritten(blueprint={"format_version": 2}),
-    "nodes in another order": _rewritten(
-        blueprint={"nodes": PARSED.header["blueprint"]["nodes"][::-1]}
+    "kind": ("header has the fields", _rewritten(header={"kind": "other"})),
+    "extra field": ("header has the fields", _rewritten(header={"code": "import os"})),
+    "no blueprint": ("holds no blueprint", _rewritten(header={"blueprint": 7})),
+    "newer blueprint": ("format 2 is newer", _rewritten(blueprint={"format_version": 2})),
+    "nodes in another order": (
+        "'coded' is not in canonical order",
+        _rewritten(blueprint={"nodes": NODES[::-1]}),
     ),
-    "unknown operation": _rewritten(
-        blueprint={"nodes": [{"id": "hidden", "op_type": "exec", "attributes": {}}]}
+    "unknown operation": (
+        "breaks a rule: .*'exec'",
+        _rewritten(blueprint={"nodes": [{**NODES[0], "op_type": "exec"}, *NODES[1:]]}),
     ),
-    "other blueprint, valid": _rewritten(blueprint={"init_seed": 3}),
-    "parameter count": _rewritten(metadata={"parameter_count": 1}),
-    "zeroed": _rewritten(metadata={"zeroed": None}),
-    "adds capacity": _rewritten(metadata={"adds_capacity": False}),
-    "metadata field missing": _rewritten(header={"metadata": {}}),
-    "metadata of another type": _rewritten(metadata={"parameter_count": True}),
-    "lineage of another type": _rewritten(metadata={"lineage": [1]}),
-    "NaN": _rewritten(
-        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3,), data=_floats(0, float("nan"), 0))}
+    "other blueprint, valid": (CONTRADICTS, _rewritten(blueprint={"init_seed": 3})),
+    "parameter count": (CONTRADICTS, _rewritten(metadata={"parameter_count": 1})),
+    "zeroed": (CONTRADICTS, _rewritten(metadata={"zeroed": None})),
+    "adds capacity": (CONTRADICTS, _rewritten(metadata={"adds_capacity": False})),
+    "metadata field missing": ("metadata has the fields", _rewritten(header={"metadata": {}})),
+    "metadata of another type": (
+        "'parameter_count'",
+        _rewritten(metadata={"parameter_count": True}),
     ),
-    "infinity": _rewritten(
-        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3,), data=_floats(0, float("inf"), 0))}
+    "lineage of another type": ("lineage is a list", _rewritten(metadata={"lineage": [1]})),
+    "NaN": (r"'out\.bias' .*NaN", _with_bias((3,), float("nan"))),
+    "infinity": (r"'out\.bias' .*infinity", _with_bias((3,), float("inf"))),
+    "shape": (r"'out\.bias' should be", _with_bias((3, 1), 0.0)),
+    "dtype": (
+        r"'out\.bias' should be",
+        _rewritten(tensors={"out.bias": TensorBytes(dtype="F16", shape=(3,), data=b"\0" * 6)}),
     ),
-    "shape": _rewritten(
-        tensors={"out.bias": TensorBytes(dtype="F32", shape=(3, 1), data=_floats(0, 0, 0))}
-    ),
-    "dtype": _rewritten(tensors={"out.bias": TensorBytes(dtype="F16", shape=(3,), data=b"\0" * 6)}),
-    "extra tensor": _rewritten(
-        tensors={"x": TensorBytes(dtype="F32", shape=(1,), data=_floats(0))}
+    "extra tensor": (
+        "'x' should be absent",
+        _rewritten(tensors={"x": TensorBytes(dtype="F32", shape=(1,), data=b"\0" * 4)}),
     ),
 }
 
 
-@pytest.mark.parametrize("name", TAMPERED)
-def test_a_well_formed_file_with_wrong_content_is_refused(name):
+@pytest.mark.parametrize(("words", "data"), TAMPERED.values(), ids=TAMPERED)
+def test_a_well_formed_file_with_wrong_content_is_refused(words, data):
     """Content that contradicts itself or breaks a rule is corrupt, even with its own digest."""
-    data = TAMPERED[name]
-    with pytest.raises(KernelCorruptError):
+    with pytest.raises(KernelCorruptError, match=words):
         decode_artifact(data, artifact_id=artifact_format.digest_of(data))
 
 

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from esper.contracts.intervals import student_t_quantile
 from esper.growth.gates import (
     FAMILY_LEVEL,
+    NO_SAMPLES,
+    GateVerdict,
     Spread,
     is_worse,
+    judge,
+    judge_not_worse,
     level_of,
     not_worse,
     read_gate,
@@ -44,14 +48,20 @@ def test_levels_of_all_tries_sum_to_five_percent(tries):
 def test_clear_gain_passes():
     """A fall of the loss far above its noise passes, with the numbers of the paired test."""
     reference = losses()
-    candidate = reference - 0.05 + noise()
-    verdict = read_gate(reference, candidate, level=0.025)
-    differences = reference - candidate
-    stderr = differences.std(ddof=1) / math.sqrt(400)
-    assert verdict.passed
-    assert verdict.effect == pytest.approx(differences.mean(), rel=1e-12)
-    assert verdict.stderr == pytest.approx(stderr, rel=1e-12)
-    assert verdict.z == pytest.approx(differences.mean() / stderr, rel=1e-12)
+    candidate = reference - 0.05 + noise() - noise().mean()
+    stderr = 1.6 * noise().std(ddof=1) / 20
+    verdict = read_gate(reference, candidate, level=0.025, spread=Spread(factor=1.6))
+    assert verdict == GateVerdict(
+        passed=True,
+        effect=pytest.approx(0.05),
+        stderr=pytest.approx(stderr),
+        spread=1.6,
+        z=pytest.approx(0.05 / stderr),
+        threshold=NormalDist().inv_cdf(0.975),
+        level=0.025,
+        samples=400,
+        reason=f"the loss falls by 0.05, z = {0.05 / stderr:.2f} above 1.96",
+    )
 
 
 def test_gate_is_one_sided():
@@ -88,9 +98,17 @@ def test_spread_that_was_not_measured_does_not_pass():
     verdict = read_gate(
         reference, reference - 1.0 + noise(), level=0.025, spread=Spread(factor=math.inf, degrees=3)
     )
-    assert not verdict.passed
-    assert verdict.stderr is None
-    assert "could not be measured" in verdict.reason
+    assert verdict == GateVerdict(
+        passed=False,
+        effect=None,
+        stderr=None,
+        spread=1.0,
+        z=None,
+        threshold=NormalDist().inv_cdf(0.975),
+        level=0.025,
+        samples=400,
+        reason="the spread between equal runs could not be measured",
+    )
 
 
 def test_spread_of_a_few_equals_has_students_quantile():
@@ -123,6 +141,12 @@ def test_spread_is_how_far_equal_runs_come_out_apart():
     assert found.degrees == 3
 
 
+def test_spread_of_half_precision_losses_is_that_of_their_values():
+    """It is computed in doubles, whatever the losses are."""
+    halves = [run.astype(np.float16) for run in equal_runs(drift=0.02)]
+    assert spread_of_equals(halves) == spread_of_equals([run.astype(float) for run in halves])
+
+
 def test_spread_is_at_least_one():
     """Equal runs that happen to come out close make no gate easier to pass."""
     assert spread_of_equals(equal_runs(drift=0.0)).factor >= 1.0
@@ -147,12 +171,34 @@ def test_effect_below_the_minimum_does_not_pass():
     assert "too small" in verdict.reason
 
 
+def test_effect_of_just_the_minimum_passes():
+    """Half of the samples gain 1.5, half 0.5: the mean is 1, exactly."""
+    gains = np.tile([1.5, 0.5], 200)
+    assert read_gate(gains, np.zeros(400), level=0.025, min_effect=1.0).passed
+
+
+def test_differences_too_small_for_a_standard_error_do_not_pass():
+    """Their variance is the smallest number there is, and no z can be had."""
+    verdict = read_gate(np.tile([3e-162, -1e-162], 200), np.zeros(400), level=0.025)
+    assert (verdict.passed, verdict.stderr, verdict.z) == (False, 0.0, None)
+    assert "no spread" in verdict.reason
+
+
 def test_too_few_samples_have_too_little_power():
-    """Under 200 samples nothing passes, and the reason counts them."""
-    verdict = read_gate(losses(120), losses(120) - 1.0 + noise(120), level=0.025)
-    assert not verdict.passed
-    assert verdict.reason == "too little power: 120 samples, at least 200 needed"
-    assert verdict.effect is None
+    """Under 200 samples nothing passes; the verdict says what would have been asked."""
+    spread = Spread(factor=1.6, degrees=3)
+    verdict = read_gate(losses(120), losses(120) - 1.0 + noise(120), level=0.05, spread=spread)
+    assert verdict == GateVerdict(
+        passed=False,
+        effect=None,
+        stderr=None,
+        spread=1.6,
+        z=None,
+        threshold=student_t_quantile(0.95, 3),
+        level=0.05,
+        samples=120,
+        reason="too little power: 120 samples, at least 200 needed",
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -173,6 +219,7 @@ def test_graft_that_changes_nothing_does_not_pass():
     assert not verdict.passed
     assert verdict.effect == 0.0
     assert verdict.z is None
+    assert verdict.reason == "it changes no loss at all"
 
 
 def test_same_gain_on_every_sample_does_not_pass():
@@ -213,16 +260,74 @@ def test_not_worse_compares_the_means():
     assert not not_worse(reference, reference + wiggle + 1e-4, level=0.025).passed
 
 
+@pytest.mark.parametrize(("rise", "said"), [(0.01, "rose by 0.01"), (-0.01, "fell by 0.01")])
+def test_not_worse_tells_the_numbers_of_the_pair(rise, said):
+    """What was measured is in the verdict, whichever way it went."""
+    stderr = noise().std(ddof=1) / 20
+    verdict = not_worse(losses(), losses() + noise() - noise().mean() + rise, level=0.025)
+    assert verdict == GateVerdict(
+        passed=rise < 0,
+        effect=pytest.approx(-rise),
+        stderr=pytest.approx(stderr),
+        spread=1.0,
+        z=pytest.approx(-rise / stderr),
+        threshold=0.0,
+        level=0.025,
+        samples=400,
+        reason=f"the loss {said} against the snapshot",
+    )
+
+
+def test_what_is_as_good_is_not_worse():
+    """A graft that changes no loss stays, and has no z."""
+    verdict = not_worse(losses(), losses(), level=0.025)
+    assert (verdict.passed, verdict.effect, verdict.z) == (True, 0.0, None)
+    assert verdict.reason == "the loss did not rise by 0 against the snapshot"
+
+
 def test_not_worse_needs_the_samples_too():
     """The comparison with a snapshot is no way around a gate split that is too small."""
-    assert not not_worse(losses(50), losses(50) - 1.0, level=0.025).passed
+    assert not_worse(losses(100), losses(100) - 1.0, level=0.025).passed
+    verdict = not_worse(losses(99), losses(99) - 1.0, level=0.025)
+    assert (verdict.passed, verdict.samples) == (False, 99)
+    assert verdict.reason == "too little power: 99 samples, at least 100 needed"
+    with pytest.raises(ValueError, match="min_samples"):
+        not_worse(losses(), losses(), level=0.025, min_samples=1)
+
+
+@pytest.mark.parametrize("read", [judge, judge_not_worse])
+@pytest.mark.parametrize(("before", "after"), [(1.0, losses()), (losses(), 1.0)])
+def test_measurement_without_samples_is_no_evidence(read, before, after):
+    """On either side; the verdict says so, with the level that it would have had."""
+    assert read(measured(before), measured(after), level=0.025) == GateVerdict(
+        passed=False,
+        effect=None,
+        stderr=None,
+        spread=1.0,
+        z=None,
+        threshold=NormalDist().inv_cdf(0.975),
+        level=0.025,
+        samples=0,
+        reason=NO_SAMPLES,
+    )
+
+
+def test_measurements_are_judged_by_their_samples():
+    """Two measurements have the verdict that their losses have."""
+    before, after = losses(), losses() - 0.01 + noise()
+    found = judge_not_worse(measured(before), measured(after), level=0.025)
+    assert found == not_worse(before, after, level=0.025)
+    options = {"level": 0.025, "spread": Spread(factor=1.6), "min_effect": 0.002}
+    assert judge(measured(before), measured(after), **options) == read_gate(
+        before, after, **options
+    )
 
 
 def measured(values):
     return parse_measurement(values)
 
 
-@pytest.mark.parametrize(("errors_above", "is_said"), [(2.9, False), (3.1, True)])
+@pytest.mark.parametrize(("errors_above", "is_said"), [(2.999, False), (3.001, True)])
 def test_watch_tells_a_rise_of_more_than_three_standard_errors(errors_above, is_said):
     """Of the paired difference: what all samples share does not hide a rise."""
     wiggle = (noise() - noise().mean()) / noise().std(ddof=1)
@@ -241,15 +346,23 @@ def test_watch_tells_a_loss_that_is_not_finite(bad):
 
 def test_watch_without_samples_is_trouble():
     """A mean tells no standard error, and unmeasured means no."""
-    assert "no per-sample losses" in is_worse(measured(1.0), measured(0.5))
+    for before, now in ((1.0, 0.5), (1.0, losses()), (losses(), 0.5)):
+        assert is_worse(measured(before), measured(now)) == NO_SAMPLES
+
+
+def test_watch_has_nothing_to_say_of_a_loss_that_stays():
+    """Differences that are all 0 have an error of 0, and are no rise."""
+    assert is_worse(measured(losses()), measured(losses())) is None
 
 
 def test_bound_of_a_rise_is_one_sided_at_95_percent():
     """The mean rise and 1.645 standard errors; infinite where nothing was measured."""
     rise = 0.1 + noise()
     bound = upper_rise(measured(losses()), measured(losses() + rise))
-    assert bound == pytest.approx(rise.mean() + 1.6449 * rise.std(ddof=1) / 20, rel=1e-4)
-    assert upper_rise(measured(1.0), measured(0.5)) == math.inf
+    quantile = NormalDist().inv_cdf(0.95)
+    assert bound == pytest.approx(rise.mean() + quantile * rise.std(ddof=1) / 20)
+    for before, now in ((1.0, 0.5), (1.0, losses()), (losses(), 0.5)):
+        assert upper_rise(measured(before), measured(now)) == math.inf
     for bad in (math.nan, math.inf):
         assert upper_rise(measured(losses()), measured(poisoned(bad))) == math.inf
 

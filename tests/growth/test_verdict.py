@@ -63,6 +63,20 @@ def test_gain_below_the_minimum_is_refused():
     assert read(tiny, min_effect=0.0).taken == "candidate"
 
 
+def test_minimum_is_a_share_of_the_live_loss():
+    """What is enough of a loss of 1 is too small of one that is ten times as high."""
+    live, gain = parse_measurement(BASE + 9.0), parse_measurement(BASE + 9.0 - 0.005)
+    for settings, said in (
+        (GrowthSettings(), "too small"),
+        (GrowthSettings(min_effect=1e-4), "z ="),
+    ):
+        wiggled = parse_measurement(gain.per_sample + 0.001 * noise(1))
+        found = read_trial(
+            TrialReadings(live=live, candidate=wiggled), level=0.05, settings=settings
+        )
+        assert said in found.reason
+
+
 def test_null_is_taken_over_where_it_is_better_and_passes_by_itself():
     """Then the effect is the null's, and nothing is claimed for the package."""
     found = read(better_by(0.05), better_by(0.10, seed=2))
@@ -79,6 +93,13 @@ def test_null_that_is_better_within_luck_of_the_live_run_is_not_taken_over():
     assert shaky.loss < better_by(0.05).loss
     assert not found.null.passed
     assert found.taken == "candidate"
+
+
+def test_null_that_is_better_within_the_spread_of_equal_runs_is_not_taken_over():
+    """It has to beat the candidate by the same test, spread and all."""
+    null = parse_measurement(BASE - 0.061 + noise(1) + noise(2))
+    assert read(better_by(0.05), null, spread=1.0).taken == "null"
+    assert read(better_by(0.05), null, spread=1.6).taken == "candidate"
 
 
 def test_null_does_not_help_a_candidate_that_was_refused():
@@ -117,7 +138,8 @@ def test_what_has_to_pay_beats_going_on_beyond_both_errors():
     """By default it is only told."""
     gain, likely = better_by(0.05), GoingOn(gain=0.02, stderr=0.002)
     assert read(gain, pays="flops", going_on=likely).taken == "candidate"
-    for dear in (GoingOn(gain=0.06, stderr=0.0), GoingOn(gain=0.02, stderr=0.1)):
+    dears = [(0.06, 0.0), (0.02, 0.1), (0.045, 1e-9)]  # the last within the gain's own error
+    for dear in (GoingOn(gain=likely, stderr=stderr) for likely, stderr in dears):
         assert read(gain, pays="flops", going_on=dear).taken == ""
         assert read(gain, pays="updates", going_on=dear).taken == "candidate"
     assert "too short" in read(gain, pays="flops").reason

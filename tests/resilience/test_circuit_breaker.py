@@ -143,6 +143,8 @@ def test_each_opening_in_a_row_doubles_the_wait_up_to_a_cap(clock):
     breaker.call(int)
     give_up(breaker, 2)
     assert [wait_s for wait_s in waits_s if wait_s] == [10.0, 20.0, 40.0, 50.0, 50.0, 10.0]
+    stats = breaker.stats()
+    assert (stats.openings, stats.succeeded, stats.failed) == (6, 1, 8)
 
 
 def test_jitter_shortens_a_wait_by_the_injected_generator(clock):
@@ -192,8 +194,9 @@ def test_half_open_admits_its_probes_and_no_more(clock):
     """With three probes out, the fourth caller is rejected."""
     breaker = half_open(clock, num_probes=3)
     probes = [breaker.permit() for _ in range(3)]
-    with pytest.raises(CircuitOpenError):
+    with pytest.raises(CircuitOpenError) as caught:
         breaker.permit()
+    assert caught.value.retry_after_s == 0.0  # nobody knows how long the probes take
     probes[0].succeed()
     with pytest.raises(CircuitOpenError):  # one passed, two are out: three in all
         breaker.permit()
@@ -352,6 +355,7 @@ def test_transitions_are_told_in_order_with_their_generation(clock):
         ("endpoint", OPEN, HALF_OPEN, 2),
         ("endpoint", HALF_OPEN, CLOSED, 3),
     ]
+    assert breaker.stats().generation == 3
 
 
 def test_a_listener_may_use_the_breaker_and_cannot_break_it(clock, caplog):
@@ -365,7 +369,8 @@ def test_a_listener_may_use_the_breaker_and_cannot_break_it(clock, caplog):
     breaker = breaker_of(clock, on_transition=listen)
     give_up(breaker, 2)
     assert seen == [OPEN]
-    assert "its listener failed" in caplog.text
+    assert "breaker 'endpoint': its listener failed" in caplog.text
+    assert "a listener's own fault" in caplog.text
     clock.advance(10.0)
     breaker.call(int)
     assert breaker.state == CLOSED
@@ -409,6 +414,7 @@ def test_async_calls_count_in_the_same_window(clock):
         asyncio.run(breaker.call_async(answer, 1))
     clock.advance(10.0)
     assert asyncio.run(breaker.call_async(answer, 1)) == 1
+    assert asyncio.run(breaker.call_async(answer, value=2)) == 2
     assert breaker.state == CLOSED
 
 
@@ -460,14 +466,30 @@ def test_a_copy_owes_nothing_to_permits_that_are_out(clock):
 
 
 def test_a_copy_shares_no_window(clock):
-    """Failures of a copy do not open the original."""
-    breaker = breaker_of(clock)
+    """Failures of a copy do not open the original, whose listener does not hear of them."""
+    told = []
+    breaker = breaker_of(clock, min_calls=3, on_transition=told.append)
     for copied in copies_of(breaker):
-        give_up(copied, 2)
+        give_up(copied)
+    give_up(breaker, 2)
+    assert breaker.state == CLOSED
+    for copied in copies_of(breaker):
+        give_up(copied)
         assert copied.state == OPEN
     assert breaker.state == CLOSED
-    give_up(breaker)
-    assert breaker.state == CLOSED
+    assert told == []
+
+
+def test_a_listener_hears_nothing_of_copies(clock):
+    """Also where the first call of a copy makes it half-open."""
+    told = []
+    breaker = opened(clock, on_transition=told.append)
+    clock.advance(10.0)
+    for copied in copies_of(breaker):
+        copied.call(int)
+        assert copied.state == CLOSED
+    assert breaker.state == OPEN
+    assert [move.after for move in told] == [OPEN]
 
 
 # ---- settings
@@ -478,7 +500,7 @@ def test_a_copy_shares_no_window(clock):
     [
         {"min_calls": 0},
         {"min_calls": 5},
-        {"window_size": 0},
+        {"min_calls": 2, "window_size": 0},
         {"failure_rate": 0.0},
         {"failure_rate": 1.1},
         {"base_wait_s": 0.0},
@@ -491,6 +513,52 @@ def test_a_copy_shares_no_window(clock):
     ],
 )
 def test_settings_have_ranges(clock, settings):
-    """A breaker that could never open, close or wait is refused."""
-    with pytest.raises(ValueError, match=r"must be .*, found"):
+    """A breaker that could never open, close or wait is refused, and the setting is named."""
+    (name, value), *_ = settings.items()
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be (in|at least|above) .*, found {value}$"
+    ):
         breaker_of(clock, **settings)
+
+
+def test_settings_may_be_at_the_ends_of_their_ranges(clock):
+    """A wait that never grows, is drawn from 0 on, or is shorter than a second is legal."""
+    breaker = breaker_of(
+        clock,
+        window_size=1,
+        min_calls=1,
+        failure_rate=1.0,
+        base_wait_s=0.5,
+        max_wait_s=0.5,
+        jitter=1.0,
+        half_open_limit_s=0.5,
+    )
+    give_up(breaker)
+    clock.advance(0.5)
+    breaker.call(int)
+    assert breaker.state == CLOSED
+
+
+def test_defaults_are_those_of_the_documentation(clock):
+    """Five calls at least, of the last 20; waits of 1 s to 60 s; 30 s for those who try."""
+    told = []
+    breaker = CircuitBreaker("endpoint", clock=clock, jitter=0.0, on_transition=told.append)
+    for _ in range(11):
+        breaker.call(int)
+    give_up(breaker, 9)
+    assert breaker.state == CLOSED
+    give_up(breaker)  # ten of the last twenty
+    for _ in range(7):
+        clock.advance(told[-1].wait_s)
+        breaker.permit()
+        clock.advance(29.5)
+        assert breaker.state == HALF_OPEN
+        clock.advance(0.5)
+        assert breaker.state == OPEN
+    waits_s = [move.wait_s for move in told if move.after == OPEN]
+    assert waits_s == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    breaker = CircuitBreaker("endpoint", clock=clock)
+    give_up(breaker, 4)
+    assert breaker.state == CLOSED
+    give_up(breaker)
+    assert breaker.state == OPEN

@@ -174,7 +174,8 @@ def test_a_forked_child_can_use_it_and_owes_nothing_to_probes_of_the_parent():
         if child == 0:
             signal.alarm(20)
             breaker.call(int)
-            os._exit(0 if breaker.state == BreakerState.CLOSED else 1)
+            stats = breaker.stats()  # opened, half-open, the probe forgotten, closed
+            os._exit(0 if (stats.state, stats.generation) == (BreakerState.CLOSED, 4) else 1)
         end.set()
         probing.result()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -211,3 +212,14 @@ def test_a_fork_in_the_middle_of_calls_leaves_a_whole_breaker():
         for worker in busy:
             worker.result()
     assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0] * 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_closed_breaker_keeps_its_state():
+    """There is no probe to forget, so nothing has changed."""
+    breaker = CircuitBreaker("endpoint")
+    child = os.fork()
+    if child == 0:
+        os._exit(breaker.stats().generation)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
