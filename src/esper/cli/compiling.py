@@ -17,10 +17,9 @@ from esper.cli.blueprints import (
     Size,
     print_json_or,
     read_blueprint,
-    refusals,
     report_lines,
 )
-from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
+from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, answers
 from esper.contracts.compile_options import CompileOptions
 from esper.contracts.errors import EsperError
 
@@ -51,7 +50,7 @@ def compile_file(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Compile a blueprint here, and try what came of it; exits with 1 where it does not pass."""
-    with refusals() as environment:
+    with answers() as environment:
         from esper.services.compiling import compile_and_validate
 
         found = compile_and_validate(read_blueprint(file), CompileOptions(batch=batch, size=size))
@@ -90,7 +89,7 @@ def work(
     ] = "auto",
 ) -> None:
     """Compile what a registry's server is asked for, until it is told to end (status 130)."""
-    with one_line_errors() as environment:
+    with answers() as environment:
         from esper.services.compile_worker import (
             CompileWorker,
             WorkerOptions,
