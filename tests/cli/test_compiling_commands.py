@@ -89,7 +89,10 @@ def test_a_blueprint_is_compiled_here(folder):
     artifact = compile_blueprint(BlueprintIR.from_json(BLUEPRINT.encode()))
     assert found["artifact_id"] == artifact.artifact_id
     assert (folder / "gated.kernel").read_bytes() == artifact.kernel_binary
-    assert DirectoryRegistry(folder / "kernels").get(artifact.artifact_id) == artifact.kernel_binary
+    registry = DirectoryRegistry(folder / "kernels")
+    assert registry.get(artifact.artifact_id) == artifact.kernel_binary
+    (report,) = registry.validations(artifact.artifact_id)
+    assert report.findings == found["findings"]
     assert f"VALIDATED {artifact.artifact_id}" in typed("compile gated.json")
     assert "INVALID: node 'product'" in typed("compile broken.json", status=1)
 

@@ -21,10 +21,11 @@ from esper.cli.blueprints import (
 )
 from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, answers
 from esper.contracts.compile_options import CompileOptions
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import EsperError, KernelSourceRefused
 
 if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
+    from esper.contracts.canonical_json import JsonObject
     from esper.services.settings import Environment
 
 ENVIRONMENT: Final = (
@@ -64,7 +65,7 @@ def compile_file(
 
             write_whole(output, found.artifact.kernel_binary)
         if push is not None:
-            _publish(push, found.artifact, environment)
+            _publish(push, found.artifact, found.report, environment)
         lines = [f"VALIDATED {artifact_id}", *report_lines(found.report)]
         print_json_or(document, "\n".join(lines), as_json=as_json)
 
@@ -120,9 +121,17 @@ def work(
         raise typer.Exit(EXIT_STOPPED)
 
 
-def _publish(address: str, artifact: CompiledKernelArtifact, environment: Environment) -> None:
-    """Publish an artifact in a registry."""
+def _publish(
+    address: str, artifact: CompiledKernelArtifact, report: JsonObject, environment: Environment
+) -> None:
+    """Publish an artifact in a registry, and what was found of it where that is kept there."""
+    from esper.contracts.kernel_reports import ValidationReport
     from esper.services.registry_client import open_named
 
     with closing(open_named(address, environment, makes=True)) as registry:
-        registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
+        digest = registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
+        found = ValidationReport.from_document({**report, "artifact_id": digest})
+        try:
+            registry.report_validation(found)
+        except KernelSourceRefused as refused:  # publishing asks for less than reporting does
+            typer.echo(f"esper: published without its report: {refused}", err=True)
