@@ -43,6 +43,7 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     assert "revoked" in typed("token", "list", "--data", tmp_path)
     typed("token", "revoke", made["id"], "--data", tmp_path, status=1)
     typed("token", "create", "ann", "--scope", "root", "--data", tmp_path, status=2)
+    typed("token", "create", " ", "--scope", "read", "--data", tmp_path, status=2)
 
 
 def test_a_directory_that_was_misspelt_is_not_made(tmp_path):
