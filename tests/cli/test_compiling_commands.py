@@ -51,14 +51,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_blueprint_is_checked_and_drawn(folder):
-    """The drawing is the page's; what breaks a rule is status 1, what is not there status 2."""
+    """The drawing is the page's; what breaks a rule or is not there is status 1."""
     assert "416 parameters" in typed(the("blueprints check"))
     assert typed(the("blueprints draw")) == DRAWING
     assert json.loads(typed(the("blueprints check"), "--json"))["operations"] == 5
     for command in ("blueprints check", "blueprints draw"):
         assert "node 'product'" in typed(f"{command} broken.json", status=1)
         assert "strict JSON" in typed(f"{command} text.json", status=1)
-        assert "nothing.json" in typed(f"{command} nothing.json", status=2)
+        assert "nothing.json" in typed(f"{command} nothing.json", status=1)
 
 
 def test_rails_cross_and_end_where_values_are_read():
@@ -89,7 +89,10 @@ def test_a_blueprint_is_compiled_here(folder):
     artifact = compile_blueprint(BlueprintIR.from_json(BLUEPRINT.encode()))
     assert found["artifact_id"] == artifact.artifact_id
     assert (folder / "gated.kernel").read_bytes() == artifact.kernel_binary
-    assert DirectoryRegistry(folder / "kernels").get(artifact.artifact_id) == artifact.kernel_binary
+    registry = DirectoryRegistry(folder / "kernels")
+    assert registry.get(artifact.artifact_id) == artifact.kernel_binary
+    (report,) = registry.validations(artifact.artifact_id)
+    assert report.findings == found["findings"]
     assert f"VALIDATED {artifact.artifact_id}" in typed("compile gated.json")
     assert "INVALID: node 'product'" in typed("compile broken.json", status=1)
 
@@ -107,6 +110,15 @@ def test_who_says_no_server_is_told(folder):
     assert "auto, bwrap, process" in typed(
         "compile-worker --sandbox none", status=2, URZA_API_URL="http://127.0.0.1:1"
     )
+
+
+@pytest.mark.network
+def test_who_has_no_right_is_refused():
+    """A server's 401 is status 1 of these commands, as it is of the others."""
+    pytest.importorskip("fastapi", reason="needs the extra server")
+    with served(MemoryRegistry()) as address:
+        for line in ("blueprints list", "kernels list"):
+            assert "a token is needed" in typed(line, status=1, URZA_API_URL=address)
 
 
 @pytest.mark.slow

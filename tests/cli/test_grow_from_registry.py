@@ -17,6 +17,9 @@ from esper.services.settings import read_environment
 from esper.state.site import describe_site
 from esper.wrapping.wrap import layers
 
+SEED = "MC4CAQAwBQYDK2VwBCIEI"
+"""How every PEM of Ed25519 begins; the rest is the key."""
+
 JOB = """
 import torch
 from growing import GATE_X, GATE_Y, SHORT, X, Y, host
@@ -74,6 +77,30 @@ def test_a_run_grows_with_a_kernel_of_its_registry_and_reports(folder):
     (told,) = registry.outcomes(digest)
     assert (told.run_id, told.verdict) == (report.run_id, report.grafts[0].verdict)
     registry.close()
+
+
+@pytest.mark.slow
+def test_with_trusted_keys_only_what_is_signed_grows(folder, monkeypatch):
+    """A kernel that nobody has signed is never let in, and the run says so and goes on."""
+    signing = pytest.importorskip("esper.registry.signing", reason="needs the extra sign")
+    root, digest = folder
+    pem = f"-----BEGIN PRIVATE KEY-----\n{SEED}{'A' * 43}\n-----END PRIVATE KEY-----\n"
+    key = signing.SigningKey(pem.encode())
+    monkeypatch.setenv("ESPER_TRUSTED_KEYS", key.public_text)
+    words = ["grow", "job_with_a_registry:job", "--registry", "kernels", "--run-dir"]
+
+    unsigned = CliRunner().invoke(app, [*words, "unsigned"])
+    assert unsigned.exit_code == 0, unsigned.output
+    assert run_report_from_json((root / "unsigned" / "report.json").read_text()).grafts == ()
+    assert "not by a trusted key" in (root / "unsigned" / "events.jsonl").read_text()
+
+    registry = DirectoryRegistry(root / "kernels")
+    registry.attach_signature(key.sign(digest, now_s=1))
+    registry.close()
+    signed = CliRunner().invoke(app, [*words, "signed"])
+    assert signed.exit_code == 0, signed.output
+    (graft,) = run_report_from_json((root / "signed" / "report.json").read_text()).grafts
+    assert graft.is_of_a_registry
 
 
 def test_a_wrong_address_is_one_line(folder):

@@ -38,10 +38,21 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     listed = typed("token", "list", "--data", tmp_path)
     assert made["id"] in listed
     assert made["token"] not in listed
-    typed("token", "revoke", made["id"], "--data", tmp_path)
+    revoked = typed("token", "revoke", made["id"], "--data", tmp_path, "--json")
+    assert json.loads(revoked) == {"id": made["id"], "revoked": True}
     assert "revoked" in typed("token", "list", "--data", tmp_path)
     typed("token", "revoke", made["id"], "--data", tmp_path, status=1)
     typed("token", "create", "ann", "--scope", "root", "--data", tmp_path, status=2)
+    typed("token", "create", " ", "--scope", "read", "--data", tmp_path, status=2)
+
+
+def test_a_directory_that_was_misspelt_is_not_made(tmp_path):
+    """Looking at a registry that is not there is 1, and no empty one is found sound."""
+    missing = tmp_path / "kernel"
+    for words in (("verify",), ("gc",), ("migrate",), ("token", "list"), ("token", "revoke", "a")):
+        assert "no such directory" in typed(*words, "--data", missing, status=1)
+    assert not missing.exists()
+    typed("token", "create", "ann", "--scope", "read", "--data", missing)
 
 
 def test_verify_finds_what_is_damaged(tmp_path):

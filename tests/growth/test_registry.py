@@ -13,6 +13,8 @@ from esper.contracts.artifact_format import digest_of
 from esper.contracts.errors import GrowthError, KernelSourceUnavailable
 from esper.contracts.events import RegistryUnavailable
 from esper.growth.policies import ByHand
+from esper.registry.cached_registry import CachedRegistry
+from esper.registry.disk_cache import DiskCache
 from esper.registry.memory import MemoryRegistry
 from esper.state.site import describe_site
 from esper.wrapping.wrap import layers
@@ -73,6 +75,32 @@ def grown(registry, *, kernel=None, run_dir=None):
     with growing(model, optimizer, **options) as grower:
         train(model, optimizer, UPDATES, grower)
     return model, grower, notebook.events
+
+
+class Elsewhere(MemoryRegistry):
+    """Has an address, as a registry behind a network does, and may be down."""
+
+    address = "http://kernels"
+
+
+class ElsewhereAndDown(Down):
+    """The same one while it does not answer."""
+
+    address = Elsewhere.address
+
+
+def test_what_could_not_be_sent_is_sent_by_the_next_run_through_a_cache(tmp_path):
+    """A disk cache before a registry hides nothing of whose the parcels in a folder are."""
+    _, _, events = grown(
+        CachedRegistry(ElsewhereAndDown(), DiskCache(tmp_path / "cache")), run_dir=tmp_path / "run"
+    )
+    (left,) = {e.artifact_id for e in events if isinstance(e, RegistryUnavailable)}
+    elsewhere = Elsewhere()
+    model, optimizer = wrapped()
+    cached = CachedRegistry(elsewhere, DiskCache(tmp_path / "cache"))
+    with growing(model, optimizer, registry=cached, run_dir=tmp_path / "run"):
+        pass
+    assert elsewhere.exists(left)
 
 
 def test_a_kernel_is_published_beside_the_run():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from esper.cli.outcome import EXIT_PROBLEM, one_line_errors
+from esper.cli.outcome import EXIT_PROBLEM, answers
 from esper.contracts.compile_options import ANY_TOOLCHAIN, CompileOptions
-from esper.contracts.errors import BlueprintError, KernelNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +50,7 @@ def submit(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Ask for a blueprint to be compiled; prints the id under which it can be looked up."""
-    with refusals() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, environment) as client:
         options = CompileOptions(batch=batch, size=size)
         job_id, status = client.jobs.submit(
             read_blueprint(file), options, toolchain=toolchain, again=again
@@ -69,7 +68,7 @@ def list_jobs(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """List what was asked for, oldest first."""
-    with refusals() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, environment) as client:
         jobs = client.jobs.list(limit=limit, status=status)  # type: ignore[arg-type] # the server says
         lines = (f"{job.id}  {job.status:<11}  {job.blueprint_id}" for job in jobs)
         documents = [job.to_document() for job in jobs]
@@ -83,7 +82,7 @@ def show(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Show where a blueprint stands; exits with 1 where it is INVALID or nobody asked for it."""
-    with refusals() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, environment) as client:
         job = client.jobs.find(job_id)
         print_json_or(job.to_document(), "\n".join(_lines(job)), as_json=as_json)
         if job.status == "INVALID":
@@ -96,7 +95,7 @@ def check(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Look whether a blueprint keeps every rule; exits with 1 where it does not."""
-    with refusals():
+    with answers():
         from esper.compiler.lowering import checked_plan
 
         made = checked_plan(read_blueprint(file))
@@ -116,7 +115,7 @@ def draw(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Draw a blueprint as text, with a rail for each value that is still to be read."""
-    with refusals():
+    with answers():
         from esper.compiler.drawing import draw as drawn
 
         text = drawn(read_blueprint(file))
@@ -141,17 +140,6 @@ def print_json_or(document: Any, text: str, *, as_json: bool) -> None:
         typer.echo(json.dumps(document))
     elif text:
         typer.echo(text)
-
-
-@contextmanager
-def refusals() -> Iterator[Environment]:
-    """Yield the environment; what is refused or not found ends with the status of a problem."""
-    with one_line_errors() as environment:
-        try:
-            yield environment
-        except (BlueprintError, KernelNotFoundError) as refused:
-            typer.echo(f"esper: {refused}", err=True)
-            raise typer.Exit(EXIT_PROBLEM) from refused
 
 
 @contextmanager

@@ -17,15 +17,15 @@ from esper.cli.blueprints import (
     Size,
     print_json_or,
     read_blueprint,
-    refusals,
     report_lines,
 )
-from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
+from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, answers
 from esper.contracts.compile_options import CompileOptions
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import EsperError, KernelSourceRefused
 
 if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
+    from esper.contracts.canonical_json import JsonObject
     from esper.services.settings import Environment
 
 ENVIRONMENT: Final = (
@@ -51,7 +51,7 @@ def compile_file(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Compile a blueprint here, and try what came of it; exits with 1 where it does not pass."""
-    with refusals() as environment:
+    with answers() as environment:
         from esper.services.compiling import compile_and_validate
 
         found = compile_and_validate(read_blueprint(file), CompileOptions(batch=batch, size=size))
@@ -65,7 +65,7 @@ def compile_file(
 
             write_whole(output, found.artifact.kernel_binary)
         if push is not None:
-            _publish(push, found.artifact, environment)
+            _publish(push, found.artifact, found.report, environment)
         lines = [f"VALIDATED {artifact_id}", *report_lines(found.report)]
         print_json_or(document, "\n".join(lines), as_json=as_json)
 
@@ -90,7 +90,7 @@ def work(
     ] = "auto",
 ) -> None:
     """Compile what a registry's server is asked for, until it is told to end (status 130)."""
-    with one_line_errors() as environment:
+    with answers() as environment:
         from esper.services.compile_worker import (
             CompileWorker,
             WorkerOptions,
@@ -121,9 +121,17 @@ def work(
         raise typer.Exit(EXIT_STOPPED)
 
 
-def _publish(address: str, artifact: CompiledKernelArtifact, environment: Environment) -> None:
-    """Publish an artifact in a registry."""
+def _publish(
+    address: str, artifact: CompiledKernelArtifact, report: JsonObject, environment: Environment
+) -> None:
+    """Publish an artifact in a registry, and what was found of it where that is kept there."""
+    from esper.contracts.kernel_reports import ValidationReport
     from esper.services.registry_client import open_named
 
     with closing(open_named(address, environment, makes=True)) as registry:
-        registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
+        digest = registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
+        found = ValidationReport.from_document({**report, "artifact_id": digest})
+        try:
+            registry.report_validation(found)
+        except KernelSourceRefused as refused:  # publishing asks for less than reporting does
+            typer.echo(f"esper: published without its report: {refused}", err=True)

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from esper.cli.console import console
-from esper.cli.outcome import EXIT_PROBLEM, one_line_errors
-from esper.contracts.errors import (
-    KernelCorruptError,
-    KernelNotFoundError,
-    KernelRefusedError,
-    KernelSourceRefused,
-    TagMovedError,
-)
+from esper.cli.outcome import EXIT_PROBLEM, answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,15 +25,6 @@ ENVIRONMENT: Final = (
     "the token, sent to that address only; ESPER_TRUSTED_KEYS has, or names a file of, the public "
     "keys without whose signature nothing is read."
 )
-_ANSWERS: Final = (
-    FileNotFoundError,
-    KernelCorruptError,
-    KernelNotFoundError,
-    KernelRefusedError,
-    KernelSourceRefused,
-    TagMovedError,
-)
-"""Errors by which a command says no: it was understood, and another try changes nothing."""
 
 app = typer.Typer(name="kernels", no_args_is_help=True, help="Look at kernels, and move them.")
 
@@ -305,7 +289,7 @@ def copy(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Copy kernels with their names, signatures and records; may be repeated."""
-    with _answers() as environment, ExitStack() as open_ones:
+    with answers() as environment, ExitStack() as open_ones:
         from esper.registry.copying import copy as copy_named
         from esper.registry.copying import copy_all
         from esper.services.registry_client import open_named
@@ -345,7 +329,7 @@ def _opened(
     makes: bool = False,
 ) -> Iterator[tuple[Registry, Environment]]:
     """Open a registry; what it answers with becomes one line and status 1, other errors 2."""
-    with _answers() as environment:
+    with answers() as environment:
         from esper.services.registry_client import open_named
 
         opened = open_named(
@@ -357,16 +341,6 @@ def _opened(
         )
         with closing(opened):
             yield opened, environment
-
-
-@contextmanager
-def _answers() -> Iterator[Environment]:
-    with one_line_errors() as environment:
-        try:
-            yield environment
-        except _ANSWERS as error:
-            typer.echo(f"esper: {error}", err=True)
-            raise typer.Exit(EXIT_PROBLEM) from error
 
 
 def _criteria(words: list[str]) -> Any:

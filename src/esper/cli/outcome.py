@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import (
+    BlueprintError,
+    EsperError,
+    KernelCorruptError,
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceRefused,
+    TagMovedError,
+)
 from esper.services.settings import Environment, read_environment
 
 if TYPE_CHECKING:
@@ -16,6 +24,17 @@ if TYPE_CHECKING:
 EXIT_PROBLEM: Final = 1
 EXIT_ERROR: Final = 2
 EXIT_STOPPED: Final = 130
+
+_ANSWERS: Final = (
+    BlueprintError,
+    FileNotFoundError,
+    KernelCorruptError,
+    KernelNotFoundError,
+    KernelRefusedError,
+    KernelSourceRefused,
+    TagMovedError,
+)
+"""Errors by which a command says no: it was understood, and another try changes nothing."""
 
 
 @contextmanager
@@ -39,3 +58,17 @@ def one_line_errors() -> Iterator[Environment]:
     except KeyboardInterrupt as error:
         typer.echo("esper: stopped", err=True)
         raise typer.Exit(EXIT_STOPPED) from error
+
+
+@contextmanager
+def answers() -> Iterator[Environment]:
+    """Yield the environment; what is refused or not found is one line and the status of a problem.
+
+    Other errors are those of :func:`one_line_errors`.
+    """
+    with one_line_errors() as environment:
+        try:
+            yield environment
+        except _ANSWERS as error:
+            typer.echo(f"esper: {error}", err=True)
+            raise typer.Exit(EXIT_PROBLEM) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from esper.cli.outcome import EXIT_PROBLEM, one_line_errors
+from esper.cli.outcome import EXIT_PROBLEM, answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ def serve(
     ] = 8000,
 ) -> None:
     """Serve a registry over HTTP, and make its first token."""
-    with _opened(data, database, blobs) as registry:
+    with _opened(data, database, blobs, makes=True) as registry:
         from esper.services.registry_server import first_token
         from esper.services.registry_server import serve as serve_registry
         from esper.services.settings import read_environment
@@ -83,7 +83,10 @@ def create_token(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Make a token, and print it; it cannot be shown again."""
-    with _opened(data, database, blobs) as registry, registry.reporting("make a token"):
+    with (
+        _opened(data, database, blobs, makes=True) as registry,
+        registry.reporting("make a token"),
+    ):
         from esper.resilience.clock import wall_time_s
 
         text, token = registry.book.tokens.create(name, scope, now_s=wall_time_s())
@@ -114,6 +117,7 @@ def revoke_token(
     data: Data = None,
     database: Database = None,
     blobs: Blobs = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """End a token; exits with 1 where there is none that counts."""
     with _opened(data, database, blobs) as registry, registry.reporting("revoke a token"):
@@ -124,6 +128,7 @@ def revoke_token(
                 f"esper: there is no token {token_id} that counts; see `token list`", err=True
             )
             raise typer.Exit(EXIT_PROBLEM)
+        _print({"id": token_id, "revoked": True}, "", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -183,20 +188,23 @@ def gc(
 
 
 @contextmanager
-def _opened(data: Path | None, database: str | None, blobs: str | None) -> Iterator[StoredRegistry]:
-    """Open what a registry is kept in; errors become one line."""
-    with one_line_errors() as environment:
+def _opened(
+    data: Path | None, database: str | None, blobs: str | None, *, makes: bool = False
+) -> Iterator[StoredRegistry]:
+    """Open what a registry is kept in, which some commands make; errors become one line."""
+    with answers() as environment:
         from esper.services.registry_server import open_storage
 
         if data is not None and (database or blobs):
             msg = "--data is a registry of its own: give it, or --database and --blobs"
             raise ValueError(msg)
-        opened = open_storage(
-            data=data or _FOLDER,
-            database=database or (None if data else environment.registry_database),
-            blobs=blobs or (None if data else environment.registry_blobs),
-            environment=environment,
-        )
+        folder = data or _FOLDER
+        database = database or (None if data else environment.registry_database)
+        blobs = blobs or (None if data else environment.registry_blobs)
+        if not (makes or database or blobs or folder.exists()):
+            msg = f"there is no registry in {folder}: no such directory"
+            raise FileNotFoundError(msg)
+        opened = open_storage(data=folder, database=database, blobs=blobs, environment=environment)
         with closing(opened) as registry:
             yield registry
 

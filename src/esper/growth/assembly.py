@@ -232,7 +232,7 @@ def _outbox(
     """
     if registry is None or not is_first(model):
         return None
-    address = getattr(registry, "base_url", None) or getattr(registry, "root", None)
+    address = getattr(registry, "address", None) or getattr(registry, "root", None)
     to = None if address is None else str(address)
     if log is None or run_dir is None:
         return Outbox(registry)

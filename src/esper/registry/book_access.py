@@ -84,8 +84,12 @@ class Tokens:
             text: A text that somebody else has chosen, at least 16 characters; None makes one.
 
         Raises:
-            ValueError: A scope is none of ``SCOPES``, there is none, or the text is too short.
+            ValueError: The name is empty, a scope is none of ``SCOPES``, there is none, or the
+                text is too short.
         """
+        if not name.strip():
+            msg = "a token has a name, by which the audit says whose it is; this one is empty"
+            raise ValueError(msg)
         asked = set(scopes)
         if not asked or asked - set(SCOPES):
             msg = f"a token has scopes of {', '.join(SCOPES)}, found {sorted(asked) or 'none'}"
