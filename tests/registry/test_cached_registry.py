@@ -308,7 +308,9 @@ def test_bytes_are_compared_before_they_are_kept_or_parsed(near, far, monkeypatc
     digest = near.put(artifact(1))
     far_fetch = far.fetch
     monkeypatch.setattr(
-        far, "fetch", lambda digest, shelf: (shelf.append(b"x"), far_fetch(digest)[::-1])[1]
+        far,
+        "fetch",
+        lambda digest, shelf, **_: (shelf.append(b"x"), far_fetch(digest)[::-1])[1],
     )
     with pytest.raises(KernelCorruptError, match="other bytes"):
         near.fetch(digest)

@@ -139,7 +139,13 @@ class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's nam
 
 
 class KernelSourceSuspended(KernelSourceUnavailable):
-    """The source has been failing, so it was not asked. Not to be retried at once."""
+    """The source has been failing, so it was not asked. Not to be retried at once.
+
+    Attributes:
+        retry_after_s: Seconds until it may be asked, where it has said so itself; None elsewhere.
+    """
+
+    retry_after_s: float | None = None
 
 
 class KernelSourceRefused(KernelSourceUnavailable):

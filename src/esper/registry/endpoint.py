@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
@@ -73,6 +74,7 @@ class Endpoint:
             name, answers=_ANSWERS, ignored=(KernelSourceSuspended,), clock=self._clock
         )
         self.retry_budget = RetryBudget(clock=self._clock)
+        self._sleep = sleep
         self._retry = Retry(_POLICIES, budget=self.retry_budget, sleep=sleep)
 
     def call(self, fn: Callable[[float], R], *, may_repeat: bool, waited_s: float = 0.0) -> R:
@@ -84,7 +86,8 @@ class Endpoint:
             waited_s: How much of its time has passed already, in seconds, at least 0.
 
         Raises:
-            KernelSourceSuspended: The server has been failing and was not asked.
+            KernelSourceSuspended: The server has been failing and was not asked, or wants to be
+                left alone for longer than there is time.
             Exception: What ``fn`` raised at last.
         """
         deadline = Deadline.after(max(0.0, self.timeout_s - waited_s), self._clock)
@@ -93,7 +96,7 @@ class Endpoint:
         failures: list[Exception] = []
         try:
             return self._retry.call(
-                lambda: self._permitted(fn, deadline.expires_at_s),
+                lambda: self._rested(fn, deadline),
                 deadline=deadline,
                 on_retry=lambda _, error: failures.append(error),
             )
@@ -101,6 +104,19 @@ class Endpoint:
             if not failures:
                 raise
             raise failures[-1] from error  # what it did says more than that it is left alone now
+
+    def _rested(self, fn: Callable[[float], R], deadline: Deadline) -> R:
+        """Ask; where the server has said when to come again, and there is time for it, then."""
+        try:
+            return self._permitted(fn, deadline.expires_at_s)
+        except KernelSourceSuspended as error:
+            if error.retry_after_s is None:
+                raise
+            delay_s = error.retry_after_s * random.uniform(1.0, 1.5)  # noqa: S311 - not all at once
+            if delay_s >= deadline.remaining_s():
+                raise
+            self._sleep(delay_s)
+            return self._permitted(fn, deadline.expires_at_s)
 
     def _permitted(self, fn: Callable[[float], R], until_s: float) -> R:
         try:

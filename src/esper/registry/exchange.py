@@ -116,7 +116,9 @@ class Exchange:
         rest_s = self.left_s(self._rests_until_s)
         if rest_s > 0:
             msg = f"{url} was not asked: the server wants to be left alone for {rest_s:.3g} s more"
-            raise KernelSourceSuspended(msg)
+            suspended = KernelSourceSuspended(msg)
+            suspended.retry_after_s = rest_s
+            raise suspended
         try:
             left_s = self.left_s(until_s)
             if left_s <= 0:
