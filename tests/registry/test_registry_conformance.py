@@ -371,6 +371,13 @@ def test_what_has_worked_comes_first(registry):
     assert by_mean[0] == digests[LUCKY], "the control orders by luck"
 
 
+def test_where_nobody_has_reported_what_has_worked_is_everything(registry):
+    """A run that asks for what has worked finds what there is, of which nothing is known."""
+    digests = {registry.put(artifact(number)) for number in range(3)}
+    found = registry.search(order="proven")
+    assert ({e.digest for e in found}, {e.standing for e in found}) == (digests, {None})
+
+
 def test_what_has_worked_comes_in_pages(registry):
     """Everything once, in the order of one page that has room for all."""
     with_reports(registry)
