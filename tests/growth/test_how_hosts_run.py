@@ -67,7 +67,7 @@ def test_a_model_that_is_compiled_in_place_grows(how, site):
     for module in [model] if how == "model" else list(model):
         module.compile(backend="eager")
     with growing(model, optimizer, policy=EveryN(6)) as grower:
-        train(model, optimizer, 74, grower)
+        train(model, optimizer, 120, grower)
         assert is_run_to_a_verdict(grower)
     compiled = model if how == "model" else model[0]
     assert compiled._compiled_call_impl is not None

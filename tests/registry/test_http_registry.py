@@ -85,7 +85,7 @@ def test_who_may_not_is_refused_and_who_overloads_rests():
             HttpRegistry(address).names()
         reader.close()
     with served(registry, limits=Limits(requests=0)) as address:
-        reader = HttpRegistry(address, token=token_for(registry, "read"))
+        reader = HttpRegistry(address, token=token_for(registry, "read"), timeout_s=0.9)
         with pytest.raises(KernelSourceUnavailable, match="come again"):
             reader.names()
         with pytest.raises(KernelSourceSuspended, match="left alone"):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from esper.contracts.compile_job import JobStatus
 from esper.contracts.compile_options import ANY_TOOLCHAIN
+from esper.server.models import Whole
 
 _Name = Field(min_length=1, max_length=128, description="A name that no other worker has.")
 _Attempt = Field(ge=1, le=1 << 31, description="attempts of the job as it was claimed.")
@@ -87,7 +88,7 @@ class Renewal(_Said):
     """Whose job it is, and for how long."""
 
     worker: str = _Name
-    attempt: int = _Attempt
+    attempt: Whole = _Attempt
     lease_s: float = Field(
         default=30.0, ge=0, le=3_600, description="Seconds from now; 0 gives it back."
     )
@@ -97,7 +98,7 @@ class Outcome(_Said):
     """What came of a job."""
 
     worker: str = _Name
-    attempt: int = _Attempt
+    attempt: Whole = _Attempt
     artifact_id: str | None = Field(
         pattern=r"^[0-9a-f]{64}$", description="What was published; null where nothing passed."
     )
