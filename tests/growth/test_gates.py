@@ -213,6 +213,13 @@ def test_loss_that_is_not_finite_does_not_pass(bad, side):
     assert "1 of 400" in verdict.reason
 
 
+def test_losses_that_are_infinite_on_both_sides_do_not_pass():
+    """Their difference is no number, and is refused as one, without a warning."""
+    verdict = read_gate(poisoned(math.inf), poisoned(math.inf), level=0.025)
+    assert not verdict.passed
+    assert "1 of 400" in verdict.reason
+
+
 def test_graft_that_changes_nothing_does_not_pass():
     """A no-op has differences of exactly 0, no spread to divide by, and no pass."""
     verdict = read_gate(losses(), losses(), level=0.025)
