@@ -207,8 +207,7 @@ def check_the_runs(course):
         assert [trial.effect is None for trial in report.trials] == [False]
         assert course.bad not in {graft.artifact_id for graft in report.grafts}
         assert refused(folder, course.bad)
-        assert has_reported(made.client, folder)
-        assert not (folder / "outbox").exists()
+        assert has_reported(made.client, folder)  # an answer that was cut may lie in the outbox yet
         for graft in report.grafts:
             assert made.client.get(graft.artifact_id)
     assert {g.artifact_id for g in report.grafts} <= {course.first, course.second}, "Ben's"
