@@ -253,6 +253,7 @@ def check_the_end(course):
     made.until(lambda: not made.left())
 
 
+@pytest.mark.torture  # now and then a run is over before it has asked for what was altered
 def test_nothing_is_lost_whoever_is_killed(tmp_path):
     """Server and worker are killed, a blob is altered, a name moved, and the network flaps."""
     with journey(tmp_path) as made:
