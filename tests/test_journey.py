@@ -189,11 +189,12 @@ class Course:
         made.typed("kernels", "tag", self.second, NAME, "--expected", self.first)
 
     def finish(self):
-        """Wait until what the runs have to say is there, and let them end."""
+        """Wait until what the runs have to say is there and acknowledged, and let them end."""
         made = self.made
         for name, run in self.runs.items():
             folder = made.folder / name
             made.until(lambda f=folder: has_reported(made.client, f), run, name)
+            made.until(lambda f=folder: not (f / "outbox").exists(), run, name)
         made.open_gate(DONE)
         assert [run.wait(60) for run in self.runs.values()] == [0, 0]
 
@@ -207,7 +208,8 @@ def check_the_runs(course):
         assert [trial.effect is None for trial in report.trials] == [False]
         assert course.bad not in {graft.artifact_id for graft in report.grafts}
         assert refused(folder, course.bad)
-        assert has_reported(made.client, folder)  # an answer that was cut may lie in the outbox yet
+        assert has_reported(made.client, folder)
+        assert not (folder / "outbox").exists()
         for graft in report.grafts:
             assert made.client.get(graft.artifact_id)
     assert {g.artifact_id for g in report.grafts} <= {course.first, course.second}, "Ben's"

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from esper.contracts import reference
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, KernelSourceRefused
+from esper.contracts.errors import KernelSourceRefused
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
 from esper.registry import refusals
 from esper.registry.endpoint import Endpoint
 from esper.registry.hub_repository import HubRepository, path_of
-from esper.registry.listing import search_among
+from esper.registry.listing import search_among, verify_among
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
 from esper.resilience.clock import wall_time_s
 
@@ -233,16 +233,8 @@ class HubRegistry:
         What cannot be served is counted as missing; nothing can be put aside.
         """
         refusals.check_limit(limit)
-        digests = sorted(digest for digest in self._repository.index().kernels if digest > after)
-        looked = digests[:limit]
-        missing = tuple(digest for digest in looked if not self._is_intact(digest))
-        return RegistryCheck(
-            intact=len(looked) - len(missing),
-            quarantined=(),
-            missing=missing,
-            unreferenced=(),
-            after=looked[-1] if len(looked) < len(digests) else None,
-        )
+        digests = self._repository.index().kernels
+        return verify_among(digests, self, after=after, limit=limit)
 
     def deprecate(
         self,
@@ -333,13 +325,6 @@ class HubRegistry:
             return []
 
         self._repository.change(what, say)
-
-    def _is_intact(self, digest: str) -> bool:
-        try:
-            self.fetch(digest)
-        except (KernelCorruptError, KernelNotFoundError):
-            return False
-        return True
 
     def _cannot(self, what: str) -> NoReturn:
         msg = (

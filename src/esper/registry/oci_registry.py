@@ -12,12 +12,12 @@ import time
 from typing import TYPE_CHECKING, NoReturn, TypeVar, final
 
 from esper.contracts import reference
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, KernelSourceRefused
+from esper.contracts.errors import KernelNotFoundError, KernelSourceRefused
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry
 from esper.registry import oci_manifest, refusals
 from esper.registry.endpoint import Endpoint
-from esper.registry.listing import search_among
+from esper.registry.listing import search_among, verify_among
 from esper.registry.oci import OciSession
 from esper.registry.oci_repository import OciRepository
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
@@ -222,16 +222,7 @@ class OciRegistry:
         """
         refusals.check_limit(limit)
         digests = oci_manifest.published_in(self._call(self._repository.tags))
-        digests = sorted(digest for digest in digests if digest > after)
-        looked = digests[:limit]
-        missing = tuple(digest for digest in looked if not self._is_intact(digest))
-        return RegistryCheck(
-            intact=len(looked) - len(missing),
-            quarantined=(),
-            missing=missing,
-            unreferenced=(),
-            after=looked[-1] if len(looked) < len(digests) else None,
-        )
+        return verify_among(digests, self, after=after, limit=limit)
 
     def deprecate(
         self,
@@ -301,13 +292,6 @@ class OciRegistry:
                 if pointed is not None:
                     found[tag] = pointed[0]
         return found
-
-    def _is_intact(self, digest: str) -> bool:
-        try:
-            self.fetch(digest)
-        except (KernelCorruptError, KernelNotFoundError):
-            return False
-        return True
 
     def _check_unguarded(self, expected: str | None) -> None:
         if expected != ANY:
