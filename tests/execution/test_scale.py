@@ -142,17 +142,27 @@ def calls_of_a_step(num_layers, num_active):
         return calls
 
 
+def fewest_calls_of_a_step(*cases):
+    """Return the fewest calls of each case, a number of layers and of active ones, asked in turns.
+
+    What earlier tests of the process left alive may add calls until it is collected, in any case.
+    """
+    rounds = [[calls_of_a_step(*case) for case in cases] for _ in range(3)]
+    return [min(counted) for counted in zip(*rounds, strict=True)]
+
+
 @ADVISING
 @pytest.mark.slow
 @pytest.mark.parametrize("num_active", [0, 3])
 def test_a_controller_step_does_not_look_at_dormant_layers(num_active):
     """Ten times the layers, the same calls in the optimizer's hook and in the Grower."""
-    assert calls_of_a_step(10, num_active) == calls_of_a_step(100, num_active)
+    few, many = fewest_calls_of_a_step((10, num_active), (100, num_active))
+    assert few == many
 
 
 @ADVISING
 @pytest.mark.slow
 def test_a_controller_step_is_linear_in_the_active_seeds():
     """Each active seed more costs the same calls."""
-    counted = [calls_of_a_step(40, num_active) for num_active in (5, 10, 15)]
+    counted = fewest_calls_of_a_step((40, 5), (40, 10), (40, 15))
     assert counted[2] - counted[1] == counted[1] - counted[0] > 0
