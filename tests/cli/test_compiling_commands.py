@@ -1,7 +1,6 @@
 """Blueprints and compiling, as they are typed; the page that explains them is what is run."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -94,6 +93,8 @@ def test_a_blueprint_is_compiled_here(folder):
     (report,) = registry.validations(artifact.artifact_id)
     assert report.findings == found["findings"]
     assert f"VALIDATED {artifact.artifact_id}" in typed("compile gated.json")
+    pushed = typed("compile gated.json --push kernels --token-file nothing", status=2)
+    assert "cannot be read" in pushed
     assert "INVALID: node 'product'" in typed("compile broken.json", status=1)
 
 
@@ -118,7 +119,11 @@ def test_who_has_no_right_is_refused():
     pytest.importorskip("fastapi", reason="needs the extra server")
     with served(MemoryRegistry()) as address:
         for line in ("blueprints list", "kernels list"):
-            assert "a token is needed" in typed(line, status=1, URZA_API_URL=address)
+            assert "none was sent: set URZA_API_TOKEN" in typed(
+                line, status=1, URZA_API_URL=address
+            )
+            unknown = {"URZA_API_URL": address, "URZA_API_TOKEN": "x" * 32}
+            assert "not known, or was revoked" in typed(line, status=1, **unknown)
 
 
 @pytest.mark.slow
@@ -129,16 +134,18 @@ def test_a_worker_compiles_what_is_submitted(folder):
     registry = MemoryRegistry()
     with served(registry) as address:
         token = token_for(registry, "publish", "read", "work")
+        (folder / "token").write_text(f"{token}\n")
+        by_file = ("--token-file", str(folder / "token"))
         environment = {"URZA_API_TOKEN": token, "URZA_API_URL": address}
 
         def run(beginning, *more, job_id=""):
             line = the(beginning).replace("http://127.0.0.1:8000", address)
             return typed(re.sub(r"\bID\b", job_id, line), *more, **environment)
 
-        command = [sys.executable, "-m", "esper", *the("compile-worker").split()]
+        command = [sys.executable, "-m", "esper", *the("compile-worker").split(), "--json"]
         command[command.index("http://127.0.0.1:8000")] = address
         with subprocess.Popen(
-            command, stderr=subprocess.PIPE, env={**os.environ, **environment}
+            [*command, *by_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as worker:
             try:
                 job_id = json.loads(run("blueprints submit", "--json"))["id"]
@@ -150,8 +157,13 @@ def test_a_worker_compiles_what_is_submitted(folder):
                     time.sleep(0.05)
                 worker.send_signal(signal.SIGTERM)
                 assert worker.wait(timeout=30) == 130
+                told = [json.loads(line) for line in worker.stdout]
             finally:
                 worker.kill()
+        assert told[0]["job_id"] is None
+        assert [each["job_id"] for each in told[1:]] == [job_id, broken]
+        assert told[1]["said"].startswith("VALIDATED")
+        assert broken in typed("blueprints list", *by_file, URZA_API_URL=address)
         shown = run("blueprints show", job_id=job_id)
         assert f"{job_id}  VALIDATED" in typed("blueprints list", **environment)
         assert run("blueprints list").split()[:2] == [broken, "INVALID"]

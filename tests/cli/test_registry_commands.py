@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -149,3 +150,23 @@ def test_serve_works_at_once_and_loses_nothing_when_it_is_killed(tmp_path):
     assert kept.history("mlp", "prod")[0].actor == "owner"
     assert kept.verify().quarantined == ()
     kept.close()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_serve_says_where_it_is_as_json(tmp_path):
+    """Once it listens; the token is there the first time only."""
+    pytest.importorskip("fastapi", reason="needs the extra server")
+    command = [sys.executable, "-m", "esper", "registry", "serve", "--json"]
+    command += ["--data", str(tmp_path), "--port", "0"]
+    tokens = []
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as served:
+            said = json.loads(served.stdout.readline())
+            tokens.append(said["token"])
+            with closing(esper.open_registry(said["address"], token=tokens[0])) as registry:
+                assert registry.search() == []
+            served.send_signal(signal.SIGTERM)
+            assert served.stdout.read() == b""
+    assert tokens[0]
+    assert tokens[1] is None

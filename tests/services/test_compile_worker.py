@@ -280,6 +280,6 @@ def test_a_worker_without_the_right_ends_and_says_so(made):
     """What will not change is not asked for ever."""
     options = WorkerOptions(name="ann", confinement="process", work="compiled_work:work")
     token = token_for(made.registry, "read")
-    worker = CompileWorker(made.address, options, token=token, tell=lambda line: None)
+    worker = CompileWorker(made.address, options, token=token, tell=lambda told: None)
     with pytest.raises(KernelSourceRefused, match="scope work"):
         worker.run()

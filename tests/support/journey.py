@@ -99,13 +99,13 @@ class Journey:
             ESPER_CACHE_DIR=str(self.folder / f"{name}-cache"),
         )
 
-    def open_gate(self, number):
+    def open_gate(self, gate):
         """Let runs take a batch before which they are held."""
-        (self.folder / f"go-{number}").touch()
+        (self.folder / f"go-{gate}").touch()
 
-    def is_at(self, number, *names):
-        """Say whether runs have come to a gate."""
-        return all((self.folder / f"{name}-at-{number}").exists() for name in names)
+    def is_at(self, gate, name):
+        """Say whether a run has come to a gate."""
+        return (self.folder / f"{name}-at-{gate}").exists()
 
     def until(self, is_so, process=None, name=""):
         """Wait until something is so; a process that ends instead says why."""

@@ -42,7 +42,7 @@ def main():
         address,
         options,
         token=os.environ["URZA_API_TOKEN"],
-        tell=lambda line: print(line, flush=True),  # noqa: T201 - a test reads it
+        tell=lambda told: print(told, flush=True),  # noqa: T201 - a test reads it
     )
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     worker.run()

@@ -126,7 +126,9 @@ def worker_thread(address, token, **options):
         "work": "compiled_work:work",
         **options,
     }
-    worker = CompileWorker(address, WorkerOptions(**made), token=token, tell=lines.append)
+    worker = CompileWorker(
+        address, WorkerOptions(**made), token=token, tell=lambda told: lines.append(str(told))
+    )
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(worker.run)
         try:

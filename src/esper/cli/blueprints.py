@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from esper.cli.console import print_json_or
+from esper.cli.options import AsJson, TokenFile
 from esper.cli.outcome import EXIT_PROBLEM, answers
 from esper.contracts.compile_options import ANY_TOOLCHAIN, CompileOptions
 
@@ -31,7 +32,6 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A blueprint's JSON."
 Address = Annotated[
     str | None, typer.Option("--registry", metavar="URL", help="Where a registry is served.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples in the input that it is tried on.")]
 Size = Annotated[int, typer.Option(min=1, help="Length of each free axis of that input.")]
 _DEFAULTS: Final = CompileOptions()
@@ -41,6 +41,7 @@ _DEFAULTS: Final = CompileOptions()
 def submit(
     file: File,
     registry: Address = None,
+    token_file: TokenFile = None,
     again: Annotated[bool, typer.Option("--again", help="Try an INVALID one once more.")] = False,  # noqa: FBT002 - typer makes an option of it
     toolchain: Annotated[
         str, typer.Option(help="What it is to be compiled with, for example 'torch 2.13.0'.")
@@ -50,7 +51,7 @@ def submit(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Ask for a blueprint to be compiled; prints the id under which it can be looked up."""
-    with answers() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, token_file, environment) as client:
         options = CompileOptions(batch=batch, size=size)
         job_id, status = client.jobs.submit(
             read_blueprint(file), options, toolchain=toolchain, again=again
@@ -61,6 +62,7 @@ def submit(
 @app.command("list", epilog=ENVIRONMENT)
 def list_jobs(
     registry: Address = None,
+    token_file: TokenFile = None,
     status: Annotated[
         str | None, typer.Option(help="UNVALIDATED, COMPILING, VALIDATED or INVALID.")
     ] = None,
@@ -68,7 +70,7 @@ def list_jobs(
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """List what was asked for, oldest first."""
-    with answers() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, token_file, environment) as client:
         jobs = client.jobs.list(limit=limit, status=status)  # type: ignore[arg-type] # the server says
         lines = (f"{job.id}  {job.status:<11}  {job.blueprint_id}" for job in jobs)
         documents = [job.to_document() for job in jobs]
@@ -79,10 +81,11 @@ def list_jobs(
 def show(
     job_id: Annotated[str, typer.Argument(metavar="ID", help="As `submit` prints it.")],
     registry: Address = None,
+    token_file: TokenFile = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Show where a blueprint stands; exits with 1 where it is INVALID or nobody asked for it."""
-    with answers() as environment, server(registry, environment) as client:
+    with answers() as environment, server(registry, token_file, environment) as client:
         job = client.jobs.find(job_id)
         print_json_or(job.to_document(), "\n".join(_lines(job)), as_json=as_json)
         if job.status == "INVALID":
@@ -134,16 +137,10 @@ def read_blueprint(file: Path) -> BlueprintIR:
     return BlueprintIR.from_json(file.read_bytes())
 
 
-def print_json_or(document: Any, text: str, *, as_json: bool) -> None:
-    """Print a document as JSON, or the text for people, if there is any."""
-    if as_json:
-        typer.echo(json.dumps(document))
-    elif text:
-        typer.echo(text)
-
-
 @contextmanager
-def server(address: str | None, environment: Environment) -> Iterator[HttpRegistry]:
+def server(
+    address: str | None, token_file: Path | None, environment: Environment
+) -> Iterator[HttpRegistry]:
     """Yield the server that a command is about.
 
     Raises:
@@ -153,7 +150,7 @@ def server(address: str | None, environment: Environment) -> Iterator[HttpRegist
     from esper.registry.http_registry import HttpRegistry
     from esper.services.registry_client import address_and_token
 
-    url, token = address_and_token(address, environment)
+    url, token = address_and_token(address, environment, token_file=token_file)
     with closing(HttpRegistry(url, token=token, timeout_s=30.0)) as client:
         yield client
 

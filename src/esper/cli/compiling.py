@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, get_args
 
@@ -11,14 +12,14 @@ import typer
 
 from esper.cli.blueprints import (
     Address,
-    AsJson,
     Batch,
     File,
     Size,
-    print_json_or,
     read_blueprint,
     report_lines,
 )
+from esper.cli.console import print_json, print_json_or
+from esper.cli.options import AsJson, TokenFile
 from esper.cli.outcome import EXIT_PROBLEM, EXIT_STOPPED, answers
 from esper.contracts.compile_options import CompileOptions
 from esper.contracts.errors import EsperError, KernelSourceRefused
@@ -26,7 +27,7 @@ from esper.contracts.errors import EsperError, KernelSourceRefused
 if TYPE_CHECKING:
     from esper.contracts.artifact import CompiledKernelArtifact
     from esper.contracts.canonical_json import JsonObject
-    from esper.services.settings import Environment
+    from esper.contracts.ports import Registry
 
 ENVIRONMENT: Final = (
     "Environment: URZA_API_URL stands for --registry; URZA_API_TOKEN (or URZA_API_TOKEN_FILE) is "
@@ -46,6 +47,7 @@ def compile_file(
         str | None,
         typer.Option(metavar="ADDRESS", help="Publish it in this registry: a directory or URL."),
     ] = None,
+    token_file: TokenFile = None,
     batch: Batch = _DEFAULTS.batch,
     size: Size = _DEFAULTS.size,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
@@ -65,7 +67,12 @@ def compile_file(
 
             write_whole(output, found.artifact.kernel_binary)
         if push is not None:
-            _publish(push, found.artifact, found.report, environment)
+            from esper.services.registry_client import open_named
+
+            with closing(
+                open_named(push, environment, token_file=token_file, makes=True)
+            ) as registry:
+                _publish(registry, found.artifact, found.report)
         lines = [f"VALIDATED {artifact_id}", *report_lines(found.report)]
         print_json_or(document, "\n".join(lines), as_json=as_json)
 
@@ -88,18 +95,30 @@ def work(
             help="Whether jobs run inside of bubblewrap: where it works, always, never.",
         ),
     ] = "auto",
+    token_file: TokenFile = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
-    """Compile what a registry's server is asked for, until it is told to end (status 130)."""
+    """Compile what a registry's server is asked for, until it is told to end (status 130).
+
+    What comes of each job is told on standard error; with --json as a line of JSON on the output.
+    """
     with answers() as environment:
         from esper.services.compile_worker import (
             CompileWorker,
+            Told,
             WorkerOptions,
             name_of_this_process,
         )
         from esper.services.registry_client import address_and_token
         from esper.services.sandbox import Confinement, SandboxLimits
 
-        address, token = address_and_token(registry, environment)
+        def tell(told: Told) -> None:
+            if as_json:
+                print_json(asdict(told))
+            else:
+                typer.echo(str(told), err=True)
+
+        address, token = address_and_token(registry, environment, token_file=token_file)
         if sandbox not in get_args(Confinement):
             msg = f"--sandbox is one of {', '.join(get_args(Confinement))}, got {sandbox!r}"
             raise EsperError(msg)
@@ -113,7 +132,7 @@ def work(
                 confinement=sandbox,  # type: ignore[arg-type] # looked at above
             ),
             token=token,
-            tell=lambda line: typer.echo(line, err=True),
+            tell=tell,
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: worker.stop())
@@ -121,17 +140,13 @@ def work(
         raise typer.Exit(EXIT_STOPPED)
 
 
-def _publish(
-    address: str, artifact: CompiledKernelArtifact, report: JsonObject, environment: Environment
-) -> None:
+def _publish(registry: Registry, artifact: CompiledKernelArtifact, report: JsonObject) -> None:
     """Publish an artifact in a registry, and what was found of it where that is kept there."""
     from esper.contracts.kernel_reports import ValidationReport
-    from esper.services.registry_client import open_named
 
-    with closing(open_named(address, environment, makes=True)) as registry:
-        digest = registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
-        found = ValidationReport.from_document({**report, "artifact_id": digest})
-        try:
-            registry.report_validation(found)
-        except KernelSourceRefused as refused:  # publishing asks for less than reporting does
-            typer.echo(f"esper: published without its report: {refused}", err=True)
+    digest = registry.put(artifact.kernel_binary, digest=artifact.artifact_id)
+    found = ValidationReport.from_document({**report, "artifact_id": digest})
+    try:
+        registry.report_validation(found)
+    except KernelSourceRefused as refused:  # publishing asks for less than reporting does
+        typer.echo(f"esper: published without its report: {refused}", err=True)

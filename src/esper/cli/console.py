@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,3 +22,16 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = PIPE_WIDTH
     return made
+
+
+def print_json(document: object) -> None:
+    """Print a document as one line of JSON."""
+    typer.echo(json.dumps(document))
+
+
+def print_json_or(document: object, text: str, *, as_json: bool) -> None:
+    """Print a document as one line of JSON, or the text for people, if there is any."""
+    if as_json:
+        print_json(document)
+    elif text:
+        typer.echo(text)

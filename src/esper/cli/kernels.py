@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from esper.cli.console import console
+from esper.cli.console import console, print_json, print_json_or
+from esper.cli.options import AsJson, TokenFile
 from esper.cli.outcome import EXIT_PROBLEM, answers
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ Address = Annotated[
         help="A directory, http://, https://, oci:// or hf://; URZA_API_URL where left out.",
     ),
 ]
-TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help="Its first line is the registry's token.")
-]
 Reference = Annotated[
     str,
     typer.Argument(metavar="KERNEL", help="name:tag, a digest, or the first 8 letters of one."),
@@ -46,7 +43,6 @@ Reference = Annotated[
 Name = Annotated[str, typer.Argument(metavar="NAME:TAG", help="For example mlp:prod.")]
 Limit = Annotated[int, typer.Option(min=1, help="Print no more.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every kernel with all of its names.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list", epilog=ENVIRONMENT)
@@ -98,7 +94,7 @@ def show(
         digest = _digest_of(opened, kernel)
         entry, signatures = opened.entry(digest), opened.signatures(digest)
         if as_json:
-            _print_json({**of_entry(entry), "signatures": [s.to_document() for s in signatures]})
+            print_json({**of_entry(entry), "signatures": [s.to_document() for s in signatures]})
         else:
             print_entry(console(), entry, _signed_by(digest, signatures, environment))
 
@@ -118,7 +114,7 @@ def push(
         digests = [opened.put(path.read_bytes()) for path in files]
         if name is not None:
             opened.tag(*_split(name), digests[-1])
-        _say({"ids": digests}, "\n".join(digests), as_json=as_json)
+        print_json_or({"ids": digests}, "\n".join(digests), as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -138,7 +134,7 @@ def pull(
         digest = _digest_of(opened, kernel)
         path = output or Path(f"{digest}.safetensors")
         write_whole(path, opened.get(digest))
-        _say({"id": digest, "file": str(path)}, f"{digest} is in {path}", as_json=as_json)
+        print_json_or({"id": digest, "file": str(path)}, f"{digest} is in {path}", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -162,7 +158,7 @@ def tag(
         digest = _digest_of(opened, kernel)
         seen = {None: ANY, "none": None}.get(expected, expected)
         opened.tag(*_split(name), digest, expected=seen)
-        _say({"name": name, "id": digest}, f"{name} points to {digest}", as_json=as_json)
+        print_json_or({"name": name, "id": digest}, f"{name} points to {digest}", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -179,7 +175,7 @@ def history(
 
         moves = opened.history(*_split(name))
         if as_json:
-            _print_json({"moves": [of_move(move) for move in moves]})
+            print_json({"moves": [of_move(move) for move in moves]})
         else:
             print_history(console(), name, moves)
         if not moves:
@@ -198,7 +194,7 @@ def rollback(
         from esper.registry.rollback import roll_back
 
         digest = roll_back(opened, *_split(name))
-        _say({"name": name, "id": digest}, f"{name} points to {digest}", as_json=as_json)
+        print_json_or({"name": name, "id": digest}, f"{name} points to {digest}", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -217,7 +213,7 @@ def verify(
         signed = _signed_by(digest, opened.signatures(digest), environment)
         document = {"id": digest, "intact": True, "signed": signed}
         text = f"{digest} is intact; signed: {'; '.join(signed) or 'by nobody'}"
-        _say(document, text, as_json=as_json)
+        print_json_or(document, text, as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -246,7 +242,7 @@ def sign(
         signature = signing.sign(digest, now_s=int(wall_time_s()))
         opened.attach_signature(signature)
         document = {**signature.to_document(), "public_key": signing.public_text}
-        _say(document, f"{digest} is signed by {signing.public_text}", as_json=as_json)
+        print_json_or(document, f"{digest} is signed by {signing.public_text}", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -273,7 +269,9 @@ def deprecate(
             after = None if successor is None else _digest_of(opened, successor)
             opened.deprecate(digest, reason=reason, successor=after)
         what = "deprecated" if reason is not None else "not deprecated"
-        _say({"id": digest, "deprecated": not undo}, f"{digest} is {what}", as_json=as_json)
+        print_json_or(
+            {"id": digest, "deprecated": not undo}, f"{digest} is {what}", as_json=as_json
+        )
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -317,7 +315,7 @@ def copy(
             if not as_json:
                 typer.echo(f"{one.digest}  {' '.join(one.names)}".rstrip())
         if as_json:
-            _print_json({"copied": copied})
+            print_json({"copied": copied})
 
 
 @contextmanager
@@ -388,17 +386,6 @@ def _show_found(found: list[RegistryEntry], *, as_json: bool) -> None:
     from esper.registry.documents import of_entry
 
     if as_json:
-        _print_json({"kernels": [of_entry(entry) for entry in found]})
+        print_json({"kernels": [of_entry(entry) for entry in found]})
     else:
         print_entries(console(), found)
-
-
-def _say(document: object, text: str, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(document)
-    else:
-        typer.echo(text)
-
-
-def _print_json(document: object) -> None:
-    typer.echo(json.dumps(document))

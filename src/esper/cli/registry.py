@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from esper.cli.console import print_json, print_json_or
+from esper.cli.options import AsJson
 from esper.cli.outcome import EXIT_PROBLEM, answers
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ Database = Annotated[
 Blobs = Annotated[
     str | None, typer.Option("--blobs", metavar="URL", help="s3://bucket/prefix, with --database.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _FOLDER: Final = Path("registry")
 
 
@@ -50,8 +50,12 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65_535, help="Port to listen at; 0 takes a free one.")
     ] = 8000,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
-    """Serve a registry over HTTP, and make its first token."""
+    """Serve a registry over HTTP, and make its first token.
+
+    With --json the address and the token, null where there was one, are printed once it listens.
+    """
     with _opened(data, database, blobs, makes=True) as registry:
         from esper.services.registry_server import first_token
         from esper.services.registry_server import serve as serve_registry
@@ -59,16 +63,19 @@ def serve(
 
         made = first_token(registry, read_environment().api_token)
         if made is not None:
-            typer.echo(f"URZA_API_TOKEN={made}")
+            if not as_json:
+                typer.echo(f"URZA_API_TOKEN={made}")
             typer.echo(
                 "That is the owner's token, with every scope; it is not shown again.", err=True
             )
-        serve_registry(
-            registry,
-            host=host,
-            port=port,
-            on_listening=lambda port: typer.echo(f"serving on http://{host}:{port}", err=True),
-        )
+
+        def listens(port: int) -> None:
+            address = f"http://{host}:{port}"
+            if as_json:
+                print_json({"address": address, "token": made})
+            typer.echo(f"serving on {address}", err=True)
+
+        serve_registry(registry, host=host, port=port, on_listening=listens)
 
 
 @token_app.command("create", epilog=ENVIRONMENT)
@@ -90,7 +97,7 @@ def create_token(
         from esper.resilience.clock import wall_time_s
 
         text, token = registry.book.tokens.create(name, scope, now_s=wall_time_s())
-        _print({"token": text, **asdict(token)}, text, as_json=as_json)
+        print_json_or({"token": text, **asdict(token)}, text, as_json=as_json)
 
 
 @token_app.command("list", epilog=ENVIRONMENT)
@@ -108,7 +115,7 @@ def list_tokens(
             f"{'' if token.revoked_at_s is None else '  revoked'}"
             for token in tokens
         )
-        _print([asdict(token) for token in tokens], "\n".join(lines), as_json=as_json)
+        print_json_or([asdict(token) for token in tokens], "\n".join(lines), as_json=as_json)
 
 
 @token_app.command("revoke", epilog=ENVIRONMENT)
@@ -128,7 +135,7 @@ def revoke_token(
                 f"esper: there is no token {token_id} that counts; see `token list`", err=True
             )
             raise typer.Exit(EXIT_PROBLEM)
-        _print({"id": token_id, "revoked": True}, "", as_json=as_json)
+        print_json_or({"id": token_id, "revoked": True}, "", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -141,7 +148,7 @@ def migrate(
     """Bring what a registry is kept in to this version; `serve` does it, too."""
     with _opened(data, database, blobs) as registry:
         version = registry.book.database.version()
-        _print({"version": version}, f"the book has format {version}", as_json=as_json)
+        print_json_or({"version": version}, f"the book has format {version}", as_json=as_json)
 
 
 @app.command(epilog=ENVIRONMENT)
@@ -164,7 +171,7 @@ def verify(
         )
         wrong = dict.fromkeys((*check.quarantined, *check.missing))
         more = [] if check.after is None else [f"go on with --after {check.after}"]
-        _print(of_check(check), "\n".join([text, *wrong, *more]), as_json=as_json)
+        print_json_or(of_check(check), "\n".join([text, *wrong, *more]), as_json=as_json)
         if wrong:
             raise typer.Exit(EXIT_PROBLEM)
 
@@ -184,7 +191,7 @@ def gc(
     with _opened(data, database, blobs) as registry:
         collect = registry.condemned if dry_run else registry.collect
         removed = collect(grace_s=grace_s)
-        _print({"removed": list(removed)}, "\n".join(removed), as_json=as_json)
+        print_json_or({"removed": list(removed)}, "\n".join(removed), as_json=as_json)
 
 
 @contextmanager
@@ -207,10 +214,3 @@ def _opened(
         opened = open_storage(data=folder, database=database, blobs=blobs, environment=environment)
         with closing(opened) as registry:
             yield registry
-
-
-def _print(document: object, text: str, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(document))
-    elif text:
-        typer.echo(text)

@@ -35,9 +35,9 @@ def token_of(
         with registry.reporting("look up a token"):
             token = registry.book.tokens.find(given.credentials)
     if token is None:
-        raise HTTPException(
-            401, "a token is needed: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
-        )
+        sent = "none was sent" if given is None else "what was sent is not known, or was revoked"
+        msg = f"a token is needed, and {sent}: set URZA_API_TOKEN, or send Authorization: Bearer"
+        raise HTTPException(401, msg, {"WWW-Authenticate": "Bearer"})
     lacking = set(needed.scopes) - set(token.scopes)
     if lacking:
         msg = f"the token of {token.name} has not the scope {', '.join(sorted(lacking))}"

@@ -85,6 +85,28 @@ class WorkerOptions:
                 raise ValueError(msg)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a worker says of itself; as text, a line for people.
+
+    Attributes:
+        worker: Its name, with the number of the slot.
+        said: What it says.
+        job_id: The job that it is about; None where it is about none.
+        blueprint_id: The name of that job's blueprint.
+    """
+
+    worker: str
+    said: str
+    job_id: str | None = None
+    blueprint_id: str | None = None
+
+    def __str__(self) -> str:
+        if self.job_id is None:
+            return f"{self.worker} {self.said}"
+        return f"{self.job_id} {self.blueprint_id}: {self.said}"
+
+
 def name_of_this_process() -> str:
     """Return a name that no other worker has: the host's, and the process's number."""
     return f"{socket.gethostname()[:80]}-{os.getpid()}"
@@ -98,7 +120,7 @@ class CompileWorker:
         address: Where the registry is served.
         options: How it works.
         token: Its token, with the scopes work and publish.
-        tell: Called with a line for people whenever something was done, by any thread.
+        tell: Called whenever something was done, by any thread.
 
     Raises:
         ValueError: The address is none.
@@ -110,7 +132,7 @@ class CompileWorker:
         options: WorkerOptions,
         *,
         token: str | None,
-        tell: Callable[[str], None],
+        tell: Callable[[Told], None],
     ) -> None:
         self._stopping = threading.Event()
         self._error: BaseException | None = None
@@ -159,7 +181,7 @@ class Slot:
         number: Which of the worker's slots it is.
         token: The worker's token.
         stopping: Set when the worker is to end.
-        tell: Called with a line for people.
+        tell: Called whenever something was done.
     """
 
     def __init__(
@@ -170,14 +192,14 @@ class Slot:
         *,
         token: str | None,
         stopping: threading.Event,
-        tell: Callable[[str], None],
+        tell: Callable[[Told], None],
     ) -> None:
         def client(timeout_s: float) -> HttpRegistry:
             return HttpRegistry(address, token=token, timeout_s=timeout_s)
 
         self._asking, self._publishing = client(_ASKING_S), client(_PUBLISHING_S)
         self._renewing = client(max(1.0, options.lease_s / 3))
-        self._options, self._stopping, self._tell = options, stopping, tell
+        self._options, self._stopping, self._told = options, stopping, tell
         self._name = f"{options.name}/{number}"
         self._toolchain = f"torch {version('torch')}"
         self._clock = MonotonicClock()
@@ -202,7 +224,7 @@ class Slot:
             )
             with self._sandbox as sandbox:
                 where = "inside of bubblewrap" if sandbox.is_confined else "in a process"
-                self._tell(f"{self._name} works with {self._toolchain}, {where}")
+                self._tell(f"works with {self._toolchain}, {where}")
                 while (job := self._claimed()) is not None:
                     self._do_or_tell(job, sandbox)
 
@@ -239,7 +261,11 @@ class Slot:
             raise
         except _TRANSIENT as error:
             came_of_it = f"left to others: {error}"
-        self._tell(f"{job.id} {job.blueprint_id}: {came_of_it}")
+        self._tell(came_of_it, job)
+
+    def _tell(self, said: str, job: CompileJob | None = None) -> None:
+        about = {} if job is None else {"job_id": job.id, "blueprint_id": job.blueprint_id}
+        self._told(Told(worker=self._name, said=said, **about))
 
     def _do(self, job: CompileJob, sandbox: Sandbox) -> str:
         """Do a job, and return in words what came of it.
@@ -309,7 +335,7 @@ class Slot:
                 raise
             except _TRANSIENT as error:
                 if num_failures == 0:
-                    self._tell(f"{self._name} asks again: {error}")
+                    self._tell(f"asks again: {error}")
                 longest_s = _PATIENCE.longest_delay_s(num_failures)
                 num_failures += 1
                 if self._stopping.wait(random.uniform(0.0, longest_s)):  # noqa: S311 - full jitter
