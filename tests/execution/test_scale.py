@@ -147,7 +147,7 @@ def fewest_calls_of_a_step(*cases):
 
     What earlier tests of the process left alive may add calls until it is collected, in any case.
     """
-    rounds = [[calls_of_a_step(*case) for case in cases] for _ in range(3)]
+    rounds = [[calls_of_a_step(*case) for case in cases] for _ in range(2)]
     return [min(counted) for counted in zip(*rounds, strict=True)]
 
 

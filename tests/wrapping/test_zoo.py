@@ -44,7 +44,8 @@ def grown(name, select=None):
     return model, given
 
 
-LONG = ("mobilenet_v2", "bart", "clip", "whisper", "roberta", "wav2vec2")
+LONG = ("mobilenet_v2", "bart", "clip", "whisper", "roberta", "wav2vec2", "electra", "swin", "opt")
+"""What takes seconds, beside others that are built alike."""
 
 
 @pytest.mark.parametrize(
