@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PYTHON) -m venv --without-pip .venv \
 		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; fi
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,server,postgres,s3,sign,metrics]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,server,postgres,s3,sign,metrics,redis,otlp]' --group dev
 	@touch $@
 
 demo: venv ## Grow a real network on real data, and see what it brought (about 3 minutes)

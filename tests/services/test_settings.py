@@ -24,10 +24,19 @@ def test_variables_are_read():
             "ESPER_TRACEBACK": "1",
             "ESPER_WORKER_NAME": "ann",
             "URZA_API_URL": "http://host",
+            "ESPER_BUS_URL": "redis://host:6379/0",
+            "ESPER_REPORT_TO": "tensorboard, wandb,",
+            "ESPER_METRICS_PORT": "9100",
         }
     )
     assert settings == Environment(
-        run_dir=Path("/data/runs"), traceback=True, worker_name="ann", api_url="http://host"
+        run_dir=Path("/data/runs"),
+        traceback=True,
+        worker_name="ann",
+        api_url="http://host",
+        bus_url="redis://host:6379/0",
+        report_to=("tensorboard", "wandb"),
+        metrics_port=9100,
     )
 
 
@@ -38,6 +47,8 @@ def test_variables_are_read():
         ("ESPER_OFFLINE", "true", "is 0 or 1, got 'true'"),
         ("ESPER_CACHE_BYTES", "10G", "is a number of bytes, got '10G'"),
         ("ESPER_CACHE_BYTES", "-1", "is a number of bytes, got '-1'"),
+        ("ESPER_METRICS_PORT", "off", "is a port from 1 to 65535, got 'off'"),
+        ("ESPER_METRICS_PORT", "70000", "is a port from 1 to 65535, got '70000'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(name, value, said):

@@ -35,6 +35,11 @@ class Environment:
             ``esper`` in the user's cache folder. None where there is no such folder.
         cache_bytes: Its budget, at least 0; ``ESPER_CACHE_BYTES``, by default 10 GiB.
         offline: Whether no registry elsewhere is asked; ``ESPER_OFFLINE=1``.
+        bus_url: Address of the Redis or Valkey that events go to as well; ``ESPER_BUS_URL``.
+        report_to: Trackers that runs report to, by their names in accelerate; ``ESPER_REPORT_TO``,
+            separated by commas.
+        metrics_port: Port at which the first rank of a run shows its metrics to Prometheus, from 1
+            to 65,535; ``ESPER_METRICS_PORT``. None shows none.
         bucket: How a bucket is reached, by the names that S3's own tools use:
             ``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``
             and ``AWS_SESSION_TOKEN``. No other variable of S3's changes anything.
@@ -51,6 +56,9 @@ class Environment:
     cache_dir: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
     offline: bool = False
+    bus_url: str | None = field(default=None, repr=False)
+    report_to: tuple[str, ...] = ()
+    metrics_port: int | None = None
     bucket: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -61,6 +69,7 @@ _BUCKET: Final = {
     "secret_key": "AWS_SECRET_ACCESS_KEY",
     "session_token": "AWS_SESSION_TOKEN",
 }
+_LAST_PORT: Final = 65_535
 _READ_BY_OTHERS: Final = re.compile(r"AWS_.*|.*_proxy|.*_PROXY")
 
 
@@ -87,6 +96,9 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         cache_dir=_cache_dir(values),
         cache_bytes=_cache_bytes(values),
         offline=_switch(values, "ESPER_OFFLINE"),
+        bus_url=values.get("ESPER_BUS_URL") or None,
+        report_to=_names(values.get("ESPER_REPORT_TO", "")),
+        metrics_port=_metrics_port(values.get("ESPER_METRICS_PORT", "")),
         bucket={name: values[key] for name, key in _BUCKET.items() if values.get(key)},
     )
 
@@ -114,6 +126,19 @@ def _cache_bytes(values: Mapping[str, str]) -> int:
         msg = f"ESPER_CACHE_BYTES is a number of bytes, got {found!r}; 0 keeps nothing"
         raise EsperError(msg)
     return int(found)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _metrics_port(text: str) -> int | None:
+    if not text:
+        return None
+    if re.fullmatch("[0-9]{1,5}", text) is None or not 1 <= int(text) <= _LAST_PORT:
+        msg = f"ESPER_METRICS_PORT is a port from 1 to {_LAST_PORT}, got {text!r}"
+        raise EsperError(msg)
+    return int(text)
 
 
 @contextmanager
