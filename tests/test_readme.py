@@ -53,9 +53,9 @@ def test_readme_names_commands_that_esper_has():
     """Every `esper command` in the README is a command."""
     from esper.cli.app import app
 
-    known = {command.callback.__name__ for command in app.registered_commands}
+    known = {each.name or each.callback.__name__ for each in app.registered_commands}
     known |= {group.typer_instance.info.name for group in app.registered_groups}
-    named = set(re.findall(r"(?:^ {4}|`)esper ([a-z]+)", README, flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^ {4}|`)esper ([a-z-]+)", README, flags=re.MULTILINE))
     assert named >= {"grow", "suggest", "doctor"}
     assert named <= known
 
