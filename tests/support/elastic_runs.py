@@ -10,11 +10,13 @@ its outcome.
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from growing import SHORT, batches
@@ -85,7 +87,8 @@ def made(folder, kills):
         policy=esper.ByHand([("0", registry.digest, GROW_AT)]),
         **{**SHORT, "hold_updates": 16, "overhead": 1e6},
     )
-    torch.manual_seed(dist.get_rank())
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # a process draws its own
+        seed(dist.get_rank())
     return run, grower
 
 
