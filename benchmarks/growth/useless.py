@@ -191,7 +191,8 @@ class Seen:
 @contextmanager
 def door(kind: str, subject: Subject, random_seed: int) -> Iterator[Seen]:
     """Let a package of a kind into trials, until the block ends."""
-    seen, made_arms, made_arm, judged = Seen(), Trial._made_arms, Trial._arm, Trial._judge  # noqa: SLF001 - the door
+    seen, judged = Seen(), Trial._judge  # noqa: SLF001 - the door
+    made_arms, made_nulls = Trial._made_arms, Trial._linear_forms  # noqa: SLF001 - the door
 
     def arms(trial: Trial) -> list[Arm]:
         found = made_arms(trial)
@@ -201,14 +202,12 @@ def door(kind: str, subject: Subject, random_seed: int) -> Iterator[Seen]:
             _train_on_others(found[0], subject, random_seed)
         return found
 
-    def arm(trial: Trial, name: str) -> Arm:
-        package = trial._package  # noqa: SLF001 - the door
-        if name == "null":
-            trial._package = tuple(_other_null(each, kind, random_seed) for each in package)  # noqa: SLF001 - the door
-        try:
-            return made_arm(trial, name)
-        finally:
-            trial._package = package  # noqa: SLF001 - the door
+    def nulls(trial: Trial) -> dict[str, BlueprintIR]:
+        found = made_nulls(trial)
+        layers = {each.graft.site: each.layer for each in trial._package}  # noqa: SLF001 - the door
+        return {
+            name: _other_null(null, kind, random_seed, layers[name]) for name, null in found.items()
+        }
 
     def judge_it(trial: Trial) -> Any:
         run = trial._run  # noqa: SLF001 - the door
@@ -218,19 +217,18 @@ def door(kind: str, subject: Subject, random_seed: int) -> Iterator[Seen]:
         seen.single_z, seen.loss = found.z, live.loss
         return judged(trial)
 
-    Trial._made_arms, Trial._arm, Trial._judge = arms, arm, judge_it  # noqa: SLF001 - the door
+    Trial._made_arms, Trial._linear_forms, Trial._judge = arms, nulls, judge_it  # noqa: SLF001 - the door
     try:
         yield seen
     finally:
-        Trial._made_arms, Trial._arm, Trial._judge = made_arms, made_arm, judged  # noqa: SLF001 - the door
+        Trial._made_arms, Trial._linear_forms, Trial._judge = made_arms, made_nulls, judged  # noqa: SLF001 - the door
 
 
-def _other_null(contender: Any, kind: str, random_seed: int) -> Any:
-    """Return what the null twin is made of: the package from another random seed, or a map."""
-    blueprint = replace(contender.blueprint, init_seed=random_seed + 500_000)
+def _other_null(null: BlueprintIR, kind: str, random_seed: int, layer: nn.Module) -> BlueprintIR:
+    """Return what the null twin is made of: the kernel from another random seed, or a map."""
     if kind == "own shape":
-        blueprint = replace(own_shape_zeroed(describe_site(contender.layer)), init_seed=random_seed)
-    return replace(contender, blueprint=blueprint)
+        return replace(own_shape_zeroed(describe_site(layer)), init_seed=random_seed)
+    return replace(null, init_seed=random_seed + 500_000) if kind == "linear" else null
 
 
 def _train_on_others(arm: Arm, subject: Subject, random_seed: int) -> None:
@@ -288,7 +286,11 @@ def one_trial(
                 if grower.updates > 600:
                     msg = f"no verdict on {kind}: {grower.report().notes}"
                     raise RuntimeError(msg)
-    return _row(trials[0], seen)
+    trial = trials[0]
+    if trial.effect is None or (attributed and trial.capacity == 0.0):
+        msg = f"{kind} was read against nothing, or against itself: {trial}"
+        raise RuntimeError(msg)
+    return _row(trial, seen)
 
 
 def _row(trial: Any, seen: Seen) -> dict[str, Any]:

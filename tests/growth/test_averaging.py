@@ -44,6 +44,34 @@ def test_parameters_and_floating_buffers_are_averaged():
             assert torch.equal(value, seen[-1][name])
 
 
+def test_a_mask_of_infinities_is_its_own_mean():
+    """As a buffer, as a parameter that takes no gradient, and in half precision."""
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    model = nn.Linear(3, 3)
+    model.register_buffer("mask", mask.clone())
+    model.register_buffer("narrow", mask.to(torch.bfloat16))
+    model.frozen = nn.Parameter(mask.clone(), requires_grad=False)
+    average = WeightAverage()
+    for _ in range(3):
+        average.add(model)
+    average.write_to(model)
+    assert torch.equal(model.mask, mask)
+    assert torch.equal(model.narrow, mask.to(torch.bfloat16))
+    assert torch.equal(model.frozen, mask)
+
+
+def test_what_came_to_be_infinite_is_seen_in_the_mean():
+    """A weight that broke in one of the updates is no number in their mean."""
+    model, average = nn.Linear(2, 2), WeightAverage()
+    average.add(model)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.inf
+    average.add(model)
+    average.add(model)
+    average.write_to(model)
+    assert not torch.isfinite(model.weight[0, 0])
+
+
 def test_adding_to_an_average_changes_no_model():
     """And what is added later changes no value of before."""
     model, average = network(), WeightAverage()

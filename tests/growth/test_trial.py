@@ -194,3 +194,14 @@ def twin_beside(run, num, before=8):
     (twin,) = twins
     one, other = run.model.state_dict(), twin.model.state_dict()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_a_host_with_a_mask_of_infinities_is_judged_by_numbers():
+    """As attention has one in a buffer: the average that the verdict reads keeps it as it is."""
+    run = Running(network())
+    run.model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    with grower_of(run) as grower:
+        for batch in batches(UPDATES):
+            run.update(batch, grower)
+        (trial,) = grower.report().trials
+    assert trial.effect is not None, trial.reason

@@ -30,7 +30,8 @@ class WeightAverage:
     """The mean of a model's parameters and floating buffers over several updates.
 
     Means of half precision are kept in float32. Integer buffers and what modules keep elsewhere
-    are those of the last update.
+    are those of the last update. What does not change is its own mean, also where it is infinite,
+    as a mask of attention is.
 
     Attributes:
         num_updates: Updates that are in the mean.
@@ -62,7 +63,11 @@ class WeightAverage:
             return
         weight = 1.0 / self.num_updates
         for mean, value in zip(self._means, values, strict=True):
-            mean.lerp_(value.to(mean.dtype), weight)
+            wide = value.to(mean.dtype)
+            if value.requires_grad:
+                mean.lerp_(wide, weight)
+            else:  # the difference of equal infinities is no number
+                mean.copy_(torch.where(mean == wide, mean, mean.lerp(wide, weight)))
 
     @torch.no_grad()
     def write_to(self, model: nn.Module) -> None:
