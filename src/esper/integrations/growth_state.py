@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import esper.integrations.pretrained  # noqa: F401 - adapters wrap models of transformers by themselves
 from esper.contracts.errors import GrowthError
 from esper.contracts.events import Evaluated, StageChanged
 from esper.contracts.lifecycle import GraftStage
