@@ -266,13 +266,16 @@ __all__ = [
 
 
 _WITH: Final = {
-    "Grower": ("esper.observability.notebook",),
-    "GrowthJob": ("esper.observability.notebook",),
+    "Grower": ("esper.observability.notebook", "esper.integrations.pretrained"),
+    "GrowthJob": ("esper.observability.notebook", "esper.integrations.pretrained"),
     "RunReport": ("esper.observability.notebook",),
+    "layers": ("esper.integrations.pretrained",),
+    "unwrap": ("esper.integrations.pretrained",),
     "wrap": ("esper.continuity.optimizer", "esper.integrations.pretrained"),
 }
 """What has to be there as well: reports are drawn in notebooks, a wrapped model that loads kernels
-tells its optimizers, and one of transformers says in its config that it has grown."""
+tells its optimizers, and one of transformers says in its config that it has grown. A wrapped model
+that was unpickled comes without ``wrap``, and so does a job's or a framework's."""
 
 
 def __getattr__(name: str) -> Any:

@@ -367,6 +367,26 @@ def test_an_optimizer_that_is_elsewhere_is_registered():
     assert len(optimizer.param_groups[0]["params"]) > len(list(host().parameters()))
 
 
+class Borrowed(torch.optim.Optimizer):
+    """An optimizer by its class, which shares another's groups and is not built as torch's are."""
+
+    def __init__(self, base):
+        self.base, self.defaults = base, base.defaults
+        self.param_groups, self.state = base.param_groups, base.state
+
+
+def test_a_wrapper_that_is_an_optimizer_by_its_class_alone_is_registered():
+    """Refused with the cure, as torch's own hooks cannot be put on it."""
+    model = host()
+    optimizer = AdamW(model.parameters())
+    with pytest.raises(TypeError, match=r"Borrowed: .*esper\.register_optimizer"):
+        sync_optimizer(model, Borrowed(optimizer))
+    register_optimizer(Borrowed, lambda found: found.base)
+    grafted(model, model[0])
+    sync_optimizer(model, Borrowed(optimizer))
+    assert len(optimizer.param_groups[0]["params"]) > len(list(host().parameters()))
+
+
 def test_a_copy_calls_no_constructor_and_steps_alike():
     """A subclass with a scheduler on it is rebuilt for other parameters, with its own settings."""
     model = host()

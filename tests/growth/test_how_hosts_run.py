@@ -12,6 +12,12 @@ from esper.growth.recording import Recorder, record_beside
 from esper.seeds.shadow import shadow_pass
 
 
+@pytest.fixture(autouse=True)
+def hosts_that_are_drawn_alike():
+    """Seed the parts of a host too, which tests make before they put them together."""
+    torch.manual_seed(0)
+
+
 class Bent(nn.Module):
     """A block, which says nothing of what it takes."""
 
@@ -37,7 +43,6 @@ class Checkpointed(nn.Module):
 
 def network(first=None, *middle):
     """Return a wrapped model and an optimizer of what is trainable in it."""
-    torch.manual_seed(0)
     model = nn.Sequential(first or nn.Linear(4, 4), *middle, nn.Linear(4, 1), nn.Flatten(0))
     esper.wrap(model, select=lambda name, _: name in ("0", "1.inner", str(1 + len(middle))))
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

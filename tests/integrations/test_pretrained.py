@@ -1,6 +1,7 @@
 """A grown model of transformers comes back by ``from_pretrained``, or is refused in words."""
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -112,6 +113,48 @@ def test_without_esper_it_is_refused(tmp_path):
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+
+
+DOORS = {
+    "trainer": """
+from esper.integrations.transformers import EsperTrainer
+args = transformers.TrainingArguments(sys.argv[1], use_cpu=True, report_to=[])
+made = EsperTrainer(model=made, args=args).model
+""",
+    "unpickled": """
+import esper
+made = torch.load(sys.argv[2], weights_only=False)
+esper.Grower(made, torch.optim.SGD(made.parameters(), lr=0.1)).close()
+""",
+}
+"""How a model comes to be wrapped where its owner has no use for ``esper.wrap``."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+def test_a_config_says_what_has_grown_whatever_wrapped_the_model(tmp_path, door):
+    """A process in which nobody has said ``esper.wrap`` saves what comes back with its kernels."""
+    torch.save(esper.wrap(model()), tmp_path / "wrapped.pt")
+    code = f"""
+import sys, torch, transformers
+made = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2))
+{DOORS[door]}
+kernel = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 16))
+made.get_submodule({SITE!r}).graft(0, kernel, alpha=0.7, example=torch.randn(2, 8, 16))
+made.save_pretrained(sys.argv[1])
+"""
+    folder = tmp_path / "saved"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, folder, tmp_path / "wrapped.pt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    importlib.import_module("esper.integrations.transformers")
+    there = GPT2LMHeadModel.from_pretrained(folder)
+    assert 0 in [seed["seed"] for seed in esper.layers(there)[SITE].structure()]
 
 
 def test_a_config_says_nothing_while_nothing_stands_in_the_model(tmp_path):

@@ -90,6 +90,22 @@ def test_matplotlib_is_imported_by_who_draws(imported, expected):
     assert found.stdout.strip() == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
+def test_a_run_in_a_framework_draws_its_report(framework):
+    """An adapter brings what draws, though its owner never names anything of ``esper`` itself."""
+    pytest.importorskip({"lightning": "pytorch_lightning"}.get(framework, framework))
+    code = (
+        f"import esper.integrations.{framework}\n"
+        "from esper.contracts.report import RunReport\n"
+        "assert RunReport(settings={}, updates=0)._repr_html_()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+
+
 def test_a_contract_alone_says_what_draws_it():
     """A report whose drawer was never imported names the module that brings it."""
     code = (

@@ -169,6 +169,7 @@ def is_supported(found: object) -> TypeGuard[Optimizer]:
         isinstance(found, Optimizer)
         and not isinstance(found, LBFGS)
         and isinstance(getattr(found, "state", None), dict)
+        and "_optimizer_state_dict_pre_hooks" in found.__dict__  # else it is one by name alone
         and all("lr" in group for group in found.param_groups)
     )
 

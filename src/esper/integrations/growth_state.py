@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import esper.integrations.pretrained
+import esper.observability.notebook  # noqa: F401 - both are there where nobody has said esper.Grower
 from esper.contracts.errors import GrowthError
 from esper.contracts.events import Evaluated, StageChanged
 from esper.contracts.lifecycle import GraftStage
