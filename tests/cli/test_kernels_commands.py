@@ -1,6 +1,7 @@
 """The commands that look at kernels and move them, in a directory and over HTTP."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -99,6 +100,34 @@ def test_names_move_remember_and_go_back(typed, place):
     assert IDS[1][:12] in typed("history", "mlp:prod", **place)
     typed("history", "mlp:none", status=1, **place)
     typed("rollback", "mlp:none", status=1, **place)
+    typed("tag", IDS[0], "mlp:once", **place)
+    assert "never pointed elsewhere" in typed("rollback", "mlp:once", status=1, **place)
+
+
+def test_a_kernel_is_pulled_into_a_pipe_and_through_a_link(typed, place, tmp_path):
+    """What is no file stays what it is, and a link goes on leading where it did."""
+    typed("push", "0.safetensors", **place)
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "linked")
+    descriptor = os.open(pipe, os.O_RDWR)  # both ends: neither waits for the other
+    typed("pull", IDS[0], "--output", str(pipe), **place)
+    assert pipe.is_fifo()
+    assert os.read(descriptor, 2 * len(DATA[0])) == DATA[0]
+    os.close(descriptor)
+    typed("pull", IDS[0], "--output", str(link), **place)
+    assert link.is_symlink()
+    assert (tmp_path / "linked").read_bytes() == DATA[0]
+
+
+def test_what_others_wrote_gives_no_orders_to_a_terminal(typed, place):
+    """A reason, a record and a refusal are shown as letters; as JSON they are what they are."""
+    typed("push", "0.safetensors", **place)
+    typed("deprecate", IDS[0], "--reason", "\x1b[2Jgone\x07", **place)
+    assert "\x1b" not in typed("show", IDS[0], **place)
+    assert json.loads(typed("show", IDS[0], "--json", **place))["deprecation"]["reason"] == (
+        "\x1b[2Jgone\x07"
+    )
 
 
 def test_what_is_signed_is_verified_and_what_is_not_is_refused(typed, place, tmp_path):
@@ -171,6 +200,15 @@ def test_refused_or_not_found_is_1_and_an_error_2(typed, tmp_path, words, status
 
     assert re.fullmatch(r"esper: .+\n", said)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_looking_at_an_address_makes_no_directory(typed, tmp_path):
+    """A directory that was misspelt is not found, in the form of an address, too."""
+    missing = tmp_path / "missing"
+    assert "no such directory" in typed("list", "--registry", missing.as_uri(), status=1)
+    assert not missing.exists()
+    typed("push", "0.safetensors", "--registry", missing.as_uri())
+    typed("list", "--registry", "memory:")
 
 
 def test_without_an_address_a_command_says_where_one_is_given(typed):

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +29,15 @@ def typed(*words, status=0, **environment):
     result = CliRunner().invoke(app, ["registry", *map(str, words)], env=environment)
     assert result.exit_code == status, result.output
     return result.output
+
+
+def has_version_6():
+    """Say whether this machine can be spoken to by a loopback address of version 6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_tokens_are_made_listed_and_revoked(tmp_path):
@@ -152,13 +162,28 @@ def test_serve_works_at_once_and_loses_nothing_when_it_is_killed(tmp_path):
     kept.close()
 
 
+@pytest.mark.network
+def test_no_token_is_made_where_nothing_is_served(tmp_path):
+    """It could never be had again: the next who serves is shown the first one."""
+    pytest.importorskip("fastapi", reason="needs the extra server")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        said = typed("serve", "--json", "--port", taken, "--data", tmp_path, status=2)
+    assert "cannot listen" in said
+    assert "token" not in said
+    assert typed("token", "list", "--data", tmp_path) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.network
-def test_serve_says_where_it_is_as_json(tmp_path):
-    """Once it listens; the token is there the first time only."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_serve_says_where_it_is_as_json(tmp_path, host):
+    """Once it listens, as an address that can be opened; the token is there the first time only."""
     pytest.importorskip("fastapi", reason="needs the extra server")
+    if ":" in host and not has_version_6():
+        pytest.skip("this machine has no loopback address of version 6")
     command = [sys.executable, "-m", "esper", "registry", "serve", "--json"]
-    command += ["--data", str(tmp_path), "--port", "0"]
+    command += ["--data", str(tmp_path), "--host", host, "--port", "0"]
     tokens = []
     for _ in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as served:

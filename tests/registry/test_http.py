@@ -197,10 +197,18 @@ def test_an_overloaded_server_is_left_alone_for_as_long_as_it_says():
         assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 413])
-def test_an_answer_that_stays_is_asked_for_once_and_charges_no_breaker(status):
+STAYING = {
+    **{str(status): whole(status, b"") for status in (302, 400, 401, 403, 404, 413)},
+    "a page": whole(content_type="text/html"),
+    "compression": whole(Content_Encoding="gzip"),
+    "too long": whole(body=b"", length=1 << 40),
+}
+
+
+@pytest.mark.parametrize("answer", STAYING)
+def test_an_answer_that_stays_is_asked_for_once_and_charges_no_breaker(answer):
     """What a server will answer again is no failure of the way to it."""
-    with serving(whole(status, b"")) as server:
+    with serving(STAYING[answer]) as server:
         behind = SourceBehindBreaker(source_of(server, timeout_s=60))
         with pytest.raises((KernelSourceRefused, KernelNotFoundError)):
             behind.fetch(DIGEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Final
 
 import typer
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH: Final = 140
 """Columns of a table where there is no terminal to ask."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys, but for the ends of lines and tabs."""
+
+
+def printable(text: str) -> str:
+    """Return a text that others may have written as one that no terminal obeys."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 import esper
+from esper.cli.console import printable
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def error_text(error: BaseException) -> str:
     """
     place = users_place(error)
     if place is None:
-        return f"esper: {error}"
+        return f"esper: {printable(str(error))}"
     what = error if isinstance(error, EsperError) else f"{type(error).__name__}: {error}"
-    return f"esper: {what}\n  at {place}; ESPER_TRACEBACK=1 shows the whole traceback"
+    cure = "ESPER_TRACEBACK=1 shows the whole traceback"
+    return f"esper: {printable(str(what))}\n  at {place}; {cure}"
 
 
 @contextmanager

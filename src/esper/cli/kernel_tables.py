@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from esper.cli.console import printable
 from esper.cli.tables import SHOWN_OF_DIGEST, print_table
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def print_entry(console: Console, entry: RegistryEntry, signed: Sequence[str]) -
     lines |= {f"record, {name}": str(value) for name, value in entry.record.items()}
     width = max(map(len, lines))
     for name, text in lines.items():
-        console.print(f"{name:{width}}  {text}", soft_wrap=True)
+        console.print(printable(f"{name:{width}}  {text}"), soft_wrap=True)
 
 
 def print_history(console: Console, name: str, moves: Sequence[TagMove]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
+from esper.cli.console import printable
 from esper.contracts.errors import (
     BlueprintError,
     EsperError,
@@ -70,5 +71,5 @@ def answers() -> Iterator[Environment]:
         try:
             yield environment
         except _ANSWERS as error:
-            typer.echo(f"esper: {error}", err=True)
+            typer.echo(f"esper: {printable(str(error))}", err=True)
             raise typer.Exit(EXIT_PROBLEM) from error

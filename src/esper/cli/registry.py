@@ -61,18 +61,18 @@ def serve(
         from esper.services.registry_server import serve as serve_registry
         from esper.services.settings import read_environment
 
-        made = first_token(registry, read_environment().api_token)
-        if made is not None:
-            if not as_json:
-                typer.echo(f"URZA_API_TOKEN={made}")
-            typer.echo(
-                "That is the owner's token, with every scope; it is not shown again.", err=True
-            )
-
         def listens(port: int) -> None:
-            address = f"http://{host}:{port}"
+            """Make the first token: one that is made before is lost where nothing is served."""
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            made = first_token(registry, read_environment().api_token)
             if as_json:
                 print_json({"address": address, "token": made})
+            elif made is not None:
+                typer.echo(f"URZA_API_TOKEN={made}")
+            if made is not None:
+                typer.echo(
+                    "That is the owner's token, with every scope; it is not shown again.", err=True
+                )
             typer.echo(f"serving on {address}", err=True)
 
         serve_registry(registry, host=host, port=port, on_listening=listens)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from rich.table import Table
 from rich.text import Text
 
+from esper.cli.console import printable
 from esper.contracts.report import ARMS, OPPONENTS
 from esper.contracts.report_text import WORDS, flops_text, with_error
 from esper.observability.replay import ABSENT
@@ -106,7 +107,7 @@ def print_table(
         number = head.startswith(">")
         table.add_column(head.removeprefix(">"), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print()
     if table.row_count:
         console.print(table)

@@ -8,6 +8,8 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
+from esper.registry.refusals import check_token
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -85,7 +87,7 @@ class Tokens:
 
         Raises:
             ValueError: The name is empty, a scope is none of ``SCOPES``, there is none, or the
-                text is too short.
+                text is too short, or no header can carry it.
         """
         if not name.strip():
             msg = "a token has a name, by which the audit says whose it is; this one is empty"
@@ -97,6 +99,8 @@ class Tokens:
         if text is not None and len(text) < 16:
             msg = "a token has at least 16 characters, and this one has fewer; leave one to be made"
             raise ValueError(msg)
+        if text is not None:
+            check_token(text)
         text = text or secrets.token_urlsafe(_BYTES)
         self._database.rows(
             "INSERT INTO tokens (id, name, sha256, scopes, created_at_s) "

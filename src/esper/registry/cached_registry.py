@@ -154,7 +154,7 @@ class CachedRegistry:
         """
         split_reference(reference)
         try:
-            remote = self._asked(f"for {reference}, which was never seen from here")
+            remote = self._asked(f"for {reference}")
             digest = remote.resolve(reference)
         except KernelSourceRefused:
             raise
@@ -173,9 +173,7 @@ class CachedRegistry:
         are true is for those to say who trust a key.
         """
         try:
-            found = self._asked(f"for signatures of {digest}, never seen from here").signatures(
-                digest
-            )
+            found = self._asked(f"for signatures of {digest}").signatures(digest)
         except KernelSourceRefused:
             raise
         except KernelSourceUnavailable as error:

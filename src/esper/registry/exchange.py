@@ -22,6 +22,7 @@ from esper.contracts.errors import (
     KernelSourceSuspended,
     KernelSourceUnavailable,
 )
+from esper.registry import refusals
 from esper.registry.timed_transport import TimedTransport
 from esper.resilience.clock import MonotonicClock
 
@@ -66,6 +67,8 @@ class Exchange:
             msg = f"a request needs time: timeout_s above 0, found {timeout_s}"
             raise ValueError(msg)
         self.base_url = _checked_base(base_url)
+        if token is not None:
+            refusals.check_token(token)
         self._prefix = prefix
         self.timeout_s = timeout_s
         self._clock = clock or MonotonicClock()

@@ -303,7 +303,37 @@ def _check_answer(answer: httpx2.Response, url: str, expected: int) -> None:
                 f"{url} answered with {what} {found!r:.80}; expected {expected} with an artifact's "
                 "bytes as application/octet-stream, not encoded and not elsewhere"
             )
-            raise error_of(answer.status_code)(msg)
+            is_another_form = what in ("content type", "content encoding")  # which it stays
+            raise (KernelSourceRefused if is_another_form else error_of(answer.status_code))(msg)
+
+
+def length_of(answer: httpx2.Response) -> int:
+    """Return the length that an answer without a body says that an artifact has.
+
+    Raises:
+        KernelSourceRefused: It says none.
+    """
+    said = answer.headers.get("Content-Length", "")
+    if re.fullmatch("[0-9]{1,18}", said) is None:
+        msg = f"{answer.request.url} says no length of an artifact, but {said!r:.80}"
+        raise KernelSourceRefused(msg)
+    return int(said)
+
+
+def check_part(answer: httpx2.Response, data: bytes, start: int, length: int) -> None:
+    """Refuse another part of an artifact than the one that was asked for, up to its end.
+
+    Raises:
+        KernelSourceRefused: It is one.
+    """
+    said = answer.headers.get("Content-Range", "")
+    found = re.fullmatch("bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", said)
+    if found is not None:
+        first, last, size = map(int, found.groups())
+        if (first, last + 1, len(data)) == (start, min(start + length, size), last + 1 - first):
+            return
+    msg = f"{answer.request.url} answered with {len(data)} bytes as {said!r:.80}, another part"
+    raise KernelSourceRefused(msg)
 
 
 def error_of(status: int) -> type[KernelSourceUnavailable]:

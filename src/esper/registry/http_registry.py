@@ -14,6 +14,7 @@ from esper.contracts.errors import (
     JobLostError,
     KernelCorruptError,
     KernelNotFoundError,
+    KernelSourceRefused,
     KernelSourceUnavailable,
     TagMovedError,
 )
@@ -24,7 +25,7 @@ from esper.registry import criteria as searching
 from esper.registry import documents, refusals
 from esper.registry.endpoint import Endpoint
 from esper.registry.exchange import Exchange
-from esper.registry.http import HttpKernelSource, error_of
+from esper.registry.http import HttpKernelSource, check_part, error_of, length_of
 from esper.registry.http_jobs import HttpJobs
 from esper.registry.screening import MAX_ARTIFACT_BYTES, record_text
 
@@ -50,7 +51,10 @@ _NOT_TO_BE_READ: Final = (
 """What reading a document of another form than was asked for raises."""
 
 _PAGE: Final = 500
-_MAX_DOCUMENT_BYTES: Final = 1 << 25
+_MAX_DOCUMENT_BYTES: Final = 1 << 23
+_MAX_DOCUMENT_VALUES: Final = 1 << 19
+"""More than a page of 500 kernels has; what is read takes a hundred times its length otherwise."""
+
 _PROBLEMS: Final[dict[str, Callable[[str], Exception]]] = {
     "not-found": KernelNotFoundError,
     "not-a-blueprint": BlueprintError,
@@ -154,7 +158,7 @@ class HttpRegistry:
         with self._exchange.answer("HEAD", path, until_s=until_s) as answer:
             if answer.status_code != 200:
                 raise self._refusal(answer, b"", path)
-            return int(answer.headers["Content-Length"])
+            return length_of(answer)
 
     def read(self, digest: str, start: int, length: int) -> bytes:
         """Return a part of an artifact; see :class:`~esper.contracts.ports.RangedSource`."""
@@ -175,6 +179,7 @@ class HttpRegistry:
                 return b""
             if answer.status_code != 206:
                 raise self._refusal(answer, data, path)
+            check_part(answer, data, start, length)
             return data
 
     def exists(self, digest: str) -> bool:
@@ -212,7 +217,7 @@ class HttpRegistry:
     def tags(self, name: str) -> dict[str, str]:
         """Return a name's tags; see :class:`~esper.contracts.ports.Registry`."""
         path = f"/names/{reference.check_name(name)}/tags"
-        return self._ask("GET", path, read=lambda said: {**said["tags"]})
+        return self._ask("GET", path, read=lambda said: documents.to_tags(said["tags"]))
 
     def tag(
         self,
@@ -274,6 +279,9 @@ class HttpRegistry:
             more = None if more is None else more - num
             if looks[-1].after is None or more == 0:
                 return _joined(looks)
+            if looks[-1].after <= after:
+                msg = f"{self.base_url} looks at one page for ever"
+                raise KernelSourceRefused(msg)
             after = looks[-1].after
 
     def deprecate(
@@ -341,18 +349,26 @@ class HttpRegistry:
         """Return a list that comes in pages, all of it or as much as the limit says."""
         found: list[T] = []
         page_of = _list_of(key, read)
+        seen = {after}
         while limit is None or len(found) < limit:
             num = _PAGE if limit is None else min(limit - len(found), _PAGE)
             params = {**asked, "limit": str(num)}
             if after is not None:
                 params["after"] = str(after)
             page, after = self._ask(
-                "GET", path, params=params, read=lambda said: (page_of(said), said["after"])
+                "GET",
+                path,
+                params=params,
+                read=lambda said: (page_of(said), documents.to_place(said["after"])),
             )
             found += page
             if after is None or not page:
                 break
-        return found
+            if len(page) > num or after in seen:
+                msg = f"{self.base_url}{path} lists more than was asked for, or one page for ever"
+                raise KernelSourceRefused(msg)
+            seen.add(after)
+        return found[:limit]
 
     def _ask(
         self,
@@ -386,7 +402,7 @@ class HttpRegistry:
             if answer.status_code not in (200, 201, 202, 204):
                 raise self._refusal(answer, data, path)
             try:
-                return read(json.loads(data) if data else None)
+                return read(_document(data))
             except _NOT_TO_BE_READ as error:
                 msg = f"{self.base_url}{path} answered with what is not to be read: {error!r:.200}"
                 raise KernelSourceUnavailable(msg) from error
@@ -396,7 +412,8 @@ class HttpRegistry:
     def _refusal(self, answer: httpx2.Response, data: bytes, path: str) -> Exception:
         """Return what an answer that is not the one asked for is raised as here."""
         said = _problem(answer, data)
-        detail = str(said.get("detail", f"status {answer.status_code}"))[:1_000]
+        words = str(said.get("detail", f"status {answer.status_code}"))[:1_000]
+        detail = "".join(c if c.isprintable() else " " for c in words)  # terminals obey others
         msg = f"{self.base_url}{path}: {detail}"
         kind = str(said.get("type", "")).rpartition(":")[2]
         if kind == "tag-moved":
@@ -409,10 +426,22 @@ class HttpRegistry:
         return error_of(answer.status_code)(msg)
 
 
+def _document(data: bytes) -> Any:
+    """Return what an answer's bytes say; None where there are none.
+
+    Raises:
+        ValueError: It is no JSON, or so much of it that it would fill the memory.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_DOCUMENT_VALUES:
+        msg = f"a document with more than {_MAX_DOCUMENT_VALUES} values"
+        raise ValueError(msg)
+    return json.loads(data) if data else None
+
+
 def _problem(answer: httpx2.Response, data: bytes) -> dict[str, Any]:
     is_problem = answer.headers.get("Content-Type", "").startswith("application/problem+json")
     try:
-        said = json.loads(data) if is_problem and data else {}
+        said = _document(data) if is_problem and data else {}
     except (ValueError, RecursionError):
         said = {}
     return said if isinstance(said, dict) else {}

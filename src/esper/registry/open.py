@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
-from typing import TYPE_CHECKING, cast
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -16,10 +16,10 @@ from esper.registry.memory import MemoryRegistry
 from esper.registry.trusted_source import TrustedSource, keys_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from esper.contracts.ports import Registry
     from esper.registry.cached_registry import RemoteRegistry
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 def open_registry(
@@ -71,15 +71,25 @@ def open_registry(
     remote = _remote(address, token)
     if remote is not None:
         return _cached(remote, cache, cache_bytes, offline=offline)
-    if address.startswith("file:"):
-        return DirectoryRegistry(_path_of(address))
-    if not address or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address):
+    directory = directory_of(address)
+    if directory is None:
         msg = (
             f"{address!r} is no address of kernels: expected memory:, a directory, file:///path, "
             "http:// or https:// of a server, oci://host/repository, or hf://owner/name"
         )
         raise ValueError(msg)
-    return DirectoryRegistry(address)
+    return DirectoryRegistry(directory)
+
+
+def directory_of(address: str) -> Path | None:
+    """Return the directory that an address stands for; None where it is another kind.
+
+    Raises:
+        ValueError: It begins with ``file:`` and names no directory of this machine.
+    """
+    if address.startswith("file:"):
+        return Path(_path_of(address))
+    return None if not address or _SCHEME.match(address) else Path(address)
 
 
 def _remote(address: str, token: str | None) -> RemoteRegistry | None:

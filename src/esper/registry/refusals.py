@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from esper.contracts.errors import (
@@ -13,6 +14,7 @@ from esper.contracts.errors import (
 from esper.contracts.signature import MOST_OF_ONE_KERNEL, KernelSignature
 
 LONGEST_REASON: Final = 1_000
+_SENDABLE: Final = re.compile("[!-~](?:[ -~]*[!-~])?")
 
 
 def not_published(digest: str) -> KernelNotFoundError:
@@ -33,6 +35,12 @@ def bytes_gone(digest: str, place: str) -> KernelCorruptError:
 def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"
+    return KernelNotFoundError(msg)
+
+
+def no_way_back(name: str, tag: str) -> KernelNotFoundError:
+    """Return the error of a tag that never pointed elsewhere."""
+    msg = f"{name}:{tag} has never pointed elsewhere; look with history()"
     return KernelNotFoundError(msg)
 
 
@@ -97,6 +105,20 @@ def tag_moved(name: str, tag: str, found: str | None) -> TagMovedError:
     place = "is not there any more" if found is None else f"points to {found} by now"
     msg = f"{name}:{tag} {place}, and was not moved; look at its history, and decide again"
     return TagMovedError(msg, found=found)
+
+
+def check_token(text: str) -> None:
+    """Refuse a token that no header can carry, and do not say it.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if _SENDABLE.fullmatch(text) is None:
+        msg = (
+            "a token is made of letters, digits and signs of ASCII, on one line and without spaces "
+            "at its ends, and this one is not"
+        )
+        raise ValueError(msg)
 
 
 def check_limit(limit: int | None) -> None:

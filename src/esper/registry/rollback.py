@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esper.registry.refusals import no_such_tag
+from esper.registry.refusals import no_such_tag, no_way_back
 
 if TYPE_CHECKING:
     from esper.contracts.ports import Registry
@@ -21,6 +21,6 @@ def roll_back(registry: Registry, name: str, tag: str, *, actor: str | None = No
     now, *before = [move.digest for move in reversed(registry.history(name, tag))] or [None]
     earlier = next((digest for digest in before if digest not in (None, now)), None)
     if earlier is None:
-        raise no_such_tag(name, tag)
+        raise no_such_tag(name, tag) if now is None else no_way_back(name, tag)
     registry.tag(name, tag, earlier, expected=now, actor=actor)
     return earlier

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees what was there before or all of ``data``.
 
+    A link stays one, and what is no file, a pipe or a device, is written to where it is.
+
     Args:
         path: The file; its folder exists.
         data: Its content.
@@ -20,10 +22,14 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: The file cannot be written; it is named, and what was there before is there still.
     """
-    partial = path.with_name(f".{path.name}.part")
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.part")
     try:
+        if target.exists() and not target.is_file():  # to rename over it would take it away
+            target.write_bytes(data)
+            return
         partial.write_bytes(data)
-        partial.replace(path)
+        partial.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.errors import EsperError, KernelNotFoundError
 from esper.contracts.reference import is_digest
-from esper.registry.open import open_registry
+from esper.registry.open import directory_of, open_registry
 from esper.registry.trusted_source import sign_extra
 from esper.services.settings import token_in
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from esper.contracts.ports import Registry
     from esper.contracts.signature import KernelSignature
     from esper.registry.signing import SigningKey
@@ -80,7 +81,8 @@ def open_named(
     named, token = address_and_token(
         address, environment, token_file=token_file, takes_token=takes_token
     )
-    if not makes and "://" not in named and not Path(named).exists():
+    directory = directory_of(named)
+    if not (makes or directory is None or directory.exists()):
         msg = f"there is no registry in {named}: no such directory"
         raise FileNotFoundError(msg)
     trusted = environment.trusted_keys if checks_signatures else None
