@@ -123,7 +123,10 @@ def test_a_kernel_that_fits_grows_in_the_run(tmp_path):
     assert graft.blueprint.endswith(f".{graft.artifact_id[:12]}")
     assert graft.is_of_a_registry
     assert f"{graft.blueprint}: digest {graft.artifact_id}" in str(report)
-    assert f"{graft.blueprint} ({graft.artifact_id})" in run_page(report)
+    page = run_page(report)
+    (row,) = re.findall(rf"<tr>(?:(?!</tr>).)*<td[^>]*>{graft.artifact_id}</td></tr>", page)
+    assert graft.blueprint in row
+    assert "fetched, verified, probed" in {e.reason for e in report.timeline if e.graft == 1}
     assert any("is a registry's" in note and graft.artifact_id in note for note in report.notes)
     assert {what for what, _ in registry.calls} == {"search", "fetch", "report"}
     assert threading.current_thread() not in {thread for _, thread in registry.calls}
