@@ -55,6 +55,10 @@ def test_a_job_is_one_row_however_often_it_is_asked_for(book):
     assert submit(book).status == "INVALID"
     assert submit(book, again=True).status == "UNVALIDATED"
     assert submit(book, 2).id != job.id
+    assert submit(book, toolchain="torch 2.99.0").id != job.id
+    other = book.jobs.submit(mlp_blueprint(init_seed=1), CompileOptions(batch=9), now_s=1.0)
+    assert other.id != job.id
+    assert len(book.jobs.list(limit=9)) == 4
 
 
 def test_a_job_is_leased_to_one_worker(book):
