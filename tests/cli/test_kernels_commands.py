@@ -14,6 +14,7 @@ import esper
 from esper.cli import kernels
 from esper.cli.app import app
 from esper.contracts import artifact_format
+from esper.contracts.kernel_reports import FieldReport
 from esper.registry.book_access import SCOPES
 from esper.registry.directory import DirectoryRegistry
 from esper.services.settings import read_environment
@@ -87,6 +88,42 @@ def test_kernels_go_in_are_found_and_come_out(typed, place, tmp_path):
     assert "by nobody" in shown
     typed("pull", "mlp:prod", **place)
     assert (tmp_path / f"{IDS[1]}.safetensors").read_bytes() == DATA[1]
+
+
+def brought(contribution, run):
+    """Return a report of the second kernel by a run of its own."""
+    return FieldReport(
+        artifact_id=IDS[1],
+        blueprint_digest=f"{1:064x}",
+        run_id=f"run-{run}",
+        graft_id="1",
+        site_kind="linear",
+        in_features=4,
+        out_features=4,
+        metric="gate loss",
+        unit="relative",
+        contribution=contribution,
+        standard_error=0.01,
+        num_looks=300,
+        verdict="fossilized",
+    )
+
+
+def test_what_has_worked_comes_first_and_says_how_well(typed, place):
+    """By reports of runs, with the uncertainty; without any, nothing is said."""
+    typed("push", "0.safetensors", "1.safetensors", **place)
+    assert "has saved" not in typed("show", IDS[1], **place)
+    assert "saved of" not in typed("search", "--order", "proven", **place)
+    opened = esper.open_registry(place["URZA_API_URL"], token=place.get("URZA_API_TOKEN"))
+    for run in range(20):
+        opened.report_outcome(brought(0.2, run))
+    opened.close()
+
+    found = json.loads(typed("search", "--order", "proven", "--json", **place))["kernels"]
+    assert [entry["id"] for entry in found] == [IDS[1], IDS[0]]
+    shown = typed("show", IDS[1], **place)
+    assert re.search(r"has saved +\+\d+\.\d% ± \d\.\d% of the loss, at least \+.*20 runs", shown)
+    assert "order" in typed("search", "--order", "best", status=2, **place)
 
 
 def test_names_move_remember_and_go_back(typed, place):

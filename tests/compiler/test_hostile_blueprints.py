@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from esper.compiler.codec import decode_artifact, encode_kernel
@@ -23,6 +23,7 @@ SETTINGS = {
     "database": None,
     "suppress_health_check": list(HealthCheck),
 }
+LONG = {**SETTINGS, "max_examples": 100_000}
 WIDTH = 4
 SAME_SHAPE = [
     ("linear", {"in_features": WIDTH, "out_features": WIDTH}),
@@ -76,10 +77,7 @@ def valid_blueprints(draw):
     )
 
 
-@pytest.mark.slow
-@given(valid_blueprints())
-@settings(**SETTINGS)
-def test_a_valid_blueprint_goes_to_bytes_and_back(blueprint):
+def check_valid(blueprint):
     """It lowers, encodes, decodes to the same bytes, and computes the same as before."""
     kernel = lower(blueprint)
     data = encode_kernel(kernel)
@@ -89,6 +87,22 @@ def test_a_valid_blueprint_goes_to_bytes_and_back(blueprint):
     assert encode_kernel(loaded) == data
     x = torch.ones(2, WIDTH)
     assert torch.equal(loaded(x), kernel(x))
+
+
+@pytest.mark.slow
+@given(valid_blueprints())
+@settings(**SETTINGS)
+def test_a_valid_blueprint_goes_to_bytes_and_back(blueprint):
+    """It is the same there and back, and computes the same."""
+    check_valid(blueprint)
+
+
+@pytest.mark.torture
+@given(valid_blueprints())
+@settings(**LONG)
+def test_100_000_valid_blueprints_go_to_bytes_and_back(blueprint):
+    """The same, for as long as it takes."""
+    check_valid(blueprint)
 
 
 @pytest.mark.slow
@@ -149,13 +163,50 @@ def hostile_documents(draw):
     return json.dumps(document).encode()
 
 
+def check_hostile(data, read=BlueprintIR.from_json):
+    """Nothing but BlueprintError comes out, and what is accepted really runs."""
+    try:
+        kernel = lower(read(data))
+    except BlueprintError:
+        return
+    assert decode_artifact(encode_kernel(kernel)).blueprint == kernel.blueprint
+
+
 @pytest.mark.slow
 @given(hostile_documents())
 @settings(**SETTINGS)
 def test_a_hostile_document_is_refused_or_is_a_working_blueprint(data):
-    """Nothing but BlueprintError comes out, and what is accepted really runs."""
-    try:
-        kernel = lower(BlueprintIR.from_json(data))
-    except BlueprintError:
-        return
-    assert decode_artifact(encode_kernel(kernel)).blueprint == kernel.blueprint
+    """It is an error of the blueprint's, or no error at all."""
+    check_hostile(data)
+
+
+@pytest.mark.torture
+@given(hostile_documents())
+@settings(**LONG)
+def test_100_000_hostile_documents_are_refused_or_work(data):
+    """The same, for as long as it takes."""
+    check_hostile(data)
+
+
+def believing(data):
+    """Read a blueprint as it is written, and look at nothing."""
+    found = json.loads(data)
+    specs = (TensorSpec(tuple(found[key]["shape"])) for key in ("input_spec", "output_spec"))
+    return BlueprintIR(
+        found["id"],
+        tuple(BlueprintNode(**node) for node in found["nodes"]),
+        tuple(BlueprintEdge(**edge) for edge in found["edges"]),
+        *specs,
+    )
+
+
+def test_control_reading_without_a_look_is_found():
+    """The same documents break a reader that believes them."""
+
+    @given(hostile_documents())
+    @settings(**{**SETTINGS, "phases": [Phase.generate]})
+    def each(data):
+        check_hostile(data, believing)
+
+    with pytest.raises((BaseExceptionGroup, KeyError, TypeError, AttributeError)):
+        each()

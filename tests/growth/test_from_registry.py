@@ -14,6 +14,7 @@ from esper.compiler.compile import compile_blueprint
 from esper.compiler.lowering import instantiate
 from esper.contracts.errors import KernelSourceUnavailable
 from esper.contracts.events import RegistryUnavailable
+from esper.contracts.kernel_reports import FieldReport
 from esper.growth.budget import Budget
 from esper.growth.grower import Grower
 from esper.growth.policies import EveryN
@@ -123,7 +124,10 @@ def test_a_kernel_that_fits_grows_in_the_run(tmp_path):
     assert graft.blueprint.endswith(f".{graft.artifact_id[:12]}")
     assert graft.is_of_a_registry
     assert f"{graft.blueprint}: digest {graft.artifact_id}" in str(report)
-    assert f"{graft.blueprint} ({graft.artifact_id})" in run_page(report)
+    page = run_page(report)
+    (row,) = re.findall(rf"<tr>(?:(?!</tr>).)*<td[^>]*>{graft.artifact_id}</td></tr>", page)
+    assert graft.blueprint in row
+    assert "fetched, verified, probed" in {e.reason for e in report.timeline if e.graft == 1}
     assert any("is a registry's" in note and graft.artifact_id in note for note in report.notes)
     assert {what for what, _ in registry.calls} == {"search", "fetch", "report"}
     assert threading.current_thread() not in {thread for _, thread in registry.calls}
@@ -249,6 +253,38 @@ def test_a_refused_kernel_is_reported_as_well():
     _, grower, _ = grown(registry, min_effect=1e6)
     assert [t.verdict for t in grower.report().trials] == ["refused"]
     assert [r.verdict for r in registry.outcomes(digest)] == ["refused in trial"]
+
+
+def test_what_is_proven_meets_the_same_gate():
+    """However good its reports are, the run's own held-out data decide: they are an order only."""
+    registry = Watched()
+    blueprint = kernels_for()[0]
+    (digest,) = published(registry, blueprint)
+    for run in range(30):
+        report = FieldReport(
+            artifact_id=digest,
+            blueprint_digest=blueprint.digest,
+            run_id=f"run-{run}",
+            graft_id="1",
+            site_kind="linear",
+            in_features=4,
+            out_features=4,
+            metric="gate loss",
+            unit="relative",
+            contribution=0.9,
+            standard_error=0.01,
+            num_looks=300,
+            verdict="fossilized",
+        )
+        registry.report_outcome(report)
+    (entry,) = registry.search(order="proven")
+    assert entry.standing.lower > 0.5
+    _, grower, _ = grown(registry, min_effect=1e6)
+
+    report = grower.report()
+    assert [(t.verdict, t.grafts) for t in report.trials] == [("refused", (1,))]
+    assert [g.artifact_id for g in report.grafts] == [digest]
+    assert report.parameters_after == report.parameters_before
 
 
 def test_reports_that_could_not_be_sent_are_sent_by_the_next_run(tmp_path):

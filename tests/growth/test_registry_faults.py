@@ -70,18 +70,28 @@ class Run:
         return time.perf_counter() - began
 
 
-def both(address, num):
-    """Return a run with a registry and one without, trained in turn, and how long closing took."""
+def beside(address, num, *, num_alone):
+    """Return a run with a registry and some without, and how long its closing took.
+
+    They are trained in turn, each as often the first and the last of a round as any other.
+    """
     registry = HttpRegistry(address, token=TOKEN, timeout_s=TIMEOUT_S)
-    run, alone = Run(Recorded(registry)), Run(None)
+    runs = [Run(Recorded(registry)), *(Run(None) for _ in range(num_alone))]
     try:
         for i, batch in enumerate(batches(num)):
-            for each in (run, alone) if i % 2 else (alone, run):
-                each.step(batch)
+            for turn in range(len(runs)):
+                runs[(i + turn) % len(runs)].step(batch)
     finally:
-        closing_s = run.close()
-        alone.close()
+        closing_s = runs[0].close()
+        for each in runs[1:]:
+            each.close()
         registry.close()
+    return runs[0], runs[1:], closing_s
+
+
+def both(address, num):
+    """Return a run with a registry and one without, trained in turn, and how long closing took."""
+    run, (alone,), closing_s = beside(address, num, num_alone=1)
     return run, alone, closing_s
 
 
@@ -113,8 +123,17 @@ def shared_s(alone):
     return max(SHARED_S, *alone.steps_s)
 
 
-def ratio(run, alone):
-    return statistics.median(run.steps_s) / statistics.median(alone.steps_s)
+def p99_s(run):
+    return statistics.quantiles(run.steps_s, n=100)[-1]
+
+
+def check_times(run, alone):
+    """What holds of steps where nothing else is done, beside runs of which none has a registry."""
+    usual = statistics.median(s for each in alone for s in each.steps_s)
+    assert statistics.median(run.steps_s) <= 1.02 * usual
+    tails = [p99_s(each) for each in alone]
+    largest = max(tails) / min(tails)  # of any of them beside any other
+    assert p99_s(run) / statistics.median(tails) <= largest
 
 
 @pytest.mark.slow
@@ -130,26 +149,31 @@ def test_a_run_does_not_notice_what_its_registry_does(fault):
 @pytest.mark.parametrize("num", [2_000, 10_000])
 @pytest.mark.parametrize("fault", REGISTRIES)
 def test_long_runs_take_no_longer(fault, num):
-    """The median step, interleaved with a run that has no registry, is at most 2 % longer.
+    """The median step is at most 2 % longer, beside five runs without one; the tail is as theirs.
 
     To be run on a machine with nothing else to do: it is of single steps, to 50 ms.
     """
     trace_kernels(num)
     with REGISTRIES[fault]() as address:
-        run, alone, closing_s = both(address, num)
-    check(run, alone, closing_s, least_s=LEAST_S)
-    assert ratio(run, alone) <= 1.02
+        run, alone, closing_s = beside(address, num, num_alone=5)
+    check(run, max(alone, key=lambda each: max(each.steps_s)), closing_s, least_s=LEAST_S)
+    check_times(run, alone)
 
 
-@pytest.mark.slow
-def test_a_run_that_asks_on_its_own_thread_does(monkeypatch):
-    """The control: as it was before, a step waits for a server that says nothing."""
+def ask_on_the_steps_thread(monkeypatch):
+    """Let a step itself ask the registry, as it was before."""
 
     def deliver(box, parcel):
         attempt(lambda: parcel.deliver(box._registry))
 
     monkeypatch.setattr(Outbox, "send", deliver)
     monkeypatch.setattr(Preloader, "_start", lambda loader: loader._has_work() and loader._work())
+
+
+@pytest.mark.slow
+def test_a_run_that_asks_on_its_own_thread_does(monkeypatch):
+    """The control: a step waits for a server that says nothing."""
+    ask_on_the_steps_thread(monkeypatch)
     with REGISTRIES["black hole"]() as address:
         run, alone, _ = both(address, 30)
     assert threading.current_thread() in run.registry.threads

@@ -55,6 +55,10 @@ def test_a_job_is_one_row_however_often_it_is_asked_for(book):
     assert submit(book).status == "INVALID"
     assert submit(book, again=True).status == "UNVALIDATED"
     assert submit(book, 2).id != job.id
+    assert submit(book, toolchain="torch 2.99.0").id != job.id
+    other = book.jobs.submit(mlp_blueprint(init_seed=1), CompileOptions(batch=9), now_s=1.0)
+    assert other.id != job.id
+    assert len(book.jobs.list(limit=9)) == 4
 
 
 def test_a_job_is_leased_to_one_worker(book):
@@ -142,8 +146,33 @@ def test_a_job_that_was_lost_waits_a_little(book):
 
 def test_control_ordered_by_losses_it_waits_behind_everything(book, monkeypatch):
     """Where age does not count, what was taken over is last, however long the backlog is."""
-    monkeypatch.setattr(book_jobs, "LOSS_S", 1e9)
+    by_losses = book_jobs._CLAIM.replace("30.0 *", "1e9 *")
+    monkeypatch.setattr(book_jobs, "_CLAIM", by_losses)
+    book = Book(book.database)
     assert order_of_claims(book)[-1] == 9
+
+
+def num_sorted(book):
+    """Return how often SQLite would sort to answer a claim."""
+    plan = book.database.rows(
+        f"EXPLAIN QUERY PLAN {book.jobs._claim}", worker="w", lease_s=30.0, toolchain="torch"
+    )
+    return sum("ORDER BY" in step for *_, step in plan)
+
+
+def test_a_claim_does_not_sort_what_waits():
+    """However much waits, the first in turn is found by an index."""
+    book = Book(SqliteMemory())
+    book.open()
+    assert num_sorted(book) == 0
+
+
+def test_control_without_its_index_a_claim_sorts_everything():
+    """As soon as the index is gone, or is of other words, all that waits is sorted."""
+    book = Book(SqliteMemory())
+    book.open()
+    book.database.rows("DROP INDEX jobs_in_turn")
+    assert num_sorted(book) == 1
 
 
 def test_a_job_that_was_given_back_is_nobodys_loss(book):

@@ -6,6 +6,8 @@ which store in a wrong order, must be found guilty by it.
 """
 
 import functools
+import itertools
+import random
 
 import pytest
 from faulty_disk import Crash, FaultyDisk, ForgetfulDisk
@@ -68,6 +70,11 @@ def judge(root, *, acknowledged=()):
     return wrong
 
 
+def in_folder(prepare, operation, name):
+    """Prepare a store of an operation's own."""
+    return prepare(f"{operation} {name}")
+
+
 def num_calls(prepare, operation):
     registry, disk, _ = prepare("counted")
     disk.arm()
@@ -108,6 +115,23 @@ def test_a_failed_call_loses_nothing(prepare, name, way):
 
     assert wrong == []
     assert failed - {None}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(20))
+def test_a_failed_call_loses_nothing_of_any_size(prepare, monkeypatch, seed):
+    """The same at every point for artifacts of other sizes, from a few bytes to some chunks."""
+    sizes = random.Random(seed)
+    for number, name in enumerate(("KEPT", "WITHDRAWN", "ADDED")):
+        data = artifact(number, size=sizes.choice([1, 7, 1_000, 20_000, 300_000]))
+        monkeypatch.setitem(globals(), name, data)
+        monkeypatch.setitem(globals(), f"{name}_ID", artifact_format.digest_of(data))
+    for name, way in itertools.product(OPERATIONS, WAYS):
+        wrong, failed = fail_every_call(
+            functools.partial(in_folder, prepare, name), OPERATIONS[name], way
+        )
+        assert wrong == []
+        assert failed - {None}
 
 
 @pytest.mark.parametrize("way", ["before", "after", "crash"])

@@ -97,6 +97,15 @@ def test_outcomes_of_version_2_are_pooled_when_it_is_opened(tmp_path):
     database.close()
 
 
+def test_jobs_of_version_3_are_claimed_in_turn(tmp_path):
+    """One that was lost to its worker then comes behind those of the next half minute."""
+    registry = DirectoryRegistry(directory_of(3, tmp_path))
+    jobs = registry.book.jobs
+    claimed = [jobs.claim("w", lease_s=30.0, toolchain="torch 2.13.0") for _ in range(4)]
+    assert [job and job.submitted_at_s for job in claimed] == [1_010.0, 1_020.0, 1_000.0, None]
+    registry.close()
+
+
 def test_migrating_is_done_once(older):
     """Whoever comes second finds it done."""
     first = SqliteFile(older / "index.sqlite", Disk())

@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
 import signal
+import socket
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from esper.services.sandbox import Answered, Broken, Sandbox, SandboxLimits
+from esper.services.sandbox import Answered, Broken, Sandbox, SandboxLimits, why_no_bubblewrap
 
 SUPPORT = Path(__file__).parent.parent / "support"
 LIMITS = SandboxLimits(memory_bytes=2**28, seconds=0.6, answer_bytes=2**20)
@@ -20,6 +23,19 @@ def sandbox():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *os.sys.path]))
         with Sandbox("poison:work", limits=LIMITS, confinement="process") as made:
+            yield made
+
+
+@pytest.fixture(scope="module")
+def confined():
+    """Return a sandbox whose host is inside of bubblewrap."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("needs the program bwrap: it comes with bubblewrap")
+    if (reason := why_no_bubblewrap()) is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *os.sys.path]))
+        with Sandbox("poison:work", limits=LIMITS, confinement="bwrap") as made:
             yield made
 
 
@@ -56,6 +72,79 @@ def test_poison_ends_its_own_work_only(sandbox, poison, reason):
     assert sandbox.run(b"echo again") == Answered(data=b"again")
     assert sandbox._host.pid == host
     assert _children(host) == []
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [
+        ("memory", "MemoryError"),
+        ("sleep", "longer than 0.6 s"),
+        ("crash", "ended by SIGSEGV"),
+        ("flood", "longer than 1048576 bytes"),
+    ],
+)
+def test_poison_inside_of_bubblewrap_ends_its_own_work_only(confined, poison, reason):
+    """The limits are the same there, and the next piece is done by the same host."""
+    host = confined._host.pid
+    broken = confined.run(poison.encode())
+    assert isinstance(broken, Broken)
+    assert re.search(reason, broken.reason)
+    assert confined.run(b"echo again") == Answered(data=b"again")
+    assert (confined.is_confined, confined._host.pid) == (True, host)
+
+
+def outside(path, port):
+    """Return what work is asked for that goes beyond its own: files, and the network."""
+    return [f"write {path}", f"connect {port}"]
+
+
+@pytest.fixture
+def listening():
+    """Return the port of a server of this test's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_inside_of_bubblewrap_no_file_is_written_and_nobody_is_called(
+    confined, tmp_path, listening
+):
+    """What others have in the folder of everybody is not even seen."""
+    here = Path(__file__).with_name("written")
+    answers = [confined.run(asked.encode()) for asked in outside(here, listening)]
+    assert [type(each) for each in answers] == [Broken, Broken]
+    assert "Read-only file system" in answers[0].reason
+    assert "Network is unreachable" in answers[1].reason or "refused" in answers[1].reason
+    (tmp_path / "secret").write_text("of somebody else")
+    assert confined.run(f"seen {tmp_path / 'secret'}".encode()) == Answered(data=b"False")
+
+
+def test_control_in_a_process_both_are_done(sandbox, tmp_path, listening):
+    """Limits hold memory and time, not files and the network."""
+    asked = outside(tmp_path / "written", listening)
+    answers = [sandbox.run(each.encode()) for each in asked]
+    assert answers == [Answered(data=b"written"), Answered(data=b"connected")]
+
+
+def work_in_the_folder_of_everybody(monkeypatch):
+    """Start a host inside of bubblewrap whose work lies in ``/tmp``; return what it answers."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        (Path(folder) / "lying_there.py").write_text("def work(payload): return payload[::-1]")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(os.sys.path))
+        with Sandbox("lying_there:work", confinement="bwrap") as sandbox:
+            return sandbox.run(b"abc")
+
+
+def test_code_in_the_folder_of_everybody_is_found_inside_of_bubblewrap(confined, monkeypatch):
+    """An environment that was made in ``/tmp`` does its work as any other does."""
+    assert work_in_the_folder_of_everybody(monkeypatch) == Answered(data=b"cba")
+
+
+def test_control_code_that_is_hidden_is_not_found(confined, monkeypatch):
+    """Where nothing of that folder is shown, the host does not start."""
+    monkeypatch.setattr("esper.services.sandbox._code_in_shared_folder", list)
+    with pytest.raises(OSError, match="ended with exit code"):
+        work_in_the_folder_of_everybody(monkeypatch)
 
 
 def _alive(pid):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def _flood(_):
 def _print(argument):
     os.write(1, argument.encode())
     return b"printed"
+
+
+def _write(path):
+    Path(path).write_text("written")
+    return b"written"
+
+
+def _connect(port):
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5):
+        return b"connected"
+
+
+def _seen(path):
+    return str(Path(path).exists()).encode()
 
 
 def _detach(folder):

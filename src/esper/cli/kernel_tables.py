@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from esper.contracts.ports import RegistryEntry, TagMove
+    from esper.contracts.standing import Standing
 
 
 def print_entries(console: Console, entries: Sequence[RegistryEntry]) -> None:
-    """Print what was found, a line each."""
-    heads = ("kernel", "blueprint", "reads", "gives", ">parameters", ">bytes", "names", "published")
-    rows = [
+    """Print what was found, a line each, and how it has done where there are reports of any."""
+    heads: tuple[str, ...] = ("kernel", "blueprint", "reads", "gives", ">parameters", ">bytes")
+    heads += ("names", "published")
+    rows: list[tuple[str, ...]] = [
         (
             entry.digest[:SHOWN_OF_DIGEST],
             entry.metadata.blueprint_id,
@@ -32,6 +34,11 @@ def print_entries(console: Console, entries: Sequence[RegistryEntry]) -> None:
         )
         for entry in entries
     ]
+    if any(entry.standing is not None for entry in entries):
+        heads = (*heads, ">saved of the loss", ">at least, 95 %", ">runs")
+        rows = [
+            (*row, *_standing(entry.standing)) for row, entry in zip(rows, entries, strict=True)
+        ]
     print_table(console, "Kernels", heads, rows)
 
 
@@ -50,6 +57,10 @@ def print_entry(console: Console, entry: RegistryEntry, signed: Sequence[str]) -
         "published": _when(entry.published_at_s),
         "signed": "; ".join(signed) or "by nobody",
     }
+    if entry.standing is not None:
+        saved, at_least, runs = _standing(entry.standing)
+        lines["has saved"] = f"{saved} of the loss, at least {at_least} at 95 %, reports of {runs}"
+        lines["has saved"] += " run" if entry.standing.num_runs == 1 else " runs"
     if entry.deprecation is not None:
         successor = entry.deprecation.successor
         after = "" if successor is None else f"; use {successor}"
@@ -71,6 +82,14 @@ def print_history(console: Console, name: str, moves: Sequence[TagMove]) -> None
 
 def _spec(shape: Sequence[int | str]) -> str:
     return " x ".join(str(size) for size in shape)
+
+
+def _standing(standing: Standing | None) -> tuple[str, str, str]:
+    """Return the pooled effect with its standard error, what it is above, and of how many runs."""
+    if standing is None:
+        return "", "", ""
+    effect = f"{standing.effect:+.1%} ± {standing.standard_error:.1%}"
+    return effect, f"{standing.lower:+.1%}", f"{standing.num_runs:,}"
 
 
 def _when(seconds: float | None) -> str:

@@ -60,20 +60,32 @@ def list_kernels(
 @app.command(epilog=ENVIRONMENT)
 def search(
     criteria: Annotated[
-        list[str],
-        typer.Argument(metavar="CRITERION=VALUE", help="For example kind=linear in_features=64."),
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[CRITERION=VALUE...]", help="For example kind=linear mode=add."),
+    ] = None,
+    order: Annotated[
+        str,
+        typer.Option(
+            metavar="oldest|newest|proven",
+            help="What comes first; proven: what field reports say has worked, at sites of the "
+            "kind that is asked for.",
+        ),
+    ] = "oldest",
     registry: Address = None,
     token_file: TokenFile = None,
     limit: Limit = 50,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
-    """Find kernels that meet every criterion, the oldest first; exits with 1 where there is none.
+    """Find kernels that meet every criterion; exits with 1 where there is none.
 
     A wrong criterion is answered with those that there are.
     """
     with _opened(registry, token_file) as (opened, _):
-        found = opened.search(limit=limit, **_criteria(criteria))
+        found = opened.search(
+            limit=limit,
+            order=order,  # type: ignore[arg-type] # the registry looks at it
+            **_criteria(criteria or []),
+        )
         _show_found(found, as_json=as_json)
         if not found:
             raise typer.Exit(EXIT_PROBLEM)

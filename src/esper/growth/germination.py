@@ -78,6 +78,12 @@ class Contender:
     example: Example
     alpha: float
 
+    @property
+    def made_by(self) -> str:
+        """What was done until it could be tried, in words."""
+        came = "fetched, verified" if self.graft.record.is_of_a_registry else "compiled, fetched"
+        return f"{came}, probed"
+
     def withdraw(self, reason: str, *, update: int, verdict: GraftVerdict) -> None:
         """Free the seed, unless its owner has; the run is as if nothing had been chosen."""
         if self.layer.state_layout.state(self.seed_idx) is SeedLifecycleState.LOADING:

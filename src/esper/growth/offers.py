@@ -36,7 +36,6 @@ LIKELY: Final = 0.5
 LOAD_S: Final = 5.0
 """Seconds that a resumed run waits for the kernels that it had at hand."""
 
-_SHOWN: Final = 12
 _NAME_ROOM: Final = 51
 
 

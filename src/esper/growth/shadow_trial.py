@@ -53,7 +53,7 @@ class Auditioning:
             first + (self._num_passes - first) * (i + 1) // LOOKS for i in range(LOOKS)
         }
         self._meters = [run.ledger.meter("shadow") for _ in range(2)]
-        contender.graft.begin_audition("compiled, fetched, probed")
+        contender.graft.begin_audition(contender.made_by)
 
     @property
     def needs_batches(self) -> bool:

@@ -63,7 +63,7 @@ class Trial:
         run.num_packages += 1
         run.watcher.reads_scale = True  # for as long as twins train
         for contender in self._package:
-            contender.graft.begin_trial("compiled, fetched, probed")
+            contender.graft.begin_trial(contender.made_by)
         self._nulls = self._linear_forms()
         self._arms = self._made_arms()
         self._live = WeightAverage()

@@ -50,6 +50,18 @@ def graft_table(named: Iterable[tuple[str, GraftRecord]]) -> Markup:
     return table(f"{caption} {NOT_MEASURED} is not measured.", columns, rows, "No graft was tried.")
 
 
+def registry_table(grafts: Iterable[GraftRecord]) -> Markup:
+    """Return a table of the kernels that came from a registry, each under its whole digest."""
+    places: dict[tuple[str, str], list[int]] = {}
+    for graft in grafts:
+        places.setdefault((graft.blueprint, graft.artifact_id), []).append(graft.graft)
+    columns = (Column(head="kernel"), Column(head="grafts"), Column(head="digest", kind="text"))
+    rows = [
+        (name, ", ".join(map(str, numbers)), digest) for (name, digest), numbers in places.items()
+    ]
+    return table("Kernels from a registry: they were not compiled here.", columns, rows, "None.")
+
+
 def timeline_table(named: Iterable[tuple[str, TimelineEntry]]) -> Markup:
     """Return a table with one row per change of stage."""
     columns = (

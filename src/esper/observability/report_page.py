@@ -15,6 +15,7 @@ from esper.observability.graft_parts import (
     graft_table,
     lanes_of,
     marks_of,
+    registry_table,
     timeline_table,
 )
 from esper.observability.markup import Markup
@@ -75,7 +76,7 @@ def run_page(report: RunReport, *, base: str | None = None) -> str:
             section("Trials", *_trial_parts(report)) if report.trials else None,
             section("Depth", depth_table(report.stages)) if report.stages else None,
             section("The lifecycle", *_life_parts(report)),
-            section("Grafts", graft_table([(str(g.graft), g) for g in report.grafts])),
+            section("Grafts", *_graft_parts(report)),
             section("Timeline", timeline_table(changes)),
             section("Work", *_work_parts(report)),
             notes(report.notes),
@@ -101,6 +102,15 @@ def _trial_parts(report: RunReport) -> list[Markup]:
         outcome_table((name, trial, report) for name, trial in named),
         cost_table(named),
     ]
+
+
+def _graft_parts(report: RunReport) -> list[Markup]:
+    """Return every graft, and which of them came from a registry, where any did."""
+    parts = [graft_table([(str(g.graft), g) for g in report.grafts])]
+    theirs = [graft for graft in report.grafts if graft.is_of_a_registry]
+    if theirs:
+        parts.append(registry_table(theirs))
+    return parts
 
 
 def _life_parts(report: RunReport) -> list[Markup]:
@@ -167,10 +177,9 @@ def _run_facts(report: RunReport) -> Markup:
         "Parameters after": number_text(report.parameters_after, ",d"),
         **_growing_share(report),
     }
-    theirs = {g.artifact_id: g.blueprint for g in report.grafts if g.is_of_a_registry}
+    theirs = {g.artifact_id for g in report.grafts if g.is_of_a_registry}
     if theirs:
-        told = (f"{name} ({digest})" for digest, name in theirs.items())
-        pairs["Kernels from a registry"] = ", ".join(told)
+        pairs["Kernels from a registry"] = f"{len(theirs):,}"
     gate = report.progress_row().measured()
     training = gate.pop("training loss", None)
     gate = {name.removeprefix("gate "): text for name, text in gate.items()}

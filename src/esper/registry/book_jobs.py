@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, final
 from esper.contracts import canonical_json
 from esper.contracts.compile_job import STATUSES, CompileJob, JobStatus, failure
 from esper.contracts.compile_options import ANY_TOOLCHAIN
+from esper.registry.schema import TURN
 
 if TYPE_CHECKING:
     from esper.contracts.blueprint import BlueprintIR
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 MAX_LOSSES: Final = 3
 """As many workers may be lost over a job; then it is invalid and goes to no other."""
-
-LOSS_S: Final = 30.0
-"""A job counts as so many seconds younger for every worker that was lost over it."""
 
 _FIELDS: Final = (
     "id, seq, blueprint_digest, toolchain, options, blueprint, status, attempts, worker, "
@@ -39,15 +37,15 @@ _ENTER: Final = (
     ":options, :blueprint, 'UNVALIDATED', 0, 0, :actor, :now_s) "
     "ON CONFLICT (blueprint_digest, toolchain, options) DO NOTHING"
 )
+# It compares no status beside the turn's: SQLite would take the index of those, and sort.
 _CLAIM: Final = f"""
     UPDATE jobs SET status = 'COMPILING', attempts = attempts + 1, worker = :worker,
         num_losses = num_losses + CASE WHEN status = 'COMPILING' THEN 1 ELSE 0 END,
         leased_until_s = {{now}} + :lease_s
     WHERE seq = (
-        SELECT seq FROM jobs WHERE toolchain IN (:toolchain, '{ANY_TOOLCHAIN}')
-            AND (status = 'UNVALIDATED' OR (status = 'COMPILING' AND leased_until_s < {{now}}))
-        ORDER BY submitted_at_s + :loss_s
-            * (num_losses + CASE WHEN status = 'COMPILING' THEN 1 ELSE 0 END), seq
+        SELECT seq FROM jobs WHERE {TURN} >= 0 AND toolchain IN (:toolchain, '{ANY_TOOLCHAIN}')
+            AND (leased_until_s IS NULL OR leased_until_s < {{now}})
+        ORDER BY {TURN}, seq
         LIMIT 1 {{skip_locked}})
     RETURNING {_FIELDS}"""  # noqa: S608 - names of our own
 _BURY: Final = """
@@ -164,7 +162,7 @@ class Jobs:
         lost = failure(f"the workers that had this job were lost {MAX_LOSSES} times")
         self._database.rows(self._bury, most=MAX_LOSSES, report=json.dumps(lost))
         found = self._database.rows(
-            self._claim, worker=worker, lease_s=lease_s, toolchain=toolchain, loss_s=LOSS_S
+            self._claim, worker=worker, lease_s=lease_s, toolchain=toolchain
         )
         return _job(found[0]) if found else None
 

@@ -37,6 +37,17 @@ SEARCHED: Final = (
 """What the metadata says that has a column of its own, by the name of its attribute."""
 
 
+TURN: Final = (
+    "(CASE status WHEN 'UNVALIDATED' THEN submitted_at_s + 30.0 * num_losses "
+    "WHEN 'COMPILING' THEN submitted_at_s + 30.0 * (num_losses + 1) END)"
+)
+"""When a job's turn is, in seconds since 1970; null where it has none.
+
+Each worker that was lost over it makes it half a minute younger, and the one that has it is lost
+if it is ever claimed again. Jobs are indexed by these very words: whoever changes them adds a step.
+"""
+
+
 def columns_of(metadata: KernelMetadata) -> dict[str, object]:
     """Return the values of the columns in ``SEARCHED``; flags are 0 and 1."""
     values = {name: getattr(metadata, name) for name in SEARCHED}
@@ -180,6 +191,7 @@ _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
             PRIMARY KEY (of_blueprint, at_kind))""",
         _pool_outcomes,
     ),
+    (f"CREATE INDEX jobs_in_turn ON jobs ({TURN}, seq)",),
 )
 
 VERSION: Final = len(_STEPS)

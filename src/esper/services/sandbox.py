@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ LENGTH: Final = struct.Struct("!Q")
 """How long what follows is, before each message in either direction."""
 
 _ENDING_S: Final = 1.0
+_SHARED_FOLDER: Final = Path("/tmp")  # noqa: S108 - of everybody; inside it is empty and its own
 _BWRAP: Final = (
     "bwrap",
     *("--ro-bind", "/", "/"),
     *("--dev", "/dev"),
     *("--proc", "/proc"),
-    *("--tmpfs", "/tmp"),  # noqa: S108 - one of its own
+    *("--tmpfs", str(_SHARED_FOLDER)),
     *("--unshare-all", "--die-with-parent", "--new-session"),
 )
 
@@ -220,11 +222,23 @@ def _inside_of(confinement: Confinement) -> Sequence[str]:
         return ()
     reason = why_no_bubblewrap()
     if reason is None:
-        return _BWRAP
+        return (*_BWRAP, *_code_in_shared_folder())
     if confinement == "bwrap":
         msg = f"{reason}; use the sandbox 'process', which has the same limits, or install it"
         raise OSError(msg)
     return ()
+
+
+def _code_in_shared_folder() -> Sequence[str]:
+    """Return what shows Python and its modules inside, where they lie in the folder of everybody.
+
+    An environment that was made there is as good as any; what else is there stays out of sight.
+    """
+    package = Path(__file__).parents[2]
+    named = {sys.prefix, sys.base_prefix, str(package), *filter(None, sys.path)}
+    paths = {place for path in map(Path, named) for place in (path.absolute(), path.resolve())}
+    found = sorted(str(path) for path in paths if _SHARED_FOLDER in path.parents and path.exists())
+    return [word for path in found for word in ("--ro-bind", path, path)]
 
 
 def why_no_bubblewrap() -> str | None:
