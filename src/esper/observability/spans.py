@@ -28,6 +28,7 @@ from esper.contracts.events import (
     TrialRead,
     TrialStarted,
 )
+from esper.contracts.reference import without_password
 from esper.observability.sentences import is_annotation, sentence_of
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock, wall_time_s
@@ -117,7 +118,7 @@ class OpenTelemetrySink:
     def __init__(self, collector: Collector, *, clock: Clock | None = None) -> None:
         self._ended: list[ReadableSpan] = []
         self._tracer = _tracer(self._ended)
-        self.name = f"the collector at {_shown(collector.endpoint)}"
+        self.name = f"the collector at {without_password(collector.endpoint)}"
         self._collector = collector
         self._clock = clock or MonotonicClock()
         self._rests_until_s: float | None = None
@@ -286,10 +287,3 @@ def _told(event: Event) -> dict[str, Any]:
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"esper.{name}": value for name, value in values.items() if value is not None}
-
-
-def _shown(endpoint: str) -> str:
-    """Return an address without what may be a password."""
-    scheme, separator, rest = endpoint.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
