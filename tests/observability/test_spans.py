@@ -38,6 +38,7 @@ def test_spans_are_made_of_events():
     assert {name: len(found) for name, found in spans.items()} == {
         "esper.run": 1,
         "esper.decision": 2,
+        "esper.kernel": 4,
         "esper.trial": 2,
         "esper.holding": 1,
         "esper.gate": 2,

@@ -1,8 +1,9 @@
 """Traces of a run, for a collector of OpenTelemetry over HTTP; needs the extra ``otlp``.
 
 Spans are made of events, never on a step: the whole run; in it a decision (from the answer to grow
-to the trial: recording, ranking, kernels), a trial, a gate, and the watch over what was taken over.
-What else happens is an event of the run's span.
+to the trial: recording, ranking, kernels), each kernel from the event before it (compiled or
+fetched, then loaded and probed), a trial, a gate, and the watch over what was taken over. What else
+happens is an event of the run's span.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
+    StageChanged,
     TakenOver,
     TrialRead,
     TrialStarted,
@@ -125,6 +127,7 @@ class OpenTelemetrySink:
         self._start_s: float | None = None
         self._open: dict[str, Span] = {}
         self._decided: Event | None = None
+        self._latest: Event | None = None
         self.num_sent = self.num_dropped = 0
         self._has_failed = False
 
@@ -133,6 +136,7 @@ class OpenTelemetrySink:
         if self._start_s is None:
             self._start_s = wall_time_s() - event.time_s
         self._follow(event)
+        self._latest = event
         if isinstance(event, RunEnded):
             for name in reversed(list(self._open)):
                 self._end(name, event)
@@ -150,6 +154,9 @@ class OpenTelemetrySink:
             case Ranked():
                 at = self._decided or event
                 self._begin("decision", at, num_candidates=len(event.rows))
+            case StageChanged(before=""):
+                self._begin("kernel", self._latest or event, **_told(event))
+                self._end("kernel", event)
             case TrialStarted():
                 self._end("decision", event)
                 self._begin("trial", event, **_told(event))
@@ -262,6 +269,9 @@ def _tracer(ended: list[ReadableSpan]) -> Tracer:
 _TOLD: Final = (
     "package",
     "graft",
+    "site",
+    "blueprint",
+    "artifact_id",
     "gate",
     "passed",
     "sites",
