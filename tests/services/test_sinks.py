@@ -102,9 +102,10 @@ def told_by(mishap, let_go):
 
         def make(folder, how):
             mishap((lambda: let_go.wait(60)) if how == "hanging" else refuse)
+            endpoint = endpoints.get(how, "http://127.0.0.1:9/v1/traces")
             environment = Environment(
                 report_to=("mishap",),
-                collector=Collector(endpoint=endpoints.get(how, "http://127.0.0.1:9/v1/traces")),
+                collector=Collector(endpoint=endpoint, timeout_s=60),
                 metrics_port=taken.port,
             )
             return sinks_of(environment, folder=folder)
