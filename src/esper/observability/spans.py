@@ -1,8 +1,9 @@
 """Traces of a run, for a collector of OpenTelemetry over HTTP; needs the extra ``otlp``.
 
 Spans are made of events, never on a step: the whole run; in it a decision (from the answer to grow
-to the trial: recording, ranking, kernels), a trial, a gate, and the watch over what was taken over.
-What else happens is an event of the run's span.
+to the trial: recording, ranking, kernels), each kernel from the event before it (compiled or
+fetched, then loaded and probed), a trial, a gate, and the watch over what was taken over. What else
+happens is an event of the run's span.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
+    StageChanged,
     TakenOver,
     TrialRead,
     TrialStarted,
 )
+from esper.contracts.reference import without_password
 from esper.observability.sentences import is_annotation, sentence_of
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock, wall_time_s
@@ -117,13 +120,14 @@ class OpenTelemetrySink:
     def __init__(self, collector: Collector, *, clock: Clock | None = None) -> None:
         self._ended: list[ReadableSpan] = []
         self._tracer = _tracer(self._ended)
-        self.name = f"the collector at {_shown(collector.endpoint)}"
+        self.name = f"the collector at {without_password(collector.endpoint)}"
         self._collector = collector
         self._clock = clock or MonotonicClock()
         self._rests_until_s: float | None = None
         self._start_s: float | None = None
         self._open: dict[str, Span] = {}
         self._decided: Event | None = None
+        self._latest: Event | None = None
         self.num_sent = self.num_dropped = 0
         self._has_failed = False
 
@@ -132,6 +136,7 @@ class OpenTelemetrySink:
         if self._start_s is None:
             self._start_s = wall_time_s() - event.time_s
         self._follow(event)
+        self._latest = event
         if isinstance(event, RunEnded):
             for name in reversed(list(self._open)):
                 self._end(name, event)
@@ -149,6 +154,9 @@ class OpenTelemetrySink:
             case Ranked():
                 at = self._decided or event
                 self._begin("decision", at, num_candidates=len(event.rows))
+            case StageChanged(before=""):
+                self._begin("kernel", self._latest or event, **_told(event))
+                self._end("kernel", event)
             case TrialStarted():
                 self._end("decision", event)
                 self._begin("trial", event, **_told(event))
@@ -261,6 +269,9 @@ def _tracer(ended: list[ReadableSpan]) -> Tracer:
 _TOLD: Final = (
     "package",
     "graft",
+    "site",
+    "blueprint",
+    "artifact_id",
     "gate",
     "passed",
     "sites",
@@ -286,10 +297,3 @@ def _told(event: Event) -> dict[str, Any]:
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"esper.{name}": value for name, value in values.items() if value is not None}
-
-
-def _shown(endpoint: str) -> str:
-    """Return an address without what may be a password."""
-    scheme, separator, rest = endpoint.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
