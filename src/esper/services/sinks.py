@@ -1,10 +1,11 @@
-"""Where a run of a command is told besides its log: trackers, Prometheus, traces, logging."""
+"""Where a run of a command is told besides its log: a bus, trackers, metrics, traces, logging."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 from esper.bus.in_process import EventBus
+from esper.bus.redis_streams import RedisSink
 from esper.observability.logs import LoggingSink
 from esper.observability.prometheus import PrometheusSink
 from esper.observability.spans import OpenTelemetrySink
@@ -43,7 +44,7 @@ class RunSinks:
         """Let the sinks catch up, for a few seconds, and end what they have opened."""
         self._bus.flush(CLOSING_S)
         for sink in self._sinks:
-            if isinstance(sink, PrometheusSink):
+            if isinstance(sink, PrometheusSink | RedisSink):
                 sink.close()
 
 
@@ -57,6 +58,7 @@ def sinks_of(environment: Environment, *, report_to: Iterable[str] = (), folder:
 
     Raises:
         EsperError: A tracker is not known or not installed, or an extra is not.
+        ValueError: The address of the bus is none.
     """
     if environment.rank != 0:
         return RunSinks([])
@@ -70,4 +72,6 @@ def sinks_of(environment: Environment, *, report_to: Iterable[str] = (), folder:
         sinks.append(OpenTelemetrySink(environment.collector))
     if environment.metrics_port is not None:
         sinks.append(PrometheusSink(environment.metrics_port))
+    if environment.bus_url is not None:
+        sinks.append(RedisSink(environment.bus_url))
     return RunSinks(sinks)
