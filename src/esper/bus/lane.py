@@ -52,7 +52,8 @@ class Lane:
 
     The publisher waits for a sink until it was once too slow, and never again: as long as a sink
     is quick, an event has been taken when it is published. A sink that never waits is called as it
-    is. In a forked process the lane begins empty; what was in it is the parent's to deliver.
+    is; one that says it is slow is waited for by nobody. In a forked process the lane begins empty;
+    what was in it is the parent's to deliver.
 
     Args:
         sink: Takes the events.
@@ -73,8 +74,8 @@ class Lane:
 
     @property
     def name(self) -> str:
-        """The sink's class."""
-        return type(self._sink).__name__
+        """What the sink calls itself, or its class."""
+        return str(getattr(self._sink, "name", "") or type(self._sink).__name__)
 
     def _start(self) -> None:
         self._pid = os.getpid()
@@ -83,7 +84,8 @@ class Lane:
         self._worker: threading.Thread | None = None
         self._interrupt: BaseException | None = None
         self._last_put = self._last_done = 0
-        self._is_slow = self._has_failed = False
+        self._is_slow = getattr(self._sink, "is_slow", False) is True
+        self._has_failed = False
 
     def put(self, event: Event) -> None:
         """Take an event for the sink; wait for that only as long as the sink may be quick.

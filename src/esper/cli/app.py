@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from esper.cli import blueprints, compiling, kernels, registry
+from esper.cli import blueprints, compiling, kernels, registry, watching
 from esper.cli.console import console
 from esper.cli.outcome import EXIT_ERROR, EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
 from esper.contracts.errors import EsperError
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 ENVIRONMENT: Final = (
     "Environment: ESPER_RUN_DIR is the folder under which runs are written (by default `runs`); "
     "ESPER_TRACEBACK=1 shows an error with its whole traceback; URZA_API_URL is the registry of "
-    "`esper grow`, URZA_API_TOKEN its token."
+    "`esper grow`, URZA_API_TOKEN its token; ESPER_REPORT_TO are its trackers, ESPER_METRICS_PORT "
+    "its page for Prometheus, OTEL_EXPORTER_OTLP_ENDPOINT its collector of traces."
 )
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.add_typer(registry.app)
 app.add_typer(kernels.app)
 app.add_typer(blueprints.app)
 app.command("compile", epilog=blueprints.ENVIRONMENT)(compiling.compile_file)
+app.command(epilog=watching.ENVIRONMENT)(watching.watch)
 app.command("compile-worker", epilog=compiling.ENVIRONMENT)(compiling.work)
 
 Target = Annotated[
@@ -91,6 +93,14 @@ RegistryAddress = Annotated[
         metavar="ADDRESS",
         help="Take kernels from there and publish there: a directory, or http(s):// of a server. "
         "By default URZA_API_URL.",
+    ),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TRACKER",
+        help="A tracker that the run reports to, by its name in accelerate: tensorboard, wandb, "
+        "mlflow, trackio and others; may be repeated. By default ESPER_REPORT_TO.",
     ),
 ]
 Control = Annotated[
@@ -174,6 +184,7 @@ def grow(
     random_seed: RandomSeed = None,
     budget: BudgetLimits = None,
     registry: RegistryAddress = None,
+    report_to: ReportTo = None,
     control: Control = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Train your own job and grow its model where the evidence allows it."""
@@ -182,7 +193,9 @@ def grow(
         from esper.resilience.clock import MonotonicClock
         from esper.services.job_options import JobOptions, parse_budget
         from esper.services.run_job import run_job
+        from esper.services.sinks import sinks_of
 
+        folder = run_dir or environment.run_dir / "grow"
         options = JobOptions(
             epochs=epochs,
             overhead=overhead,
@@ -195,14 +208,16 @@ def grow(
         with (
             _settings_said(),
             closing(options.registry) if options.registry else nullcontext(),
+            closing(sinks_of(environment, report_to=report_to or (), folder=folder)) as sinks,
             ProgressDisplay(console(stderr=True), MonotonicClock()) as display,
         ):
             run = run_job(
                 target,
-                run_dir=run_dir or environment.run_dir / "grow",
+                run_dir=folder,
                 options=options,
                 on_progress=display,
                 on_held=_ask_for_patience,
+                sinks=sinks,
             )
         _tell(run)
 

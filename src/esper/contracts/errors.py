@@ -94,6 +94,22 @@ class CircuitOpenError(EsperError):
         return f"{self.name} has been failing and is not asked for now; it may be again {when}"
 
 
+class BusUnavailableError(EsperError):
+    """The server that events go to does not answer, or refuses to.
+
+    Attributes:
+        may_pass: Whether it may answer if it is asked again.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+    def __reduce__(self) -> tuple[object, ...]:
+        make = functools.partial(type(self), may_pass=self.may_pass)
+        return make, self.args, self.__dict__
+
+
 class DeadlineExceededError(EsperError, TimeoutError):
     """The time that was given for something is over."""
 

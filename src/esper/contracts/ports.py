@@ -446,7 +446,8 @@ class EventSink(Protocol):
     """Something that takes events. It may not raise.
 
     It is called on a thread of its own where it may keep its caller waiting; one that never does
-    says ``never_waits = True``.
+    says ``never_waits = True``, and one that is known to, as it asks a network, ``is_slow = True``:
+    its caller waits for it not even once.
     """
 
     def publish(self, event: Event) -> None:

@@ -77,3 +77,16 @@ def split_reference(reference: str) -> tuple[str, str]:
 def _shown(text: str) -> str:
     """Quote what came from outside, cut to a length that a log can bear."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def without_password(address: str) -> str:
+    """Return an address as it may be shown: without user, password and query.
+
+    Args:
+        address: ``scheme://user:password@host/path?query``, or a path, which stays as it is.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        return address
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

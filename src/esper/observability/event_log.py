@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import SEEK_END
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from esper.contracts.events import (
@@ -19,7 +20,7 @@ from esper.contracts.events import (
 from esper.contracts.lifecycle import GraftStage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -103,6 +104,54 @@ def read_events(path: Path) -> list[Event]:
             msg = f"{path}, line {number}: {error}"
             raise ValueError(msg) from error
     return events
+
+
+def follow_log(
+    path: Path, *, goes_on: Callable[[], bool], pause: Callable[[], object]
+) -> Iterator[Event]:
+    """Yield the events of a log while it is written, from the first on.
+
+    Args:
+        path: The log, which need not be there yet. One that is shorter than what was read of it
+            was begun anew, and is read from its start.
+        goes_on: Asked where there is nothing new; False ends it.
+        pause: Called before it is looked at again.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is no event, or is of a newer format; the message has its number.
+    """
+    read, number, rest = 0, 0, b""
+    while True:
+        data = _read_from(path, read)
+        if data is None:
+            read, number, rest = 0, 0, b""
+            continue
+        read += len(data)
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            number += 1
+            try:
+                yield event_from_json(line.decode("utf-8"))
+            except ValueError as error:
+                msg = f"{path}, line {number}: {error}"
+                raise ValueError(msg) from error
+        if not data:
+            if not goes_on():
+                return
+            pause()
+
+
+def _read_from(path: Path, start: int) -> bytes | None:
+    """Return what a file has behind a place; None where it ends before it."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, SEEK_END) < start:
+                return None
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return None if start else b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

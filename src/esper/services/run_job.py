@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from esper.growth.grower import Grower
     from esper.growth.job import GrowthJob
     from esper.growth.suggestion import Suggestions
+    from esper.services.sinks import RunSinks
 
     Tell = Callable[[Progress], None]
 
@@ -48,6 +49,7 @@ def run_job(
     options: JobOptions | None = None,
     on_progress: Tell | None = None,
     on_held: Callable[[], None] | None = None,
+    sinks: RunSinks | None = None,
 ) -> JobRun:
     """Train and grow the job that ``target`` names, and keep its model before anything else.
 
@@ -61,6 +63,7 @@ def run_job(
         options: What is other than in the job.
         on_progress: Told after every update.
         on_held: Called for each Ctrl-C that waits for the model to be written.
+        sinks: Where the run is told besides its log; the caller closes them.
 
     Raises:
         GrowthError: The target or an option is wrong, or a loader gave no batch.
@@ -72,6 +75,7 @@ def run_job(
     start = random_start()
     from esper.growth.job import grower_for
 
+    job = job if sinks is None else _told_to(sinks, job)
     grower = grower_for(job, run_dir=run_dir)
     told = _part_of(on_progress, 0, parts=1 if control is None else 2)
     run = _train(job, grower, told, on_held)
@@ -100,6 +104,13 @@ def _jobs(target: str, options: JobOptions) -> tuple[GrowthJob, GrowthJob | None
         )
         raise GrowthError(msg)
     return job, control
+
+
+def _told_to(sinks: RunSinks, job: GrowthJob) -> GrowthJob:
+    """Return a job whose run is told to sinks, and to the job's own as before."""
+    from esper.growth.job import options_of, with_options
+
+    return with_options(job, sink=sinks.beside(options_of(job.grower).get("sink")))
 
 
 def _train(

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from esper.contracts.errors import EsperError
+from esper.observability.spans import Collector
 from esper.registry.disk_cache import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class Environment:
             separated by commas.
         metrics_port: Port at which the first rank of a run shows its metrics to Prometheus, from 1
             to 65,535; ``ESPER_METRICS_PORT``. None shows none.
+        collector: Where traces go, by the standard's ``OTEL_EXPORTER_OTLP_ENDPOINT`` and its like;
+            None sends none.
+        rank: Which process of a run this is, from 0; ``RANK``, as torchrun has it.
         bucket: How a bucket is reached, by the names that S3's own tools use:
             ``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``
             and ``AWS_SESSION_TOKEN``. No other variable of S3's changes anything.
@@ -59,6 +64,8 @@ class Environment:
     bus_url: str | None = field(default=None, repr=False)
     report_to: tuple[str, ...] = ()
     metrics_port: int | None = None
+    collector: Collector | None = field(default=None, repr=False)
+    rank: int = 0
     bucket: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -99,6 +106,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         bus_url=values.get("ESPER_BUS_URL") or None,
         report_to=_names(values.get("ESPER_REPORT_TO", "")),
         metrics_port=_metrics_port(values.get("ESPER_METRICS_PORT", "")),
+        collector=_collector(values),
+        rank=int(values["RANK"]) if values.get("RANK", "").isdecimal() else 0,
         bucket={name: values[key] for name, key in _BUCKET.items() if values.get(key)},
     )
 
@@ -139,6 +148,43 @@ def _metrics_port(text: str) -> int | None:
         msg = f"ESPER_METRICS_PORT is a port from 1 to {_LAST_PORT}, got {text!r}"
         raise EsperError(msg)
     return int(text)
+
+
+def _collector(values: Mapping[str, str]) -> Collector | None:
+    """Return the collector that the standard's variables name; None where they name none."""
+
+    def said(name: str) -> str:
+        return values.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or values.get(
+            f"OTEL_EXPORTER_OTLP_{name}", ""
+        )
+
+    endpoint = values.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+    if not endpoint and values.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        endpoint = values["OTEL_EXPORTER_OTLP_ENDPOINT"].rstrip("/") + "/v1/traces"
+    is_off = values.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not endpoint or is_off or values.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    if not endpoint.startswith(("http://", "https://")):
+        kind = endpoint.partition(":")[0]
+        msg = f"OTEL_EXPORTER_OTLP_ENDPOINT is http:// or https://, got {kind!r}"
+        raise EsperError(msg)
+    return Collector(
+        endpoint=endpoint,
+        headers=_headers(said("HEADERS")),
+        timeout_s=_timeout_s(said("TIMEOUT")),
+        certificate=said("CERTIFICATE") or None,
+        compresses=said("COMPRESSION") == "gzip",
+    )
+
+
+def _headers(text: str) -> dict[str, str]:
+    """Return headers as the standard writes them: ``name=value,name=value``, percent-encoded."""
+    pairs = (part.partition("=") for part in text.split(",") if "=" in part)
+    return {unquote(name).strip().lower(): unquote(value).strip() for name, _, value in pairs}
+
+
+def _timeout_s(text: str) -> float:
+    return float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", text) and float(text) else 10.0
 
 
 @contextmanager

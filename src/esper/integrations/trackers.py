@@ -1,0 +1,241 @@
+"""What happens in a run, for the experiment tracker that its owner already uses."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+
+import torch
+
+from esper.contracts.errors import EsperError
+from esper.contracts.events import Event, RunEnded, RunStarted
+from esper.integrations.missing import missing_framework
+from esper.observability.measures import Tally
+from esper.observability.sentences import is_annotation, sentence_of
+from esper.resilience.attempt import Failed, attempt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from esper.observability.measures import Family, Labels
+
+_LOG = logging.getLogger(__name__)
+
+PROJECT: Final = "esper"
+
+_TAKE_TEXT: Final = frozenset({"tensorboard", "wandb", "comet_ml", "trackio"})
+"""Trackers that take words beside numbers, by accelerate's own ``log``."""
+
+_NOT_DRAWN: Final = frozenset({"updates", "events", "run_seconds", "run_active", "trial_active"})
+"""Families that say nothing as a curve over updates."""
+
+
+class Tracker(Protocol):
+    """What is asked of one of accelerate's trackers."""
+
+    name: Any
+
+    def start(self) -> None:
+        """Open its run."""
+        ...
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Take the settings of the run."""
+        ...
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Take numbers and words of an update."""
+        ...
+
+    def finish(self) -> None:
+        """Close its run."""
+        ...
+
+
+class TrackerSink:
+    """Hands a run on to one tracker: numbers as ``esper/gate_loss``, events and gates as words.
+
+    The tracker is one of accelerate's, which knows TensorBoard, W&B, MLflow, Trackio, Aim, ClearML,
+    Comet, DVCLive and SwanLab. It starts with the run's first event and is finished with its last,
+    beside the training: nobody waits for it, and where it fails a warning says so, once. Of
+    several ranks the first one reports.
+
+    Args:
+        tracker: Its name, as ``report_to`` has it; or one that was started already, as an
+            ``Accelerator`` has them in ``trackers``, which is left open.
+        project: What the tracker calls its project.
+        folder: Where a tracker that writes files does, in a folder of its own for each run.
+
+    Raises:
+        EsperError: It is ``"all"``, or none of accelerate's, or it is not installed.
+        ImportError: accelerate is not installed.
+
+    Attributes:
+        num_failures: Times that the tracker raised.
+    """
+
+    is_slow: ClassVar[bool] = True
+
+    def __init__(
+        self, tracker: str | Tracker, *, project: str = PROJECT, folder: Path | str = "runs"
+    ) -> None:
+        self._given = None if isinstance(tracker, str) else tracker
+        self.name = f"the tracker {tracker if isinstance(tracker, str) else tracker.name!s}"
+        self._make = _maker(tracker) if isinstance(tracker, str) else None
+        self._project, self._folder = project, folder
+        self._tracker: Tracker | None = None
+        self._is_over = False
+        self._takes_text = _short_name(tracker) in _TAKE_TEXT
+        self._tally = Tally()
+        self.num_failures = 0
+
+    def publish(self, event: Event) -> None:
+        """Hand one event on."""
+        if self._is_over:
+            return
+        if self._tracker is None:
+            started = self._fenced(lambda: self._started(event))
+            if started is None:
+                self._is_over = True
+                return
+            self._tracker = started
+        tracker = self._tracker
+        if isinstance(event, RunStarted):
+            self._fenced(lambda: tracker.store_init_configuration(_flat(event.settings)))
+        values = self._values(event)
+        if values:
+            self._fenced(lambda: tracker.log(values, step=event.update))
+        if isinstance(event, RunEnded):
+            self._is_over = True
+            if self._given is None:
+                self._fenced(tracker.finish)
+
+    def _values(self, event: Event) -> dict[str, Any]:
+        """Return what an event says, by the names that a tracker shows."""
+        values: dict[str, Any] = {
+            _metric_name(family, labels): value
+            for family, labels, value in self._tally.take(event)
+            if family.name not in _NOT_DRAWN
+        }
+        if self._takes_text and is_annotation(event):
+            values[f"esper/{event.kind}"] = sentence_of(event)
+        return values
+
+    def _started(self, event: Event) -> Tracker | None:
+        """Start the tracker; None where another rank reports."""
+        if self._given is not None:
+            return self._given if _is_first_rank() else None
+        assert self._make is not None, "it was named"
+        if not _is_first_rank():
+            return None
+        from accelerate import PartialState
+
+        PartialState()  # accelerate's trackers ask it which rank this is
+        tracker = self._make(self._project, self._folder, event.run_id)
+        tracker.start()
+        return tracker
+
+    def _fenced(self, fn: Callable[[], Any]) -> Any:
+        """Call a tracker; where it raises, say so once and go on."""
+        done = attempt(fn)
+        if not isinstance(done, Failed):
+            return done.value
+        self.num_failures += 1
+        if self.num_failures == 1:
+            msg = "%s failed, and the run goes on: %s; later failures are only counted"
+            _LOG.warning(msg, self.name, done)
+        return None
+
+
+def tracker_sinks(
+    names: Iterable[str], *, project: str = PROJECT, folder: Path | str = "runs"
+) -> list[TrackerSink]:
+    """Return a sink for each tracker that is named, once.
+
+    Args:
+        names: As ``report_to`` has them; ``"none"`` names none.
+        project: What the trackers call their project.
+        folder: Where trackers that write files do.
+
+    Raises:
+        EsperError: A name is ``"all"`` or none of accelerate's, or what it needs is not installed.
+    """
+    named = dict.fromkeys(name for name in names if name != "none")
+    return [TrackerSink(name, project=project, folder=folder) for name in named]
+
+
+def tracker_names() -> dict[str, bool]:
+    """Return the names that accelerate's trackers have, and whether each is installed.
+
+    Raises:
+        EsperError: accelerate is not installed.
+    """
+    tracking = _tracking()
+    there = {str(name) for name in tracking.get_available_trackers()}
+    builtin = {str(name) for name in tracking.LoggerType if str(name) != "all"}
+    return {
+        name: name in there or name not in builtin for name in sorted(tracking.LOGGER_TYPE_TO_CLASS)
+    }
+
+
+def _tracking() -> Any:
+    try:
+        from accelerate import tracking
+    except ImportError as error:
+        raise missing_framework("accelerate", "hf") from error
+    return tracking
+
+
+def _maker(name: str) -> Callable[[str, Path | str, str], Tracker]:
+    """Return what makes a tracker for a project and a folder; of files, each run has its own.
+
+    Raises:
+        EsperError: It is none of accelerate's, or it is not installed.
+    """
+    try:
+        known = tracker_names()
+    except ImportError as error:
+        msg = f"report_to={name!r} needs accelerate: pip install 'esper-morph[hf]'"
+        raise EsperError(msg) from error
+    if name not in known:
+        hint = "name each tracker; " if name == "all" else ""
+        msg = f"report_to={name!r} is no tracker; {hint}accelerate has {', '.join(known)}"
+        raise EsperError(msg)
+    if not known[name]:
+        msg = f"report_to={name!r}: accelerate finds no {name} here; install it, or leave it out"
+        raise EsperError(msg)
+    kind = _tracking().LOGGER_TYPE_TO_CLASS[name]
+
+    def make(project: str, folder: Path | str, run_id: str) -> Tracker:
+        needs_folder = kind.requires_logging_directory
+        where = (f"{name}/{run_id[:8]}", folder) if needs_folder else (project,)
+        tracker: Tracker = kind(*where)
+        return tracker
+
+    return make
+
+
+def _is_first_rank() -> bool:
+    """Say whether this is the first of all ranks; so is a process by itself."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return True
+
+
+def _short_name(tracker: str | Tracker) -> str:
+    return tracker if isinstance(tracker, str) else str(tracker.name)
+
+
+def _metric_name(family: Family, labels: Labels) -> str:
+    """Return ``esper/takeovers/candidate``; what the owner measures keeps the owner's name."""
+    return "/".join(["esper", family.name, *(label.replace(" ", "_") for label in labels)])
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as trackers take them: numbers and words."""
+    return {
+        f"esper/{name}": value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in settings.items()
+    }

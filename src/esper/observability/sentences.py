@@ -1,0 +1,86 @@
+"""An event in one sentence, for tools that show words beside curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from esper.contracts.events import (
+    AlphaChanged,
+    Detected,
+    Evaluated,
+    Event,
+    Fossilized,
+    GateRead,
+    Noted,
+    PassengerRemoved,
+    Ranked,
+    RegistryUnavailable,
+    RolledBack,
+    RunEnded,
+    RunStarted,
+    SeedFaulted,
+    StageChanged,
+    StageWoken,
+    TakenOver,
+    TrialRead,
+    TrialStarted,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SENTENCES: dict[type[Event], Callable[..., str]] = {
+    RunStarted: lambda _: "the run started",
+    Detected: lambda e: f"{'growing' if e.grow else 'not growing'}, {e.verdict}: {e.reason}",
+    Ranked: lambda e: f"{len(e.rows)} candidates ranked, {len(e.refused)} refused",
+    StageChanged: lambda e: (
+        f"graft {e.graft} ({e.blueprint}, at {e.site}) is {e.after}"
+        + (f": {e.reason}" if e.reason else "")
+    ),
+    GateRead: lambda e: (
+        f"gate {e.gate} of graft {e.graft} {'passed' if e.passed else 'not passed'}: {e.reason}"
+    ),
+    AlphaChanged: lambda e: f"alpha of graft {e.graft} is {e.alpha:g}",
+    TrialStarted: lambda e: (
+        f"trial of package {e.package} started at {', '.join(e.sites)}: "
+        f"{', '.join(e.blueprints)}, {e.parameters:,} parameters, {e.trial_updates} updates"
+    ),
+    TrialRead: lambda e: f"package {e.package} {e.verdict}: {e.reason}",
+    TakenOver: lambda e: f"package {e.package}: the run goes on as {e.taken}",
+    Fossilized: lambda e: (
+        f"graft {e.graft} at {e.site} is permanent{', folded' if e.folded else ''}"
+        + (f": {e.reason}" if e.reason else "")
+    ),
+    RolledBack: lambda e: (
+        (f"package {e.package}" if e.package is not None else f"graft {e.graft}")
+        + f" was put back, {e.updates_lost} updates lost: {e.reason}"
+    ),
+    PassengerRemoved: lambda e: f"graft {e.graft} at {e.site} left its package: {e.reason}",
+    StageWoken: lambda e: (
+        f"{e.path} is {e.verdict} at {e.depth} blocks" + (f": {e.reason}" if e.reason else "")
+    ),
+    SeedFaulted: lambda e: (
+        f"seed {e.seed_idx} at {e.site} failed in {e.faults} calls, and is {e.state}: {e.reason}"
+    ),
+    RegistryUnavailable: lambda e: f"the registry did not answer ({e.operation}): {e.reason}",
+    Noted: lambda e: e.text,
+    RunEnded: lambda e: (
+        f"the run ended: {e.reason}; {e.grafts_admitted} grafts came in, "
+        f"{e.grafts_fossilized} of them for good"
+    ),
+}
+
+_OF_CURVES = (Evaluated, Ranked, Detected, AlphaChanged)
+
+
+def is_annotation(event: Event) -> bool:
+    """Say whether an event is a moment that belongs beside curves, and no point of one."""
+    return not isinstance(event, _OF_CURVES)
+
+
+def sentence_of(event: Event) -> str:
+    """Return an event in one sentence; of one that has none, its kind."""
+    if isinstance(event, Evaluated):
+        return f"gate loss {event.gate_loss:.6g}"
+    write = _SENTENCES.get(type(event))
+    return event.kind.replace("_", " ") if write is None else write(event)

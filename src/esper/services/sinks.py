@@ -1,0 +1,77 @@
+"""Where a run of a command is told besides its log: a bus, trackers, metrics, traces, logging."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from esper.bus.in_process import EventBus
+from esper.bus.redis_streams import RedisSink
+from esper.observability.logs import LoggingSink
+from esper.observability.prometheus import PrometheusSink
+from esper.observability.spans import OpenTelemetrySink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from esper.contracts.ports import EventSink
+    from esper.services.settings import Environment
+
+CLOSING_S: Final = 4.0
+"""Seconds that the end of a run gives all sinks together."""
+
+
+class RunSinks:
+    """The sinks of a run, each beside the others; none can hold the run, nor its end.
+
+    Args:
+        sinks: What takes the events.
+    """
+
+    def __init__(self, sinks: Iterable[EventSink]) -> None:
+        self._sinks = list(sinks)
+        self._bus = EventBus(self._sinks)
+
+    def beside(self, sink: EventSink | None) -> EventSink | None:
+        """Return one sink for these and the owner's own; None where there is none at all."""
+        if not self._sinks:
+            return sink
+        if sink is not None:
+            self._bus.subscribe(sink)
+        return self._bus
+
+    def close(self) -> None:
+        """Let the sinks catch up, for a few seconds, and end what they have opened."""
+        self._bus.flush(CLOSING_S)
+        for sink in self._sinks:
+            if isinstance(sink, PrometheusSink | RedisSink):
+                sink.close()
+
+
+def sinks_of(environment: Environment, *, report_to: Iterable[str] = (), folder: Path) -> RunSinks:
+    """Return the sinks that a command and the environment name.
+
+    Args:
+        environment: What the process was given.
+        report_to: Trackers that the command names, in place of the environment's.
+        folder: Where trackers that write files do.
+
+    Raises:
+        EsperError: A tracker is not known or not installed, or an extra is not.
+        ValueError: The address of the bus is none.
+    """
+    if environment.rank != 0:
+        return RunSinks([])
+    sinks: list[EventSink] = [LoggingSink()]
+    names = tuple(report_to) or environment.report_to
+    if names:
+        from esper.integrations.trackers import tracker_sinks  # torch comes with it
+
+        sinks += tracker_sinks(names, folder=folder)
+    if environment.collector is not None:
+        sinks.append(OpenTelemetrySink(environment.collector))
+    if environment.metrics_port is not None:
+        sinks.append(PrometheusSink(environment.metrics_port))
+    if environment.bus_url is not None:
+        sinks.append(RedisSink(environment.bus_url))
+    return RunSinks(sinks)
