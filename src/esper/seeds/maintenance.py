@@ -35,6 +35,7 @@ from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import Reading, read
+from esper.state.ranges import named_range
 from esper.state.shards import is_sharded
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
@@ -268,7 +269,8 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
 def _probe(layer: nn.Module, seed: Seed, example: LayerCall) -> None:
     device = reference_tensor(layer).device  # the model may have moved without it
     seed.slot.to(device)
-    probe(layer, seed.kernel, example.to(device))
+    with named_range(record_of(layer), seed.seed_idx, "probe"):
+        probe(layer, seed.kernel, example.to(device))
     check_weight(layer, seed.seed_idx, seed.kernel, record_of(layer).layout.alpha(seed.seed_idx))
 
 
