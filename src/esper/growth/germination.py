@@ -139,7 +139,11 @@ def free_seed(run: GrowthRun, site: str) -> int | None:
 
 def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
     """Return the layers in which a graft may germinate now."""
-    return {name: layer for name, layer in run.layers.items() if free_seed(run, name) is not None}
+    return {
+        name: layer
+        for name, layer in run.layers.items()
+        if name not in run.closed and free_seed(run, name) is not None
+    }
 
 
 def rank(
@@ -310,6 +314,11 @@ def named_kernel(
     if layer is None:
         msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(run.layers)}"
         raise GrowthError(msg)
+    if choice.site in run.closed:
+        run.journal.note(
+            f"nothing germinated at {choice.site}, which is not healthy: {run.closed[choice.site]}"
+        )
+        return None
     if free_seed(run, choice.site) is None:
         msg = f"{choice.site!r} has no seed that is free; wrap with a larger num_seeds"
         raise GrowthError(msg)

@@ -71,6 +71,7 @@ class LayerRecord:
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
+        last_timed_us: What the kernel that was timed last took, in microseconds; None before.
         num_faults: Faulty kernel calls since birth, as far as they were read.
         num_skipped: Kernel calls that were left out for no fault of the kernel, likewise.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
@@ -119,6 +120,7 @@ class LayerRecord:
         self.native_count = 0
         self.active_count = 0
         self.kernel_execution_count = 0
+        self.last_timed_us: int | None = None
         self.num_faults = 0
         self.num_skipped = 0
         self.has_step_guard = False
