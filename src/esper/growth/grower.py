@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
+    from esper.state.layer_record import LayerRecord
 
 _LOG = logging.getLogger(__name__)
 
@@ -693,7 +694,7 @@ class Grower:
             self._reading,
             update=run.updates,
             rates=tuple(run.watcher.rates),
-            unhealthy=tuple(self._ill_sites()),
+            unhealthy=tuple(r.name for r in self._busy_records() if illness_of(r) is not None),
             last_change_update=run.last_change_update,
             num_packages=run.num_packages,
         )
@@ -712,8 +713,7 @@ class Grower:
         if not decision.grow or self._is_hopeless():
             return
         run.num_decisions += 1
-        of_ranks = over_ranks(run.given, self._ill_sites())
-        run.closed = {site: why for own in of_ranks for site, why in own.items()}
+        run.closed = self._closed_sites()
         missing = missing_part(run)
         found = over_ranks(run.given, (obstacle(run), missing is not None or is_earned(run)))
         against, is_time = found[0]
@@ -727,10 +727,14 @@ class Grower:
                 run.offers.take()
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
-    def _ill_sites(self) -> dict[str, str]:
-        """Return the sites whose layers somebody has to see to, with the reasons."""
-        records = map(record_of, busy_layers(self._run.optimizer))
-        return {r.name: why for r in records if (why := illness_of(r)) is not None}
+    def _busy_records(self) -> list[LayerRecord]:
+        return [record_of(layer) for layer in busy_layers(self._run.optimizer)]
+
+    def _closed_sites(self) -> dict[str, str]:
+        """Return the sites whose layers some rank finds ill, with the reasons."""
+        found = {name: illness_of(record_of(layer)) for name, layer in self._run.layers.items()}
+        ill = {name: why for name, why in found.items() if why is not None}
+        return {name: why for own in over_ranks(self._run.given, ill) for name, why in own.items()}
 
     def _is_hopeless(self) -> bool:
         """Whether no gate could pass now: then nothing is recorded and nothing is ranked."""
