@@ -119,6 +119,24 @@ def test_a_loop_without_a_grower_publishes_by_maintain():
     assert (found.kind, found.update, found.calls, found.faults) == ("seed_measured", 100, 2, 0)
 
 
+def test_a_seed_is_counted_from_its_kernel_s_first_call_on():
+    """Through its fossilization, and anew with another kernel."""
+    model, _ = layer_with("nan")
+    call(model, 5)
+    model[0].fossilize(0)
+    call(model, 2)
+    model[1].graft(0, nn.Linear(4, 4), alpha=0.5)
+    call(model, 1)
+    model[1].graft(0, nn.Linear(4, 4), alpha=0.5)
+    call(model, 2)
+    sink = Kept()
+    esper.maintain(model, sink=sink, update=100)
+    assert [(e.site, e.state, e.calls) for e in sink.events] == [
+        ("0", "fossilized", 10),
+        ("1", "active", 2),
+    ]
+
+
 def test_a_sink_that_raises_costs_nobody_anything(caplog):
     """It is logged."""
 

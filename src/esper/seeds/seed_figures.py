@@ -28,15 +28,15 @@ class _Figures:
     """Of one kernel in a seed.
 
     Attributes:
-        kernel: Number of the kernel in its layer; another kernel begins anew.
+        number: The seed's; with another kernel it is another one, which begins anew.
         calls: Calls that were read.
         faults: Those of them that were faulty.
         num_timed: Times that were taken and looked at.
         over: Which of its own limits it has passed; empty where none.
     """
 
-    def __init__(self, kernel: int) -> None:
-        self.kernel = kernel
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.calls = self.faults = self.num_timed = 0
         self.rate, self.time = UsualRate(), UsualTime()
         self.over = ""
@@ -50,7 +50,7 @@ class SeedFigures:
 
     def take(self, record: LayerRecord, seed: Seed, outcomes: Sequence[bool]) -> list[Event]:
         """Take what the calls of a seed since the last look have shown; return what is news."""
-        figures = self._of(record, seed.seed_idx)
+        figures = self._of(seed)
         figures.calls += len(outcomes)
         figures.faults += sum(outcomes)
         news: list[Event] = []
@@ -68,7 +68,7 @@ class SeedFigures:
 
     def measured(self, record: LayerRecord, seed: Seed) -> Iterator[Event]:
         """Yield how a seed is doing, and whether it has passed a limit of its own, or come back."""
-        figures, layout, i = self._of(record, seed.seed_idx), record.layout, seed.seed_idx
+        figures, layout, i = self._of(seed), record.layout, seed.seed_idx
         latency_us = statistics.median(seed.timed_us) if seed.timed_us else None
         size = size_bytes(seed.slot.kernel)
         yield SeedMeasured(
@@ -98,11 +98,10 @@ class SeedFigures:
             )
         figures.over = over
 
-    def _of(self, record: LayerRecord, seed_idx: int) -> _Figures:
-        kernel = int(record.layout.active_kernel_id[seed_idx])
-        found = self._by_seed.get(seed_idx)
-        if found is None or found.kernel != kernel:
-            found = self._by_seed[seed_idx] = _Figures(kernel)
+    def _of(self, seed: Seed) -> _Figures:
+        found = self._by_seed.get(seed.seed_idx)
+        if found is None or found.number != seed.number:
+            found = self._by_seed[seed.seed_idx] = _Figures(seed.number)
         return found
 
 

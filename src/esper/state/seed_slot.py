@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 KEPT_TIMES: Final = 128
 """Times that are kept of a seed's kernel."""
+
+
+_numbers: Final = itertools.count()
 
 
 class SeedSlot(nn.Module):
@@ -229,6 +233,7 @@ class Seed:
         told: Reasons of skipped calls that were logged.
         timed_us: The latest times that its kernel took, in microseconds, where telemetry is on.
         num_timed: How often it was timed.
+        number: Tells it from other seeds of this process, but for its copies.
     """
 
     def __init__(
@@ -258,6 +263,7 @@ class Seed:
         self.told: frozenset[str] = frozenset()
         self.timed_us: deque[int] = deque(maxlen=KEPT_TIMES)
         self.num_timed = 0
+        self.number = next(_numbers)
         self.handles: list[RemovableHandle] = []
         self.gated: list[tuple[Mapping[str, object], int]] = []
         self.gated_values: list[tuple[Mapping[str, object], str, object]] = []
