@@ -10,7 +10,10 @@ from torch import nn
 
 import esper
 from esper.contracts.errors import KernelSourceUnavailable
+from esper.contracts.report import run_report_from_json
 from esper.observability.event_log import read_events
+from esper.observability.replay import replay
+from esper.observability.report_page import run_page
 from esper.resilience.health_monitor import HealthLimits
 from esper.seeds import maintenance
 from esper.state.layer_record import record_of
@@ -93,6 +96,9 @@ def test_a_fault_its_isolation_and_its_end_are_at_every_sink(tmp_path):
     moved = next(i for i in report.incidents if i.kind == "seed_moved")
     assert (moved.times, moved.where) == (2, "0, seed 0")
     assert "Faults and health: 4" in str(report)
+    assert "<h2>Faults and health</h2>" in run_page(report)
+    assert replay(logged).report.incidents == report.incidents
+    assert run_report_from_json(report.to_json()).incidents == report.incidents
 
 
 @NEVER
