@@ -8,26 +8,38 @@ from itertools import product
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from esper.contracts.choices import (
+    ANOMALOUS_FIGURES,
+    BREAKER_WORDS,
     DEPTH_VERDICTS,
     GATES,
     REGISTRY_OPERATIONS,
+    RETRIED_WORK,
+    RETRY_OUTCOMES,
+    SEED_STATES,
     TAKEN,
     VERDICTS,
 )
 from esper.contracts.events import (
     EVENT_TYPES,
+    AnomalySeen,
+    BreakerMoved,
     Detected,
     Evaluated,
     Event,
     Fossilized,
     GateRead,
+    HealthChanged,
+    KernelEmbargoed,
+    KernelQuarantined,
     PassengerRemoved,
     Ranked,
     RegistryUnavailable,
+    Retried,
     RolledBack,
     RunEnded,
     RunStarted,
     SeedFaulted,
+    SeedMoved,
     StageChanged,
     StageWoken,
     TakenOver,
@@ -114,6 +126,13 @@ FAMILIES: Final = (
     _counter("passengers_removed", "Kernels that their package does as well without."),
     _counter("depth_stages", "Changes of planned stages of depth.", verdict=DEPTH_VERDICTS),
     _counter("seed_faults", "Calls in which a seed's kernel failed."),
+    _counter("seed_moves", "Changes of a seed's state for a fault.", after=SEED_STATES),
+    _counter("retries", "Tries after a failure.", what=RETRIED_WORK, outcome=RETRY_OUTCOMES),
+    _counter("breaker_moves", "Changes of circuit breakers.", after=BREAKER_WORDS),
+    _counter("kernels_quarantined", "Kernels put in quarantine, or let out.", released=_YES),
+    _counter("kernels_embargoed", "Kernels that are not asked for, for a while or for good."),
+    _counter("anomalies", "Figures of seeds that left their own history.", what=ANOMALOUS_FIGURES),
+    _gauge("unhealthy", "Layers and seeds that somebody has to see to.", 0.0),
     _counter(
         "registry_unavailable",
         "Times that a registry did not answer.",
@@ -160,14 +179,34 @@ def changes_of(event: Event) -> Iterator[Change]:
             yield Change("candidates", len(event.refused), ("no",))
         case StageWoken():
             yield _one("depth_stages", event.verdict)
-        case SeedFaulted():
-            yield Change("seed_faults", event.faults, is_added=True)
-        case RegistryUnavailable():
-            yield _one("registry_unavailable", event.operation)
         case TrialStarted() | TrialRead() | GateRead():
             yield from _of_trial(event)
-        case _:
+        case StageChanged() | TakenOver() | Fossilized() | RolledBack() | PassengerRemoved():
             yield from _of_graft(event)
+        case _:
+            yield from _of_trouble(event)
+
+
+def _of_trouble(event: Event) -> Iterator[Change]:
+    match event:
+        case SeedFaulted():
+            yield Change("seed_faults", event.faults, is_added=True)
+        case SeedMoved():
+            yield _one("seed_moves", event.after)
+        case Retried():
+            yield _one("retries", event.what, event.outcome)
+        case BreakerMoved():
+            yield _one("breaker_moves", event.after)
+        case KernelQuarantined():
+            yield _one("kernels_quarantined", _yes(event.released))
+        case KernelEmbargoed():
+            yield _one("kernels_embargoed")
+        case AnomalySeen():
+            yield _one("anomalies", event.what)
+        case HealthChanged():
+            yield Change("unhealthy", -1 if event.healthy else 1, is_added=True)
+        case RegistryUnavailable():
+            yield _one("registry_unavailable", event.operation)
 
 
 def _of_reading(event: Evaluated) -> Iterator[Change]:

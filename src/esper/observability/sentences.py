@@ -6,19 +6,27 @@ from typing import TYPE_CHECKING
 
 from esper.contracts.events import (
     AlphaChanged,
+    AnomalySeen,
+    BreakerMoved,
     Detected,
     Evaluated,
     Event,
     Fossilized,
     GateRead,
+    HealthChanged,
+    KernelEmbargoed,
+    KernelQuarantined,
     Noted,
     PassengerRemoved,
     Ranked,
     RegistryUnavailable,
+    Retried,
     RolledBack,
     RunEnded,
     RunStarted,
     SeedFaulted,
+    SeedMeasured,
+    SeedMoved,
     StageChanged,
     StageWoken,
     TakenOver,
@@ -28,6 +36,11 @@ from esper.contracts.events import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
 
 _SENTENCES: dict[type[Event], Callable[..., str]] = {
     RunStarted: lambda _: "the run started",
@@ -62,6 +75,31 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     SeedFaulted: lambda e: (
         f"seed {e.seed_idx} at {e.site} failed in {e.faults} calls, and is {e.state}: {e.reason}"
     ),
+    SeedMeasured: lambda e: (
+        f"seed {e.seed_idx} at {e.site} is {e.state}, {e.faults} of {e.calls} calls failed"
+        + (f", {e.latency_us:.0f} us a call" if e.latency_us is not None else "")
+    ),
+    SeedMoved: lambda e: f"seed {e.seed_idx} at {e.site} is {e.after}{_because(e.reason)}",
+    Retried: lambda e: (
+        f"{e.what}{f' at {e.site}' if e.site else ''} {e.outcome}{_because(e.reason)}"
+    ),
+    BreakerMoved: lambda e: f"the breaker of {e.name} is {e.after.replace('_', '-')}",
+    KernelQuarantined: lambda e: (
+        f"kernel {e.artifact_id[:12]} is "
+        f"{'out of' if e.released else 'in'} quarantine{_because(e.reason)}"
+    ),
+    KernelEmbargoed: lambda e: (
+        f"kernel {e.artifact_id[:12]} is not asked for "
+        + (f"for {e.for_s:.3g} s" if e.for_s is not None else "any more")
+        + _because(e.reason)
+    ),
+    AnomalySeen: lambda e: (
+        f"{e.what} of seed {e.seed_idx} at {e.site} is {e.value:.3g}, usually {e.usual:.3g}"
+    ),
+    HealthChanged: lambda e: (
+        f"{e.site}{'' if e.seed_idx is None else f', seed {e.seed_idx},'} "
+        f"{'is well again' if e.healthy else 'is not well'}{_because(e.reason)}"
+    ),
     RegistryUnavailable: lambda e: f"the registry did not answer ({e.operation}): {e.reason}",
     Noted: lambda e: e.text,
     RunEnded: lambda e: (
@@ -70,7 +108,7 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     ),
 }
 
-_OF_CURVES = (Evaluated, Ranked, Detected, AlphaChanged)
+_OF_CURVES = (Evaluated, Ranked, Detected, AlphaChanged, SeedMeasured)
 
 
 def is_annotation(event: Event) -> bool:
