@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_LEAST_TELLING: Final = ("seed_measured", "alpha_changed", "detected", "ranked", "evaluated", "noted")
+_LEAST_TELLING: Final = (
+    "seed_measured",
+    "alpha_changed",
+    "detected",
+    "ranked",
+    "evaluated",
+    "noted",
+)
 """Kinds that are given up first where a ring is full, in this order; the others come last."""
 
 
