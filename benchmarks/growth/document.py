@@ -35,7 +35,7 @@ arm was settled is said below each table; it was tried at other random seeds.
 
 def pages(store: Store) -> Iterator[tuple[str, str]]:
     """Yield every file of the document: its name beside the document, and its text."""
-    parts, absent = [_HEAD], []
+    parts, absent, useless = [_HEAD], [], []
     for task in TASKS.values():
         results = by_arm(task, store)
         if not results:
@@ -48,6 +48,10 @@ def pages(store: Store) -> Iterator[tuple[str, str]]:
             parts.append(f"![{task.title}]({name})\n")
             yield name, picture
         parts += [told, _arms(task, results), _settings(task), *_measured_on(results)]
+        if task.section == "useless":
+            useless.append(results)
+    if useless:
+        parts.append(f"## Useless packages: all tasks\n\n{sections.useless_in_all(useless)}")
     if absent:
         rows = "\n".join(f"- {task.title}" for task in absent)
         parts.append(f"## Not run yet\n\nThere are no results of:\n\n{rows}\n")

@@ -265,16 +265,7 @@ def useless(task: Task, results: ByArm) -> Section:
     pooled = _rows(results, USELESS)
     text = table(("kind", "", "runs", "by the verdict", "plain error", "one last look"), rows)
     if pooled:
-        kept = sum(_counted(row["arm"], row) for row in pooled)
-        bound = upper_bound(kept, len(pooled))
-        met = kept <= 0.05 * len(pooled) and bound <= 0.065
-        enough = len(pooled) >= 100 * len(USELESS)
-        text += (
-            f"\nUseless kinds of this task pooled: {kept} of {len(pooled)} kept or claimed, upper "
-            f"95 % bound {100 * bound:.1f} %. Goal (over all tasks, 100 runs per kind and task): "
-            f"at most 5 %, bound at most 6.5 %: {verdict(met if enough else None)}"
-            f"{'' if enough else ' (too few runs)'}.\n"
-        )
+        text += f"\nUseless kinds of this task pooled: {_pooled(pooled)}.\n"
         by_start = ", ".join(
             f"{100 * start:.0f} % of the run: "
             f"{sum(_counted(r['arm'], r) for r in pooled if r['start'] == start)} of "
@@ -283,6 +274,37 @@ def useless(task: Task, results: ByArm) -> Section:
         )
         text += f"\nBy the start of the trial: {by_start}.\n"
     return text, ""
+
+
+def useless_in_all(tasks: Sequence[ByArm]) -> str:
+    """Tell of the useless kinds of all tasks together, which is what the goal is of."""
+    by_kind = {
+        kind: [row for results in tasks for row in _rows(results, [kind])] for kind in USELESS
+    }
+    rows, lows = [], []
+    for kind, trials in by_kind.items():
+        kept = sum(_counted(kind, row) for row in trials)
+        lows.append(share_interval(kept, len(trials))[0])
+        what = "capacity claimed" if kind == "linear" else "taken over"
+        rows.append((kind, what, str(len(trials)), _share(kept, len(trials))))
+    pooled = [row for trials in by_kind.values() for row in trials]
+    kept = sum(_counted(row["arm"], row) for row in pooled)
+    met = kept <= 0.05 * len(pooled) and upper_bound(kept, len(pooled)) <= 0.065
+    enough = len(tasks) == 3 and all(
+        len(_rows(results, [kind])) >= 100 for results in tasks for kind in USELESS
+    )
+    goal = verdict(met and max(lows) <= 0.05 if enough else None)
+    return (
+        f"{table(('kind', '', 'runs', 'by the verdict'), rows)}\nPooled: {_pooled(pooled)}. Goal "
+        "(100 runs per kind and task): at most 5 %, bound at most 6.5 %, and no kind's lower bound "
+        f"above 5 %: {goal}{'' if enough else ' (too few runs)'}.\n"
+    )
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]]) -> str:
+    kept = sum(_counted(row["arm"], row) for row in rows)
+    bound = 100 * upper_bound(kept, len(rows))
+    return f"{kept} of {len(rows)} kept or claimed, upper 95 % bound {bound:.1f} %"
 
 
 def _rows(results: ByArm, arms: Sequence[str]) -> list[dict[str, Any]]:
