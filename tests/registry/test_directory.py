@@ -7,7 +7,11 @@ import pytest
 from kernel_artifacts import artifact
 
 from esper.contracts import artifact_format
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError
+from esper.contracts.errors import (
+    KernelCorruptError,
+    KernelNotFoundError,
+    KernelSourceUnavailable,
+)
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.disk import Disk
 
@@ -223,3 +227,33 @@ def test_the_index_waits_for_the_disk(store):
     """SQLite keeps a write-ahead log and waits for it at every commit."""
     assert store.book.database.rows("PRAGMA journal_mode") == [("wal",)]
     assert store.book.database.rows("PRAGMA synchronous") == [(2,)]
+
+
+@pytest.mark.parametrize("left", [None, b""], ids=["gone", "empty"])
+def test_a_lost_index_is_not_begun_anew_beside_artifacts(store, left):
+    """An empty one would have a collection remove them; put back, everything is as it was."""
+    store.close()
+    index = store.root / "index.sqlite"
+    kept = index.read_bytes()
+    for path in store.root.glob("index.sqlite*"):
+        path.unlink()
+    if left is not None:
+        index.write_bytes(left)
+    with pytest.raises(KernelSourceUnavailable, match=r"artifacts lie beside it \(1\)"):
+        DirectoryRegistry(store.root)
+    assert blob(store).read_bytes() == DATA
+    index.write_bytes(kept)
+    again = DirectoryRegistry(store.root)
+    assert again.get(DIGEST) == DATA
+    again.close()
+
+
+def test_a_directory_whose_artifacts_were_moved_away_begins_anew(store):
+    """That is what the refusal says."""
+    store.close()
+    for path in store.root.glob("index.sqlite*"):
+        path.unlink()
+    (store.root / "blobs").rename(store.root / "elsewhere")
+    again = DirectoryRegistry(store.root)
+    assert again.search() == []
+    again.close()
