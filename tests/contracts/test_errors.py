@@ -6,7 +6,13 @@ import pickle
 import pytest
 
 from esper.contracts import errors
-from esper.contracts.errors import CircuitOpenError, EsperError, KernelRefusedError, TagMovedError
+from esper.contracts.errors import (
+    BusUnavailableError,
+    CircuitOpenError,
+    EsperError,
+    KernelRefusedError,
+    TagMovedError,
+)
 
 CLASSES = [
     found
@@ -14,6 +20,7 @@ CLASSES = [
     if isinstance(found, type) and issubclass(found, EsperError)
 ]
 MADE_OTHERWISE = {
+    BusUnavailableError: lambda: BusUnavailableError("it does not answer", may_pass=True),
     CircuitOpenError: lambda: CircuitOpenError("kernels.example", 2.5),
     KernelRefusedError: lambda: KernelRefusedError("3.0 changes its input", check="in place"),
     TagMovedError: lambda: TagMovedError("mlp:prod points elsewhere by now", found="0" * 64),

@@ -1,8 +1,9 @@
 """Events on Redis (6.2 or newer) or Valkey, a stream for each run: what is written, and followed.
 
-A publisher never waits. While the server is away, events are kept as an :class:`EventBus` keeps
-them, within bounds and counted; what was perhaps written is written again, so that an event may be
-there twice, under one id. Needs the extra ``redis``.
+A publisher never waits. While the server is away, events are kept as an
+:class:`~esper.bus.in_process.EventBus` keeps them, within bounds and counted; what was perhaps
+written is written again, so that an event may be there twice, under one id. Needs the extra
+``redis``.
 """
 
 from __future__ import annotations
