@@ -94,9 +94,9 @@ def _refuse_orphans(index: Path, num_blobs: int) -> None:
     """Refuse to begin an empty index beside artifacts, which a collection would then remove."""
     if num_blobs:
         msg = (
-            f"{index} is gone or empty, and artifacts lie beside it ({num_blobs}): what they are and "
-            "which of them are published stood there. Put it back from a backup, or move blobs/ "
-            "away to begin anew, and publish again what you want of it"
+            f"{index} is gone or empty, and artifacts lie beside it ({num_blobs}): what they are "
+            "and which of them are published stood there. Put it back from a backup, or move "
+            "blobs/ away to begin anew, and publish again what you want of it"
         )
         raise KernelSourceUnavailable(msg)
 
