@@ -57,13 +57,13 @@ def serve(
     With --json the address and the token, null where there was one, are printed once it listens.
     """
     with _opened(data, database, blobs, makes=True) as registry:
-        from esper.services.registry_server import first_token
+        from esper.services.registry_server import address_of, first_token
         from esper.services.registry_server import serve as serve_registry
         from esper.services.settings import read_environment
 
         def listens(port: int) -> None:
             """Make the first token: one that is made before is lost where nothing is served."""
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            address = address_of(host, port)
             made = first_token(registry, read_environment().api_token)
             if as_json:
                 print_json({"address": address, "token": made})

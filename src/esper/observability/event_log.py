@@ -106,52 +106,82 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
+class LogTail:
+    """Reads, each time, what a log has got since the last time.
+
+    Args:
+        path: The log, which need not be there yet. One that is shorter than what was read of it
+            was begun anew, and is read from its start.
+
+    Attributes:
+        path: The same.
+        times_begun: How often it was begun anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.times_begun = self._read = self._number = 0
+        self._rest = b""
+
+    def read(self) -> list[Event]:
+        """Return the events whose lines are whole by now.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: A line is no event, or is of a newer format; the message has its number.
+        """
+        data = self._new()
+        self._read += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        events = []
+        for line in lines:
+            self._number += 1
+            try:
+                events.append(event_from_json(line.decode("utf-8")))
+            except ValueError as error:
+                msg = f"{self.path}, line {self._number}: {error}"
+                raise ValueError(msg) from error
+        return events
+
+    def _new(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, SEEK_END) < self._read:
+                    self._begin_anew()
+                file.seek(self._read)
+                return file.read()
+        except FileNotFoundError:
+            if self._read:
+                self._begin_anew()
+            return b""
+
+    def _begin_anew(self) -> None:
+        self.times_begun += 1
+        self._read = self._number = 0
+        self._rest = b""
+
+
 def follow_log(
     path: Path, *, goes_on: Callable[[], bool], pause: Callable[[], object]
 ) -> Iterator[Event]:
     """Yield the events of a log while it is written, from the first on.
 
     Args:
-        path: The log, which need not be there yet. One that is shorter than what was read of it
-            was begun anew, and is read from its start.
+        path: As :class:`LogTail` takes it.
         goes_on: Asked where there is nothing new; False ends it.
         pause: Called before it is looked at again.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: A line is no event, or is of a newer format; the message has its number.
+        OSError, ValueError: See :meth:`LogTail.read`.
     """
-    read, number, rest = 0, 0, b""
+    tail = LogTail(path)
     while True:
-        data = _read_from(path, read)
-        if data is None:
-            read, number, rest = 0, 0, b""
-            continue
-        read += len(data)
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            number += 1
-            try:
-                yield event_from_json(line.decode("utf-8"))
-            except ValueError as error:
-                msg = f"{path}, line {number}: {error}"
-                raise ValueError(msg) from error
-        if not data:
+        events = tail.read()
+        yield from events
+        if not events:
             if not goes_on():
                 return
             pause()
-
-
-def _read_from(path: Path, start: int) -> bytes | None:
-    """Return what a file has behind a place; None where it ends before it."""
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, SEEK_END) < start:
-                return None
-            file.seek(start)
-            return file.read()
-    except FileNotFoundError:
-        return None if start else b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

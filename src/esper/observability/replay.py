@@ -91,7 +91,7 @@ class Replayed:
     structure: dict[str, list[ReplayedSeed]]
 
 
-def replay(events: Sequence[Event]) -> Replayed:
+def replay(events: Sequence[Event], *, goes_on: bool = False) -> Replayed:
     """Put a run together again from its events.
 
     What is odd about a log is a note of the report: that it ends before its run did, lacks events
@@ -100,6 +100,7 @@ def replay(events: Sequence[Event]) -> Replayed:
     Args:
         events: Of one run, in order, as :func:`~esper.observability.event_log.read_events` gives
             them.
+        goes_on: Whether the run is known to go on; its log is then no log that was cut off.
 
     Raises:
         ValueError: There is no event.
@@ -110,16 +111,17 @@ def replay(events: Sequence[Event]) -> Replayed:
     course = _Course()
     for event in events:
         course.take(event)
+    report = course.report(events[-1], tuple(_oddities(events, goes_on=goes_on)))
     return Replayed(
-        report=course.report(events[-1], tuple(_oddities(events))),
+        report=replace(report, interrupted=report.interrupted and not goes_on),
         structure=replay_structure(events),
     )
 
 
-def _oddities(events: Sequence[Event]) -> Iterable[str]:
+def _oddities(events: Sequence[Event], *, goes_on: bool) -> Iterable[str]:
     """Say what of the run its log cannot tell, though logs do."""
     last = events[-1]
-    if not isinstance(last, RunEnded):
+    if not (goes_on or isinstance(last, RunEnded)):
         yield (
             f"the log ends at update {last.update:,} without the end of its run, which was killed "
             "or goes on"

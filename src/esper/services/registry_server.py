@@ -12,9 +12,12 @@ from esper.resilience.clock import wall_time_s
 from esper.services.settings import hidden_from_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from uvicorn import Server
+
+    from esper.observability.live_page import WatchedRun
     from esper.registry.blobs import BlobStore
     from esper.registry.database import Database
     from esper.registry.stored import StoredRegistry
@@ -91,7 +94,37 @@ def serve(
         EsperError: The extra is not installed, or the address is taken.
     """
     with _extra("server"):
-        from esper.server.running import listen, server_of
+        from esper.server.running import server_of
+    _run(server_of(registry), host, port, on_listening)
+
+
+def serve_runs(
+    runs: Sequence[WatchedRun], *, host: str, port: int, on_listening: Callable[[int], None]
+) -> None:
+    """Show the pages of runs until the process is told to stop.
+
+    Args:
+        runs: What is shown.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        on_listening: Called with the port when others can connect.
+
+    Raises:
+        EsperError: The extra is not installed, or the address is taken.
+    """
+    with _extra("server"):
+        from esper.server.live_runs import live_server
+    _run(live_server(runs), host, port, on_listening)
+
+
+def address_of(host: str, port: int) -> str:
+    """Return what a browser is told of a host and a port; of version 6 in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _run(server: Server, host: str, port: int, on_listening: Callable[[int], None]) -> None:
+    from esper.server.running import listen
+
     try:
         listener = listen(host, port)
     except OSError as error:
@@ -99,7 +132,7 @@ def serve(
         raise EsperError(msg) from error
     with listener:
         on_listening(listener.getsockname()[1])
-        server_of(registry).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def _open_database(url: str) -> Database:
