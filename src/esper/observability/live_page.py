@@ -56,7 +56,7 @@ _STYLE: Final = Markup("""
   align-items: center; padding: .5rem 1.25rem; background: var(--panel); color: var(--ink);
   border-bottom: 1px solid var(--rule); font-size: .9rem; }
 .live nav { margin: 0; border: 0; padding: 0; }
-.live nav ul { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: 0; padding: 0;
+.live nav ul { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: 0; padding: 0; border: 0;
   list-style: none; }
 .live a[aria-current] { font-weight: 600; color: inherit; text-decoration: none; }
 .live label { display: flex; align-items: center; gap: .5rem; flex: 1 1 14rem; }
