@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from growing import GATE_X, GATE_Y, compute_loss, train, wrapped
+from growing import GATE_X, GATE_Y, batches, compute_loss, train, wrapped
 from sleepers import HOSTS, made
 from torch import nn
 
@@ -89,6 +89,8 @@ async def by_itself(public, folder):
         **options,
     ) as grower:
         train(model, optimizer, 66, grower)
+    with public.profile(model):
+        compute_loss(model, batches(1)[0])
     public.in_order(grower.suggest())
     report = grower.report()
     assert told

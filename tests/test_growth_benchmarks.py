@@ -178,7 +178,7 @@ def test_lower_loss_is_a_run_that_is_won(load, loss, told):
     assert row.endswith("met |" if loss < 1.5 else "missed |")
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
     """A run that is cut off has no file, and only what has none is run again."""
     command = [sys.executable, str(GROWTH / "run.py"), "--quick", "--processes", "1"]

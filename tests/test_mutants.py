@@ -53,7 +53,7 @@ def mutants():
     del sys.modules["mutants"]
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.timeout(300)
 def test_tests_that_assert_kill_and_those_that_only_call_do_not(tmp_path, mutants):
     """The control: of the same mutants, a test without an assertion kills few.

@@ -149,7 +149,7 @@ def test_memory_that_is_left_is_asked_of_the_system():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [64, 2048])
+@pytest.mark.parametrize("batch", [64, pytest.param(2048, marks=pytest.mark.torture)])
 def test_a_real_trial_takes_what_was_estimated(batch):
     """Two twins with averages, one after another, and a switch, by the process's own peak.
 

@@ -186,7 +186,7 @@ def test_the_horizon_is_the_trainers(tmp_path):
     assert made.grower.report().settings["horizon"] == 7
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_label_smoothing_finds_its_labels(tmp_path):
     """A language model is judged by its shifted labels, and twins are trained on smoothed ones."""
     torch.manual_seed(0)

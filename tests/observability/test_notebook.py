@@ -91,7 +91,13 @@ def test_matplotlib_is_imported_by_who_draws(imported, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
+@pytest.mark.parametrize(
+    "framework",
+    [
+        "accelerate",
+        *(pytest.param(name, marks=pytest.mark.torture) for name in ("lightning", "transformers")),
+    ],
+)
 def test_a_run_in_a_framework_draws_its_report(framework):
     """An adapter brings what draws, though its owner never names anything of ``esper`` itself."""
     pytest.importorskip({"lightning": "pytorch_lightning"}.get(framework, framework))

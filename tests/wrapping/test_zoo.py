@@ -44,7 +44,10 @@ def grown(name, select=None):
     return model, given
 
 
-LONG = ("mobilenet_v2", "bart", "clip", "whisper", "roberta", "wav2vec2", "electra", "swin", "opt")
+LONG = (
+    *("mobilenet_v2", "bart", "clip", "whisper", "roberta", "wav2vec2", "electra", "swin", "opt"),
+    *("distilbert", "convnext", "vit"),
+)
 """What takes seconds, beside others that are built alike."""
 
 
