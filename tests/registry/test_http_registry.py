@@ -13,10 +13,12 @@ pytest.importorskip("fastapi", reason="needs the extra server")
 from esper.contracts import artifact_format
 from esper.contracts.artifact import KernelMetadata
 from esper.contracts.errors import (
+    CircuitOpenError,
     KernelNotFoundError,
     KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
+    KernelSourceUnreadable,
 )
 from esper.contracts.ports import RegistryEntry
 from esper.registry import documents
@@ -94,6 +96,33 @@ def test_an_answer_that_cannot_be_read_is_none(answering, answer):
     for ask in QUESTIONS:
         with pytest.raises(KernelSourceUnavailable, match="not to be read"):
             ask(answering(ANSWERS[answer]))
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Content_Type": "text/html"}, {"Content_Encoding": "gzip"}], ids=["page", "gzip"]
+)
+def test_what_is_no_registry_is_asked_once(answering, headers):
+    """A proxy's page will not change by asking again, and says nothing of the server's health."""
+    registry = answering(b"{}", **headers)
+    waited = []
+    registry.endpoint._retry._sleep = waited.append
+    for _ in range(30):
+        with pytest.raises(KernelSourceUnreadable, match="another form than JSON"):
+            registry.names()
+    assert waited == []
+    assert registry.endpoint.breaker.state == "closed"
+
+
+def test_control_an_answer_that_may_pass_is_asked_for_again_and_opens_the_breaker(answering):
+    """So the test above would notice."""
+    registry = answering(b"", status=503)
+    waited = []
+    registry.endpoint._retry._sleep = waited.append
+    for _ in range(30):
+        with pytest.raises((KernelSourceUnavailable, CircuitOpenError)):
+            registry.names()
+    assert waited
+    assert registry.endpoint.breaker.state == "open"
 
 
 def test_an_answer_without_end_is_not_read(answering):

@@ -154,6 +154,13 @@ class KernelSourceUnavailable(KernelLoadError):  # noqa: N818 - the design's nam
     """The source did not answer, or there is none. Transient: a later try may succeed."""
 
 
+class KernelSourceUnreadable(KernelSourceUnavailable):
+    """Something that is no registry answered, as a proxy's page does. Not to be asked again now.
+
+    What was kept of the source still counts.
+    """
+
+
 class KernelSourceSuspended(KernelSourceUnavailable):
     """The source has been failing, so it was not asked. Not to be retried at once.
 

@@ -13,6 +13,7 @@ from esper.contracts.errors import (
     KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
+    KernelSourceUnreadable,
     TagMovedError,
 )
 from esper.resilience.circuit_breaker import CircuitBreaker
@@ -31,6 +32,7 @@ _ANSWERS: Final = (
     KernelNotFoundError,
     KernelCorruptError,
     KernelSourceRefused,
+    KernelSourceUnreadable,
     TagMovedError,
     ValueError,
     TypeError,
@@ -41,6 +43,7 @@ _POLICIES: Final[dict[type[Exception], RetryPolicy]] = {
     KernelSourceUnavailable: RetryPolicy(),
     KernelSourceSuspended: RetryPolicy(max_retries=0),
     KernelSourceRefused: RetryPolicy(max_retries=0),
+    KernelSourceUnreadable: RetryPolicy(max_retries=0),
 }
 
 

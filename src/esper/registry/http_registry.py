@@ -16,6 +16,7 @@ from esper.contracts.errors import (
     KernelNotFoundError,
     KernelSourceRefused,
     KernelSourceUnavailable,
+    KernelSourceUnreadable,
     TagMovedError,
 )
 from esper.contracts.kernel_reports import FieldReport, ValidationReport
@@ -401,6 +402,11 @@ class HttpRegistry:
                 data = self._exchange.body(answer, until_s, most=_MAX_DOCUMENT_BYTES)
             if answer.status_code not in (200, 201, 202, 204):
                 raise self._refusal(answer, data, path)
+            if _is_another_form(answer):
+                msg = (
+                    f"{self.base_url}{path} answered in another form than JSON: {_form_of(answer)}"
+                )
+                raise KernelSourceUnreadable(msg)
             try:
                 return read(_document(data))
             except _NOT_TO_BE_READ as error:
@@ -436,6 +442,20 @@ def _document(data: bytes) -> Any:
         msg = f"a document with more than {_MAX_DOCUMENT_VALUES} values"
         raise ValueError(msg)
     return json.loads(data) if data else None
+
+
+def _is_another_form(answer: httpx2.Response) -> bool:
+    """Say whether an answer calls itself something else than the JSON that was asked for."""
+    kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    is_plain = answer.headers.get("Content-Encoding", "identity").lower() == "identity"
+    return not is_plain or kind not in ("", "application/json", "application/problem+json")
+
+
+def _form_of(answer: httpx2.Response) -> str:
+    """Return in which form an answer came, in words."""
+    kind = answer.headers.get("Content-Type", "no type")
+    encoding = answer.headers.get("Content-Encoding")
+    return f"{kind:.80}" + (f", compressed ({encoding:.20})" if encoding else "")
 
 
 def _problem(answer: httpx2.Response, data: bytes) -> dict[str, Any]:
