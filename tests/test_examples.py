@@ -38,7 +38,7 @@ def test_own_loop_takes_over_what_beat_the_run():
     assert "1,210 parameters before and 1,210 after" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.network
 def test_ddp_grows_on_two_ranks_and_goes_on_by_itself(tmp_path):
     """Started by torchrun, and once more for an epoch beyond: it begins where it had ended."""

@@ -27,7 +27,6 @@ SLICE = [
     ("adamw, fused", "linear"),
     ("muon", "attention"),
     ("registered", "conv2d"),
-    ("sparse", "embedding"),
 ]
 WAKING_SLICE = [("adafactor", "batch_norm2d"), ("registered", "encoder_layer")]
 WHOLE = [(o, k) for o in OPTIMIZERS for k in KINDS if applies(o, k)]

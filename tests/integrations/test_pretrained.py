@@ -131,7 +131,9 @@ esper.Grower(made, torch.optim.SGD(made.parameters(), lr=0.1)).close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "door", [pytest.param(d, marks=[] if d == "trainer" else pytest.mark.torture) for d in DOORS]
+)
 def test_a_config_says_what_has_grown_whatever_wrapped_the_model(tmp_path, door):
     """A process in which nobody has said ``esper.wrap`` saves what comes back with its kernels."""
     torch.save(esper.wrap(model()), tmp_path / "wrapped.pt")

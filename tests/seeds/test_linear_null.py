@@ -70,7 +70,7 @@ def check_every_family(kind):
             assert layer.fossilize(0).reason == reason
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_null_leaves_no_trace_exactly_where_it_folds(kind):
     """At every kind of layer, for every family: folded after training, or refused as foretold."""
     check_every_family(kind)
@@ -112,7 +112,7 @@ QUICK = ("padded", "unpadded", "without_bias", "grouped", "transposed")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CONVOLUTIONS]
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.torture) for n in CONVOLUTIONS]
 )
 def test_what_a_null_adds_at_a_convolution(name):
     """A bias that padding cuts off, a bias for a host without, channels between groups."""

@@ -220,7 +220,7 @@ def test_report_has_what_is_promised(seed_result):
     assert report["arms"]["host"]["worst_dip_points"] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_test_split_with_random_labels_changes_no_decision(digits):
     """The controller cannot reach the test split: same structure, same log, other accuracy."""
     import torch
