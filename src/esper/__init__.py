@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from esper.growth.suggestion import Suggestion
     from esper.registry.open import open_registry
     from esper.seeds.maintenance import MaintenanceReport, maintain
+    from esper.seeds.profiling import Profile, ProfiledRange, profile
     from esper.seeds.shadow import in_shadow_pass
     from esper.seeds.shallow import asleep, shallow
     from esper.state.waiting import GraftOptions
@@ -164,6 +165,9 @@ _HOME: Final = {
     "load_checkpoint": "esper.continuity.checkpoint",
     "maintain": "esper.seeds.maintenance",
     "open_registry": "esper.registry.open",
+    "Profile": "esper.seeds.profiling",
+    "ProfiledRange": "esper.seeds.profiling",
+    "profile": "esper.seeds.profiling",
     "register_optimizer": "esper.continuity.ensemble",
     "restore": "esper.wrapping.restore",
     "save_checkpoint": "esper.continuity.checkpoint",
@@ -221,6 +225,8 @@ __all__ = [
     "Measurement",
     "Never",
     "Policy",
+    "Profile",
+    "ProfiledRange",
     "ProgressRow",
     "RandomChoice",
     "RankFailedError",
@@ -253,6 +259,7 @@ __all__ = [
     "load_checkpoint",
     "maintain",
     "open_registry",
+    "profile",
     "register_optimizer",
     "restore",
     "save_checkpoint",

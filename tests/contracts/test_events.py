@@ -9,18 +9,26 @@ from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     EVENT_TYPES,
     AlphaChanged,
+    AnomalySeen,
+    BreakerMoved,
     Detected,
     Evaluated,
     Fossilized,
     GateRead,
+    HealthChanged,
+    KernelEmbargoed,
+    KernelQuarantined,
     Noted,
     PassengerRemoved,
     Ranked,
     RegistryUnavailable,
+    Retried,
     RolledBack,
     RunEnded,
     RunStarted,
     SeedFaulted,
+    SeedMeasured,
+    SeedMoved,
     StageChanged,
     StageWoken,
     TakenOver,
@@ -210,6 +218,71 @@ OF_FORMAT_1_1 = {
         reason="copied",
         package=1,
     ),
+    '{"alpha": 0.5, "calls": 64, "fault_rate": 0.015625, "faults": 1, "format_version": "1.1", '
+    '"health": 0.75, "id": "ab-3", "kind": "seed_measured", "latency_us": 125.0, '
+    '"run_id": "ab", "seed_idx": 1, "seq": 3, "site": "fc", "size_bytes": 4096, '
+    '"state": "active", "time_s": 0.5, "update": 7}': SeedMeasured(
+        **ENVELOPE,
+        site="fc",
+        seed_idx=1,
+        state="active",
+        alpha=0.5,
+        calls=64,
+        faults=1,
+        fault_rate=0.015625,
+        health=0.75,
+        latency_us=125.0,
+        size_bytes=4096,
+    ),
+    '{"after": "error_recovery", "before": "active", "format_version": "1.1", "id": "ab-3", '
+    '"kind": "seed_moved", "reason": "NaN", "run_id": "ab", "seed_idx": 1, "seq": 3, '
+    '"site": "fc", "time_s": 0.5, "update": 7}': SeedMoved(
+        **ENVELOPE, site="fc", seed_idx=1, before="active", after="error_recovery", reason="NaN"
+    ),
+    '{"artifact_id": "ab", "format_version": "1.1", "id": "ab-3", "kind": "retried", '
+    '"number": 2, "outcome": "recovered", "reason": "down", "run_id": "ab", "seed_idx": 1, '
+    '"seq": 3, "site": "fc", "time_s": 0.5, "update": 7, "what": "load"}': Retried(
+        **ENVELOPE,
+        what="load",
+        outcome="recovered",
+        number=2,
+        site="fc",
+        seed_idx=1,
+        artifact_id="ab",
+        reason="down",
+    ),
+    '{"after": "open", "before": "closed", "format_version": "1.1", "id": "ab-3", '
+    '"kind": "breaker_moved", "name": "the registry", "run_id": "ab", "seq": 3, "time_s": 0.5, '
+    '"update": 7, "wait_s": 1.5}': BreakerMoved(
+        **ENVELOPE, name="the registry", before="closed", after="open", wait_s=1.5
+    ),
+    '{"artifact_id": "ab", "format_version": "1.1", "id": "ab-3", '
+    '"kind": "kernel_quarantined", "reason": "NaN", "released": false, "run_id": "ab", "seq": 3, '
+    '"time_s": 0.5, "update": 7}': KernelQuarantined(**ENVELOPE, artifact_id="ab", reason="NaN"),
+    '{"artifact_id": "ab", "for_s": 30.0, "format_version": "1.1", "id": "ab-3", '
+    '"kind": "kernel_embargoed", "reason": "not there", "run_id": "ab", "seq": 3, "time_s": 0.5, '
+    '"update": 7}': KernelEmbargoed(**ENVELOPE, artifact_id="ab", for_s=30.0, reason="not there"),
+    '{"format_version": "1.1", "id": "ab-3", "kind": "anomaly_seen", "limit": 250.0, '
+    '"reason": "slow", "run_id": "ab", "seed_idx": 1, "seq": 3, "site": "fc", "time_s": 0.5, '
+    '"update": 7, "usual": 125.0, "value": 500.0, "what": "latency"}': AnomalySeen(
+        **ENVELOPE,
+        site="fc",
+        seed_idx=1,
+        what="latency",
+        value=500.0,
+        usual=125.0,
+        limit=250.0,
+        reason="slow",
+    ),
+    '{"format_version": "1.1", "healthy": false, "id": "ab-3", "kind": "health_changed", '
+    '"reason": "error rate is 0.5, its limit 0.1", "run_id": "ab", "score": 0.5, '
+    '"seed_idx": null, "seq": 3, "site": "fc", "time_s": 0.5, "update": 7}': HealthChanged(
+        **ENVELOPE,
+        site="fc",
+        healthy=False,
+        score=0.5,
+        reason="error rate is 0.5, its limit 0.1",
+    ),
 }
 """Lines of a log of format 1.1. Lines are never changed here, only added."""
 
@@ -343,6 +416,10 @@ def test_stages_are_stages_whoever_wrote_them():
         ("gate_read", '"admission"', '"admissoin"', "gate"),
         ("seed_faulted", '"active"', '"nonsense"', "state"),
         ("seed_faulted", '"active"', "2", "state"),
+        ("seed_moved", '"error_recovery"', '"lost"', "after"),
+        ("retried", '"recovered"', '"well"', "outcome"),
+        ("breaker_moved", '"open"', '"ajar"', "after"),
+        ("anomaly_seen", '"latency"', '"mood"', "what"),
         ("stage_changed", '"audition"', '"tryout"', "before"),
         ("stage_changed", '"culled"', '""', "after"),
     ],

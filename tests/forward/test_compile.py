@@ -180,8 +180,14 @@ def test_twenty_different_kernels_leave_the_model_compiled():
     assert 8 < counter.frame_count <= 20
 
 
-def test_statistics_say_that_compiled_calls_are_not_counted():
-    """Counted calls are the eager ones, and the statistics name what they leave out."""
+NOT_COUNTED = [
+    "calls inside torch.compile that run no kernel with a guard",
+    "calls inside torch.compile beyond the latest 256 before a reading",
+]
+
+
+def test_statistics_say_which_compiled_calls_are_not_counted():
+    """Without a kernel counted calls are the eager ones, and the statistics say so."""
     net, site, fast, _ = compiled(telemetry_enabled=True)
     x = torch.randn(5, 6)
     fast(x)
@@ -189,13 +195,40 @@ def test_statistics_say_that_compiled_calls_are_not_counted():
     net(x)
     found = site.get_stats()["execution_stats"]
     assert found["forward_count"] == 1
-    assert found["not_counted"] == ["calls inside torch.compile"]
+    assert found["not_counted"] == NOT_COUNTED
 
     site.telemetry_enabled = False
     net(x)
     found = site.get_stats()["execution_stats"]
     assert found["forward_count"] == 1
-    assert found["not_counted"] == ["calls inside torch.compile", "calls while telemetry is off"]
+    assert found["not_counted"] == [*NOT_COUNTED, "calls while telemetry is off"]
+
+
+@pytest.mark.parametrize("guard", ["always", "step"])
+def test_compiled_calls_of_a_guarded_kernel_are_counted(guard):
+    """By its graph: what the guard remembers tells how many there were, at the next reading."""
+    net, site, fast, counter = compiled(telemetry_enabled=True)
+    x = torch.randn(5, 6)
+    site.enable_step_guard()
+    site.graft(0, nn.Linear(6, 6), alpha=0.5, guard=guard, example=x)
+    for _ in range(3):
+        fast(x)
+    net(x)
+    graphs = counter.frame_count
+    found = site.get_stats()["execution_stats"]
+    assert (found["forward_count"], found["kernel_execution_count"]) == (4, 4)
+    fast(x)
+    assert site.get_stats()["execution_stats"]["kernel_execution_count"] == 5
+    assert counter.frame_count == graphs
+
+
+def test_control_compiled_calls_without_a_guard_are_not_counted():
+    """Nothing in such a graph remembers a call."""
+    _, site, fast, _ = compiled(telemetry_enabled=True)
+    x = torch.randn(5, 6)
+    site.graft(0, nn.Linear(6, 6), alpha=0.5, guard="off", example=x)
+    fast(x)
+    assert site.get_stats()["execution_stats"]["kernel_execution_count"] == 0
 
 
 def test_kernels_that_another_context_loads_leave_the_model_compiled():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from esper.cli import blueprints, compiling, kernels, registry, watching
+from esper.cli import blueprints, compiling, kernels, registry, report, watching
 from esper.cli.console import console
 from esper.cli.outcome import EXIT_ERROR, EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
 from esper.contracts.errors import EsperError
@@ -43,6 +43,7 @@ app.add_typer(blueprints.app)
 app.command("compile", epilog=blueprints.ENVIRONMENT)(compiling.compile_file)
 app.command(epilog=watching.ENVIRONMENT)(watching.watch)
 app.command("compile-worker", epilog=compiling.ENVIRONMENT)(compiling.work)
+app.command("report")(report.report)
 
 Target = Annotated[
     str,

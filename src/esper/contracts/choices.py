@@ -43,6 +43,22 @@ RegistryOperation = Literal["put", "fetch", "search", "report"]
 are, or to take a field report."""
 REGISTRY_OPERATIONS: Final[tuple[RegistryOperation, ...]] = get_args(RegistryOperation)
 
+RetriedWork = Literal["probe", "load"]
+"""What was tried again: the probe of an isolated seed, or the load of a kernel."""
+RETRIED_WORK: Final[tuple[RetriedWork, ...]] = get_args(RetriedWork)
+
+RetryOutcome = Literal["tried again", "recovered", "failed", "given up"]
+"""What became of a retry; the first says nothing yet."""
+RETRY_OUTCOMES: Final[tuple[RetryOutcome, ...]] = get_args(RetryOutcome)
+
+BreakerWord = Literal["closed", "open", "half_open"]
+"""The name of a ``BreakerState`` in files."""
+BREAKER_WORDS: Final[tuple[BreakerWord, ...]] = get_args(BreakerWord)
+
+AnomalousFigure = Literal["latency", "error rate"]
+"""What of a seed may leave its own history."""
+ANOMALOUS_FIGURES: Final[tuple[AnomalousFigure, ...]] = get_args(AnomalousFigure)
+
 GraftVerdict = Literal[
     "in progress",
     "culled in audition",

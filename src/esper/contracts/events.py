@@ -18,10 +18,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from esper.contracts.choices import (
+    ANOMALOUS_FIGURES,
     ATTRIBUTIONS,
+    BREAKER_WORDS,
     DEPTH_VERDICTS,
     GATES,
     REGISTRY_OPERATIONS,
+    RETRIED_WORK,
+    RETRY_OUTCOMES,
     SEED_STATES,
     TAKEN,
     TRIAL_VERDICTS,
@@ -42,10 +46,14 @@ if TYPE_CHECKING:
 
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.choices import (
+        AnomalousFigure,
         Attribution,
+        BreakerWord,
         DepthVerdict,
         Gate,
         RegistryOperation,
+        RetriedWork,
+        RetryOutcome,
         SeedState,
         Taken,
         TrialVerdict,
@@ -476,6 +484,180 @@ class SeedFaulted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SeedMeasured(Event):
+    """How a seed that contributes is doing, told now and then.
+
+    Latency and health are there where telemetry is on, and a clock makes the latency: it differs
+    between two runs that are otherwise equal.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        state: Lifecycle state that the seed is in, in lower case.
+        alpha: Its share, in [0, 1].
+        calls: Calls of its kernel that were read since it came, at least 0.
+        faults: Those of them that were faulty.
+        fault_rate: Share of faults in the last 200 calls, in [0, 1].
+        health: Smoothed health in [0, 1]; None where there is no sample.
+        latency_us: Median of the latest times that its kernel took, in microseconds; None where
+            none was taken.
+        size_bytes: Bytes of the kernel's parameters and buffers.
+    """
+
+    kind: ClassVar[str] = "seed_measured"
+    site: str
+    seed_idx: int
+    state: SeedState
+    alpha: float = 1.0
+    calls: int = 0
+    faults: int = 0
+    fault_rate: float = 0.0
+    health: float | None = None
+    latency_us: float | None = None
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedMoved(Event):
+    """A seed was isolated, came back, or was given up: its lifecycle state changed for a fault.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        before: State that was left: ``"active"`` or ``"error_recovery"``.
+        after: State that was entered: ``"error_recovery"`` where it was isolated, ``"active"``
+            where a probe has passed, ``"dormant"`` where it was given up.
+        reason: Why.
+    """
+
+    kind: ClassVar[str] = "seed_moved"
+    site: str
+    seed_idx: int
+    before: SeedState
+    after: SeedState
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retried(Event):
+    """Something that had failed was tried again.
+
+    Attributes:
+        what: ``"probe"`` of an isolated seed, or ``"load"`` of a kernel.
+        outcome: ``"tried again"``, which says nothing yet, ``"recovered"``, ``"failed"`` where
+            there may be another try, or ``"given up"``.
+        number: Which retry it was, from 1; 0 where none was made.
+        site: Dotted name of the layer; empty where it is not known.
+        seed_idx: Slot in that layer, from 0; None where it is not known.
+        artifact_id: The sha256 of the kernel's bytes; empty where it is not known.
+        reason: What had failed.
+    """
+
+    kind: ClassVar[str] = "retried"
+    what: RetriedWork
+    outcome: RetryOutcome
+    number: int = 0
+    site: str = ""
+    seed_idx: int | None = None
+    artifact_id: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerMoved(Event):
+    """A circuit breaker opened, tries again, or closed.
+
+    Attributes:
+        name: What it stands before.
+        before: State that was left: ``"closed"``, ``"open"`` or ``"half_open"``.
+        after: State that was entered.
+        wait_s: Where it has opened, for how long nothing is asked, in seconds; else 0.
+    """
+
+    kind: ClassVar[str] = "breaker_moved"
+    name: str
+    before: BreakerWord
+    after: BreakerWord
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelQuarantined(Event):
+    """A kernel failed too often in a row, and is not loaded until it is released.
+
+    Attributes:
+        artifact_id: The sha256 of the kernel's bytes.
+        released: Whether it was let out again, rather than put in.
+        reason: What the last failure was; empty where it was released.
+    """
+
+    kind: ClassVar[str] = "kernel_quarantined"
+    artifact_id: str
+    released: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelEmbargoed(Event):
+    """A kernel is not asked for, for a while or for the rest of the run.
+
+    Attributes:
+        artifact_id: The sha256 of the kernel's bytes.
+        for_s: Seconds; None for the rest of the run.
+        reason: Why.
+    """
+
+    kind: ClassVar[str] = "kernel_embargoed"
+    artifact_id: str
+    for_s: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnomalySeen(Event):
+    """A figure of a seed has left its own history; told once, until it has come back.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        what: ``"latency"``, in microseconds, or ``"error rate"``, in [0, 1].
+        value: What it is now, over the latest samples.
+        usual: What it was before, over many.
+        limit: What it has passed.
+        reason: The same in a sentence.
+    """
+
+    kind: ClassVar[str] = "anomaly_seen"
+    site: str
+    seed_idx: int
+    what: AnomalousFigure
+    value: float
+    usual: float
+    limit: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthChanged(Event):
+    """Somebody has to see to a layer or to one of its seeds, or need not any more.
+
+    Attributes:
+        site: Dotted name of the layer; nothing grows there while it is not healthy.
+        healthy: Whether it is.
+        score: Health in [0, 1]; None where it is of a seed, which has limits and no score.
+        seed_idx: The seed that has passed a limit of its own; None where it is the layer.
+        reason: Which limit was passed, with both numbers.
+    """
+
+    kind: ClassVar[str] = "health_changed"
+    site: str
+    healthy: bool
+    score: float | None = None
+    seed_idx: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryUnavailable(Event):
     """A registry did not answer; the run went on without, and it is asked again.
 
@@ -551,6 +733,14 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
         PassengerRemoved,
         StageWoken,
         SeedFaulted,
+        SeedMeasured,
+        SeedMoved,
+        Retried,
+        BreakerMoved,
+        KernelQuarantined,
+        KernelEmbargoed,
+        AnomalySeen,
+        HealthChanged,
         RegistryUnavailable,
         Noted,
         RunEnded,
@@ -559,9 +749,14 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
 
 _STAGES: Final = tuple(stage.value for stage in GraftStage)
 _CLOSED: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "anomaly_seen": {"what": ANOMALOUS_FIGURES},
+    "breaker_moved": {"before": BREAKER_WORDS, "after": BREAKER_WORDS},
     "gate_read": {"gate": GATES},
     "registry_unavailable": {"operation": REGISTRY_OPERATIONS},
+    "retried": {"what": RETRIED_WORK, "outcome": RETRY_OUTCOMES},
     "seed_faulted": {"state": SEED_STATES},
+    "seed_measured": {"state": SEED_STATES},
+    "seed_moved": {"before": SEED_STATES, "after": SEED_STATES},
     "stage_changed": {"before": ("", *_STAGES), "after": _STAGES},
     "trial_started": {"attribution": ATTRIBUTIONS},
     "trial_read": {"verdict": TRIAL_VERDICTS, "taken": TAKEN, "attribution": ATTRIBUTIONS},

@@ -20,6 +20,7 @@ from esper.contracts.run_records import (
     Comparison,
     Evaluation,
     GraftRecord,
+    IncidentRecord,
     NotFinite,
     StageRecord,
     TimelineEntry,
@@ -58,6 +59,7 @@ __all__ = [
     "DemoReport",
     "Evaluation",
     "GraftRecord",
+    "IncidentRecord",
     "NotFinite",
     "RunReport",
     "StageArm",
@@ -460,6 +462,7 @@ def _parts(*, newer: bool) -> Parts:
     own[RunReport] = {
         "evaluations": each(Evaluation),
         "not_finite": each(NotFinite),
+        "incidents": each(IncidentRecord),
         "grafts": each(GraftRecord),
         "timeline": each(TimelineEntry),
         "alphas": each(AlphaPoint),

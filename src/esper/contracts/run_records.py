@@ -61,6 +61,37 @@ class NotFinite(Extensible):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentRecord(Extensible):
+    """Something that went wrong with a seed or a source of kernels, or came right again.
+
+    Attributes:
+        kind: The kind of its events, for example ``"seed_moved"`` or ``"breaker_moved"``.
+        site: Dotted name of the layer; empty where it is of none.
+        seed_idx: Slot in that layer, from 0; None where it is of none.
+        subject: What else it is about: a breaker's name, a kernel's digest, a figure; or empty.
+        since: Update at which it was first told.
+        last: Update at which it was last told.
+        times: How often it was told, at least 1.
+        text: What was said of it last.
+    """
+
+    kind: str
+    site: str = ""
+    seed_idx: int | None = None
+    subject: str = ""
+    since: int
+    last: int
+    times: int = 1
+    text: str
+
+    @property
+    def where(self) -> str:
+        """The layer and the seed that it is about; empty where none."""
+        seed = "" if self.seed_idx is None else f", seed {self.seed_idx}"
+        return f"{self.site or '(root)'}{seed}" if self.site or seed else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraftRecord(Extensible):
     """One try to grow, from germination to verdict. Losses are those of the gate split.
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         AlphaPoint,
         Evaluation,
         GraftRecord,
+        IncidentRecord,
         NotFinite,
         StageRecord,
         TimelineEntry,
@@ -85,6 +86,8 @@ class RunReport(Extensible):
         updates: Optimizer updates done.
         evaluations: Those with a finite gate loss, in the order in which they were made.
         not_finite: What was NaN or infinite, and when, in order.
+        incidents: What went wrong with seeds and with sources of kernels, and came right again, as
+            the events tell it; one for each thing that did, in the order in which it first did.
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
@@ -130,6 +133,7 @@ class RunReport(Extensible):
     test_metrics: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    incidents: tuple[IncidentRecord, ...] = ()
     control: RunReport | None = None
     run_id: str = ""
     end_capacity: float | None = None
@@ -386,7 +390,19 @@ def run_lines(report: RunReport) -> Iterator[str]:
     yield f"{report.updates:,} updates{_sizes_text(report)}; {work_text(report)}."
     yield from _loss_lines(report)
     yield from _parts_lines(report)
+    if report.incidents:
+        yield f"Faults and health: {len(report.incidents)}"
+        yield from map(_incident_line, report.incidents)
     yield from (f"Note: {note}" for note in report.notes)
+
+
+def _incident_line(incident: IncidentRecord) -> str:
+    when = f"update {incident.since:,}"
+    if incident.last != incident.since:
+        when = f"updates {incident.since:,} to {incident.last:,}"
+    times = f", {incident.times:,} times" if incident.times > 1 else ""
+    where = f", {incident.where}" if incident.where else ""
+    return f"  {when}{where}{times}: {incident.text}"
 
 
 def _sizes_text(report: RunReport) -> str:

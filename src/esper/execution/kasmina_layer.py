@@ -249,7 +249,8 @@ class KasminaLayer(nn.Module):
         if manager is None:
             budget = getattr(self.kernel_cache, "retry_budget", None)
             manager = shared.keep(
-                ErrorRecoveryManager, ErrorRecoveryManager(max_retries=3, budget=budget)
+                ErrorRecoveryManager,
+                ErrorRecoveryManager(max_retries=3, budget=budget, source=self._kasmina.source),
             )
         return manager
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from esper.contracts.lifecycle import SeedLifecycleState
@@ -11,6 +12,7 @@ from esper.resilience.health_monitor import HealthMonitor
 from esper.running.kernel_executor import shared_executor
 from esper.running.module_cache import size_bytes
 from esper.state.layer_record import record_of
+from esper.state.observation import OBSERVED_CALLS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,10 +25,12 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
 
     ``performance`` has the specification's keys. ``execution`` and ``cache`` are of the kernels in
     this layer's seeds: calls are counted where telemetry is on, and now and then one is timed on
-    its thread, of which the latest is kept for each seed: ``mean_us`` is over those, ``last_us``
-    and ``p95_us`` are not observed. ``compilation`` is of the process's executor, since layers
-    compile nothing. What was not observed is None, or a count of 0; ``not_counted`` names the calls
-    that no count can know of. A fault that a guard stops is counted in compiled calls too.
+    its thread; the latest 128 times are kept for each seed. ``mean_us`` and ``p95_us`` are over
+    those, ``last_us`` is the last of them all, and ``latency_us`` has the last of each seed.
+    Compiled calls are never timed; those of a guarded kernel are counted by its graph.
+    ``compilation`` is of the process's executor, since layers compile nothing. What was not
+    observed is None, or a count of 0; ``not_counted`` names the calls that no count can know of. A
+    fault that a guard stops is counted in compiled calls too.
 
     Args:
         layer: A wrapped layer whose counters have been read (``maintain``).
@@ -65,22 +69,28 @@ def layer_statistics(layer: nn.Module) -> dict[str, Any]:
 
 
 def _not_counted(record: LayerRecord) -> list[str]:
-    """Return which calls the counts leave out: a counter in a graph would make torch recompile."""
-    always = ["calls inside torch.compile"]
+    """Return which calls the counts leave out: a counter in a graph would make torch recompile.
+
+    What a guard remembers of its calls is a tensor of the graph, which tells how many there were.
+    """
+    always = [
+        "calls inside torch.compile that run no kernel with a guard",
+        f"calls inside torch.compile beyond the latest {OBSERVED_CALLS} before a reading",
+    ]
     return always if record.telemetry_enabled else [*always, "calls while telemetry is off"]
 
 
 def _performance(record: LayerRecord) -> dict[str, Any]:
     latency_us = {i: int(record.layout.exec_latency_us[i]) for i in record.seeds}
-    timed_us = [latency for latency in latency_us.values() if latency]
+    timed_us = sorted(us for seed in record.seeds.values() for us in seed.timed_us)
     sizes_bytes = [size_bytes(seed.slot.kernel) for seed in record.seeds.values()]
     return {
         "compilation": shared_executor().get_performance_stats()["compilation"],
         "execution": {
             "count": record.kernel_execution_count,
             "mean_us": sum(timed_us) / len(timed_us) if timed_us else None,
-            "p95_us": None,
-            "last_us": None,
+            "p95_us": timed_us[math.ceil(0.95 * len(timed_us)) - 1] if timed_us else None,
+            "last_us": record.last_timed_us if timed_us else None,
         },
         "cache": {"modules_cached": len(sizes_bytes), "memory_mb": sum(sizes_bytes) / 2**20},
         "device": str(record.layout.device),

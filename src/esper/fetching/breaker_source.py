@@ -15,6 +15,8 @@ from esper.contracts.errors import (
     KernelSourceRefused,
     KernelSourceSuspended,
 )
+from esper.contracts.events import BreakerMoved
+from esper.fetching.incidents import announce
 from esper.resilience.circuit_breaker import BreakerState, BreakerTransition, CircuitBreaker
 from esper.resilience.retry import RetryBudget
 
@@ -59,10 +61,23 @@ class SourceBehindBreaker:
         self._is_guarded = own is not None
         if own is not None:
             self.breaker, self.retry_budget = own.breaker, own.retry_budget
+            self.breaker.listen(self._announce)
             return
         name = f"the kernel source {type(source).__name__}"
         self.retry_budget = RetryBudget()
         self.breaker = breaker or CircuitBreaker(name, answers=ANSWERS, on_transition=_log)
+        self.breaker.listen(self._announce)
+
+    def _announce(self, move: BreakerTransition) -> None:
+        moved = BreakerMoved(
+            update=0,
+            time_s=0.0,
+            name=move.name,
+            before=move.before.value,
+            after=move.after.value,
+            wait_s=move.wait_s,
+        )
+        announce(self.source, moved)
 
     def fetch(self, digest: str) -> bytes:
         """Return the artifact whose sha256 is ``digest``; see ``KernelSource.fetch``.

@@ -11,7 +11,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import CacheError, KernelCorruptError, KernelRefusedError
+from esper.contracts.events import KernelQuarantined
 from esper.fetching.breaker_source import SourceBehindBreaker, behind_breaker
+from esper.fetching.incidents import announce
 from esper.fetching.kernel_cache import CacheStats, KernelCache
 
 if TYPE_CHECKING:
@@ -172,6 +174,7 @@ class EnhancedKernelCache(KernelCache):
             is_quarantined = artifact_id in self._quarantine
         if is_news:
             _logger.warning("kernel %s is in quarantine: %s", artifact_id, reason)
+            self._announce(artifact_id, reason=reason)
         return is_quarantined
 
     def quarantined(self) -> dict[str, str]:
@@ -191,6 +194,13 @@ class EnhancedKernelCache(KernelCache):
                 raise CacheError(msg)
             del self._quarantine[artifact_id]
             self._records.pop(artifact_id, None)
+        self._announce(artifact_id, released=True)
+
+    def _announce(self, artifact_id: str, *, released: bool = False, reason: str = "") -> None:
+        told = KernelQuarantined(
+            update=0, time_s=0.0, artifact_id=artifact_id, released=released, reason=reason
+        )
+        announce(self._source, told)
 
     def worth(self, artifact_id: str) -> float:
         """Return what keeping an entry is worth; the least goes first.

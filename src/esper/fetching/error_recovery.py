@@ -30,6 +30,8 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
     SeedLifecycleError,
 )
+from esper.contracts.events import Retried
+from esper.fetching.incidents import announce
 from esper.resilience.attempt import Failed, attempt, attempt_async
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.deadline import Deadline
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from esper.contracts.ports import Clock
+    from esper.contracts.choices import RetryOutcome
+    from esper.contracts.ports import Clock, KernelSource
 
 __all__ = [
     "MAX_FIRST_DELAY_S",
@@ -147,6 +150,7 @@ class ErrorRecoveryManager:
         sleep: Waits on a worker thread, seconds.
         sleep_async: Waits in an event loop, seconds.
         rng: Draws the waits.
+        source: Whose loads are tried again, for those who listen to it; None tells nobody.
     """
 
     def __init__(
@@ -161,8 +165,10 @@ class ErrorRecoveryManager:
         sleep: Callable[[float], None] = time.sleep,
         sleep_async: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
+        source: KernelSource | None = None,
     ) -> None:
         self.max_retries = max_retries
+        self._source = source
         self.base_delay = base_delay
         self._timeout_s = timeout_s
         self._clock = clock or MonotonicClock()
@@ -367,6 +373,7 @@ class _Recovery:
         with self._manager._lock:  # noqa: SLF001 - the other half of it
             self._manager._num_retries += 1  # noqa: SLF001 - the other half of it
         _logger.info("retry %d after %r, %s", number, latest, dict(self._context))
+        self._announce("tried again", latest)
         if ErrorType.of(latest) is ErrorType.OUT_OF_MEMORY:
             _free_memory()
 
@@ -382,8 +389,24 @@ class _Recovery:
         manager = self._manager
         counts = manager._recovery_success if error is None else manager._recovery_failure  # noqa: SLF001 - as above
         manager._count(counts, ErrorType.of(self._original))  # noqa: SLF001 - as above
+        self._announce("recovered" if error is None else "given up", error or self._original)
         if error is not None:
             self._give_up(error)
+
+    def _announce(self, outcome: RetryOutcome, error: BaseException) -> None:
+        seed_idx = self._context.get("seed_idx")
+        told = Retried(
+            update=0,
+            time_s=0.0,
+            what="load",
+            outcome=outcome,
+            number=self._num_retries,
+            site=str(self._context.get("layer", "")),
+            seed_idx=seed_idx if isinstance(seed_idx, int) else None,
+            artifact_id=str(self._context.get("artifact_id", "")),
+            reason=f"{type(error).__name__}: {error}",
+        )
+        announce(self._manager._source, told)  # noqa: SLF001 - as above
 
     def _give_up(self, latest: BaseException) -> None:
         """Log the latest error, and put the original at the end of its causes."""

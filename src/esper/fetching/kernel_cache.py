@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 
 from esper.compiler.codec import decode_artifact
 from esper.contracts.errors import CacheError, KernelNotFoundError, KernelSourceUnavailable
+from esper.contracts.events import KernelEmbargoed
 from esper.contracts.reference import check_digest
+from esper.fetching.incidents import announce
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
@@ -371,6 +373,14 @@ class KernelCache:
         if len(self._absent_until_s) >= _MAX_NEGATIVE_ENTRIES:
             del self._absent_until_s[next(iter(self._absent_until_s))]
         self._absent_until_s[artifact_id] = until_s
+        told = KernelEmbargoed(
+            update=0,
+            time_s=0.0,
+            artifact_id=artifact_id,
+            for_s=self._negative_ttl_s,
+            reason="the source has none of this digest",
+        )
+        announce(self._source, told)
 
     def _keep(self, artifact_id: str, artifact: CompiledKernelArtifact) -> None:
         self._absent_until_s.pop(artifact_id, None)

@@ -86,4 +86,7 @@ class _Timed:
         latency_us = int((time.perf_counter() - start_s) * 1e6)
         health = 1.0 - self._record.layout.fault_rate(seed.seed_idx)
         self._record.layout.update_telemetry(seed.seed_idx, latency_us, health)
+        self._record.last_timed_us = latency_us
+        seed.timed_us.append(latency_us)
+        seed.num_timed += 1
         return k

@@ -151,7 +151,7 @@ def _kind_for(record: LayerRecord) -> Kind:
     if record.note is not None:
         return "noting"
     if record.plan:
-        return "active"
+        return "profiled" if record.num_naming else "active"
     if record.watched:
         return "watching"
     return "counting" if record.telemetry_enabled else "dormant"

@@ -1,10 +1,11 @@
 """The classes that a host object may have as a layer: what each does in a forward.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are five classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are six classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
 counter, for telemetry; *watching*, the same where kernels stand at alpha 0, which others may
-write; *active*, whose forward follows the plan; *noting*, which keeps its input for a graft that
-waits for one. A transition changes ``__class__`` of the host object.
+write; *active*, whose forward follows the plan; *profiled*, the same where the kernels run under
+their names; *noting*, which keeps its input for a graft that waits for one. A transition changes
+``__class__`` of the host object.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from esper.forward.container_items import hiding_seeds
 from esper.forward.fence import run_kernel
 from esper.forward.host_output import graftable, pass_on, with_first
 from esper.forward.input_watch import watched
+from esper.forward.named_run import opening_named
 from esper.forward.nested import blend_nested
 from esper.forward.noting import take_note
 from esper.state.layer_call import as_declared, declared_names
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
     OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
 
 
-Kind = Literal["dormant", "counting", "watching", "active", "noting"]
-"""Whether a class runs the host's function, the same counted or watched, the plan, or either of
-them with its input noted."""
+Kind = Literal["dormant", "counting", "watching", "active", "profiled", "noting"]
+"""Whether a class runs the host's function, the same counted or watched, the plan, the same under
+names, or either of the two with its input noted."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -74,7 +76,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the five it is.
+        kind: Which of the six it is.
     """
 
     family: LayerClass
@@ -174,9 +176,19 @@ def _look_again(layer: nn.Module) -> Callable[..., object]:
 
 
 def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    return _following_plan(family, host_class, family.open_run)
+
+
+def _profiled(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    return _following_plan(family, host_class, opening_named(family.open_run))
+
+
+def _following_plan(
+    family: LayerClass, host_class: type[nn.Module], open_run: OpenRun | None
+) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
-    open_run, names = family.open_run, declared_names(host_forward)
+    names = declared_names(host_forward)
 
     @functools.wraps(host_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -224,6 +236,7 @@ _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] =
     "counting": _counting,
     "watching": _watching,
     "active": _active,
+    "profiled": _profiled,
     "noting": _noting,
 }
 
@@ -259,4 +272,6 @@ def reduce_layer(reduced: tuple[object, ...], cls: type) -> tuple[object, ...]:
     key = cls.__dict__.get("_esper_key")
     if key is None or getattr(reduced[0], "__name__", "") != "__newobj__":
         return reduced
+    if key.kind == "profiled":  # who profiles the original does not profile its copies
+        key = key._replace(kind="active")
     return (rebuild, tuple(key), *reduced[2:])

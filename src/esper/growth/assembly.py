@@ -19,6 +19,7 @@ from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.contracts.reference import is_digest
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
+from esper.fetching.incidents import Incidents
 from esper.fetching.outbox import Outbox
 from esper.fetching.preloader import DEFAULT_BYTES, Preloader
 from esper.growth.budget import Budget, Cost, count_parameters, default_overhead
@@ -46,17 +47,18 @@ from esper.observability.run_folder import (
 )
 from esper.resilience.clock import MonotonicClock
 from esper.state.host_parts import check_replicas
+from esper.state.layer_record import record_of
 from esper.state.shards import is_in_shards
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
 
     from esper.contracts.artifact import CompiledKernelArtifact
-    from esper.contracts.ports import Registry
+    from esper.contracts.ports import KernelSource, Registry
     from esper.execution.kasmina_layer import KasminaLayer
     from esper.growth.options import GrowerOptions
     from esper.growth.policies import Policy
@@ -128,6 +130,7 @@ def begin_run(
         outbox=_outbox(registry, model, options.get("run_dir"), log),
         offers=_offers(registry, cache, model, options.get("preload_bytes")),
         field_reports=FieldReports(),
+        incidents=Incidents(_sources(registry, found)),
         origin_id=journal.run_id,
         owned_registry=registry if registry is not options.get("registry") else None,
         clock=clock,
@@ -147,6 +150,12 @@ def begin_run(
         grafts=Grafts(journal),
         host_cost=host_cost,
     )
+
+
+def _sources(registry: Registry | None, found: Mapping[str, KasminaLayer]) -> list[KernelSource]:
+    """Return where kernels of a run may come from: its registry, and its layers' own sources."""
+    sources = (registry, *(record_of(layer).source for layer in found.values()))
+    return list({id(source): source for source in sources if source is not None}.values())
 
 
 def _with_overhead(settings: GrowthSettings, budget: Budget, host: Cost) -> GrowthSettings:

@@ -34,6 +34,7 @@ from esper.growth.sent_kernel import kernel_of_first_rank
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
+from esper.state.ranges import named_ranges
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
@@ -138,7 +139,11 @@ def free_seed(run: GrowthRun, site: str) -> int | None:
 
 def open_sites(run: GrowthRun) -> dict[str, KasminaLayer]:
     """Return the layers in which a graft may germinate now."""
-    return {name: layer for name, layer in run.layers.items() if free_seed(run, name) is not None}
+    return {
+        name: layer
+        for name, layer in run.layers.items()
+        if name not in run.closed and free_seed(run, name) is not None
+    }
 
 
 def rank(
@@ -309,6 +314,11 @@ def named_kernel(
     if layer is None:
         msg = f"{choice.site!r} is no site of this model; its sites: {', '.join(run.layers)}"
         raise GrowthError(msg)
+    if choice.site in run.closed:
+        run.journal.note(
+            f"nothing germinated at {choice.site}, which is not healthy: {run.closed[choice.site]}"
+        )
+        return None
     if free_seed(run, choice.site) is None:
         msg = f"{choice.site!r} has no seed that is free; wrap with a larger num_seeds"
         raise GrowthError(msg)
@@ -367,7 +377,9 @@ def germinate(
     seed_idx = free_seed(run, site)
     assert seed_idx is not None, f"{site} was offered without a dormant seed"
     try:
-        kernel, is_identity = _probed(run, layer, artifact or _compiled(run, blueprint), seen)
+        kernel, is_identity = _probed(
+            run, layer, seed_idx, artifact or _compiled(run, blueprint), seen
+        )
     except (KasminaException, BlueprintError, RankFailedError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
@@ -419,11 +431,15 @@ def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
 
 
 def _probed(
-    run: GrowthRun, layer: KasminaLayer, artifact: CompiledKernelArtifact, seen: SiteObservation
+    run: GrowthRun,
+    layer: KasminaLayer,
+    seed_idx: int,
+    artifact: CompiledKernelArtifact,
+    seen: SiteObservation,
 ) -> tuple[PreparedKernel, bool]:
     """Return a kernel that passed its probe, and whether it is the identity at alpha 1."""
     kernel = prepare_kernel(layer, artifact)
-    with run.ledger.measured("ranking"):
+    with run.ledger.measured("ranking"), named_ranges([(layer, seed_idx)], "probe"):
         found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 

@@ -52,7 +52,9 @@ from esper.growth.stages import Recording
 from esper.growth.suggestion import suggestions
 from esper.observability.run_folder import OUTBOX_FOLDER
 from esper.resilience.attempt import Done, Failed, attempt
-from esper.seeds.maintenance import maintain_layers
+from esper.seeds.layer_health import illness_of
+from esper.seeds.maintenance import MEASURED_EVERY, maintain_layers
+from esper.state.layer_record import record_of
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
+    from esper.state.layer_record import LayerRecord
 
 _LOG = logging.getLogger(__name__)
 
@@ -326,6 +329,7 @@ class Grower:
             parameters_after=count_parameters(run.model),
             notes=tuple(run.journal.notes),
             not_finite=tuple(run.journal.not_finite),
+            incidents=run.journal.incidents.records,
         )
 
     def _effective_settings(self) -> JsonObject:
@@ -508,6 +512,8 @@ class Grower:
             run.journal.hitched(hitch)
         for hitch in run.offers.hitches():
             run.journal.hitched(hitch)
+        for event in run.incidents.take():
+            run.journal.happened(event)
 
     def _close_registry(self) -> None:
         """Give the registry a few seconds more; what it has not taken is named."""
@@ -548,8 +554,8 @@ class Grower:
         run.ledger.count_update(batches)
         self._recent.extend(batches)
         run.follow_exchanges()
-        for fault in maintain_layers(busy_layers(run.optimizer)).faults:
-            run.journal.faulted(fault)
+        measures = run.updates % MEASURED_EVERY == 0
+        maintain_layers(busy_layers(run.optimizer), measures=measures, tell=run.journal.happened)
         self._tell_of_hitches()
         if run.null_beside is not None and batches:
             over = run.null_beside.advance(batches)
@@ -688,6 +694,7 @@ class Grower:
             self._reading,
             update=run.updates,
             rates=tuple(run.watcher.rates),
+            unhealthy=tuple(r.name for r in self._busy_records() if illness_of(r) is not None),
             last_change_update=run.last_change_update,
             num_packages=run.num_packages,
         )
@@ -706,9 +713,10 @@ class Grower:
         if not decision.grow or self._is_hopeless():
             return
         run.num_decisions += 1
+        run.closed = self._closed_sites()
         missing = missing_part(run)
-        of_ranks = over_ranks(run.given, (obstacle(run), missing is not None or is_earned(run)))
-        against, is_time = of_ranks[0]
+        found = over_ranks(run.given, (obstacle(run), missing is not None or is_earned(run)))
+        against, is_time = found[0]
         if against is not None:
             run.journal.note(against)
             return
@@ -718,6 +726,15 @@ class Grower:
             if decision.choice is None:
                 run.offers.take()
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
+
+    def _busy_records(self) -> list[LayerRecord]:
+        return [record_of(layer) for layer in busy_layers(self._run.optimizer)]
+
+    def _closed_sites(self) -> dict[str, str]:
+        """Return the sites whose layers some rank finds ill, with the reasons."""
+        found = {name: illness_of(record_of(layer)) for name, layer in self._run.layers.items()}
+        ill = {name: why for name, why in found.items() if why is not None}
+        return {name: why for own in over_ranks(self._run.given, ill) for name, why in own.items()}
 
     def _is_hopeless(self) -> bool:
         """Whether no gate could pass now: then nothing is recorded and nothing is ranked."""

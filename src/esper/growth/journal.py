@@ -8,7 +8,6 @@ import uuid
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
-from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import (
     AlphaChanged,
     Detected,
@@ -16,6 +15,7 @@ from esper.contracts.events import (
     Event,
     Fossilized,
     GateRead,
+    KernelEmbargoed,
     Noted,
     PassengerRemoved,
     Ranked,
@@ -23,13 +23,13 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
-    SeedFaulted,
     StageChanged,
     StageWoken,
     TakenOver,
     TrialRead,
     TrialStarted,
 )
+from esper.contracts.incidents import Incidents
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.owner_warning import warn_owner
 from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEntry
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from esper.growth.measurement import Measurement
     from esper.growth.ranking import RankedCandidate, RefusedCandidate
     from esper.growth.reading import Decision
-    from esper.seeds.isolation import SeedFault
 
 
 _LOG = logging.getLogger(__name__)
@@ -89,6 +88,7 @@ class Journal:
         not_finite: What was NaN or infinite, and when, in order.
         trials: Every package as it is known now, in order.
         stages: Every planned stage of depth as it is known now, in order.
+        incidents: What went wrong with seeds and sources, and came right again.
         last_switch: Update at which the model last became another one; 0 where it never did.
         run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
@@ -105,6 +105,7 @@ class Journal:
         self.not_finite: list[NotFinite] = []
         self.trials: list[TrialRecord] = []
         self.stages: list[StageRecord] = []
+        self.incidents = Incidents()
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._last_reason = ""
@@ -133,6 +134,7 @@ class Journal:
         self.alphas, self.notes = list(report.alphas), list(report.notes)
         self.not_finite, self.trials = list(report.not_finite), list(report.trials)
         self.stages = list(report.stages)
+        self.incidents = Incidents(report.incidents)
         self._last_reason, self.last_switch = said["last_reason"], int(said["last_switch"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -448,29 +450,32 @@ class Journal:
             RolledBack(**self._now(), graft=graft.number, updates_lost=updates_lost, reason=reason)
         )
 
-    def faulted(self, fault: SeedFault) -> None:
-        """Record a seed whose kernel failed."""
-        self._sink.publish(
-            SeedFaulted(
-                **self._now(),
-                site=fault.layer,
-                seed_idx=fault.seed_idx,
-                faults=fault.faults,
-                state=SEED_STATES[fault.state],
-                reason=fault.reason,
-            )
-        )
+    def happened(self, event: Event) -> None:
+        """Record what was told without its moment: by seeds, or by a source of kernels."""
+        stamped = replace(event, **self._now())
+        self.incidents.take(stamped)
+        self._sink.publish(stamped)
 
     def hitched(self, hitch: Hitch) -> None:
         """Record that a registry did not do something: not yet, or for good."""
         if hitch.is_final:
             text = _FINAL[hitch.operation].format(digest=hitch.digest[:12], error=hitch.error)
             self.note(text)
+            if hitch.operation == "fetch":
+                self.happened(
+                    KernelEmbargoed(
+                        update=0, time_s=0.0, artifact_id=hitch.digest, reason=str(hitch.error)
+                    )
+                )
             return
         reason = f"{type(hitch.error).__name__}: {hitch.error}"
-        self._sink.publish(
+        self.happened(
             RegistryUnavailable(
-                **self._now(), operation=hitch.operation, artifact_id=hitch.digest, reason=reason
+                update=0,
+                time_s=0.0,
+                operation=hitch.operation,
+                artifact_id=hitch.digest,
+                reason=reason,
             )
         )
 

@@ -111,5 +111,6 @@ def obstacle(run: GrowthRun) -> str | None:
             "is earned, if ever it is"
         )
     if not open_sites(run):
-        return "no site has a seed that is dormant"
+        ill = "; ".join(f"{site}: {why}" for site, why in run.closed.items())
+        return f"no site has a seed that is dormant{f', and is healthy ({ill})' if ill else ''}"
     return None

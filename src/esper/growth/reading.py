@@ -29,6 +29,7 @@ class Reading:
         rates: Learning rate of each param group at the last update; empty before the first.
         last_change_update: When the last package was judged or removed; None where there was none.
         num_packages: Packages that were tried so far, at least 0.
+        unhealthy: Names of the layers that somebody has to see to; nothing grows there meanwhile.
     """
 
     update: int
@@ -39,6 +40,7 @@ class Reading:
     rates: tuple[float, ...] = ()
     last_change_update: int | None = None
     num_packages: int = 0
+    unhealthy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

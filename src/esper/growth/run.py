@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from esper.continuity.warmup import UpdateFactor
     from esper.contracts.ports import Clock, Registry
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.fetching.incidents import Incidents
     from esper.fetching.kernel_cache import KernelCache
     from esper.fetching.outbox import Outbox
     from esper.growth.batch import Batch, LossFunction, TwinBuilder, TwinUpdate
@@ -111,6 +112,9 @@ class GrowthRun:
         num_packages: Packages that were tried so far.
         num_decisions: Decisions to grow so far.
         choice: What the owner named at the last of them; None where the ranking chose.
+        closed: Sites at which nothing grows since their layers are not healthy, with the reasons,
+            as they were at the last decision to grow.
+        incidents: What goes wrong with the sources of kernels.
         null_beside: The null twin that trains on to the end of the run; None without one.
         too_dear: Why no package can be paid for in a run of this length; None where one can.
         awaited_flops: What the shortest trial of a package takes that was not earned yet; the next
@@ -136,6 +140,7 @@ class GrowthRun:
     outbox: Outbox | None
     offers: Offers
     field_reports: FieldReports
+    incidents: Incidents
     origin_id: str
     owned_registry: Registry | None
     clock: Clock
@@ -157,6 +162,7 @@ class GrowthRun:
     num_packages: int = 0
     num_decisions: int = 0
     choice: Choice | None = None
+    closed: dict[str, str] = field(default_factory=dict)
     null_beside: Beside | None = None
     too_dear: str | None = None
     awaited_flops: float = 0.0

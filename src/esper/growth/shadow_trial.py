@@ -13,6 +13,7 @@ from esper.growth.gates import Spread, judge, level_of
 from esper.growth.probation import LOOKS, Probation
 from esper.growth.tries import no_tries_left, spend_try
 from esper.state.kernel import prepare_kernel
+from esper.state.ranges import named_ranges
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -67,12 +68,17 @@ class Auditioning:
 
     def advance(self, batches: list[Batch]) -> Stage | None:
         """Do one shadow pass of each; after the last, read the admission gate."""
+        seeds = [(self._contender.layer, self._contender.seed_idx)]
         if self._num_done < self._num_passes:
-            self._pass(batches)
+            with named_ranges(seeds, "trial"):
+                self._pass(batches)
             self._num_done += 1
             if self._num_done in self._look_at:
                 self._looks.append(self._run.measure().watchs_part)
-        return self if self._num_done < self._num_passes else self._judge()
+        if self._num_done < self._num_passes:
+            return self
+        with named_ranges(seeds, "verdict"):
+            return self._judge()
 
     def close(self, reason: str) -> None:
         """Cull the kernel; the run is as if it had never grafted."""

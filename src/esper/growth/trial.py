@@ -26,6 +26,7 @@ from esper.growth.verdict import TrialReadings, last_is_worse, read_trial
 from esper.resilience.attempt import Failed, attempt
 from esper.seeds.linear_null import why_null_adds
 from esper.state.kernel import prepare_kernel
+from esper.state.ranges import named_ranges
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Trial:
         if [p.shape for p in self._run.model.parameters()] != self._shape:
             self.close("the model was changed from outside during its trial")
             return None
-        outcome = attempt(lambda: in_step(self._run.given, lambda: self._train(batches)))
+        with named_ranges(self._seeds, "trial"):
+            outcome = attempt(lambda: in_step(self._run.given, lambda: self._train(batches)))
         if isinstance(outcome, Failed):
             if isinstance(outcome.error, GrowthError):
                 raise outcome.error
@@ -100,7 +102,8 @@ class Trial:
             return None
         if self._done < self._num_updates:
             return self
-        return self._judge()
+        with named_ranges(self._seeds, "verdict"):
+            return self._judge()
 
     def close(self, reason: str) -> None:
         """Drop the twins and free the seeds; the run is as if it had never tried. No try is spent.
@@ -123,6 +126,10 @@ class Trial:
     @property
     def _done(self) -> int:
         return self._run.updates - self._start
+
+    @property
+    def _seeds(self) -> list[tuple[nn.Module, int]]:
+        return [(contender.layer, contender.seed_idx) for contender in self._package]
 
     @property
     def _ramp(self) -> int:

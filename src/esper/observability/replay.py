@@ -27,6 +27,7 @@ from esper.contracts.events import (
     TrialStarted,
     UnknownEvent,
 )
+from esper.contracts.incidents import Incidents
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.report import (
     AlphaPoint,
@@ -148,12 +149,14 @@ class _Course:
         self._trials: dict[int, TrialRecord] = {}
         self._stages: dict[tuple[str, int], StageRecord] = {}
         self._notes: list[str] = []
+        self._incidents = Incidents()
         self._sizes: dict[tuple[str, str], int] = {}
         self._refused: set[int] = set()
         self._lost: dict[int, int] = {}
 
     def take(self, event: Event) -> None:  # noqa: C901 - a table of kinds, one line each
         """Follow one event; those that no part of a report comes from are passed over."""
+        self._incidents.take(event)
         match event:
             case RunStarted():
                 self._settings = event.settings
@@ -201,6 +204,7 @@ class _Course:
             trials=tuple(self._trials.values()),
             stages=tuple(self._stages.values()),
             notes=(*self._notes, *oddities),
+            incidents=self._incidents.records,
             interrupted=not isinstance(last, RunEnded) or last.reason == STOPPED,
         )
 

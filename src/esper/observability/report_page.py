@@ -77,12 +77,29 @@ def run_page(report: RunReport, *, base: str | None = None) -> str:
             section("The lifecycle", *_life_parts(report)),
             section("Grafts", graft_table([(str(g.graft), g) for g in report.grafts])),
             section("Timeline", timeline_table(changes)),
+            section("Faults and health", incident_table(report)) if report.incidents else None,
             section("Work", *_work_parts(report)),
             notes(report.notes),
             section("Settings", *_settings_parts(report)),
         ],
         base=base,
     )
+
+
+def incident_table(report: RunReport) -> Markup:
+    """Return what went wrong with seeds and sources, and came right again, as a table."""
+    columns = (
+        Column(head="first at", kind="number"),
+        Column(head="last at", kind="number"),
+        Column(head="times", kind="number"),
+        Column(head="where"),
+        Column(head="what was said last", kind="text"),
+    )
+    rows = [
+        (f"{i.since:,}", f"{i.last:,}", f"{i.times:,}", i.where, i.text) for i in report.incidents
+    ]
+    caption = "One row for each thing that went wrong, however often it did, by updates."
+    return table(caption, columns, rows, "Nothing went wrong.")
 
 
 def _trial_parts(report: RunReport) -> list[Markup]:

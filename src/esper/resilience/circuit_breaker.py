@@ -17,6 +17,7 @@ import random
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +28,7 @@ from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
     from types import TracebackType
 
     from esper.contracts.ports import Clock
@@ -99,6 +100,13 @@ class BreakerStats:
     openings: int
 
 
+Listener = Callable[[BreakerTransition], None]
+"""Is told of a transition."""
+
+_ALONE: Final[dict[str, object]] = {"_on_transition": None, "_listeners": ()}
+"""What a copy has in the place of the original's listeners."""
+
+
 class CircuitBreaker:
     """Counts the outcomes of calls to one endpoint, and rejects calls while it is failing.
 
@@ -144,7 +152,7 @@ class CircuitBreaker:
         ignored: tuple[type[Exception], ...] = (),
         clock: Clock | None = None,
         rng: random.Random | None = None,
-        on_transition: Callable[[BreakerTransition], None] | None = None,
+        on_transition: Listener | None = None,
     ) -> None:
         _check("min_calls", min_calls, "in [1, window_size]", holds=1 <= min_calls <= window_size)
         _check("failure_rate", failure_rate, "in (0, 1]", holds=0 < failure_rate <= 1)
@@ -168,6 +176,7 @@ class CircuitBreaker:
         self._clock = clock or MonotonicClock()
         self._rng = rng or random.Random()  # noqa: S311 - spreads waits, guards no secret
         self._on_transition = on_transition
+        self._listeners: tuple[weakref.WeakMethod[Listener], ...] = ()
         self._next_wait_s = base_wait_s
         self._begin_closed()
         _register(self)
@@ -229,6 +238,16 @@ class CircuitBreaker:
             raise CircuitOpenError(self.name, retry_after_s=wait_s)
         return permit
 
+    def listen(self, listener: Listener) -> None:
+        """Tell a method of every transition as well, for as long as its object lives.
+
+        Args:
+            listener: A bound method, held weakly; else as ``on_transition``.
+        """
+        with self._lock:
+            alive = (each for each in self._listeners if each() is not None)
+            self._listeners = (*alive, weakref.WeakMethod(listener))
+
     def stats(self) -> BreakerStats:
         """Return the state and the counts, all of one instant."""
         now = self._clock.now()
@@ -248,7 +267,7 @@ class CircuitBreaker:
             }
             left_s = self._until_s - now
         del state["_lock"]
-        return state | {"_until_s": left_s, "_probes_out": 0, "_moves": [], "_on_transition": None}
+        return state | {"_until_s": left_s, "_probes_out": 0, "_moves": [], **_ALONE}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -346,13 +365,16 @@ class CircuitBreaker:
         return not isinstance(error, self._answers)
 
     def _tell(self, moves: list[BreakerTransition]) -> None:
-        listener = self._on_transition
-        if listener is None:
+        if not moves:
             return
+        found = (self._on_transition, *(each() for each in self._listeners))
+        listeners = [listener for listener in found if listener is not None]
         for move in moves:
-            told = attempt(functools.partial(listener, move))
-            if isinstance(told, Failed):
-                _logger.warning("breaker %r: its listener failed", self.name, exc_info=told.error)
+            for listener in listeners:
+                told = attempt(functools.partial(listener, move))
+                if isinstance(told, Failed):
+                    text = "breaker %r: its listener failed"
+                    _logger.warning(text, self.name, exc_info=told.error)
 
     def _start_again_in_child(self) -> None:
         """Forget, after a fork, the lock and the permits of threads that are not here."""

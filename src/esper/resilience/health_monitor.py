@@ -28,16 +28,18 @@ class HealthLimits:
         error_rate: Failed share of the calls, in (0, 1).
         latency_ms: Median latency in milliseconds, above 0.
         memory_percent: Median use of memory in percent, in (0, 100).
+        seed_memory_mb: MiB that one seed's kernel may take, above 0; None: as many as it likes.
     """
 
     error_rate: float = 0.1
     latency_ms: float = 10.0
     memory_percent: float = 90.0
+    seed_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         is_valid = 0 < self.error_rate < 1 and self.latency_ms > 0 and 0 < self.memory_percent < 100
-        if not is_valid:
-            msg = f"limits are in (0, 1), above 0 and in (0, 100), found {self}"
+        if not is_valid or (self.seed_memory_mb is not None and not self.seed_memory_mb > 0):
+            msg = f"limits are in (0, 1), above 0, in (0, 100) and above 0, found {self}"
             raise ValueError(msg)
 
 

@@ -36,6 +36,7 @@ from esper.state.kernel import (
 from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import LayerRecord, record_of
 from esper.state.made_call import made_calls
+from esper.state.ranges import named_range
 from esper.state.seed_slot import Seed
 from esper.state.shards import mesh_beside
 from esper.state.waiting import GraftOptions, GraftRequest, WaitingGraft
@@ -185,7 +186,8 @@ def _probe_and_install(
     layer: nn.Module, seed_idx: int, request: GraftRequest, example: LayerCall
 ) -> None:
     try:
-        result = probe(layer, request.kernel, example, is_pristine=request.is_pristine)
+        with named_range(record_of(layer), seed_idx, "probe"):
+            result = probe(layer, request.kernel, example, is_pristine=request.is_pristine)
     except KernelRefusedError:
         cancel(layer, seed_idx)
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from esper.contracts.events import HealthChanged
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.fetching.kernel_cache import KernelCache
 from esper.resilience.health_monitor import HealthMonitor
@@ -42,14 +43,19 @@ def monitor_of(record: LayerRecord) -> HealthMonitor:
     return record.own.keep(HealthMonitor, HealthMonitor()) if monitor is None else monitor
 
 
-def update_health(record: LayerRecord, outcomes: Sequence[bool]) -> list[UnhealthyLayer]:
-    """Take the outcomes of a layer's kernel calls, True at fault; return it if it is unhealthy.
+def update_health(
+    record: LayerRecord, outcomes: Sequence[bool]
+) -> tuple[UnhealthyLayer | None, HealthChanged | None]:
+    """Take the outcomes of a layer's kernel calls, True at fault.
 
     Latency is that of the slowest seed that was timed, memory that of the layer's device where it
     can be told; what was not measured is left out.
+
+    Returns:
+        The layer if it is unhealthy, and whether that is news.
     """
     if not outcomes:
-        return []
+        return None, None
     monitor = monitor_of(record)
     was_unhealthy, _ = monitor.should_intervene()
     monitor.update_metrics(
@@ -58,10 +64,29 @@ def update_health(record: LayerRecord, outcomes: Sequence[bool]) -> list[Unhealt
     is_unhealthy, reason = monitor.should_intervene()
     if is_unhealthy and not was_unhealthy:
         _logger.warning("layer %r: %s", record.name, reason)
-    if not is_unhealthy:
-        return []
     score = monitor.compute_health_score()
-    return [UnhealthyLayer(layer=record.name, health_score=score, reason=reason)]
+    news = None
+    if is_unhealthy != was_unhealthy:
+        news = HealthChanged(
+            update=0,
+            time_s=0.0,
+            site=record.name,
+            healthy=not is_unhealthy,
+            score=score,
+            reason=reason if is_unhealthy else "it is within its limits again",
+        )
+    if not is_unhealthy:
+        return None, news
+    return UnhealthyLayer(layer=record.name, health_score=score, reason=reason), news
+
+
+def illness_of(record: LayerRecord) -> str | None:
+    """Say why nothing is to grow at a layer that holds kernels; None where it is healthy."""
+    monitor = record.own.find(HealthMonitor)
+    if monitor is None or not record.seeds:
+        return None
+    is_unhealthy, reason = monitor.should_intervene()
+    return reason if is_unhealthy else None
 
 
 def report_success(record: LayerRecord, seed: Seed) -> None:
@@ -87,4 +112,5 @@ def _memory_percent(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return 100.0 * (1.0 - free / total)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 100.0 * (1.0 - free / total)  # what the allocator keeps for later is free

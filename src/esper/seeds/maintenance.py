@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import logging
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
+from esper.contracts.choices import SEED_STATES
 from esper.contracts.errors import KernelExecutionError
+from esper.contracts.events import Retried, SeedFaulted, SeedMoved
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.gradient_gates import keep_gated
 from esper.forward.recompilation import grant
@@ -30,20 +34,33 @@ from esper.seeds.layer_health import (
 )
 from esper.seeds.out_of_use import bypassed, take_losses
 from esper.seeds.probe import probe
+from esper.seeds.seed_figures import figures_of
 from esper.seeds.slots import insert, withdraw
 from esper.state.host_parts import check_module
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, LayerRecord, record_of
 from esper.state.observation import Reading, read
+from esper.state.ranges import named_range
 from esper.state.shards import is_sharded
 from esper.state.state_layout import FAULTS_IN_A_ROW
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from esper.contracts.choices import RetryOutcome
+    from esper.contracts.events import Event
+    from esper.contracts.ports import EventSink
     from esper.state.layer_call import LayerCall
     from esper.state.seed_slot import Seed
 
+
+_logger = logging.getLogger(__name__)
+
+_STARTED_S: Final = time.monotonic()
+"""When events without a Grower begin to be dated."""
+
+MEASURED_EVERY: Final = 100
+"""At one update in so many is told how each contributing seed is doing."""
 
 MAX_RETRIES: Final = 3
 """After so many failed probes the seed becomes dormant."""
@@ -88,7 +105,9 @@ class MaintenanceReport:
     skipped: tuple[SkippedCalls, ...] = ()
 
 
-def maintain(model: nn.Module) -> MaintenanceReport:
+def maintain(
+    model: nn.Module, *, sink: EventSink | None = None, update: int = 0
+) -> MaintenanceReport:
     """Read the counters of all seeds, isolate the faulty, and probe the isolated that are due.
 
     What waits for a call of its layer, and has seen one, becomes live. Looks at every module of the
@@ -98,54 +117,124 @@ def maintain(model: nn.Module) -> MaintenanceReport:
 
     Args:
         model: A model with wrapped layers, or one such layer.
+        sink: Takes what has happened as events, for a loop without a Grower, which publishes them
+            itself. How each contributing seed is doing is among them at every 100th update.
+        update: Optimizer updates done, for the events.
 
     Raises:
         TypeError: ``model`` is no module.
         KernelExecutionError: A fossil that was not folded failed three times in a row; it cannot
-            be isolated. Every layer has been looked at.
+            be isolated. Every layer has been looked at, and what has happened was told.
     """
     check_module("maintain", model)
-    return _maintain(_layers(model), take_losses(model), again=True)
+    tell = None if sink is None else functools.partial(_publish, sink, update)
+    measures = sink is not None and update % MEASURED_EVERY == 0
+    return _maintain(_layers(model), take_losses(model), again=True, measures=measures, tell=tell)
 
 
-def maintain_layers(layers: Iterable[nn.Module]) -> MaintenanceReport:
+def maintain_layers(
+    layers: Iterable[nn.Module],
+    *,
+    measures: bool = False,
+    tell: Callable[[Event], None] | None = None,
+) -> MaintenanceReport:
     """Do what :func:`maintain` does, for layers that are known (``Roster.busy``).
 
     What bypasses a layer's kernels is told once.
+
+    Args:
+        layers: The layers.
+        measures: Whether is told how each contributing seed is doing.
+        tell: Takes what has happened, as events without their moment.
     """
     found = list(layers)
-    return _maintain(found, [loss for layer in found for loss in take_losses(layer)], again=False)
+    lost = [loss for layer in found for loss in take_losses(layer)]
+    return _maintain(found, lost, again=False, measures=measures, tell=tell)
+
+
+def _publish(sink: EventSink, update: int, event: Event) -> None:
+    outcome = attempt(
+        lambda: sink.publish(replace(event, update=update, time_s=time.monotonic() - _STARTED_S))
+    )
+    if isinstance(outcome, Failed):
+        _logger.warning("%s failed on a %r event", type(sink).__name__, event.kind)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one look at some layers has found, so far."""
+
+    faults: list[SeedFault] = field(default_factory=list)
+    transitions: list[SeedTransition] = field(default_factory=list)
+    failing: list[SeedFault] = field(default_factory=list)
+    unhealthy: list[UnhealthyLayer] = field(default_factory=list)
+    skipped: list[SkippedCalls] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 def _maintain(
-    layers: Iterable[nn.Module], lost: list[SeedFault], *, again: bool
+    layers: Iterable[nn.Module],
+    lost: list[SeedFault],
+    *,
+    again: bool,
+    measures: bool,
+    tell: Callable[[Event], None] | None,
 ) -> MaintenanceReport:
-    faults = list(lost)
-    transitions: list[SeedTransition] = []
-    failing: list[SeedFault] = []
-    unhealthy: list[UnhealthyLayer] = []
-    skipped: list[SkippedCalls] = []
+    found = _Found(faults=list(lost))
     grant()
     for layer in layers:
-        finish_waiting(layer)
-        outcomes: list[bool] = []
-        take_written_alphas(layer)
-        faults += bypassed(layer, again=again)
-        for seed_idx, seed in sorted(record_of(layer).seeds.items()):
-            outcomes += _maintain_seed(layer, seed_idx, seed, faults, transitions, failing, skipped)
-        unhealthy += update_health(record_of(layer), outcomes)
-    if failing:
-        worst = failing[0]
+        _maintain_layer(layer, found, again=again, measures=measures)
+    if tell is not None:
+        for event in (*map(_faulted, found.faults), *found.events):
+            tell(event)
+    if found.failing:
+        worst = found.failing[0]
         msg = (
             f"fossil {worst.seed_idx} of layer {worst.layer!r} failed {FAULTS_IN_A_ROW} times in "
             f"a row and cannot be isolated: {worst.reason}; restore a snapshot from before it"
         )
         raise KernelExecutionError(msg)
     return MaintenanceReport(
-        faults=tuple(faults),
-        transitions=tuple(transitions),
-        unhealthy=tuple(unhealthy),
-        skipped=tuple(skipped),
+        faults=tuple(found.faults),
+        transitions=tuple(found.transitions),
+        unhealthy=tuple(found.unhealthy),
+        skipped=tuple(found.skipped),
+    )
+
+
+def _maintain_layer(layer: nn.Module, found: _Found, *, again: bool, measures: bool) -> None:
+    finish_waiting(layer)
+    outcomes: list[bool] = []
+    take_written_alphas(layer)
+    found.faults += bypassed(layer, again=again)
+    record = record_of(layer)
+    num_compiled = 0
+    for seed_idx, seed in sorted(record.seeds.items()):
+        num_before = len(outcomes)
+        num_compiled = max(num_compiled, _maintain_seed(layer, seed_idx, seed, found, outcomes))
+        if record.layout.contributes(seed_idx) or len(outcomes) > num_before:
+            found.events += figures_of(record).take(record, seed, outcomes[num_before:])
+    if record.telemetry_enabled:
+        record.active_count += num_compiled
+    ill, news = update_health(record, outcomes)
+    if ill is not None:
+        found.unhealthy.append(ill)
+    if news is not None:
+        found.events.append(news)
+    for seed in record.plan if measures else ():
+        if not seed.is_shadow:
+            found.events += figures_of(record).measured(record, seed)
+
+
+def _faulted(fault: SeedFault) -> SeedFaulted:
+    return SeedFaulted(
+        update=0,
+        time_s=0.0,
+        site=fault.layer,
+        seed_idx=fault.seed_idx,
+        faults=fault.faults,
+        state=SEED_STATES[fault.state],
+        reason=fault.reason,
     )
 
 
@@ -154,38 +243,47 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _maintain_seed(
-    layer: nn.Module,
-    seed_idx: int,
-    seed: Seed,
-    faults: list[SeedFault],
-    transitions: list[SeedTransition],
-    failing: list[SeedFault],
-    skipped: list[SkippedCalls],
-) -> list[bool]:
-    """Read one seed's calls and act on them; return their outcomes, True at fault."""
+    layer: nn.Module, seed_idx: int, seed: Seed, found: _Found, outcomes: list[bool]
+) -> int:
+    """Read one seed's calls and act on them.
+
+    Args:
+        layer: The layer.
+        seed_idx: The seed.
+        seed: Its record.
+        found: Takes what happens.
+        outcomes: Takes the outcomes of the calls, True at fault.
+
+    Returns:
+        How many calls were made in compiled code.
+    """
     record = record_of(layer)
     before = record.layout.state(seed_idx)
-    outcomes: list[bool] = []
+    num_compiled = 0
     if before == _S.ERROR_RECOVERY:
-        _try_again(layer, seed_idx, seed)
+        found.events += _try_again(layer, seed_idx, seed)
     else:
         reading = _read_calls(seed)
-        outcomes = reading.outcomes
-        skipped += count_skipped(record, seed, reading.skipped)
-        longest = record.layout.record_calls(seed_idx, outcomes)
-        if any(outcomes):
-            fault = isolate_if_moved(layer, seed_idx, seed, sum(outcomes))
-            faults.append(fault)
+        num_compiled = reading.num_compiled
+        if record.telemetry_enabled:
+            record.kernel_execution_count += num_compiled
+        outcomes += reading.outcomes
+        found.skipped += count_skipped(record, seed, reading.skipped)
+        longest = record.layout.record_calls(seed_idx, reading.outcomes)
+        if any(reading.outcomes):
+            fault = isolate_if_moved(layer, seed_idx, seed, sum(reading.outcomes))
+            found.faults.append(fault)
             if before == _S.FOSSILIZED and longest >= FAULTS_IN_A_ROW:
-                failing.append(fault)
+                found.failing.append(fault)
         elif before == _S.FOSSILIZED and seed.guard == "step":
-            failing += _fossil_at_fault(record, seed_idx, seed)
-        if outcomes and not any(outcomes):
+            found.failing += _fossil_at_fault(record, seed_idx, seed)
+        if reading.outcomes and not any(reading.outcomes):
             report_success(record, seed)
     after = record.layout.state(seed_idx)
     if after != before:
-        transitions.append(_transition(record, seed_idx, before, seed.last_error))
-    return outcomes
+        found.transitions.append(_transition(record, seed_idx, before, seed.last_error))
+        found.events.append(_moved(found.transitions[-1]))
+    return num_compiled
 
 
 def _read_calls(seed: Seed) -> Reading:
@@ -233,12 +331,47 @@ def _transition(
     )
 
 
-def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
-    """Count down to the next probe of an isolated seed; run it, and act on it, when due."""
+def _moved(moved: SeedTransition) -> SeedMoved:
+    return SeedMoved(
+        update=0,
+        time_s=0.0,
+        site=moved.layer,
+        seed_idx=moved.seed_idx,
+        before=SEED_STATES[moved.before],
+        after=SEED_STATES[moved.after],
+        reason=moved.reason,
+    )
+
+
+def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> list[Event]:
+    """Count down to the next probe of an isolated seed; run it when due, and say what came."""
     drop_gradients(seed)  # a backward may have been under way when it was isolated
     seed.readings_to_wait -= 1
     if seed.readings_to_wait > 0:
-        return
+        return []
+    record, fault = record_of(layer), seed.last_error
+    _probe_again(layer, seed_idx, seed)
+    outcomes: dict[SeedLifecycleState, RetryOutcome] = {
+        _S.ACTIVE: "recovered",
+        _S.DORMANT: "given up",
+    }
+    outcome = outcomes.get(record.layout.state(seed_idx), "failed")
+    retried = Retried(
+        update=0,
+        time_s=0.0,
+        what="probe",
+        outcome=outcome,
+        number=seed.num_retries,
+        site=record.name,
+        seed_idx=seed_idx,
+        artifact_id=seed.kernel.artifact_id or "",
+        reason=fault if outcome == "recovered" else seed.last_error,
+    )
+    return [retried]
+
+
+def _probe_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
+    """Probe an isolated seed that is due, and act on it."""
     record = record_of(layer)
     seed.num_retries += 1
     if seed.example is None:
@@ -268,7 +401,8 @@ def _try_again(layer: nn.Module, seed_idx: int, seed: Seed) -> None:
 def _probe(layer: nn.Module, seed: Seed, example: LayerCall) -> None:
     device = reference_tensor(layer).device  # the model may have moved without it
     seed.slot.to(device)
-    probe(layer, seed.kernel, example.to(device))
+    with named_range(record_of(layer), seed.seed_idx, "probe"):
+        probe(layer, seed.kernel, example.to(device))
     check_weight(layer, seed.seed_idx, seed.kernel, record_of(layer).layout.alpha(seed.seed_idx))
 
 

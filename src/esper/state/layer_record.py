@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from esper.contracts.ports import KernelSource
+    from esper.state.range_sums import RangeSums
     from esper.state.seed_slot import Seed, SeedSlot
     from esper.state.waiting import Note, WaitingGraft
 
@@ -70,6 +71,7 @@ class LayerRecord:
         native_count: Calls that ran no kernel, counted where telemetry is on.
         active_count: Calls that ran kernels, counted likewise.
         kernel_execution_count: Kernel calls, counted where telemetry is on.
+        last_timed_us: What the kernel that was timed last took, in microseconds; None before.
         num_faults: Faulty kernel calls since birth, as far as they were read.
         num_skipped: Kernel calls that were left out for no fault of the kernel, likewise.
         has_step_guard: Whether an optimizer's pre-hook reads step flags; not so in copies.
@@ -79,6 +81,8 @@ class LayerRecord:
         writes_input: Whether the host writes to its input, in evaluation and in training; None
             where that was not seen yet.
         in_shadow: Whether a shadow pass runs, of which nothing is counted.
+        profiles: Where the times of seeds are summed while somebody profiles; not so in copies.
+        num_naming: How many of them want calls of kernels named; not so in copies.
         surroundings: An empty tensor with device and dtype of the model around a host without
             tensors of its own, which follows them; None where nothing is known.
         model: The model that was wrapped, weakly; a pickle does not keep it.
@@ -116,6 +120,7 @@ class LayerRecord:
         self.native_count = 0
         self.active_count = 0
         self.kernel_execution_count = 0
+        self.last_timed_us: int | None = None
         self.num_faults = 0
         self.num_skipped = 0
         self.has_step_guard = False
@@ -124,6 +129,8 @@ class LayerRecord:
         self.is_loading = False
         self.writes_input: list[bool | None] = [None, None]
         self.in_shadow = False
+        self.profiles: tuple[RangeSums, ...] = ()
+        self.num_naming = 0
         self.surroundings: torch.Tensor | None = None
         self.model: weakref.ref[nn.Module] | None = None
         self.on_change: list[Callable[[], None]] = []
@@ -196,6 +203,8 @@ class LayerRecord:
             "loads": defaultdict(LoadOrder),
             "is_loading": False,
             "in_shadow": False,
+            "profiles": (),
+            "num_naming": 0,
             "model": None,
             "on_change": [],
             "copies": [],

@@ -159,7 +159,8 @@ class Reading:
         reason: What the last fault was; empty where there was none.
         skipped: Calls without the kernel that show nothing of it, by the reason.
         works_on_batches: Whether a call of several samples has ever been clean.
-        has_compiled: Whether some of the calls were made in compiled code.
+        num_compiled: Calls that were made in compiled code, of the latest ``OBSERVED_CALLS``.
+        has_compiled: Whether some of them show anything of the kernel.
     """
 
     outcomes: list[bool]
@@ -167,6 +168,7 @@ class Reading:
     skipped: Counter[str]
     works_on_batches: bool
     has_compiled: bool
+    num_compiled: int = 0
 
 
 def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
@@ -202,6 +204,7 @@ def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
         skipped=skipped,
         works_on_batches=works_on_batches,
         has_compiled=has_compiled,
+        num_compiled=sum(row[0] != math.inf for row in numbers.ring),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from esper.contracts.choices import Guard
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import LayerCall
+
+
+KEPT_TIMES: Final = 128
+"""Times that are kept of a seed's kernel."""
+
+
+_numbers: Final = itertools.count()
 
 
 class SeedSlot(nn.Module):
@@ -222,6 +231,9 @@ class Seed:
         runs_compiled: Whether it was seen to be called in compiled code.
         works_on_batches: Whether a call of several samples was seen to be clean.
         told: Reasons of skipped calls that were logged.
+        timed_us: The latest times that its kernel took, in microseconds, where telemetry is on.
+        num_timed: How often it was timed.
+        number: Tells it from other seeds of this process, but for its copies.
     """
 
     def __init__(
@@ -249,6 +261,9 @@ class Seed:
         self.runs_compiled = False
         self.works_on_batches = False
         self.told: frozenset[str] = frozenset()
+        self.timed_us: deque[int] = deque(maxlen=KEPT_TIMES)
+        self.num_timed = 0
+        self.number = next(_numbers)
         self.handles: list[RemovableHandle] = []
         self.gated: list[tuple[Mapping[str, object], int]] = []
         self.gated_values: list[tuple[Mapping[str, object], str, object]] = []
