@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from os import SEEK_END
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from esper.contracts.events import (
     AlphaChanged,
@@ -106,14 +106,62 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
+@final
+class LogTail:
+    """What a log has had since the last look; it need not be there yet.
+
+    Args:
+        path: The log. One that is shorter than what was read of it was begun anew, and is read
+            from its start.
+
+    Attributes:
+        num_begun: How often a log began at this path, from 1: after a rise of it what was taken
+            before is of another run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.num_begun = path, 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._read, self._number, self._rest = 0, 0, b""
+
+    def take(self) -> list[Event] | None:
+        """Return the events that were written since the last call; None where nothing was.
+
+        Half a line is kept until its other half is there.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: A line is no event, or is of a newer format; the message has its number.
+        """
+        data = _read_from(self._path, self._read)
+        if data is None:
+            self.num_begun += 1
+            self._begin()
+            data = _read_from(self._path, 0)
+        if not data:
+            return None
+        self._read += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [self._event(line) for line in lines]
+
+    def _event(self, line: bytes) -> Event:
+        self._number += 1
+        try:
+            return event_from_json(line.decode("utf-8"))
+        except ValueError as error:
+            msg = f"{self._path}, line {self._number}: {error}"
+            raise ValueError(msg) from error
+
+
 def follow_log(
     path: Path, *, goes_on: Callable[[], bool], pause: Callable[[], object]
 ) -> Iterator[Event]:
     """Yield the events of a log while it is written, from the first on.
 
     Args:
-        path: The log, which need not be there yet. One that is shorter than what was read of it
-            was begun anew, and is read from its start.
+        path: The log, as :class:`LogTail` takes it.
         goes_on: Asked where there is nothing new; False ends it.
         pause: Called before it is looked at again.
 
@@ -121,25 +169,15 @@ def follow_log(
         OSError: The file cannot be read.
         ValueError: A line is no event, or is of a newer format; the message has its number.
     """
-    read, number, rest = 0, 0, b""
+    tail = LogTail(path)
     while True:
-        data = _read_from(path, read)
-        if data is None:
-            read, number, rest = 0, 0, b""
-            continue
-        read += len(data)
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            number += 1
-            try:
-                yield event_from_json(line.decode("utf-8"))
-            except ValueError as error:
-                msg = f"{path}, line {number}: {error}"
-                raise ValueError(msg) from error
-        if not data:
-            if not goes_on():
-                return
+        events = tail.take()
+        if events is not None:
+            yield from events
+        elif goes_on():
             pause()
+        else:
+            return
 
 
 def _read_from(path: Path, start: int) -> bytes | None:
