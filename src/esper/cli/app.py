@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from esper.cli import blueprints, compiling, kernels, registry, report, watching
+from esper.cli import blueprints, compiling, dashboard, kernels, registry, report, watching
 from esper.cli.console import console
 from esper.cli.outcome import EXIT_ERROR, EXIT_PROBLEM, EXIT_STOPPED, one_line_errors
 from esper.contracts.errors import EsperError
@@ -44,6 +44,7 @@ app.command("compile", epilog=blueprints.ENVIRONMENT)(compiling.compile_file)
 app.command(epilog=watching.ENVIRONMENT)(watching.watch)
 app.command("compile-worker", epilog=compiling.ENVIRONMENT)(compiling.work)
 app.command("report")(report.report)
+app.command("dashboard")(dashboard.dashboard)
 
 Target = Annotated[
     str,
@@ -284,12 +285,13 @@ def replay(
         from esper.observability.replay import replay as replay_events
 
         with _refusals():
-            found = replay_events(_events_of(log))
+            events = _events_of(log)
+            found = replay_events(events)
         if page is not None:
-            from esper.observability.report_page import run_page
+            from esper.observability.time_page import page_in_time
             from esper.resilience.whole_file import write_whole
 
-            write_whole(page, run_page(found.report).encode("utf-8"))
+            write_whole(page, page_in_time(found.report, events).encode("utf-8"))
         if as_json:
             typer.echo(found.report.to_json(), nl=False)
         else:

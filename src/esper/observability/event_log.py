@@ -125,6 +125,7 @@ class LogTail:
 
     def _begin(self) -> None:
         self._read, self._number, self._rest = 0, 0, b""
+        self._wrong: ValueError | None = None
 
     def take(self) -> list[Event] | None:
         """Return the events that were written since the last call; None where nothing was.
@@ -135,6 +136,8 @@ class LogTail:
             OSError: The file cannot be read.
             ValueError: A line is no event, or is of a newer format; the message has its number.
         """
+        if self._wrong is not None:
+            raise self._wrong
         data = _read_from(self._path, self._read)
         if data is None:
             self.num_begun += 1
@@ -144,15 +147,19 @@ class LogTail:
             return None
         self._read += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [self._event(line) for line in lines]
+        return self._events(lines)
 
-    def _event(self, line: bytes) -> Event:
-        self._number += 1
-        try:
-            return event_from_json(line.decode("utf-8"))
-        except ValueError as error:
-            msg = f"{self._path}, line {self._number}: {error}"
-            raise ValueError(msg) from error
+    def _events(self, lines: list[bytes]) -> list[Event]:
+        """Return the events of lines up to the first that is none, which the next look tells."""
+        events = []
+        for line in lines:
+            self._number += 1
+            try:
+                events.append(event_from_json(line.decode("utf-8")))
+            except ValueError as error:
+                self._wrong = ValueError(f"{self._path}, line {self._number}: {error}")
+                break
+        return events
 
 
 def follow_log(

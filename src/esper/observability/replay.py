@@ -112,15 +112,20 @@ def replay(events: Sequence[Event]) -> Replayed:
     for event in events:
         course.take(event)
     return Replayed(
-        report=course.report(oddities=tuple(_oddities(events))),
+        report=course.report(oddities=tuple(oddities(events))),
         structure=replay_structure(events),
     )
 
 
-def _oddities(events: Sequence[Event]) -> Iterable[str]:
-    """Say what of the run its log cannot tell, though logs do."""
+def oddities(events: Sequence[Event], *, goes_on: bool = False) -> Iterable[str]:
+    """Say what of the run its log cannot tell, though logs do.
+
+    Args:
+        events: Of the log, at least one.
+        goes_on: Whether a run without an end is under way, which is not odd.
+    """
     last = events[-1]
-    if not isinstance(last, RunEnded):
+    if not goes_on and not isinstance(last, RunEnded):
         yield (
             f"the log ends at update {last.update:,} without the end of its run, which was killed "
             "or goes on"

@@ -25,6 +25,7 @@ from esper.contracts.events import (
     TrialRead,
     TrialStarted,
 )
+from esper.contracts.incidents import incident_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,4 +84,6 @@ def sentence_of(event: Event) -> str:
     if isinstance(event, Evaluated):
         return f"gate loss {event.gate_loss:.6g}"
     write = _SENTENCES.get(type(event))
-    return event.kind.replace("_", " ") if write is None else write(event)
+    if write is None:
+        return incident_text(event) or event.kind.replace("_", " ")
+    return write(event)

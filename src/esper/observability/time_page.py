@@ -1,0 +1,212 @@
+"""A run's page in time: the bar with which it goes back to any update, and the script behind it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from esper.contracts.events import (
+    BreakerMoved,
+    Fossilized,
+    GateRead,
+    HealthChanged,
+    PassengerRemoved,
+    RolledBack,
+    RunEnded,
+    SeedFaulted,
+    StageWoken,
+    TakenOver,
+    TrialRead,
+    TrialStarted,
+)
+from esper.observability.markup import Markup, element
+from esper.observability.page_frame import STYLE, Parts, document
+from esper.observability.replay import Course
+from esper.observability.report_page import run_page, run_parts
+from esper.observability.sentences import sentence_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from esper.contracts.canonical_json import JsonObject
+    from esper.contracts.events import Event
+    from esper.contracts.report import RunReport
+
+MOST_MOMENTS: Final = 60
+"""Moments that a file keeps, beside those at which something changed."""
+MOST_CHANGES: Final = 400
+"""Moments at which something changed that a page tells; of more, the last."""
+
+SCRIPT: Final = Markup(Path(__file__).with_name("page.js").read_text(encoding="utf-8"))
+
+_TELLING: Final = (
+    BreakerMoved,
+    Fossilized,
+    GateRead,
+    HealthChanged,
+    PassengerRemoved,
+    RolledBack,
+    RunEnded,
+    SeedFaulted,
+    StageWoken,
+    TakenOver,
+    TrialRead,
+    TrialStarted,
+)
+"""Events that the buttons beside the slider lead to."""
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+POLICY: Final = (
+    f"default-src 'none'; script-src {_digest(SCRIPT)}; style-src {_digest(STYLE)}; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+"""What a page may do: run its own script, be styled by its own sheet, ask where it came from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """What a page shows of one run, or of all together.
+
+    Attributes:
+        id: Of the element that holds the pieces.
+        pieces: Markup by the id of its element, in order.
+    """
+
+    id: str
+    pieces: Mapping[str, Markup]
+
+    def as_json(self, ids: Sequence[str] | None = None) -> JsonObject:
+        """Return the order of the pieces, and the markup of some of them; None is all."""
+        wanted = list(self.pieces) if ids is None else list(ids)
+        html: JsonObject = {name: str(self.pieces[name]) for name in wanted}
+        return {"id": self.id, "order": list(self.pieces), "html": html}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimePage:
+    """A page as it stands now, with what its script is told.
+
+    Attributes:
+        title: Of the document.
+        columns: What it shows, the first one across the whole page where there are several.
+        updates: Where its slider ends.
+        changes: Updates at which something changed, rising, and what.
+        states: Of each run: ``"not begun"``, ``"under way"``, ``"ended"`` or ``"refused"``.
+        heard: Seconds since 1970 at which the last event was written; None where not known.
+        also: What its script is told beside that.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    updates: int
+    changes: tuple[tuple[int, str], ...] = ()
+    states: tuple[str, ...] = ()
+    heard: float | None = None
+    also: JsonObject = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        body = Markup(f"{self._bar()}{self._main()}{self._scripts()}")
+        return document(Parts(title=self.title, lead=("",)), body=body, policy=POLICY)
+
+    def told(self) -> JsonObject:
+        """Return what the bar shows, for the script."""
+        return {
+            "updates": self.updates,
+            "changes": [list(change) for change in self.changes],
+            "states": list(self.states),
+            "heard": self.heard,
+        }
+
+    def _main(self) -> Markup:
+        made = [element("div", *column.pieces.values(), id=column.id) for column in self.columns]
+        if len(made) == 1:
+            return element("main", *made)
+        beside = element("div", *made[1:], class_="beside")
+        return element("main", made[0], beside, class_="many")
+
+    def _bar(self) -> Markup:
+        end, label = self.updates, {"aria_label": "Update"}
+        parts = (
+            element("span", "", class_="state", id="state", role="status"),
+            element("button", "\u2039 Change", type="button", id="back", title="The change before"),
+            element("button", "Play", type="button", id="play"),
+            element("button", "Change \u203a", type="button", id="forth", title="The next change"),
+            element("input", type="range", id="moment", min=0, max=end, step=1, value=end, **label),
+            element("output", "", id="at", for_="moment"),
+            element("button", "End", type="button", id="now"),
+            element("p", "", class_="said", id="said"),
+        )
+        many = " many" if len(self.columns) > 1 else ""
+        return element("div", element("div", *parts), class_=f"time{many}", id="time", hidden="")
+
+    def _scripts(self) -> Markup:
+        columns = [{"id": column.id, "order": list(column.pieces)} for column in self.columns]
+        data = {"live": False, "columns": columns, **self.told(), **self.also}
+        text = Markup(json.dumps(data).replace("<", "\\u003c"))
+        kept = element("script", text, type="application/json", id="page-data")
+        return Markup(f"{kept}{element('script', SCRIPT)}")
+
+
+def page_in_time(report: RunReport, events: Sequence[Event]) -> str:
+    """Return the page of a run that has ended, which can be moved back to any update.
+
+    Args:
+        report: The run.
+        events: Its log; without an event the page has no slider.
+    """
+    if not events:
+        return run_page(report)
+    last = Column(id="column-0", pieces=run_parts(report).pieces())
+    page = TimePage(
+        title=run_parts(report).title,
+        columns=(last,),
+        updates=report.updates,
+        changes=changes_of(events),
+        states=("ended",),
+        also={"packed": _packed(events, report.updates)},
+    )
+    return str(page)
+
+
+def changes_of(events: Sequence[Event]) -> tuple[tuple[int, str], ...]:
+    """Return the updates at which something changed, and what, in order."""
+    told: dict[int, list[str]] = {}
+    for event in events:
+        if isinstance(event, _TELLING):
+            told.setdefault(event.update, []).append(sentence_of(event))
+    return tuple((at, "; ".join(texts)) for at, texts in told.items())[-MOST_CHANGES:]
+
+
+def _packed(events: Sequence[Event], updates: int) -> str:
+    """Return what a page showed at its moments, packed; text that stays is there once."""
+    texts: dict[str, int] = {}
+    moments = []
+    wanted = _moments(events)
+    course = Course()
+    for event, after in zip(events, [*events[1:], None], strict=True):
+        course.take(event)
+        if event.update in wanted and (after is None or after.update != event.update):
+            parts = run_parts(course.report(goes_on=True), under_way=True, span=updates)
+            found = [
+                (name, texts.setdefault(text, len(texts))) for name, text in parts.pieces().items()
+            ]
+            moments.append((event.update, found))
+    plain = json.dumps({"texts": list(texts), "moments": moments}).encode()
+    return base64.b64encode(zlib.compress(plain, 9)).decode()
+
+
+def _moments(events: Sequence[Event]) -> set[int]:
+    """Return the updates at which a file shows the run: those of changes, and others between."""
+    known = sorted({event.update for event in events})
+    step = max(1, len(known) // MOST_MOMENTS)
+    changed = {update for update, _ in changes_of(events)[-2 * MOST_MOMENTS :]}
+    return {*known[::step], known[0], *changed}
