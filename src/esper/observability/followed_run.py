@@ -27,7 +27,7 @@ class FollowedRun:
         path: Its folder, or its log; neither needs to be there yet.
 
     Attributes:
-        name: What the path says of it: the folder.
+        path: Its folder, or its log where that has another name than a log in a folder has.
         events: What its log has had so far.
         report: What its ``report.json`` says; None before it is there.
     """
@@ -36,7 +36,7 @@ class FollowedRun:
         is_log = path.suffix == ".jsonl"
         self._folder = path.parent if is_log else path
         self._log = path if is_log else path / EVENTS_FILE
-        self.name = str(self._folder if path.name in (EVENTS_FILE, self._folder.name) else path)
+        self.path = self._folder if self._log.name == EVENTS_FILE else path
         self._tail, self._num_begun = LogTail(self._log), 1
         self._course = Course()
         self.events: list[Event] = []
@@ -108,37 +108,45 @@ class FollowedRun:
             return self.report
         return self.report if self._course.has_ended and self.report.run_id == last.run_id else None
 
-    def now(self) -> RunReport | None:
-        """Return the run as it is now; None before its first event."""
+    def report_at(self, update: int | None = None) -> RunReport | None:
+        """Return the run as it was when so many updates had been done; None before its first event.
+
+        Args:
+            update: Updates; None, or no fewer than it has done, for the run as it is now.
+        """
+        if update is not None and update < self.updates and self.events:
+            return self._past(update)
         if self._final is not None or not self.events:
             return self._final
         goes_on = not self._course.has_ended
-        return self._course.report(
-            oddities=tuple(oddities(self.events, goes_on=goes_on)), goes_on=goes_on
-        )
+        told = tuple(oddities(self.events, goes_on=goes_on))
+        return self._course.report(oddities=told, goes_on=goes_on)
 
-    def parts(self, title: str = TITLE) -> Parts:
-        """Return what its page says now."""
+    def _past(self, update: int) -> RunReport:
+        course = Course()
+        for event in self.events:
+            if event.update <= update:
+                course.take(event)
+        return course.report(updates=update, goes_on=True)
+
+    def parts(self, title: str = TITLE, update: int | None = None) -> Parts:
+        """Return what its page says, or what it said at an update.
+
+        Args:
+            title: Its heading.
+            update: As :meth:`report_at` takes it.
+        """
         if self._problem:
             return _only(title, f"This run cannot be shown: {self._problem}")
-        report = self.now()
+        report = self.report_at(update)
         if report is None:
-            return _only(title, f"Nothing has happened yet in {self.name}.")
+            return _only(title, f"Nothing has happened yet in {self.path}.")
+        if report.updates < self.updates:
+            return run_parts(report, title=title, under_way=True, span=self.updates)
         under_way = self.state == "under way"
         horizon = report.settings.get("horizon")
         span = horizon if under_way and isinstance(horizon, int) else None
         return run_parts(report, title=title, under_way=under_way, span=span)
-
-    def parts_at(self, update: int, title: str = TITLE) -> Parts:
-        """Return what its page said when so many updates had been done; now, if it has no more."""
-        past = [event for event in self.events if event.update <= update]
-        if update >= self.updates or not past:
-            return self.parts(title)
-        course = Course()
-        for event in past:
-            course.take(event)
-        report = course.report(updates=update, goes_on=True)
-        return run_parts(report, title=title, under_way=True, span=self.updates)
 
 
 def _only(title: str, text: str) -> Parts:

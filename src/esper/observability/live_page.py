@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
 from esper.observability.followed_run import FollowedRun
@@ -16,10 +18,8 @@ from esper.observability.time_page import Column, TimePage, changes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from esper.contracts.ports import Clock
-    from esper.observability.page_frame import Parts
 
 LOOKS_EVERY_S: Final = 0.25
 """Least time between two looks at the files; a page that takes long to make is made less often."""
@@ -55,6 +55,7 @@ class LivePage:
 
     def __init__(self, paths: Sequence[Path], clock: Clock) -> None:
         self._runs = [FollowedRun(path) for path in paths]
+        self._names = names_of([run.path for run in self._runs])
         self._clock, self._lock = clock, threading.Lock()
         self._name, self._number = secrets.token_hex(4), 0
         self._since: dict[str, int] = {}
@@ -142,8 +143,8 @@ class LivePage:
         if len(self._runs) == 1:
             return changes_of(self._runs[0].events)
         found = [
-            (update, f"{run.name}: {text}")
-            for run in self._runs
+            (update, f"{name}: {text}")
+            for name, run in zip(self._names, self._runs, strict=True)
             for update, text in changes_of(run.events)
         ]
         return tuple(sorted(found))
@@ -151,18 +152,22 @@ class LivePage:
     def _columns(self, update: int | None = None) -> tuple[Column, ...]:
         """Return what the page shows, now or as it was at an update."""
         if len(self._runs) == 1:
-            return (Column(id="column-0", pieces=_parts(self._runs[0], update, TITLE).pieces()),)
-        seen = [(run.name, run.state, run.now()) for run in self._runs]
+            return (Column(id="column-0", pieces=self._runs[0].parts(TITLE, update).pieces()),)
+        named = list(zip(self._names, self._runs, strict=True))
+        seen = [(name, run.state, run.report_at(update)) for name, run in named]
         first = Column(id="column-0", pieces=comparison(seen).pieces())
         own = (
             Column(
                 id=f"column-{number}",
-                pieces=as_column(_parts(run, update, run.name).pieces(), number),
+                pieces=as_column(run.parts(name, update).pieces(), number),
             )
-            for number, run in enumerate(self._runs, start=1)
+            for number, (name, run) in enumerate(named, start=1)
         )
         return (first, *own)
 
 
-def _parts(run: FollowedRun, update: int | None, title: str) -> Parts:
-    return run.parts(title) if update is None else run.parts_at(update, title)
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return what tells paths apart: what is behind the folder that all of them are in."""
+    whole = [path.resolve() for path in paths]
+    shared = Path(os.path.commonpath([path.parent for path in whole]))
+    return [str(path.relative_to(shared)) for path in whole]

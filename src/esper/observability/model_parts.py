@@ -24,10 +24,13 @@ MOST_ROWS: Final = 16
 MOST_SEEDS: Final = 6
 """Seeds of a layer that are drawn; of more, those that are taken."""
 
-_WIDTH, _HOST_WIDTH, _LEFT = 880.0, 250.0, 12.0
+LONGEST: Final = 58
+"""Characters of a kernel's line; of a longer one the end is left out."""
+
+_WIDTH, _HOST_WIDTH, _LEFT = 720.0, 200.0, 8.0
 _HEAD, _ROW, _GAP = 34.0, 40.0, 10.0
 _LINE = 20.0
-_SEEDS_AT, _SEED_STEP = _LEFT + _HOST_WIDTH + 30.0, 22.0
+_SEEDS_AT, _SEED_STEP = _LEFT + _HOST_WIDTH + 26.0, 22.0
 
 STATE_MARKS: Final = {
     GraftStage.GERMINATED: "ring dashed",
@@ -178,13 +181,13 @@ def _names(row: _Row, y: float, height: float) -> Iterator[Markup]:
     if len(row.sites) > 1:
         name, what = (
             f"{len(row.sites):,} layers, dormant",
-            f"{_short(first.site, 15)} to {_short(last.site, 15)}",
+            f"{_short(first.site, 12)} to {_short(last.site, 12)}",
         )
     middle = y + height / 2
     x = _LEFT + 12.0
-    yield element("text", name, class_="name", x=x, y=middle - 2.0 if what else middle + 4.0)
+    yield element("text", name, class_="name", x=x, y=middle - 4.0 if what else middle + 4.0)
     if what:
-        yield element("text", _short(what, 36), class_="tick", x=x, y=middle + 14.0)
+        yield element("text", _short(what, 28), class_="tick", x=x, y=middle + 12.0)
 
 
 def _seeds(row: _Row, y: float, height: float) -> Iterator[Markup]:
@@ -220,7 +223,9 @@ def _words(row: _Row, y: float) -> Iterator[Markup]:
     for place, (text, style) in enumerate(row.lines):
         at = top + _LINE * place
         if style:
-            yield element("text", text, class_=f"tick {style}", x=x, y=at)
+            shown = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\u2026"
+            whole = [element("title", text)] if shown != text else []
+            yield element("text", *whole, shown, class_=f"tick {style}", x=x, y=at)
             continue
         kind = "square" if row.incidents else "culled"
         symbol = MARK_SHAPES[kind]
@@ -247,7 +252,7 @@ def _box_text(row: _Row) -> str:
     return "; ".join(f"{site.site or '(root)'} {site.what}".rstrip() for site in row.sites)
 
 
-def _short(text: str, most: int = 30) -> str:
+def _short(text: str, most: int = 26) -> str:
     """Leave the beginning out of a name that is too long for its box."""
     shown = text or "(root)"
     return shown if len(shown) <= most else f"\u2026{shown[1 - most :]}"

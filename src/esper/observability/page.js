@@ -76,15 +76,15 @@
   function ago() {
     if (!heard) return "";
     const s = Math.max(0, Math.round(Date.now() / 1000 - heard));
-    if (s < 90) return `, last event ${s} s ago`;
-    return s < 5400 ? `, last event ${Math.round(s / 60)} min ago`
-      : `, last event ${Math.round(s / 3600)} h ago`;
+    if (s < 90) return `last event ${s} s ago`;
+    return s < 5400 ? `last event ${Math.round(s / 60)} min ago`
+      : `last event ${Math.round(s / 3600)} h ago`;
   }
 
   function tell() {
     const at = Number(slider.value);
     const [number, whole] = [at, Number(slider.max)].map((n) => n.toLocaleString("en"));
-    byId("at").textContent = `update ${number} of ${whole}`;
+    byId("at").textContent = `${number} of ${whole}`;
     const past = changes.filter(([update]) => update <= at);
     const said = past.length ? `Update ${past.at(-1)[0].toLocaleString("en")}: ${past.at(-1)[1]}` : "";
     byId("said").textContent = said;
@@ -93,8 +93,12 @@
     const goesOn = data.live && states.includes("under way");
     const waits = data.live && states.every((state) => state === "not begun");
     bar.dataset.state = !follows ? "past" : away ? "away" : goesOn || waits ? "live" : "end";
-    byId("state").textContent = { past: "Replay", away: "Connection lost, trying again",
-      live: waits ? "Waiting for its first event" : `Live${ago()}`, end: "The end" }[bar.dataset.state];
+    const word = { past: "Replay", away: "Offline", live: waits ? "Waiting" : "Live", end: "Ended" };
+    if (byId("state").textContent !== word[bar.dataset.state]) {
+      byId("state").textContent = word[bar.dataset.state];
+    }
+    byId("heard").textContent = away ? "connection lost, trying again"
+      : waits ? "for its first event" : goesOn ? ago() : "";
     byId("now").textContent = goesOn ? "Live" : "End";
     byId("now").disabled = follows;
     byId("play").textContent = player ? "Pause" : "Play";

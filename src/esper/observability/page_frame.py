@@ -38,6 +38,12 @@ _RINGS: Final = "\n".join(
     f".ring.dashed.graft-{n} {{ stroke: var(--graft-{n}); }}" for n in range(1, 9)
 )
 
+ICON: Final = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath "
+    "d='M8 1 15 8 8 15 1 8Z' fill='%2300795a'/%3E%3C/svg%3E"
+)
+"""A diamond, as what is permanent has; without it a browser asks the server for one."""
+
 TOP: Final = "part-top"
 """Id of the head of a page, which stands before its sections."""
 
@@ -145,6 +151,7 @@ text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--
 .stage.germinated, .stage.trial, .stage.audition { fill: var(--host); }
 .stage.blending { fill: var(--random); }
 .stage.holding { fill: var(--grown); }
+svg.model { max-width: 46rem; min-width: 30rem; }
 .host-box { fill: var(--panel); stroke: var(--rule); stroke-width: 1.5; }
 .twig { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
 .arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; }
@@ -155,24 +162,27 @@ RINGS
 svg text.warn { fill: var(--paper); font-weight: 700; font-size: 11px; }
 .time { position: sticky; top: 0; z-index: 2; background: var(--paper);
   border-bottom: 1px solid var(--rule); }
-.time > div { max-width: 62rem; margin: 0 auto; padding: .55rem 1.25rem; display: flex;
-  flex-wrap: wrap; align-items: center; gap: .35rem .75rem; }
-.time input { flex: 1 1 14rem; min-width: 9rem; accent-color: var(--grown); margin: 0; }
-.time output { font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }
-.time .state { display: inline-flex; align-items: center; gap: .4rem; font-weight: 600; }
-.time .state::before { content: ""; width: .6rem; height: .6rem; border-radius: 50%;
+.time > div { max-width: 62rem; margin: 0 auto; padding: .55rem 1.25rem .4rem; display: grid;
+  align-items: center; gap: .3rem .6rem;
+  grid-template: "state back play forth moment at now" "said said said said said heard heard"
+    / auto auto 4.2rem auto 1fr auto 4rem; }
+.time .state { grid-area: state; display: inline-flex; align-items: center; gap: .4rem;
+  font-weight: 600; white-space: nowrap; margin-right: .4rem; }
+.time .state::before { content: ""; flex: none; width: .6rem; height: .6rem; border-radius: 50%;
   background: var(--host); }
 .time[data-state="live"] .state::before { background: var(--scratch); }
 .time[data-state="past"] .state::before { background: var(--random); border-radius: 0; }
 .time[data-state="away"] .state::before { background: none; border: 2px solid var(--random); }
-.time .said { flex: 1 1 100%; margin: 0; max-width: none; min-height: 1.4em; color: var(--soft);
-  font-size: .88rem; line-height: 1.4; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
+.time input { grid-area: moment; width: 100%; min-width: 0; accent-color: var(--grown); margin: 0; }
+.time output { grid-area: at; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.time p { margin: 0; max-width: none; min-height: 1.4em; color: var(--soft); font-size: .88rem;
+  line-height: 1.4; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.time .said { grid-area: said; } .time .heard { grid-area: heard; text-align: right; }
+#back { grid-area: back; } #play { grid-area: play; } #forth { grid-area: forth; }
+#now { grid-area: now; } .time button:disabled { color: var(--soft); cursor: default; }
 .time button { font: inherit; font-size: .9rem; color: var(--ink); background: var(--panel);
   border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .6rem; cursor: pointer; }
 .time button:hover { border-color: var(--soft); }
-.time button svg { width: .8em; height: .8em; min-width: 0; display: inline-block; }
-.time button svg path { fill: currentColor; }
 button:focus-visible, input:focus-visible, a:focus-visible, summary:focus-visible {
   outline: 2px solid var(--grown); outline-offset: 2px; }
 .time ~ main section, .time ~ main header { scroll-margin-top: 6.5rem; }
@@ -188,6 +198,11 @@ main.many { max-width: 100rem; }
 @media (max-width: 40rem) { .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0;
     padding: 0; list-style: none; font-size: .9rem; font-weight: 600; }
   main { padding: 1.25rem 1rem 3rem; }
+  .time > div { padding: .5rem 1rem .35rem; grid-template: "state back play forth now"
+    "moment moment moment moment moment" "at at heard heard heard" "said said said said said"
+    / minmax(0, 1fr) auto 4.2rem auto 4rem; }
+  .time .word { display: none; } .time .state { margin-right: 0; }
+  .time output { font-size: .9rem; }
   .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
   .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
@@ -291,6 +306,7 @@ def document(
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", parts.title),
+        element("link", rel="icon", href=ICON),
         *([] if base is None else [element("base", href=base)]),
         element("style", STYLE),
     )
@@ -306,7 +322,7 @@ def section(title: str, *parts: str) -> Section:
 
 def _contents(sections: Sequence[Section]) -> Markup:
     """Return links to the parts of the page."""
-    if not sections:
+    if len(sections) < 2:
         return Markup("")
     links = (element("a", part.title, href=f"#{part.anchor}") for part in sections)
     items = (element("li", link) for link in links)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import metric_text
 from esper.contracts.report_text import OPTIMISTIC, flops_text
 from esper.contracts.run_report import beyond_limit, headline_sentences, words_for, work_text
@@ -93,7 +94,7 @@ def run_parts(
     return parts_of(
         title,
         *lead,
-        intro=[stopped(report.interrupted, done), _run_facts(report)],
+        intro=[stopped(report.interrupted, done), _run_facts(report, under_way=under_way)],
         sections=[
             section("Loss", _loss_figure(report, span)),
             section("The model", model_figure(report)) if sites_of(report) else None,
@@ -222,12 +223,10 @@ def alpha_chart(
     return figure(draw_lines(chart), caption, legend(chart))
 
 
-def _run_facts(report: RunReport) -> Markup:
+def _run_facts(report: RunReport, *, under_way: bool) -> Markup:
     pairs = {
         "Updates": f"{report.updates:,}",
-        "Parameters before": number_text(report.parameters_before, ",d"),
-        "Parameters after": number_text(report.parameters_after, ",d"),
-        **_growing_share(report),
+        **(_standing(report) if under_way else _sizes_and_share(report)),
     }
     theirs = {g.artifact_id: g.blueprint for g in report.grafts if g.is_of_a_registry}
     if theirs:
@@ -244,6 +243,30 @@ def _run_facts(report: RunReport) -> Markup:
     test = {name: metric_text(name, value) for name, value in report.test_metrics.items()}
     splits = (("Gate", gate), ("Test", test))
     return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
+
+
+def _standing(report: RunReport) -> dict[str, str]:
+    """Return what a run has in its model, and on trial, while it goes on."""
+    inside = [
+        g for g in report.grafts if g.admitted_at is not None and g.stage is not GraftStage.CULLED
+    ]
+    tried = [trial for trial in report.trials if trial.verdict == "in trial"]
+    on_trial = [
+        f"package {t.package}, {report.updates - t.started_at:,} of {t.trial_updates:,} updates"
+        for t in tried
+    ]
+    return {
+        "Kernels in the model": f"{len(inside):,}",
+        "On trial": ", ".join(on_trial) or "nothing",
+    }
+
+
+def _sizes_and_share(report: RunReport) -> dict[str, str]:
+    return {
+        "Parameters before": number_text(report.parameters_before, ",d"),
+        "Parameters after": number_text(report.parameters_after, ",d"),
+        **_growing_share(report),
+    }
 
 
 def _growing_share(report: RunReport) -> dict[str, str]:

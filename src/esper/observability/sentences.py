@@ -66,7 +66,8 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     RegistryUnavailable: lambda e: f"the registry did not answer ({e.operation}): {e.reason}",
     Noted: lambda e: e.text,
     RunEnded: lambda e: (
-        f"the run ended: {e.reason}; {e.grafts_admitted} grafts came in, "
+        f"{'' if e.reason == 'the run ended' else 'the run ended: '}{e.reason}; "
+        f"{e.grafts_admitted} grafts came in, "
         f"{e.grafts_fossilized} of them for good"
     ),
 }

@@ -135,15 +135,17 @@ class TimePage:
 
     def _bar(self) -> Markup:
         end, label = self.updates, {"aria_label": "Update"}
+        place = element("span", "", id="at")
         parts = (
             element("span", "", class_="state", id="state", role="status"),
-            element("button", "\u2039 Change", type="button", id="back", title="The change before"),
+            _button("back", "\u2039", "The change before", word="Change"),
             element("button", "Play", type="button", id="play"),
-            element("button", "Change \u203a", type="button", id="forth", title="The next change"),
+            _button("forth", "\u203a", "The next change", word="Change"),
             element("input", type="range", id="moment", min=0, max=end, step=1, value=end, **label),
-            element("output", "", id="at", for_="moment"),
+            element("output", element("span", "update ", class_="word"), place, for_="moment"),
             element("button", "End", type="button", id="now"),
             element("p", "", class_="said", id="said"),
+            element("p", "", class_="heard", id="heard"),
         )
         many = " many" if len(self.columns) > 1 else ""
         return element("div", element("div", *parts), class_=f"time{many}", id="time", hidden="")
@@ -154,6 +156,13 @@ class TimePage:
         text = Markup(json.dumps(data).replace("<", "\\u003c"))
         kept = element("script", text, type="application/json", id="page-data")
         return Markup(f"{kept}{element('script', SCRIPT)}")
+
+
+def _button(name: str, sign: str, label: str, *, word: str) -> Markup:
+    """Return a button with a sign, and a word that a narrow screen has no room for."""
+    parts = [element("span", word, class_="word"), Markup(" "), element("span", sign)]
+    shown = parts[::-1] if name == "back" else parts
+    return element("button", *shown, type="button", id=name, title=label, aria_label=label)
 
 
 def page_in_time(report: RunReport, events: Sequence[Event]) -> str:
