@@ -38,11 +38,12 @@ _RINGS: Final = "\n".join(
     f".ring.dashed.graft-{n} {{ stroke: var(--graft-{n}); }}" for n in range(1, 9)
 )
 
-ICON: Final = (
+_ICON_ADDRESS: Final = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath "
     "d='M8 1 15 8 8 15 1 8Z' fill='%2300795a'/%3E%3C/svg%3E"
 )
-"""A diamond, as what is permanent has; without it a browser asks the server for one."""
+_ICON: Final = element("link", rel="icon", href=_ICON_ADDRESS)
+"""A diamond, as what is permanent has."""
 
 TOP: Final = "part-top"
 """Id of the head of a page, which stands before its sections."""
@@ -178,8 +179,9 @@ svg text.warn { fill: var(--paper); font-weight: 700; font-size: 11px; }
 .time p { margin: 0; max-width: none; min-height: 1.4em; color: var(--soft); font-size: .88rem;
   line-height: 1.4; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .time .said { grid-area: said; } .time .heard { grid-area: heard; text-align: right; }
-#back { grid-area: back; } #play { grid-area: play; } #forth { grid-area: forth; }
-#now { grid-area: now; } .time button:disabled { color: var(--soft); cursor: default; }
+.time .back { grid-area: back; } .time .play { grid-area: play; }
+.time .forth { grid-area: forth; } .time .now { grid-area: now; }
+.time button:disabled { color: var(--soft); cursor: default; }
 .time button { font: inherit; font-size: .9rem; color: var(--ink); background: var(--panel);
   border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .6rem; cursor: pointer; }
 .time button:hover { border-color: var(--soft); }
@@ -296,17 +298,17 @@ def document(
         parts: What it says.
         base: Address that its links start from; None is its own.
         body: All of it, where that is more than the parts one after another.
-        policy: What the page may load and run, as a Content-Security-Policy.
+        policy: What the page may load and run, as a Content-Security-Policy; it has an icon then,
+            which a browser would ask a server for.
     """
     rules = {"http_equiv": "Content-Security-Policy", "content": policy}
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        *([] if policy is None else [element("meta", **rules)]),
+        *([] if policy is None else [element("meta", **rules), _ICON]),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", parts.title),
-        element("link", rel="icon", href=ICON),
         *([] if base is None else [element("base", href=base)]),
         element("style", STYLE),
     )

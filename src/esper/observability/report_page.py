@@ -417,7 +417,7 @@ def _work_of_trials(report: RunReport) -> str:
     known = [trial.flops for trial in report.trials if trial.flops is not None]
     of = "1 trial" if len(known) == 1 else f"{len(known):,} trials"
     return (
-        f"Up to here {of} took {flops_text(sum(known))} FLOPs. What all of growing took beside "
+        f"Up to here {of} took {flops_text(sum(known))}. What all of growing took beside "
         "training stands in report.json, at the end of the run."
     )
 

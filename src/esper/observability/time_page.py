@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from esper.contracts.events import Event
     from esper.contracts.report import RunReport
 
-MOST_MOMENTS: Final = 60
-"""Moments that a file keeps, beside those at which something changed."""
+MOST_MOMENTS, LEAST_MOMENTS = 150, 8
+"""Moments that a file keeps, of a small page and of a large one."""
+MOST_LETTERS: Final = 12_000_000
+"""Letters of all that is packed into a file, about; to make and pack them takes a second or two."""
 MOST_CHANGES: Final = 400
 """Moments at which something changed that a page tells; of more, the last."""
 
@@ -139,11 +141,11 @@ class TimePage:
         parts = (
             element("span", "", class_="state", id="state", role="status"),
             _button("back", "\u2039", "The change before", word="Change"),
-            element("button", "Play", type="button", id="play"),
+            element("button", "Play", type="button", id="play", class_="play"),
             _button("forth", "\u203a", "The next change", word="Change"),
             element("input", type="range", id="moment", min=0, max=end, step=1, value=end, **label),
             element("output", element("span", "update ", class_="word"), place, for_="moment"),
-            element("button", "End", type="button", id="now"),
+            element("button", "End", type="button", id="now", class_="now"),
             element("p", "", class_="said", id="said"),
             element("p", "", class_="heard", id="heard"),
         )
@@ -162,7 +164,9 @@ def _button(name: str, sign: str, label: str, *, word: str) -> Markup:
     """Return a button with a sign, and a word that a narrow screen has no room for."""
     parts = [element("span", word, class_="word"), Markup(" "), element("span", sign)]
     shown = parts[::-1] if name == "back" else parts
-    return element("button", *shown, type="button", id=name, title=label, aria_label=label)
+    return element(
+        "button", *shown, type="button", id=name, class_=name, title=label, aria_label=label
+    )
 
 
 def page_in_time(report: RunReport, events: Sequence[Event]) -> str:
@@ -174,14 +178,16 @@ def page_in_time(report: RunReport, events: Sequence[Event]) -> str:
     """
     if not events:
         return run_page(report)
-    last = Column(id="column-0", pieces=run_parts(report).pieces())
+    parts = run_parts(report)
+    last = Column(id="column-0", pieces=parts.pieces())
+    size = sum(map(len, last.pieces.values()))
     page = TimePage(
-        title=run_parts(report).title,
+        title=parts.title,
         columns=(last,),
         updates=report.updates,
         changes=changes_of(events),
         states=("ended",),
-        also={"packed": _packed(events, report.updates)},
+        also={"packed": _packed(events, report.updates, size)},
     )
     return str(page)
 
@@ -195,11 +201,17 @@ def changes_of(events: Sequence[Event]) -> tuple[tuple[int, str], ...]:
     return tuple((at, "; ".join(texts)) for at, texts in told.items())[-MOST_CHANGES:]
 
 
-def _packed(events: Sequence[Event], updates: int) -> str:
-    """Return what a page showed at its moments, packed; text that stays is there once."""
+def _packed(events: Sequence[Event], updates: int, size: int) -> str:
+    """Return what a page showed at its moments, packed; text that stays is there once.
+
+    Args:
+        events: The log.
+        updates: Those of the whole run.
+        size: Letters of the page at its end.
+    """
     texts: dict[str, int] = {}
     moments = []
-    wanted = _moments(events)
+    wanted = _moments(events, max(LEAST_MOMENTS, min(MOST_MOMENTS, MOST_LETTERS // size)))
     course = Course()
     for event, after in zip(events, [*events[1:], None], strict=True):
         course.take(event)
@@ -213,9 +225,16 @@ def _packed(events: Sequence[Event], updates: int) -> str:
     return base64.b64encode(zlib.compress(plain, 9)).decode()
 
 
-def _moments(events: Sequence[Event]) -> set[int]:
-    """Return the updates at which a file shows the run: those of changes, and others between."""
+def _moments(events: Sequence[Event], most: int) -> set[int]:
+    """Return the updates at which a file shows the run: those of changes first, others between."""
     known = sorted({event.update for event in events})
-    step = max(1, len(known) // MOST_MOMENTS)
-    changed = {update for update, _ in changes_of(events)[-2 * MOST_MOMENTS :]}
-    return {*known[::step], known[0], *changed}
+    changed = _thinned([update for update, _ in changes_of(events)], most)
+    others = _thinned(known, most - len(changed))
+    return {known[0], *changed, *others}
+
+
+def _thinned(updates: Sequence[int], most: int) -> list[int]:
+    """Return so many of some updates at most, evenly."""
+    if most <= 0:
+        return []
+    return list(updates[:: -(-len(updates) // most)]) if updates else []
