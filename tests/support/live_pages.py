@@ -101,13 +101,13 @@ def parts_of_file(html):
 
 
 @contextmanager
-def on_loopback(*folders):
+def on_loopback(*folders, port=0):
     """Serve the page of runs; yields its address."""
     from esper.server.dashboard import dashboard_server
     from esper.server.running import listen
 
     page = LivePage(folders, MonotonicClock())
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", port) as listener:
         server = dashboard_server(page, host="127.0.0.1")
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
         thread.start()

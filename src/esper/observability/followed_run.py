@@ -141,12 +141,10 @@ class FollowedRun:
         report = self.report_at(update)
         if report is None:
             return _only(title, f"Nothing has happened yet in {self.path}.")
-        if report.updates < self.updates:
-            return run_parts(report, title=title, under_way=True, span=self.updates)
-        under_way = self.state == "under way"
-        horizon = report.settings.get("horizon")
-        span = horizon if under_way and isinstance(horizon, int) else None
-        return run_parts(report, title=title, under_way=under_way, span=span)
+        goes_on, horizon = self.state == "under way", report.settings.get("horizon")
+        span = max(self.updates, horizon if goes_on and isinstance(horizon, int) else 0)
+        is_past = report.updates < self.updates
+        return run_parts(report, title=title, under_way=goes_on or is_past, span=span)
 
 
 def _only(title: str, text: str) -> Parts:

@@ -198,10 +198,21 @@
   bar.hidden = false;
   tell();
   if (data.live) {
-    const source = new EventSource(`events?after=${encodeURIComponent(data.id)}`);
-    source.onmessage = (message) => take(JSON.parse(message.data));
-    source.onopen = () => { away = false; tell(); };
-    source.onerror = () => { away = true; tell(); };
+    let known = data.id;
+    const listen = () => {
+      const source = new EventSource(`events?after=${encodeURIComponent(known)}`);
+      source.onmessage = (message) => {
+        known = message.lastEventId;
+        take(JSON.parse(message.data));
+      };
+      source.onopen = () => { away = false; tell(); };
+      source.onerror = () => { // it tries again by itself, but not where the answer was an error
+        away = true;
+        tell();
+        if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
+      };
+    };
+    listen();
     setInterval(tell, 1000);
   }
 })();
