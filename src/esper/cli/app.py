@@ -285,12 +285,13 @@ def replay(
         from esper.observability.replay import replay as replay_events
 
         with _refusals():
-            found = replay_events(_events_of(log))
+            events = _events_of(log)
+            found = replay_events(events)
         if page is not None:
-            from esper.observability.report_page import run_page
+            from esper.observability.time_page import page_in_time
             from esper.resilience.whole_file import write_whole
 
-            write_whole(page, run_page(found.report).encode("utf-8"))
+            write_whole(page, page_in_time(found.report, events).encode("utf-8"))
         if as_json:
             typer.echo(found.report.to_json(), nl=False)
         else:

@@ -103,10 +103,12 @@ class RunStarted(Event):
 
     Attributes:
         settings: Effective value of every setting of the controller, by name.
+        sites: One per layer with seeds, in the model's order: ``site``, ``what`` it is, ``seeds``.
     """
 
     kind: ClassVar[str] = "run_started"
     settings: JsonObject
+    sites: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

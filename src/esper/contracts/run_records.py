@@ -61,6 +61,21 @@ class NotFinite(Extensible):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRecord(Extensible):
+    """A layer with seeds, as the drawing of its model shows it.
+
+    Attributes:
+        site: Dotted name of the layer; empty where it is the whole model.
+        what: What it is, with its widths: ``"Linear, 4 to 64"``.
+        seeds: Seeds that it has.
+    """
+
+    site: str
+    what: str = ""
+    seeds: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IncidentRecord(Extensible):
     """Something that went wrong with a seed or a source of kernels, or came right again.
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         GraftRecord,
         IncidentRecord,
         NotFinite,
+        SiteRecord,
         StageRecord,
         TimelineEntry,
         TrialRecord,
@@ -88,6 +89,7 @@ class RunReport(Extensible):
         not_finite: What was NaN or infinite, and when, in order.
         incidents: What went wrong with seeds and with sources of kernels, and came right again, as
             the events tell it; one for each thing that did, in the order in which it first did.
+        sites: The layers with seeds, in the model's order; empty in files that do not tell them.
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
@@ -134,6 +136,7 @@ class RunReport(Extensible):
     notes: tuple[str, ...] = ()
     interrupted: bool = False
     incidents: tuple[IncidentRecord, ...] = ()
+    sites: tuple[SiteRecord, ...] = ()
     control: RunReport | None = None
     run_id: str = ""
     end_capacity: float | None = None

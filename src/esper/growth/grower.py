@@ -32,6 +32,7 @@ from esper.growth.obstacles import (
     obstacle,
 )
 from esper.growth.options import GrowerOptions, show_options
+from esper.growth.outline import outline
 from esper.growth.policies import outlook_of
 from esper.growth.reading import Reading
 from esper.growth.rehearsal import rehearse
@@ -182,7 +183,7 @@ class Grower:
         self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
         self._on_progress, self._changes_told = options.get("on_progress"), 0
-        self._run.journal.started(self._effective_settings())
+        self._run.journal.started(self._effective_settings(), outline(self._run.layers))
         try:
             self._depth.warn_if_idle()
             self._warn(never_grows(self._run) or missing_part(self._run))
@@ -330,6 +331,7 @@ class Grower:
             notes=tuple(run.journal.notes),
             not_finite=tuple(run.journal.not_finite),
             incidents=run.journal.incidents.records,
+            sites=run.journal.sites,
         )
 
     def _effective_settings(self) -> JsonObject:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.choices import Gate
     from esper.contracts.ports import Clock, EventSink
-    from esper.contracts.report import GraftRecord, RunReport, StageRecord, TrialRecord
+    from esper.contracts.report import GraftRecord, RunReport, SiteRecord, StageRecord, TrialRecord
     from esper.fetching.hitch import Hitch
     from esper.growth.gates import GateVerdict
     from esper.growth.graft import Graft
@@ -89,6 +89,7 @@ class Journal:
         trials: Every package as it is known now, in order.
         stages: Every planned stage of depth as it is known now, in order.
         incidents: What went wrong with seeds and sources, and came right again.
+        sites: The layers with seeds, as the run found them.
         last_switch: Update at which the model last became another one; 0 where it never did.
         run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
@@ -106,6 +107,7 @@ class Journal:
         self.trials: list[TrialRecord] = []
         self.stages: list[StageRecord] = []
         self.incidents = Incidents()
+        self.sites: tuple[SiteRecord, ...] = ()
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._last_reason = ""
@@ -117,11 +119,15 @@ class Journal:
         of_depth = sum(1 if stage.ended_at is None else 2 for stage in self.stages)
         return len(self.evaluations) + len(self.timeline) + of_depth
 
-    def started(self, settings: JsonObject) -> None:
-        """Record the effective settings of the run, and say them."""
+    def started(self, settings: JsonObject, sites: Sequence[SiteRecord] = ()) -> None:
+        """Record the effective settings of the run, and say them; and its sites."""
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         _LOG.info("growing with %s", told)
-        self._sink.publish(RunStarted(**self._now(), settings=settings))
+        self.sites = tuple(sites)
+        shown: list[JsonObject] = [
+            {"site": site.site, "what": site.what, "seeds": site.seeds} for site in sites
+        ]
+        self._sink.publish(RunStarted(**self._now(), settings=settings, sites=shown))
 
     def goes_on(self, report: RunReport, said: Mapping[str, Any]) -> None:
         """Take over what another journal kept.

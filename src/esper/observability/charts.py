@@ -300,13 +300,28 @@ def legend(chart: Chart) -> Markup:
 
 
 def draw_lanes(
-    name: str, title: str, description: str, lanes: Sequence[Lane], last_update: float
+    name: str,
+    title: str,
+    description: str,
+    lanes: Sequence[Lane],
+    last_update: float,
+    *,
+    span: float = 0.0,
 ) -> Markup:
-    """Return lives of grafts as lanes over the updates, or a sentence if there are none."""
+    """Return lives of grafts as lanes over the updates, or a sentence if there are none.
+
+    Args:
+        name: Unique on the page, for ids.
+        title: What it shows, for people who cannot see it.
+        description: What can be read off it, for people who cannot see it.
+        lanes: One per graft.
+        last_update: Up to where grafts have lived.
+        span: Updates that there is room for, where those are more.
+    """
     if not lanes:
         return element("p", f"{title}: no graft was tried.", class_="empty")
     frame = Frame(width=880.0, height=LANE_HEIGHT * len(lanes) + 62.0, left=16.0, right=24.0)
-    x_scale = _x_scale(frame, 0.0, last_update)
+    x_scale = _x_scale(frame, 0.0, max(span, last_update))
     rows = [
         _lane(lane, x_scale, frame.top + LANE_HEIGHT * row + 26.0, last_update)
         for row, lane in enumerate(lanes)

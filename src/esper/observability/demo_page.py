@@ -27,6 +27,7 @@ from esper.observability.page_frame import (
     folded,
     notes,
     paragraph,
+    parts_of,
     section,
     settings_table,
     table,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 def demo_page(report: DemoReport) -> str:
     """Return the demo's page as HTML. Its first sentence says the good and the bad."""
     done = f"{len(report.random_seeds)} random seeds were completed"
-    return document(
+    parts = parts_of(
         "Esper demo: growing a digit classifier",
         not_beaten(report),
         intro=[stopped(report.interrupted, done), _demo_facts(report)],
@@ -81,6 +82,7 @@ def demo_page(report: DemoReport) -> str:
             section("How this was run", *_demo_settings(report)),
         ],
     )
+    return document(parts)
 
 
 def _demo_facts(report: DemoReport) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from os import SEEK_END
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from esper.contracts.events import (
     AlphaChanged,
@@ -106,59 +106,60 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
+@final
 class LogTail:
-    """Reads, each time, what a log has got since the last time.
+    """What a log has had since the last look; it need not be there yet.
 
     Args:
-        path: The log, which need not be there yet. One that is shorter than what was read of it
-            was begun anew, and is read from its start.
+        path: The log. One that is shorter than what was read of it was begun anew, and is read
+            from its start.
 
     Attributes:
-        path: The same.
-        times_begun: How often it was begun anew.
+        num_begun: How often a log began at this path, from 1: after a rise of it what was taken
+            before is of another run.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.times_begun = self._read = self._number = 0
-        self._rest = b""
+        self._path, self.num_begun = path, 1
+        self._begin()
 
-    def read(self) -> list[Event]:
-        """Return the events whose lines are whole by now.
+    def _begin(self) -> None:
+        self._read, self._number, self._rest = 0, 0, b""
+        self._wrong: ValueError | None = None
+
+    def take(self) -> list[Event] | None:
+        """Return the events that were written since the last call; None where nothing was.
+
+        Half a line is kept until its other half is there.
 
         Raises:
             OSError: The file cannot be read.
             ValueError: A line is no event, or is of a newer format; the message has its number.
         """
-        data = self._new()
+        if self._wrong is not None:
+            raise self._wrong
+        data = _read_from(self._path, self._read)
+        if data is None:
+            self.num_begun += 1
+            self._begin()
+            data = _read_from(self._path, 0)
+        if not data:
+            return None
         self._read += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
+        return self._events(lines)
+
+    def _events(self, lines: list[bytes]) -> list[Event]:
+        """Return the events of lines up to the first that is none, which the next look tells."""
         events = []
         for line in lines:
             self._number += 1
             try:
                 events.append(event_from_json(line.decode("utf-8")))
             except ValueError as error:
-                msg = f"{self.path}, line {self._number}: {error}"
-                raise ValueError(msg) from error
+                self._wrong = ValueError(f"{self._path}, line {self._number}: {error}")
+                break
         return events
-
-    def _new(self) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                if file.seek(0, SEEK_END) < self._read:
-                    self._begin_anew()
-                file.seek(self._read)
-                return file.read()
-        except FileNotFoundError:
-            if self._read:
-                self._begin_anew()
-            return b""
-
-    def _begin_anew(self) -> None:
-        self.times_begun += 1
-        self._read = self._number = 0
-        self._rest = b""
 
 
 def follow_log(
@@ -167,21 +168,35 @@ def follow_log(
     """Yield the events of a log while it is written, from the first on.
 
     Args:
-        path: As :class:`LogTail` takes it.
+        path: The log, as :class:`LogTail` takes it.
         goes_on: Asked where there is nothing new; False ends it.
         pause: Called before it is looked at again.
 
     Raises:
-        OSError, ValueError: See :meth:`LogTail.read`.
+        OSError: The file cannot be read.
+        ValueError: A line is no event, or is of a newer format; the message has its number.
     """
     tail = LogTail(path)
     while True:
-        events = tail.read()
-        yield from events
-        if not events:
-            if not goes_on():
-                return
+        events = tail.take()
+        if events is not None:
+            yield from events
+        elif goes_on():
             pause()
+        else:
+            return
+
+
+def _read_from(path: Path, start: int) -> bytes | None:
+    """Return what a file has behind a place; None where it ends before it."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, SEEK_END) < start:
+                return None
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return None if start else b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

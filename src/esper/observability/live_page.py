@@ -1,180 +1,173 @@
-"""A run's page that is renewed while the run goes on, and can be moved back through its past.
-
-What is shown of a run is what the page of its replayed log shows, to the byte; around it stands a
-bar with the runs that are watched and a slider over the events.
-"""
+"""The page of runs that go on: what stands on it now, and what has changed since it was sent."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import json
+import os
+import secrets
 import threading
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, final
 
-from esper.contracts.events import RunEnded
-from esper.observability.event_log import LogTail
-from esper.observability.markup import Markup, element
-from esper.observability.page_frame import document, paragraph
-from esper.observability.replay import replay
-from esper.observability.report_page import run_page
+from esper.observability.followed_run import FollowedRun
+from esper.observability.report_page import TITLE
+from esper.observability.side_by_side import TITLE as TITLE_OF_MANY
+from esper.observability.side_by_side import as_column, comparison
+from esper.observability.time_page import Column, TimePage, changes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from esper.contracts.events import Event
+    from esper.contracts.ports import Clock
 
-_SCRIPT: Final = Markup("""
-const at = document.getElementById("at"), said = document.getElementById("said");
-let follows = true, asked = 0;
-const show = (html) => {
-  const top = scrollY;
-  document.querySelector("main").outerHTML = html;
-  scrollTo(0, top);
-};
-const say = (text) => { said.textContent = text; };
-const source = new EventSource(location.pathname + "/events");
-source.onmessage = (message) => {
-  const found = JSON.parse(message.data);
-  at.max = found.events;
-  if (follows) { at.value = found.events; show(found.main); }
-  say(found.ended ? "ended" : follows ? "live" : "going on");
-  if (found.ended) source.close();
-};
-source.onerror = () => say("not reached, trying again");
-at.oninput = async () => {
-  follows = at.value === at.max;
-  const mine = ++asked, answer = await fetch(location.pathname + "/at/" + at.value);
-  const html = await answer.text();
-  if (mine === asked && answer.ok) show(html);
-  say(follows ? "live" : "event " + at.value + " of " + at.max);
-};
-""")
-_STYLE: Final = Markup("""
-.live { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.25rem;
-  align-items: center; padding: .5rem 1.25rem; background: var(--panel); color: var(--ink);
-  border-bottom: 1px solid var(--rule); font-size: .9rem; }
-.live nav { margin: 0; border: 0; padding: 0; }
-.live nav ul { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: 0; padding: 0; border: 0;
-  list-style: none; }
-.live a[aria-current] { font-weight: 600; color: inherit; text-decoration: none; }
-.live label { display: flex; align-items: center; gap: .5rem; flex: 1 1 14rem; }
-.live input { flex: 1; min-width: 8rem; accent-color: var(--grown); }
-""")
-_HASH: Final = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-POLICY: Final = (
-    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""What the page may do: its own script and style, and to ask its own server."""
+LOOKS_EVERY_S: Final = 0.25
+"""Least time between two looks at the files; a page that takes long to make is made less often."""
+SHARE: Final = 4.0
+"""Times that making a page took, before it is made again."""
 
 
-class WatchedRun:
-    """A run as far as its log goes; it can be looked at from several threads.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What a page is told.
 
-    Args:
-        name: What it is called on the page.
-        log: Its ``events.jsonl``, which need not be there yet.
+    Attributes:
+        id: Names what the page shows then; who comes with it later is told what came behind it.
+        text: JSON: the pieces that have changed, and the order of all.
     """
 
-    def __init__(self, name: str, log: Path) -> None:
-        self.name = name
-        self._tail = LogTail(log)
-        self._lock = threading.Lock()
-        self._events: list[Event] = []
-        self._wrong = ""
-        self._times_begun = 0
+    id: str
+    text: str
 
-    def look(self) -> str:
-        """Read what is new; return what stands for all that is there by now."""
-        with self._lock:
-            if not self._wrong:
-                self._read()
-            return f"{self._times_begun}-{len(self._events)}{'!' if self._wrong else ''}"
 
-    def _read(self) -> None:
-        try:
-            new = self._tail.read()
-        except (OSError, ValueError) as error:
-            self._wrong = str(error)
-            return
-        if self._tail.times_begun != self._times_begun:
-            self._times_begun = self._tail.times_begun
-            self._events.clear()
-        self._events += new
+@final
+class LivePage:
+    """One page for some runs, which any number of readers look at.
+
+    Each piece of the page is kept with the number of the look at which it last became another one.
+    So a reader is told what has changed since it was told last, however long ago that was, and one
+    who comes late has all that was there before.
+
+    Args:
+        paths: Folders or logs of the runs, at least one; they need not be there yet.
+        clock: Says when to look again.
+    """
+
+    def __init__(self, paths: Sequence[Path], clock: Clock) -> None:
+        self._runs = [FollowedRun(path) for path in paths]
+        self._names = names_of([run.path for run in self._runs])
+        self._clock, self._lock = clock, threading.Lock()
+        self._name, self._number = secrets.token_hex(4), 0
+        self._since: dict[str, int] = {}
+        self._next_look_s = 0.0
+        self._page = self._made()
 
     @property
-    def num_events(self) -> int:
-        """Number of events that were read."""
-        return len(self._events)
+    def id(self) -> str:
+        """Names what stands on the page now."""
+        return f"{self._name}-{self._number}"
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more is to come."""
-        return bool(self._wrong or (self._events and isinstance(self._events[-1], RunEnded)))
+        """Whether every run has ended, as far as was looked."""
+        return all(run.state == "ended" for run in self._runs)
 
-    def main(self, number: int | None = None) -> str:
-        """Return the page's main part as it was after so many events; by default as it is.
+    def look(self) -> None:
+        """See what was written, where it is time to look again; the page is made anew if it was."""
+        with self._lock:
+            begun = self._clock.now()
+            if begun < self._next_look_s:
+                return
+            is_other = [run.look() for run in self._runs]
+            if any(is_other):
+                self._make()
+            took = self._clock.now() - begun
+            self._next_look_s = self._clock.now() + max(LOOKS_EVERY_S, SHARE * took)
+
+    def html(self) -> str:
+        """Return the whole page as it is now."""
+        with self._lock:
+            return str(replace(self._page, also={"live": True, "id": self.id}))
+
+    def since(self, known: str) -> Message | None:
+        """Return what a reader lacks; None where it has all.
 
         Args:
-            number: From 1 to ``num_events``.
+            known: The id of what it was told last; empty, or of another page, for nothing.
         """
         with self._lock:
-            events, wrong = tuple(self._events[:number]), self._wrong
-        if wrong:
-            return _main_of(document(_TITLE, f"The log is refused: {wrong}", intro=[], sections=[]))
-        if not events:
-            waits = paragraph(f"{self._tail.path} has no event yet.")
-            return _main_of(document(_TITLE, "The run has not begun.", intro=[waits], sections=[]))
-        goes_on = not isinstance(events[-1], RunEnded)
-        return _main_of(run_page(replay(events, goes_on=goes_on).report))
+            name, _, number = known.partition("-")
+            told = int(number) if name == self._name and number.isdecimal() else -1
+            if told >= self._number:
+                return None
+            columns = [
+                column.as_json([p for p in column.pieces if self._since[p] > told])
+                for column in self._page.columns
+            ]
+            return Message(id=self.id, text=json.dumps({"columns": columns, **self._page.told()}))
 
+    def at(self, update: int) -> str:
+        """Return the page as it was when so many updates had been done, as JSON."""
+        with self._lock:
+            columns = self._columns(update)
+        return json.dumps({"columns": [column.as_json() for column in columns]})
 
-_TITLE: Final = "Esper: a run of growth"
+    def _make(self) -> None:
+        page = self._made()
+        before = {name: piece for c in self._page.columns for name, piece in c.pieces.items()}
+        if page == self._page:
+            return
+        self._number += 1
+        for column in page.columns:
+            for name, piece in column.pieces.items():
+                if before.get(name) != piece:
+                    self._since[name] = self._number
+        self._page = page
 
-
-def _main_of(page: str) -> str:
-    start, end = page.index("<main>"), page.rindex("</main>") + len("</main>")
-    return page[start:end]
-
-
-def live_page(runs: Sequence[WatchedRun], index: int) -> str:
-    """Return the page of one of several runs.
-
-    Args:
-        runs: All that are watched.
-        index: Which of them it is, from 0.
-    """
-    run = runs[index]
-    run.look()
-    links = (
-        element(
-            "li",
-            element("a", each.name, href=f"/runs/{i}", aria_current="page" if i == index else None),
+    def _made(self) -> TimePage:
+        columns = self._columns()
+        for column in columns:
+            for name in column.pieces:
+                self._since.setdefault(name, self._number)
+        heard = [run.heard for run in self._runs]
+        return TimePage(
+            title=TITLE if len(self._runs) == 1 else TITLE_OF_MANY,
+            columns=columns,
+            updates=max(run.updates for run in self._runs),
+            changes=self._changes(),
+            states=tuple(run.state for run in self._runs),
+            heard=max((s for s in heard if s is not None), default=None),
         )
-        for i, each in enumerate(runs)
-    )
-    latest = max(1, run.num_events)
-    slider = element(
-        "input", id="at", type="range", min="1", max=str(latest), value=str(latest), step="1"
-    )
-    bar = element(
-        "header",
-        element("nav", element("ul", *links), aria_label="Runs"),
-        element("label", "Events", slider),
-        element("output", "connecting", id="said"),
-        class_="live",
-    )
-    head, rest = _frame()
-    body = f"{bar}{run.main()}{element('script', _SCRIPT)}"
-    return f"{head}{element('style', _STYLE)}{rest.replace('<main></main>', body, 1)}"
+
+    def _changes(self) -> tuple[tuple[int, str], ...]:
+        if len(self._runs) == 1:
+            return changes_of(self._runs[0].events)
+        found = [
+            (update, f"{name}: {text}")
+            for name, run in zip(self._names, self._runs, strict=True)
+            for update, text in changes_of(run.events)
+        ]
+        return tuple(sorted(found))
+
+    def _columns(self, update: int | None = None) -> tuple[Column, ...]:
+        """Return what the page shows, now or as it was at an update."""
+        if len(self._runs) == 1:
+            return (Column(id="column-0", pieces=self._runs[0].parts(TITLE, update).pieces()),)
+        named = list(zip(self._names, self._runs, strict=True))
+        seen = [(name, run.state, run.report_at(update)) for name, run in named]
+        first = Column(id="column-0", pieces=comparison(seen).pieces())
+        own = (
+            Column(
+                id=f"column-{number}",
+                pieces=as_column(run.parts(name, update).pieces(), number),
+            )
+            for number, (name, run) in enumerate(named, start=1)
+        )
+        return (first, *own)
 
 
-@lru_cache(maxsize=1)
-def _frame() -> tuple[str, str]:
-    """Return a page around an empty main part, up to the end of its head and from there."""
-    page = document(_TITLE, "", intro=[], sections=[])
-    empty = page.replace(_main_of(page), "<main></main>")
-    head, _, rest = empty.partition("</head>")
-    return head, "</head>" + rest
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return what tells paths apart: what is behind the folder that all of them are in."""
+    whole = [path.resolve() for path in paths]
+    shared = Path(os.path.commonpath([path.parent for path in whole]))
+    return [str(path.relative_to(shared)) for path in whole]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Final
 
-_VOID: Final = frozenset({"base", "meta", "br", "hr", "input"})
+_VOID: Final = frozenset({"base", "meta", "br", "hr", "input", "link"})
 
 
 class Markup(str):

@@ -34,6 +34,20 @@ COLOURS: Final = {
 
 _ON_LIGHT: Final = " ".join(f"--{name}: {colour};" for name, colour in COLOURS.items())
 
+_RINGS: Final = "\n".join(
+    f".ring.dashed.graft-{n} {{ stroke: var(--graft-{n}); }}" for n in range(1, 9)
+)
+
+_ICON_ADDRESS: Final = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath "
+    "d='M8 1 15 8 8 15 1 8Z' fill='%2300795a'/%3E%3C/svg%3E"
+)
+_ICON: Final = element("link", rel="icon", href=_ICON_ADDRESS)
+"""A diamond, as what is permanent has."""
+
+TOP: Final = "part-top"
+"""Id of the head of a page, which stands before its sections."""
+
 STYLE: Final = Markup(
     """
 :root { color-scheme: light dark; ON_LIGHT }
@@ -138,14 +152,63 @@ text.graft-8, .mark.graft-8 { fill: var(--graft-8); } li.graft-8 { color: var(--
 .stage.germinated, .stage.trial, .stage.audition { fill: var(--host); }
 .stage.blending { fill: var(--random); }
 .stage.holding { fill: var(--grown); }
+svg.model { max-width: 46rem; min-width: 30rem; }
+.host-box { fill: var(--panel); stroke: var(--rule); stroke-width: 1.5; }
+.twig { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
+.arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; }
+.ring { fill: var(--paper); stroke: var(--soft); stroke-width: 1.5; }
+.ring.dashed { stroke-width: 2.5; stroke-dasharray: 3.5 2.5; stroke: var(--host); }
+RINGS
+.mark.square.random { fill: var(--random); }
+svg text.warn { fill: var(--paper); font-weight: 700; font-size: 11px; }
+.time { position: sticky; top: 0; z-index: 2; background: var(--paper);
+  border-bottom: 1px solid var(--rule); }
+.time > div { max-width: 62rem; margin: 0 auto; padding: .55rem 1.25rem .4rem; display: grid;
+  align-items: center; gap: .3rem .6rem;
+  grid-template: "state back play forth moment at now" "said said said said said heard heard"
+    / auto auto 4.2rem auto 1fr auto 4rem; }
+.time .state { grid-area: state; display: inline-flex; align-items: center; gap: .4rem;
+  font-weight: 600; white-space: nowrap; margin-right: .4rem; }
+.time .state::before { content: ""; flex: none; width: .6rem; height: .6rem; border-radius: 50%;
+  background: var(--host); }
+.time[data-state="live"] .state::before { background: var(--scratch); }
+.time[data-state="past"] .state::before { background: var(--random); border-radius: 0; }
+.time[data-state="away"] .state::before { background: none; border: 2px solid var(--random); }
+.time input { grid-area: moment; width: 100%; min-width: 0; accent-color: var(--grown); margin: 0; }
+.time output { grid-area: at; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.time p { margin: 0; max-width: none; min-height: 1.4em; color: var(--soft); font-size: .88rem;
+  line-height: 1.4; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.time .said { grid-area: said; } .time .heard { grid-area: heard; text-align: right; }
+.time .back { grid-area: back; } .time .play { grid-area: play; }
+.time .forth { grid-area: forth; } .time .now { grid-area: now; }
+.time button:disabled { color: var(--soft); cursor: default; }
+.time button { font: inherit; font-size: .9rem; color: var(--ink); background: var(--panel);
+  border: 1px solid var(--rule); border-radius: .4rem; padding: .2rem .6rem; cursor: pointer; }
+.time button:hover { border-color: var(--soft); }
+button:focus-visible, input:focus-visible, a:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--grown); outline-offset: 2px; }
+.time ~ main section, .time ~ main header { scroll-margin-top: 6.5rem; }
+main.many { max-width: 100rem; }
+.time.many > div { max-width: 100rem; }
+.beside { display: grid; gap: 0 2.5rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
+.beside > div { min-width: 0; border-top: 3px solid var(--rule); margin-top: 2.5rem; }
+.beside h2 { margin-top: 1.25rem; overflow-wrap: anywhere; }
+.beside h3 { font-size: 1.15rem; margin-top: 2rem; }
+.beside svg { min-width: 30rem; } .beside .small svg, .beside .narrow svg { min-width: 0; }
 .fossil-life { stroke: var(--scratch); stroke-width: 2; }
 @media (max-width: 40rem) { .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0;
     padding: 0; list-style: none; font-size: .9rem; font-weight: 600; }
   main { padding: 1.25rem 1rem 3rem; }
+  .time > div { padding: .5rem 1rem .35rem; grid-template: "state back play forth now"
+    "moment moment moment moment moment" "at at heard heard heard" "said said said said said"
+    / minmax(0, 1fr) auto 4.2rem auto 4rem; }
+  .time .word { display: none; } .time .state { margin-right: 0; }
+  .time output { font-size: .9rem; }
   .lead { font-size: 1.15rem; } thead th:first-child, tbody th { max-width: 9rem; }
   .facts { grid-template-columns: 1fr 1fr; } td:not(.number) { min-width: 7rem; } }
 @media print { main { max-width: none; padding: 0; } details > * { display: block; } }
-""".replace("ON_LIGHT", _ON_LIGHT)
+""".replace("ON_LIGHT", _ON_LIGHT).replace("RINGS", _RINGS)
 )
 
 
@@ -185,42 +248,72 @@ class Section:
         return element("section", element("h2", self.title), self.body, id=self.anchor)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a page says of one thing, a run or a demo: its head, and its sections.
+
+    Attributes:
+        title: Its heading.
+        lead: The first sentences that a reader meets; only the very first is set large.
+        intro: What follows them, in order.
+        sections: What the contents name, in order.
+    """
+
+    title: str
+    lead: tuple[str, ...]
+    intro: tuple[Markup, ...] = ()
+    sections: tuple[Section, ...] = ()
+
+    def pieces(self) -> dict[str, Markup]:
+        """Return the markup of the head and of each section, in order, by their ids."""
+        return {TOP: self._top(), **{s.anchor: Markup(s) for s in self.sections}}
+
+    def _top(self) -> Markup:
+        rest = [element("p", " ".join(self.lead[1:]), class_="rest")] if self.lead[1:] else []
+        return element(
+            "header",
+            element("h1", self.title),
+            element("p", self.lead[0], class_="lead"),
+            *rest,
+            *self.intro,
+            _contents(self.sections),
+            id=TOP,
+        )
+
+
+def parts_of(
+    title: str, *lead: str, intro: Sequence[Markup], sections: Sequence[Section | None]
+) -> Parts:
+    """Return the parts of a page; a section that is None is left out."""
+    shown = tuple(section for section in sections if section is not None)
+    return Parts(title=title, lead=lead, intro=tuple(intro), sections=shown)
+
+
 def document(
-    title: str,
-    *lead: str,
-    intro: Sequence[Markup],
-    sections: Sequence[Section | None],
-    base: str | None = None,
+    parts: Parts, *, base: str | None = None, body: Markup | None = None, policy: str | None = None
 ) -> str:
-    """Return a whole page that needs no network and no scripts.
+    """Return a whole page that needs no network.
 
     Args:
-        title: Of the page, and its only heading of the first order.
-        lead: The first sentences that a reader meets; only the very first is set large.
-        intro: What follows it, in order.
-        sections: What the contents name, in order; None is left out.
+        parts: What it says.
         base: Address that its links start from; None is its own.
+        body: All of it, where that is more than the parts one after another.
+        policy: What the page may load and run, as a Content-Security-Policy; it has an icon then,
+            which a browser would ask a server for.
     """
-    shown = [section for section in sections if section is not None]
+    rules = {"http_equiv": "Content-Security-Policy", "content": policy}
     head = element(
         "head",
         element("meta", charset="utf-8"),
+        *([] if policy is None else [element("meta", **rules), _ICON]),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
+        element("title", parts.title),
         *([] if base is None else [element("base", href=base)]),
         element("style", STYLE),
     )
-    main = element(
-        "main",
-        element("h1", title),
-        element("p", lead[0], class_="lead"),
-        *([element("p", " ".join(lead[1:]), class_="rest")] if lead[1:] else []),
-        *intro,
-        _contents(shown),
-        *(Markup(section) for section in shown),
-    )
-    page = element("html", head, element("body", main), lang="en")
+    whole = element("main", *parts.pieces().values()) if body is None else body
+    page = element("html", head, element("body", whole), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
 
 
@@ -231,6 +324,8 @@ def section(title: str, *parts: str) -> Section:
 
 def _contents(sections: Sequence[Section]) -> Markup:
     """Return links to the parts of the page."""
+    if len(sections) < 2:
+        return Markup("")
     links = (element("a", part.title, href=f"#{part.anchor}") for part in sections)
     items = (element("li", link) for link in links)
     return element("nav", element("ul", *items), aria_label="Contents")

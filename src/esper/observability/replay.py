@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from esper.contracts.events import (
     STOPPED,
@@ -34,6 +34,7 @@ from esper.contracts.report import (
     Evaluation,
     GraftRecord,
     RunReport,
+    SiteRecord,
     StageRecord,
     TimelineEntry,
     TrialRecord,
@@ -91,7 +92,7 @@ class Replayed:
     structure: dict[str, list[ReplayedSeed]]
 
 
-def replay(events: Sequence[Event], *, goes_on: bool = False) -> Replayed:
+def replay(events: Sequence[Event]) -> Replayed:
     """Put a run together again from its events.
 
     What is odd about a log is a note of the report: that it ends before its run did, lacks events
@@ -100,7 +101,6 @@ def replay(events: Sequence[Event], *, goes_on: bool = False) -> Replayed:
     Args:
         events: Of one run, in order, as :func:`~esper.observability.event_log.read_events` gives
             them.
-        goes_on: Whether the run is known to go on; its log is then no log that was cut off.
 
     Raises:
         ValueError: There is no event.
@@ -108,20 +108,24 @@ def replay(events: Sequence[Event], *, goes_on: bool = False) -> Replayed:
     if not events:
         msg = "the log has no event: nothing had happened when it ended, so nothing can be replayed"
         raise ValueError(msg)
-    course = _Course()
+    course = Course()
     for event in events:
         course.take(event)
-    report = course.report(events[-1], tuple(_oddities(events, goes_on=goes_on)))
     return Replayed(
-        report=replace(report, interrupted=report.interrupted and not goes_on),
+        report=course.report(oddities=tuple(oddities(events))),
         structure=replay_structure(events),
     )
 
 
-def _oddities(events: Sequence[Event], *, goes_on: bool) -> Iterable[str]:
-    """Say what of the run its log cannot tell, though logs do."""
+def oddities(events: Sequence[Event], *, goes_on: bool = False) -> Iterable[str]:
+    """Say what of the run its log cannot tell, though logs do.
+
+    Args:
+        events: Of the log, at least one.
+        goes_on: Whether a run without an end is under way, which is not odd.
+    """
     last = events[-1]
-    if not (goes_on or isinstance(last, RunEnded)):
+    if not goes_on and not isinstance(last, RunEnded):
         yield (
             f"the log ends at update {last.update:,} without the end of its run, which was killed "
             "or goes on"
@@ -139,11 +143,18 @@ def _oddities(events: Sequence[Event], *, goes_on: bool) -> Iterable[str]:
         )
 
 
-class _Course:
-    """Follows a run through its events, one at a time."""
+@final
+class Course:
+    """Follows a run through its events, one at a time.
+
+    Attributes:
+        last: The event that was taken last; None before the first.
+    """
 
     def __init__(self) -> None:
+        self.last: Event | None = None
         self._settings: JsonObject = {}
+        self._sites: tuple[SiteRecord, ...] = ()
         self._evaluations: list[Evaluation] = []
         self._grafts: dict[int, GraftRecord] = {}
         self._timeline: list[TimelineEntry] = []
@@ -158,10 +169,12 @@ class _Course:
 
     def take(self, event: Event) -> None:  # noqa: C901 - a table of kinds, one line each
         """Follow one event; those that no part of a report comes from are passed over."""
+        self.last = event
         self._incidents.take(event)
         match event:
             case RunStarted():
                 self._settings = event.settings
+                self._sites = tuple(map(_site, event.sites))
             case Evaluated():
                 self._evaluations.append(_same_fields(Evaluation, event))
             case Ranked():
@@ -193,12 +206,29 @@ class _Course:
             case Noted() if event.text not in self._notes:
                 self._notes.append(event.text)
 
-    def report(self, last: Event, oddities: tuple[str, ...]) -> RunReport:
-        """Return the run as it was at the last event."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run said that it was over."""
+        return isinstance(self.last, RunEnded)
+
+    def report(
+        self, *, updates: int | None = None, oddities: tuple[str, ...] = (), goes_on: bool = False
+    ) -> RunReport:
+        """Return the run as it was at the last event.
+
+        Args:
+            updates: Updates that had been done; None for those of the last event.
+            oddities: Notes on the log.
+            goes_on: Whether a run without an end is under way, and was not stopped.
+        """
+        last = self.last
+        is_cut = not isinstance(last, RunEnded)
+        was_stopped = isinstance(last, RunEnded) and last.reason == STOPPED
+        done = 0 if last is None else last.update
         return RunReport(
             settings=self._settings,
-            run_id=last.run_id,
-            updates=last.update,
+            run_id="" if last is None else last.run_id,
+            updates=done if updates is None else updates,
             evaluations=tuple(self._evaluations),
             grafts=tuple(self._grafts.values()),
             timeline=tuple(self._timeline),
@@ -207,7 +237,8 @@ class _Course:
             stages=tuple(self._stages.values()),
             notes=(*self._notes, *oddities),
             incidents=self._incidents.records,
-            interrupted=not isinstance(last, RunEnded) or last.reason == STOPPED,
+            sites=self._sites,
+            interrupted=was_stopped or (is_cut and not goes_on),
         )
 
     def _learn_sizes(self, event: Ranked) -> None:
@@ -305,6 +336,12 @@ class _Course:
     def _change_trial(self, package: int, **changes: Any) -> None:
         if package in self._trials:
             self._trials[package] = replace(self._trials[package], **changes)
+
+
+def _site(row: JsonObject) -> SiteRecord:
+    """Return a layer as its run's first event tells it, what a newer Esper says of it left out."""
+    named = {f.name for f in fields(SiteRecord)} - {"more"}
+    return SiteRecord(**{name: value for name, value in row.items() if name in named})  # type: ignore[arg-type] # JSON
 
 
 _OF_EVERY_EVENT: Final = frozenset(f.name for f in fields(Event))

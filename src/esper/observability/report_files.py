@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from esper.contracts.report import DemoReport, RunReport
 from esper.observability.demo_page import demo_page
-from esper.observability.report_page import run_page
+from esper.observability.event_log import read_events
+from esper.observability.run_folder import EVENTS_FILE
+from esper.observability.time_page import page_in_time
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.whole_file import write_whole
 
@@ -29,7 +31,7 @@ def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Pa
         OSError: A file cannot be written, and is named; one that was there before is unchanged.
         ValueError: A number of the report is not finite.
     """
-    page = demo_page(report) if isinstance(report, DemoReport) else run_page(report)
+    page = demo_page(report) if isinstance(report, DemoReport) else _page_of_run(report, folder)
     texts = {"report.json": report.to_json(), "report.html": page}
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: attempt(partial(_write, folder / name, texts[name])) for name in texts}
@@ -37,6 +39,16 @@ def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Pa
         if isinstance(outcome, Failed):
             raise outcome.error
     return folder / "report.json", folder / "report.html"
+
+
+def _page_of_run(report: RunReport, folder: Path) -> str:
+    """Return a run's page; with the log of that run it can be moved back to any update."""
+    try:
+        events = read_events(folder / EVENTS_FILE)
+    except (OSError, ValueError):  # the page is that of the report, with or without its past
+        events = []
+    is_its_own = bool(events) and events[-1].run_id == report.run_id
+    return page_in_time(report, events if is_its_own else [])
 
 
 def _write(path: Path, text: str) -> None:

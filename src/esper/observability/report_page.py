@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import metric_text
 from esper.contracts.report_text import OPTIMISTIC, flops_text
 from esper.contracts.run_report import beyond_limit, headline_sentences, words_for, work_text
-from esper.observability.charts import Chart, Series, draw_lanes, draw_lines, legend
+from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
     STAGE_CAPTION,
     alpha_series,
@@ -18,7 +19,8 @@ from esper.observability.graft_parts import (
     registry_table,
     timeline_table,
 )
-from esper.observability.markup import Markup
+from esper.observability.markup import Markup, element, join
+from esper.observability.model_parts import model_figure, sites_of
 from esper.observability.page_frame import (
     Column,
     document,
@@ -26,6 +28,7 @@ from esper.observability.page_frame import (
     figure,
     notes,
     paragraph,
+    parts_of,
     section,
     settings_table,
     table,
@@ -47,13 +50,20 @@ from esper.observability.wording import (
 if TYPE_CHECKING:
     from esper.contracts.report import DemoReport, RunReport
     from esper.observability.charts import Mark
+    from esper.observability.page_frame import Parts
 
+MOST_METRICS: Final = 12
+"""Charts of metrics on a page."""
 MIN_LATE = 4
 """Readings from which on an axis is cut to them."""
 MARK_CAPTION = (
     "Triangle: a package is taken over, or a graft admitted; diamond: it is made permanent; cross: "
     "it is refused or removed."
 )
+
+
+TITLE: Final = "Esper: a run of growth"
+"""Heading of a run's page."""
 
 
 def run_page(report: RunReport, *, base: str | None = None) -> str:
@@ -63,19 +73,36 @@ def run_page(report: RunReport, *, base: str | None = None) -> str:
         report: The run.
         base: Address that its links start from; None is its own.
     """
+    return document(run_parts(report), base=base)
+
+
+def run_parts(
+    report: RunReport, *, title: str = TITLE, under_way: bool = False, span: int | None = None
+) -> Parts:
+    """Return what a run's page says.
+
+    Args:
+        report: The run, as far as it has come.
+        title: Its heading.
+        under_way: Whether it goes on.
+        span: Updates that its charts have room for; None for those that were done.
+    """
     changes = [(str(entry.graft), entry) for entry in report.timeline]
-    return document(
-        "Esper: a run of growth",
-        *headline_sentences(report),
-        intro=[
-            stopped(report.interrupted, f"{report.updates:,} updates were done"),
-            _run_facts(report),
-        ],
+    span = max(span or 0, report.updates)
+    done = f"{report.updates:,} updates were done"
+    lead = _under_way(report, span) if under_way else headline_sentences(report)
+    has_metrics = any(reading.metrics for reading in report.evaluations)
+    return parts_of(
+        title,
+        *lead,
+        intro=[stopped(report.interrupted, done), _run_facts(report, under_way=under_way)],
         sections=[
-            section("Loss", _loss_figure(report)),
+            section("Loss", _loss_figure(report, span)),
+            section("The model", model_figure(report)) if sites_of(report) else None,
+            section("Metrics", metric_figures(report, span)) if has_metrics else None,
             section("Trials", *_trial_parts(report)) if report.trials else None,
             section("Depth", depth_table(report.stages)) if report.stages else None,
-            section("The lifecycle", *_life_parts(report)),
+            section("The lifecycle", *_life_parts(report, span)),
             section("Grafts", *_graft_parts(report)),
             section("Timeline", timeline_table(changes)),
             section("Faults and health", incident_table(report)) if report.incidents else None,
@@ -83,8 +110,16 @@ def run_page(report: RunReport, *, base: str | None = None) -> str:
             notes(report.notes),
             section("Settings", *_settings_parts(report)),
         ],
-        base=base,
     )
+
+
+def _under_way(report: RunReport, span: int) -> list[str]:
+    """Say where a run is that goes on, and then what it has met so far."""
+    of = f" of {span:,}" if span > report.updates else ""
+    at = f"Under way, at update {report.updates:,}{of}."
+    if report.trials or report.grafts or report.stages:
+        return [at, *headline_sentences(report)]
+    return [at, "Nothing was tried yet."]
 
 
 def incident_table(report: RunReport) -> Markup:
@@ -130,14 +165,16 @@ def _graft_parts(report: RunReport) -> list[Markup]:
     return parts
 
 
-def _life_parts(report: RunReport) -> list[Markup]:
+def _life_parts(report: RunReport, span: int) -> list[Markup]:
     title = "When each graft was tried, and what became of it"
     lanes = lanes_of(report, coloured=True)
-    life = draw_lanes("lanes", title, _lane_description(report), lanes, report.updates)
+    told = _lane_description(report)
+    life = draw_lanes("lanes", title, told, lanes, report.updates, span=span)
     parts = [figure(life, STAGE_CAPTION)]
     if report.alphas or not report.trials:
         alphas = tuple(alpha_series(report, label="graft {graft}"))
-        parts.append(alpha_chart(alphas, report, "One colour and dash for each graft."))
+        words = "One colour and dash for each graft."
+        parts.append(alpha_chart(alphas, report, words, span=span))
     return parts
 
 
@@ -170,8 +207,17 @@ def _lane_description(report: RunReport) -> str:
     return f"{'; '.join(verdicts)}."
 
 
-def alpha_chart(series: tuple[Series, ...], report: DemoReport | RunReport, words: str) -> Markup:
-    """Return the chart of alphas; the words go behind its caption."""
+def alpha_chart(
+    series: tuple[Series, ...], report: DemoReport | RunReport, words: str, *, span: int = 0
+) -> Markup:
+    """Return the chart of alphas; the words go behind its caption.
+
+    Args:
+        series: The alphas.
+        report: Whose they are.
+        words: Said of them.
+        span: Updates that it has room for, where those are more than were done.
+    """
     kept = sum(line.points[-1][1] > 0.0 for line in series)
     chart = Chart(
         name="alphas",
@@ -180,19 +226,17 @@ def alpha_chart(series: tuple[Series, ...], report: DemoReport | RunReport, word
         x_label="updates",
         y_label="alpha",
         series=series,
-        x_range=(0.0, report.updates),
+        x_range=(0.0, max(span, report.updates)),
         y_range=(-0.04, 1.04),
     )
     caption = f"How far each admitted graft is blended in, from 0 (not at all) to 1. {words}"
     return figure(draw_lines(chart), caption, legend(chart))
 
 
-def _run_facts(report: RunReport) -> Markup:
+def _run_facts(report: RunReport, *, under_way: bool) -> Markup:
     pairs = {
         "Updates": f"{report.updates:,}",
-        "Parameters before": number_text(report.parameters_before, ",d"),
-        "Parameters after": number_text(report.parameters_after, ",d"),
-        **_growing_share(report),
+        **(_standing(report) if under_way else _sizes_and_share(report)),
     }
     theirs = {g.artifact_id for g in report.grafts if g.is_of_a_registry}
     if theirs:
@@ -210,6 +254,30 @@ def _run_facts(report: RunReport) -> Markup:
     return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
 
 
+def _standing(report: RunReport) -> dict[str, str]:
+    """Return what a run has in its model, and on trial, while it goes on."""
+    inside = [
+        g for g in report.grafts if g.admitted_at is not None and g.stage is not GraftStage.CULLED
+    ]
+    tried = [trial for trial in report.trials if trial.verdict == "in trial"]
+    on_trial = [
+        f"package {t.package}, {report.updates - t.started_at:,} of {t.trial_updates:,} updates"
+        for t in tried
+    ]
+    return {
+        "Kernels in the model": f"{len(inside):,}",
+        "On trial": ", ".join(on_trial) or "nothing",
+    }
+
+
+def _sizes_and_share(report: RunReport) -> dict[str, str]:
+    return {
+        "Parameters before": number_text(report.parameters_before, ",d"),
+        "Parameters after": number_text(report.parameters_after, ",d"),
+        **_growing_share(report),
+    }
+
+
 def _growing_share(report: RunReport) -> dict[str, str]:
     """Return what share growing took, under the name of what it is a share of."""
     if _is_training_unknown(report):
@@ -224,8 +292,13 @@ def _is_training_unknown(report: RunReport) -> bool:
     return bool(report.updates) and not report.work.get("training")
 
 
-def loss_chart(report: RunReport) -> Chart:
-    """Return the losses of a run over its updates, marked where something grew or left."""
+def loss_chart(report: RunReport, span: int = 0) -> Chart:
+    """Return the losses of a run over its updates, marked where something grew or left.
+
+    Args:
+        report: The run.
+        span: Updates that it has room for, where those are more than were done.
+    """
     gate = _gate_points(report)
     alone = () if report.control is None else _gate_points(report.control)
     train = tuple(
@@ -243,14 +316,14 @@ def loss_chart(report: RunReport) -> Chart:
             Series(style="scratch", points=alone, label="gate loss, control"),
             Series(style="grown", points=gate, label="gate loss"),
         ),
-        x_range=(0.0, report.updates),
+        x_range=(0.0, max(span, report.updates)),
         y_range=_effect_range(report, (gate, alone, train)),
         marks=tuple(_loss_marks(report, gate)),
     )
 
 
-def _loss_figure(report: RunReport) -> Markup:
-    chart, gate = loss_chart(report), _gate_points(report)
+def _loss_figure(report: RunReport, span: int) -> Markup:
+    chart, gate = loss_chart(report, span), _gate_points(report)
     captions = [MARK_CAPTION, "Each has the colour and number of its package (P) or graft."]
     if report.stages:
         captions.append("Block: a stage of depth begins.")
@@ -271,6 +344,34 @@ def _loss_marks(report: RunReport, gate: tuple[tuple[float, float], ...]) -> lis
         return []
     single = marks_of(report.grafts, curve(gate), coloured=True)
     return [*single, *package_marks(report, gate)]
+
+
+def metric_figures(report: RunReport, span: int = 0) -> Markup:
+    """Return the owner's metrics, a chart each, marked where something grew or left."""
+    names = dict.fromkeys(name for reading in report.evaluations for name in reading.metrics)
+    shown = [_metric_chart(report, name, place, span) for place, name in enumerate(names)]
+    charts = [figure(draw_lines(chart), chart.title) for chart in shown[:MOST_METRICS]]
+    left = len(shown) - len(charts)
+    word = [paragraph(f"Metrics that are not drawn: {left:,}.", "caption")] if left else []
+    return join(element("div", *charts, class_="small"), *word)
+
+
+def _metric_chart(report: RunReport, name: str, place: int, span: int) -> Chart:
+    points = tuple(
+        (float(e.update), e.metrics[name]) for e in report.evaluations if name in e.metrics
+    )
+    last = metric_text(name, points[-1][1])
+    return Chart(
+        name=f"metric-{place + 1}",
+        title=name,
+        description=f"{name} over the updates, {last} at the last reading.",
+        x_label="updates",
+        y_label="",
+        series=(Series(style="grown", points=points, label=last),),
+        x_range=(0.0, max(span, report.updates)),
+        marks=tuple(_loss_marks(report, points)),
+        frame=SMALL,
+    )
 
 
 def _gate_points(report: RunReport) -> tuple[tuple[float, float], ...]:
@@ -300,6 +401,8 @@ def _work_parts(report: RunReport) -> list[Markup]:
     """Return what growing took, what it might take, and all work by category."""
     if report.work_unit == "passes":
         return [_pass_table(report)]
+    if not report.work and any(trial.flops is not None for trial in report.trials):
+        return [paragraph(_work_of_trials(report))]
     if _is_training_unknown(report):
         told = work_text(report)
         return [paragraph(f"{told[0].upper()}{told[1:]}."), _flops_table(report)]
@@ -316,6 +419,16 @@ def _work_parts(report: RunReport) -> list[Markup]:
     beyond = beyond_limit(report)
     words = [paragraph(f"{beyond[0].upper()}{beyond[1:]}.")] if beyond else []
     return [facts(figures), *words, _flops_table(report)]
+
+
+def _work_of_trials(report: RunReport) -> str:
+    """Say what trials took, which is all of the work that events tell."""
+    known = [trial.flops for trial in report.trials if trial.flops is not None]
+    of = "1 trial" if len(known) == 1 else f"{len(known):,} trials"
+    return (
+        f"Up to here {of} took {flops_text(sum(known))}. What all of growing took beside "
+        "training stands in report.json, at the end of the run."
+    )
 
 
 def _flops_table(report: RunReport) -> Markup:

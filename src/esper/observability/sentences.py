@@ -33,6 +33,7 @@ from esper.contracts.events import (
     TrialRead,
     TrialStarted,
 )
+from esper.contracts.incidents import incident_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +104,8 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     RegistryUnavailable: lambda e: f"the registry did not answer ({e.operation}): {e.reason}",
     Noted: lambda e: e.text,
     RunEnded: lambda e: (
-        f"the run ended: {e.reason}; {e.grafts_admitted} grafts came in, "
+        f"{'' if e.reason == 'the run ended' else 'the run ended: '}{e.reason}; "
+        f"{e.grafts_admitted} grafts came in, "
         f"{e.grafts_fossilized} of them for good"
     ),
 }
@@ -121,4 +123,6 @@ def sentence_of(event: Event) -> str:
     if isinstance(event, Evaluated):
         return f"gate loss {event.gate_loss:.6g}"
     write = _SENTENCES.get(type(event))
-    return event.kind.replace("_", " ") if write is None else write(event)
+    if write is None:
+        return incident_text(event) or event.kind.replace("_", " ")
+    return write(event)

@@ -12,12 +12,11 @@ from esper.resilience.clock import wall_time_s
 from esper.services.settings import hidden_from_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from uvicorn import Server
 
-    from esper.observability.live_page import WatchedRun
     from esper.registry.blobs import BlobStore
     from esper.registry.database import Database
     from esper.registry.stored import StoredRegistry
@@ -96,25 +95,6 @@ def serve(
     with _extra("server"):
         from esper.server.running import server_of
     _run(server_of(registry), host, port, on_listening)
-
-
-def serve_runs(
-    runs: Sequence[WatchedRun], *, host: str, port: int, on_listening: Callable[[int], None]
-) -> None:
-    """Show the pages of runs until the process is told to stop.
-
-    Args:
-        runs: What is shown.
-        host: Address to listen at.
-        port: Port to listen at; 0 takes a free one.
-        on_listening: Called with the port when others can connect.
-
-    Raises:
-        EsperError: The extra is not installed, or the address is taken.
-    """
-    with _extra("server"):
-        from esper.server.live_runs import live_server
-    _run(live_server(runs), host, port, on_listening)
 
 
 def address_of(host: str, port: int) -> str:

@@ -1,0 +1,151 @@
+"""A run that is looked at while it goes on, from its folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, final
+
+from esper.contracts.report import run_report_from_json
+from esper.observability.event_log import LogTail
+from esper.observability.page_frame import Parts
+from esper.observability.replay import Course, oddities
+from esper.observability.report_page import TITLE, run_parts
+from esper.observability.run_folder import EVENTS_FILE
+
+if TYPE_CHECKING:
+    from esper.contracts.events import Event
+    from esper.contracts.report import RunReport
+
+REPORT_FILE: Final = "report.json"
+
+
+@final
+class FollowedRun:
+    """A run by its events as they are written, and by its report once that is there.
+
+    Args:
+        path: Its folder, or its log; neither needs to be there yet.
+
+    Attributes:
+        path: Its folder, or its log where that has another name than a log in a folder has.
+        events: What its log has had so far.
+        report: What its ``report.json`` says; None before it is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        is_log = path.suffix == ".jsonl"
+        self._folder = path.parent if is_log else path
+        self._log = path if is_log else path / EVENTS_FILE
+        self.path = self._folder if self._log.name == EVENTS_FILE else path
+        self._tail, self._num_begun = LogTail(self._log), 1
+        self._course = Course()
+        self.events: list[Event] = []
+        self.report: RunReport | None = None
+        self._report_stamp: tuple[int, int] | None = None
+        self._problem = ""
+
+    def look(self) -> bool:
+        """Read what was written since the last look; say whether that changes anything."""
+        try:
+            found = self._tail.take()
+            is_other = self._see_report(has_events=found is not None)
+        except (OSError, ValueError) as error:
+            is_other, self._problem = self._problem != str(error), str(error)
+            return is_other
+        is_other = is_other or bool(self._problem)
+        self._problem = ""
+        if self._tail.num_begun != self._num_begun:
+            self._num_begun, self._course, self.events = self._tail.num_begun, Course(), []
+        for event in found or ():
+            self.events.append(event)
+            self._course.take(event)
+        return is_other or bool(found)
+
+    def _see_report(self, *, has_events: bool) -> bool:
+        """Read the report where it was written anew, or where its run may have begun anew."""
+        try:
+            state = (self._folder / REPORT_FILE).stat()
+            stamp = (state.st_mtime_ns, state.st_size)
+            if stamp != self._report_stamp or has_events:
+                text = (self._folder / REPORT_FILE).read_text(encoding="utf-8")
+                before, self.report = self.report, run_report_from_json(text)
+                self._report_stamp = stamp
+                return before != self.report
+        except FileNotFoundError:
+            gone, self.report = self.report is not None, None
+            return gone
+        return False
+
+    @property
+    def state(self) -> str:
+        """``"not begun"``, ``"under way"``, ``"ended"``, or ``"refused"`` where it is not read."""
+        if self._problem:
+            return "refused"
+        if self._final is not None or self._course.has_ended:
+            return "ended"
+        return "under way" if self.events else "not begun"
+
+    @property
+    def updates(self) -> int:
+        """Updates that were done, as far as is known."""
+        if self._final is not None:
+            return self._final.updates
+        return 0 if self._course.last is None else self._course.last.update
+
+    @property
+    def heard(self) -> float | None:
+        """Seconds since 1970 at which its log was written last; None where there is none."""
+        try:
+            return self._log.stat().st_mtime
+        except OSError:
+            return None
+
+    @property
+    def _final(self) -> RunReport | None:
+        """The report, where it is of the run that the log tells of, or there is no log."""
+        last = self._course.last
+        if self.report is None or last is None:
+            return self.report
+        return self.report if self._course.has_ended and self.report.run_id == last.run_id else None
+
+    def report_at(self, update: int | None = None) -> RunReport | None:
+        """Return the run as it was when so many updates had been done; None before its first event.
+
+        Args:
+            update: Updates; None, or no fewer than it has done, for the run as it is now.
+        """
+        if update is not None and update < self.updates and self.events:
+            return self._past(update)
+        if self._final is not None or not self.events:
+            return self._final
+        goes_on = not self._course.has_ended
+        told = tuple(oddities(self.events, goes_on=goes_on))
+        return self._course.report(oddities=told, goes_on=goes_on)
+
+    def _past(self, update: int) -> RunReport:
+        course = Course()
+        for event in self.events:
+            if event.update <= update:
+                course.take(event)
+        return course.report(updates=update, goes_on=True)
+
+    def parts(self, title: str = TITLE, update: int | None = None) -> Parts:
+        """Return what its page says, or what it said at an update.
+
+        Args:
+            title: Its heading.
+            update: As :meth:`report_at` takes it.
+        """
+        if self._problem:
+            return _only(title, f"This run cannot be shown: {self._problem}")
+        report = self.report_at(update)
+        if report is None:
+            return _only(title, f"Nothing has happened yet in {self.path}.")
+        goes_on, horizon = self.state == "under way", report.settings.get("horizon")
+        span = max(self.updates, horizon if goes_on and isinstance(horizon, int) else 0)
+        is_past = report.updates < self.updates
+        return run_parts(report, title=title, under_way=goes_on or is_past, span=span)
+
+
+def _only(title: str, text: str) -> Parts:
+    return Parts(title=title, lead=(text,))
