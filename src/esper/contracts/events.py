@@ -121,12 +121,15 @@ class Evaluated(Event):
         train_loss: Smoothed training loss, in its own unit; None where there is none yet, or it
             is not finite.
         metrics: Whatever else ``evaluate`` returned, by name; what is not finite is left out.
+        work: FLOPs up to then by category, as :class:`~esper.RunReport` has them; None where not
+            told.
     """
 
     kind: ClassVar[str] = "evaluated"
     gate_loss: float
     train_loss: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -696,12 +699,14 @@ class RunEnded(Event):
         grafts_admitted: Grafts that entered the model, at least 0.
         grafts_fossilized: Those of them that were made permanent.
         reason: What ended the run, in a sentence.
+        work: FLOPs of the whole run by category; None where not told.
     """
 
     kind: ClassVar[str] = "run_ended"
     grafts_admitted: int
     grafts_fossilized: int
     reason: str
+    work: dict[str, float] | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ Parts = Mapping[type, Mapping[str, Reader]]
 """The readers of fields that are more than plain JSON, by class and by field."""
 
 WHERE_KNOWN: Final[Mapping[str, str]] = {"written": "where known"}
-"""Metadata of a field that only files of an earlier version have: None is not written."""
+"""Metadata of a field that is not always known: None is not written."""
 
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _VERSION: Final = re.compile(r"(\d{1,6})(?:\.(\d{1,6}))?", re.ASCII)

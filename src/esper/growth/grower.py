@@ -438,7 +438,7 @@ class Grower:
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
             steps.callback(self._finish, self._flush)
-            steps.callback(self._finish, lambda: run.journal.ended(reason, run.grafts.records))
+            steps.callback(self._finish, lambda: self._say_ended(reason))
             steps.callback(self._finish, self._close_registry)
             steps.callback(self._finish, run.watcher.close)
             steps.callback(self._finish, run.factor.close)
@@ -541,6 +541,10 @@ class Grower:
                 f"the registry has not taken {num_reports} of the field reports, which are {where}"
             )
 
+    def _say_ended(self, reason: str) -> None:
+        run = self._run
+        run.journal.ended(reason, run.grafts.records, run.ledger.by_category())
+
     def _finish(self, step: Callable[[], None]) -> None:
         """Do one step of closing; one that fails is said and leaves the others."""
         outcome = attempt(step)
@@ -639,7 +643,7 @@ class Grower:
         if any_rank(run.given, here=is_lost):
             found = attempt(run.measure)
             if isinstance(found, Done):
-                run.journal.evaluated(found.value, None)
+                run.journal.evaluated(found.value, None, run.ledger.by_category())
 
     def _look(self) -> bool:
         """Let the policy see an evaluation where one is due; say whether it saw one."""
@@ -655,7 +659,7 @@ class Grower:
         if stretched is not None:
             run.journal.note(stretched)
         train_loss = run.losses.mean()
-        run.journal.evaluated(found, train_loss)
+        run.journal.evaluated(found, train_loss, run.ledger.by_category())
         self._observe(train_loss=train_loss, gate_loss=found.told, metrics=found.metrics)
         return True
 

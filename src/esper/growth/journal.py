@@ -157,14 +157,17 @@ class Journal:
         _LOG.info("%s", text)
         self._sink.publish(Noted(**self._now(), text=text))
 
-    def ended(self, reason: str, grafts: Sequence[GraftRecord]) -> None:
-        """Record that the controller let go of the model, and of which grafts."""
+    def ended(
+        self, reason: str, grafts: Sequence[GraftRecord], work: Mapping[str, float] | None = None
+    ) -> None:
+        """Record that the controller let go of the model, of which grafts, and after what work."""
         self._sink.publish(
             RunEnded(
                 **self._now(),
                 grafts_admitted=sum(g.admitted_at is not None for g in grafts),
                 grafts_fossilized=sum(g.stage is GraftStage.FOSSILIZED for g in grafts),
                 reason=reason,
+                work=None if work is None else dict(work),
             )
         )
 
@@ -213,10 +216,20 @@ class Journal:
             if is_first:
                 self.warn(f"the {what} was {lost.value} at update {lost.since}: {cure}")
 
-    def evaluated(self, measurement: Measurement, train_loss: float | None) -> None:
+    def evaluated(
+        self,
+        measurement: Measurement,
+        train_loss: float | None,
+        work: Mapping[str, float] | None = None,
+    ) -> None:
         """Record a reading of the gate split; of what is not finite the owner is warned.
 
         The loss recorded is that of the watch's part; what is not finite is told of any sample.
+
+        Args:
+            measurement: The reading.
+            train_loss: Smoothed training loss; None where there is none.
+            work: FLOPs of the run up to now, by category.
         """
         self.read("gate loss", measurement.loss, measurement.blame)
         for name, value in measurement.metrics.items():
@@ -231,7 +244,11 @@ class Journal:
         self.evaluations.append(kept)
         self._sink.publish(
             Evaluated(
-                **self._now(), gate_loss=kept.gate_loss, train_loss=known, metrics=kept.metrics
+                **self._now(),
+                gate_loss=kept.gate_loss,
+                train_loss=known,
+                metrics=kept.metrics,
+                work=None if work is None else dict(work),
             )
         )
 

@@ -50,10 +50,8 @@ if TYPE_CHECKING:
 NOT_IN_A_LOG: Final = {
     "RunReport": (
         "not_finite",
-        "work",
         "seconds",
         "overhead_limit",
-        "overhead_share",
         "parameters_before",
         "parameters_after",
         "test_metrics",
@@ -70,12 +68,13 @@ NOT_IN_A_LOG: Final = {
 ranked or is the only kernel of its package, ``flops`` of a stage up to the end of its ramp."""
 
 ABSENT: Final = (
-    "Not in a log: the model's parameters, work and wall time, the test split, a control, what is "
+    "Not in a log: the model's parameters, wall time, the test split, a control, what is "
     "read at the end of a run, how much the model leans on a kernel, and since when a figure was "
     "not finite. report.json of the same run has them."
 )
 """The same in words."""
 
+_CATEGORIES: Final = ("training", "evaluation", "ranking", "trial", "shadow")
 _FINAL: Final = (GraftStage.FOSSILIZED, GraftStage.CULLED)
 
 
@@ -164,6 +163,7 @@ class Course:
         self._notes: list[str] = []
         self._incidents = Incidents()
         self._sizes: dict[tuple[str, str], int] = {}
+        self._work: dict[str, float] = {}
         self._refused: set[int] = set()
         self._lost: dict[int, int] = {}
 
@@ -175,7 +175,10 @@ class Course:
             case RunStarted():
                 self._settings = event.settings
                 self._sites = tuple(map(_site, event.sites))
+            case RunEnded():
+                self._work = event.work or self._work
             case Evaluated():
+                self._work = event.work or self._work
                 self._evaluations.append(_same_fields(Evaluation, event))
             case Ranked():
                 self._learn_sizes(event)
@@ -238,6 +241,7 @@ class Course:
             notes=(*self._notes, *oddities),
             incidents=self._incidents.records,
             sites=self._sites,
+            work={name: self._work[name] for name in sorted(self._work, key=_place)},
             interrupted=was_stopped or (is_cut and not goes_on),
         )
 
@@ -336,6 +340,12 @@ class Course:
     def _change_trial(self, package: int, **changes: Any) -> None:
         if package in self._trials:
             self._trials[package] = replace(self._trials[package], **changes)
+
+
+def _place(category: str) -> tuple[int, str]:
+    """Return by what categories of work are sorted: as reports have them."""
+    known = category in _CATEGORIES
+    return _CATEGORIES.index(category) if known else len(_CATEGORIES), category
 
 
 def _site(row: JsonObject) -> SiteRecord:

@@ -259,10 +259,10 @@ def _standing(report: RunReport) -> dict[str, str]:
     inside = [
         g for g in report.grafts if g.admitted_at is not None and g.stage is not GraftStage.CULLED
     ]
-    tried = [trial for trial in report.trials if trial.verdict == "in trial"]
     on_trial = [
         f"package {t.package}, {report.updates - t.started_at:,} of {t.trial_updates:,} updates"
-        for t in tried
+        for t in report.trials
+        if t.verdict == "in trial"
     ]
     return {
         "Kernels in the model": f"{len(inside):,}",
@@ -401,8 +401,6 @@ def _work_parts(report: RunReport) -> list[Markup]:
     """Return what growing took, what it might take, and all work by category."""
     if report.work_unit == "passes":
         return [_pass_table(report)]
-    if not report.work and any(trial.flops is not None for trial in report.trials):
-        return [paragraph(_work_of_trials(report))]
     if _is_training_unknown(report):
         told = work_text(report)
         return [paragraph(f"{told[0].upper()}{told[1:]}."), _flops_table(report)]
@@ -419,16 +417,6 @@ def _work_parts(report: RunReport) -> list[Markup]:
     beyond = beyond_limit(report)
     words = [paragraph(f"{beyond[0].upper()}{beyond[1:]}.")] if beyond else []
     return [facts(figures), *words, _flops_table(report)]
-
-
-def _work_of_trials(report: RunReport) -> str:
-    """Say what trials took, which is all of the work that events tell."""
-    known = [trial.flops for trial in report.trials if trial.flops is not None]
-    of = "1 trial" if len(known) == 1 else f"{len(known):,} trials"
-    return (
-        f"Up to here {of} took {flops_text(sum(known))}. What all of growing took beside "
-        "training stands in report.json, at the end of the run."
-    )
 
 
 def _flops_table(report: RunReport) -> Markup:
