@@ -23,6 +23,7 @@ from esper.execution.exceptions import (
     KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
+    KernelSourceUnreadable,
     SeedLifecycleError,
 )
 from esper.execution.exchange import watch_exchanges
@@ -70,6 +71,7 @@ __all__ = [
     "KernelSourceRefused",
     "KernelSourceSuspended",
     "KernelSourceUnavailable",
+    "KernelSourceUnreadable",
     "RealKernelExecutor",
     "SeedLifecycleError",
     "SeedLifecycleState",

@@ -16,6 +16,7 @@ from esper.contracts.errors import (
     KernelSourceRefused,
     KernelSourceSuspended,
     KernelSourceUnavailable,
+    KernelSourceUnreadable,
     SeedLifecycleError,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "KernelSourceRefused",
     "KernelSourceSuspended",
     "KernelSourceUnavailable",
+    "KernelSourceUnreadable",
     "SeedLifecycleError",
 ]
