@@ -7,6 +7,7 @@ import pytest
 
 from esper.observability.charts import (
     LARGE,
+    PLACES,
     Bar,
     Chart,
     Effect,
@@ -17,6 +18,7 @@ from esper.observability.charts import (
     draw_effects,
     draw_lanes,
     draw_lines,
+    thinned,
     ticks,
 )
 
@@ -56,6 +58,18 @@ def coordinates(line):
 def test_ticks_are_round_and_inside(low, high, expected):
     """Ticks are multiples of 1, 2 or 5 times a power of ten, within the range."""
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_long_line_has_no_more_points_than_a_screen_shows():
+    """Its peaks and its ends stay; of a short one every point does."""
+    short = tuple((float(x), 1.0) for x in range(4 * PLACES))
+    assert thinned(short) == list(short)
+    tall = [(float(x), 5.0 if x == 31_415 else 0.1 * (x % 3)) for x in range(100_000)]
+    few = thinned(tall)
+    assert len(few) <= 4 * (PLACES + 1)
+    assert few == sorted(set(few))
+    assert {few[0], few[-1], (31_415.0, 5.0)} <= set(few)
+    assert {tall[0], tall[-1]} <= set(few)
 
 
 def test_a_line_goes_where_its_values_say():

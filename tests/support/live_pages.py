@@ -6,11 +6,11 @@ import json
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 from told_runs import told_run
 
 from esper.contracts.events import event_to_json
-from esper.contracts.report import run_report_from_json
 from esper.observability.live_page import LivePage
 from esper.observability.replay import replay
 from esper.observability.run_folder import EVENTS_FILE
@@ -44,12 +44,11 @@ class Writing:
 
     def report(self):
         """Write the report, as a run does at its end; with work, which no event tells."""
-        told = replay(list(told_run(2))).report.to_json()
-        whole = json.loads(told) | {"work": {"training": 2e9, "trial": 1e9}, "parameters_after": 77}
-        whole.pop("overhead_share")
-        text = json.dumps(whole)
-        (self.folder / "report.json").write_text(text, encoding="utf-8")
-        return run_report_from_json(text)
+        known = {"work": {"training": 2e9, "evaluation": 1e9}, "parameters_after": 77}
+        known["test_metrics"] = {"loss": 0.25, "accuracy": 0.75}
+        report = replace(replay(list(told_run(2))).report, **known)
+        (self.folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        return report
 
 
 class Reader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from esper.observability.markup import Markup, element, join
@@ -31,6 +32,9 @@ MARK_SHAPES: Final = {
     "square": "M-5,-5 L5,-5 L5,5 L-5,5 Z",
 }
 """Outline of each mark around its point: a triangle, a diamond, a cross, a block, and so on."""
+
+PLACES: Final = 300
+"""Places across a chart at each of which a line has four points at most."""
 
 EFFECT_HEIGHT: Final = 24.0
 """Height of a row of a chart of effects; a group's title takes another."""
@@ -440,13 +444,31 @@ def _x_axis(scale: Scale, label: str, bottom: float) -> list[Markup]:
 
 def _line(series: Series, x_scale: Scale, y_scale: Scale) -> Markup:
     path, before = [], None
-    for x, y in series.points:
+    for x, y in thinned(series.points):
         if series.steps and before is not None:
             path.append(f"{x_scale(x):.1f},{y_scale(before):.1f}")
         path.append(f"{x_scale(x):.1f},{y_scale(y):.1f}")
         before = y
     weight = "line" if series.label else "line faint"
     return element("polyline", class_=f"{weight} {series.style}", points=" ".join(path))
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return points that draw the same line on a screen; of few points, those that there are.
+
+    Of neighbours that share a place there, the first, the lowest, the highest and the last stay.
+    """
+    if len(points) <= 4 * PLACES:
+        return list(points)
+    first = min(x for x, _ in points)
+    width = (max(x for x, _ in points) - first) / PLACES or 1.0
+    kept: list[tuple[float, float]] = []
+    for _, group in groupby(points, key=lambda point: int((point[0] - first) / width)):
+        near = list(group)
+        ends = [0, len(near) - 1]
+        extremes = [pick(range(len(near)), key=lambda i: near[i][1]) for pick in (min, max)]
+        kept += [near[i] for i in sorted({*ends, *extremes})]
+    return kept
 
 
 def _mark(mark: Mark, x_scale: Scale, y_scale: Scale) -> Markup:

@@ -155,7 +155,8 @@ class LivePage:
             return (Column(id="column-0", pieces=self._runs[0].parts(TITLE, update).pieces()),)
         named = list(zip(self._names, self._runs, strict=True))
         seen = [(name, run.state, run.report_at(update)) for name, run in named]
-        first = Column(id="column-0", pieces=comparison(seen).pieces())
+        span = max(run.updates for run in self._runs)
+        first = Column(id="column-0", pieces=comparison(seen, span).pieces())
         own = (
             Column(
                 id=f"column-{number}",

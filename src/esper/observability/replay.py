@@ -74,7 +74,6 @@ ABSENT: Final = (
 )
 """The same in words."""
 
-_CATEGORIES: Final = ("training", "evaluation", "ranking", "trial", "shadow")
 _FINAL: Final = (GraftStage.FOSSILIZED, GraftStage.CULLED)
 
 
@@ -241,7 +240,7 @@ class Course:
             notes=(*self._notes, *oddities),
             incidents=self._incidents.records,
             sites=self._sites,
-            work={name: self._work[name] for name in sorted(self._work, key=_place)},
+            work=self._work,
             interrupted=was_stopped or (is_cut and not goes_on),
         )
 
@@ -340,12 +339,6 @@ class Course:
     def _change_trial(self, package: int, **changes: Any) -> None:
         if package in self._trials:
             self._trials[package] = replace(self._trials[package], **changes)
-
-
-def _place(category: str) -> tuple[int, str]:
-    """Return by what categories of work are sorted: as reports have them."""
-    known = category in _CATEGORIES
-    return _CATEGORIES.index(category) if known else len(_CATEGORIES), category
 
 
 def _site(row: JsonObject) -> SiteRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from esper.contracts.report import DemoReport, RunReport
+from esper.contracts.report import DemoReport, run_report_from_json
 from esper.observability.demo_page import demo_page
 from esper.observability.event_log import read_events
 from esper.observability.run_folder import EVENTS_FILE
@@ -15,6 +15,8 @@ from esper.resilience.whole_file import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from esper.contracts.report import RunReport
 
 
 def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Path]:
@@ -31,8 +33,9 @@ def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Pa
         OSError: A file cannot be written, and is named; one that was there before is unchanged.
         ValueError: A number of the report is not finite.
     """
-    page = demo_page(report) if isinstance(report, DemoReport) else _page_of_run(report, folder)
-    texts = {"report.json": report.to_json(), "report.html": page}
+    text = report.to_json()
+    page = demo_page(report) if isinstance(report, DemoReport) else _page_of_run(text, folder)
+    texts = {"report.json": text, "report.html": page}
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: attempt(partial(_write, folder / name, texts[name])) for name in texts}
     for outcome in written.values():
@@ -41,8 +44,12 @@ def write_report(report: DemoReport | RunReport, folder: Path) -> tuple[Path, Pa
     return folder / "report.json", folder / "report.html"
 
 
-def _page_of_run(report: RunReport, folder: Path) -> str:
-    """Return a run's page; with the log of that run it can be moved back to any update."""
+def _page_of_run(text: str, folder: Path) -> str:
+    """Return a run's page; with the log of that run it can be moved back to any update.
+
+    It is made of what is written, so that whoever reads ``report.json`` makes the same page.
+    """
+    report = run_report_from_json(text)
     try:
         events = read_events(folder / EVENTS_FILE)
     except (OSError, ValueError):  # the page is that of the report, with or without its past

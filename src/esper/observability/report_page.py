@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Final
 
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import metric_text
-from esper.contracts.report_text import OPTIMISTIC, flops_text
+from esper.contracts.report_text import (
+    OPTIMISTIC,
+    flops_text,
+    of_packages,
+    of_single_grafts,
+    of_stages,
+)
 from esper.contracts.run_report import beyond_limit, headline_sentences, words_for, work_text
 from esper.observability.charts import SMALL, Chart, Series, draw_lanes, draw_lines, legend
 from esper.observability.graft_parts import (
@@ -114,12 +120,18 @@ def run_parts(
 
 
 def _under_way(report: RunReport, span: int) -> list[str]:
-    """Say where a run is that goes on, and then what it has met so far."""
+    """Say where a run is that goes on, and then what has met something so far."""
     of = f" of {span:,}" if span > report.updates else ""
-    at = f"Under way, at update {report.updates:,}{of}."
-    if report.trials or report.grafts or report.stages:
-        return [at, *headline_sentences(report)]
-    return [at, "Nothing was tried yet."]
+    decided = [trial for trial in report.trials if trial.verdict != "in trial"]
+    grafts = [graft for graft in report.grafts if graft.decided_at is not None]
+    had_twins = report.settings.get("verify") == "fork"
+    told = [
+        *of_packages(decided, report.grafts, optimistic=report.optimistic, interrupted=False),
+        *of_single_grafts(grafts, had_twins=had_twins),
+        *of_stages(report.stages),
+    ]
+    first = f"Under way, at update {report.updates:,}{of}."
+    return [first, *(told or ["Nothing has come to a verdict yet."])]
 
 
 def incident_table(report: RunReport) -> Markup:
@@ -267,6 +279,7 @@ def _standing(report: RunReport) -> dict[str, str]:
     return {
         "Kernels in the model": f"{len(inside):,}",
         "On trial": ", ".join(on_trial) or "nothing",
+        **(_growing_share(report) if report.work.get("training") else {}),
     }
 
 
@@ -419,6 +432,11 @@ def _work_parts(report: RunReport) -> list[Markup]:
     return [facts(figures), *words, _flops_table(report)]
 
 
+def _place(category: str) -> tuple[bool, str]:
+    """Return by what categories of work are sorted: training first, then by name."""
+    return category != "training", category
+
+
 def _flops_table(report: RunReport) -> Markup:
     training = report.work.get("training", 0.0)
     columns = (
@@ -434,7 +452,7 @@ def _flops_table(report: RunReport) -> Markup:
             f"{report.work.get(name, 0.0) / training:.1%}" if training else NOT_MEASURED,
             number_text(report.seconds.get(name), ",.2f"),
         )
-        for name in {**report.work, **report.seconds}
+        for name in sorted({**report.work, **report.seconds}, key=_place)
     ]
     caption = (
         "FLOPs of what was executed, kernels included. A trial counts the updates of its twins; "
@@ -452,7 +470,7 @@ def _pass_table(report: RunReport) -> Markup:
     )
     rows = [
         (name, f"{work:,.0f}", f"{work / total if total else 0.0:.1%}")
-        for name, work in report.work.items()
+        for name, work in sorted(report.work.items(), key=lambda item: _place(item[0]))
     ]
     caption = "A forward of one sample counts 1, a forward and backward 3."
     return table(caption, columns, rows, "No work was counted.")

@@ -27,11 +27,16 @@ _IDS: Final = re.compile(r' (id|aria-labelledby|clip-path|href)="([^"]*)"')
 _HEADINGS: Final = re.compile(r"<(/?)h([1-5])>")
 
 
-def comparison(runs: Sequence[Seen]) -> Parts:
-    """Return what stands above several runs: their losses in one chart, and a table."""
+def comparison(runs: Sequence[Seen], span: int = 0) -> Parts:
+    """Return what stands above several runs: their losses in one chart, and a table.
+
+    Args:
+        runs: The runs, in order.
+        span: Updates that the chart has room for, where those are more than were done.
+    """
     num = {state: sum(found == state for _, found, _ in runs) for _, state, _ in runs}
     lead = f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in num.items())}."
-    chart = _loss_chart(runs)
+    chart = _loss_chart(runs, span)
     caption = "Gate loss of every run, on one axis: it compares runs of one job, measured alike."
     return parts_of(
         TITLE,
@@ -73,7 +78,7 @@ def _links(runs: Sequence[Seen]) -> Markup:
     return element("nav", element("ul", *items), aria_label="Runs")
 
 
-def _loss_chart(runs: Sequence[Seen]) -> Chart:
+def _loss_chart(runs: Sequence[Seen], span: int) -> Chart:
     series = tuple(
         Series(
             style=graft_style(number),
@@ -93,7 +98,7 @@ def _loss_chart(runs: Sequence[Seen]) -> Chart:
         x_label="updates",
         y_label="gate loss",
         series=series,
-        x_range=(0.0, max(ends, default=1.0)),
+        x_range=(0.0, max([span, *ends]) or 1.0),
         y_range=(min(late) - room, max(late) + room) if late else None,
     )
 

@@ -57,6 +57,7 @@ def build_dashboard(
 
     @app.get("/at")
     async def past(update: Annotated[int, Query(ge=0)]) -> Response:
+        await asyncio.to_thread(page.look)
         text = await asyncio.to_thread(page.at, update)
         return Response(text, media_type="application/json")
 
