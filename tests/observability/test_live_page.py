@@ -154,6 +154,32 @@ def test_a_log_that_is_refused_ends_no_page(tmp_path):
     assert "1 refused" in shown["column-0"]
 
 
+def test_a_report_that_is_refused_leaves_the_log(tmp_path):
+    """Of a folder without a log the page says what is wrong with the report."""
+    run = Writing(tmp_path / "run").write()
+    (run.folder / "report.json").write_text('{"format_version": "9.0"}')
+    assert "Of the 2 packages" in Reader().take(Watched(run.folder).look().since("")).shown
+    (run.folder / EVENTS_FILE).unlink()
+    watched = Watched(run.folder)
+    for _ in range(2):
+        shown = Reader().take(watched.look().since("")).shown
+        assert "run report format &#x27;9.0&#x27; is not known" in shown
+
+
+def test_a_report_without_a_log_has_a_page(tmp_path):
+    """It cannot go back in time, and is shown."""
+    run = Writing(tmp_path / "run").write()
+    run.report()
+    (run.folder / EVENTS_FILE).unlink()
+    page = Watched(run.folder).look()
+    assert page.has_ended
+    assert "<dd>77</dd>" in Reader().take(page.since("")).shown
+    assert (
+        json.loads(page.at(3))["columns"][0]["html"]
+        == Reader().take(page.since("")).pieces["column-0"]
+    )
+
+
 def test_runs_stand_beside_each_other_with_ids_of_their_own(tmp_path):
     """Every id is there once, and what refers to one finds it."""
     runs = [Writing(tmp_path / name).write() for name in ("small", "large")]

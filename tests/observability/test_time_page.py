@@ -57,7 +57,7 @@ def test_a_file_has_what_its_page_showed(events):
 
 def test_a_large_page_keeps_fewer_moments(monkeypatch):
     """Evenly over the run, so that a file stays small and is soon written."""
-    events = list(told_run(30))
+    events = list(told_run(12))
     html = page_in_time(replay(events).report, events)
     moments = [update for update, _ in unpacked(html)]
     assert moments == sorted({event.update for event in events})

@@ -133,6 +133,23 @@ def test_the_measure_of_contrast_finds_a_text_that_cannot_be_read(browser, run):
         assert min(page.tab.evaluate(CONTRASTS).values()) < LEAST_CONTRAST
 
 
+@pytest.mark.parametrize("kind", ["served", "a file"])
+def test_a_page_can_ask_nobody_else(browser, run, kind):
+    """The control of what is asked and complained of: both notice, and nothing leaves."""
+    with on_loopback(run.folder) as served, on_loopback(run.folder) as other:
+        address = served if kind == "served" else (run.folder / "report.html").as_uri()
+        with Page(browser, address) as page:
+            asks = f"fetch('{other}/').then(() => 'answered', () => 'refused')"
+            assert page.tab.evaluate(asks) == "refused"
+            page.tab.evaluate(
+                f"document.body.append(Object.assign(new Image, {{src: '{other}/'}}))"
+            )
+            page.tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p onclick=1>x')")
+            page.tab.wait_for_timeout(100)
+            assert len(page.complaints) >= 3
+            assert all("Content Security Policy" in text for text in page.complaints)
+
+
 def test_a_page_changes_while_the_run_goes_on(browser, tmp_path):
     """Sections come and go, what has not changed stays, and its reader is not thrown about."""
     run = Writing(tmp_path / "run")

@@ -48,7 +48,7 @@ class FollowedRun:
         """Read what was written since the last look; say whether that changes anything."""
         try:
             found = self._tail.take()
-            is_other = self._see_report(has_events=found is not None)
+            is_other = self._see_report()
         except (OSError, ValueError) as error:
             is_other, self._problem = self._problem != str(error), str(error)
             return is_other
@@ -61,20 +61,27 @@ class FollowedRun:
             self._course.take(event)
         return is_other or bool(found)
 
-    def _see_report(self, *, has_events: bool) -> bool:
-        """Read the report where it was written anew, or where its run may have begun anew."""
+    def _see_report(self) -> bool:
+        """Read the report where it was written anew; say whether it is another one.
+
+        One that is none, or of a newer format, is left alone: the log tells of the run.
+        """
+        before = self.report
         try:
             state = (self._folder / REPORT_FILE).stat()
             stamp = (state.st_mtime_ns, state.st_size)
-            if stamp != self._report_stamp or has_events:
-                text = (self._folder / REPORT_FILE).read_text(encoding="utf-8")
-                before, self.report = self.report, run_report_from_json(text)
-                self._report_stamp = stamp
-                return before != self.report
+            if stamp == self._report_stamp:
+                return False
+            self._report_stamp, self.report = stamp, None
+            text = (self._folder / REPORT_FILE).read_text(encoding="utf-8")
+            self.report = run_report_from_json(text)
         except FileNotFoundError:
-            gone, self.report = self.report is not None, None
-            return gone
-        return False
+            self._report_stamp = self.report = None
+        except ValueError:
+            if not self._log.exists():
+                self._report_stamp = None  # the next look says it again
+                raise
+        return before != self.report
 
     @property
     def state(self) -> str:

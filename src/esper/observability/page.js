@@ -172,7 +172,7 @@
       await moveTo(Math.min(end, Number(slider.value) + step));
       if (!player) return;
       if (Number(slider.value) >= end) pause();
-      else player = setTimeout(tick, 90);
+      else player = setTimeout(tick, 60);
     }
     player = setTimeout(tick, 0);
     tell();

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MOST_MOMENTS, LEAST_MOMENTS = 150, 8
 """Moments that a file keeps, of a small page and of a large one."""
-MOST_LETTERS: Final = 12_000_000
+MOST_LETTERS: Final = 8_000_000
 """Letters of all that is packed into a file, about; to make and pack them takes a second or two."""
 MOST_CHANGES: Final = 400
 """Moments at which something changed that a page tells; of more, the last."""
@@ -222,7 +222,7 @@ def _packed(events: Sequence[Event], updates: int, size: int) -> str:
             ]
             moments.append((event.update, found))
     plain = json.dumps({"texts": list(texts), "moments": moments}).encode()
-    return base64.b64encode(zlib.compress(plain, 9)).decode()
+    return base64.b64encode(zlib.compress(plain, 6)).decode()
 
 
 def _moments(events: Sequence[Event], most: int) -> set[int]:
