@@ -410,6 +410,37 @@ def test_stages_are_stages_whoever_wrote_them():
         event_from_json(line.replace('"culled"', '"removed"'))
 
 
+WRONG_TYPES = {
+    "update": ('"ten"', "10.5", "true", "null", "[]"),
+    "time_s": ('"soon"', "NaN", "Infinity", "1e999", "1" + "0" * 400, "false", "null"),
+    "run_id": ("7", "null", '"\\ud800"'),
+    "metrics": ("[]", '{"accuracy": "high"}', '{"accuracy": null}'),
+    "train_loss": ('"low"', "{}"),
+}
+"""Values that are of another type than their field, of an event that is read."""
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [(field, text) for field, texts in WRONG_TYPES.items() for text in texts]
+)
+def test_a_value_of_another_type_is_refused_by_its_field(field, text):
+    """So that nothing that reads a log fails at it later; the control is the same line without."""
+    event = Evaluated(
+        update=1, time_s=0.5, gate_loss=1, train_loss=2.0, metrics={"accuracy": 1}, run_id="a"
+    )
+    line = event_to_json(event)
+    assert event_from_json(line) == event
+    known = json.dumps(getattr(event, field))
+    with pytest.raises(ValueError, match=f"the field '{field}' is "):
+        event_from_json(line.replace(f'"{field}": {known}', f'"{field}": {text}'))
+
+
+def test_what_was_not_measured_is_no_value_of_another_type():
+    """Null stands for it where a field may be unknown."""
+    event = Evaluated(update=1, time_s=0.5, gate_loss=1.0, train_loss=None, metrics={})
+    assert event_from_json(event_to_json(event)) == event
+
+
 @pytest.mark.parametrize(
     ("kind", "word", "wrong", "field"),
     [

@@ -140,10 +140,19 @@ def test_a_report_of_another_run_is_not_shown_for_this_one(tmp_path):
     assert "Under way" in reader.shown
 
 
-def test_a_log_that_is_refused_ends_no_page(tmp_path):
+REFUSED = {
+    "a newer format": '{"format_version": "2.0", "kind": "noted"}\n',
+    "a word for an update": lines_of()[4].replace('"update": 10', '"update": "ten"'),
+    "no JSON": "{\n",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED.values(), ids=REFUSED)
+def test_a_log_that_is_refused_ends_no_page(tmp_path, line):
     """It says so, and other runs go on."""
     run, other = Writing(tmp_path / "a").write(4), Writing(tmp_path / "b").write(4)
-    run.raw('{"format_version": "2.0", "kind": "noted"}\n')
+    assert line not in run.lines
+    run.raw(line)
     reader, watched = Reader(), Watched(run.folder, other.folder)
     reader.take(watched.look().since(""))
     reader.take(watched.look().since(reader.known))

@@ -14,6 +14,9 @@ pytest.importorskip("fastapi", reason="needs the extra server")
 
 pytestmark = pytest.mark.network
 
+SILENCE_S = 4.0
+"""A stream with nothing new says so only after 15 s: who waits on for longer waits for ever."""
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -44,9 +47,9 @@ def messages(lines):
 
 
 def heard(client, *, until, **options):
-    """Return what a reader shows, once it shows some words."""
+    """Return what a reader shows, once it shows some words; a stream that is silent is given up."""
     reader = Reader()
-    with client.stream("GET", "/events", **options) as answer:
+    with client.stream("GET", "/events", timeout=SILENCE_S, **options) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for known, text in messages(answer.iter_lines()):
             reader.take_text(known, text)

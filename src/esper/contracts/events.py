@@ -790,7 +790,7 @@ def event_from_json(line: str) -> Event:
 
     Raises:
         ValueError: The line is not an event, is of a higher major format, lacks a field that has
-            no default, or has a word in one that is none of its set.
+            no default, has another type of value in one, or a word that is none of its set.
     """
     found = members(line)
     version = json.loads(found.pop("format_version", "null"))

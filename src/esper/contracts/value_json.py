@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial
+from sys import float_info
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
@@ -154,7 +156,8 @@ def value_from(
         derived: Names in the JSON that follow from fields.
 
     Raises:
-        ValueError: A field without a default is absent, or a value is refused by its class.
+        ValueError: A field without a default is absent, holds another type of value than its
+            annotation says, or is refused by its class.
     """
     own = {f.name: f for f in fields(cls) if f.name != "more"}
     missing = [name for name, f in own.items() if name not in found and _is_required(f)]
@@ -178,9 +181,65 @@ def _is_required(of: Field[Any]) -> bool:
 
 def _plain_reader(of: Field[Any]) -> Reader:
     """Return what reads a field of plain JSON; an array is a tuple where the field is one."""
-    if str(of.type).startswith("tuple["):
-        return lambda text: tuple(map(json.loads, items(text)))
-    return json.loads
+    declared = str(of.type)
+    said, is_right = _PLAIN.get(declared.removesuffix(" | None"), ("", None))
+
+    def read(text: str) -> object:
+        value = json.loads(text)
+        is_unknown = value is None and declared.endswith(" | None")
+        if is_right is not None and not is_unknown and not is_right(value):
+            msg = f"the field {of.name!r} is {said}, found {text[:_MOST_SHOWN]}"
+            raise ValueError(msg)
+        if declared.startswith("tuple["):
+            return tuple(map(json.loads, items(text)))
+        return value
+
+    return read
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    """Say whether a value is a number, and finite: JSON has no other, though readers take them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -float_info.max <= value <= float_info.max
+
+
+def _is_text(value: object) -> bool:
+    """Say whether a value is text that can be written: half a pair of surrogates cannot."""
+    return isinstance(value, str) and not _HALF_A_PAIR.search(value)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _all_are(is_right: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, list) and all(map(is_right, value))
+
+
+_HALF_A_PAIR: Final = re.compile("[\ud800-\udfff]")
+_MOST_SHOWN: Final = 80
+"""Letters of a value that a message quotes."""
+
+_PLAIN: Final[Mapping[str, tuple[str, Callable[[object], bool]]]] = {
+    "int": ("a whole number", _is_whole),
+    "float": ("a number", _is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("text", _is_text),
+    "tuple[int, ...]": ("an array of whole numbers", partial(_all_are, _is_whole)),
+    "tuple[str, ...]": ("an array of texts", partial(_all_are, _is_text)),
+    "list[JsonObject]": ("an array of objects", partial(_all_are, _is_object)),
+    "JsonObject": ("an object", _is_object),
+    "dict[str, float]": (
+        "an object of numbers",
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    ),
+}
+"""What a field of plain JSON holds, by its annotation: in words, and as a test of a value."""
 
 
 def text_of(

@@ -194,8 +194,9 @@ def _seeds(row: _Row, y: float, height: float) -> Iterator[Markup]:
     """Yield the seeds of a layer, on a line that leaves its host."""
     if len(row.sites) > 1:
         return
-    slots = list(range(max(row.sites[0].seeds, *(slot + 1 for slot in row.grafts), 1)))
-    shown = slots if len(slots) <= MOST_SEEDS else (list(row.grafts) or slots)[:MOST_SEEDS]
+    num = max(row.sites[0].seeds, *(slot + 1 for slot in row.grafts), 1)
+    few = num <= MOST_SEEDS or not row.grafts
+    shown = range(min(num, MOST_SEEDS)) if few else list(row.grafts)[:MOST_SEEDS]
     middle = y + height / 2
     end = _SEEDS_AT + _SEED_STEP * (len(shown) - 1)
     yield element("line", class_="twig", x1=_LEFT + _HOST_WIDTH, x2=end, y1=middle, y2=middle)
