@@ -241,3 +241,22 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
     names = names_of([tmp_path / "x" / "a", tmp_path / "y"])
     assert names == [f"x{os.sep}a", "y"]
     assert names_of([tmp_path / "only"]) == ["only"]
+
+
+@pytest.mark.parametrize("is_begun", [False, True], ids=["not begun", "refused"])
+def test_a_folder_whose_name_is_no_text_has_a_page(tmp_path, is_begun):
+    """Alone, and as one of several; bytes that are no letter stand there as a sign for one."""
+    folder = tmp_path / os.fsdecode(b"r\xffn")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("needs a file system with names that are no UTF-8")
+    if is_begun:
+        Writing(folder).write(2).raw("{}\n")
+    for folders in ([folder], [folder, tmp_path / "other"]):
+        watched = Watched(*folders)
+        watched.look()
+        html = watched.look().html()
+        assert ("This run cannot be shown" in html) is is_begun
+        assert "r\ufffdn" in html
+        assert html.encode("utf-8")

@@ -186,6 +186,38 @@ def test_who_loses_the_server_is_told_and_goes_on_with_the_next_one(browser, tmp
                 assert page.tab.evaluate("window.loaded") == "once"
 
 
+HIDE = """hidden => {
+  Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+MOST_STREAMS = 6
+"""Connections that Chromium has to one address."""
+
+
+def test_a_tab_that_is_hidden_leaves_its_connection_to_others(browser, tmp_path):
+    """And knows what it missed when it is looked at again; the control: nobody hides."""
+    run = Writing(tmp_path / "run").write(4)
+    with on_loopback(run.folder) as address, Page(browser, address) as page:
+        page.reads("Live", ".time")
+        for _ in range(MOST_STREAMS - 1):
+            other = page.tab.context.new_page()
+            other.goto(address)
+            sync_api.expect(other.locator(".time")).to_contain_text("Live")
+        late = page.tab.context.new_page()
+        with pytest.raises(sync_api.TimeoutError):
+            late.goto(address, timeout=1_000)
+        page.tab.evaluate(HIDE, True)
+        late.goto(address)
+        sync_api.expect(late.locator(".time")).to_contain_text("Live")
+        late.close()
+        run.write()
+        sync_api.expect(other.locator("main")).to_contain_text("Of the 2 packages")
+        assert "Of the 2 packages" not in page.tab.inner_text("main")
+        page.tab.evaluate(HIDE, False)
+        page.reads("Of the 2 packages")
+        assert page.complaints == []
+
+
 @pytest.mark.parametrize("kind", ["served", "a file"])
 def test_a_page_is_moved_in_time_by_keyboard_alone(browser, run, kind):
     """The bar comes first in the order of tabs, arrows move it, and its end is what it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
@@ -50,7 +51,7 @@ class FollowedRun:
             found = self._tail.take()
             is_other = self._see_report()
         except (OSError, ValueError) as error:
-            is_other, self._problem = self._problem != str(error), str(error)
+            is_other, self._problem = self._problem != path_text(error), path_text(error)
             return is_other
         is_other = is_other or bool(self._problem)
         self._problem = ""
@@ -147,11 +148,16 @@ class FollowedRun:
             return _only(title, f"This run cannot be shown: {self._problem}")
         report = self.report_at(update)
         if report is None:
-            return _only(title, f"Nothing has happened yet in {self.path}.")
+            return _only(title, f"Nothing has happened yet in {path_text(self.path)}.")
         goes_on, horizon = self.state == "under way", report.settings.get("horizon")
         span = max(self.updates, horizon if goes_on and isinstance(horizon, int) else 0)
         is_past = report.updates < self.updates
         return run_parts(report, title=title, under_way=goes_on or is_past, span=span)
+
+
+def path_text(path: Path | Exception) -> str:
+    """Return a path, or an error that names one, as a page can say it: in letters that exist."""
+    return os.fsencode(str(path)).decode("utf-8", errors="replace")
 
 
 def _only(title: str, text: str) -> Parts:

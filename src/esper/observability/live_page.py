@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
-from esper.observability.followed_run import FollowedRun
+from esper.observability.followed_run import FollowedRun, path_text
 from esper.observability.report_page import TITLE
 from esper.observability.side_by_side import TITLE as TITLE_OF_MANY
 from esper.observability.side_by_side import as_column, comparison
@@ -171,4 +171,4 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     """Return what tells paths apart: what is behind the folder that all of them are in."""
     whole = [path.resolve() for path in paths]
     shared = Path(os.path.commonpath([path.parent for path in whole]))
-    return [str(path.relative_to(shared)) for path in whole]
+    return [path_text(path.relative_to(shared)) for path in whole]

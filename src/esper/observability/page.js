@@ -199,8 +199,10 @@
   tell();
   if (data.live) {
     let known = data.id;
-    const listen = () => {
-      const source = new EventSource(`events?after=${encodeURIComponent(known)}`);
+    let source = null;
+    const listen = () => { // a browser has few connections to an address: a hidden tab holds none
+      if (document.hidden || (source && source.readyState !== EventSource.CLOSED)) return;
+      source = new EventSource(`events?after=${encodeURIComponent(known)}`);
       source.onmessage = (message) => {
         known = message.lastEventId;
         take(JSON.parse(message.data));
@@ -213,6 +215,10 @@
       };
     };
     listen();
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) source?.close();
+      else listen();
+    });
     setInterval(tell, 1000);
   }
 })();
