@@ -82,6 +82,15 @@ def test_a_line_goes_where_its_values_say():
     ]
 
 
+def test_a_line_of_one_point_can_be_seen():
+    """As every line of a run that has been measured once: a dash about its place."""
+    line = Series(style="grown", points=((50.0, 1.0),), label="grown")
+    (drawn,) = by_class(draw_lines(a_chart(line)), "line")
+    (left, y), (right, same) = coordinates(drawn)
+    assert left < right
+    assert y == same
+
+
 def test_steps_hold_their_value():
     """A line of steps moves across first and then up."""
     line = Series(style="grown", points=((0.0, 0.0), (100.0, 1.0)), label="grown", steps=True)

@@ -442,6 +442,10 @@ def _x_axis(scale: Scale, label: str, bottom: float) -> list[Markup]:
     return [*parts, element("text", label, class_="axis middle", x=middle, y=bottom + 38)]
 
 
+_DASH: Final = 3.0
+"""Half of what stands for a line that has one point."""
+
+
 def _line(series: Series, x_scale: Scale, y_scale: Scale) -> Markup:
     path, before = [], None
     for x, y in thinned(series.points):
@@ -449,6 +453,10 @@ def _line(series: Series, x_scale: Scale, y_scale: Scale) -> Markup:
             path.append(f"{x_scale(x):.1f},{y_scale(before):.1f}")
         path.append(f"{x_scale(x):.1f},{y_scale(y):.1f}")
         before = y
+    if len(series.points) == 1:  # a line of one point has no ink
+        ((x, y),) = series.points
+        at, height = x_scale(x), y_scale(y)
+        path = [f"{at - _DASH:.1f},{height:.1f}", f"{at + _DASH:.1f},{height:.1f}"]
     weight = "line" if series.label else "line faint"
     return element("polyline", class_=f"{weight} {series.style}", points=" ".join(path))
 
