@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import threading
+import time
 
 import pytest
 
@@ -174,11 +175,48 @@ def test_a_sink_may_publish_from_inside():
     assert notebook.events == [note(0), note(1)]
 
 
+def test_a_full_ring_costs_a_publisher_no_search(held):
+    """Of a ring with room for a hundred times as much, one more is given up as quickly."""
+
+    def fastest_s(room):
+        bus = EventBus([held], patience_s=0.0, room=room)
+        for number in range(room + 1):
+            bus.publish(note(number))
+        times = []
+        for number in range(200):
+            begin = time.perf_counter()
+            bus.publish(note(number))
+            times.append(time.perf_counter() - begin)
+        assert bus.num_dropped >= 199
+        return min(times)
+
+    assert fastest_s(4_000) <= 10 * fastest_s(40)
+
+
+def test_where_no_thread_starts_an_event_waits_for_the_next():
+    """A publish raises nothing, and what it kept is delivered once a thread does start."""
+    notebook = Notebook()
+    bus = EventBus([notebook])
+    before = threading.stack_size(2**45)  # more than any address space has
+    try:
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threading.Thread(target=print).start()
+        bus.publish(note(0))
+        assert not bus.flush()
+    finally:
+        threading.stack_size(before)
+    assert bus.num_waiting == 1
+    bus.publish(note(1))
+    assert bus.flush()
+    assert notebook.events == [note(0), note(1)]
+
+
 def _publish_in_child(bus, sink, told):
     sink.go.set()
     bus.publish(note(9))
     told.put(bus.flush())
     told.put([event.text for event in sink.events])
+    told.put((bus.num_published, bus.num_waiting, bus.num_dropped))
 
 
 def test_a_forked_process_begins_with_an_empty_lane(held):
@@ -190,8 +228,37 @@ def test_a_forked_process_begins_with_an_empty_lane(held):
     child = context.Process(target=_publish_in_child, args=(bus, held, told))
     child.start()
 
-    assert [told.get(timeout=20), told.get(timeout=20)] == [True, ["9"]]
+    found = [told.get(timeout=20) for _ in range(3)]
+    assert found == [True, ["9"], (1, 0, 0)]
     child.join()
     held.go.set()
     assert bus.flush()
     assert held.events == [note(0), note(1)]
+
+
+def _forked_while_held(lock, act):
+    """Fork while a lock is held, as by a thread that the child has not; return its exit status."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=act, daemon=True)
+    with lock:
+        child.start()
+    child.join(2)
+    status = child.exitcode
+    child.kill()
+    child.join()
+    return status
+
+
+@pytest.mark.parametrize("which", ["bus", "counts"])
+def test_a_fork_while_another_thread_publishes_leaves_no_lock_behind(which):
+    """The child publishes, whatever a thread of its parent was about."""
+    bus = EventBus([Notebook()])
+    lock = bus._lock if which == "bus" else bus._deliveries._lock
+    assert _forked_while_held(lock, lambda: bus.publish(note(0))) == 0
+
+
+@pytest.mark.slow
+def test_control_a_lock_that_is_held_at_a_fork_stays_held():
+    """One that nobody makes anew holds the child for ever."""
+    lock = threading.Lock()
+    assert _forked_while_held(lock, lock.acquire) is None

@@ -8,7 +8,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from esper.bus.lane import Deliveries, Lane
+from esper.bus.lane import Deliveries, Forked, Lane
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PATIENCE_S: Final = 0.1
 ROOM: Final = 1024
 
 
-class EventBus:
+class EventBus(Forked):
     """Hands every event to every sink, in the order in which they subscribed.
 
     A sink that raises is counted, logged, and costs neither the publisher nor the other sinks
@@ -31,7 +31,8 @@ class EventBus:
     waits for it until that was once in vain, and keeps ``room`` events for it. Of more, the oldest
     of the least telling kind is dropped, and counted. A sink that has ``never_waits = True``
     promises to keep nobody waiting, and is called as it is; a bus is itself one. Sinks may
-    subscribe, unsubscribe and publish.
+    subscribe, unsubscribe and publish. A forked process has the same sinks and counts from 0; what
+    waits for them in its parent is the parent's to deliver.
 
     Args:
         sinks: The first subscribers; those that leave again use :meth:`subscribe`.
@@ -48,16 +49,20 @@ class EventBus:
         patience_s: float = PATIENCE_S,
         room: int = ROOM,
     ) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self._tickets = itertools.count()
         self._deliveries = Deliveries()
         self._lane_to = functools.partial(
             Lane, deliveries=self._deliveries, patience_s=patience_s, room=room
         )
         self._lanes: dict[int, Lane] = {}
-        self._num_published = 0
         for sink in sinks:
             self.subscribe(sink)
+
+    def _begin(self) -> None:
+        """Begin counting; the sinks stay."""
+        self._lock = threading.Lock()
+        self._num_published = 0
 
     @property
     def num_published(self) -> int:

@@ -6,7 +6,9 @@ import functools
 import logging
 import os
 import threading
+import weakref
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from esper.resilience.attempt import Failed, attempt
@@ -26,16 +28,43 @@ _LEAST_TELLING: Final = (
     "noted",
 )
 """Kinds that are given up first where a ring is full, in this order; the others come last."""
+_RANKS: Final = {kind: rank for rank, kind in enumerate(_LEAST_TELLING)}
 
 
-class Deliveries:
+class Forked:
+    """Begins anew in a forked process, where a lock may be held by a thread that is not there."""
+
+    def __init__(self) -> None:
+        self._begin()
+        _FORKED.add(self)
+
+    def _begin(self) -> None:
+        """Set up what is of one process: locks, threads, and counts of what it was handed."""
+        raise NotImplementedError
+
+
+_FORKED: Final[weakref.WeakSet[Forked]] = weakref.WeakSet()
+
+
+def _begin_in_child() -> None:
+    for each in _FORKED:
+        each._begin()  # noqa: SLF001 - its own module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
+
+
+class Deliveries(Forked):
     """What became of events, each counted once for every sink that it was for.
 
     ``put`` is at any time ``taken + dropped`` and what is in a ring or under way. An event at
-    which a sink raised was taken, and is counted in ``failed`` as well.
+    which a sink raised was taken, and is counted in ``failed`` as well. In a forked process it
+    begins at 0.
     """
 
-    def __init__(self) -> None:
+    def _begin(self) -> None:
+        """Begin at 0."""
         self._lock = threading.Lock()
         self.put = self.taken = self.failed = self.dropped = 0
 
@@ -54,7 +83,32 @@ class Deliveries:
             self.dropped += dropped
 
 
-class Lane:
+class _Ring:
+    """Events in their order, of which the oldest of the least telling kind is found at once."""
+
+    def __init__(self) -> None:
+        self._by_rank: tuple[deque[tuple[int, Event]], ...] = tuple(
+            deque() for _ in range(len(_LEAST_TELLING) + 1)
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_rank))
+
+    def put(self, ticket: int, event: Event) -> None:
+        """Keep an event, whose ticket is higher than all before."""
+        self._by_rank[_RANKS.get(event.kind, len(_RANKS))].append((ticket, event))
+
+    def take(self) -> tuple[int, Event]:
+        """Return the oldest event, and its ticket; there has to be one."""
+        oldest = min((kept for kept in self._by_rank if kept), key=lambda kept: kept[0][0])
+        return oldest.popleft()
+
+    def drop_one(self) -> None:
+        """Give up the oldest of the least telling kind; there has to be one."""
+        next(kept for kept in self._by_rank if kept).popleft()
+
+
+class Lane(Forked):
     """Hands events to a sink in their order, beside its publisher.
 
     The publisher waits for a sink until it was once too slow, and never again: as long as a sink
@@ -77,17 +131,17 @@ class Lane:
         self._patience_s = patience_s
         self._room = room
         self._is_prompt = getattr(sink, "never_waits", False) is True
-        self._start()
+        super().__init__()
 
     @property
     def name(self) -> str:
         """What the sink calls itself, or its class."""
         return str(getattr(self._sink, "name", "") or type(self._sink).__name__)
 
-    def _start(self) -> None:
-        self._pid = os.getpid()
+    def _begin(self) -> None:
+        """Begin empty, and wait for the sink as if it had never been slow."""
         self._changed = threading.Condition()
-        self._ring: deque[tuple[int, Event]] = deque()
+        self._ring = _Ring()
         self._worker: threading.Thread | None = None
         self._interrupt: BaseException | None = None
         self._last_put = self._last_done = 0
@@ -101,8 +155,6 @@ class Lane:
             KeyboardInterrupt: The sink was interrupted while its publisher waited for it; as any
                 other error that is no ``Exception``.
         """
-        if self._pid != os.getpid():
-            self._start()
         self._deliveries.count(put=1)
         if self._is_prompt:
             interrupt = self._deliver(event)
@@ -117,17 +169,25 @@ class Lane:
     def _keep(self, event: Event) -> int:
         """Keep an event for the worker; return its ticket."""
         self._last_put += 1
-        self._ring.append((self._last_put, event))
+        self._ring.put(self._last_put, event)
         if len(self._ring) > self._room:
-            self._drop_one()
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="esper sink", daemon=True)
-            self._worker.start()
+            self._ring.drop_one()
+            self._deliveries.count(dropped=1)
+        self._see_to_a_worker()
         return self._last_put
+
+    def _see_to_a_worker(self) -> None:
+        """Start the worker where there is work; where no thread starts, the next event tries."""
+        if self._worker is not None or not self._ring:
+            return
+        worker = threading.Thread(target=self._work, name="esper sink", daemon=True)
+        with suppress(RuntimeError):  # too many threads, or a process that is at its end
+            worker.start()
+            self._worker = worker
 
     def _wait_for(self, ticket: int, event: Event) -> bool:
         """Wait until an event is delivered, where its sink may be quick; say whether it was."""
-        if self._is_slow or self._worker is threading.current_thread():
+        if self._is_slow or self._worker in (None, threading.current_thread()):
             return False
         if self._changed.wait_for(lambda: self._last_done >= ticket, self._patience_s):
             return True
@@ -138,10 +198,12 @@ class Lane:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is delivered; say whether it was, in time."""
-        if self._pid != os.getpid() or self._worker is threading.current_thread():
+        if self._worker is threading.current_thread():
             return True
         with self._changed:
-            return self._changed.wait_for(lambda: self._worker is None, timeout_s)
+            self._see_to_a_worker()
+            is_idle = self._changed.wait_for(lambda: self._worker is None, timeout_s)
+            return is_idle and not self._ring
 
     def _work(self) -> None:
         """Deliver until the ring is empty; the next event starts another thread."""
@@ -151,7 +213,7 @@ class Lane:
                     self._worker = None
                     self._changed.notify_all()
                     return
-                ticket, event = self._ring.popleft()
+                ticket, event = self._ring.take()
             interrupt = self._deliver(event)
             with self._changed:
                 self._last_done = ticket
@@ -170,14 +232,3 @@ class Lane:
             msg = "%s failed on a %r event; the run goes on, and later failures are only counted"
             _LOG.error(msg, self.name, event.kind, exc_info=taken.error)
         return None
-
-    def _drop_one(self) -> None:
-        """Give up the oldest of the least telling kind."""
-        kinds = [event.kind for _, event in self._ring]
-        least = min(kinds, key=_how_telling)
-        del self._ring[kinds.index(least)]
-        self._deliveries.count(dropped=1)
-
-
-def _how_telling(kind: str) -> int:
-    return _LEAST_TELLING.index(kind) if kind in _LEAST_TELLING else len(_LEAST_TELLING)
