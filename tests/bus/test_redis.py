@@ -1,6 +1,8 @@
 """Events on a real Redis: never lost without a word, never waited for, read at least once."""
 
 import logging
+import multiprocessing
+import random
 import threading
 import time
 
@@ -110,23 +112,31 @@ def test_a_server_that_is_killed_gets_what_came_meanwhile(caplog):
 
 
 def test_a_server_that_hangs_holds_up_neither_a_publish_nor_the_end():
-    """Half a millisecond, two seconds; what was not written is counted."""
+    """Half a millisecond, two seconds; what was not written is counted, and no more is written."""
     with redis_server() as server:
-        sink = RedisSink(server.url, room=8)
+        sink = RedisSink(server.url)
         sink.publish(note(0))
         until(lambda: sink.num_waiting == 0)
         server.hang()
         times = []
-        for seq in range(1, 101):
+        for seq in range(1, 5_001):
             begin = time.perf_counter()
             sink.publish(note(seq))
             times.append(time.perf_counter() - begin)
-        assert sorted(times)[50] <= 0.0005
+        assert sorted(times)[4_950] <= 0.0005
         begin = time.perf_counter()
         sink.close()
         assert time.perf_counter() - begin <= 2.2
-        assert sink.num_dropped + sink.num_waiting == 100
+        assert sink.num_dropped + sink.num_waiting == 5_000
         server.go_on()
+        until(lambda: sink.num_waiting == 0)
+        lost = sink.num_dropped
+        assert lost >= 4_999  # one was under way
+        sink.publish(note(5_001))
+        until(lambda: sink.num_waiting == 0)
+        assert sink.num_dropped == lost + 1
+        events = follow(server.url, RUN, goes_on=lambda: False, wait_s=0.05)
+        assert len(list(events)) <= 5  # and what was under way meanwhile
 
 
 def test_control_with_the_defaults_of_the_client_a_hanging_server_holds_its_caller():
@@ -209,15 +219,131 @@ def test_control_a_limit_on_the_length_takes_what_was_not_read(server):
     assert seqs(slow.take()) == [7, 8, 9]
 
 
+def test_an_entry_that_is_no_event_costs_others_nothing(server):
+    """It is a dead letter at once, with the reason; who follows is told which one it is."""
+    client = connect(server.url)
+    written(server, note(0))
+    client.xadd(stream_of(RUN), {"id": "other", "event": "no event"})
+    client.xadd(stream_of(RUN), {b"foreign": b"\xff"})
+    written(server, note(1))
+    ann = reader(server, deadly=2)
+    for _ in range(3):
+        assert seqs(ann.take()) in ([0, 1], [])
+    letters = [fields for _, fields in client.xrange(ann.dead_letters)]
+    assert all("no event" in letter["reason"] for letter in letters[:2])
+    with pytest.raises(ValueError, match=r"the entry .* is no event"):
+        list(follow(server.url, RUN, goes_on=lambda: False, wait_s=0.05))
+
+
+def test_a_server_that_has_lost_everything_is_gone_on_with(server):
+    """As one that was killed and keeps nothing: the run is known again, and so is the group."""
+    ann = reader(server)
+    with RedisSink(server.url) as sink:
+        sink.publish(note(0))
+        until(lambda: sink.num_waiting == 0)
+        connect(server.url).flushall()
+        assert ann.take() == []
+        sink.publish(note(1))
+    assert latest_run(server.url) == RUN
+    assert seqs(ann.take()) == [1]
+
+
+def test_a_server_that_refuses_for_the_moment_is_asked_again(server, caplog):
+    """As one that lacks its replicas, or whose disk is full: nothing is lost."""
+    client = connect(server.url)
+    client.config_set("min-replicas-to-write", 1)
+    with RedisSink(server.url) as sink:
+        sink.publish(note(0))
+        until(lambda: caplog.records)
+        client.config_set("min-replicas-to-write", 0)
+        until(lambda: sink.num_waiting == 0)
+    assert sink.num_dropped == 0
+    assert client.xlen(stream_of(RUN)) == 1
+
+
+def test_where_nothing_may_be_removed_events_are_written_all_the_same(server, caplog):
+    """A user without the right to trim loses none, and is told once; not with the password."""
+    connect(server.url).acl_setuser(
+        "ann", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-xinfo"]
+    )
+    with RedisSink(server.url.replace("//", "//ann:secret@")) as sink:
+        for seq in range(1_000):
+            sink.publish(note(seq))
+        until(lambda: sink.num_waiting == 0)
+    assert sink.num_dropped == 0
+    (record,) = caplog.records
+    assert "none is removed" in record.getMessage()
+    assert "secret" not in caplog.text
+
+
+def test_a_server_that_is_away_draws_no_random_number_of_the_run(caplog):
+    """The waits between tries are of the sink's own generator: a watched run is the same run."""
+    before = random.getstate()
+    with RedisSink("redis://127.0.0.1:1/0") as sink:
+        sink.publish(note(0))
+        until(lambda: caplog.records)
+    assert sink.num_dropped == 1
+    assert random.getstate() == before
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_forked_process_writes_its_own(server):
+    """With a connection of its own, and counts that begin at 0."""
+
+    def act():
+        sink.publish(note(1))
+        sink.close()
+        raise SystemExit(sink.num_dropped + sink.num_waiting)
+
+    with RedisSink(server.url) as sink:
+        sink.publish(note(0))
+        until(lambda: sink.num_waiting == 0)
+        child = multiprocessing.get_context("fork").Process(target=act)
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+        sink.publish(note(2))
+    events = follow(server.url, RUN, goes_on=lambda: False, wait_s=0.05)
+    assert [event.seq for event in events] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:se/cret@host:1/0",
+        "redis://:se?cret@host:1/0",
+        "redis://:se#cret@host",
+        "redis://host:1/0?password=se@cret",
+        "redis://:secret",
+        "ann:secret@host",
+    ],
+)
+def test_an_address_in_which_a_password_may_end_anywhere_is_not_shown(url):
+    """Nothing of it but its kind."""
+    assert not any(part in shown(url) for part in ("se", "cret", "ann"))
+
+
+def test_an_error_of_an_address_hides_what_the_client_said():
+    """It would name a part of the password as a port."""
+    with pytest.raises(ValueError, match="percent-encoded") as caught:
+        connect("redis://:se/cret@host:1/0")
+    assert "cret" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
 def test_addresses_are_shown_without_secrets_and_wrong_ones_refused():
     """An error names the address, not the password; one that says no says why."""
     assert shown("redis://ann:secret@host:1/0?password=x") == "redis://host:1/0"
+    assert shown("rediss://ann:s@cret@[::1]:1") == "rediss://[::1]:1"
+    assert shown("unix://ann:secret@/run/redis.sock?db=1") == "unix:///run/redis.sock"
     with pytest.raises(ValueError, match=r"redis://, rediss:// or unix://"):
         RedisSink("http://ann:secret@host")
     with pytest.raises(BusUnavailableError, match="does not answer") as caught:
         latest_run("redis://ann:secret@127.0.0.1:1/0")
     assert "secret" not in str(caught.value)
     assert caught.value.may_pass
+    with pytest.raises(BusUnavailableError, match="does not answer"):
+        list(follow("redis://127.0.0.1:1/0", RUN, goes_on=lambda: False))
 
 
 def test_a_server_that_says_no_is_asked_once(server, caplog):

@@ -8,10 +8,9 @@ under one id: what a group is done with it is not given again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import TYPE_CHECKING, Final, cast, final
 
-from esper.bus.redis_streams import connect, entries_of, shown, stream_of, told
-from esper.contracts.events import event_from_json
+from esper.bus.redis_streams import connect, entries_of, event_of, shown, stream_of, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,28 +77,25 @@ class GroupReader:
     def take(self, most: int = 64) -> list[Delivery]:
         """Return what is this reader's to do now: first what others left, then what is new.
 
+        What is no event, or of a newer format, is a dead letter at once. A server that has lost
+        the group gets it again, and the group what is there.
+
         Args:
             most: Return no more, at least 1.
 
         Raises:
             BusUnavailableError: The server does not answer, or refuses to.
         """
+        from redis.exceptions import ResponseError
+
         with told(self._where):
-            self._bury()
-            claimed = self._redis.xautoclaim(
-                self._stream, self._group, self._reader, self._idle_ms, count=most
-            )
-            entries = [
-                entry
-                for entry in cast("list[list[tuple[str, dict[str, str]]]]", claimed)[1]
-                if entry[1]
-            ]
-            if not entries:
-                answer = self._redis.xreadgroup(
-                    self._group, self._reader, {self._stream: ">"}, count=most, block=self._wait_ms
-                )
-                entries = entries_of(answer)
-            return self._not_done(entries)
+            try:
+                return self._given(most)
+            except ResponseError as error:
+                if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                    raise
+                self._make_group()
+                return self._given(most)
 
     def done(self, deliveries: Iterable[Delivery]) -> None:
         """Say that events have been dealt with; none of the group gets them again.
@@ -115,6 +111,23 @@ class GroupReader:
                 calls.xack(self._stream, self._group, delivery.entry)
                 calls.execute()
 
+    def _given(self, most: int) -> list[Delivery]:
+        self._bury()
+        claimed = self._redis.xautoclaim(
+            self._stream, self._group, self._reader, self._idle_ms, count=most
+        )
+        entries = [
+            entry
+            for entry in cast("list[list[tuple[str, dict[str, str]]]]", claimed)[1]
+            if entry[1]
+        ]
+        if not entries:
+            answer = self._redis.xreadgroup(
+                self._group, self._reader, {self._stream: ">"}, count=most, block=self._wait_ms
+            )
+            entries = entries_of(answer)
+        return self._not_done(entries)
+
     def _make_group(self) -> None:
         from redis.exceptions import ResponseError
 
@@ -126,14 +139,18 @@ class GroupReader:
 
     def _not_done(self, entries: list[tuple[str, dict[str, str]]]) -> list[Delivery]:
         """Return what the group has not done yet; what it has is acknowledged again."""
-        found, given = [], set()
+        found: dict[str, Delivery] = {}
         for entry, fields in entries:
-            if fields["id"] in given or self._redis.sismember(self._done_with, fields["id"]):
+            try:
+                event = event_of(entry, fields)
+            except ValueError as error:
+                self._set_aside(entry, {**fields, "reason": str(error)})
+                continue
+            if event.id in found or self._redis.sismember(self._done_with, event.id):
                 self._redis.xack(self._stream, self._group, entry)
                 continue
-            given.add(fields["id"])
-            found.append(Delivery(entry=entry, event=event_from_json(fields["event"])))
-        return found
+            found[event.id] = Delivery(entry=entry, event=event)
+        return list(found.values())
 
     def _bury(self) -> None:
         """Move what was delivered too often to the dead letters."""
@@ -144,9 +161,15 @@ class GroupReader:
             if int(row["times_delivered"]) < self._deadly:
                 continue
             entry = str(row["message_id"])
-            calls = self._redis.pipeline()
-            found: Any = self._redis.xrange(self._stream, entry, entry)
-            for _, fields in found:
-                calls.xadd(self.dead_letters, {**fields, "deliveries": row["times_delivered"]})
-            calls.xack(self._stream, self._group, entry)
-            calls.execute()
+            found = cast(
+                "list[tuple[str, dict[str, str]]]", self._redis.xrange(self._stream, entry, entry)
+            )
+            fields = found[0][1] if found else {}
+            self._set_aside(entry, {**fields, "deliveries": str(row["times_delivered"])})
+
+    def _set_aside(self, entry: str, letter: dict[str, str]) -> None:
+        """Make a dead letter of an entry, whose group is done with it."""
+        calls = self._redis.pipeline()
+        calls.xadd(self.dead_letters, {"entry": entry} | letter)  # type: ignore[arg-type] # invariant
+        calls.xack(self._stream, self._group, entry)
+        calls.execute()

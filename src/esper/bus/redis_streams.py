@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar, Final, Self, cast
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, ClassVar, Final, Self, cast, final
 
-from esper.bus.lane import Deliveries, Lane
+from esper.bus.lane import Deliveries, Forked, Lane
 from esper.contracts.errors import BusUnavailableError, EsperError
 from esper.contracts.events import RunEnded, event_from_json, event_to_json
 from esper.resilience.clock import MonotonicClock, wall_time_s
 from esper.resilience.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from redis import Redis
@@ -42,6 +42,12 @@ KEPT: Final = 10_000
 """Events of a run that are kept, whoever has read them; of more those that every group has."""
 TRIM_EVERY: Final = 500
 _PATIENCE: Final = RetryPolicy(base_delay_s=0.1, max_delay_s=2.0)
+_ADDRESS: Final = re.compile(
+    r"(?P<scheme>[a-z]+)://(?:[^/?#]*@)?"
+    r"(?P<place>(?:[^:/@?#\[\]]+|\[[0-9A-Fa-f:.]+\])?(?::[0-9]+)?(?:/[^@?#]*)?)(?:\?[^@#]*)?"
+)
+_FOR_NOW: Final = re.compile("(?:^|caused error: )(?:MISCONF|NOREPLICAS) ")
+"""How a server begins that refuses for the moment, as one whose disk is full does."""
 
 
 def stream_of(run_id: str) -> str:
@@ -73,20 +79,30 @@ def connect(url: str, *, wait_s: float = 0.0) -> Redis:
         return redis.Redis.from_url(
             url,
             decode_responses=True,
+            encoding_errors="replace",
             protocol=2,
             socket_timeout=ANSWER_S + wait_s,
             socket_connect_timeout=ANSWER_S,
             retry=Retry(NoBackoff(), 0),
         )
-    except ValueError as error:
-        msg = f"the bus is at redis://, rediss:// or unix://, found {shown(url)!r}"
-        raise ValueError(msg) from error
+    except ValueError:
+        msg = (
+            f"the bus is at redis://, rediss:// or unix://, found {shown(url)!r}; "
+            "a password with one of :/?#@ in it is percent-encoded"
+        )
+        raise ValueError(msg) from None  # the client's own words may have a part of a password
 
 
 def shown(url: str) -> str:
-    """Return an address for people: without user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """Return an address for people: without user, password and query.
+
+    Of one in which it is not clear where a password ends, nothing is shown but its kind.
+    """
+    found = _ADDRESS.fullmatch(url)
+    if found is not None:
+        return f"{found['scheme']}://{found['place']}"
+    scheme, mark, _ = url.partition("://")
+    return f"{scheme}://..." if mark and scheme.isalpha() else "..."
 
 
 class RedisSink:
@@ -113,7 +129,8 @@ class RedisSink:
     @property
     def num_dropped(self) -> int:
         """Number of events that did not reach the server."""
-        return self._deliveries.dropped + self._deliveries.failed
+        deliveries = self._deliveries
+        return deliveries.dropped + deliveries.failed + self._writer.num_given_up
 
     @property
     def num_waiting(self) -> int:
@@ -125,7 +142,10 @@ class RedisSink:
         self._lane.put(event)
 
     def close(self, timeout_s: float = CLOSING_S) -> None:
-        """Give the events that are left so many seconds; what is left then is given up."""
+        """Give the events that are left so many seconds; what is left then is given up.
+
+        A sink that is closed writes no more: what comes later is counted as dropped.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -134,9 +154,11 @@ class RedisSink:
         is_whole = self._lane.flush(max(0.0, timeout_s - 2 * ANSWER_S))
         self._writer.give_up()
         is_whole = self._lane.flush(max(0.0, until_s - clock.now())) and is_whole
+        self._writer.close()
         lost = self.num_dropped + self.num_waiting
         if lost or not is_whole:
-            _LOG.warning("%d events did not reach %s", lost, self._writer.name)
+            level = logging.INFO if self._writer.is_away else logging.WARNING  # that was told
+            _LOG.log(level, "%d events did not reach %s", lost, self._writer.name)
 
     def __enter__(self) -> Self:
         return self
@@ -150,61 +172,82 @@ class RedisSink:
         self.close()
 
 
-class _Writer:
+@final
+class _Writer(Forked):
     """Writes one event after the other, each until the server has it."""
 
     is_slow: ClassVar[bool] = True
 
     def __init__(self, url: str) -> None:
-        self.name = f"the bus at {shown(url)}"
-        self._redis = connect(url)
+        self._url, self.name = url, f"the bus at {shown(url)}"
+        self._random = random.Random()  # noqa: S311 - of its own: a run draws from the global one
+        self._has_refused = self._is_untrimmed = False
+        super().__init__()
+
+    def _begin(self) -> None:
+        self._redis = connect(self._url)
         self._gives_up = threading.Event()
-        self._runs: set[str] = set()
-        self._num_written = 0
-        self._is_away = False
+        self._num_written = self.num_given_up = 0
+        self.is_away = self._is_closed = False
 
     def give_up(self) -> None:
         """Try no event more than once from now on."""
         self._gives_up.set()
 
-    def publish(self, event: Event) -> None:
-        """Write an event.
+    def close(self) -> None:
+        """Try no event at all from now on."""
+        self._is_closed = True
 
-        Raises:
-            BusUnavailableError: The server does not take it, or was away until the end.
-        """
+    def publish(self, event: Event) -> None:
+        """Write an event, or count it as given up."""
         num_failures = 0
-        while True:
+        while not self._is_closed:
             try:
                 with told(self.name):
                     self._write(event)
             except BusUnavailableError as error:
+                self._say(error)
                 if not error.may_pass or self._gives_up.is_set():
-                    raise
-                self._say_that_it_is_away(error)
+                    break
                 longest_s = _PATIENCE.longest_delay_s(num_failures)
                 num_failures += 1
-                self._gives_up.wait(random.uniform(0.0, longest_s))  # noqa: S311 - full jitter
+                self._gives_up.wait(self._random.uniform(0.0, longest_s))  # full jitter
             else:
-                self._is_away = False
+                self.is_away = False
+                self._trim_now_and_then(event.run_id)
                 return
+        self.num_given_up += 1
 
     def _write(self, event: Event) -> None:
-        stream = stream_of(event.run_id)
+        """Write an event, and its run where a server that began anew may not know it."""
+        text = event_to_json(event)
         calls = self._redis.pipeline(transaction=False)
-        if event.run_id not in self._runs:
-            calls.zadd(RUNS, {event.run_id: wall_time_s()}, nx=True)
-        calls.xadd(stream, {"id": event.id, "event": event_to_json(event)})
+        calls.zadd(RUNS, {event.run_id: wall_time_s()}, nx=True)
+        calls.xadd(stream_of(event.run_id), {"id": event.id, "event": text})
         calls.execute()
-        self._runs.add(event.run_id)
         self._num_written += 1
-        if self._num_written % TRIM_EVERY == 0:
-            trim(self._redis, event.run_id)
 
-    def _say_that_it_is_away(self, error: BusUnavailableError) -> None:
-        if not self._is_away:
-            self._is_away = True
-            _LOG.warning("%s; events are kept until it is back, and the run goes on", error)
+    def _trim_now_and_then(self, run_id: str) -> None:
+        """Trim after so many events; a server that refuses has them all the same."""
+        if self._num_written % TRIM_EVERY:
+            return
+        try:
+            with told(self.name):
+                trim(self._redis, run_id)
+        except BusUnavailableError as error:
+            if not (error.may_pass or self._is_untrimmed):
+                self._is_untrimmed = True
+                _LOG.warning("%s; events are written, and none is removed", error)
+
+    def _say(self, error: BusUnavailableError) -> None:
+        """Say once for each outage that the server is away, and once at all that it refuses."""
+        if error.may_pass and not self.is_away:
+            self.is_away = True
+            msg = "%s; events are kept until it is back, as long as the run goes on"
+            _LOG.warning(msg, error)
+        elif not (error.may_pass or self._has_refused):
+            self._has_refused = True
+            _LOG.warning("%s; the run goes on, and later refusals are only counted", error)
 
 
 def trim(redis: Redis, run_id: str, *, kept: int = KEPT) -> None:
@@ -252,7 +295,7 @@ def follow(
 ) -> Iterator[Event]:
     """Yield the events of a run from its first that is kept to its end, each once.
 
-    A server that is away is waited for.
+    A server that is away is waited for, and a warning says so, once for each time.
 
     Args:
         url: Address of the server.
@@ -261,28 +304,34 @@ def follow(
         wait_s: Seconds after which it is asked again.
 
     Raises:
-        BusUnavailableError: The server refuses to answer.
-        EsperError, ValueError: See :func:`connect`.
+        BusUnavailableError: The server refuses to answer, or does not and is waited for no longer.
+        EsperError: See :func:`connect`.
+        ValueError: So is this; or an entry is no event, or of a newer format.
     """
     redis, stream, last = connect(url, wait_s=wait_s), stream_of(run_id), "0"
     seen: set[str] = set()
-    pause = threading.Event()
+    pause, is_away = threading.Event(), False
     while True:
         answer = None
         try:
             with told(shown(url)):
                 answer = redis.xread({stream: last}, count=256, block=int(wait_s * 1_000))
+            is_away = False
         except BusUnavailableError as error:
-            if not error.may_pass:
+            if not (error.may_pass and goes_on()):
                 raise
+            if not is_away:
+                _LOG.warning("%s; it is asked again until it does", error)
+            is_away = True
             pause.wait(ANSWER_S)
+            continue
         entries = entries_of(answer)
         for entry, fields in entries:
             last = entry
-            if fields["id"] in seen:
+            event = event_of(entry, fields)
+            if event.id in seen:
                 continue
-            seen.add(fields["id"])
-            event = event_from_json(fields["event"])
+            seen.add(event.id)
             yield event
             if isinstance(event, RunEnded):
                 return
@@ -298,6 +347,19 @@ def entries_of(answer: object) -> list[tuple[str, dict[str, str]]]:
     return [(entry, fields) for entry, fields in entries if fields]
 
 
+def event_of(entry: str, fields: Mapping[str, str]) -> Event:
+    """Return the event that an entry has.
+
+    Raises:
+        ValueError: It has none, or one of a newer format; the message names the entry.
+    """
+    try:
+        return event_from_json(fields.get("event", ""))
+    except ValueError as error:
+        msg = f"the entry {entry} is no event that can be read here: {error}"
+        raise ValueError(msg) from error
+
+
 @contextmanager
 def told(where: str) -> Iterator[None]:
     """Turn errors of the client into ours, which say where it happened.
@@ -307,15 +369,23 @@ def told(where: str) -> Iterator[None]:
     """
     import redis.exceptions as of_redis
 
-    passing = (of_redis.BusyLoadingError, of_redis.ReadOnlyError, of_redis.OutOfMemoryError)
+    passing = (
+        of_redis.BusyLoadingError,
+        of_redis.ClusterDownError,
+        of_redis.OutOfMemoryError,
+        of_redis.ReadOnlyError,
+        of_redis.TryAgainError,
+    )
     try:
         yield
     except passing as error:
         msg = f"{where} cannot take it now: {error}"
         raise BusUnavailableError(msg, may_pass=True) from error
     except (of_redis.ResponseError, of_redis.AuthenticationError) as error:
-        msg = f"{where} refuses, and has to be Redis 6.2 or newer, or Valkey: {error}"
-        raise BusUnavailableError(msg, may_pass=False) from error
+        may_pass = _FOR_NOW.search(str(error)) is not None
+        refuses = "refuses, and has to be Redis 6.2 or newer, or Valkey"
+        msg = f"{where} {'cannot take it now' if may_pass else refuses}: {error}"
+        raise BusUnavailableError(msg, may_pass=may_pass) from error
     except (of_redis.RedisError, OSError) as error:
         msg = f"{where} does not answer: {error}"
         raise BusUnavailableError(msg, may_pass=True) from error
