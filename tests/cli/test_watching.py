@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -30,7 +32,7 @@ def watched(*words, status=0, **environment):
     """Run the command; return its lines."""
     result = CliRunner().invoke(app, ["watch", *map(str, words)], env=environment)
     assert result.exit_code == status, result.output
-    return result.output.splitlines()
+    return (result.output if status else result.stdout).splitlines()
 
 
 class Watching(threading.Thread):
@@ -95,6 +97,65 @@ def test_what_is_there_is_printed_without_waiting(tmp_path):
     assert "line 1" in "".join(watched(path, "--no-follow", status=2))
 
 
+def test_an_event_is_one_line_that_no_terminal_obeys(tmp_path):
+    """Whatever its text holds: others may have written it."""
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.publish(replace(note(0), text="two\nlines\x1b]0;title\x07\r"))
+    (line,) = watched(tmp_path, "--no-follow")
+    assert "two lines" in line
+    assert line.isprintable()
+
+
+def test_from_now_on_nothing_that_was_before_is_printed(tmp_path):
+    """But the end of a run that has ended."""
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.publish(note(0))
+        watching = Watching(tmp_path, "--from-now")
+        watching.start()
+        time.sleep(0.5)
+        log.publish(note(1))
+        log.publish(end(2))
+        lines = watching.end()
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    (line,) = watched(tmp_path, "--from-now")
+    assert line.split()[0] == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
+def test_how_it_ends_without_the_run(tmp_path):
+    """With 130 where it is stopped, and without a word where nobody reads any more."""
+    command = [sys.executable, "-m", "esper", "watch"]
+    stopped = subprocess.Popen(
+        [*command, tmp_path / "none"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "waiting for" in stopped.stderr.readline()
+    stopped.send_signal(signal.SIGINT)
+    assert "stopped" in stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 130
+
+    with EventLog(tmp_path / "events.jsonl") as log:
+        for seq in range(2_000):
+            log.publish(note(seq))
+    left = subprocess.Popen([*command, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    left.stdout.readline()
+    left.stdout.close()
+    assert left.stderr.read() == b""
+    assert left.wait(60) == 0
+    left.stderr.close()
+
+
+def test_a_bus_that_does_not_answer_is_an_error_where_nobody_waits():
+    """Not a run without events."""
+    pytest.importorskip("redis", reason="needs the extra redis")
+    words = [RUN, "--bus", "redis://ann:secret@127.0.0.1:1/0", "--no-follow"]
+    text = "".join(watched(*words, status=2))
+    assert "redis://127.0.0.1:1/0 does not answer" in text
+    assert "secret" not in text
+
+
 def test_who_says_no_run_is_told():
     """Neither a folder nor a bus is known."""
     assert "ESPER_BUS_URL" in "".join(watched(status=2, ESPER_BUS_URL=""))
@@ -112,6 +173,8 @@ def test_a_run_is_followed_on_a_bus():
 
     with redis_server() as server:
         assert "no run" in "".join(watched(status=2, ESPER_BUS_URL=server.url))
+        text = "".join(watched(RUN, "--no-follow", status=1, ESPER_BUS_URL=server.url))
+        assert f"nothing is known of the run {RUN}" in text
         with RedisSink(server.url) as sink:
             sink.publish(note(0))
             while sink.num_waiting:

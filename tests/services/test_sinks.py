@@ -1,7 +1,9 @@
 """What watches a run of a command: nothing of it slows, stalls or changes the run."""
 
+import contextlib
 import logging
 import random
+import socket
 import threading
 from dataclasses import dataclass
 
@@ -94,10 +96,22 @@ def let_go():
     event.set()
 
 
+@contextlib.contextmanager
+def silent():
+    """Listen at a port, and answer nobody; yields the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
 @pytest.fixture
 def told_by(mishap, let_go):
     """Makes sinks that all hang, refuse, or answer 500; the port for metrics is taken."""
-    with collecting(None) as hanging, collecting(500) as failing, PrometheusSink(0) as taken:
+    with (
+        collecting(None) as hanging,
+        collecting(500) as failing,
+        PrometheusSink(0) as taken,
+        silent() as mute,
+    ):
         endpoints = {"hanging": hanging.endpoint, "failing": failing.endpoint}
 
         def make(folder, how):
@@ -107,6 +121,7 @@ def told_by(mishap, let_go):
                 report_to=("mishap",),
                 collector=Collector(endpoint=endpoint, timeout_s=60),
                 metrics_port=taken.port,
+                bus_url=f"redis://127.0.0.1:{mute if how == 'hanging' else 9}/0",
             )
             return sinks_of(environment, folder=folder)
 
@@ -124,8 +139,9 @@ def test_sinks_that_misbehave_change_nothing(tmp_path, told_by, caplog):
         assert equal(alone, beside)
         assert beside.end_s <= END_S
         said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-        assert len(said) == 3, said
-        for part in ("the tracker mishap", "the collector at", "metrics are not shown at port"):
+        assert len(said) == 4, said
+        parts = ("the tracker mishap", "the collector at", "metrics are not shown at port")
+        for part in (*parts, "the bus at"):
             assert sum(part in text for text in said) == 1, said
 
 

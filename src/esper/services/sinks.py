@@ -9,6 +9,7 @@ from esper.bus.redis_streams import RedisSink
 from esper.observability.logs import LoggingSink
 from esper.observability.prometheus import PrometheusSink
 from esper.observability.spans import OpenTelemetrySink
+from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,10 +42,15 @@ class RunSinks:
         return self._bus
 
     def close(self) -> None:
-        """Let the sinks catch up, for a few seconds, and end what they have opened."""
-        self._bus.flush(CLOSING_S)
+        """Let the sinks catch up, for a few seconds in all, and end what they have opened."""
+        clock = MonotonicClock()
+        until_s = clock.now() + CLOSING_S
         for sink in self._sinks:
-            if isinstance(sink, PrometheusSink | RedisSink):
+            if isinstance(sink, RedisSink):
+                sink.close()
+        self._bus.flush(max(0.0, until_s - clock.now()))
+        for sink in self._sinks:
+            if isinstance(sink, PrometheusSink):
                 sink.close()
 
 
