@@ -1,5 +1,7 @@
 """What guards the calls to one server: when it is asked again."""
 
+import random
+
 import pytest
 
 from esper.contracts.errors import KernelSourceSuspended
@@ -24,11 +26,13 @@ def rested(clock, *, until_s, asked):
 def test_a_call_waits_for_as_long_as_the_server_says_where_there_is_time():
     """It is asked again once that is over, a little apart from others, and charges no breaker."""
     clock, asked = ManualClock(), []
+    drawn = random.getstate()
     endpoint = Endpoint("urza", timeout_s=10.0, clock=clock, sleep=clock.advance)
     assert endpoint.call(rested(clock, until_s=4.0, asked=asked), may_repeat=True) == "kernel"
     assert asked[0] == 0.0
     assert 4.0 <= asked[1] <= 6.0
     assert len(asked) == 2
+    assert random.getstate() == drawn  # a training draws from it
 
 
 @pytest.mark.parametrize(("until_s", "may_repeat"), [(30.0, True), (4.0, False)])

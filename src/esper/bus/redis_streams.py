@@ -9,7 +9,6 @@ written is written again, so that an event may be there twice, under one id. Nee
 from __future__ import annotations
 
 import logging
-import random
 import re
 import threading
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from esper.bus.lane import Deliveries, Forked, Lane
 from esper.contracts.errors import BusUnavailableError, EsperError
 from esper.contracts.events import RunEnded, event_from_json, event_to_json
 from esper.resilience.clock import MonotonicClock, wall_time_s
-from esper.resilience.retry import RetryPolicy
+from esper.resilience.retry import JITTER, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -180,7 +179,6 @@ class _Writer(Forked):
 
     def __init__(self, url: str) -> None:
         self._url, self.name = url, f"the bus at {shown(url)}"
-        self._random = random.Random()  # noqa: S311 - of its own: a run draws from the global one
         self._has_refused = self._is_untrimmed = False
         super().__init__()
 
@@ -211,7 +209,7 @@ class _Writer(Forked):
                     break
                 longest_s = _PATIENCE.longest_delay_s(num_failures)
                 num_failures += 1
-                self._gives_up.wait(self._random.uniform(0.0, longest_s))  # full jitter
+                self._gives_up.wait(JITTER.uniform(0.0, longest_s))
             else:
                 self.is_away = False
                 self._trim_now_and_then(event.run_id)

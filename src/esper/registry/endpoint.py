@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from typing import TYPE_CHECKING, Final, TypeVar, final
 
@@ -19,7 +18,7 @@ from esper.contracts.errors import (
 from esper.resilience.circuit_breaker import CircuitBreaker
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.deadline import Deadline
-from esper.resilience.retry import Retry, RetryBudget, RetryPolicy
+from esper.resilience.retry import JITTER, Retry, RetryBudget, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +114,7 @@ class Endpoint:
         except KernelSourceSuspended as error:
             if error.retry_after_s is None:
                 raise
-            delay_s = error.retry_after_s * random.uniform(1.0, 1.5)  # noqa: S311 - not all at once
+            delay_s = error.retry_after_s * JITTER.uniform(1.0, 1.5)  # not all at once
             if delay_s >= deadline.remaining_s():
                 raise
             self._sleep(delay_s)

@@ -6,7 +6,6 @@ The client has its own settings, credentials, proxies and waits.
 from __future__ import annotations
 
 import functools
-import random
 import re
 import tempfile
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from esper.contracts.errors import (
 )
 from esper.registry.http import error_of
 from esper.registry.hub_index import HubIndex
-from esper.resilience.retry import RetryPolicy
+from esper.resilience.retry import JITTER, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,7 +132,7 @@ class HubRepository:
             )
             if self._call(functools.partial(self._has_committed, commit), may_repeat=False):
                 return
-            self._sleep(random.uniform(0.0, _PATIENCE.longest_delay_s(number)))  # noqa: S311 - spreads waits, guards no secret
+            self._sleep(JITTER.uniform(0.0, _PATIENCE.longest_delay_s(number)))
         msg = f"{self.address} is changed by others all the time; come again"
         raise KernelSourceUnavailable(msg)
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, Self, TypeVar
 from esper.contracts.errors import CircuitOpenError
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.retry import JITTER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -174,7 +175,7 @@ class CircuitBreaker:
         self._answers = answers
         self._ignored = (*ignored, concurrent.futures.CancelledError)
         self._clock = clock or MonotonicClock()
-        self._rng = rng or random.Random()  # noqa: S311 - spreads waits, guards no secret
+        self._rng = rng or JITTER
         self._on_transition = on_transition
         self._listeners: tuple[weakref.WeakMethod[Listener], ...] = ()
         self._next_wait_s = base_wait_s

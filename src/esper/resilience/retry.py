@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+
+class _Jitter(random.SystemRandom):
+    """Draws waits: neither from the generator a training draws from, nor alike in forks."""
+
+    def __reduce__(self) -> str:
+        """Be the same one where what draws from it is copied or pickled."""
+        return "JITTER"
+
+
+JITTER: Final = _Jitter()
+
 _NUM_SPANS: Final = 10
 _MAX_DOUBLINGS: Final = 60
 
@@ -172,7 +183,7 @@ class Retry:
         self._budget = budget or RetryBudget()
         self._sleep = sleep
         self._sleep_async = sleep_async
-        self._rng = rng or random.Random()  # noqa: S311 - spreads waits, guards no secret
+        self._rng = rng or JITTER
 
     def call(
         self,

@@ -8,7 +8,6 @@ that does not answer is asked again, however long that takes.
 from __future__ import annotations
 
 import os
-import random
 import socket
 import threading
 from contextlib import closing
@@ -27,7 +26,7 @@ from esper.contracts.errors import (
 )
 from esper.registry.http_registry import HttpRegistry
 from esper.resilience.clock import MonotonicClock
-from esper.resilience.retry import RetryPolicy
+from esper.resilience.retry import JITTER, RetryPolicy
 from esper.services.job_lease import JobLease
 from esper.services.sandbox import Answered, Broken, Confinement, Sandbox, SandboxLimits
 from esper.services.work_format import Finished, decode_finished, encode_work
@@ -241,7 +240,7 @@ class Slot:
             if job is not None:
                 return job
             if self._clock.now() - start_s < _WAIT_S / 2:  # there was no room to wait there
-                self._stopping.wait(random.uniform(0.0, _WAIT_S))  # noqa: S311 - not all at once
+                self._stopping.wait(JITTER.uniform(0.0, _WAIT_S))  # not all at once
         return None
 
     def _claim(self) -> CompileJob | None:
@@ -338,7 +337,7 @@ class Slot:
                     self._tell(f"asks again: {error}")
                 longest_s = _PATIENCE.longest_delay_s(num_failures)
                 num_failures += 1
-                if self._stopping.wait(random.uniform(0.0, longest_s)):  # noqa: S311 - full jitter
+                if self._stopping.wait(JITTER.uniform(0.0, longest_s)):
                     raise
 
 
