@@ -21,8 +21,9 @@ _HEAD = """\
 Written by `make bench` from the files in `benchmarks/results/`; change neither by hand.
 
 Contenders share the host's parameters and take turns, round by round, on one thread of one process.
-A figure is that of the fastest round of each, since noise only ever adds; the quartiles are those
-of the single rounds, and tell how far to trust it. Ratios travel between machines, times do not.
+A figure is the median of its rounds, and the verdict is read on it; ratios are taken round by
+round. The quartiles are those of the rounds, and tell how far to trust it; beside them stands the
+figure of each contender's fastest round. Ratios travel between machines, times do not.
 """
 
 
@@ -33,7 +34,7 @@ def as_markdown(results: Path = RESULTS) -> str:
         results: Folder of the JSON files.
 
     Raises:
-        ValueError: A file is of a newer format.
+        ValueError: A file is of another format.
     """
     sections = [_section(path) for path in sorted(results.glob("*.json"))]
     return "\n".join([_HEAD, *sections])
@@ -41,8 +42,9 @@ def as_markdown(results: Path = RESULTS) -> str:
 
 def _section(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["format_version"] > FORMAT_VERSION:
-        msg = f"{path} is of format {result['format_version']}; {FORMAT_VERSION} is known here"
+    if result["format_version"] != FORMAT_VERSION:
+        found = result["format_version"]
+        msg = f"{path} is of format {found}, and {FORMAT_VERSION} is known here: measure again"
         raise ValueError(msg)
     environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
     lines = result["lines"]

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def dormant(rounds: int) -> Iterator[Figure]:
         calls = {name: (lambda layer=layer, x=x: layer(x)) for name, layer in layers.items()}
         took = take_turns(calls, rounds=8 * rounds, number=number)
         bare = took["bare"]
-        added = (took["peft"].best_s - bare.best_s) * US
-        ratio = took["peft"].best_s / bare.best_s
+        added = (took["peft"].median_s - bare.median_s) * US
+        ratio = took["peft"].median_s / bare.median_s
         beside = f"PEFT disabled {ratio:.2f}x, +{added:.1f} us"
         yield took["dormant"].ratio(bare, key, beside=beside)
         if key == "dormant":
@@ -89,7 +90,7 @@ def active(rounds: int) -> Iterator[Figure]:
     took = take_turns(
         {name: _pass(layer, x) for name, layer in layers.items()}, rounds=4 * rounds, number=25
     )
-    peft = took["peft"].best_s / took["lora by hand"].best_s
+    peft = took["peft"].median_s / took["lora by hand"].median_s
     for guard in ("step", "always"):
         beside = f"PEFT LoRA {peft:.2f}x of LoRA by hand"
         yield took[guard].ratio(took["hand"], guard, beside=beside)
@@ -126,7 +127,7 @@ def active_compiled(rounds: int) -> Figure:
     took = take_turns(calls, rounds=4 * rounds, number=25)
     figure = took["always"].ratio(took["hand"], "always compiled")
     how = f"backend {backend}" + ("" if has_compiler else ": no C++ compiler for inductor")
-    return Figure(key=figure.key, value=figure.value, spread=figure.spread, note=how)
+    return replace(figure, note=how)
 
 
 def folded(rounds: int) -> Figure:
@@ -147,7 +148,7 @@ def folded(rounds: int) -> Figure:
     }
     calls = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
     took = take_turns(calls, rounds=8 * rounds, number=20)
-    ratio = took["peft"].best_s / took["bare"].best_s
+    ratio = took["peft"].median_s / took["bare"].median_s
     return took["folded"].ratio(took["bare"], "folded", beside=f"PEFT merged {ratio:.2f}x")
 
 

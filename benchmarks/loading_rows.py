@@ -60,7 +60,7 @@ def live(rounds: int) -> Iterator[Figure]:
         artifact = _put(registry, esper.compile_blueprint(blueprint()))
         yield from _from_cache(registry, artifact, lora, adapters, rounds)
         load = lora.live_load(rounds)
-        beside = f"PEFT load_adapter {load.best_s * MS:.2f} ms"
+        beside = f"PEFT load_adapter {load.median_s * MS:.2f} ms"
         yield _first_time("live directory", registry, artifact, rounds, beside)
         large = _put(registry, esper.compile_blueprint(blueprint(hidden=_HIDDEN_OF_1_MB)))
         with _served(large) as address:
@@ -79,7 +79,7 @@ def _from_cache(
     cache.prewarm([artifact.artifact_id])
     swaps = {"memory": lora.hotswap(), "folder": lora.hotswap_from(folder)}
     swap = take_turns(swaps, rounds=rounds, number=5)
-    memory_ms, folder_ms = (swap[name].best_s * MS for name in swaps)
+    memory_ms, folder_ms = (swap[name].median_s * MS for name in swaps)
     beside = f"PEFT hotswap {folder_ms:.2f} ms, {memory_ms:.2f} in memory"
 
     def first() -> Callable[[], object]:
@@ -159,7 +159,7 @@ def _hit(cache: KernelCache, artifact: CompiledKernelArtifact, rounds: int) -> F
         "locked": locked,
     }
     took = take_turns(calls, rounds=2 * rounds, number=2000)
-    safe = took["cache"].best_s / took["locked"].best_s
+    safe = took["cache"].median_s / took["locked"].median_s
     return took["cache"].ratio(took["plain"], "cache hit", beside=f"{safe:.2f}x of it in a lock")
 
 
@@ -177,7 +177,7 @@ def stored(rounds: int) -> Figure:
         store()
         calls = {"store": store, "write": lambda: _write(Path(other) / str(next(seeds)), data)}
         took = take_turns(calls, rounds=2 * rounds, number=3)
-    beside = f"write, fsync, rename, fsync: {took['write'].best_s * MS:.2f} ms"
+    beside = f"write, fsync, rename, fsync: {took['write'].median_s * MS:.2f} ms"
     return took["store"].took("stored", MS, beside=beside)
 
 

@@ -2,9 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
+from statistics import median, quantiles
 
 US, MS = 1e6, 1e3
 
@@ -15,8 +15,10 @@ class Figure:
 
     Attributes:
         key: Which line of the table it belongs to.
-        value: The figure, in the line's unit; None where it could not be measured.
+        value: The median over the rounds, or what was counted, in the line's unit; None where it
+            could not be measured.
         spread: Lower and upper quartile over the rounds; None for what is counted.
+        best: The same figure of each contender's fastest round; None for what is counted.
         beside: What the peer that the line names needs, measured in the same run.
         note: Why it was not measured, or what else is worth saying.
     """
@@ -24,6 +26,7 @@ class Figure:
     key: str
     value: float | None
     spread: tuple[float, float] | None = None
+    best: float | None = None
     beside: str = ""
     note: str = ""
 
@@ -36,30 +39,34 @@ class Timing:
 
     @property
     def best_s(self) -> float:
-        """The fastest round: noise of the machine only ever adds."""
+        """The fastest round."""
         return min(self.rounds_s)
+
+    @property
+    def median_s(self) -> float:
+        """The round in the middle."""
+        return median(self.rounds_s)
 
     def ratio(self, other: "Timing", key: str, *, beside: str = "") -> Figure:
         """Return how many times as long as ``other`` it takes."""
         each = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=True)]
-        value = self.best_s / other.best_s
-        return Figure(key=key, value=value, spread=_quartiles(each), beside=beside)
+        return figure_of(each, key, best=self.best_s / other.best_s, beside=beside)
 
     def added(self, other: "Timing", key: str, unit: float, *, beside: str = "") -> Figure:
         """Return how much longer than ``other`` it takes, in units of ``1 / unit`` seconds."""
         each = [(a - b) * unit for a, b in zip(self.rounds_s, other.rounds_s, strict=True)]
-        value = (self.best_s - other.best_s) * unit
-        return Figure(key=key, value=value, spread=_quartiles(each), beside=beside)
+        return figure_of(each, key, best=(self.best_s - other.best_s) * unit, beside=beside)
 
     def took(self, key: str, unit: float, *, beside: str = "") -> Figure:
         """Return how long it takes, in units of ``1 / unit`` seconds."""
         each = [s * unit for s in self.rounds_s]
-        return Figure(key=key, value=self.best_s * unit, spread=_quartiles(each), beside=beside)
+        return figure_of(each, key, best=self.best_s * unit, beside=beside)
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = quantiles(values, n=4)
-    return low, high
+def figure_of(rounds: Sequence[float], key: str, *, best: float, beside: str = "") -> Figure:
+    """Return the figure whose rounds these are, in its line's unit."""
+    low, middle, high = quantiles(rounds, n=4)
+    return Figure(key=key, value=middle, spread=(low, high), best=best, beside=beside)
 
 
 def take_turns(

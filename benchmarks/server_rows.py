@@ -29,7 +29,7 @@ def metadata(rounds: int) -> Figure:
             for name, serve in (("ours", _serve), ("bare", _serve_bare))
         }
         took = take_turns(calls, rounds=2 * rounds, number=100)
-    beside = f"a bare route {took['bare'].best_s * 1e6:.0f} us"
+    beside = f"a bare route {took['bare'].median_s * 1e6:.0f} us"
     return took["bare"].ratio(took["ours"], "metadata", beside=beside)
 
 

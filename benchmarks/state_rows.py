@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from measure import US, Figure, Timing, one_by_one, take_turns
+from measure import US, Figure, Timing, figure_of, one_by_one, take_turns
 from torch import nn
 
 import esper
@@ -68,7 +68,7 @@ def wrapping(rounds: int) -> Iterator[Figure]:
     least, middle, most = (
         Timing(tuple(seconds / n for seconds in took[n].rounds_s)) for n in LAYERS
     )
-    beside = f"at 500: {middle.best_s / least.best_s:.2f}x"
+    beside = f"at 500: {middle.median_s / least.median_s:.2f}x"
     yield most.ratio(least, "wrap", beside=beside)
     yield most.took("wrap layer", US)
 
@@ -122,7 +122,7 @@ def controller(rounds: int) -> Iterator[Figure]:
     took: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(4 * rounds):
         for name, run in runs.items():
-            took[name].append(one_by_one(lambda run=run: _stepping(run), rounds=2).best_s)
+            took[name] += one_by_one(lambda run=run: _stepping(run), rounds=2).rounds_s
     timed = {name: Timing(tuple(seconds)) for name, seconds in took.items()}
     for run in runs.values():
         run.grower.close()
@@ -130,8 +130,7 @@ def controller(rounds: int) -> Iterator[Figure]:
     yield timed["idle"].took("step idle", US)
     per_seed = [(a - b) / ACTIVE for a, b in _pairs(timed["many layers"], timed["idle"])]
     best = (timed["many layers"].best_s - timed["idle"].best_s) / ACTIVE * US
-    spread = Timing(tuple(per_seed)).took("step seed", US).spread
-    yield Figure(key="step seed", value=best, spread=spread)
+    yield figure_of([s * US for s in per_seed], "step seed", best=best)
 
 
 class Training:
@@ -186,7 +185,7 @@ def waiting_controller(rounds: int) -> Figure:
         )
     assert grown.grower is not None
     grown.grower.close()
-    added = (took["grown"].best_s - took["plain"].best_s) * US
+    added = took["grown"].added(took["plain"], "controller", US).value
     return took["grown"].ratio(took["plain"], "controller", beside=f"+{added:.0f} us an update")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from goals import GOALS, Goal
 from measure import Figure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNEXPLAINED = "NOBODY HAS SAID WHY: profile it, and write the reason beside its goal in goals.py"
 _BY_KEY = {goal.key: goal for goal in GOALS}
 
@@ -44,18 +44,20 @@ class Line:
 
 
 def cells(line: dict[str, Any]) -> tuple[str, ...]:
-    """Return row, what, measured, quartiles, beside it, goal and verdict of a document's line."""
+    """Return a document's line under :data:`HEADS`."""
     unit = line["unit"]
     value = "-" if line["value"] is None else _number(line["value"], unit)
     low_high = line["spread"]
     spread = "" if low_high is None else " to ".join(_number(v, unit) for v in low_high)
     at = ">=" if line["at_least"] else "<="
     goal = "" if line["limit"] is None else f"{at} {_limit(line['limit'], unit)}"
-    return str(line["row"]), line["what"], value, spread, line["beside"], goal, line["verdict"]
+    best = "" if line["best"] is None else _number(line["best"], unit)
+    row, what, beside, verdict = str(line["row"]), line["what"], line["beside"], line["verdict"]
+    return row, what, value, spread, best, beside, goal, verdict
 
 
-HEADS = ("row", "what", "measured", "quartiles", "beside it", "goal", "verdict")
-_WIDTHS = (3, 86, 10, 20, 44, 10, 12)
+HEADS = ("row", "what", "median", "quartiles", "best round", "beside it", "goal", "verdict")
+_WIDTHS = (3, 86, 10, 20, 10, 44, 10, 12)
 
 
 def as_text(cells: tuple[str, ...]) -> str:

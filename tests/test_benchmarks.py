@@ -92,13 +92,20 @@ def test_verdict_is_that_of_the_goal(load, key, value, verdict):
     assert bool(line.reason) == (verdict == "missed")
 
 
-def test_ratio_is_of_the_fastest_rounds(load):
-    """A slow round of one contender moves the spread, never the ratio."""
+def test_a_figure_is_the_median_of_its_rounds_and_lies_within_their_quartiles(load):
+    """A slow round moves no figure far, and a fast one none at all: that one stands beside it."""
     timing = load("measure").Timing
-    figure = timing((3.0, 2.0, 90.0)).ratio(timing((1.0, 1.0, 1.0)), "always")
-    assert figure.value == 2.0
-    assert figure.spread is not None
-    assert figure.spread[1] > 3.0
+    rounds, ones = timing((3.0, 2.0, 90.0, 4.0, 3.5)), timing((1.0,) * 5)
+    figures = (
+        rounds.ratio(ones, "always"),
+        rounds.added(ones, "always", 1.0),
+        rounds.took("always", 1.0),
+    )
+    assert [figure.value for figure in figures] == [3.5, 2.5, 3.5]
+    assert [figure.best for figure in figures] == [2.0, 1.0, 2.0]
+    for figure in figures:
+        low, high = figure.spread
+        assert low <= figure.value <= high
 
 
 def test_the_document_of_registries_has_the_figures_that_were_kept():
