@@ -170,10 +170,6 @@ GOALS = (
         what="cache hit over cachetools",
         unit="x",
         limit=1.5,
-        reason=(
-            "what it has over cachetools is a lock, whose two calls take 80 ns of about 250; "
-            "beside cachetools in a lock, which threads need, it is the faster one"
-        ),
     ),
     Goal(
         row=10,

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,6 +92,82 @@ def test_a_thousand_threads_make_one_fetch(cache_class):
     stats = cache.get_stats()
     assert stats["misses"] == 1
     assert stats["hits"] + stats["single_flight_waits"] == 999
+
+
+class Shelf:
+    """A source that has every kernel at once."""
+
+    def __init__(self, count):
+        self.kernels = [b"kernel %d" % i for i in range(count)]
+        self.digests = [hashlib.sha256(kernel).hexdigest() for kernel in self.kernels]
+        self._by_digest = dict(zip(self.digests, self.kernels, strict=True))
+
+    def fetch(self, digest):
+        return self._by_digest[digest]
+
+
+def test_hits_take_no_lock_and_disturb_no_eviction(cache_class):
+    """Every call is answered rightly and counted once, while entries come and go."""
+    shelf = Shelf(12)
+    cache = cache_class(source=shelf, decode=unpack, max_entries=6)
+
+    def load(number):
+        for step in range(1_500):
+            at = (step * (number + 1)) % len(shelf.kernels)
+            assert cache.load_kernel_sync(shelf.digests[at]).kernel_binary == shelf.kernels[at]
+
+    every_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(load, range(8)))
+    finally:
+        sys.setswitchinterval(every_s)
+    stats = cache.get_stats()
+    assert stats["hits"] + stats["misses"] + stats["single_flight_waits"] == 8 * 1_500
+    assert min(stats["hits"], stats["evictions"]) > 0
+    assert stats["entries"] == 6
+    assert cache.get_stats()["hits"] == stats["hits"]
+
+
+def evict_while_another_hits(walk):
+    """Let a kernel go where another thread asks for one that is held, amid a look at them."""
+
+    class Looking(EnhancedKernelCache):
+        def _by_use(self):
+            return walk(super()._by_use, self._entries, hit)
+
+    def hit():
+        asking = threading.Thread(target=cache.load_kernel_sync, args=(shelf.digests[0],))
+        asking.start()
+        asking.join(20)
+        assert not asking.is_alive(), "a hit waited for the lock"
+
+    shelf = Shelf(4)
+    cache = Looking(source=shelf, decode=unpack, max_entries=3)
+    cache.prewarm(shelf.digests)
+    return cache.get_stats()
+
+
+def test_a_hit_comes_between_whoever_looks_at_what_is_held():
+    """The order is copied in one step, so that it may change at once."""
+
+    def walk(copied, entries, hit):
+        order = copied()
+        hit()
+        return order
+
+    assert evict_while_another_hits(walk)["evictions"] == 1
+
+
+def test_control_a_look_that_goes_step_by_step_is_disturbed_by_a_hit():
+    """What the cache must not do."""
+
+    def walk(copied, entries, hit):
+        return [(each, hit())[0] for each in entries]
+
+    with pytest.raises(RuntimeError, match="mutated"):
+        evict_while_another_hits(walk)
 
 
 def test_a_thousand_coroutines_make_one_fetch(cache_class):

@@ -217,7 +217,7 @@ class EnhancedKernelCache(KernelCache):
         with self._lock:
             if artifact_id not in self._entries:
                 raise KeyError(artifact_id)
-            num_used_later = list(reversed(self._entries)).index(artifact_id)
+            num_used_later = self._by_use()[::-1].index(artifact_id)
             return self._worth(artifact_id, num_used_later)
 
     def get_stats(self) -> EnhancedCacheStats:
@@ -292,15 +292,17 @@ class EnhancedKernelCache(KernelCache):
     def _victims(self, size_bytes: int) -> list[str] | None:
         victims = super()._victims(size_bytes)
         if victims:
-            place_of_last = max(map(list(self._entries).index, victims))
-            for place, each in enumerate(self._entries):
+            by_use = self._by_use()
+            place_of_last = max(map(by_use.index, victims))
+            for place, each in enumerate(by_use):
                 record = self._record(each)
                 record.num_passes = record.num_passes + 1 if place < place_of_last else 0
         return victims
 
     def _eviction_order(self) -> Iterable[str]:
-        last = len(self._entries) - 1
-        worths = {each: self._worth(each, last - place) for place, each in enumerate(self._entries)}
+        by_use = self._by_use()
+        last = len(by_use) - 1
+        worths = {each: self._worth(each, last - place) for place, each in enumerate(by_use)}
         return sorted(worths, key=worths.__getitem__)
 
     def _worth(self, artifact_id: str, num_used_later: int) -> float:

@@ -1,14 +1,17 @@
 """A cache of compiled kernels: each is fetched once, however many ask for it at a time.
 
 Entries are immutable artifacts; every seed makes its own parameters from them. One lock is for
-the tables and is never held while something is fetched, hashed or decoded. Waiting is for a
-*flight*: one fetch under way, a future that threads and event loops wait for alike.
+the tables and is never held while something is fetched, hashed or decoded. A hit takes no lock: it
+looks an entry up and moves it to the end, each in one step that no thread can come between; who
+holds the lock must expect the order, and nothing else, to change. Waiting is for a *flight*: one
+fetch under way, a future that threads and event loops wait for alike.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 import threading
 import weakref
@@ -136,7 +139,8 @@ class KernelCache:
         self._absent_until_s: dict[str, float] = {}
         self._pins: dict[str, int] = {}
         self._users: dict[str, weakref.WeakSet[object]] = {}
-        self._num_hits = 0
+        self._hits = itertools.count()
+        self._hits_read = 0
         self._num_negative_hits = 0
         self._num_misses = 0
         self._num_waits = 0
@@ -163,16 +167,17 @@ class KernelCache:
             KernelCorruptError: What it gave is not the artifact of that id.
             ValueError: ``artifact_id`` is not a digest.
         """
-        lock = self._lock
-        lock.acquire()  # half the price of a with statement, which is most of a hit's
+        entries = self._entries
         try:
-            entries = self._entries
-            if artifact_id in entries:
-                entries.move_to_end(artifact_id)
-                self._num_hits += 1
-                return entries[artifact_id]
-        finally:
-            lock.release()
+            found = entries[artifact_id]
+            entries.move_to_end(artifact_id)
+        except KeyError:  # or it was evicted in between
+            return self._fetched(artifact_id)
+        next(self._hits)
+        return found
+
+    def _fetched(self, artifact_id: str) -> CompiledKernelArtifact | None:
+        """Return what is not at hand; may block."""
         while True:
             flight, mine = self._board(artifact_id)
             if mine:
@@ -253,8 +258,10 @@ class KernelCache:
     def get_stats(self) -> CacheStats:
         """Return counts since the start, and what is held now."""
         with self._lock:
+            num_hits = next(self._hits) - self._hits_read  # which counts as one
+            self._hits_read += 1
             return {
-                "hits": self._num_hits,
+                "hits": num_hits,
                 "negative_hits": self._num_negative_hits,
                 "misses": self._num_misses,
                 "single_flight_waits": self._num_waits,
@@ -293,7 +300,7 @@ class KernelCache:
         with self._lock:
             if artifact_id in self._entries:
                 self._entries.move_to_end(artifact_id)
-                self._num_hits += 1
+                next(self._hits)
                 return _Flight.landed_with(self._entries[artifact_id]), False
             if now < self._absent_until_s.get(artifact_id, now):
                 self._num_negative_hits += 1
@@ -416,7 +423,11 @@ class KernelCache:
 
     def _eviction_order(self) -> Iterable[str]:
         """Return the ids of all entries, the first to go first: the least recently used."""
-        return self._entries
+        return self._by_use()
+
+    def _by_use(self) -> list[str]:
+        """Return the ids of all entries as they are, the least recently used first."""
+        return list(self._entries)
 
     def _start_again_in_child(self) -> None:
         """Forget, after a fork, the fetches and the lock of threads that are not here."""
