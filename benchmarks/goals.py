@@ -158,6 +158,20 @@ GOALS = (
         limit=5.0,
     ),
     Goal(
+        row=7,
+        key="live directory over PEFT",
+        what="kernel in a local directory -> live, first time at a site, over PEFT load_adapter",
+        unit="x",
+        limit=2.0,
+    ),
+    Goal(
+        row=7,
+        key="live directory again over PEFT",
+        what="kernel in a local directory -> live, its probe remembered, over PEFT load_adapter",
+        unit="x",
+        limit=1.0,
+    ),
+    Goal(
         row=8,
         key="live http",
         what="1 MB kernel over HTTP on loopback -> live, first time at a site",

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from cachetools import LRUCache
-from measure import MS, Figure, one_by_one, take_turns
+from measure import MS, Figure, Prepare, one_by_one, take_turns, turns_one_by_one
 from peers import Lora
 from subjects import BATCH, FEATURES, blueprint, sharing
 from torch import nn
@@ -59,12 +59,11 @@ def live(rounds: int) -> Iterator[Figure]:
         registry = open_registry(folder)
         artifact = _put(registry, esper.compile_blueprint(blueprint()))
         yield from _from_cache(registry, artifact, lora, adapters, rounds)
-        load = lora.live_load(rounds)
-        beside = f"PEFT load_adapter {load.median_s * MS:.2f} ms"
-        yield _first_time("live directory", registry, artifact, rounds, beside)
+        yield from _from_directory(registry, artifact, lora.live_load(adapters), rounds)
         large = _put(registry, esper.compile_blueprint(blueprint(hidden=_HIDDEN_OF_1_MB)))
         with _served(large) as address:
-            yield _first_time("live http", HttpKernelSource(address), large, rounds, "")
+            first = _first_time(HttpKernelSource(address), large)
+            yield one_by_one(first, rounds=2 * rounds).took("live http", MS)
 
 
 def _put(registry: Registry, artifact: CompiledKernelArtifact) -> CompiledKernelArtifact:
@@ -97,9 +96,31 @@ def _from_cache(
     yield one_by_one(anew, rounds=4 * rounds).took("live again", MS, beside=beside)
 
 
-def _first_time(
-    key: str, source: KernelSource, artifact: CompiledKernelArtifact, rounds: int, beside: str
-) -> Figure:
+def _from_directory(
+    source: KernelSource, artifact: CompiledKernelArtifact, peft: Prepare, rounds: int
+) -> Iterator[Figure]:
+    """Row 7, beside PEFT, which verifies nothing and probes nothing; each reads its file anew."""
+    sites = Sites()
+    probed = sites.site()
+
+    def again() -> Callable[[], object]:
+        if probed.seed_kernel(0) is not None:
+            probed.unload_kernel(0)
+        _with_cache(probed, source, KernelCache(source=source))
+        return sites.load(probed, artifact.artifact_id)
+
+    prepares = {"first": _first_time(source, artifact), "again": again, "peft": peft}
+    for prepare in prepares.values():
+        prepare()()
+    took = turns_one_by_one(prepares, rounds=2 * rounds)
+    beside = f"PEFT load_adapter {took['peft'].median_s * MS:.2f} ms"
+    yield took["first"].took("live directory", MS, beside=beside)
+    yield took["first"].ratio(took["peft"], "live directory over PEFT")
+    yield took["again"].ratio(took["peft"], "live directory again over PEFT")
+
+
+def _first_time(source: KernelSource, artifact: CompiledKernelArtifact) -> Prepare:
+    """Return what loads a kernel at a site that has never seen it, by a cache that is empty."""
     sites = Sites()
 
     def prepare() -> Callable[[], object]:
@@ -107,7 +128,7 @@ def _first_time(
         return sites.load(layer, artifact.artifact_id)
 
     prepare()()  # connections are kept, code is loaded
-    return one_by_one(prepare, rounds=2 * rounds).took(key, MS, beside=beside)
+    return prepare
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from statistics import median, quantiles
 
 US, MS = 1e6, 1e3
 
+Prepare = Callable[[], Callable[[], object]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -100,6 +102,15 @@ def _seconds(call: Callable[[], object], number: int) -> float:
         gc.enable()
 
 
-def one_by_one(prepare: Callable[[], Callable[[], object]], *, rounds: int) -> Timing:
+def one_by_one(prepare: Prepare, *, rounds: int) -> Timing:
     """Time a call that needs a fresh subject every time; ``prepare`` makes it, untimed."""
-    return Timing(tuple(_seconds(prepare(), 1) for _ in range(max(rounds, 2))))
+    return turns_one_by_one({"": prepare}, rounds=rounds)[""]
+
+
+def turns_one_by_one(prepares: Mapping[str, Prepare], *, rounds: int) -> dict[str, Timing]:
+    """Time calls in turn that need a fresh subject every time, which is made untimed."""
+    took: dict[str, list[float]] = {name: [] for name in prepares}
+    for _ in range(max(rounds, 2)):
+        for name, prepare in prepares.items():
+            took[name].append(_seconds(prepare(), 1))
+    return {name: Timing(tuple(seconds)) for name, seconds in took.items()}

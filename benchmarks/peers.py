@@ -4,11 +4,10 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import Timing, one_by_one
+from measure import Prepare
 from subjects import HIDDEN, sharing
 from torch import Tensor, nn
 
@@ -81,22 +80,21 @@ class Lora:
         self.model.save_pretrained(folder)
         return lambda: hotswap(self.model, folder, adapter_name="default", torch_device="cpu")
 
-    def live_load(self, rounds: int) -> Timing:
-        """Time loading an adapter from a local directory until it is the active one."""
-        with TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
+    def live_load(self, folder: str) -> Prepare:
+        """Save the adapter to a directory; return what loads it from there and makes it active."""
+        self.model.save_pretrained(folder)
 
-            def load() -> None:
-                self.model.load_adapter(folder, "loaded")
-                self.model.set_adapter("loaded")
+        def load() -> None:
+            self.model.load_adapter(folder, "loaded")
+            self.model.set_adapter("loaded")
 
-            def prepare() -> Callable[[], object]:
-                if "loaded" in self.model.peft_config:
-                    self.model.delete_adapter("loaded")
-                    self.model.set_adapter("default")
-                return load
+        def prepare() -> Callable[[], object]:
+            if "loaded" in self.model.peft_config:
+                self.model.set_adapter("default")
+                self.model.delete_adapter("loaded")
+            return load
 
-            return one_by_one(prepare, rounds=rounds)
+        return prepare
 
     def another(self, rank: int) -> None:
         """Add an adapter of another rank and make it the active one."""

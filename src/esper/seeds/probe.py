@@ -179,6 +179,7 @@ class _Probe:
         self._layer, self._kernel, self._clock = layer, kernel, clock
         self._call = call.detached()
         self._takes = None if kernel.position == "serial" else Takes.by(kernel.module)
+        self._direction: Tensor | None = None
         self._where = f"kernel {kernel.kernel_id} at layer {record_of(layer).name!r}"
 
     def run(self, *, remembered: bool) -> ProbeResult:
@@ -320,10 +321,11 @@ class _Probe:
 
     def _gradients(self, k: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         gradients: list[Tensor | None]
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(k.shape, generator=generator).to(k.device, k.dtype)
+        if self._direction is None or self._direction.shape != k.shape:
+            generator = torch.Generator().manual_seed(0)
+            self._direction = torch.randn(k.shape, generator=generator).to(k.device, k.dtype)
         try:
-            gradients = list(torch.autograd.grad(k, inputs, direction, allow_unused=True))
+            gradients = list(torch.autograd.grad(k, inputs, self._direction, allow_unused=True))
         except Exception as error:
             msg = f"{self._where} raised {type(error).__name__} in its backward: {error}"
             raise KernelRefusedError(msg, check="raises") from error
