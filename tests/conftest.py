@@ -36,3 +36,10 @@ def ctrl_c():
 def short_trials(monkeypatch):
     """Let ten updates be a trial, where a test says itself what each arrangement is worth."""
     monkeypatch.setattr("esper.growth.sizing.MIN_TRIAL", crafted_measures.TRIAL_UPDATES)
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["", "no look"])
+def with_and_without_a_look(request, monkeypatch):
+    """Let guards look at numbers, as they may in host memory, and not, as on a device."""
+    if not request.param:
+        monkeypatch.setattr("esper.forward.value_gates.seen_finite", lambda y: False)

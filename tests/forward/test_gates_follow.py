@@ -10,6 +10,8 @@ from torch import nn
 import esper
 from esper.seeds.maintenance import maintain
 
+pytestmark = pytest.mark.usefixtures("with_and_without_a_look")
+
 
 class Spoil(torch.autograd.Function):
     """The identity, with a gradient of NaN."""

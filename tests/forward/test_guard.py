@@ -18,6 +18,8 @@ from esper.seeds.isolation import FIRST_RETRY_READINGS
 from esper.seeds.maintenance import maintain
 from esper.seeds.step_guard import KeptBuffers, read_step_flags
 
+pytestmark = pytest.mark.usefixtures("with_and_without_a_look")
+
 
 class Net(nn.Module):
     """A site behind a trainable layer, a batch norm behind the site, a head."""

@@ -15,6 +15,8 @@ from esper.seeds.maintenance import maintain
 from esper.seeds.step_guard import read_step_flags
 from esper.state.site import describe_site
 
+pytestmark = pytest.mark.usefixtures("with_and_without_a_look")
+
 LOWEST = torch.finfo(torch.float32).min
 SIZES = {"few": 6, "many": 600}
 

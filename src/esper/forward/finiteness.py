@@ -34,6 +34,21 @@ def is_good(mark: Tensor) -> Tensor:
     return mark.eq(mark)
 
 
+def seen_finite(y: Tensor) -> bool:
+    """Look whether every element is finite, where that costs one pass and no transfer.
+
+    That is in host memory, outside of what is traced. True is sure: infinities of both signs make
+    a NaN of the sum. False says nothing: it is elsewhere, or the sum is not finite, as where it
+    overflows.
+
+    Args:
+        y: Floating, and not in a transformation of ``torch.func``.
+    """
+    if type(y) is not Tensor or y.device.type != "cpu" or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
+        return False
+    return math.isfinite(_sum(y.detach()).item())
+
+
 def host_mark(h: Tensor) -> Tensor:
     """Return a mark: NaN where a host's output has a NaN in it. Infinities are data."""
     return h.amax() if h.numel() else h.sum()

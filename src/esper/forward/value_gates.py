@@ -15,12 +15,13 @@ from esper.forward.finiteness import (
     host_mark,
     in_transform,
     is_good,
+    seen_finite,
     share_mark,
     share_mark_by_place,
     whole,
 )
 from esper.forward.gradient_gates import keep_gated
-from esper.state.observation import Call
+from esper.state.observation import CLEAN_MARKS, Call
 
 if TYPE_CHECKING:
     from esper.state.observation import Marks, Observations
@@ -138,16 +139,28 @@ def _observed_sum(
     y = so_far + term
     host, room = h.detach(), term.detach()  # which no backward needs
     grafted = y.detach() if so_far is h else host + room
-    call.marks = host_mark(host), share_mark(grafted, host, room)
+    if seen_finite(grafted):
+        call.marks = CLEAN_MARKS
+    else:
+        call.marks = host_mark(host), share_mark(grafted, host, room)
     return y
 
 
 def _guarded_sum(
     h: Tensor, k: Tensor, alpha: Tensor, seed: Seed, call: Call, so_far: Tensor
 ) -> Tensor:
+    """Add where the share is good; a sum that is seen to be finite needs no gate of its own."""
+    if h.device.type == "cpu":
+        term = alpha * k
+        y = so_far + term
+        if seen_finite(y if so_far is h else h.detach() + term.detach()):
+            call.marks = CLEAN_MARKS
+            if y.grad_fn is not None:
+                y.grad_fn.register_prehook(_SumHook(seed, call))
+            return y
     host = None if so_far is h else h.detach()
-    y: Tensor = _GuardedSum.apply(so_far, host, k, alpha, seed, call)  # type: ignore[no-untyped-call] # torch has none
-    return y
+    gated: Tensor = _GuardedSum.apply(so_far, host, k, alpha, seed, call)  # type: ignore[no-untyped-call] # torch has none
+    return gated
 
 
 class _SumContext(Protocol):
@@ -218,8 +231,16 @@ class _IncomingHook:
     def __call__(self, gradient: Tensor | None) -> None:
         """Remember it; the gradient passes unchanged."""
         keep_gated(self._seed)
-        if gradient is not None and not in_transform():
+        if gradient is not None and not (gradient.requires_grad or in_transform()):
             self._seen.come_in(self._call, gradient_total(gradient.detach()))
+
+
+class _SumHook(_IncomingHook):
+    """The same of a sum's gradient, as a hook of its node, which costs a quarter of a tensor's."""
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:  # type: ignore[override] # a node's
+        """Remember it; it passes unchanged."""
+        super().__call__(gradients[0])
 
 
 class _Incoming(torch.autograd.Function):

@@ -27,6 +27,10 @@ Marks = tuple[Tensor, Tensor]
 gave NaN and where a share was not good, else any number."""
 
 
+CLEAN_MARKS: Final[Marks] = (torch.zeros(()), torch.zeros(()))
+"""Of a call whose result was seen to be finite: the host's output and the share were, too."""
+
+
 class Backward:
     """One backward through a kernel, or through several calls of it at once.
 
@@ -49,8 +53,8 @@ class Call:
 
     Attributes:
         shape: Shape of the host's output.
-        marks: :data:`Marks` of the host's output and of that with the share; None where the call
-            was clean and had no guard.
+        marks: :data:`Marks` of the host's output and of that with the share, :data:`CLEAN_MARKS`
+            where they were seen to be finite; None where the call was clean and had no guard.
         raised: Whether the fence took it; ``marks`` then has the host's only.
         incoming: Total of the gradient that reached its output, if one has.
         leaving: Totals of the gradients that left towards its inputs.
@@ -131,9 +135,11 @@ class Observations:
             sums.append(total)
 
     def rows(self) -> Tensor:
-        """Return ``[n, 2]``, one row a call without error, in the code of :attr:`ring`."""
+        """Return ``[n, 2]``, one row a call that was marked, in the code of :attr:`ring`."""
         pairs = [
-            call.marks for call in tuple(self.calls) if call.marks is not None and not call.raised
+            call.marks
+            for call in tuple(self.calls)
+            if not (call.marks is None or call.marks is CLEAN_MARKS or call.raised)
         ]
         if not pairs:
             return self.ring.detach()
