@@ -10,7 +10,7 @@ STAMP := .venv/up-to-date
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks \
+.PHONY: help venv demo test check docs bench bench-growth bench-peers bench-ranks bench-run \
 	bench-registry bench-preloading mutants torture
 
 help: ## List the targets
@@ -51,6 +51,9 @@ docs: venv ## Build the documents and the reference of the public names into sit
 bench: venv ## Measure what Esper costs beside its peers; writes benchmarks/results/ and docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-run: venv ## Measure what Esper costs a whole run, and which room takes it; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/whole_run.py $(ARGS)
 
 bench-ranks: venv ## Measure what ranks take to agree and to share kernels; writes benchmarks/results/ranks/
 	$(BIN)/python benchmarks/rank_rows.py $(ARGS)

@@ -37,7 +37,8 @@ def as_markdown(results: Path = RESULTS) -> str:
         ValueError: A file is of another format.
     """
     sections = [_section(path) for path in sorted(results.glob("*.json"))]
-    return "\n".join([_HEAD, *sections])
+    runs = [_whole_run(path) for path in sorted((results / "whole-run").glob("*.json"))]
+    return "\n".join([_HEAD, *sections, *([_RUNS_HEAD] if runs else []), *runs])
 
 
 def _section(path: Path) -> str:
@@ -53,6 +54,53 @@ def _section(path: Path) -> str:
     if said:
         parts += ["", "\n".join(f"- {text}" for text in said)]
     return "\n".join([*parts, "", _rankings(result["rankings"])])
+
+
+_RUNS_HEAD = """\
+## A whole run
+
+Written by `make bench-run`: updates of a decoder beside the same run without Esper, by turns, each
+the median of its rounds; the most memory that a process of its own had. A trial trains a candidate
+and its null beside the run, until its verdict. Fossils are kernels of an eighth of the width, not
+folded, and their Grower waits; *by hand* is the same arithmetic without Esper. Shares of a run's
+time are of a look at its stack every two milliseconds: what the model, its backward and the
+optimizer compute is theirs, all else that of the room whose code it runs behind.
+"""
+
+
+def _whole_run(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    return "\n".join([f"### {path.stem}\n", f"{environment}\n", *map(_of_size, result["sizes"])])
+
+
+def _of_size(size: dict[str, Any]) -> str:
+    heads = ("state", "an update", "over without Esper", "over by hand", "memory", "added")
+    rows = [
+        (
+            row["state"],
+            f"{row['update_ms']:.2f} ms",
+            f"{row['over']:.3f}x",
+            "" if row["over_by_hand"] is None else f"{row['over_by_hand']:.3f}x",
+            f"{row['memory_mb']:.0f} MB",
+            f"{row['memory_added_mb']:+.0f} MB",
+        )
+        for row in size["rows"]
+    ]
+    states = list(size["rooms"])
+    rooms = sorted(
+        {room for state in states for room in size["rooms"][state]},
+        key=lambda room: -sum(size["rooms"][state].get(room, 0.0) for state in states),
+    )
+    shares = [
+        (room, *(f"{size['rooms'][state].get(room, 0.0):.1%}" for state in states))
+        for room in rooms
+    ]
+    first = (
+        f"{size['parameters']:,} parameters: wrapped in {size['wrap_ms']:.2f} ms, unwrapped in "
+        f"{size['unwrap_ms']:.2f} ms.\n"
+    )
+    return "\n".join([first, _table(heads, rows), "", _table(("room", *states), shares), ""])
 
 
 def _rankings(rankings: dict[str, Any]) -> str:

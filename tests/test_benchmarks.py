@@ -108,6 +108,37 @@ def test_a_figure_is_the_median_of_its_rounds_and_lies_within_their_quartiles(lo
         assert low <= figure.value <= high
 
 
+@pytest.mark.slow
+def test_a_whole_run_is_in_the_state_that_its_row_names(load):
+    """Each kind of run trains; the one in a trial has a twin, the grown ones their kernels."""
+    module = load("whole_run")
+    size = module.Size("tiny", 16, 4, 2)
+    runs = {state: module.Run(size, state) for state in module.states()}
+    for run in runs.values():
+        run.update()
+    assert {s.stage.value for s in runs[module.TRIAL].grower.stages} == {"trial"}
+    parameters = {s: sum(p.numel() for p in run.model.parameters()) for s, run in runs.items()}
+    assert parameters["fossils, 16"] == parameters["by hand, 16"] > parameters[module.DORMANT]
+    assert parameters[module.DORMANT] == parameters[module.WITHOUT]
+    for run in runs.values():
+        run.close()
+
+
+@pytest.mark.slow
+def test_the_time_of_a_run_is_that_of_the_rooms_it_was_spent_in(load):
+    """Of a run in a trial most of it is its twins'; of one without Esper nothing is ours."""
+    module = load("whole_run")
+    size = module.Size("tiny", 16, 4, 2)
+    found = {}
+    for state in (module.WITHOUT, module.TRIAL):
+        run = module.Run(size, state)
+        found[state] = module.shares(run, 20)
+        run.close()
+    assert not {"twins of a trial", "growth", "forward"} & found[module.WITHOUT].keys()
+    assert found[module.TRIAL]["twins of a trial"] > 0.2
+    assert sum(found[module.TRIAL].values()) == pytest.approx(1.0)
+
+
 def test_the_document_of_registries_has_the_figures_that_were_kept():
     """What is said of kernels at hand is what the last run of the benchmark wrote."""
     kept = BENCHMARKS / "results" / "preloading" / "simulated.json"
