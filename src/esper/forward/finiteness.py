@@ -46,7 +46,7 @@ def seen_finite(y: Tensor) -> bool:
     """
     if type(y) is not Tensor or y.device.type != "cpu" or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
         return False
-    return math.isfinite(_sum(y.detach()).item())
+    return math.isfinite(_sum(y.detach() if y.requires_grad else y).item())
 
 
 def host_mark(h: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.forward.finiteness import gradient_mark, gradient_total, in_transform, is_good
+from esper.forward.finiteness import (
+    gradient_mark,
+    gradient_total,
+    in_transform,
+    is_good,
+    seen_finite,
+)
 
 if TYPE_CHECKING:
     from esper.state.seed_slot import Seed
@@ -49,6 +55,9 @@ def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
     """
     if gradient.requires_grad or in_transform():
         return torch.where(is_good(gradient_mark(gradient)), gradient, 0.0)
+    if seen_finite(gradient):
+        seed.seen.leave(place, 0.0)
+        return gradient
     total = gradient_total(gradient)
     seed.seen.leave(place, total)
     if isinstance(total, Tensor):

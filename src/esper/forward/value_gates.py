@@ -232,7 +232,8 @@ class _IncomingHook:
         """Remember it; the gradient passes unchanged."""
         keep_gated(self._seed)
         if gradient is not None and not (gradient.requires_grad or in_transform()):
-            self._seen.come_in(self._call, gradient_total(gradient.detach()))
+            total = 0.0 if seen_finite(gradient) else gradient_total(gradient.detach())
+            self._seen.come_in(self._call, total)
 
 
 class _SumHook(_IncomingHook):
