@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -125,6 +126,67 @@ def test_control_in_a_process_both_are_done(sandbox, tmp_path, listening):
     assert answers == [Answered(data=b"written"), Answered(data=b"connected")]
 
 
+SECRETS = {
+    "URZA_API_TOKEN": "secret-of-the-registry",
+    "URZA_API_TOKEN_FILE": "secret-place",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-bucket",
+    "ESPER_REGISTRY_DATABASE": "postgresql://secret@host/name",
+    "WANDB_API_KEY": "secret-of-a-tracker",
+}
+WORKERS_PART = """
+import sys
+from esper.services.sandbox import Sandbox, hide_from_other_processes
+from esper.services.sandbox_host import _give_up_capabilities
+if sys.argv[1] == "process":
+    _give_up_capabilities()  # a worker of root's is protected by having more than its work
+if sys.argv[2] == "hidden":
+    hide_from_other_processes()
+with Sandbox("poison:work", confinement=sys.argv[1]) as sandbox:
+    print(sandbox.run(b"environment").data.decode())
+"""
+
+
+def environments(confinement, kind="hidden"):
+    """Return what work reads of its own environment, its host's, and that of who started it."""
+    if confinement == "bwrap" and why_no_bubblewrap() is not None:
+        pytest.skip("needs the program bwrap: it comes with bubblewrap")
+    path = os.pathsep.join([str(SUPPORT), *os.sys.path])
+    variables = {**os.environ, **SECRETS, "PYTHONPATH": path}
+    command = [os.sys.executable, "-c", WORKERS_PART, confinement, kind]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("confinement", ["bwrap", "process"])
+def test_work_reads_no_secret_of_any_environment(confinement):
+    """Neither its own has one, nor its host's, and that of the worker is not to be read."""
+    own, hosts, workers = environments(confinement)
+    assert "PYTHONPATH" in own
+    assert "secret" not in own + hosts + workers
+    assert confinement == "bwrap" or workers == "PermissionError"
+
+
+@pytest.mark.slow
+def test_control_a_worker_that_hides_nothing_is_read():
+    """Of one process all others of its user read the environment, if nothing forbids it."""
+    assert "secret-of-the-registry" in environments("process", "shown")[2]
+
+
+def test_root_is_a_user_as_any_other(sandbox):
+    """What the work may do it may do as a user: it has no capability, and gets none."""
+    status = sandbox.run(b"read /proc/self/status").data.decode()
+    assert set(re.findall(r"Cap(?:Eff|Prm):\s+(\S+)", status)) == {"0" * 16}
+    assert re.search(r"NoNewPrivs:\s+1", status)
+
+
+def test_inside_of_bubblewrap_the_files_of_users_are_not_seen(confined):
+    """What lies in the folders of users, and where secrets are mounted, is empty."""
+    for folder in ("/root", "/home", "/run"):
+        found = confined.run(f"listed {folder}".encode()).data.decode().split()
+        assert not set(found) - {path.split("/")[2] for path in os.sys.path if folder in path}
+
+
 def work_in_the_folder_of_everybody(monkeypatch):
     """Start a host inside of bubblewrap whose work lies in ``/tmp``; return what it answers."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
@@ -142,7 +204,7 @@ def test_code_in_the_folder_of_everybody_is_found_inside_of_bubblewrap(confined,
 
 def test_control_code_that_is_hidden_is_not_found(confined, monkeypatch):
     """Where nothing of that folder is shown, the host does not start."""
-    monkeypatch.setattr("esper.services.sandbox._code_in_shared_folder", list)
+    monkeypatch.setattr("esper.services.sandbox._code_in_hidden_folders", list)
     with pytest.raises(OSError, match="ended with exit code"):
         work_in_the_folder_of_everybody(monkeypatch)
 
