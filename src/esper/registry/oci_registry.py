@@ -47,7 +47,8 @@ class OciRegistry:
     Args:
         address: ``oci://host/repository``.
         token: ``user:password``, or a token that stands for a password.
-        timeout_s: Seconds for an operation with its retries, above 0.
+        timeout_s: Seconds for an operation with its retries, above 0; what it sends has a second
+            more for every 64 KiB.
         max_artifact_bytes: Longest artifact that is taken, at least 1.
         wall_s: Seconds since 1970, for when something was published.
         sleep: Waits before a retry, seconds.
@@ -98,7 +99,11 @@ class OciRegistry:
             number=int(now_s * 1e6),
             published_at_s=now_s,
         )
-        self._call(lambda until_s: self._repository.publish(entry, bytes(data), until_s))
+        self.endpoint.call(
+            lambda until_s: self._repository.publish(entry, bytes(data), until_s),
+            may_repeat=True,
+            num_bytes=len(data),
+        )
         return screened.digest
 
     def fetch(self, digest: str, *, shelf: Shelf | None = None, waited_s: float = 0.0) -> bytes:
