@@ -187,6 +187,17 @@ def test_inside_of_bubblewrap_the_files_of_users_are_not_seen(confined):
         assert not set(found) - {path.split("/")[2] for path in os.sys.path if folder in path}
 
 
+def test_all_that_a_user_has_is_not_shown_for_the_sake_of_code(confined, monkeypatch):
+    """Who starts a worker in the own folder has it on Python's path, and nothing of it is seen."""
+    homes = [path for path in Path("/home").iterdir() if path.is_dir()]
+    if not homes:
+        pytest.skip("nobody has a folder in /home here")
+    monkeypatch.setattr(os.sys, "path", [*os.sys.path, str(homes[0])])
+    with Sandbox("poison:work", limits=LIMITS, confinement="bwrap") as sandbox:
+        answer = sandbox.run(f"seen {homes[0]}".encode())
+    assert answer == Answered(data=b"False")
+
+
 def work_in_the_folder_of_everybody(monkeypatch):
     """Start a host inside of bubblewrap whose work lies in ``/tmp``; return what it answers."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

@@ -36,9 +36,10 @@ LENGTH: Final = struct.Struct("!Q")
 
 _ENDING_S: Final = 1.0
 _PR_SET_DUMPABLE: Final = 4
+_HOMES: Final = Path("/home")
 _HIDDEN: Final = tuple(
     folder
-    for folder in map(Path, ("/tmp", "/home", "/root", "/run"))  # noqa: S108 - as it is meant
+    for folder in (Path("/tmp"), _HOMES, Path("/root"), Path("/run"))  # noqa: S108 - as it is meant
     if folder.is_dir() and not folder.is_symlink()
 )
 """Where files of everybody and of users lie, and where secrets are mounted; empty inside."""
@@ -252,8 +253,10 @@ def _code_in_hidden_folders() -> Sequence[str]:
     paths = {place for path in map(Path, named) for place in (path.absolute(), path.resolve())}
     found = sorted(
         str(path)
-        for path in paths - {Path.home()}  # where ``python -m`` was started says nothing of code
-        if path.exists() and any(folder in path.parents for folder in _HIDDEN)
+        for path in paths
+        if path.exists()
+        and any(folder in path.parents for folder in _HIDDEN)
+        and path.parent != _HOMES  # all that a user has: where ``python -m`` was started
     )
     return [word for path in found for word in ("--ro-bind", path, path)]
 
