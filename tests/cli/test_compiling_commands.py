@@ -113,6 +113,13 @@ def test_who_says_no_server_is_told(folder):
     )
 
 
+def test_a_status_that_there_is_not_is_said_with_those_that_there_are():
+    """The option, what it takes and what was found; no server is asked."""
+    nobody = {"URZA_API_URL": "http://127.0.0.1:1"}
+    said = " ".join(typed("blueprints list --status invalid", status=2, **nobody).split())
+    assert "--status is one of UNVALIDATED, COMPILING, VALIDATED, INVALID, got 'invalid'" in said
+
+
 @pytest.mark.network
 def test_who_has_no_right_is_refused():
     """A server's 401 is status 1 of these commands, as it is of the others."""

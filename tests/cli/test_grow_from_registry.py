@@ -120,3 +120,10 @@ def test_the_address_is_a_setting():
     """One that is empty is none."""
     assert read_environment({"URZA_API_URL": "http://x"}).api_url == "http://x"
     assert read_environment({"URZA_API_URL": ""}).api_url is None
+
+
+def test_the_help_says_every_kind_of_address_that_is_taken():
+    """What `esper kernels` reaches a run grows from as well."""
+    said = CliRunner().invoke(app, ["grow", "--help"]).output
+    for kind in ("directory", "http://", "https://", "oci://", "hf://"):
+        assert kind in said

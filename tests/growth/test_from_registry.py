@@ -11,12 +11,16 @@ from growing import compute_loss, equal_states, evaluate, growing, state_of, tra
 from esper.compiler.catalog import Catalog, default_catalog
 from esper.compiler.codec import encode_kernel
 from esper.compiler.compile import compile_blueprint
+from esper.compiler.linear_form import linear_form
 from esper.compiler.lowering import instantiate
 from esper.contracts.errors import KernelSourceUnavailable
 from esper.contracts.events import RegistryUnavailable
 from esper.contracts.kernel_reports import FieldReport
+from esper.contracts.lifecycle import GraftStage
+from esper.contracts.run_records import GraftRecord
 from esper.growth.budget import Budget
 from esper.growth.grower import Grower
+from esper.growth.offers import name_of
 from esper.growth.policies import EveryN
 from esper.observability.report_page import run_page
 from esper.registry.directory import DirectoryRegistry
@@ -67,6 +71,34 @@ class Down(MemoryRegistry):
         raise KernelSourceUnavailable("it did not answer")
 
     put = fetch = get = report_outcome = search
+
+
+@pytest.mark.parametrize("name", ["mlp", "m" * 64])
+def test_the_linear_form_of_a_registrys_kernel_is_told_as_its_own(name):
+    """What a run took over in a kernel's place is shown under its name, with its digest."""
+    artifact = compile_blueprint(replace(kernels_for()[0], id=name))
+    shown = name_of(artifact)
+    form = linear_form(replace(artifact.blueprint, id=shown)).id
+    assert form == f"{shown}-linear"
+
+    _, grower, _ = grown(MemoryRegistry(), num=20)
+    record = GraftRecord(
+        graft=1,
+        site="0",
+        seed_idx=0,
+        blueprint=form,
+        artifact_id=artifact.artifact_id,
+        stage=GraftStage.FOSSILIZED,
+        verdict="kept",
+        reason="it was kept",
+        parameters=1,
+        germinated_at=0,
+    )
+    report = replace(grower.report(), grafts=(record,))
+    assert f"{form}: digest {artifact.artifact_id}" in str(report)
+    assert re.search(rf"{form}.*{artifact.artifact_id}", run_page(report))
+    elsewhere = replace(record, artifact_id="0" * 64)
+    assert not elsewhere.is_of_a_registry
 
 
 def kernels_for(site="0"):

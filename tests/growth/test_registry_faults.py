@@ -4,6 +4,7 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,12 +43,25 @@ class Recorded:
         return noted
 
 
+def without_a_core_s():
+    """Return how long this thread was ready to go on and others had the cores; 0 where unknown."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
 @dataclass
 class Run:
-    """One of two runs that go on step by step in turn."""
+    """One of two runs that go on step by step in turn.
+
+    ``held_s`` is what its steps took without what others took of the machine: what they did
+    themselves, and what they waited for.
+    """
 
     registry: object
     steps_s: list = field(default_factory=list)
+    held_s: list = field(default_factory=list)
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -56,6 +70,7 @@ class Run:
         self.grower = growing(self.model, self.optimizer, policy=policy, registry=self.registry)
 
     def step(self, batch):
+        elsewhere_s = without_a_core_s()
         began = time.perf_counter()
         loss = compute_loss(self.model, batch)
         self.optimizer.zero_grad()
@@ -63,6 +78,7 @@ class Run:
         self.optimizer.step()
         self.grower.step(loss, batch=batch)
         self.steps_s.append(time.perf_counter() - began)
+        self.held_s.append(self.steps_s[-1] - (without_a_core_s() - elsewhere_s))
 
     def close(self):
         began = time.perf_counter()
@@ -108,19 +124,18 @@ def compiled():
     trace_kernels(80)
 
 
-def check(run, alone, closing_s, *, least_s):
+def check(run, alone, closing_s):
     """What holds whatever the registry does, and however long the run is."""
     assert run.registry.threads, "it was never asked"
     assert threading.current_thread() not in run.registry.threads
     assert equal_states(state_of(run.model), state_of(alone.model))
     assert any(t.taken for t in run.grower.report().trials)
-    assert max(run.steps_s) <= max(alone.steps_s) + least_s
     assert closing_s <= 5.0
 
 
 def shared_s(alone):
     """By how much a step may be longer where others work beside: a busy machine slows both runs."""
-    return max(SHARED_S, *alone.steps_s)
+    return max(SHARED_S, *alone.held_s)
 
 
 def p99_s(run):
@@ -142,7 +157,8 @@ def test_a_run_does_not_notice_what_its_registry_does(fault):
     """A package is taken over, bit for bit as without one; no step and no end waits."""
     with REGISTRIES[fault]() as address:
         run, alone, closing_s = both(address, 80)
-    check(run, alone, closing_s, least_s=shared_s(alone))
+    check(run, alone, closing_s)
+    assert max(run.held_s) <= max(alone.held_s) + shared_s(alone)
 
 
 @pytest.mark.torture
@@ -156,7 +172,9 @@ def test_long_runs_take_no_longer(fault, num):
     trace_kernels(num)
     with REGISTRIES[fault]() as address:
         run, alone, closing_s = beside(address, num, num_alone=5)
-    check(run, max(alone, key=lambda each: max(each.steps_s)), closing_s, least_s=LEAST_S)
+    slowest = max(alone, key=lambda each: max(each.steps_s))
+    check(run, slowest, closing_s)
+    assert max(run.steps_s) <= max(slowest.steps_s) + LEAST_S
     check_times(run, alone)
 
 
@@ -177,4 +195,4 @@ def test_a_run_that_asks_on_its_own_thread_does(monkeypatch):
     with REGISTRIES["black hole"]() as address:
         run, alone, _ = both(address, 30)
     assert threading.current_thread() in run.registry.threads
-    assert max(run.steps_s) > max(alone.steps_s) + shared_s(alone)
+    assert max(run.held_s) > max(alone.held_s) + shared_s(alone)

@@ -25,6 +25,7 @@ from esper.registry import documents
 from esper.registry.exchange import Exchange
 from esper.registry.http_registry import HttpRegistry
 from esper.registry.memory import MemoryRegistry
+from esper.registry.oci_registry import OciRegistry
 from esper.server.limits import Limits
 
 pytestmark = pytest.mark.network
@@ -88,6 +89,45 @@ def answering():
         return registry
 
     return made
+
+
+@pytest.fixture(params=["http", "oci"])
+def given_s(request):
+    """Return a function that asks a registry of a deadline of 9 s, and says what a request had."""
+
+    def asked(ask):
+        given = []
+
+        def refuse(sent):
+            given.append(sent.extensions["timeout"]["read"])
+            return httpx2.Response(403, stream=httpx2.ByteStream(b""))
+
+        client = httpx2.Client(transport=httpx2.MockTransport(refuse))
+        exchange = Exchange("http://kernels.example", timeout_s=9.0, client=client)
+        if request.param == "http":
+            registry = HttpRegistry("http://kernels.example", timeout_s=9.0)
+            registry._exchange = exchange
+        else:
+            registry = OciRegistry("oci://kernels.example/mlp", timeout_s=9.0)
+            registry._session.exchange = exchange
+        with pytest.raises(KernelSourceRefused):
+            ask(registry)
+        return given[0]
+
+    return asked
+
+
+def test_what_is_published_has_time_to_travel(given_s):
+    """A second for every 64 KiB, as a server gives it, beside the time that every call has."""
+    data = artifact(1, size=600_000)
+    travel_s = len(data) / Limits().body_bytes_per_s
+    assert travel_s > 30
+    assert travel_s + 8 < given_s(lambda registry: registry.put(data)) <= travel_s + 9
+
+
+def test_control_what_only_asks_has_the_time_that_every_call_has(given_s):
+    """So the test above would notice."""
+    assert given_s(lambda registry: registry.names()) <= 9
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -235,6 +235,70 @@ def test_control_without_the_look_acknowledged_artifacts_are_lost(monkeypatch):
     assert (num_answered, len(lost)) == (42, 6)
 
 
+def test_a_lost_book_is_not_begun_anew_over_artifacts():
+    """An empty one would have a collection remove them; with the book all is as it was."""
+    blobs, book = MemoryBlobs(), Book(SqliteMemory())
+    SharedRegistry(book, blobs).put(KEPT)
+    lost = SqliteMemory()
+    with pytest.raises(KernelSourceUnavailable, match=r"is gone or empty.*\(1\).*backup"):
+        SharedRegistry(Book(lost), blobs)
+    assert lost.version() == 0
+    assert SharedRegistry(book, blobs).get(KEPT_ID) == KEPT
+
+
+def test_control_an_empty_book_has_everything_collected():
+    """What is refused would lose all: this book was begun over other bytes, and got these later."""
+    blobs, book = MemoryBlobs(), Book(SqliteMemory())
+    SharedRegistry(Book(SqliteMemory()), blobs).put(KEPT)
+    book.open()
+    registry = SharedRegistry(book, blobs)
+    registry.collect(grace_s=0.0)
+    assert registry.collect(grace_s=0.0) == (KEPT_ID,)
+
+
+class BegunMeanwhile(MemoryBlobs):
+    """Bytes of a registry that another process begins while this one looks at them."""
+
+    def __init__(self, book):
+        super().__init__()
+        self._book = book
+
+    def list(self):
+        found = super().list()
+        if self._book.database.version() == 0:
+            self._book.open()
+            part = self.receive()
+            part.write(KEPT)
+            part.seal(KEPT_ID)
+            self.put(KEPT_ID, part)
+            found = super().list()
+        return found
+
+
+def test_a_book_that_another_process_begins_meanwhile_is_not_lost():
+    """Servers that start at once are all good, whichever publishes first."""
+    book = Book(SqliteMemory())
+    assert SharedRegistry(book, BegunMeanwhile(book)).search() == []
+
+
+def test_a_store_that_was_only_looked_at_is_begun_anew():
+    """What `/ready` writes is nobody's artifact."""
+    blobs = MemoryBlobs()
+    SharedRegistry(Book(SqliteMemory()), blobs).check_ready()
+    assert SharedRegistry(Book(SqliteMemory()), blobs).search() == []
+
+
+@pytest.mark.slow
+def test_a_postgresql_that_was_lost_is_not_begun_anew_over_its_bucket(database, objects):
+    """The real ones are looked at as any others are."""
+    registry = SharedRegistry(Book(database), objects)
+    registry.put(KEPT)
+    database.rows("DROP SCHEMA public CASCADE")
+    database.rows("CREATE SCHEMA public")
+    with pytest.raises(KernelSourceUnavailable, match="is gone or empty"):
+        SharedRegistry(Book(database), objects)
+
+
 HOSTILE = {
     "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
     "AWS_ENDPOINT": "http://127.0.0.1:1",
@@ -272,7 +336,9 @@ def test_a_bucket_that_does_not_answer_is_given_up():
     access = objects.BucketAccess(endpoint="http://127.0.0.1:1", access_key="a", secret_key="b")
     with hidden_from_libraries():
         blobs = objects.ObjectBlobs(objects.open_bucket("s3://kernels", access), "s3://kernels")
-    registry = SharedRegistry(Book(SqliteMemory()), blobs)
+    book = Book(SqliteMemory())
+    book.open()
+    registry = SharedRegistry(book, blobs)
     with pytest.raises(KernelSourceUnavailable):
         registry.put(KEPT)
 

@@ -57,7 +57,7 @@ def test_a_job_whose_worker_was_killed_is_done_by_another(made, tmp_path, monkey
         (child,) = wait_for(lambda: begun(tmp_path))
         ann.process.kill()
         wait_for(lambda: not is_alive(child))
-    monkeypatch.setenv("ESPER_TEST_FOLDER", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "go").touch()
     with worker_thread(made.address, made.token):
         (done,) = made.until("VALIDATED", job)
@@ -72,7 +72,7 @@ def stop_and_wake_up(made, folder, monkeypatch):
         wait_for(lambda: begun(folder))
         ann.process.send_signal(signal.SIGSTOP)
         (folder / "go").touch()
-        monkeypatch.setenv("ESPER_TEST_FOLDER", str(folder))
+        monkeypatch.setenv("TMPDIR", str(folder))
         with worker_thread(made.address, made.token):
             (done,) = made.until("VALIDATED", job)
         assert done.worker == "ben/0"
@@ -190,7 +190,7 @@ def test_poison_ends_its_own_job(made):
 
 def detached(made, monkeypatch, folder, work):
     """Do a job that leaves forty processes behind; return those that are left, and end them."""
-    monkeypatch.setenv("ESPER_TEST_FOLDER", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
     limits = SandboxLimits(memory_bytes=2**28, seconds=20.0)
     with worker_thread(made.address, made.token, work=work, limits=limits):
         made.until("VALIDATED", made.submit("detach"))

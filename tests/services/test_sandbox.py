@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -109,7 +110,7 @@ def test_inside_of_bubblewrap_no_file_is_written_and_nobody_is_called(
     confined, tmp_path, listening
 ):
     """What others have in the folder of everybody is not even seen."""
-    here = Path(__file__).with_name("written")
+    here = SUPPORT / "written"  # where the work is found: others may lie in a hidden folder
     answers = [confined.run(asked.encode()) for asked in outside(here, listening)]
     assert [type(each) for each in answers] == [Broken, Broken]
     assert "Read-only file system" in answers[0].reason
@@ -123,6 +124,78 @@ def test_control_in_a_process_both_are_done(sandbox, tmp_path, listening):
     asked = outside(tmp_path / "written", listening)
     answers = [sandbox.run(each.encode()) for each in asked]
     assert answers == [Answered(data=b"written"), Answered(data=b"connected")]
+
+
+SECRETS = {
+    "URZA_API_TOKEN": "secret-of-the-registry",
+    "URZA_API_TOKEN_FILE": "secret-place",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-bucket",
+    "ESPER_REGISTRY_DATABASE": "postgresql://secret@host/name",
+    "WANDB_API_KEY": "secret-of-a-tracker",
+}
+WORKERS_PART = """
+import sys
+from esper.services.sandbox import Sandbox, hide_from_other_processes
+from esper.services.sandbox_host import _give_up_capabilities
+if sys.argv[1] == "process":
+    _give_up_capabilities()  # a worker of root's is protected by having more than its work
+if sys.argv[2] == "hidden":
+    hide_from_other_processes()
+with Sandbox("poison:work", confinement=sys.argv[1]) as sandbox:
+    print(sandbox.run(b"environment").data.decode())
+"""
+
+
+def environments(confinement, kind="hidden"):
+    """Return what work reads of its own environment, its host's, and that of who started it."""
+    if confinement == "bwrap" and why_no_bubblewrap() is not None:
+        pytest.skip("needs the program bwrap: it comes with bubblewrap")
+    path = os.pathsep.join([str(SUPPORT), *os.sys.path])
+    variables = {**os.environ, **SECRETS, "PYTHONPATH": path}
+    command = [os.sys.executable, "-c", WORKERS_PART, confinement, kind]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("confinement", ["bwrap", "process"])
+def test_work_reads_no_secret_of_any_environment(confinement):
+    """Neither its own has one, nor its host's, and that of the worker is not to be read."""
+    own, hosts, workers = environments(confinement)
+    assert "PYTHONPATH" in own
+    assert "secret" not in own + hosts + workers
+    assert confinement == "bwrap" or workers == "PermissionError"
+
+
+@pytest.mark.slow
+def test_control_a_worker_that_hides_nothing_is_read():
+    """Of one process all others of its user read the environment, if nothing forbids it."""
+    assert "secret-of-the-registry" in environments("process", "shown")[2]
+
+
+def test_root_is_a_user_as_any_other(sandbox):
+    """What the work may do it may do as a user: it has no capability, and gets none."""
+    status = sandbox.run(b"read /proc/self/status").data.decode()
+    assert set(re.findall(r"Cap(?:Eff|Prm):\s+(\S+)", status)) == {"0" * 16}
+    assert re.search(r"NoNewPrivs:\s+1", status)
+
+
+def test_inside_of_bubblewrap_the_files_of_users_are_not_seen(confined):
+    """What lies in the folders of users, and where secrets are mounted, is empty."""
+    for folder in ("/root", "/home", "/run"):
+        found = confined.run(f"listed {folder}".encode()).data.decode().split()
+        assert not set(found) - {path.split("/")[2] for path in os.sys.path if folder in path}
+
+
+def test_all_that_a_user_has_is_not_shown_for_the_sake_of_code(confined, monkeypatch):
+    """Who starts a worker in the own folder has it on Python's path, and nothing of it is seen."""
+    homes = [path for path in Path("/home").iterdir() if path.is_dir()]
+    if not homes:
+        pytest.skip("nobody has a folder in /home here")
+    monkeypatch.setattr(os.sys, "path", [*os.sys.path, str(homes[0])])
+    with Sandbox("poison:work", limits=LIMITS, confinement="bwrap") as sandbox:
+        answer = sandbox.run(f"seen {homes[0]}".encode())
+    assert answer == Answered(data=b"False")
 
 
 def work_in_the_folder_of_everybody(monkeypatch):
@@ -142,7 +215,7 @@ def test_code_in_the_folder_of_everybody_is_found_inside_of_bubblewrap(confined,
 
 def test_control_code_that_is_hidden_is_not_found(confined, monkeypatch):
     """Where nothing of that folder is shown, the host does not start."""
-    monkeypatch.setattr("esper.services.sandbox._code_in_shared_folder", list)
+    monkeypatch.setattr("esper.services.sandbox._code_in_hidden_folders", list)
     with pytest.raises(OSError, match="ended with exit code"):
         work_in_the_folder_of_everybody(monkeypatch)
 

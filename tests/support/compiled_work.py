@@ -22,7 +22,7 @@ def work(payload):
     if kind in ("memory", "cpu", "sleep", "crash", "flood", "fail"):
         poison.work(kind.encode())
     if kind == "detach":
-        poison.work(f"detach {os.environ['ESPER_TEST_FOLDER']}".encode())
+        poison.work(f"detach {os.environ['TMPDIR']}".encode())
     if kind == "garbled":
         return b"{}\nno answer"
     if kind == "refused":
@@ -35,7 +35,7 @@ def work(payload):
         os.kill(int(worker), signal.SIGKILL)
         time.sleep(60)
     if kind == "waits":
-        folder = Path(os.environ["ESPER_TEST_FOLDER"])
+        folder = Path(os.environ["TMPDIR"])
         (folder / f"begun-{os.getpid()}").write_text("")
         while not (folder / "go").exists():
             time.sleep(0.005)

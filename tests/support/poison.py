@@ -74,6 +74,28 @@ def _seen(path):
     return str(Path(path).exists()).encode()
 
 
+def _read(path):
+    return Path(path).read_bytes()
+
+
+def _listed(folder):
+    return "\n".join(path.name for path in Path(folder).iterdir()).encode()
+
+
+def _environment(_):
+    """Return the environments of this process, of its host and of whoever started that."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text()
+    starter = next(line.split()[1] for line in status.splitlines() if line.startswith("PPid"))
+    return "\n".join(map(_environment_of, ("self", os.getppid(), starter))).encode()
+
+
+def _environment_of(process):
+    try:
+        return repr(Path(f"/proc/{process}/environ").read_bytes())
+    except OSError as error:
+        return type(error).__name__
+
+
 def _detach(folder):
     """Leave forty processes behind, each in a session of its own, that write their numbers."""
     for _ in range(40):

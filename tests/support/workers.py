@@ -76,7 +76,7 @@ class WorkerProcess:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PROGRAM.parent), *sys.path])),
             "URZA_API_TOKEN": made.token,
-            "ESPER_TEST_FOLDER": str(folder),
+            "TMPDIR": str(folder),
         }
         command = [sys.executable, str(PROGRAM), made.address, name, str(LEASE_S), *order]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)

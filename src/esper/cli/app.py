@@ -93,8 +93,8 @@ RegistryAddress = Annotated[
     typer.Option(
         "--registry",
         metavar="ADDRESS",
-        help="Take kernels from there and publish there: a directory, or http(s):// of a server. "
-        "By default URZA_API_URL.",
+        help="Take kernels from there and publish there: a directory, http://, https://, oci:// "
+        "or hf://. By default URZA_API_URL.",
     ),
 ]
 ReportTo = Annotated[

@@ -11,7 +11,9 @@ import typer
 from esper.cli.console import print_json_or
 from esper.cli.options import AsJson, TokenFile
 from esper.cli.outcome import EXIT_PROBLEM, answers
+from esper.contracts.compile_job import STATUSES
 from esper.contracts.compile_options import ANY_TOOLCHAIN, CompileOptions
+from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,14 +66,19 @@ def list_jobs(
     registry: Address = None,
     token_file: TokenFile = None,
     status: Annotated[
-        str | None, typer.Option(help="UNVALIDATED, COMPILING, VALIDATED or INVALID.")
+        str | None,
+        typer.Option(metavar="|".join(STATUSES), help="List only those."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="List no more than so many.")] = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """List what was asked for, oldest first."""
-    with answers() as environment, server(registry, token_file, environment) as client:
-        jobs = client.jobs.list(limit=limit, status=status)  # type: ignore[arg-type] # the server says
+    with answers() as environment:
+        if status is not None and status not in STATUSES:
+            msg = f"--status is one of {', '.join(STATUSES)}, got {status!r}"
+            raise EsperError(msg)
+        with server(registry, token_file, environment) as client:
+            jobs = client.jobs.list(limit=limit, status=status)
         lines = (f"{job.id}  {job.status:<11}  {job.blueprint_id}" for job in jobs)
         documents = [job.to_document() for job in jobs]
         print_json_or(documents, "\n".join(lines), as_json=as_json)

@@ -110,7 +110,11 @@ def work(
             name_of_this_process,
         )
         from esper.services.registry_client import address_and_token
-        from esper.services.sandbox import Confinement, SandboxLimits
+        from esper.services.sandbox import (
+            Confinement,
+            SandboxLimits,
+            hide_from_other_processes,
+        )
 
         def tell(told: Told) -> None:
             if as_json:
@@ -136,6 +140,7 @@ def work(
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: worker.stop())
+        hide_from_other_processes()
         worker.run()
         raise typer.Exit(EXIT_STOPPED)
 

@@ -23,11 +23,11 @@ from esper.contracts.blueprint import (
     BlueprintNode,
 )
 from esper.contracts.errors import BlueprintError
+from esper.contracts.run_records import LINEAR_SUFFIX
 
 if TYPE_CHECKING:
     from esper.compiler.graph import Plan, Step
 
-_SUFFIX: Final = "-linear"
 _LONGEST_ID: Final = 64
 
 
@@ -58,7 +58,7 @@ def linear_form(blueprint: BlueprintIR) -> BlueprintIR:
         edges += [BlueprintEdge(ids[j], node.id, at) for at, j in enumerate(stand_in.inputs)]
     form = replace(
         blueprint,
-        id=blueprint.id[: _LONGEST_ID - len(_SUFFIX)] + _SUFFIX,
+        id=blueprint.id[: _LONGEST_ID - len(LINEAR_SUFFIX)] + LINEAR_SUFFIX,
         nodes=tuple(nodes),
         edges=tuple(edges),
         draws_random=False,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         TrialVerdict,
     )
 
+LINEAR_SUFFIX: Final = "-linear"
+"""What the name of a blueprint's linear form has behind the blueprint's own."""
+
 DIGEST_SHOWN: Final = 12
 """Letters of a digest in the name of a registry's kernel."""
 
@@ -156,9 +159,13 @@ class GraftRecord(Extensible):
 
     @property
     def is_of_a_registry(self) -> bool:
-        """Whether its kernel came from a registry: then its name ends as its digest begins."""
+        """Whether its kernel, or that of whose linear form it is, came from a registry.
+
+        Then the kernel's name ends as its digest begins.
+        """
         shown = self.artifact_id[:DIGEST_SHOWN]
-        return bool(shown) and self.blueprint.endswith(f".{shown}")
+        name = self.blueprint.removesuffix(LINEAR_SUFFIX)
+        return bool(shown) and name.endswith(f".{shown}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

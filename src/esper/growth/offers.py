@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import SiteDescriptionError
 from esper.contracts.layer_kind import positions_at
-from esper.contracts.run_records import DIGEST_SHOWN
+from esper.contracts.run_records import DIGEST_SHOWN, LINEAR_SUFFIX
 from esper.fetching.preloader import Question
 from esper.growth.sent_kernel import kernels_of_first_rank
 from esper.resilience.attempt import Done, attempt
@@ -36,7 +36,8 @@ LIKELY: Final = 0.5
 LOAD_S: Final = 5.0
 """Seconds that a resumed run waits for the kernels that it had at hand."""
 
-_NAME_ROOM: Final = 51
+_NAME_ROOM: Final = 64 - len(f".{LINEAR_SUFFIX}") - DIGEST_SHOWN
+"""What is left of the longest name beside the digest, and for a linear form beside both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from esper.contracts.errors import KernelSourceUnavailable
 from esper.registry.book import Book
 from esper.registry.directory_blobs import DirectoryBlobs
 from esper.registry.disk import Disk
@@ -68,8 +67,7 @@ class DirectoryRegistry(StoredRegistry):
             self._closing = weakref.finalize(self, _close, self._disk, book, lock)
             with ExitStack() as undo:
                 undo.callback(self.close)
-                if not self._disk.exists(index) or self._disk.size(index) == 0:
-                    _refuse_orphans(index, len(blobs.list()))
+                self.refuse_orphans(lambda: self._disk.exists(index) and self._disk.size(index) > 0)
                 book.open()
                 self._disk.sync_directory(self._root)
                 blobs.recover(alone=alone)
@@ -88,17 +86,6 @@ class DirectoryRegistry(StoredRegistry):
     def __reduce__(self) -> tuple[object, ...]:
         """Travel as an address: a copy opens the same directory."""
         return DirectoryRegistry, (self._root,)
-
-
-def _refuse_orphans(index: Path, num_blobs: int) -> None:
-    """Refuse to begin an empty index beside artifacts, which a collection would then remove."""
-    if num_blobs:
-        msg = (
-            f"{index} is gone or empty, and artifacts lie beside it ({num_blobs}): what they are "
-            "and which of them are published stood there. Put it back from a backup, or move "
-            "blobs/ away to begin anew, and publish again what you want of it"
-        )
-        raise KernelSourceUnavailable(msg)
 
 
 def _close(disk: Disk, book: Book, lock: int) -> None:

@@ -15,6 +15,7 @@ from esper.contracts.errors import (
     KernelSourceUnreadable,
     TagMovedError,
 )
+from esper.registry.upload import SLOWEST_BYTES_PER_S
 from esper.resilience.circuit_breaker import CircuitBreaker
 from esper.resilience.clock import MonotonicClock
 from esper.resilience.deadline import Deadline
@@ -79,20 +80,29 @@ class Endpoint:
         self._sleep = sleep
         self._retry = Retry(_POLICIES, budget=self.retry_budget, sleep=sleep)
 
-    def call(self, fn: Callable[[float], R], *, may_repeat: bool, waited_s: float = 0.0) -> R:
+    def call(
+        self,
+        fn: Callable[[float], R],
+        *,
+        may_repeat: bool,
+        waited_s: float = 0.0,
+        num_bytes: int = 0,
+    ) -> R:
         """Call ``fn`` with the clock's reading at which it has to be over.
 
         Args:
             fn: Asks the server.
             may_repeat: Whether asking twice is the same as asking once.
             waited_s: How much of its time has passed already, in seconds, at least 0.
+            num_bytes: How much it sends, at least 0, which is given time beside.
 
         Raises:
             KernelSourceSuspended: The server has been failing and was not asked, or wants to be
                 left alone for longer than there is time.
             Exception: What ``fn`` raised at last.
         """
-        deadline = Deadline.after(max(0.0, self.timeout_s - waited_s), self._clock)
+        given_s = self.timeout_s + num_bytes / SLOWEST_BYTES_PER_S
+        deadline = Deadline.after(max(0.0, given_s - waited_s), self._clock)
         if not may_repeat:
             return self._permitted(fn, deadline.expires_at_s)
         failures: list[Exception] = []

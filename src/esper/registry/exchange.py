@@ -122,8 +122,8 @@ class Exchange:
             suspended = KernelSourceSuspended(msg)
             suspended.retry_after_s = rest_s
             raise suspended
+        left_s = self.left_s(until_s)
         try:
-            left_s = self.left_s(until_s)
             if left_s <= 0:
                 raise httpx2.ReadTimeout("the time for this request is over")
             client = self._client()
@@ -142,7 +142,7 @@ class Exchange:
             finally:
                 answer.close()
         except httpx2.HTTPError as error:
-            msg = f"{url} did not answer: {error!r:.300} (a call has {self.timeout_s:g} s)"
+            msg = f"{url} did not answer: {error!r:.300} (it had {max(0.0, left_s):.3g} s)"
             raise KernelSourceUnavailable(msg) from error
 
     def read(self, answer: httpx2.Response, until_s: float) -> Iterator[bytes]:

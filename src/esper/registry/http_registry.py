@@ -81,7 +81,8 @@ class HttpRegistry:
     Args:
         base_url: ``http://`` or ``https://``, a host, and what comes before ``/api/v1``.
         token: Sent as a bearer token, where there is one.
-        timeout_s: Seconds for a request with its answer and its retries, above 0.
+        timeout_s: Seconds for a request with its answer and its retries, above 0; what it sends
+            has a second more for every 64 KiB.
         max_size_bytes: Longest artifact that is taken, at least 1.
         sleep: Waits before a retry, seconds.
 
@@ -413,7 +414,9 @@ class HttpRegistry:
                 msg = f"{self.base_url}{path} answered with what is not to be read: {error!r:.200}"
                 raise KernelSourceUnavailable(msg) from error
 
-        return self.endpoint.call(once, may_repeat=method == "GET" or may_repeat)
+        return self.endpoint.call(
+            once, may_repeat=method == "GET" or may_repeat, num_bytes=len(content or b"")
+        )
 
     def _refusal(self, answer: httpx2.Response, data: bytes, path: str) -> Exception:
         """Return what an answer that is not the one asked for is raised as here."""

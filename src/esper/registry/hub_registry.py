@@ -6,21 +6,19 @@ What is published, moved or withdrawn is one commit, whose parent is the one tha
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, final
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from esper.contracts import reference
-from esper.contracts.errors import KernelSourceRefused
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry, TagMove
 from esper.registry import refusals
 from esper.registry.endpoint import Endpoint
 from esper.registry.hub_repository import HubRepository, path_of
-from esper.registry.listing import search_among, verify_among
+from esper.registry.listing import WithoutReports, entry_of, search_among, verify_among
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
 from esper.resilience.clock import wall_time_s
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Unpack
 
-    from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder
     from esper.contracts.signature import KernelSignature
     from esper.registry.http import Shelf
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @final
-class HubRegistry:
+class HubRegistry(WithoutReports):
     """A :class:`~esper.contracts.ports.Registry` in a model repository, which exists.
 
     A search reads one file. There are no reports, and nothing is collected: what was withdrawn
@@ -96,14 +93,8 @@ class HubRegistry:
             if screened.digest in index.kernels:
                 return None
             last = max((entry.number for entry in index.kernels.values()), default=0)
-            index.kernels[screened.digest] = RegistryEntry(
-                digest=screened.digest,
-                size_bytes=screened.size_bytes,
-                metadata=screened.metadata,
-                record=json.loads(screened.record),
-                tags=(),
-                number=last + 1,
-                published_at_s=self._wall_s(),
+            index.kernels[screened.digest] = entry_of(
+                screened, number=last + 1, published_at_s=self._wall_s()
             )
             return [CommitOperationAdd(path_of(screened.digest), bytes(data))]
 
@@ -257,24 +248,6 @@ class HubRegistry:
         """Take a deprecation back; see :class:`~esper.contracts.ports.Registry`."""
         self._say(f"Reinstate {digest}", digest, None)
 
-    def report_outcome(self, report: FieldReport) -> None:  # noqa: ARG002 - the port's
-        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        self._cannot("keeps no reports")
-
-    def outcomes(self, digest: str) -> list[FieldReport]:
-        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        reference.check_digest(digest)
-        return []
-
-    def report_validation(self, report: ValidationReport) -> None:  # noqa: ARG002 - the port's
-        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        self._cannot("keeps no reports")
-
-    def validations(self, digest: str) -> list[ValidationReport]:
-        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        reference.check_digest(digest)
-        return []
-
     def attach_signature(self, signature: KernelSignature) -> None:
         """Keep a signature; see :class:`~esper.contracts.ports.Registry`."""
 
@@ -292,6 +265,10 @@ class HubRegistry:
 
     def close(self) -> None:
         """Do nothing: the Hub's client is the process's."""
+
+    @property
+    def _what_it_is(self) -> str:
+        return f"{self.address} is a repository of the Hub"
 
     def _move(
         self, name: str, tag: str, digest: str | None, *, expected: str | None, actor: str | None
@@ -325,10 +302,3 @@ class HubRegistry:
             return []
 
         self._repository.change(what, say)
-
-    def _cannot(self, what: str) -> NoReturn:
-        msg = (
-            f"{self.address} is a repository of the Hub, which {what}; a directory or a server of "
-            "`esper registry serve` does that"
-        )
-        raise KernelSourceRefused(msg)

@@ -1,12 +1,17 @@
-"""What registries without a book of their own do alike: search what they list, and look at it."""
+"""What registries without a book of their own do alike: search what they list, and look at it.
+
+They keep no reports either: whoever brings one is told where it could be kept.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NoReturn
 
-from esper.contracts.errors import KernelCorruptError, KernelNotFoundError
-from esper.contracts.ports import RegistryCheck
+from esper.contracts import reference
+from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, KernelSourceRefused
+from esper.contracts.ports import RegistryCheck, RegistryEntry
 from esper.registry.memory import empty_book
 from esper.registry.refusals import check_limit
 from esper.registry.screening import Screened
@@ -14,7 +19,58 @@ from esper.registry.screening import Screened
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from esper.contracts.ports import KernelSource, RegistryEntry, SearchOrder
+    from esper.contracts.kernel_reports import FieldReport, ValidationReport
+    from esper.contracts.ports import KernelSource, SearchOrder
+
+
+class WithoutReports(ABC):
+    """The part of a :class:`~esper.contracts.ports.Registry` in a store that keeps no reports.
+
+    Nothing here is overridden but what is abstract.
+    """
+
+    @property
+    @abstractmethod
+    def _what_it_is(self) -> str:
+        """Its address and what is there, in words."""
+
+    def report_outcome(self, report: FieldReport) -> None:  # noqa: ARG002 - the port's
+        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
+        self._cannot("keeps no reports")
+
+    def outcomes(self, digest: str) -> list[FieldReport]:
+        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        return []
+
+    def report_validation(self, report: ValidationReport) -> None:  # noqa: ARG002 - the port's
+        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
+        self._cannot("keeps no reports")
+
+    def validations(self, digest: str) -> list[ValidationReport]:
+        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
+        reference.check_digest(digest)
+        return []
+
+    def _cannot(self, what: str) -> NoReturn:
+        msg = (
+            f"{self._what_it_is}, which {what}; a directory or a server of `esper registry serve` "
+            "does that"
+        )
+        raise KernelSourceRefused(msg)
+
+
+def entry_of(screened: Screened, *, number: int, published_at_s: float) -> RegistryEntry:
+    """Return what is known of an artifact that is published now."""
+    return RegistryEntry(
+        digest=screened.digest,
+        size_bytes=screened.size_bytes,
+        metadata=screened.metadata,
+        record=json.loads(screened.record),
+        tags=(),
+        number=number,
+        published_at_s=published_at_s,
+    )
 
 
 def search_among(

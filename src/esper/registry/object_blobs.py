@@ -35,6 +35,9 @@ _ONE_REQUEST_BYTES: Final = 16 << 20
 """Up to here a blob is put in one request, which the bucket refuses where the name is taken. It is
 in memory meanwhile; longer ones go in parts, for which there is no such condition."""
 
+_NO_BUCKET: Final = "404 Not Found"
+"""What the library says of a list that is not there, for which it has no class."""
+
 _CLIENT: Final[ClientConfig] = {
     "connect_timeout": timedelta(seconds=5),
     "read_timeout": timedelta(seconds=20),
@@ -169,13 +172,18 @@ class ObjectBlobs:
         return f"{self.place}/{target}"
 
     def list(self) -> set[str]:
-        """Return the digests of all blobs."""
-        with _translated():
-            names = {
-                found["path"].rpartition("/")[2]
-                for page in obstore.list(self._store, "blobs", chunk_size=1_000)
-                for found in page
-            }
+        """Return the digests of all blobs; a bucket that is not there yet has none."""
+        try:
+            with _translated():
+                names = {
+                    found["path"].rpartition("/")[2]
+                    for page in obstore.list(self._store, "blobs", chunk_size=1_000)
+                    for found in page
+                }
+        except OSError as error:
+            if _NO_BUCKET not in str(error):
+                raise
+            return set()
         return set(filter(reference.is_digest, names))
 
 

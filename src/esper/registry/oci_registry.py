@@ -7,17 +7,16 @@ It has no conditional moves, no history and no reports: what needs them raises
 from __future__ import annotations
 
 import functools
-import json
 import time
-from typing import TYPE_CHECKING, NoReturn, TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 from esper.contracts import reference
-from esper.contracts.errors import KernelNotFoundError, KernelSourceRefused
+from esper.contracts.errors import KernelNotFoundError
 from esper.contracts.kernel_reports import Deprecation
 from esper.contracts.ports import ANY, RegistryCheck, RegistryEntry
 from esper.registry import oci_manifest, refusals
 from esper.registry.endpoint import Endpoint
-from esper.registry.listing import search_among, verify_among
+from esper.registry.listing import WithoutReports, entry_of, search_among, verify_among
 from esper.registry.oci import OciSession
 from esper.registry.oci_repository import OciRepository
 from esper.registry.screening import MAX_ARTIFACT_BYTES, Screening
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.kernel_reports import FieldReport, ValidationReport
     from esper.contracts.ports import SearchCriteria, SearchOrder, TagMove
     from esper.contracts.signature import KernelSignature
     from esper.registry.http import Shelf
@@ -37,7 +35,7 @@ R = TypeVar("R")
 
 
 @final
-class OciRegistry:
+class OciRegistry(WithoutReports):
     """A :class:`~esper.contracts.ports.Registry` in a repository of images; threads may share it.
 
     Every operation ends by one deadline, with all the requests that it takes. A search reads the
@@ -47,7 +45,8 @@ class OciRegistry:
     Args:
         address: ``oci://host/repository``.
         token: ``user:password``, or a token that stands for a password.
-        timeout_s: Seconds for an operation with its retries, above 0.
+        timeout_s: Seconds for an operation with its retries, above 0; what it sends has a second
+            more for every 64 KiB.
         max_artifact_bytes: Longest artifact that is taken, at least 1.
         wall_s: Seconds since 1970, for when something was published.
         sleep: Waits before a retry, seconds.
@@ -89,16 +88,12 @@ class OciRegistry:
         screening.update(data)
         screened = screening.finish()
         now_s = self._wall_s()
-        entry = RegistryEntry(
-            digest=screened.digest,
-            size_bytes=screened.size_bytes,
-            metadata=screened.metadata,
-            record=json.loads(screened.record),
-            tags=(),
-            number=int(now_s * 1e6),
-            published_at_s=now_s,
+        entry = entry_of(screened, number=int(now_s * 1e6), published_at_s=now_s)
+        self.endpoint.call(
+            lambda until_s: self._repository.publish(entry, bytes(data), until_s),
+            may_repeat=True,
+            num_bytes=len(data),
         )
-        self._call(lambda until_s: self._repository.publish(entry, bytes(data), until_s))
         return screened.digest
 
     def fetch(self, digest: str, *, shelf: Shelf | None = None, waited_s: float = 0.0) -> bytes:
@@ -246,24 +241,6 @@ class OciRegistry:
         reference.check_digest(digest)
         self._call(lambda until_s: self._repository.deprecate(digest, None, until_s))
 
-    def report_outcome(self, report: FieldReport) -> None:  # noqa: ARG002 - the port's
-        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        self._cannot("keeps no reports")
-
-    def outcomes(self, digest: str) -> list[FieldReport]:
-        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        reference.check_digest(digest)
-        return []
-
-    def report_validation(self, report: ValidationReport) -> None:  # noqa: ARG002 - the port's
-        """Raise: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        self._cannot("keeps no reports")
-
-    def validations(self, digest: str) -> list[ValidationReport]:
-        """Return nothing: none is kept; see :class:`~esper.contracts.ports.Registry`."""
-        reference.check_digest(digest)
-        return []
-
     def attach_signature(self, signature: KernelSignature) -> None:
         """Keep a signature; see :class:`~esper.contracts.ports.Registry`.
 
@@ -279,6 +256,10 @@ class OciRegistry:
     def close(self) -> None:
         """Close connections; a later request opens others."""
         self._session.exchange.close()
+
+    @property
+    def _what_it_is(self) -> str:
+        return f"{self.address} is a registry of images"
 
     def _call(self, fn: Callable[[float], R], *, waited_s: float = 0.0) -> R:
         """Do what may be done twice."""
@@ -296,10 +277,3 @@ class OciRegistry:
     def _check_unguarded(self, expected: str | None) -> None:
         if expected != ANY:
             self._cannot("moves tags without looking where they point; leave expected= out")
-
-    def _cannot(self, what: str) -> NoReturn:
-        msg = (
-            f"{self.address} is a registry of images, which {what}; a directory or a server of "
-            "`esper registry serve` does that"
-        )
-        raise KernelSourceRefused(msg)

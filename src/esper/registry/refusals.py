@@ -9,6 +9,7 @@ from esper.contracts.errors import (
     JobLostError,
     KernelCorruptError,
     KernelNotFoundError,
+    KernelSourceUnavailable,
     TagMovedError,
 )
 from esper.contracts.signature import MOST_OF_ONE_KERNEL, KernelSignature
@@ -30,6 +31,17 @@ def bytes_gone(digest: str, place: str) -> KernelCorruptError:
         f"{place}; put the artifact again to repair it"
     )
     return KernelCorruptError(msg)
+
+
+def book_lost(book: str, blobs: str, num_artifacts: int) -> KernelSourceUnavailable:
+    """Return the error of a book that is gone while artifacts are there."""
+    msg = (
+        f"{book} is gone or empty, and artifacts lie in {blobs} ({num_artifacts}): what they are "
+        "and which of them are published stood there. Put it back from a backup; or move the "
+        "artifacts away, or name another place for them, to begin anew, and publish again what you "
+        "want of them"
+    )
+    return KernelSourceUnavailable(msg)
 
 
 def no_such_tag(name: str, tag: str) -> KernelNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, final
 
 from esper.registry.screening import MAX_ARTIFACT_BYTES
@@ -26,7 +27,8 @@ class SharedRegistry(StoredRegistry):
         max_artifact_bytes: Longest artifact that is taken.
 
     Raises:
-        KernelSourceUnavailable: The book or the blob store did not do its part.
+        KernelSourceUnavailable: The book or the blob store did not do its part, or the book is
+            gone while artifacts are there.
         ValueError: The book was written by a newer Esper.
     """
 
@@ -39,9 +41,12 @@ class SharedRegistry(StoredRegistry):
         max_artifact_bytes: int = MAX_ARTIFACT_BYTES,
     ) -> None:
         super().__init__(book, blobs, wall_s=wall_s, max_artifact_bytes=max_artifact_bytes)
-        with self.reporting("open"):
+        with self.reporting("open"), ExitStack() as undo:
+            undo.callback(self.close)
+            self.refuse_orphans(lambda: book.database.version() > 0)
             book.open()
             blobs.recover(alone=False)
+            undo.pop_all()
 
     def close(self) -> None:
         """Give back connections; see :class:`~esper.contracts.ports.Registry`."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES: Final = 1 << 20
 _DAY_S: Final = 86_400.0
 _PROBE: Final = b"whether this store keeps what it is given\n"
+_PROBE_ID: Final = hashlib.sha256(_PROBE).hexdigest()
 
 
 class StoredRegistry(ABC):
@@ -328,7 +329,7 @@ class StoredRegistry(ABC):
         Raises:
             KernelSourceUnavailable: One of them did not do its part.
         """
-        digest = hashlib.sha256(_PROBE).hexdigest()
+        digest = _PROBE_ID
         with self.reporting("write and read back"), ExitStack() as cleaning:
             part = self._blobs.receive()
             cleaning.callback(part.discard)
@@ -346,6 +347,22 @@ class StoredRegistry(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back files and connections; see :class:`~esper.contracts.ports.Registry`."""
+
+    def refuse_orphans(self, is_begun: Callable[[], bool]) -> None:
+        """Refuse to begin an empty book over artifacts, which a collection would then remove.
+
+        Args:
+            is_begun: Whether the book is there; asked again after the look at the artifacts, since
+                another process may begin it and publish meanwhile.
+
+        Raises:
+            KernelSourceUnavailable: It is not, and there are artifacts.
+        """
+        if is_begun():
+            return
+        num_orphans = len(set(self._blobs.list()) - {_PROBE_ID})
+        if num_orphans and not is_begun():
+            raise refusals.book_lost(self.book.place, self._blobs.place, num_orphans)
 
     @contextmanager
     def reporting(self, doing: str) -> Iterator[None]:

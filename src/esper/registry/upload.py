@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, Self, final
+from typing import TYPE_CHECKING, Final, Protocol, Self, final
+
+SLOWEST_BYTES_PER_S: Final = 65_536.0
+"""How fast an artifact has to travel to a registry, on average."""
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

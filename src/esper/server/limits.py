@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from starlette.exceptions import HTTPException
 
+from esper.registry.upload import SLOWEST_BYTES_PER_S
 from esper.resilience.clock import MonotonicClock
 from esper.server.problems import RETRY_AFTER_S, problem
 
@@ -37,7 +38,7 @@ class Limits:
     headers_s: float = 10.0
     document_bytes: int = 1 << 18
     body_grace_s: float = 20.0
-    body_bytes_per_s: float = 65_536.0
+    body_bytes_per_s: float = SLOWEST_BYTES_PER_S
 
 
 @final

@@ -4,10 +4,14 @@ A *host* process imports what the work needs once, and forks a child for each pi
 instead of seconds. The child has limits on memory and processor time, the host a deadline and a
 limit on what it reads. Whatever the child has started and left behind becomes the host's own child
 (it is a subreaper), and is killed with it, before the answer is given.
+
+What it answers goes to a registry, where others read it, so what it can read matters: of the
+environment the host has what Python and torch need, and no token.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import struct
@@ -17,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
+
+from esper.services.settings import environment_of_a_sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,13 +35,20 @@ LENGTH: Final = struct.Struct("!Q")
 """How long what follows is, before each message in either direction."""
 
 _ENDING_S: Final = 1.0
-_SHARED_FOLDER: Final = Path("/tmp")  # noqa: S108 - of everybody; inside it is empty and its own
+_PR_SET_DUMPABLE: Final = 4
+_HOMES: Final = Path("/home")
+_HIDDEN: Final = tuple(
+    folder
+    for folder in (Path("/tmp"), _HOMES, Path("/root"), Path("/run"))  # noqa: S108 - as it is meant
+    if folder.is_dir() and not folder.is_symlink()
+)
+"""Where files of everybody and of users lie, and where secrets are mounted; empty inside."""
 _BWRAP: Final = (
     "bwrap",
     *("--ro-bind", "/", "/"),
     *("--dev", "/dev"),
     *("--proc", "/proc"),
-    *("--tmpfs", str(_SHARED_FOLDER)),
+    *(word for folder in _HIDDEN for word in ("--tmpfs", str(folder))),
     *("--unshare-all", "--die-with-parent", "--new-session"),
 )
 
@@ -167,6 +180,7 @@ class Sandbox:
             [*self._inside, sys.executable, "-m", "esper.services.sandbox_host", *map(str, told)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=environment_of_a_sandbox(),
         )
         try:
             if _read(host) != b"ready":
@@ -222,23 +236,43 @@ def _inside_of(confinement: Confinement) -> Sequence[str]:
         return ()
     reason = why_no_bubblewrap()
     if reason is None:
-        return (*_BWRAP, *_code_in_shared_folder())
+        return (*_BWRAP, *_code_in_hidden_folders())
     if confinement == "bwrap":
         msg = f"{reason}; use the sandbox 'process', which has the same limits, or install it"
         raise OSError(msg)
     return ()
 
 
-def _code_in_shared_folder() -> Sequence[str]:
-    """Return what shows Python and its modules inside, where they lie in the folder of everybody.
+def _code_in_hidden_folders() -> Sequence[str]:
+    """Return what shows Python and its modules inside, where they lie in a folder that is hidden.
 
     An environment that was made there is as good as any; what else is there stays out of sight.
     """
     package = Path(__file__).parents[2]
     named = {sys.prefix, sys.base_prefix, str(package), *filter(None, sys.path)}
     paths = {place for path in map(Path, named) for place in (path.absolute(), path.resolve())}
-    found = sorted(str(path) for path in paths if _SHARED_FOLDER in path.parents and path.exists())
+    found = sorted(
+        str(path)
+        for path in paths
+        if path.exists()
+        and any(folder in path.parents for folder in _HIDDEN)
+        and path.parent != _HOMES  # all that a user has: where ``python -m`` was started
+    )
     return [word for path in found for word in ("--ro-bind", path, path)]
+
+
+def hide_from_other_processes() -> None:
+    """Let no process of the same user read this one's environment and memory, for good.
+
+    Who has the capability ``SYS_PTRACE`` still can. No core is dumped, and no debugger attached.
+
+    Raises:
+        OSError: The system does not do it.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        msg = "the worker's environment and memory cannot be hidden from its sandbox"
+        raise OSError(number, msg)
 
 
 def why_no_bubblewrap() -> str | None:

@@ -15,6 +15,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from contextlib import suppress
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_CAPABILITY_HEADER: Final = struct.pack("=Ii", 0x20080522, 0)
+_NO_CAPABILITIES: Final = bytes(24)
 _CHUNK: Final = 2**20
 _FAILED: Final = 3
 """Exit code of a child whose work raised; what it wrote is the message."""
@@ -95,6 +99,7 @@ def _work_in_child(work: Work, payload: bytes, limits: SandboxLimits, writing: i
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         _limit(limits)
+        _give_up_capabilities()
         data = work(payload)
         code = 0
     except BaseException as error:  # noqa: BLE001 - the end of a process, whatever it was
@@ -117,6 +122,19 @@ def _limit(limits: SandboxLimits) -> None:
     seconds = math.ceil(limits.seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _give_up_capabilities() -> None:
+    """Let root be a user as any other, who reads no memory of a process that has more than it.
+
+    Raises:
+        OSError: The system does not do it.
+    """
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES) != 0:
+        msg = "the work's capabilities cannot be given up"
+        raise OSError(ctypes.get_errno(), msg)
 
 
 def _answer(reading: int, child: int, limits: SandboxLimits) -> tuple[str, bytes]:

@@ -78,6 +78,10 @@ _BUCKET: Final = {
 }
 _LAST_PORT: Final = 65_535
 _READ_BY_OTHERS: Final = re.compile(r"AWS_.*|.*_proxy|.*_PROXY")
+_OF_A_SANDBOX: Final = re.compile(
+    r"PATH|HOME|USER|LOGNAME|TMPDIR|TZ|LANG|LC_[A-Z]+|LD_LIBRARY_PATH|PYTHON[A-Z]+|VIRTUAL_ENV"
+    r"|(OMP|MKL|OPENBLAS|KMP|CUDA|NVIDIA|TORCH|PYTORCH)_[A-Z_0-9]+"
+)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -198,6 +202,16 @@ def hidden_from_libraries() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def environment_of_a_sandbox(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return what Python and torch need of the environment, and nothing that may be a secret.
+
+    Args:
+        variables: By name; None reads the process's own.
+    """
+    values = os.environ if variables is None else variables
+    return {name: values[name] for name in values if _OF_A_SANDBOX.fullmatch(name)}
 
 
 def _is_hidden(name: str) -> bool:
