@@ -99,7 +99,7 @@ def _differences(
     """Return a row and a bar for each pair of arms; of a loss less is better."""
     rows, drawn = [], []
     better, side = (-1, "below") if figure == "loss" else (1, "above")
-    for arm in ("grown", "defaults", "random"):
+    for arm in ("grown", "defaults", "early", "random"):
         for other in ("host", "random", "null", "scratch"):
             found = paired(results, arm, other, figure)
             if arm == other or not found or (arm != "grown" and other != "host"):
