@@ -1,6 +1,7 @@
 """How events reach those who subscribed."""
 
 import logging
+import threading
 
 import pytest
 
@@ -95,6 +96,47 @@ def test_a_sink_may_leave_while_it_takes_an_event():
 
     assert len(notebook.events) == 2
     assert bus.num_failures == 0
+
+
+class Behind:
+    """A sink that takes its time, and is waited for by nobody."""
+
+    is_slow = True
+
+    def __init__(self):
+        self.events, self.go_on = [], threading.Event()
+
+    def publish(self, event):
+        self.go_on.wait(5.0)
+        self.events.append(event)
+
+
+def test_what_a_bus_in_a_bus_is_behind_with_is_waited_for():
+    """The outer bus is flushed when all have it, and says so where one in the inner has not."""
+    behind = Behind()
+    outer = EventBus([EventBus([behind])])
+    outer.publish(note())
+    assert outer.num_waiting == 0  # control: the outer bus itself has nothing left
+    assert not outer.flush(0.05)
+    threading.Timer(0.05, behind.go_on.set).start()
+    assert outer.flush(5.0)
+    assert behind.events == [note()]
+
+
+def test_a_flush_of_a_sink_that_raises_ends_nothing(caplog):
+    """It counts as one that has not taken every event."""
+
+    class Keeps(Notebook):
+        never_waits = True
+
+        def flush(self, timeout_s):
+            raise OSError("no room")
+
+    notebook = Keeps()
+    bus = EventBus([notebook])
+    bus.publish(note())
+    assert not bus.flush()
+    assert notebook.events == [note()]
 
 
 def test_buses_may_be_chained():

@@ -13,6 +13,7 @@ pytest.importorskip("redis", reason="needs the extra redis")
 import redis
 from redis_servers import redis_server
 
+from esper.bus.in_process import EventBus
 from esper.bus.redis_groups import GroupReader
 from esper.bus.redis_streams import (
     RUNS,
@@ -137,6 +138,22 @@ def test_a_server_that_hangs_holds_up_neither_a_publish_nor_the_end():
         assert sink.num_dropped == lost + 1
         events = follow(server.url, RUN, goes_on=lambda: False, wait_s=0.05)
         assert len(list(events)) <= 5  # and what was under way meanwhile
+
+
+def test_what_a_run_waits_for_in_vain_is_not_waited_for_again():
+    """The end of a run flushes, and then closes: two seconds for both."""
+    with redis_server() as server:
+        sink = RedisSink(server.url)
+        bus = EventBus([EventBus([sink])])
+        bus.publish(note(0))
+        assert bus.flush()
+        assert sink.num_waiting == 0
+        server.hang()
+        begin = time.perf_counter()
+        bus.publish(note(1))
+        assert not bus.flush()
+        sink.close()
+        assert time.perf_counter() - begin <= 2.7
 
 
 def test_control_with_the_defaults_of_the_client_a_hanging_server_holds_its_caller():

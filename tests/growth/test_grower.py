@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -21,6 +22,7 @@ from growing import (
 from replay_checks import in_a_log
 from torch import nn
 
+from esper.bus.in_process import EventBus
 from esper.contracts.errors import GrowthError
 from esper.contracts.lifecycle import GraftStage
 from esper.growth.budget import Budget
@@ -227,6 +229,44 @@ def test_without_compute_loss_it_only_advises():
     assert not grower.report().grafts
     assert [e.kind for e in events].count("ranked") == 1
     assert sum("nothing is grafted" in note for note in grower.report().notes) == 1
+
+
+def test_a_yes_that_nothing_comes_of_is_told_once():
+    """A policy that says yes at every update, and to which nothing is done, is in the log once."""
+    events = []
+
+    class Sink:
+        def publish(self, event):
+            events.append(event)
+
+    model, optimizer = wrapped()
+    options = {"policy": EveryN(5), "budget": Budget(packages=0), "sink": Sink()}
+    with pytest.warns(UserWarning, match="the budget allows no package"):
+        grower = growing(model, optimizer, evaluate_every=1000, **options)
+    train(model, optimizer, 40, grower)
+    grower.close()
+    assert [e.update for e in events if e.kind == "detected" and e.grow] == [5]
+
+
+def test_what_a_bus_given_as_sink_is_behind_with_is_there_after_close():
+    """A bus of one's own takes events on threads of its own; the end of a run waits for them."""
+
+    class Slow:
+        is_slow = True
+
+        def __init__(self):
+            self.kinds = []
+
+        def publish(self, event):
+            time.sleep(0.02)
+            self.kinds.append(event.kind)
+
+    model, optimizer = wrapped()
+    slow = Slow()
+    grower = growing(model, optimizer, sink=EventBus([slow]), evaluate_every=2)
+    train(model, optimizer, 20, grower)
+    grower.close()
+    assert slow.kinds[-1] == "run_ended"
 
 
 def test_suggestion_changes_nothing():

@@ -10,7 +10,7 @@ import torch
 import esper
 
 pytest.importorskip("accelerate")
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 
 from esper.integrations.accelerate import esper_prepare
 
@@ -59,6 +59,43 @@ def moments(model, optimizer):
 def tensors_of(model):
     """All of a state but the structures, which say where faults are stopped from now on."""
     return {n: v for n, v in growing.state_of(model).items() if not n.endswith("structure")}
+
+
+class Seen(tracking.GeneralTracker):
+    """A tracker as an owner may give one to ``log_with``."""
+
+    name = "seen"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self):
+        super().__init__()
+        self.logged = {}
+
+    @property
+    def tracker(self):
+        return self
+
+    def log(self, values, step=None, **_):
+        self.logged.update({(step, name): value for name, value in values.items()})
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_the_trackers_of_log_with_have_the_growth(is_before):
+    """They are started before the Grower is made or after it; the owner's sink has all as well."""
+    seen, kinds = Seen(), []
+    own = type("Own", (), {"publish": lambda _, event: kinds.append(event.kind)})()
+    accelerator = Accelerator(cpu=True, log_with=seen)
+    if is_before:
+        accelerator.init_trackers("digits")
+    model, optimizer, batches, grower = prepared(accelerator, sink=own, evaluate_every=5)
+    if not is_before:
+        accelerator.init_trackers("digits")
+    train(accelerator, model, optimizer, batches, grower, epochs=1)
+    grower.close()
+    accelerator.end_training()
+    assert {step for step, name in seen.logged if name == "esper/gate_loss"} >= {1, 6, 11}
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
 
 
 @pytest.mark.slow

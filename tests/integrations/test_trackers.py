@@ -82,6 +82,55 @@ def test_a_tracker_that_takes_text_gets_gates_and_stages_as_words(recorder, monk
     assert "finish" not in given.calls
 
 
+def test_a_tracker_has_one_thread_from_first_to_last(recorder, monkeypatch):
+    """MLflow has a run for each thread: a thread for each event would be a run for each."""
+    threads, lanes = set(), set()
+    monkeypatch.setattr(Recorder, "log", lambda *_, **__: threads.add(threading.current_thread()))
+    monkeypatch.setattr(Recorder, "finish", lambda _: threads.add(threading.current_thread()))
+    (sink,) = tracker_sinks(["recorder"])
+
+    class Beside:
+        is_slow = True
+
+        def publish(self, event):
+            lanes.add(threading.current_thread())
+            sink.publish(event)
+
+    bus = EventBus([Beside()])
+    for event in told_run(2):
+        bus.publish(event)
+        assert bus.flush()
+    assert len(lanes) > 1  # control: the bus has a thread for each
+    (thread,) = threads
+    thread.join(5.0)
+    assert not thread.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # what MLflow itself is warned of
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_run_is_one_run_of_mlflow(is_given, tmp_path, monkeypatch):
+    """Started here or by its owner, whose thread is another."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    given = tracking.MLflowTracker("digits")
+    if is_given:
+        given.start()
+    sink = TrackerSink(given if is_given else "mlflow", project="digits")
+    bus = EventBus([sink])
+    for event in told_run(2):
+        bus.publish(event)
+        assert bus.flush(30)
+    if is_given:
+        given.log({"loss": 1.0}, step=1)  # what its owner logs goes on
+        given.finish()
+    assert sink.num_failures == 0
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.data.metrics["esper/gate_loss"] > 0.0
+    assert run.info.status == "FINISHED"
+
+
 @pytest.mark.parametrize("name", ["all", "nobody", "wandb"])
 def test_only_what_was_named_and_is_there(name):
     """``all`` names nothing, nor does a word that accelerate has not, or that is not installed."""

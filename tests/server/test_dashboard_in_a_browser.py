@@ -1,7 +1,9 @@
 """The live page and the file that a run leaves, in Chromium: looks, keyboard, time, errors."""
 
+import os
 import re
 import shutil
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -124,6 +126,19 @@ def test_a_page_is_quiet_fits_its_screen_and_can_be_read(browser, run, tmp_path,
         contrasts = page.tab.evaluate(CONTRASTS)
         assert len(contrasts) > 15
         assert {key: ratio for key, ratio in contrasts.items() if ratio < LEAST_CONTRAST} == {}
+
+
+@pytest.mark.parametrize(("hours", "is_silent"), [(0, False), (2, True)])
+def test_a_run_that_was_silent_for_long_is_said_to_have_been_ended(
+    browser, tmp_path, hours, is_silent
+):
+    """Nothing else tells a run that was killed from one that goes on."""
+    under_way = Writing(tmp_path / "run").write(14)
+    then = time.time() - 3600 * hours
+    os.utime(under_way.folder / "events.jsonl", (then, then))
+    with on_loopback(under_way.folder) as address, Page(browser, address) as page:
+        page.reads("last event", "#heard")
+        assert ("it has probably been ended" in page.tab.inner_text("#heard")) == is_silent
 
 
 def test_the_measure_of_contrast_finds_a_text_that_cannot_be_read(browser, run):

@@ -30,7 +30,8 @@ class EventBus(Forked):
     anything; nor does one that is slow: each is called on a thread beside the publisher, which
     waits for it until that was once in vain, and keeps ``room`` events for it. Of more, the oldest
     of the least telling kind is dropped, and counted. A sink that has ``never_waits = True``
-    promises to keep nobody waiting, and is called as it is; a bus is itself one. Sinks may
+    promises to keep nobody waiting, and is called as it is; a bus is itself one. What such a sink
+    keeps by itself, :meth:`flush` asks of its own ``flush(timeout_s)``, if it has one. Sinks may
     subscribe, unsubscribe and publish. A forked process has the same sinks and counts from 0; what
     waits for them in its parent is the parent's to deliver.
 

@@ -200,10 +200,20 @@ class Lane(Forked):
         """Wait until everything is delivered; say whether it was, in time."""
         if self._worker is threading.current_thread():
             return True
+        if self._is_prompt:
+            return self._flush_sink(timeout_s)
         with self._changed:
             self._see_to_a_worker()
             is_idle = self._changed.wait_for(lambda: self._worker is None, timeout_s)
             return is_idle and not self._ring
+
+    def _flush_sink(self, timeout_s: float) -> bool:
+        """Let a sink that keeps events itself, as a bus does, catch up too."""
+        flush = getattr(self._sink, "flush", None)
+        if flush is None:
+            return True
+        done = attempt(lambda: flush(timeout_s))
+        return not isinstance(done, Failed) and done.value is not False
 
     def _work(self) -> None:
         """Deliver until the ring is empty; the next event starts another thread."""

@@ -124,6 +124,7 @@ class RedisSink:
         self._writer = _Writer(url)
         self._lane = Lane(self._writer, self._deliveries, patience_s=0.0, room=room)
         self._is_closed = False
+        self._in_vain_s = 0.0
 
     @property
     def num_dropped(self) -> int:
@@ -140,6 +141,18 @@ class RedisSink:
         """Keep an event, to be written; never waits, never raises."""
         self._lane.put(event)
 
+    def flush(self, timeout_s: float = CLOSING_S) -> bool:
+        """Wait until everything is written, for so many seconds but two at most; say whether it is.
+
+        Of what was waited in vain, :meth:`close` waits no second time.
+        """
+        clock = MonotonicClock()
+        begun_s = clock.now()
+        left_s = max(0.0, CLOSING_S - self._in_vain_s)
+        is_whole = self._lane.flush(max(0.0, min(timeout_s, left_s)))
+        self._in_vain_s = 0.0 if is_whole else self._in_vain_s + clock.now() - begun_s
+        return is_whole
+
     def close(self, timeout_s: float = CLOSING_S) -> None:
         """Give the events that are left so many seconds; what is left then is given up.
 
@@ -148,6 +161,7 @@ class RedisSink:
         if self._is_closed:
             return
         self._is_closed = True
+        timeout_s = max(0.0, timeout_s - self._in_vain_s)
         clock = MonotonicClock()
         until_s = clock.now() + timeout_s
         is_whole = self._lane.flush(max(0.0, timeout_s - 2 * ANSWER_S))

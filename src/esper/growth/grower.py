@@ -34,7 +34,7 @@ from esper.growth.obstacles import (
 from esper.growth.options import GrowerOptions, show_options
 from esper.growth.outline import outline
 from esper.growth.policies import outlook_of
-from esper.growth.reading import Reading
+from esper.growth.reading import Decision, Reading
 from esper.growth.rehearsal import rehearse
 from esper.growth.saving import (
     check_loadable,
@@ -175,6 +175,7 @@ class Grower:
         settings = self._run.settings
         self._schedule = EvaluationSchedule(self._run.ledger, every=settings.evaluate_every)
         self._stage: Stage | None = None
+        self._told_yes: Decision | None = None
         self._depth = PlannedDepth(self._run)
         self._recent: deque[Batch] = deque(maxlen=KEPT_BATCHES)
         self._reading = Reading(update=0, horizon=settings.horizon)
@@ -714,7 +715,8 @@ class Grower:
         if self._schedule.last == run.updates and not all_agree(run.given, int(decision.grow)):
             run.journal.note("the ranks did not agree to grow, so none does: their losses differ")
             return
-        if decision.grow or self._schedule.last == run.updates:
+        is_told, self._told_yes = self._told_yes == decision, decision if decision.grow else None
+        if self._schedule.last == run.updates or (decision.grow and not is_told):
             run.journal.detected(decision)
         if not decision.grow or self._is_hopeless():
             return
@@ -731,6 +733,7 @@ class Grower:
         if missing is None or self._advises(missing):
             if decision.choice is None:
                 run.offers.take()
+            self._told_yes = None
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
 
     def _busy_records(self) -> list[LayerRecord]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
+from esper.bus.in_process import EventBus
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
 from esper.integrations.growth_state import resume, state_of
 from esper.integrations.missing import missing_framework
+from esper.integrations.trackers import AcceleratorSink
 from esper.wrapping.wrap import layers, wrap
 
 try:
@@ -37,7 +39,9 @@ def esper_prepare(
     Call ``grower.step(loss, batch=batch)`` behind each ``optimizer.step()``, inside
     ``accelerator.accumulate`` too: a step that only gathered gradients is no update. Call
     ``grower.close()`` at the end. ``accelerator.save_state`` saves kernels with the model, their
-    moments with the optimizer, and growth beside them; ``load_state`` brings them back.
+    moments with the optimizer, and growth beside them; ``load_state`` brings them back. The
+    trackers that ``log_with`` names have the growth beside what is logged there, until the Grower
+    is closed; ``accelerator.end_training()`` comes behind that.
 
     Args:
         accelerator: What prepares and trains.
@@ -62,6 +66,10 @@ def esper_prepare(
     made: Sequence[Any] = accelerator.prepare(model, *several, *others)
     prepared, optimizers, rest = made[0], made[1 : 1 + len(several)], made[1 + len(several) :]
     given = list(optimizers) if isinstance(optimizer, Sequence) else optimizers[0]
+    if accelerator.log_with:
+        own = options.get("sink")
+        theirs = AcceleratorSink(accelerator)
+        options["sink"] = theirs if own is None else EventBus([own, theirs])
     grower = Grower(prepared, given, **options)
     accelerator.register_for_checkpointing(_Growth(grower))
     return prepared, given, *rest, grower

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+import threading
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, final
 
 import torch
 
@@ -15,7 +19,7 @@ from esper.observability.sentences import is_annotation, sentence_of
 from esper.resilience.attempt import Failed, attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from esper.observability.measures import Family, Labels
@@ -53,13 +57,23 @@ class Tracker(Protocol):
         ...
 
 
+class _HasTrackers(Protocol):
+    """What is asked of an ``Accelerator``."""
+
+    @property
+    def trackers(self) -> Sequence[Any]:
+        """Those that ``init_trackers`` has started."""
+        ...
+
+
 class TrackerSink:
     """Hands a run on to one tracker: numbers as ``esper/gate_loss``, events and gates as words.
 
     The tracker is one of accelerate's, which knows TensorBoard, W&B, MLflow, Trackio, Aim, ClearML,
     Comet, DVCLive and SwanLab. It starts with the run's first event and is finished with its last,
-    beside the training: nobody waits for it, and where it fails a warning says so, once. Of
-    several ranks the first one reports.
+    beside the training, on one thread from first to last, since some go by the thread: nobody
+    waits for it, and where it fails a warning says so, once. Of several ranks the first one
+    reports.
 
     Args:
         tracker: Its name, as ``report_to`` has it; or one that was started already, as an
@@ -88,12 +102,17 @@ class TrackerSink:
         self._is_over = False
         self._takes_text = _short_name(tracker) in _TAKE_TEXT
         self._tally = Tally()
+        self._thread = _OneThread()
         self.num_failures = 0
 
     def publish(self, event: Event) -> None:
         """Hand one event on."""
+        if not self._is_over:
+            self._thread.call(lambda: self._take(event))
         if self._is_over:
-            return
+            self._thread.end()
+
+    def _take(self, event: Event) -> None:
         if self._tracker is None:
             started = self._fenced(lambda: self._started(event))
             if started is None:
@@ -125,7 +144,10 @@ class TrackerSink:
     def _started(self, event: Event) -> Tracker | None:
         """Start the tracker; None where another rank reports."""
         if self._given is not None:
-            return self._given if _is_first_rank() else None
+            if not _is_first_rank():
+                return None
+            _join_run_of(self._given)
+            return self._given
         assert self._make is not None, "it was named"
         if not _is_first_rank():
             return None
@@ -148,6 +170,58 @@ class TrackerSink:
         return None
 
 
+@final
+class _OneThread:
+    """A thread on which one call after the other is made; in a forked process it is another."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._calls: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
+
+    def call(self, fn: Callable[[], None]) -> None:
+        """Call it there, and wait until it is done.
+
+        Raises:
+            BaseException: What it raised.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            self._calls = SimpleQueue()
+            self._thread = threading.Thread(
+                target=self._work, args=(self._calls,), name="esper tracker", daemon=True
+            )
+            self._thread.start()
+        done: Future[None] = Future()
+        self._calls.put((fn, done))
+        done.result()
+
+    def end(self) -> None:
+        """Let the thread end."""
+        self._calls.put(None)
+
+    @staticmethod
+    def _work(calls: SimpleQueue[tuple[Callable[[], None], Future[None]] | None]) -> None:
+        while (asked := calls.get()) is not None:
+            fn, done = asked
+            try:
+                fn()
+            except BaseException as error:  # noqa: BLE001 - raised where it was called
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+            del asked, fn, done
+
+
+def _join_run_of(tracker: Tracker) -> None:
+    """Let this thread log to the run of a tracker that another thread has started.
+
+    MLflow has a run for each thread, and starts one where a thread has none.
+    """
+    if str(tracker.name) == "mlflow":
+        mlflow: Any = importlib.import_module("mlflow")
+        theirs: Any = tracker
+        mlflow.start_run(run_id=theirs.tracker.info.run_id)
+
+
 def tracker_sinks(
     names: Iterable[str], *, project: str = PROJECT, folder: Path | str = "runs"
 ) -> list[TrackerSink]:
@@ -163,6 +237,41 @@ def tracker_sinks(
     """
     named = dict.fromkeys(name for name in names if name != "none")
     return [TrackerSink(name, project=project, folder=folder) for name in named]
+
+
+@final
+class AcceleratorSink:
+    """Hands a run on to the trackers that an ``Accelerator`` starts, once it has started them.
+
+    ``init_trackers`` may come before the Grower is made or after it; events before are kept. An
+    accelerator whose owner named no tracker costs nothing.
+
+    Args:
+        accelerator: Has the trackers; they are left open.
+    """
+
+    is_slow: ClassVar[bool] = True
+
+    def __init__(self, accelerator: _HasTrackers) -> None:
+        self.name = "the accelerator's trackers"
+        self._accelerator = accelerator
+        self._kept: list[Event] = []
+        self._sinks: list[TrackerSink] = []
+
+    def publish(self, event: Event) -> None:
+        """Hand one event on, or keep it until there is a tracker."""
+        if not self._sinks:
+            self._sinks = [TrackerSink(tracker) for tracker in self._accelerator.trackers]
+        self._kept.append(event)
+        if not self._sinks:
+            del self._kept[: -self._MOST_KEPT]
+            return
+        kept, self._kept = self._kept, []
+        for each in kept:
+            for sink in self._sinks:
+                sink.publish(each)
+
+    _MOST_KEPT: ClassVar[int] = 256
 
 
 def tracker_names() -> dict[str, bool]:

@@ -73,12 +73,13 @@
     }
   }
 
+  const SILENT_S = 1800; // a run that tells nothing for so long is most likely killed
   function ago() {
     if (!heard) return "";
     const s = Math.max(0, Math.round(Date.now() / 1000 - heard));
     if (s < 90) return `last event ${s} s ago`;
-    return s < 5400 ? `last event ${Math.round(s / 60)} min ago`
-      : `last event ${Math.round(s / 3600)} h ago`;
+    const when = s < 5400 ? `${Math.round(s / 60)} min ago` : `${Math.round(s / 3600)} h ago`;
+    return s < SILENT_S ? `last event ${when}` : `last event ${when}: it has probably been ended`;
   }
 
   function tell() {
