@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -107,6 +108,9 @@ def _any_not_finite(parameters: Iterable[Tensor], *, like: Tensor) -> Tensor:
     totals = [gradient_total(here(p.grad)) for p in parameters if p.grad is not None]
     if not totals:
         return torch.zeros_like(like)
+    numbers = [total for total in totals if isinstance(total, float)]
+    if len(numbers) == len(totals):
+        return torch.full_like(like, not all(map(math.isfinite, numbers)))
     finite = [torch.as_tensor(total, device=like.device).isfinite() for total in totals]
     return ~torch.stack(finite).all()
 

@@ -94,7 +94,7 @@ class Observations:
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(mode=False):
-            self.ring = torch.full((OBSERVED_CALLS, 2), torch.inf, device=device)
+            self.ring = self._unused = torch.full((OBSERVED_CALLS, 2), torch.inf, device=device)
             self.sink = torch.zeros(2, device=device, requires_grad=True)
         self.calls: deque[Call] = deque(maxlen=OBSERVED_CALLS)
         self.latest: Call | None = None
@@ -150,6 +150,11 @@ class Observations:
 
     def step_flags(self) -> Tensor:
         """Return ``[2]`` bool: an output was at fault, a host's output was not finite."""
+        if self.ring is self._unused and all(
+            call.marks is CLEAN_MARKS for call in tuple(self.calls)
+        ):
+            clean = torch.zeros(2, dtype=torch.bool, device=self.ring.device)
+            return clean if self.carried is None else self.carried
         rows = self.rows()
         output_bad = ((rows[:, 0] == 0) & (rows[:, 1] != 0)).any()
         flags = torch.stack((output_bad, rows[:, 0].isnan().any()))
