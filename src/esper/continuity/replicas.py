@@ -121,7 +121,9 @@ def share_kernels(
 
 def worst_of_ranks(model: nn.Module | None) -> OverRanks | None:
     """Return what takes the elementwise maximum of flags over the ranks; None without ranks."""
-    known = None if model is None else _REPLICATIONS.get(replicas(model) or bare(model))
+    if model is None or not _REPLICATIONS:  # the usual case, in each step of a run
+        return None
+    known = _REPLICATIONS.get(replicas(model) or bare(model))
     return None if known is None or known.is_alone else known.worst
 
 

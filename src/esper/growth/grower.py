@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
-    from esper.state.layer_record import LayerRecord
 
 _LOG = logging.getLogger(__name__)
 
@@ -697,11 +696,12 @@ class Grower:
 
     def _reading_now(self) -> Reading:
         run = self._run
+        busy = map(record_of, busy_layers(run.optimizer))
         return replace(
             self._reading,
             update=run.updates,
             rates=tuple(run.watcher.rates),
-            unhealthy=tuple(r.name for r in self._busy_records() if illness_of(r) is not None),
+            unhealthy=tuple(record.name for record in busy if illness_of(record) is not None),
             last_change_update=run.last_change_update,
             num_packages=run.num_packages,
         )
@@ -735,9 +735,6 @@ class Grower:
                 run.offers.take()
             self._told_yes = None
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
-
-    def _busy_records(self) -> list[LayerRecord]:
-        return [record_of(layer) for layer in busy_layers(self._run.optimizer)]
 
     def _closed_sites(self) -> dict[str, str]:
         """Return the sites whose layers some rank finds ill, with the reasons."""

@@ -148,6 +148,9 @@ def maintain_layers(
         tell: Takes what has happened, as events without their moment.
     """
     found = list(layers)
+    if not found:  # the usual case, in each step of a run that has not grown
+        grant()
+        return MaintenanceReport()
     lost = [loss for layer in found for loss in take_losses(layer)]
     return _maintain(found, lost, again=False, measures=measures, tell=tell)
 
