@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from esper.continuity.snapshot import snapshot_bytes
+from esper.state.device_memory import device_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -109,15 +110,12 @@ def estimate(
 def available_bytes(device: torch.device) -> int | None:
     """Return how much memory of a device is left to this process; None where nobody knows.
 
-    On a CUDA device what the allocator of torch keeps for later counts as left. On the CPU it is
+    On an accelerator what the allocator of torch keeps for later counts as left. On the CPU it is
     what Linux calls available, or what the process's control group leaves where that is less.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept
     if device.type != "cpu":
-        return None
+        found = device_memory(device)
+        return None if found is None else found[0]
     known = [left for left in (_machine_leaves(), _group_leaves()) if left is not None]
     return min(known, default=None)
 

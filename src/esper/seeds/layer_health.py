@@ -12,6 +12,7 @@ from esper.contracts.events import HealthChanged
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.fetching.kernel_cache import KernelCache
 from esper.resilience.health_monitor import HealthMonitor
+from esper.state.device_memory import device_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,8 +110,5 @@ def _latency_ms(record: LayerRecord) -> float | None:
 
 
 def _memory_percent(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 100.0 * (1.0 - free / total)  # what the allocator keeps for later is free
+    found = device_memory(device)
+    return None if found is None else 100.0 * (1.0 - found[0] / found[1])

@@ -134,13 +134,17 @@ def random_start() -> Callable[[], None]:
 
     of_python, of_numpy = random.getstate(), np.random.get_state()
     of_torch = torch.get_rng_state()
-    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    module = None if accelerator is None else torch.get_device_module(accelerator)
+    num_devices = torch.accelerator.device_count()
+    of_devices = [module.get_rng_state(i) for i in range(num_devices)] if module else []
 
     def put_back() -> None:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
-        if of_cuda:
-            torch.cuda.set_rng_state_all(of_cuda)
+        for i, state in enumerate(of_devices):
+            assert module is not None, "it gave the states"
+            module.set_rng_state(state, i)
 
     return put_back
