@@ -7,14 +7,16 @@ import io
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from crafted_measures import Chosen, Course, Measure, chain, helps
-from growing import GATE_X, GATE_Y, host
+from growing import GATE_X, GATE_Y, compute_loss, host
 from killed_runs import Once
 from sleepers import HOSTS, made, update
 
@@ -484,6 +486,50 @@ def test_a_null_trains_on_behind_a_package_that_was_kept_and_folded():
     ]
     assert expected["report"]["grafts"][0]["folded"]
     assert_same(resumed_to_the_end(46, after_a_folded_one), expected)
+
+
+class Augmented:
+    """A loss that keeps things of its own, which the owner's loop never calls."""
+
+    def __init__(self, keep=None):
+        self.keep = keep
+        self.calls, self.recent, self.seen = 0, [], {"mean": torch.zeros(())}
+        self.torch, self.python = torch.Generator().manual_seed(3), random.Random(3)
+        self.numpy = np.random.default_rng(3)
+
+    def __call__(self, model, batch):
+        """Draw, count and remember, all of which is in the loss."""
+        self.calls += 1
+        noise = torch.randn((), generator=self.torch) + self.python.random() + self.numpy.normal()
+        self.recent = [*self.recent[-2:], float(noise)]
+        self.seen["mean"].lerp_(noise.float(), 0.1)
+        if self.keep is not None:
+            self.kept = self.keep()
+        extra = self.seen["mean"] + sum(self.recent) + 0.01 * self.calls
+        return compute_loss(model, batch) * (1 + 0.1 * extra.float())
+
+
+def augmented(keep=None):
+    return built(lambda: Real(more_if_real), **NULL, compute_loss=Augmented(keep))
+
+
+@pytest.mark.slow
+def test_what_an_owners_loss_keeps_of_a_null_is_saved():
+    """Counters, generators and tensors go on where the null's last update left them."""
+    expected = whole_to_the_end(augmented)
+    assert_same(resumed_to_the_end(25, augmented), expected)
+    change = forget("null_beside", "twin", "apart", to={})  # the control
+    found = resumed_to_the_end(25, augmented, change=change)
+    assert found["report"]["end_capacity"] != expected["report"]["end_capacity"]
+
+
+@pytest.mark.slow
+def test_a_null_whose_loss_keeps_what_cannot_be_saved_ends_with_a_note():
+    """The run goes on bit for bit."""
+    make = functools.partial(augmented, object)
+    found, expected = resumed_to_the_end(25, make), whole_to_the_end(make)
+    assert same(found["model"], expected["model"])
+    assert any("until update 25 and no longer" in note for note in found["report"]["notes"])
 
 
 SHADOW = {"trial": "shadow", "audition_updates": 10, "ramp_updates": 4, "hold_updates": 8}

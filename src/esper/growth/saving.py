@@ -154,13 +154,20 @@ def _go_on_with_null(run: GrowthRun, saved: int | Mapping[str, Any] | None) -> N
         run.null_beside, run.watcher.reads_scale, run.ledger.promised = None, False, 0.0
     if saved is None:
         return
-    is_plain = isinstance(saved, int)
-    if any_rank(run.given, here=is_plain):
-        package = saved if isinstance(saved, int) else saved["package"]
-        run.tell_null_ended(package, "the process ended that trained it")
-    elif not isinstance(saved, int):
-        run.null_beside = NullBeside.from_state_dict(saved, run)
-        run.watcher.reads_scale = True
+    package, made = saved if isinstance(saved, int) else saved["package"], None
+    why = "the process ended that trained it"
+    if not isinstance(saved, int):
+        try:
+            made = NullBeside.from_state_dict(saved, run)
+        except GrowthError as error:
+            why = f"{why}, and it cannot go on ({error})"
+    if any_rank(run.given, here=made is None):
+        if made is not None:
+            made.close()
+        run.ledger.promised = 0.0
+        run.tell_null_ended(package, why)
+        return
+    run.null_beside, run.watcher.reads_scale = made, True
 
 
 def _begun_again(run: GrowthRun, saved: StageState) -> Stage | None:

@@ -118,6 +118,7 @@ class Twin:
             "moments": as_plain({n: dict(moments[p]) for n, p in named.items() if p in moments}),
             "factors": dict(zip(named, factors, strict=True)),
             "random": as_plain({n: getattr(self._random_state, n) for n in _GENERATORS}),
+            "apart": self._apart.state_dict(),
         }
 
     @classmethod
@@ -129,7 +130,7 @@ class Twin:
             run: The run; its model is of the same class, whatever stands in its seeds.
 
         Raises:
-            GrowthError: The model cannot be copied.
+            GrowthError: The model cannot be copied, or the owner's functions are others.
             KeyError: The state names what the copy does not have.
         """
         twin = cls(run)
@@ -152,6 +153,7 @@ class Twin:
         )
         twin._memo = {}  # nothing in the live model became what the twin has now
         twin._random_state = RandomState(**from_plain(state["random"], torch.device("cpu")))
+        twin._apart.load_state_dict(state["apart"])
         return twin
 
     def copy_of(self, p: Tensor) -> Tensor:
