@@ -382,6 +382,20 @@ def test_a_null_beside_the_run_trains_on(at):
 
 
 @pytest.mark.slow
+def test_a_null_of_a_trial_that_was_cut_off_is_that_of_the_one_in_its_place():
+    """What is claimed is claimed as in a run whose decision fell where it was saved."""
+
+    def decided(at):
+        return built(lambda: Real(more_if_real), **NULL, policy=Once(at))
+
+    found = resumed_to_the_end(12, lambda: decided(4))
+    expected = at_the_end(trained(decided(12)))
+    names = ("end_capacity", "end_capacity_stderr", "end_capacity_shown")
+    assert [found["report"][n] for n in names] == [expected["report"][n] for n in names]
+    assert found["report"]["end_capacity"] is not None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["moments", "values", "random", "factors"])
 def test_a_null_without_a_part_is_another(part):
     """The control: moments, weights, draws and warm-up of the null all decide."""
@@ -404,6 +418,35 @@ def test_a_null_that_was_not_saved_is_dropped_and_said():
         assert same(found[part], expected[part]), part
     assert any("until update 25 and no longer" in note for note in found["report"]["notes"])
     assert found["report"]["end_capacity"] is None
+
+
+def in_a_twin_by_hand():
+    return with_a_null(twin=lambda: host(dropout=0.3))
+
+
+@pytest.mark.slow
+def test_a_null_trains_on_in_a_twin_that_its_owner_builds():
+    """Where the model cannot be copied."""
+    expected = whole_to_the_end(in_a_twin_by_hand)
+    assert_same(resumed_to_the_end(25, in_a_twin_by_hand), expected)
+
+
+@pytest.mark.slow
+def test_a_null_that_was_resumed_can_be_saved_again():
+    """Twice saved, and twice gone on from."""
+    course = trained(loaded(saved(trained(with_a_null(), 20)), with_a_null()), 30)
+    found = at_the_end(trained(loaded(saved(course), with_a_null())))
+    assert_same(found, whole_to_the_end(with_a_null))
+
+
+@pytest.mark.slow
+def test_a_state_that_is_refused_leaves_no_null_behind():
+    """What of it was loaded before the damage showed is taken back."""
+    data, course = saved(trained(with_a_null(), 25)), with_a_null()
+    with pytest.raises(ValueError, match="damaged"):
+        loaded(data, course, change=forget("stage", to={"kind": "holding"}))
+    assert course.run.null_beside is None
+    assert course.run.ledger.promised == 0
 
 
 def more_if_real(on):

@@ -106,7 +106,8 @@ class NullBeside:
         """
         if is_in_shards(self._run.model):
             return self.package
-        own, (live, null) = self._before is not self._averages, self._averages
+        live, null = self._averages
+        has_before = self._before is not self._averages
         try:
             return {
                 "package": self.package,
@@ -115,7 +116,7 @@ class NullBeside:
                 "meter": self._arm.meter.state_dict(),
                 "promised": self._run.ledger.promised,
                 "averages": [live.state_dict(), null.state_dict()],
-                "before": [each.state_dict() for each in self._before] if own else None,
+                "before": [each.state_dict() for each in self._before] if has_before else None,
                 "batches": as_plain(list(self._batches)) if self._needs_batches else None,
             }
         except TypeError:

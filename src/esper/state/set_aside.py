@@ -336,7 +336,8 @@ class _Kept:
         restore = _random_state_of(value)
         if restore is not None:
             self._add(restore)
-            self._generator_place(value, path)
+            if self.places is not None:
+                self._generator_place(value, path)
             return
         if self.is_data or _is_owners(type(value)) or _is_metric(value):
             self._attributes(value, path)
@@ -382,7 +383,8 @@ class _Kept:
         state = _fingerprint(value)
         if self._is_cloned(value, value.numel() * value.element_size()):
             self._add(functools.partial(_restore_tensor, value, state, _clone(value)))
-            self._one_place(path, lambda: _clone(value), functools.partial(_put_tensor, value))
+            if self.places is not None:
+                self._one_place(path, lambda: _clone(value), functools.partial(_put_tensor, value))
         elif state is not None and not self.is_small:
             self._add(functools.partial(_watch_tensor, value, state, path))
 
@@ -399,7 +401,8 @@ class _Kept:
     def _array(self, value: np.ndarray[Any, Any], path: str) -> None:
         if not self.only_random and value.flags.writeable and self._is_cloned(value, value.nbytes):
             self._add(functools.partial(_restore_array, value, value.copy()))
-            self._one_place(path, value.copy, lambda kept: np.copyto(value, kept))
+            if self.places is not None:
+                self._one_place(path, value.copy, lambda kept: np.copyto(value, kept))
 
     def _list(self, value: list[object], path: str) -> None:
         self._container(value, path, list.__iter__, lambda saved: _set_list(value, saved))
@@ -444,11 +447,12 @@ class _Kept:
                 restore(saved)
 
         self._later(undo)
-        self._place(
-            path,
-            lambda: dict(enumerate(iterate(value))),
-            lambda items: restore(list(items.values())),
-        )
+        if self.places is not None:
+            self._place(
+                path,
+                lambda: dict(enumerate(iterate(value))),
+                lambda items: restore(list(items.values())),
+            )
         if size <= MAX_WALKED:
             self._items(enumerate(saved), path)
 
@@ -468,12 +472,10 @@ class _Kept:
                 kind.clear(value)
                 kind.update(value, saved)
 
-        def write(items: dict[Any, Any]) -> None:
-            kind.clear(value)
-            kind.update(value, items)
-
         self._later(undo)
-        self._place(path, lambda: dict(dict.items(value)), write)
+        if self.places is not None:
+            write = functools.partial(_set_mapping, value, kind)
+            self._place(path, lambda: dict(dict.items(value)), write)
         if len(saved) <= MAX_WALKED:
             self._items(saved.items(), path)
 
@@ -496,11 +498,12 @@ class _Kept:
     def _slot(self, value: object, name: str, path: str) -> None:
         held = getattr(value, name)
         self._later(lambda: object.__setattr__(value, name, held))
-        self._one_place(
-            f"{path}.{name} =",
-            lambda: getattr(value, name),
-            functools.partial(object.__setattr__, value, name),
-        )
+        if self.places is not None:
+            self._one_place(
+                f"{path}.{name} =",
+                lambda: getattr(value, name),
+                functools.partial(object.__setattr__, value, name),
+            )
         self._items([(name, held)], path)
 
     def _module(self, module: nn.Module, path: str) -> None:
@@ -547,11 +550,12 @@ class _Kept:
             if name.startswith("__") or callable(item) or hasattr(item, "__get__"):
                 continue
             self._later(functools.partial(_set_class_attribute, cls, name, item))
-            self._one_place(
-                f"{cls.__qualname__}.{name} =",
-                functools.partial(getattr, cls, name),
-                functools.partial(setattr, cls, name),
-            )
+            if self.places is not None:
+                self._one_place(
+                    f"{cls.__qualname__}.{name} =",
+                    functools.partial(getattr, cls, name),
+                    functools.partial(setattr, cls, name),
+                )
             self._items([(name, item)], cls.__qualname__)
 
     def _parameter(self, p: nn.Parameter, path: str) -> None:
@@ -595,11 +599,12 @@ class _Kept:
             cell.cell_contents = held
 
         self._later(undo)
-        self._one_place(
-            f"{path} =",
-            lambda: cell.cell_contents,
-            functools.partial(setattr, cell, "cell_contents"),
-        )
+        if self.places is not None:
+            self._one_place(
+                f"{path} =",
+                lambda: cell.cell_contents,
+                functools.partial(setattr, cell, "cell_contents"),
+            )
 
     def _globals(self, held: dict[str, Any], names: Iterable[str]) -> None:
         for name in names:
@@ -610,11 +615,12 @@ class _Kept:
             if isinstance(value, _ITERATORS):
                 value = self._iterator(value, functools.partial(held.__setitem__, name))
             self._later(functools.partial(_set_item, held, name, value))
-            self._one_place(
-                f"{held.get('__name__')}.{name} =",
-                functools.partial(held.get, name),
-                functools.partial(held.__setitem__, name),
-            )
+            if self.places is not None:
+                self._one_place(
+                    f"{held.get('__name__')}.{name} =",
+                    functools.partial(held.get, name),
+                    functools.partial(held.__setitem__, name),
+                )
 
     def _method(self, value: types.MethodType, path: str) -> None:
         owner = value.__self__
@@ -780,6 +786,11 @@ def _restore_array(value: np.ndarray[Any, Any], kept: np.ndarray[Any, Any]) -> N
 
 def _set_list(value: list[object], saved: list[object]) -> None:
     list.__setitem__(value, slice(None), saved)
+
+
+def _set_mapping(value: dict[Any, Any], kind: type[dict[Any, Any]], items: dict[Any, Any]) -> None:
+    kind.clear(value)
+    kind.update(value, items)
 
 
 def _set_item(held: dict[str, Any], name: str, value: object) -> None:
