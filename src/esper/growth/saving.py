@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from esper.continuity.replicas import any_rank
+from esper.continuity.replicas import any_rank, in_step
 from esper.continuity.snapshot import parameters_by_name
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import GrowthError
@@ -154,20 +154,26 @@ def _go_on_with_null(run: GrowthRun, saved: int | Mapping[str, Any] | None) -> N
         run.null_beside, run.watcher.reads_scale, run.ledger.promised = None, False, 0.0
     if saved is None:
         return
-    package, made = saved if isinstance(saved, int) else saved["package"], None
-    why = "the process ended that trained it"
-    if not isinstance(saved, int):
-        try:
-            made = NullBeside.from_state_dict(saved, run)
-        except GrowthError as error:
-            why = f"{why}, and it cannot go on ({error})"
+    package = saved if isinstance(saved, int) else saved["package"]
+    made, why = in_step(run.given, lambda: _resumed_null(run, saved))
     if any_rank(run.given, here=made is None):
         if made is not None:
             made.close()
         run.ledger.promised = 0.0
-        run.tell_null_ended(package, why)
+        run.tell_null_ended(package, why or "it could not go on on another rank")
         return
     run.null_beside, run.watcher.reads_scale = made, True
+
+
+def _resumed_null(run: GrowthRun, saved: int | Mapping[str, Any]) -> tuple[NullBeside | None, str]:
+    """Return the null that trains on; else None, and why."""
+    why = "the process ended that trained it"
+    if isinstance(saved, int):
+        return None, why
+    try:
+        return NullBeside.from_state_dict(saved, run), ""
+    except GrowthError as error:
+        return None, f"{why}, and it cannot go on ({error})"
 
 
 def _begun_again(run: GrowthRun, saved: StageState) -> Stage | None:
