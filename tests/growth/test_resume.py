@@ -7,14 +7,16 @@ import io
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from crafted_measures import Course, Measure, helps
-from growing import host
+from crafted_measures import Chosen, Course, Measure, chain, helps
+from growing import GATE_X, GATE_Y, compute_loss, host
 from killed_runs import Once
 from sleepers import HOSTS, made, update
 
@@ -323,14 +325,254 @@ def test_what_was_named_by_hand_is_named_again():
     assert blueprints == [["mlp-4x4-w64"]] * 2
 
 
+# ---- the null beside the run
+
+
+class Real(Measure):
+    """Says what a model's weights are worth as well."""
+
+    def __call__(self, model):
+        """Return one loss per sample."""
+        model.eval()
+        gate = (model(GATE_X) - GATE_Y).square().mean()
+        model.train()
+        return super().__call__(model) + 0.1 * gate.detach().double()
+
+
+def real():
+    return Real(helps(dict.fromkeys(SITES, 1.0)))
+
+
+NULL = {"attribution": "run"}
+
+
+def with_a_null(**settings):
+    return built(real, **NULL, **settings)
+
+
+def warming_for_long():
+    return built(lambda: Real(more_if_real), **NULL, warmup_updates=60)
+
+
+def at_the_end(course):
+    """Close a run; return what it looks like then."""
+    course.grower.close()
+    return pictured(course)
+
+
+@functools.cache
+def whole_to_the_end(make):
+    """Return how a run ends that was not stopped, with what is read at its end."""
+    found = at_the_end(trained(make()))
+    assert found["report"]["end_capacity"] is not None
+    return found
+
+
+def resumed_to_the_end(at, make, *, change=nothing):
+    """Save a run, train on in another one that is made likewise, and close it."""
+    data = saved(trained(make(), at))
+    return at_the_end(trained(loaded(data, make(), change=change)))
+
+
 @pytest.mark.slow
-def test_a_null_beside_the_run_is_dropped_and_said():
-    """The run itself goes on bit for bit; of capacity at its end nothing is claimed."""
-    found, expected = resumed(25, attribution="run"), whole(attribution="run")
+@pytest.mark.parametrize("at", [2, 18, 19, 25, 44])
+def test_a_null_beside_the_run_trains_on(at):
+    """What is claimed of capacity at the end, its figures and its work, are of the whole run."""
+    assert_same(resumed_to_the_end(at, with_a_null), whole_to_the_end(with_a_null))
+
+
+@pytest.mark.slow
+def test_a_null_of_a_trial_that_was_cut_off_is_that_of_the_one_in_its_place():
+    """What is claimed is claimed as in a run whose decision fell where it was saved."""
+
+    def decided(at):
+        return built(lambda: Real(more_if_real), **NULL, policy=Once(at))
+
+    found = resumed_to_the_end(12, lambda: decided(4))
+    expected = at_the_end(trained(decided(12)))
+    names = ("end_capacity", "end_capacity_stderr", "end_capacity_shown")
+    assert [found["report"][n] for n in names] == [expected["report"][n] for n in names]
+    assert found["report"]["end_capacity"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["moments", "values", "random", "factors"])
+def test_a_null_without_a_part_is_another(part):
+    """The control: moments, weights, draws and warm-up of the null all decide."""
+    make = warming_for_long
+    earlier = trained(make(), 18).grower.state_dict()["null_beside"]["twin"][part]
+    other = {"moments": ["dict", []], "factors": {}}.get(part, earlier)
+    change = forget("null_beside", "twin", part, to=lambda _: other)
+    found, expected = resumed_to_the_end(23, make, change=change), whole_to_the_end(make)
+    assert same(found["model"], expected["model"])
+    assert found["report"]["end_capacity"] != expected["report"]["end_capacity"]
+
+
+@pytest.mark.slow
+def test_a_null_that_was_not_saved_is_dropped_and_said():
+    """A state of before has its number alone: of capacity at its end nothing is claimed."""
+    change = forget("null_beside", to=lambda null: null["package"])
+    found = resumed_to_the_end(25, with_a_null, change=change)
+    expected = whole_to_the_end(with_a_null)
     for part in ("model", "moments", "random"):
         assert same(found[part], expected[part]), part
     assert any("until update 25 and no longer" in note for note in found["report"]["notes"])
     assert found["report"]["end_capacity"] is None
+
+
+def in_a_twin_by_hand():
+    return with_a_null(twin=lambda: host(dropout=0.3))
+
+
+@pytest.mark.slow
+def test_a_null_trains_on_in_a_twin_that_its_owner_builds():
+    """Where the model cannot be copied."""
+    expected = whole_to_the_end(in_a_twin_by_hand)
+    assert_same(resumed_to_the_end(25, in_a_twin_by_hand), expected)
+
+
+@pytest.mark.slow
+def test_a_null_that_was_resumed_can_be_saved_again():
+    """Twice saved, and twice gone on from."""
+    course = trained(loaded(saved(trained(with_a_null(), 20)), with_a_null()), 30)
+    found = at_the_end(trained(loaded(saved(course), with_a_null())))
+    assert_same(found, whole_to_the_end(with_a_null))
+
+
+@pytest.mark.slow
+def test_a_state_that_is_refused_leaves_no_null_behind():
+    """What of it was loaded before the damage showed is taken back."""
+    data, course = saved(trained(with_a_null(), 25)), with_a_null()
+    with pytest.raises(ValueError, match="damaged"):
+        loaded(data, course, change=forget("stage", to={"kind": "holding"}))
+    assert course.run.null_beside is None
+    assert course.run.ledger.promised == 0
+
+
+def more_if_real(on):
+    """Return a loss that falls less by kernels that are linear."""
+    return 5.0 - sum({"linear": 0.5, "real": 1.0}[kind] for kind in on.values())
+
+
+def on_a_chain(optimizer_class=torch.optim.AdamW, *, measure=None, **settings):
+    """Build a run whose layers are a chain, in which linear kernels fold."""
+    torch.manual_seed(0)
+    model, optimizer = chain(optimizer_class=optimizer_class)
+    course = Course(model, optimizer, measure=measure or Real(more_if_real), **NULL, **settings)
+    course.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    torch.manual_seed(0)
+    return course
+
+
+def by_sgd():
+    return on_a_chain(functools.partial(torch.optim.SGD, momentum=0.9))
+
+
+def following():
+    course = on_a_chain()
+    average = torch.optim.swa_utils.AveragedModel(course.model)
+    esper.follow(course.model, average)
+    course.after = lambda: average.update_parameters(course.model)
+    course.average = average
+    return course
+
+
+def folds_at_first(on):
+    """Return a loss that falls most by a linear kernel at the first site, a real at the other."""
+    return 5.0 - {"linear": 2.0, "real": 1.0}.get(on.get("0"), 0) - 2.0 * (on.get("2") == "real")
+
+
+class InTurn(Chosen):
+    """Takes the first site of those in turn that has not been tried."""
+
+    def __init__(self, *sites):
+        super().__init__(*sites)
+        self.left = list(sites)
+
+    def rank(self, observations, candidates):
+        """Give a kernel of one site a gain."""
+        self.sites = (self.left.pop(0),) if self.left else ()
+        return super().rank(observations, candidates)
+
+    def state_dict(self):
+        """Return which are left."""
+        return list(self.left)
+
+    def load_state_dict(self, state):
+        """Go on with those."""
+        self.left = list(state)
+
+
+def after_a_folded_one():
+    return on_a_chain(
+        measure=Real(folds_at_first),
+        ranking=InTurn("0", "2"),
+        budget=esper.Budget(packages=2),
+        hold_updates=4,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [by_sgd, following])
+def test_a_null_trains_on_whatever_trains_the_run(make):
+    """With momentum, and with an average that follows the run."""
+    assert_same(resumed_to_the_end(25, make), whole_to_the_end(make))
+
+
+@pytest.mark.slow
+def test_a_null_trains_on_behind_a_package_that_was_kept_and_folded():
+    """It stands on the host that the first package's linear form was folded into."""
+    expected = whole_to_the_end(after_a_folded_one)
+    assert [(t["taken"], t["verdict"]) for t in expected["report"]["trials"]] == [
+        ("null", "kept"),
+        ("candidate", "kept"),
+    ]
+    assert expected["report"]["grafts"][0]["folded"]
+    assert_same(resumed_to_the_end(46, after_a_folded_one), expected)
+
+
+class Augmented:
+    """A loss that keeps things of its own, which the owner's loop never calls."""
+
+    def __init__(self, keep=None):
+        self.keep = keep
+        self.calls, self.recent, self.seen = 0, [], {"mean": torch.zeros(())}
+        self.torch, self.python = torch.Generator().manual_seed(3), random.Random(3)
+        self.numpy = np.random.default_rng(3)
+
+    def __call__(self, model, batch):
+        """Draw, count and remember, all of which is in the loss."""
+        self.calls += 1
+        noise = torch.randn((), generator=self.torch) + self.python.random() + self.numpy.normal()
+        self.recent = [*self.recent[-2:], float(noise)]
+        self.seen["mean"].lerp_(noise.float(), 0.1)
+        if self.keep is not None:
+            self.kept = self.keep()
+        extra = self.seen["mean"] + sum(self.recent) + 0.01 * self.calls
+        return compute_loss(model, batch) * (1 + 0.1 * extra.float())
+
+
+def augmented(keep=None):
+    return built(lambda: Real(more_if_real), **NULL, compute_loss=Augmented(keep))
+
+
+@pytest.mark.slow
+def test_what_an_owners_loss_keeps_of_a_null_is_saved():
+    """Counters, generators and tensors go on where the null's last update left them."""
+    expected = whole_to_the_end(augmented)
+    assert_same(resumed_to_the_end(25, augmented), expected)
+    change = forget("null_beside", "twin", "apart", to={})  # the control
+    found = resumed_to_the_end(25, augmented, change=change)
+    assert found["report"]["end_capacity"] != expected["report"]["end_capacity"]
+
+
+@pytest.mark.slow
+def test_a_null_whose_loss_keeps_what_cannot_be_saved_ends_with_a_note():
+    """The run goes on bit for bit."""
+    make = functools.partial(augmented, object)
+    found, expected = resumed_to_the_end(25, make), whole_to_the_end(make)
+    assert same(found["model"], expected["model"])
+    assert any("until update 25 and no longer" in note for note in found["report"]["notes"])
 
 
 SHADOW = {"trial": "shadow", "audition_updates": 10, "ramp_updates": 4, "hold_updates": 8}

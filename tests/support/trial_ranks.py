@@ -404,6 +404,37 @@ def a_checkpoint_is_read_where_it_is():
     assert type(raised_by(lambda: esper.load_checkpoint("none", *args[1:]))) is FileNotFoundError
 
 
+def a_null_beside_the_run_trains_on_after_a_checkpoint():
+    """What both ranks read at the end is what they read where nothing was stopped."""
+    settings = {"attribution": "run"}
+
+    def a_run(until):
+        run = replicated(nn.Dropout(0.3))
+        torch.manual_seed(dist.get_rank())
+        grower = grower_of(run, **settings)
+        for batch in own_batches(80)[:until]:
+            run.update(batch, grower)
+        return run, grower
+
+    def end(run, grower):
+        found = digest(run)
+        grower.close()
+        report = grower.report()
+        assert report.end_capacity is not None
+        return found, report.end_capacity, report.end_capacity_stderr, report.work
+
+    expected = end(*a_run(80))
+    run, grower = a_run(66)
+    path = folder_of_this_rank() / "run"
+    esper.save_checkpoint(path, run.given, run.optimizer, grower=grower)
+    again = replicated(nn.Dropout(0.3))
+    goes_on = grower_of(again, **settings)
+    esper.load_checkpoint(path, again.given, again.optimizer, grower=goes_on)
+    for batch in own_batches(80)[66:]:
+        again.update(batch, goes_on)
+    assert end(again, goes_on) == expected
+
+
 def what_cannot_be_loaded_on_one_rank_is_loaded_on_none():
     """Its own error there, one that names it on the other; weights and draws are as before."""
     run, path = replicated(), folder_of_this_rank() / "run"
@@ -459,6 +490,7 @@ CASES = {
         shares_of_the_held_out_data_are_put_together,
         running_statistics_apart_are_no_more_samples,
         a_checkpoint_is_read_where_it_is,
+        a_null_beside_the_run_trains_on_after_a_checkpoint,
         what_cannot_be_loaded_on_one_rank_is_loaded_on_none,
         another_number_of_ranks_goes_on_by_the_first_ones_part,
         steps_in_steps_end_together,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
 from esper.forward.recompilation import uncompiled
+from esper.state.plain_values import as_plain, from_plain
 from esper.state.seed_slot import SeedSlot
 from esper.state.set_aside import set_aside
 from esper.state.shards import whole
@@ -68,6 +69,22 @@ class WeightAverage:
                 mean.lerp_(wide, weight)
             else:  # the difference of equal infinities is no number
                 mean.copy_(torch.where(mean == wide, mean, mean.lerp(wide, weight)))
+
+    def state_dict(self) -> list[Any]:
+        """Return the mean as plain values and tensors on the CPU, whatever its model."""
+        return [self.num_updates, as_plain(self._means)]
+
+    @classmethod
+    def from_state_dict(cls, state: Sequence[Any], device: torch.device) -> WeightAverage:
+        """Return the mean that :meth:`state_dict` was taken of.
+
+        Args:
+            state: What it returned.
+            device: Where the model is.
+        """
+        made = cls()
+        made.num_updates, made._means = int(state[0]), from_plain(state[1], device)
+        return made
 
     @torch.no_grad()
     def write_to(self, model: nn.Module) -> None:

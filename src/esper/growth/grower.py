@@ -348,6 +348,13 @@ class Grower:
         A recording, a trial or an audition that is under way is not saved; where the state is
         loaded it begins again, and the cut one counts as a try.
 
+        The null that ``attribution="run"`` trains to the end is saved with its moments and with two
+        means of weights, four from the second window on: under AdamW five to seven times the
+        weights of the model, copied to the CPU. Only its number is saved where it cannot be: of a
+        model in shards, and where the last batches of a model with running statistics, the state of
+        the optimizer, or what your functions keep of it, are not numbers, text, tensors, arrays,
+        and dicts, lists and tuples of them.
+
         Raises:
             GrowthError: The way back of a watch has tensors that are sharded: the message says when
                 the run can be saved.
@@ -369,7 +376,7 @@ class Grower:
         the run that it continues.
 
         A trial or a recording that was under way begins again. The null of ``attribution="run"``
-        is gone, and a note says so.
+        trains on as well; where it could not be saved it is gone, and a note says so.
 
         Args:
             state: What :meth:`state_dict` returned.

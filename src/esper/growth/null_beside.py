@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esper.continuity.replicas import any_rank, in_step
-from esper.growth.averaging import STATISTICS_BATCHES, WeightAverage, read_average
+from esper.growth.arm import Arm
+from esper.growth.averaging import (
+    STATISTICS_BATCHES,
+    WeightAverage,
+    has_statistics,
+    read_average,
+)
 from esper.growth.gates import Spread, judge, level_of
 from esper.growth.sizing import end_reading_flops
-from esper.growth.twins import copied_model
+from esper.growth.twins import Twin, copied_model, device_of
+from esper.state.plain_values import as_plain, from_plain
+from esper.state.shards import is_in_shards
 
 if TYPE_CHECKING:
-    from esper.growth.arm import Arm
+    from collections.abc import Mapping
+
     from esper.growth.batch import Batch
     from esper.growth.gates import GateVerdict
     from esper.growth.run import GrowthRun
@@ -88,6 +97,66 @@ class NullBeside:
             level=level_of(run.settings.tries),
             spread=Spread(factor=run.settings.spread),
         )
+
+    def state_dict(self) -> int | dict[str, Any]:
+        """Return it as plain values and tensors on the CPU; its package's number where it cannot.
+
+        That is where the model is in shards, or where a batch, the optimizer's state, or what the
+        owner's functions keep of it, is something that only Python can hold.
+        """
+        if is_in_shards(self._run.model):
+            return self.package
+        live, null = self._averages
+        has_before = self._before is not self._averages
+        try:
+            return {
+                "package": self.package,
+                "window": self._window,
+                "twin": self._arm.twin.state_dict(),
+                "meter": self._arm.meter.state_dict(),
+                "promised": self._run.ledger.promised,
+                "averages": [live.state_dict(), null.state_dict()],
+                "before": [each.state_dict() for each in self._before] if has_before else None,
+                "batches": as_plain(list(self._batches)) if self._needs_batches else None,
+            }
+        except TypeError:
+            return self.package
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], run: GrowthRun) -> NullBeside:
+        """Return the null that :meth:`state_dict` was taken of, beside a run that goes on.
+
+        Args:
+            state: What it returned; no number.
+            run: The run, which has all else of the state.
+
+        Raises:
+            GrowthError: The model cannot be copied.
+            KeyError: The state names what the model does not have.
+        """
+        twin, meter = Twin.from_state_dict(state["twin"], run), run.ledger.meter("trial")
+        meter.load_state_dict(state["meter"])
+        arm = Arm(name="null", twin=twin, meter=meter)
+        made = cls(run, arm, state["window"], package=state["package"])
+        device = device_of(run.model)
+
+        def pair(saved: list[Any]) -> tuple[WeightAverage, WeightAverage]:
+            live, null = (WeightAverage.from_state_dict(each, device) for each in saved)
+            return live, null
+
+        made._averages = made._before = pair(state["averages"])
+        if state["before"] is not None:
+            made._before = pair(state["before"])
+        if state["batches"] is not None:
+            made._batches.extend(from_plain(state["batches"], device))
+        run.ledger.promised = state["promised"]
+        return made
+
+    @property
+    def _needs_batches(self) -> bool:
+        """Whether a reading computes running statistics anew."""
+        models = (self._run.model, self._arm.twin.model)
+        return any(has_statistics(module) for model in models for module in model.modules())
 
     def close(self) -> None:
         """Drop the twin."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from esper.continuity.placement import Placement
 from esper.continuity.replicas import averaging, each_rank
@@ -63,6 +63,10 @@ class Beside(Protocol):
 
     def read(self) -> GateVerdict | None:
         """Hold the run against the twin; None where there is nothing to hold."""
+        ...
+
+    def state_dict(self) -> int | dict[str, Any]:
+        """Return it for another process to go on with; its package's number where none can."""
         ...
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from esper.continuity.replicas import any_rank, in_step
 from esper.continuity.snapshot import parameters_by_name
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import GrowthError
@@ -22,6 +23,7 @@ from esper.contracts.value_json import is_newer, version_to_write
 from esper.growth.budget import Cost
 from esper.growth.holding import Holding
 from esper.growth.measurement import Measurement
+from esper.growth.null_beside import NullBeside
 from esper.growth.policies import AllOf, AnyOf, Policy
 from esper.growth.probation import Probation
 from esper.growth.reading import Choice, Reading
@@ -87,7 +89,7 @@ def saved_run(run: GrowthRun, stage: Stage | None, report: RunReport) -> dict[st
         "losses": run.losses.state_dict(),
         "warmup": _saved_warmup(run),
         "probes": probe_memory(run.layers),
-        "null_beside": None if run.null_beside is None else run.null_beside.package,
+        "null_beside": None if run.null_beside is None else run.null_beside.state_dict(),
         "stage": None if stage is None else stage.state_dict(),
     }
 
@@ -132,8 +134,7 @@ def resumed_stage(run: GrowthRun, state: Mapping[str, Any]) -> Stage | None:
         state: The state.
     """
     _guard_fossils(run)
-    if state["null_beside"] is not None:
-        run.tell_null_ended(state["null_beside"], "the process ended that trained it")
+    _go_on_with_null(run, state["null_beside"])
     saved: StageState | None = state["stage"]
     if saved is None:
         return None
@@ -144,6 +145,35 @@ def resumed_stage(run: GrowthRun, state: Mapping[str, Any]) -> Stage | None:
     if saved["kind"] == "recording":
         return Recording(run, run.choice, advise_only=saved["advise_only"])
     return _begun_again(run, saved)
+
+
+def _go_on_with_null(run: GrowthRun, saved: int | Mapping[str, Any] | None) -> None:
+    """Let the null train on beside the run; where it was not saved, say that it has ended."""
+    if run.null_beside is not None:  # what was loaded did not fit, and the run goes back
+        run.null_beside.close()
+        run.null_beside, run.watcher.reads_scale, run.ledger.promised = None, False, 0.0
+    if saved is None:
+        return
+    package = saved if isinstance(saved, int) else saved["package"]
+    made, why = in_step(run.given, lambda: _resumed_null(run, saved))
+    if any_rank(run.given, here=made is None):
+        if made is not None:
+            made.close()
+        run.ledger.promised = 0.0
+        run.tell_null_ended(package, why or "it could not go on on another rank")
+        return
+    run.null_beside, run.watcher.reads_scale = made, True
+
+
+def _resumed_null(run: GrowthRun, saved: int | Mapping[str, Any]) -> tuple[NullBeside | None, str]:
+    """Return the null that trains on; else None, and why."""
+    why = "the process ended that trained it"
+    if isinstance(saved, int):
+        return None, why
+    try:
+        return NullBeside.from_state_dict(saved, run), ""
+    except GrowthError as error:
+        return None, f"{why}, and it cannot go on ({error})"
 
 
 def _begun_again(run: GrowthRun, saved: StageState) -> Stage | None:

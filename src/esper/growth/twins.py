@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 
 from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.following import stands_apart
-from esper.continuity.snapshot import random_state, seed_random_state, set_random_state
+from esper.continuity.grown_state import Loading, grown_state, load_seeds, load_weights, weights_of
+from esper.continuity.snapshot import (
+    RandomState,
+    random_state,
+    seed_random_state,
+    set_random_state,
+)
 from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
+from esper.seeds.rebuilding import planned
+from esper.state.plain_values import as_plain, from_plain
+from esper.state.seed_slot import SeedSlot
 from esper.state.set_aside import Apart
 from esper.state.shards import is_in_shards, whole, whole_in
 from esper.wrapping.wrap import layers, wrap
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from esper.continuity.ensemble import AnyOptimizer
+    from esper.continuity.grown_state import GrownState
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinBuilder, TwinUpdate
     from esper.growth.live_step import LiveStep
     from esper.growth.run import GrowthRun
 
 PERTURBATION: Final = 1e-3
 """Relative size of the noise by which twins differ that are to be equal but for luck."""
+
+_GENERATORS: Final = ("devices", "python", "numpy")
 
 _OWNERS_HOOKS: Final = (
     "_forward_hooks",
@@ -81,6 +96,65 @@ class Twin:
         finally:
             self._random_state = random_state(self.model)
             set_random_state(outer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the twin by names, as plain values and tensors on the CPU.
+
+        Raises:
+            TypeError: The state of its optimizer, or what the owner's functions keep of it, is not
+                plain.
+        """
+        named = dict(self.model.named_parameters())
+        names = {id(p): name for name, p in named.items()}
+        factors = self.factor.state_dict(list(named.values()))
+        moments = self.optimizer.state
+        return {
+            "grown": as_plain(grown_state(self.model)),
+            "values": as_plain(named),
+            "frozen": [name for name, p in named.items() if not p.requires_grad],
+            "resting": [name for name, m in self.model.named_modules() if not m.training],
+            "buffers": as_plain(_buffers(self.model)),
+            "groups": [[names[id(p)] for p in g["params"]] for g in self.optimizer.param_groups],
+            "moments": as_plain({n: dict(moments[p]) for n, p in named.items() if p in moments}),
+            "factors": dict(zip(named, factors, strict=True)),
+            "random": as_plain({n: getattr(self._random_state, n) for n in _GENERATORS}),
+            "apart": self._apart.state_dict(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], run: GrowthRun) -> Twin:
+        """Return the twin that :meth:`state_dict` was taken of, beside a run that goes on.
+
+        Args:
+            state: What it returned.
+            run: The run; its model is of the same class, whatever stands in its seeds.
+
+        Raises:
+            GrowthError: The model cannot be copied, or the owner's functions are others.
+            KeyError: The state names what the copy does not have.
+        """
+        twin = cls(run)
+        twin.factor.close()
+        device = device_of(run.model)
+        _grow(twin.model, from_plain(state["grown"], device))
+        named = dict(twin.model.named_parameters())
+        _write(twin.model, state, device)
+        groups = [[named[name] for name in names] for names in state["groups"]]
+        groups += [[] for _ in run.optimizer.param_groups[len(groups) :]]
+        twin.optimizer = rebuilt(run.optimizer, groups)
+        for name, moments in from_plain(state["moments"], device).items():
+            twin.optimizer.state[named[name]] = moments
+        live = run.factor
+        twin.factor = UpdateFactor(
+            twin.optimizer, warmup_updates=live.warmup_updates, lr_new=live.lr_new
+        )
+        twin.factor.load_state_dict(
+            list(state["factors"].values()), [named[name] for name in state["factors"]]
+        )
+        twin._memo = {}  # nothing in the live model became what the twin has now
+        twin._random_state = RandomState(**from_plain(state["random"], torch.device("cpu")))
+        twin._apart.load_state_dict(state["apart"])
+        return twin
 
     def copy_of(self, p: Tensor) -> Tensor:
         """Return the twin's copy of a parameter that the live model had when it was made."""
@@ -283,6 +357,45 @@ def _drop_hooks(module: nn.Module) -> None:
 def _is_librarys(hook: object) -> bool:
     named = hook if hasattr(hook, "__module__") else type(hook)
     return str(getattr(named, "__module__", "")).startswith(_LIBRARIES)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is; the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a forward may write: every buffer but those of the seeds' slots."""
+    return {
+        f"{path}.{name}": buffer
+        for path, module in model.named_modules()
+        if not isinstance(module, SeedSlot)
+        for name, buffer in module._buffers.items()  # noqa: SLF001 - past properties
+        if buffer is not None
+    }
+
+
+def _grow(model: nn.Module, grown: GrownState) -> None:
+    """Let a copy have the kernels of a state, and none of those that it came with."""
+    found = layers(model)
+    plans = {name: planned(found[name], own["seeds"]) for name, own in grown["layers"].items()}
+    loading = Loading(model=model, weights={}, grown=grown, plans=plans)
+    load_seeds(loading)
+    load_weights(replace(loading, weights=weights_of(model)))  # for its counters
+
+
+@torch.no_grad()
+def _write(model: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
+    frozen, resting = set(state["frozen"]), set(state["resting"])
+    named, held = dict(model.named_parameters()), _buffers(model)
+    for name, value in from_plain(state["values"], device).items():
+        named[name].copy_(value)
+        named[name].requires_grad_(name not in frozen)
+        named[name].grad = None
+    for name, value in from_plain(state["buffers"], device).items():
+        held[name].copy_(value)
+    for name, module in model.named_modules():
+        module.training = name not in resting
 
 
 def _copied_optimizer(optimizer: AnyOptimizer, memo: dict[int, object]) -> AnyOptimizer:

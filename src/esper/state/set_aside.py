@@ -23,16 +23,19 @@ import sysconfig
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.errors import GrowthError
 from esper.contracts.owner_warning import warn_owner
 from esper.state.layer_record import RECORD
+from esper.state.plain_values import as_plain, from_plain
 from esper.state.seed_slot import SeedSlot
 from esper.state.shards import reshard
 
@@ -49,6 +52,8 @@ _PLAIN: Final = frozenset(
     {int, float, complex, bool, str, bytes, type(None), type, range, slice, torch.dtype}
     | {torch.device, torch.Size, torch.layout, types.ModuleType, types.BuiltinFunctionType}
 )
+_COMPARED: Final = frozenset({int, float, complex, bool, str, bytes})
+"""Of these two values count as one where they are equal."""
 _CALLED: Final = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -147,6 +152,58 @@ class Apart:
             lost = theirs.put_back()
         _tell_of(lost)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return in what the copy's differs from the run's, by place, as plain values.
+
+        Where the two do not differ nothing is returned: a run that goes on has that from its owner.
+
+        Raises:
+            TypeError: They differ in something that is not plain.
+        """
+        runs = self._read()
+        theirs = self._walked(_Kept(with_buffers=True))
+        self._own.put_back(within=theirs)
+        try:
+            return {
+                path: change
+                for path, items in self._read().items()
+                if (change := _change(runs.get(path, {}), items)) is not None
+            }
+        finally:
+            theirs.put_back()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the copy have what :meth:`state_dict` returned, beside what the run has now.
+
+        Raises:
+            GrowthError: The owner's functions keep nothing where they kept something then.
+        """
+        theirs = self._walked(_Kept(with_buffers=True))
+        try:
+            places = self._places()
+            for path, (kept, removed) in state.items():
+                place = places.get(path)
+                if place is None:
+                    msg = (
+                        f"nothing is kept at {path!r} now; give the functions that were given then"
+                    )
+                    raise GrowthError(msg)
+                items = from_plain(kept, torch.device("cpu"))
+                gone = from_plain(removed, torch.device("cpu"))
+                held = {key: item for key, item in place.read().items() if key not in gone}
+                place.write({**held, **items})
+            self._own = self._small()
+        finally:
+            theirs.put_back()
+
+    def _places(self) -> dict[str, _Place]:
+        kept = _Kept(with_buffers=False, is_small=True)
+        kept.places = {}
+        return self._walked(kept).places or {}
+
+    def _read(self) -> dict[str, dict[Any, Any]]:
+        return {path: place.read() for path, place in self._places().items()}
+
     def _small(self) -> _Kept:
         return self._walked(_Kept(with_buffers=False, is_small=True))
 
@@ -156,6 +213,47 @@ class Apart:
         kept.walk_batch(values)
         kept.walk_functions(self._functions)
         return kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Place:
+    """Somewhere that something is kept, to be read and written by key.
+
+    Attributes:
+        read: Returns what is there; tensors as copies, since they are written to in place.
+        write: Puts there what has the form of what was read.
+    """
+
+    read: Callable[[], dict[Any, Any]]
+    write: Callable[[dict[Any, Any]], None]
+
+
+def _change(old: dict[Any, Any], new: dict[Any, Any]) -> list[Any] | None:
+    """Return what is other in a place, and which keys are gone, as plain values; None if nothing.
+
+    Raises:
+        TypeError: What is other is not plain.
+    """
+    kept = {key: v for key, v in new.items() if key not in old or not _is_alike(old[key], v)}
+    removed = [key for key in old if key not in new]
+    return [as_plain(kept), as_plain(removed)] if kept or removed else None
+
+
+def _is_alike(one: object, other: object) -> bool:
+    """Say whether two values are one object, or equal and of a kind that is compared by value."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return _equal(one, other)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, _ITERATORS):
+        return repr(one) == repr(other) if isinstance(one, itertools.count) else False
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_is_alike, one, other))
+    return type(one) in _COMPARED and one == other
 
 
 def _tell_of(lost: list[str]) -> None:
@@ -186,6 +284,7 @@ class _Kept:
         self._holder: object = None  # of what is found now
         self._undo: list[tuple[object, Callable[[], str | None]]] = []
         self._bytes_left = COPIED_BYTES
+        self.places: dict[str, _Place] | None = None  # None: nobody asks for them
 
     def walk_functions(self, functions: Iterable[object]) -> None:
         """Look into functions of the owner's, each by its name."""
@@ -237,6 +336,8 @@ class _Kept:
         restore = _random_state_of(value)
         if restore is not None:
             self._add(restore)
+            if self.places is not None:
+                self._generator_place(value, path)
             return
         if self.is_data or _is_owners(type(value)) or _is_metric(value):
             self._attributes(value, path)
@@ -250,6 +351,27 @@ class _Kept:
         if not self.only_random:
             self._add(undo)
 
+    def _place(
+        self, path: str, read: Callable[[], dict[Any, Any]], write: Callable[[dict[Any, Any]], None]
+    ) -> None:
+        if self.places is None or self.only_random:
+            return
+        while path in self.places:
+            path += "'"
+        self.places[path] = _Place(read=read, write=write)
+
+    def _one_place(
+        self, path: str, read: Callable[[], object], write: Callable[[Any], object]
+    ) -> None:
+        def put(items: dict[Any, Any]) -> None:
+            write(items[""])
+
+        self._place(path, lambda: {"": read()}, put)
+
+    def _generator_place(self, value: object, path: str) -> None:
+        read, write = _state_of_random(value)
+        self._one_place(path, read, write)
+
     def _items(self, items: Iterable[tuple[object, object]], path: str) -> None:
         for name, value in items:
             if type(value) not in _PLAIN:
@@ -261,6 +383,8 @@ class _Kept:
         state = _fingerprint(value)
         if self._is_cloned(value, value.numel() * value.element_size()):
             self._add(functools.partial(_restore_tensor, value, state, _clone(value)))
+            if self.places is not None:
+                self._one_place(path, lambda: _clone(value), functools.partial(_put_tensor, value))
         elif state is not None and not self.is_small:
             self._add(functools.partial(_watch_tensor, value, state, path))
 
@@ -274,9 +398,11 @@ class _Kept:
             self._bytes_left -= size_bytes
         return True
 
-    def _array(self, value: np.ndarray[Any, Any], path: str) -> None:  # noqa: ARG002 - a kind's signature
+    def _array(self, value: np.ndarray[Any, Any], path: str) -> None:
         if not self.only_random and value.flags.writeable and self._is_cloned(value, value.nbytes):
             self._add(functools.partial(_restore_array, value, value.copy()))
+            if self.places is not None:
+                self._one_place(path, value.copy, lambda kept: np.copyto(value, kept))
 
     def _list(self, value: list[object], path: str) -> None:
         self._container(value, path, list.__iter__, lambda saved: _set_list(value, saved))
@@ -321,6 +447,12 @@ class _Kept:
                 restore(saved)
 
         self._later(undo)
+        if self.places is not None:
+            self._place(
+                path,
+                lambda: dict(enumerate(iterate(value))),
+                lambda items: restore(list(items.values())),
+            )
         if size <= MAX_WALKED:
             self._items(enumerate(saved), path)
 
@@ -341,6 +473,9 @@ class _Kept:
                 kind.update(value, saved)
 
         self._later(undo)
+        if self.places is not None:
+            write = functools.partial(_set_mapping, value, kind)
+            self._place(path, lambda: dict(dict.items(value)), write)
         if len(saved) <= MAX_WALKED:
             self._items(saved.items(), path)
 
@@ -363,6 +498,12 @@ class _Kept:
     def _slot(self, value: object, name: str, path: str) -> None:
         held = getattr(value, name)
         self._later(lambda: object.__setattr__(value, name, held))
+        if self.places is not None:
+            self._one_place(
+                f"{path}.{name} =",
+                lambda: getattr(value, name),
+                functools.partial(object.__setattr__, value, name),
+            )
         self._items([(name, held)], path)
 
     def _module(self, module: nn.Module, path: str) -> None:
@@ -409,6 +550,12 @@ class _Kept:
             if name.startswith("__") or callable(item) or hasattr(item, "__get__"):
                 continue
             self._later(functools.partial(_set_class_attribute, cls, name, item))
+            if self.places is not None:
+                self._one_place(
+                    f"{cls.__qualname__}.{name} =",
+                    functools.partial(getattr, cls, name),
+                    functools.partial(setattr, cls, name),
+                )
             self._items([(name, item)], cls.__qualname__)
 
     def _parameter(self, p: nn.Parameter, path: str) -> None:
@@ -452,6 +599,12 @@ class _Kept:
             cell.cell_contents = held
 
         self._later(undo)
+        if self.places is not None:
+            self._one_place(
+                f"{path} =",
+                lambda: cell.cell_contents,
+                functools.partial(setattr, cell, "cell_contents"),
+            )
 
     def _globals(self, held: dict[str, Any], names: Iterable[str]) -> None:
         for name in names:
@@ -462,6 +615,12 @@ class _Kept:
             if isinstance(value, _ITERATORS):
                 value = self._iterator(value, functools.partial(held.__setitem__, name))
             self._later(functools.partial(_set_item, held, name, value))
+            if self.places is not None:
+                self._one_place(
+                    f"{held.get('__name__')}.{name} =",
+                    functools.partial(held.get, name),
+                    functools.partial(held.__setitem__, name),
+                )
 
     def _method(self, value: types.MethodType, path: str) -> None:
         owner = value.__self__
@@ -527,6 +686,29 @@ def _random_state_of(value: object) -> Callable[[], None] | None:
     if isinstance(value, np.random.RandomState):
         return functools.partial(value.set_state, value.get_state())
     return None
+
+
+def _state_of_random(value: Any) -> tuple[Callable[[], object], Callable[[Any], object]]:
+    """Return what reads the state of a random generator, and what sets it."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.RandomState):
+        return (lambda: as_plain(value.get_state())), (
+            lambda state: value.set_state(from_plain(state, torch.device("cpu")))
+        )
+    bits = value.bit_generator if isinstance(value, np.random.Generator) else value
+    return (lambda: as_plain(bits.state)), lambda state: setattr(
+        bits, "state", from_plain(state, torch.device("cpu"))
+    )
+
+
+def _put_tensor(value: Tensor, kept: Tensor) -> None:
+    if value.shape == kept.shape and value.dtype == kept.dtype:
+        value.data.copy_(kept)
+    else:
+        value.data = kept.to(value.device)
 
 
 def _set_state_of_torch(generator: torch.Generator, state: Tensor) -> None:
@@ -604,6 +786,11 @@ def _restore_array(value: np.ndarray[Any, Any], kept: np.ndarray[Any, Any]) -> N
 
 def _set_list(value: list[object], saved: list[object]) -> None:
     list.__setitem__(value, slice(None), saved)
+
+
+def _set_mapping(value: dict[Any, Any], kind: type[dict[Any, Any]], items: dict[Any, Any]) -> None:
+    kind.clear(value)
+    kind.update(value, items)
 
 
 def _set_item(held: dict[str, Any], name: str, value: object) -> None:
