@@ -51,6 +51,7 @@ class NullBeside:
             cure = 'attribution="trial" ends it with the trial, and horizon= prices it before'
             return f"overhead={ledger.overhead:g} buys no more of it; {cure}"
         in_step(self._run.given, lambda: self._update(batches))
+        self._run.settle_sizes()
         to_come = ledger.updates_left(self._run.updates) * self._each
         ledger.promised = to_come + end_reading_flops(self._run)
         return None

@@ -223,5 +223,5 @@ class Recording:
         if self._has_made_up or not silent or compute_loss is None or not batches:
             return
         self._has_made_up = True
-        with run.ledger.measured("ranking"):
+        with run.ledger.measured("ranking"), run.fits.in_use():
             record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)

@@ -27,6 +27,7 @@ from esper.resilience.attempt import Failed, attempt
 from esper.seeds.linear_null import why_null_adds
 from esper.state.kernel import prepare_kernel
 from esper.state.ranges import named_ranges
+from esper.state.shortage import is_shortage
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -100,10 +101,21 @@ class Trial:
                 "itself was not touched"
             )
             return None
+        self._run.settle_sizes()
         if self._done < self._num_updates:
             return self
         with named_ranges(self._seeds, "verdict"):
+            return self._judge_in_memory()
+
+    def _judge_in_memory(self) -> Stage | None:
+        """Read the verdict; where there is no memory to read it, the trial is given up."""
+        try:
             return self._judge()
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error) or self.record.verdict != "in trial":
+                raise
+            self.close(f"there is too little memory to read its verdict: {error}")
+            return None
 
     def close(self, reason: str) -> None:
         """Drop the twins and free the seeds; the run is as if it had never tried. No try is spent.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +18,10 @@ from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of, fits_in_use
+from esper.seeds.micro_batches import measure_loss, parts_of
+from esper.seeds.same_draws import devices_of, set_torch_states, torch_states
 from esper.state.set_aside import Apart
 from esper.state.shards import is_in_shards, whole, whole_in
 from esper.wrapping.wrap import layers, wrap
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinBuilder, TwinUpdate
     from esper.growth.live_step import LiveStep
     from esper.growth.run import GrowthRun
+    from esper.seeds.fitting import Cuts, Rule
+    from esper.seeds.micro_batches import Part
 
 PERTURBATION: Final = 1e-3
 """Relative size of the noise by which twins differ that are to be equal but for luck."""
@@ -64,6 +72,7 @@ class Twin:
         self.optimizer = _copied_optimizer(run.optimizer, memo)
         self.factor = _copied_factor(run.factor, self.optimizer, run.model, memo)
         self._update = run.twin_update
+        self._fits = run.fits
         self._apart = Apart(self.model, run.functions)
         self._random_state = random_state(run.model)
 
@@ -76,7 +85,7 @@ class Twin:
         set_random_state(self._random_state)
         apart = self._apart.inside(batches)
         try:
-            with apart, uncompiled(self.model), torch.enable_grad():
+            with apart, uncompiled(self.model), torch.enable_grad(), self._fits.in_use():
                 self._update(self.model, self.optimizer, batches, step)
         finally:
             self._random_state = random_state(self.model)
@@ -126,16 +135,24 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
     """Return the update a twin does where the owner gave none: loss, backward, step.
 
     Several micro-batches of one update are averaged. Gradients are scaled and clipped as those of
-    the live run were seen to be.
+    the live run were seen to be. Where an update does not fit into memory, or takes too long in one
+    piece, its gradients are those of parts of its batches, added up.
     """
+    rules: WeakKeyDictionary[nn.Module, dict[str, Rule]] = WeakKeyDictionary()
 
     def update(
         model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch], step: LiveStep
     ) -> None:
         optimizer.zero_grad()
-        for batch in batches:
-            share = compute_loss(model, batch) / len(batches)
-            (share * step.loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        work = _backward(model, compute_loss, batches, step.loss_scale)
+        devices = devices_of(model)
+        states = torch_states(devices)
+
+        def undo() -> None:
+            optimizer.zero_grad()
+            set_torch_states(devices, states)
+
+        fits_in_use().run(replace(work, rules=rules.setdefault(model, {}), undo=undo))
         if step.average is not None:
             step.average(optimizer)
         if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
@@ -144,6 +161,36 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
         optimizer.step()
 
     return update
+
+
+def _backward(
+    model: nn.Module, compute_loss: LossFunction, batches: list[Batch], loss_scale: float
+) -> Pass[None]:
+    """Return forward and backward of the batches of one update, which adds to the gradients."""
+
+    def whole() -> None:
+        for batch in batches:
+            share = compute_loss(model, batch) / len(batches)
+            (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+
+    def parted(cuts: Cuts, rule: Rule) -> None:
+        for part in parts_of(model, cuts, rule):
+            with part.drawing:
+                backward(part)
+
+    def backward(part: Part) -> None:
+        for batch in batches:
+            share = compute_loss(model, rows_of(batch, *part.rows)) * part.share / len(batches)
+            (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+
+    return Pass(
+        work="trial",
+        batch=batches,
+        device=device_of(model),
+        whole=whole,
+        parted=parted,
+        measure=lambda num, rule: measure_loss(model, compute_loss, batches[0], num, rule),
+    )
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
