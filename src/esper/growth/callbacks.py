@@ -95,7 +95,7 @@ def measure_update(run: GrowthRun, batch: Batch) -> int | None:
     asked for in this way (a sharded one) is taken to need twice its forward for its backward.
 
     Returns:
-        FLOPs of the forward; None where there is no ``compute_loss``.
+        FLOPs of the forward; None where there is no ``compute_loss``, or no memory for the pass.
 
     Raises:
         TypeError: The owner's loss is no tensor.
@@ -103,18 +103,26 @@ def measure_update(run: GrowthRun, batch: Batch) -> int | None:
     """
     if run.compute_loss is None:
         return None
-    with run.fits.in_use():
-        return run.fits.run(
-            Pass(
-                work="ranking",
-                batch=batch,
-                device=device_of(run.model),
-                whole=lambda: _measured(run, batch, 1.0),
-                parted=lambda cuts, _: _measured_on_part(run, batch, cuts),
-                measure=lambda *_: None,  # FLOPs are those of a part, times how many there are
-                rules=run.update_rules,
-            )
+    work = Pass(
+        work="ranking",
+        batch=batch,
+        device=device_of(run.model),
+        whole=lambda: _measured(run, batch, 1.0),
+        parted=lambda cuts, _: _measured_on_part(run, batch, cuts),
+        measure=lambda *_: None,  # FLOPs are those of a part, times how many there are
+        rules=run.update_rules,
+    )
+    try:
+        with run.fits.in_use():
+            return run.fits.run(work)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        run.ledger.update.learn(0, num_elements(batch))
+        run.journal.warn(
+            f"nothing can grow, since there is no memory to learn what an update takes: {error}"
         )
+        return None
 
 
 def _measured_on_part(run: GrowthRun, batch: Batch, cuts: Cuts) -> int:
