@@ -74,8 +74,8 @@ def gradients(model, compute_loss, batches, fits, *, random_seed=0):
             kept.extend(p.grad.clone() for g in self.param_groups for p in g["params"])
 
     optimizer = Keep(model.parameters(), lr=0.1)
-    with torch.random.fork_rng(), fits.in_use():
-        torch.manual_seed(random_seed)
+    with torch.random.fork_rng(), fits.in_use(undo=lambda: torch.manual_seed(random_seed)):
+        torch.manual_seed(random_seed)  # as a twin puts its random state back
         update = lockstep_update(compute_loss)
         update(model, optimizer, batches, LiveStep(settings=[{"lr": 0.1}], loss_scale=1.0))
         return kept, torch.get_rng_state()

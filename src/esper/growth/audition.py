@@ -122,15 +122,15 @@ class Audition:
                 measure_loss(model, compute_loss, batch, num, rule, inputs=parameters)
 
         gradients = fits_in_use().run(
-            Pass(
+            taken,
+            lambda: Pass(
                 work="trial",
                 batch=batch,
                 device=device_of(model),
-                whole=taken,
                 parted=taken,
                 measure=measure,
                 rules=self.rules,
-            )
+            ),
         )
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient

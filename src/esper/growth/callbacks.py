@@ -103,18 +103,20 @@ def measure_update(run: GrowthRun, batch: Batch) -> int | None:
     """
     if run.compute_loss is None:
         return None
-    work = Pass(
-        work="ranking",
-        batch=batch,
-        device=device_of(run.model),
-        whole=lambda: _measured(run, batch, 1.0),
-        parted=lambda cuts, _: _measured_on_part(run, batch, cuts),
-        measure=lambda *_: None,  # FLOPs are those of a part, times how many there are
-        rules=run.update_rules,
-    )
+
+    def work() -> Pass[int]:
+        return Pass(
+            work="ranking",
+            batch=batch,
+            device=device_of(run.model),
+            parted=lambda cuts, _: _measured_on_part(run, batch, cuts),
+            measure=lambda *_: None,  # FLOPs are those of a part, times how many there are
+            rules=run.update_rules,
+        )
+
     try:
         with run.fits.in_use():
-            return run.fits.run(work)
+            return run.fits.run(lambda: _measured(run, batch, 1.0), work)
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -76,7 +77,13 @@ def evaluate_on(
     def evaluate(model: nn.Module) -> Tensor:
         where = torch.device(device or device_of(model))
         fits, rules = fits_in_use(), rules_of.setdefault(model, {})
-        found = [fits.run(_pass(model, batch, loss, where, rules)) for batch in _on(loader, where)]
+        found = [
+            fits.run(
+                functools.partial(_losses, model, batch, loss),
+                functools.partial(_pass, model, batch, loss, where, rules),
+            )
+            for batch in _on(loader, where)
+        ]
         if not found:
             msg = "the loader of evaluate_on gave no batch: it is empty, or was gone through"
             raise ValueError(msg)
@@ -130,7 +137,6 @@ def _pass(
         work="evaluation",
         batch=batch,
         device=device,
-        whole=lambda: losses(batch),
         parted=lambda parts, _: torch.cat([losses(rows_of(batch, *part)) for part in parts]),
         measure=lambda num, rule: measure_losses(model, losses, batch, num, rule),
         rules=rules,

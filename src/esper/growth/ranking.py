@@ -505,14 +505,14 @@ def _readout_calls(
         rule.against = looked(look, num)
 
     return fits_in_use().run(
-        Pass(
+        lambda: _run_readout(candidate, source, random_seed),
+        lambda: Pass(
             work="ranking",
             batch=source,
             device=source.device,
-            whole=lambda: _run_readout(candidate, source, random_seed),
             parted=lambda cuts, _: _run_parts(candidate, source, random_seed, cuts),
             measure=measure,
-        )
+        ),
     )
 
 

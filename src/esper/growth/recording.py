@@ -471,19 +471,20 @@ def record_beside(
         sites: Of which sites; None: of all.
     """
     assert recorder.records_shadow_passes
+    undo = recorder.mark()
     fits_in_use().run(
-        Pass(
+        lambda: _record(recorder, model, compute_loss, batch, sites),
+        lambda: Pass(
             work="ranking",
             batch=batch,
             device=device_of(model),
-            whole=lambda: _record(recorder, model, compute_loss, batch, sites),
             parted=lambda cuts, rule: _record_parts(
                 recorder, model, compute_loss, batch, sites, cuts, rule
             ),
             measure=lambda num, rule: _measure(recorder, model, compute_loss, batch, num, rule),
             rules=recorder.rules,
-            undo=recorder.mark(),
-        )
+            undo=undo,
+        ),
     )
     recorder.end_update()
 

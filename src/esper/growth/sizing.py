@@ -279,15 +279,15 @@ def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str 
         return None
     with run.fits.in_use():
         return run.fits.run(
-            Pass(
+            lambda: _too_slow(run, package, batch),
+            lambda: Pass(
                 work="ranking",
                 batch=batch,
                 device=device_of(run.model),
-                whole=lambda: _too_slow(run, package, batch),
                 parted=lambda cuts, _: _too_slow(run, package, rows_of(batch, *cuts[-1])),
                 measure=lambda *_: None,  # what is compared are forwards of as many samples
                 rules=run.update_rules,
-            )
+            ),
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,6 @@ from esper.forward.recompilation import uncompiled
 from esper.seeds.batch_rows import rows_of
 from esper.seeds.fitting import Pass, device_of, fits_in_use
 from esper.seeds.micro_batches import measure_loss, parts_of
-from esper.seeds.same_draws import devices_of, set_torch_states, torch_states
 from esper.state.set_aside import Apart
 from esper.state.shards import is_in_shards, whole, whole_in
 from esper.wrapping.wrap import layers, wrap
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from esper.growth.live_step import LiveStep
     from esper.growth.run import GrowthRun
     from esper.seeds.fitting import Cuts, Rule
-    from esper.seeds.micro_batches import Part
 
 PERTURBATION: Final = 1e-3
 """Relative size of the noise by which twins differ that are to be equal but for luck."""
@@ -85,7 +83,9 @@ class Twin:
         set_random_state(self._random_state)
         apart = self._apart.inside(batches)
         try:
-            with apart, uncompiled(self.model), torch.enable_grad(), self._fits.in_use():
+            back = functools.partial(set_random_state, self._random_state)
+            in_use = self._fits.in_use(undo=back)
+            with apart, uncompiled(self.model), torch.enable_grad(), in_use:
                 self._update(self.model, self.optimizer, batches, step)
         finally:
             self._random_state = random_state(self.model)
@@ -144,15 +144,20 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
         model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch], step: LiveStep
     ) -> None:
         optimizer.zero_grad()
-        work = _backward(model, compute_loss, batches, step.loss_scale)
-        devices = devices_of(model)
-        states = torch_states(devices)
-
-        def undo() -> None:
-            optimizer.zero_grad()
-            set_torch_states(devices, states)
-
-        fits_in_use().run(replace(work, rules=rules.setdefault(model, {}), undo=undo))
+        fits_in_use().run(
+            functools.partial(_backward, model, compute_loss, batches, step.loss_scale),
+            lambda: Pass(
+                work="trial",
+                batch=batches,
+                device=device_of(model),
+                parted=functools.partial(
+                    _backward_of_parts, model, compute_loss, batches, step.loss_scale
+                ),
+                measure=functools.partial(measure_loss, model, compute_loss, batches[0]),
+                rules=rules.setdefault(model, {}),
+                undo=optimizer.zero_grad,
+            ),
+        )
         if step.average is not None:
             step.average(optimizer)
         if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
@@ -165,32 +170,27 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
 
 def _backward(
     model: nn.Module, compute_loss: LossFunction, batches: list[Batch], loss_scale: float
-) -> Pass[None]:
-    """Return forward and backward of the batches of one update, which adds to the gradients."""
+) -> None:
+    """Add the gradients of the batches of one update."""
+    for batch in batches:
+        share = compute_loss(model, batch) / len(batches)
+        (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
 
-    def whole() -> None:
-        for batch in batches:
-            share = compute_loss(model, batch) / len(batches)
-            (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
 
-    def parted(cuts: Cuts, rule: Rule) -> None:
-        for part in parts_of(model, cuts, rule):
-            with part.drawing:
-                backward(part)
-
-    def backward(part: Part) -> None:
-        for batch in batches:
-            share = compute_loss(model, rows_of(batch, *part.rows)) * part.share / len(batches)
-            (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-
-    return Pass(
-        work="trial",
-        batch=batches,
-        device=device_of(model),
-        whole=whole,
-        parted=parted,
-        measure=lambda num, rule: measure_loss(model, compute_loss, batches[0], num, rule),
-    )
+def _backward_of_parts(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batches: list[Batch],
+    loss_scale: float,
+    cuts: Cuts,
+    rule: Rule,
+) -> None:
+    """Add the gradients of the batches of one update, part by part."""
+    for part in parts_of(model, cuts, rule):
+        with part.drawing:
+            for batch in batches:
+                share = compute_loss(model, rows_of(batch, *part.rows)) / len(batches)
+                (share * (part.share * loss_scale)).backward()  # type: ignore[no-untyped-call] # as above
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:

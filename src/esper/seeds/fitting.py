@@ -11,6 +11,7 @@ they do not, the batch is left whole, and that is said.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from esper.contracts.choices import FitReason, PassWork
 from esper.contracts.ports import Clock
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.batch_rows import NoRowsError, cuts, num_rows, rows_of, shapes_of
-from esper.state.shortage import is_shortage, shortages_told
+from esper.state.shortage import ShortagesTold, is_shortage
 
 Cuts = list[tuple[int, int]]
 """Where parts begin and end."""
@@ -82,6 +83,10 @@ class Planned(NamedTuple):
     size: int
 
 
+def _nothing() -> None:
+    """Take back nothing."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Rule:
     """Whether parts of a pass add up to the whole, as it was measured last.
@@ -109,7 +114,6 @@ class Pass(Generic[T]):
         work: What it is made for.
         batch: What is cut.
         device: Where it is made.
-        whole: Makes it on the whole batch.
         parted: Makes it in parts, which the rule says how to add up.
         measure: Learns on so many of the first samples whether parts add up.
         rules: What was measured before, of the same work on the same model.
@@ -119,11 +123,10 @@ class Pass(Generic[T]):
     work: PassWork
     batch: object
     device: torch.device
-    whole: Callable[[], T]
     parted: Callable[[Cuts, Rule], T]
     measure: Callable[[int, Rule], None]
     rules: dict[str, Rule] = field(default_factory=dict)
-    undo: Callable[[], None] = lambda: None
+    undo: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,7 @@ class Fits:
         self._tell_left = tell_left or _log_left
         self._off = off
         self._sizes: dict[str, int] = {}
+        self._undo: Callable[[], None] = _nothing
         self._took: dict[str, float] = {}  # seconds of a sample in the last pass
         self._planned: list[Planned] = []
         self._updates: Callable[[], int] = lambda: 0
@@ -195,34 +199,52 @@ class Fits:
         self._updates = updates
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let passes that are handed no sizes of their own go by these."""
-        token = _in_use.set(self)
+    def in_use(self, *, undo: Callable[[], None] | None = None) -> Iterator[None]:
+        """Let passes that are handed no sizes of their own go by these.
+
+        Args:
+            undo: Takes back, beside what a pass takes back itself, what one has left that lacked
+                memory.
+        """
+        token, before = _in_use.set(self), self._undo
+        self._undo = undo or _nothing
         try:
             yield
         finally:
+            self._undo = before
             _in_use.reset(token)
 
-    def run(self, work: Pass[T]) -> T:
+    def run(self, whole: Callable[[], T], make: Callable[[], Pass[T]]) -> T:
         """Make a pass: whole where that fits, or may not be cut, else in parts that fit.
+
+        Args:
+            whole: Makes it on the whole batch.
+            make: Describes it; called where that alone is not enough.
 
         Raises:
             Whatever the pass raises; a lack of memory only where fewer samples are of no use.
         """
-        while self._planned and self._planned[-1].update <= self._updates():
-            each = self._planned.pop()
-            self.take({each.key: each.size})
-        size = self._known(work) if self._sizes else None
+        if self._planned:
+            self._take_planned()
+        work = make() if self._sizes or self._pass_s is not None else None
+        size = None if work is None else self._known(work)
         shortage: BaseException | None = None
         if size is None:
-            made = self._tried(work, work.whole, 1)
+            made = self._tried(whole, make if work is None else lambda: work, 1)
             if isinstance(made, _Made):
                 return made.value
             shortage = made
-        return self._in_parts(work, size, shortage)
+        return self._in_parts(work or make(), size, shortage)
+
+    def _take_planned(self) -> None:
+        while self._planned and self._planned[-1].update <= self._updates():
+            each = self._planned.pop()
+            self.take({each.key: each.size})
 
     def _known(self, work: Pass[Any]) -> int | None:
         """Return the size that is known for a pass; None where it is made whole."""
+        if self._off:
+            return None
         try:
             key, num = _key(work), num_rows(work.batch)
         except NoRowsError:
@@ -255,7 +277,8 @@ class Fits:
                     raise shortage
             parts = cuts(num, now)
             rule = work.rules[key]
-            made = self._tried(work, functools.partial(work.parted, parts, rule), len(parts))
+            call = functools.partial(work.parted, parts, rule)
+            made = self._tried(call, lambda: work, len(parts))
             if isinstance(made, _Made):
                 break
             shortage = made
@@ -277,7 +300,7 @@ class Fits:
         if rule is None or (not rule.against and rule.num_uses >= rule.due):
             num_uses = 0 if rule is None else rule.num_uses
             rule = work.rules[key] = Rule(num_uses=num_uses, due=max(1, 2 * num_uses))
-            with shortages_told():
+            with ShortagesTold():
                 work.measure(min(num_rows(work.batch), max(size, 2), CHECKED_SAMPLES), rule)
         if rule.against:
             self._leave(work, rule.against)
@@ -289,24 +312,26 @@ class Fits:
             self._tell_left(work.work, why)
 
     def _tried(
-        self, work: Pass[T], call: Callable[[], T], num_parts: int
+        self, call: Callable[[], T], make: Callable[[], Pass[T]], num_parts: int
     ) -> _Made[T] | BaseException:
         """Return what a pass gives, or what it raised for lack of memory, without its frames."""
         start_s = self._now() if self._pass_s is not None else 0.0
         try:
-            with shortages_told():
+            with ShortagesTold():
                 made = _Made(call())
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
+            work = make()
             if self._why_not(work):
                 raise
             shortage = error
         else:
             if self._pass_s is not None:
-                self._see_time(work, num_parts, self._now() - start_s)
+                self._see_time(make(), num_parts, self._now() - start_s)
             return made
         work.undo()
+        self._undo()
         shortage.__context__ = shortage.__cause__ = None
         return shortage.with_traceback(None)  # its frames hold what has to be free
 
@@ -459,21 +484,22 @@ def of_parts(example: Tensor, figure: Callable[[Tensor], float]) -> float:
         figure: What some samples take.
     """
     return fits_in_use().run(
-        Pass(
+        lambda: figure(example),
+        lambda: Pass(
             work="probe",
             batch=example,
             device=example.device,
-            whole=lambda: figure(example),
             parted=lambda cuts, _: sum(figure(rows_of(example, *part)) for part in cuts),
             measure=lambda *_: None,
-        )
+        ),
     )
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model is; the CPU where it has no parameters and no buffers."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    first = next(tensors, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _key(work: Pass[Any]) -> str:

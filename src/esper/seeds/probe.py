@@ -119,14 +119,14 @@ def _in_memory(
     if not getattr(layer, "batch_first", True):
         return look(call)  # its samples are not the first axis
     return fits_in_use().run(
-        Pass(
+        lambda: look(call),
+        lambda: Pass(
             work="probe",
             batch=call,
             device=call.x.device if isinstance(call.x, Tensor) else device_of(layer),
-            whole=lambda: look(call),
             parted=lambda cuts, _: look(rows_of(call, *cuts[-1])),
             measure=lambda *_: None,  # a kernel is refused or not by whatever samples it is shown
-        )
+        ),
     )
 
 

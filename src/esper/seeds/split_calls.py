@@ -47,15 +47,15 @@ def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
     def forward(*args: object, **kwargs: object) -> object:
         call = args, kwargs
         return fits_in_use().run(
-            Pass(
+            lambda: inner(*args, **kwargs),
+            lambda: Pass(
                 work="evaluation",
                 batch=call,
                 device=device_of(model),
-                whole=lambda: inner(*args, **kwargs),
                 parted=lambda cuts, _: _in_parts(inner, call, cuts),
                 measure=functools.partial(_measure_calls, model, inner, call),
                 rules=rules,
-            )
+            ),
         )
 
     vars(model)["forward"] = forward

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _WORDS: Final = ("out of memory", "can't allocate memory")
 """What allocators without a class of error of their own say; the second is the CPU's."""
@@ -24,17 +20,19 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-@contextmanager
-def shortages_told() -> Iterator[None]:
+class ShortagesTold:
     """Let a lack of memory in a kernel reach the caller, who can do with less at a time.
 
     Elsewhere the fence takes it as a fault of the kernel, and the call goes on without.
     """
-    token = _is_told.set(True)
-    try:
-        yield
-    finally:
-        _is_told.reset(token)
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = _is_told.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _is_told.reset(self._token)
 
 
 def are_shortages_told() -> bool:
