@@ -67,7 +67,8 @@ class Trial:
         for contender in self._package:
             contender.graft.begin_trial(contender.made_by)
         self._nulls = self._linear_forms()
-        self._arms = self._made_arms()
+        with run.fits.in_use():
+            self._arms = self._made_arms()
         self._live = WeightAverage()
         self._shape = [p.shape for p in run.model.parameters()]
         self._batches: deque[Batch] = deque(maxlen=STATISTICS_BATCHES)

@@ -14,6 +14,7 @@ import functools
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from esper.contracts.choices import FitReason, PassWork
 from esper.contracts.ports import Clock
+from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
 from esper.seeds.batch_rows import NoRowsError, cuts, num_rows, rows_of, shapes_of
 from esper.state.shortage import ShortagesTold, is_shortage
@@ -300,8 +302,12 @@ class Fits:
         if rule is None or (not rule.against and rule.num_uses >= rule.due):
             num_uses = 0 if rule is None else rule.num_uses
             rule = work.rules[key] = Rule(num_uses=num_uses, due=max(1, 2 * num_uses))
-            with ShortagesTold():
-                work.measure(min(num_rows(work.batch), max(size, 2), CHECKED_SAMPLES), rule)
+            num = min(num_rows(work.batch), max(size, 2), CHECKED_SAMPLES)
+            with ShortagesTold(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the owner's code, on fewer samples than usual
+                outcome = attempt(functools.partial(work.measure, num, rule))
+            if isinstance(outcome, Failed):
+                rule.against = f"it cannot be made of a few samples alone ({outcome})"
         if rule.against:
             self._leave(work, rule.against)
         return rule.against
