@@ -217,7 +217,7 @@ def _added_up(
         if are_alike(model, pair, precision, again):
             rule.is_sum = is_sum
             return ""
-    return DRAWS if rule.draws else LOOKS
+    return f"{LOOKS}; or {DRAWS}" if rule.draws else LOOKS
 
 
 def _plus(one: Figures, other: Figures) -> Figures:

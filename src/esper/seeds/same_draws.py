@@ -64,7 +64,7 @@ class SameDraws:
             UnknownDrawError: Something is drawn of which no part can be taken.
         """
         set_torch_states(self._devices, self._state)
-        with _Drawing(*part, num):
+        with _Drawing(self._devices, *part, num):
             yield
 
 
@@ -90,8 +90,9 @@ def set_torch_states(devices: list[torch.device], states: list[Tensor]) -> None:
 class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has none
     """Draws for the whole batch what is drawn, and gives the rows of one part."""
 
-    def __init__(self, start: int, stop: int, num: int) -> None:
+    def __init__(self, devices: list[torch.device], start: int, stop: int, num: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # as above
+        self._devices = devices
         self._start, self._stop, self._num = start, stop, num
 
     def __torch_dispatch__(
@@ -114,6 +115,14 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has 
             return self._rows(func(self._size(args[0]), *args[1:], **given)).clone()
         if func is _ATEN.native_dropout.default:
             return self._dropout(func, *args, **given)
+        return self._undrawn(func, *args, **given)
+
+    def _undrawn(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an operation that may draw, as an attention with or without dropout."""
+        before = torch_states(self._devices)
+        found = func(*args, **kwargs)
+        if all(map(torch.equal, before, torch_states(self._devices))):
+            return found
         msg = f"{func} draws random numbers, of which no part can be taken"
         raise UnknownDrawError(msg)
 
