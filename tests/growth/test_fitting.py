@@ -1,7 +1,12 @@
 """Passes beside the training fit into memory, and into a time; what they find does not change."""
 
 import gc
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -754,6 +759,21 @@ def test_what_is_left_of_large_terms_may_differ_as_much_as_rounding_makes_it(noi
     parts = [[whole[0][0] + noise * whole[0][0].abs().max() * torch.cos(x[:, :1] * 7)]]
     assert are_alike(model, (whole, parts), torch.float32, figures) is (noise < 1e-4)
     assert not are_alike(model, (whole, [[parts[0][0][:5]]]), torch.float32, figures)
+
+
+@pytest.mark.slow
+def test_a_real_process_that_is_short_of_memory():
+    """An update that the allocator of the CPU refuses is made in parts; the control is refused."""
+    script = Path(__file__).parents[1] / "support" / "limited_process.py"
+    command = [sys.executable, str(script)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert "allocate memory" in found["control"]
+    assert found["left"] == []
+    assert found["sizes"][0] < 1 << 13
+    assert found["apart"] <= 1e-12
 
 
 @pytest.mark.gpu

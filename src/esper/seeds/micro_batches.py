@@ -271,8 +271,8 @@ def _same_losses(
 ) -> str:
     with Watched(model) as watched, precision_seen(model) as precisions:
         whole = losses(rows_of(batch, 0, num))
-        if watched.changed():
-            return watched.changed()
+        if watched.drawn():  # what else changes is put back behind a reading
+            return watched.drawn()
         parts = torch.cat([losses(rows_of(batch, *part)) for part in uneven(num)])
     again = functools.partial(losses, rows_of(batch, 0, num))
     pair: tuple[Groups, Groups] = [[whole]], [[parts]]
@@ -307,6 +307,10 @@ class Watched:
         for name in {**self._kept, **now}:
             if self._kept.get(name) != now.get(name):
                 return f"a forward changes {name}, and parts are a forward each"
+        return self.drawn()
+
+    def drawn(self) -> str:
+        """Say that random numbers were drawn; empty where none were."""
         if self._elsewhere != _states_elsewhere():
             return "it draws from the generators of Python or numpy, which parts would move further"
         states = zip(self._states, torch_states(self._devices), strict=True)
