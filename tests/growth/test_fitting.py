@@ -225,10 +225,32 @@ class Counting(nn.Module):
 
 
 def of_many(model, batch):
-    """A loss that no single sample has."""
+    """A loss that a few samples do not have."""
+    if len(batch["x"]) < 4:
+        raise ValueError("so few samples")
+    return mean(model, batch)
+
+
+def of_pairs(model, batch):
+    """A loss that a single sample does not have, as of code that squeezes its axis away."""
     if len(batch["x"]) < 2:
         raise ValueError("a single sample")
     return mean(model, batch)
+
+
+@pytest.mark.parametrize(("num", "most", "size"), [(24, 8, 6), (30, 15, 15), (24, 3, None)])
+def test_parts_are_pairs_where_a_single_sample_cannot_be_taken(num, most, size):
+    """It is measured with two samples where it raises with one, if four fit at once."""
+    batch, (fits, sizes, left) = data(num), told()
+    whole, _ = gradients(host(Memory()), of_pairs, [batch], Fits())
+    memory = Memory(most)
+    if size is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(host(memory), of_pairs, [batch], fits)
+        return
+    parts, _ = gradients(host(memory), of_pairs, [batch], fits)
+    assert (left, [s.size for s in sizes]) == ([], [size])
+    assert apart(whole, parts) <= 1e-6
 
 
 class DrawingElsewhere(nn.Module):
@@ -241,7 +263,7 @@ class DrawingElsewhere(nn.Module):
     [
         (lambda m: m, contrastive, "depends on the others of the batch"),
         (lambda m: m, by_tokens, "weighs them otherwise"),
-        (lambda m: m, of_many, "cannot be made of a few samples alone.*a single sample"),
+        (lambda m: m, of_many, "cannot be made of a few samples alone.*so few samples"),
         (lambda m: m.append(Counting()), mean, "a forward changes 6.num_calls"),
         (lambda m: m.append(DrawingElsewhere()), mean, "random numbers"),
     ],

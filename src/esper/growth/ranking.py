@@ -487,9 +487,9 @@ def _readout_calls(
 ) -> list[tuple[Tensor, Tensor]]:
     """Run a kernel as :func:`_run_readout` does, in parts where memory is missing."""
 
-    def look(num: int) -> str:
+    def look(rule: Rule, num: int) -> str:
         try:
-            parts = _run_parts(candidate, source[:num], random_seed, uneven(num))
+            parts = _run_parts(candidate, source[:num], random_seed, uneven(num, rule))
         except NoRowsError as error:
             return str(error)
         whole = _run_readout(candidate, source[:num], random_seed)
@@ -502,7 +502,7 @@ def _readout_calls(
         return "" if are_alike(candidate.kernel, pair, precision, again) else LOOKS
 
     def measure(num: int, rule: Rule) -> None:
-        rule.against = looked(look, num)
+        rule.against = looked(functools.partial(look, rule), num)
 
     return fits_in_use().run(
         lambda: _run_readout(candidate, source, random_seed),

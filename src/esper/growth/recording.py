@@ -562,7 +562,7 @@ def _measure(
         ):
             _record(whole, model, compute_loss, sample, None)
         with Recorder(layers, records_shadow_passes=True) as parts:
-            _record_parts(parts, model, compute_loss, sample, None, uneven(num), rule)
+            _record_parts(parts, model, compute_loss, sample, None, uneven(num, rule), rule)
 
         def again() -> Groups:
             with Recorder(layers, records_shadow_passes=True) as other:

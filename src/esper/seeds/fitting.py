@@ -47,6 +47,7 @@ IN_SHARDS: Final = "the ranks of a sharded model make each pass together"
 """Why nothing is cut there: ranks wait for each other in every pass."""
 _MOST_ROUNDING: Final = 1e3
 _TIMES_ROUNDING: Final = 8.0
+_FOR_PAIRS: Final = 4
 CHECKED_SAMPLES: Final = 32
 """Samples on which it is measured whether parts add up, at most."""
 
@@ -96,6 +97,7 @@ class Rule:
     Attributes:
         against: Why they do not; empty where they do.
         is_sum: Whether a loss is the sum over its samples; else it is their mean.
+        least: Samples that a part has at least.
         draws: Whether the pass draws random numbers, so that parts have to draw the same.
         num_uses: Passes that were cut.
         due: Of how many it is measured again.
@@ -103,6 +105,7 @@ class Rule:
 
     against: str = ""
     is_sum: bool = False
+    least: int = 1
     draws: bool = False
     num_uses: int = 0
     due: int = 1
@@ -303,14 +306,25 @@ class Fits:
             num_uses = 0 if rule is None else rule.num_uses
             rule = work.rules[key] = Rule(num_uses=num_uses, due=max(1, 2 * num_uses))
             num = min(num_rows(work.batch), max(size, 2), CHECKED_SAMPLES)
-            with ShortagesTold(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the owner's code, on fewer samples than usual
-                outcome = attempt(functools.partial(work.measure, num, rule))
-            if isinstance(outcome, Failed):
-                rule.against = f"it cannot be made of a few samples alone ({outcome})"
-        if rule.against:
-            self._leave(work, rule.against)
-        return rule.against
+            failed = self._measure(work, num, rule)
+            if failed is not None and num >= _FOR_PAIRS:
+                rule.least = 2  # many a model, or loss, cannot do with a single sample
+                failed = self._measure(work, num, rule)
+            if failed is not None:
+                rule.against = f"it cannot be made of a few samples alone ({failed})"
+        against = rule.against
+        if not against and min(b - a for a, b in cuts(num_rows(work.batch), size)) < rule.least:
+            against = "it cannot be made of a single sample"
+        if against:
+            self._leave(work, against)
+        return against
+
+    def _measure(self, work: Pass[Any], num: int, rule: Rule) -> Failed | None:
+        """Measure whether parts add up; return what was raised."""
+        with ShortagesTold(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the owner's code, on fewer samples than usual
+            outcome = attempt(functools.partial(work.measure, num, rule))
+        return outcome if isinstance(outcome, Failed) else None
 
     def _leave(self, work: Pass[Any], why: str) -> None:
         if (work.work, why) not in self._left:
@@ -472,13 +486,14 @@ def lowest(precisions: list[torch.dtype]) -> torch.dtype:
     return max(precisions, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def uneven(num: int) -> Cuts:
+def uneven(num: int, rule: Rule) -> Cuts:
     """Return cuts of ``num`` samples, at least 2, by which means and sums are told apart.
 
-    One sample stands alone: a sample that weighs otherwise than the others shows there.
+    One sample stands alone, if it may: one that weighs otherwise than the others shows there.
     """
-    middle = 1 + max(1, (num - 1) // 3)
-    edges = [0, 1, middle, num] if middle < num else [0, 1, num]
+    first = min(rule.least, num - 1)
+    middle = first + max(first, (num - first) // 3)
+    edges = [0, first, middle, num] if middle + first <= num else [0, first, num]
     return list(pairwise(edges))
 
 

@@ -195,7 +195,7 @@ def _added_up(
         return changed
     means: Figures = []
     sums: Figures = []
-    for start, stop in uneven(num):
+    for start, stop in uneven(num, rule):
         drawing = SameDraws(model).of((start, stop), num) if rule.draws else nullcontext()
         try:
             part, _ = figures(rows_of(batch, start, stop), drawing)
@@ -263,17 +263,17 @@ def measure_losses(
         num: Samples that are looked at, at least 2; fewer where they do not fit.
         rule: Where it is written down.
     """
-    rule.against = looked(lambda num: _same_losses(model, losses, batch, num), num)
+    rule.against = looked(lambda num: _same_losses(model, losses, batch, num, rule), num)
 
 
 def _same_losses(
-    model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch, num: int
+    model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch, num: int, rule: Rule
 ) -> str:
     with Watched(model) as watched, precision_seen(model) as precisions:
         whole = losses(rows_of(batch, 0, num))
         if watched.drawn():  # what else changes is put back behind a reading
             return watched.drawn()
-        parts = torch.cat([losses(rows_of(batch, *part)) for part in uneven(num)])
+        parts = torch.cat([losses(rows_of(batch, *part)) for part in uneven(num, rule)])
     again = functools.partial(losses, rows_of(batch, 0, num))
     pair: tuple[Groups, Groups] = [[whole]], [[parts]]
     precision = lowest([*precisions, whole.dtype])

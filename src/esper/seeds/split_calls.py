@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from esper.seeds.batch_rows import NoRowsError, joined_rows, rows_of
+from esper.seeds.batch_rows import joined_rows, rows_of
 from esper.seeds.fitting import (
     Pass,
     are_alike,
@@ -92,10 +92,7 @@ def _measure_calls(
             whole = inner(*args, **kwargs)
             if watched.drawn():  # what else changes is put back behind a reading
                 return watched.drawn()
-            try:
-                parts = _in_parts(inner, (args, kwargs), uneven(num))
-            except NoRowsError as error:
-                return str(error)
+            parts = _in_parts(inner, (args, kwargs), uneven(num, rule))
         return "" if alike(whole, parts, precisions, lambda: inner(*args, **kwargs)) else LOOKS
 
     def alike(
