@@ -10,6 +10,7 @@ from esper.contracts.events import (
     EVENT_TYPES,
     AlphaChanged,
     AnomalySeen,
+    BatchFitted,
     BreakerMoved,
     Detected,
     Evaluated,
@@ -192,6 +193,17 @@ OF_FORMAT_1_1 = {
         started_at=7,
         ramp_updates=20,
         loss_before=0.5,
+    ),
+    '{"device": "cpu", "format_version": "1.1", "id": "ab-3", "kind": "batch_fitted", '
+    '"run_id": "ab", "samples": 64, "seq": 3, "shapes": "float32[3] int64[]", "size": 16, '
+    '"time_s": 0.5, "update": 7, "why": "memory", "work": "trial"}': BatchFitted(
+        **ENVELOPE,
+        work="trial",
+        device="cpu",
+        shapes="float32[3] int64[]",
+        samples=64,
+        size=16,
+        why="memory",
     ),
     '{"artifact_id": "ab", "format_version": "1.1", "id": "ab-3", "kind": "registry_unavailable", '
     '"operation": "put", "reason": "down", "run_id": "ab", "seq": 3, "time_s": 0.5, '
@@ -449,6 +461,7 @@ def test_what_was_not_measured_is_no_value_of_another_type():
         ("seed_faulted", '"active"', "2", "state"),
         ("seed_moved", '"error_recovery"', '"lost"', "after"),
         ("retried", '"recovered"', '"well"', "outcome"),
+        ("batch_fitted", '"memory"', '"luck"', "why"),
         ("breaker_moved", '"open"', '"ajar"', "after"),
         ("anomaly_seen", '"latency"', '"mood"', "what"),
         ("stage_changed", '"audition"', '"tryout"', "before"),

@@ -21,6 +21,7 @@ JUST_INSIDE = {
     "goal": ["min", "max"],
     "evaluate_every": [1, None],
     "overhead": [0.0, 0, 1000.0, None],
+    "pass_s": [0.001, 1, None],
     "trial": ["twin", "shadow"],
     "record_updates": [1],
     "trial_updates": [50],
@@ -42,6 +43,7 @@ JUST_OUTSIDE = {
     "goal": ["mean"],
     "evaluate_every": [0],
     "overhead": [-0.001, float("nan"), float("inf")],
+    "pass_s": [0.0, -1, float("inf")],
     "trial": ["hope"],
     "record_updates": [0],
     "trial_updates": [49],
@@ -62,7 +64,7 @@ WRONG_TYPE = (
     {name: ["3", 2.5, True] for name in NAMES}
     | {name: [1, None] for name in ("goal", "trial", "attribution", "pays")}
     | {name: ["0.1", None, False] for name in ("spread", "lr_new", "min_effect")}
-    | {"overhead": ["0.1", False]}
+    | {name: ["0.1", False] for name in ("overhead", "pass_s")}
 )
 
 

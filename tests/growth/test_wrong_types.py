@@ -134,6 +134,7 @@ def test_number_of_seeds_is_a_whole_number(num_seeds):
         ("catalog", []),
         ("registry", 8000),
         ("registry", "ftp://kernels"),
+        ("fit_like", 3),
         ("preload_bytes", -1),
         ("preload_bytes", "many"),
         ("budget", {"packages": 2}),

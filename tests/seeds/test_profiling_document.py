@@ -17,6 +17,7 @@ OF_THE_RUN = {
     "detected",
     "ranked",
     "noted",
+    "batch_fitted",
     "stage_changed",
     "stage_woken",
     "gate_read",

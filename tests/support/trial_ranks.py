@@ -199,6 +199,39 @@ def a_twin_that_fails_on_one_rank_ends_the_trial_of_all():
     assert ("rank 1 could not go on" in trial.reason) is (dist.get_rank() == 0)
 
 
+def short_of_memory(run, *, rank, most):
+    """Let one rank's passes beside the training lack memory above so many samples."""
+    calm = run.compute_loss
+
+    def loss(model, batch):
+        is_beside = model is not run.given
+        if is_beside and dist.get_rank() == rank and len(batch) > most:
+            raise torch.OutOfMemoryError(f"{len(batch)} samples do not fit")
+        return calm(model, batch)
+
+    return loss
+
+
+def all_ranks_go_by_the_smallest_sizes():
+    """One rank is short of memory: the trial is judged all the same, by the same kernels."""
+    run = replicated()
+    run.compute_loss = short_of_memory(run, rank=1, most=10)
+    torch.manual_seed(dist.get_rank())
+    with grower_of(run) as grower:
+        for batch in own_batches(80):
+            run.update(batch, grower)
+            assert_ranks_agree(run.model)
+        (trial,) = grower.report().trials
+        sizes = grower._run.fits.state_dict()
+    assert trial.verdict == "kept"
+    told = [None, None]
+    dist.all_gather_object(told, sizes)
+    assert told[0] == told[1]
+    assert sizes["trial|cpu|int64[]"] == 8
+    of_rank = [note for note in grower.report().notes if "did not fit" in note]
+    assert bool(of_rank) is (dist.get_rank() == 1)
+
+
 def trained(run, grower, num):
     for batch in own_batches(num):
         run.update(batch, grower)
@@ -476,6 +509,7 @@ CASES = {
     case.__name__: case
     for case in (
         a_refused_trial_leaves_every_rank_alone,
+        all_ranks_go_by_the_smallest_sizes,
         a_package_is_taken_over_by_all_ranks_at_once,
         a_twin_without_a_package_is_the_run,
         a_roll_back_takes_every_rank_back,

@@ -43,6 +43,14 @@ RegistryOperation = Literal["put", "fetch", "search", "report"]
 are, or to take a field report."""
 REGISTRY_OPERATIONS: Final[tuple[RegistryOperation, ...]] = get_args(RegistryOperation)
 
+PassWork = Literal["evaluation", "ranking", "trial", "probe"]
+"""What a pass is made for that Esper makes beside the training."""
+PASS_WORK: Final[tuple[PassWork, ...]] = get_args(PassWork)
+
+FitReason = Literal["memory", "time"]
+"""What chose how many samples such a pass is made of."""
+FIT_REASONS: Final[tuple[FitReason, ...]] = get_args(FitReason)
+
 RetriedWork = Literal["probe", "load"]
 """What was tried again: the probe of an isolated seed, or the load of a kernel."""
 RETRIED_WORK: Final[tuple[RetriedWork, ...]] = get_args(RetriedWork)

@@ -22,7 +22,9 @@ from esper.contracts.choices import (
     ATTRIBUTIONS,
     BREAKER_WORDS,
     DEPTH_VERDICTS,
+    FIT_REASONS,
     GATES,
+    PASS_WORK,
     REGISTRY_OPERATIONS,
     RETRIED_WORK,
     RETRY_OUTCOMES,
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
         Attribution,
         BreakerWord,
         DepthVerdict,
+        FitReason,
         Gate,
+        PassWork,
         RegistryOperation,
         RetriedWork,
         RetryOutcome,
@@ -680,6 +684,28 @@ class RegistryUnavailable(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFitted(Event):
+    """A size was chosen for passes that are made beside the training.
+
+    Attributes:
+        work: What they are made for: ``"evaluation"``, ``"ranking"``, ``"trial"`` or ``"probe"``.
+        device: Where, as torch names it.
+        shapes: Dtypes and shapes of the batch without the axis of samples.
+        samples: Samples of the batch, at least 2.
+        size: Samples of a pass from now on, at least 1.
+        why: What chose it: ``"memory"`` or ``"time"``.
+    """
+
+    kind: ClassVar[str] = "batch_fitted"
+    work: PassWork
+    device: str
+    shapes: str
+    samples: int
+    size: int
+    why: FitReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Noted(Event):
     """A word to the owner: advice, a fallback that was taken, a limit that was met.
 
@@ -749,6 +775,7 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
         AnomalySeen,
         HealthChanged,
         RegistryUnavailable,
+        BatchFitted,
         Noted,
         RunEnded,
     )
@@ -757,6 +784,7 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
 _STAGES: Final = tuple(stage.value for stage in GraftStage)
 _CLOSED: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "anomaly_seen": {"what": ANOMALOUS_FIGURES},
+    "batch_fitted": {"work": PASS_WORK, "why": FIT_REASONS},
     "breaker_moved": {"before": BREAKER_WORDS, "after": BREAKER_WORDS},
     "gate_read": {"gate": GATES},
     "registry_unavailable": {"operation": REGISTRY_OPERATIONS},

@@ -13,6 +13,7 @@ from torch import Tensor
 from esper.forward.finiteness import host_mark, in_transform
 from esper.forward.gradient_gates import gated
 from esper.state.observation import Call
+from esper.state.shortage import are_shortages_told, is_shortage
 
 if TYPE_CHECKING:
     from esper.state.layer_call import LayerCall
@@ -46,7 +47,9 @@ def run_kernel(
         if launch is not None:
             return _conform(launch(partial(_output, seed, call, h)), h)
         return _conform(_output(seed, call, h), h)
-    except Exception as error:  # noqa: BLE001 - the one broad fence
+    except Exception as error:
+        if are_shortages_told() and is_shortage(error):
+            raise
         _remember_raised(seed, h, error)
         return None
 

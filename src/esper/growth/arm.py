@@ -35,8 +35,11 @@ class Arm:
 
     def update(self, run: GrowthRun, batches: list[Batch]) -> None:
         """Do the update that the live run has just done."""
+        changes = run.fits.num_changes
         with self.meter.counted(batches):
             self.twin.update(batches, run.live_step())
+        if run.fits.num_changes != changes:
+            self.meter.forget()  # what did not fit was counted with it
 
     def set_alphas(self, num_updates: int, ramp_updates: int) -> None:
         """Let kernels that could not enter at alpha 1 rise to it."""

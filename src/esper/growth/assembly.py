@@ -17,6 +17,7 @@ from esper.continuity.placement import Placement, check_trains, numbered
 from esper.continuity.replicas import bare, is_first, ranks_of
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
+from esper.contracts.events import BatchFitted
 from esper.contracts.reference import is_digest
 from esper.fetching.enhanced_kernel_cache import EnhancedKernelCache
 from esper.fetching.incidents import Incidents
@@ -38,7 +39,7 @@ from esper.growth.sent_kernel import kernel_of_first_rank
 from esper.growth.staged import check_stages, grafts_nothing, needs_no_seeds
 from esper.growth.twins import builder, twin_update
 from esper.growth.updates import UpdateWatcher
-from esper.observability.event_log import EventLog
+from esper.observability.event_log import EventLog, read_events
 from esper.observability.run_folder import (
     EVENTS_FILE,
     OUTBOX_FOLDER,
@@ -46,6 +47,7 @@ from esper.observability.run_folder import (
     earlier_outboxes,
 )
 from esper.resilience.clock import MonotonicClock
+from esper.seeds.fitting import IN_SHARDS, Fits, Planned, key_of
 from esper.state.host_parts import check_replicas
 from esper.state.layer_record import record_of
 from esper.state.shards import is_in_shards
@@ -82,9 +84,11 @@ def begin_run(
         GrowthError: A site named by hand is none of the model's or cannot grow, a kernel named by
             its digest is not to be had, or another Grower has the model or an optimizer.
         KernelSourceUnavailable: The registry did not give such a kernel.
-        OSError: The log cannot be written.
+        OSError: The log cannot be written, or that of ``fit_like`` cannot be read.
     """
     settings = check_options(options)
+    like = options.get("fit_like")
+    sizes = [] if like is None else _sizes_in(like)
     check_replicas("Grower", model)
     every, inner = joined(optimizer), bare(model)
     _check_shadow_in_shards(model, settings)
@@ -111,6 +115,14 @@ def begin_run(
     functions = tuple(f for f in (compute_loss, options.get("update")) if f is not None)
     budget = options.get("budget") or Budget()
     host_cost = Cost(parameters=count_parameters(inner))
+    fits = Fits(
+        clock,
+        pass_s=settings.pass_s,
+        tell=journal.fitted,
+        tell_left=journal.left_whole,
+        off=IN_SHARDS if is_in_shards(inner) and ranks_of(model) is not None else "",
+    )
+    fits.follow(sizes, lambda: watcher.updates)
     settings = _with_overhead(settings, budget, host_cost)
     of_overhead = _said_of_overhead(settings, options, budget, host_cost)
     if of_overhead is not None and not grafts_nothing(policy):
@@ -149,6 +161,7 @@ def begin_run(
         ledger=WorkLedger(settings, clock),
         grafts=Grafts(journal),
         host_cost=host_cost,
+        fits=fits,
     )
 
 
@@ -300,6 +313,22 @@ def _layers_to_grow(
     if not trained:
         raise ValueError(_said_of(*next(iter(untrained.items()))))
     return trained, untrained
+
+
+def _sizes_in(log: str | Path) -> list[Planned]:
+    """Return the sizes that were chosen in a run, from its folder or its log.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no log.
+    """
+    path = Path(log)
+    events = read_events(path / EVENTS_FILE if path.is_dir() else path)
+    return [
+        Planned(e.update, key_of(e.work, e.device, e.shapes), e.size)
+        for e in events
+        if isinstance(e, BatchFitted)
+    ]
 
 
 def _said_of(layer: str, parameters: list[str]) -> str:

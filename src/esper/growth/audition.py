@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from esper.continuity.optimizer import audition_optimizer
 from esper.continuity.snapshot import seed_random_state
+from esper.seeds.fitting import Pass, Rule, device_of, fits_in_use
+from esper.seeds.micro_batches import gradients_of_parts, measure_loss
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from esper.continuity.ensemble import AnyOptimizer
     from esper.continuity.placement import Placement
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch, LossFunction
     from esper.growth.evaluation import Evaluator
     from esper.growth.measurement import Measurement
+    from esper.seeds.fitting import Cuts
     from esper.state.kernel import PreparedKernel
     from esper.state.layer_call import Example
 
@@ -40,6 +43,7 @@ class Audition:
         random_seed: Starts the random state of every shadow pass, with the pass's number.
         example: A call of the layer as it was recorded; None: the shadow passes have one.
         num_passes: Shadow passes done.
+        rules: What is known of passes that are made in parts.
     """
 
     layer: KasminaLayer
@@ -49,6 +53,7 @@ class Audition:
     random_seed: int
     example: Example | None = None
     num_passes: int = 0
+    rules: dict[str, Rule] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -102,11 +107,31 @@ class Audition:
         if self.optimizer is None:
             return
         parameters = trainable_parameters(self.kernel.module)
-        apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
-        with apart, self.layer.shadow(self.seed_idx, self.kernel):
-            seed_random_state(model, self.random_seed + self.num_passes)
-            loss = compute_loss(model, batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        def taken(cuts: Cuts | None = None, rule: Rule | None = None) -> list[Tensor | None]:
+            apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
+            with apart, self.layer.shadow(self.seed_idx, self.kernel):
+                seed_random_state(model, self.random_seed + self.num_passes)
+                if cuts is None or rule is None:
+                    loss = compute_loss(model, batch)
+                    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+                return gradients_of_parts(model, compute_loss, batch, parameters, cuts, rule)
+
+        def measure(num: int, rule: Rule) -> None:
+            with self.layer.shadow(self.seed_idx, self.kernel):
+                measure_loss(model, compute_loss, batch, num, rule, inputs=parameters)
+
+        gradients = fits_in_use().run(
+            taken,
+            lambda: Pass(
+                work="trial",
+                batch=batch,
+                device=device_of(model),
+                parted=taken,
+                measure=measure,
+                rules=self.rules,
+            ),
+        )
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         self.optimizer.step()

@@ -13,15 +13,19 @@ import torch
 from esper.growth.batch import num_elements, num_samples
 from esper.growth.memory import saved_for_backward
 from esper.growth.reading import Decision
-from esper.resilience.attempt import Done, attempt
+from esper.resilience.attempt import Done, Failed, attempt
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
+from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
     from esper.growth.batch import Batch
     from esper.growth.policies import Policy
     from esper.growth.reading import Reading
     from esper.growth.run import GrowthRun
+    from esper.seeds.fitting import Cuts
 
 TAKES: Final[Mapping[str, tuple[str, ...]]] = {
     "compute_loss": ("model", "batch"),
@@ -91,15 +95,47 @@ def measure_update(run: GrowthRun, batch: Batch) -> int | None:
     asked for in this way (a sharded one) is taken to need twice its forward for its backward.
 
     Returns:
-        FLOPs of the forward; None where there is no ``compute_loss``.
+        FLOPs of the forward; None where there is no ``compute_loss``, or no memory for the pass.
 
     Raises:
         TypeError: The owner's loss is no tensor.
         ValueError: It is no scalar, or one that no gradient can be taken of.
     """
-    compute_loss, ledger = run.compute_loss, run.ledger
-    if compute_loss is None:
+    if run.compute_loss is None:
         return None
+
+    def work() -> Pass[int]:
+        return Pass(
+            work="ranking",
+            batch=batch,
+            device=device_of(run.model),
+            parted=lambda cuts, _: _measured_on_part(run, batch, cuts),
+            measure=lambda *_: None,  # FLOPs are those of a part, times how many there are
+            rules=run.update_rules,
+        )
+
+    try:
+        with run.fits.in_use():
+            return run.fits.run(lambda: _measured(run, batch, 1.0), work)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        run.ledger.update.learn(0, num_elements(batch))
+        run.journal.warn(
+            f"nothing can grow, since there is no memory to learn what an update takes: {error}"
+        )
+        return None
+
+
+def _measured_on_part(run: GrowthRun, batch: Batch, cuts: Cuts) -> int:
+    (start, stop), num = cuts[-1], cuts[-1][1]
+    return _measured(run, rows_of(batch, start, stop), num / (stop - start))
+
+
+def _measured(run: GrowthRun, batch: Batch, times: float) -> int:
+    """Measure an update on a batch; what it keeps, and its forward, is as much so many times."""
+    compute_loss, ledger = run.compute_loss, run.ledger
+    assert compute_loss is not None, "it was looked for"
     apart = shadow_pass(run.model, functions=(compute_loss,), values=(batch,))
     with apart, torch.enable_grad(), saved_for_backward(run.model) as saved:
         with ledger.measured("evaluation") as forward:
@@ -108,11 +144,13 @@ def measure_update(run: GrowthRun, batch: Batch) -> int | None:
         gradients_of = functools.partial(torch.autograd.grad, loss, allow_unused=True)
         with ledger.measured("evaluation") as backward:
             found = attempt(lambda: gradients_of(trainable_parameters(run.model)))
-    run.activation_bytes = saved.size_bytes
+    run.activation_bytes = round(saved.size_bytes * times)
+    if isinstance(found, Failed) and is_shortage(found.error):
+        raise found.error
     is_known = isinstance(found, Done) and any(g is not None for g in found.value)
     backward_flops = backward.flops if is_known else 2 * forward.flops
     ledger.update.learn(forward.flops + backward_flops, num_elements(batch))
-    return forward.flops
+    return round(forward.flops * times)
 
 
 def check_loss(loss: object) -> None:

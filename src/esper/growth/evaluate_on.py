@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,14 @@ from torch.utils import data
 
 from esper.continuity.replicas import bare
 from esper.contracts.arguments import check_type
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of, fits_in_use
+from esper.seeds.micro_batches import measure_losses
 
 if TYPE_CHECKING:
     from typing import TypeAlias
+
+    from esper.seeds.fitting import Rule
 
     Loss: TypeAlias = Literal["cross_entropy", "mse"] | Callable[[Any, Any], Tensor]
 
@@ -35,6 +42,7 @@ def evaluate_on(
 
     It goes through the loader anew at each call, in the loader's order. The Grower holds the model
     in evaluation mode meanwhile and restores its modes; who calls it otherwise does so himself.
+    A batch that does not fit into memory is read in parts, in its order.
 
     Args:
         loader: A DataLoader that does not shuffle, or anything that can be gone through again. Its
@@ -63,9 +71,19 @@ def evaluate_on(
         msg = f"loss is 'cross_entropy', 'mse' or a function (output, target), got {loss!r}"
         raise ValueError(msg)
 
+    rules_of: WeakKeyDictionary[nn.Module, dict[str, Rule]] = WeakKeyDictionary()
+
     @torch.no_grad()
     def evaluate(model: nn.Module) -> Tensor:
-        found = [_losses(model, batch, loss) for batch in _on(loader, device or _device_of(model))]
+        where = torch.device(device or device_of(model))
+        fits, rules = fits_in_use(), rules_of.setdefault(model, {})
+        found = [
+            fits.run(
+                functools.partial(_losses, model, batch, loss),
+                functools.partial(_pass, model, batch, loss, where, rules),
+            )
+            for batch in _on(loader, where)
+        ]
         if not found:
             msg = "the loader of evaluate_on gave no batch: it is empty, or was gone through"
             raise ValueError(msg)
@@ -107,9 +125,22 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+def _pass(
+    model: nn.Module, batch: Any, loss: Loss, device: torch.device, rules: dict[str, Rule]
+) -> Pass[Tensor]:
+    """Return the reading of a batch, which may be made in parts."""
+
+    def losses(part: Any) -> Tensor:
+        return _losses(model, part, loss)
+
+    return Pass(
+        work="evaluation",
+        batch=batch,
+        device=device,
+        parted=lambda parts, _: torch.cat([losses(rows_of(batch, *part)) for part in parts]),
+        measure=lambda num, rule: measure_losses(model, losses, batch, num, rule),
+        rules=rules,
+    )
 
 
 def _losses(model: nn.Module, batch: Any, loss: Loss) -> Tensor:

@@ -35,6 +35,7 @@ from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.probe import probe
 from esper.state.kernel import prepare_kernel
 from esper.state.ranges import named_ranges
+from esper.state.shortage import is_shortage
 from esper.state.site import describe_site
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ def rank(
         refused += cut.refused
         is_cut = cut.text is not None
         _tell_of_cut(run, cut)
-    scored = map(finite_score, run.ranking.rank(observations, candidates))
+    with run.fits.in_use():
+        scored = list(map(finite_score, run.ranking.rank(observations, candidates)))
     order = sorted(scored, key=lambda entry: entry.gain is None)
     return Ranked(order=order, offers=offers, refused=refused, is_cut=is_cut)
 
@@ -389,6 +391,11 @@ def germinate(
     except (KasminaException, BlueprintError, RankFailedError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
         return None
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        run.journal.note(f"{blueprint.id} at {site} was refused, for lack of memory: {error}")
+        return None
     if artifact is not None:
         run.journal.note(f"{blueprint.id} at {site} is a registry's: {run.offers.told(artifact)}")
     layer.reserve(seed_idx)
@@ -445,7 +452,8 @@ def _probed(
 ) -> tuple[PreparedKernel, bool]:
     """Return a kernel that passed its probe, and whether it is the identity at alpha 1."""
     kernel = prepare_kernel(layer, artifact)
-    with run.ledger.measured("ranking"), named_ranges([(layer, seed_idx)], "probe"):
+    ranges = named_ranges([(layer, seed_idx)], "probe")
+    with run.ledger.measured("ranking"), ranges, run.fits.in_use():
         found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 

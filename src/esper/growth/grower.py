@@ -127,7 +127,10 @@ class Grower:
 
     What it may cost:
         ``budget``: Limits on parameters, FLOPs, latency and the number of packages.
-        Numbers: *overhead*, *evaluate_every*.
+        ``fit_like``: The folder of a run, or its ``events.jsonl``: where a clock, or a lack of
+        memory, chose there how many samples a pass is made of, this run makes its passes of as
+        many. Nothing is chosen before where None.
+        Numbers: *overhead*, *evaluate_every*, *pass_s*.
 
     How a package of kernels is tried, and what becomes of it:
         ``twin``: Builds a module like the model, for models that cannot be copied.

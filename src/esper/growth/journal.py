@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from esper.contracts.events import (
     AlphaChanged,
+    BatchFitted,
     Detected,
     Evaluated,
     Event,
@@ -33,6 +34,7 @@ from esper.contracts.incidents import Incidents
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.owner_warning import warn_owner
 from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEntry
+from esper.seeds.fitting import told_left, told_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from esper.growth.measurement import Measurement
     from esper.growth.ranking import RankedCandidate, RefusedCandidate
     from esper.growth.reading import Decision
+    from esper.seeds.fitting import Fitted
 
 
 _LOG = logging.getLogger(__name__)
@@ -110,6 +113,7 @@ class Journal:
         self.sites: tuple[SiteRecord, ...] = ()
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
+        self._fitted: set[tuple[str, str]] = set()
         self._last_reason = ""
         self.last_switch = 0
 
@@ -193,6 +197,27 @@ class Journal:
         self.notes.append(text)
         self._sink.publish(Noted(**self._now(), text=text))
         return True
+
+    def fitted(self, found: Fitted) -> None:
+        """Record a size that was chosen; said once for each work and device."""
+        self._sink.publish(
+            BatchFitted(
+                **self._now(),
+                work=found.work,
+                device=found.device,
+                shapes=found.shapes,
+                samples=found.samples,
+                size=found.size,
+                why=found.why,
+            )
+        )
+        if (found.work, found.device) not in self._fitted:
+            self._fitted.add((found.work, found.device))
+            self.note(told_size(found))
+
+    def left_whole(self, work: str, why: str) -> None:
+        """Say that passes are made of whole batches whatever memory there is, and why."""
+        self.note(told_left(work, why))
 
     def read(self, what: str, value: float, cure: str) -> None:
         """Follow whether a figure is finite; the first time that it is not, the owner is warned.

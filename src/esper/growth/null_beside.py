@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from esper.continuity.replicas import any_rank, in_step
+from esper.contracts.errors import RankFailedError
 from esper.growth.arm import Arm
 from esper.growth.averaging import (
     STATISTICS_BATCHES,
@@ -15,9 +16,12 @@ from esper.growth.averaging import (
 )
 from esper.growth.gates import Spread, judge, level_of
 from esper.growth.sizing import end_reading_flops
-from esper.growth.twins import Twin, copied_model, device_of
+from esper.growth.twins import Twin, copied_model
+from esper.resilience.attempt import Failed, attempt
+from esper.seeds.fitting import device_of
 from esper.state.plain_values import as_plain, from_plain
 from esper.state.shards import is_in_shards
+from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +63,12 @@ class NullBeside:
         if any_rank(self._run.given, here=not is_paid):
             cure = 'attribution="trial" ends it with the trial, and horizon= prices it before'
             return f"overhead={ledger.overhead:g} buys no more of it; {cure}"
-        in_step(self._run.given, lambda: self._update(batches))
+        updated = attempt(lambda: in_step(self._run.given, lambda: self._update(batches)))
+        if isinstance(updated, Failed):
+            if not is_shortage(updated.error) and not isinstance(updated.error, RankFailedError):
+                raise updated.error
+            return f"it could not be trained: {updated}"
+        self._run.settle_sizes()
         to_come = ledger.updates_left(self._run.updates) * self._each
         ledger.promised = to_come + end_reading_flops(self._run)
         return None

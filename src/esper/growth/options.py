@@ -50,6 +50,7 @@ class GrowerOptions(SettingOptions, total=False):
     preload_bytes: int | None
     budget: Budget | None
     run_dir: str | Path | None
+    fit_like: str | Path | None
     clock: Clock | None
     sink: EventSink | None
     on_progress: Callable[[ProgressRow], object] | None
@@ -119,7 +120,7 @@ def _check_part(name: str, part: object) -> None:
         check_function(name, part)
     if name == "budget":
         check_type(name, part, Budget, "an esper.Budget")
-    if name == "run_dir":
+    if name in ("run_dir", "fit_like"):
         check_type(name, part, (str, os.PathLike), "a path")
     if name == "preload_bytes":
         whole_number(name, part, least=0)

@@ -36,7 +36,11 @@ from esper.contracts.choices import Position
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
 from esper.resilience.attempt import Done, attempt
+from esper.seeds.batch_rows import NoRowsError, joined_rows
+from esper.seeds.fitting import Cuts, Groups, Pass, Rule, are_alike, fits_in_use, lowest, uneven
+from esper.seeds.micro_batches import LOOKS, looked
 from esper.state.host_parts import host_parameters
+from esper.state.shortage import is_shortage
 from esper.state.site import feature_axis, widths
 
 NUM_SPLITS: Final = 8
@@ -478,6 +482,57 @@ def _run_readout(
     return calls
 
 
+def _readout_calls(
+    candidate: Candidate, source: Tensor, random_seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a kernel as :func:`_run_readout` does, in parts where memory is missing."""
+
+    def look(rule: Rule, num: int) -> str:
+        try:
+            parts = _run_parts(candidate, source[:num], random_seed, uneven(num, rule))
+        except NoRowsError as error:
+            return str(error)
+        whole = _run_readout(candidate, source[:num], random_seed)
+        pair = _groups(whole), _groups(parts)
+        precision = lowest([t.dtype for call in whole for t in call])
+
+        def again() -> Groups:
+            return _groups(_run_readout(candidate, source[:num], random_seed))
+
+        return "" if are_alike(candidate.kernel, pair, precision, again) else LOOKS
+
+    def measure(num: int, rule: Rule) -> None:
+        rule.against = looked(functools.partial(look, rule), num)
+
+    return fits_in_use().run(
+        lambda: _run_readout(candidate, source, random_seed),
+        lambda: Pass(
+            work="ranking",
+            batch=source,
+            device=source.device,
+            parted=lambda cuts, _: _run_parts(candidate, source, random_seed, cuts),
+            measure=measure,
+        ),
+    )
+
+
+def _groups(calls: list[tuple[Tensor, Tensor]]) -> Groups:
+    return [[t] for call in calls for t in call]
+
+
+def _run_parts(
+    candidate: Candidate, source: Tensor, random_seed: int, cuts: Cuts
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a kernel part by part, and join what its zeroed layer was given and gave.
+
+    Raises:
+        NoRowsError: What it was given cannot be joined.
+    """
+    found = [_run_readout(candidate, source[a:b], random_seed) for a, b in cuts]
+    calls: list[tuple[Tensor, Tensor]] = joined_rows(found, [b - a for a, b in cuts])
+    return calls
+
+
 def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> list[Block] | str:
     """Run a kernel up to its zeroed layer and return that layer's features, row by row."""
     if candidate.zeroed is None:
@@ -491,7 +546,12 @@ def _readout_features(site: _Site, candidate: Candidate, random_seed: int) -> li
     if len(rows[0]) * source.shape[-1] < source.numel() and works_by_position(candidate, site.seen):
         source = source[tuple(index.to(source.device) for index in rows)]
         rows, wanted = (torch.arange(len(source)),), torch.Size((len(source), wanted[-1]))
-    calls = _run_readout(candidate, source, random_seed)
+    try:
+        calls = _readout_calls(candidate, source, random_seed)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        return f"there is too little memory to run it on what was recorded: {error}"
     if [output.shape for _, output in calls] != [wanted] or not _is_aligned(readout, site):
         return "its zeroed layer does not give the site's output position by position"
     blocks = list(_features(readout, calls[0][0], rows, random_seed))

@@ -8,8 +8,9 @@ recorder's own, so that the run stays bit-identical.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,26 @@ from torch import Tensor, nn
 from esper.forward.host_output import blendable, with_first
 from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import (
+    Groups,
+    Pass,
+    Rule,
+    are_alike,
+    device_of,
+    fits_in_use,
+    lowest,
+    precision_seen,
+    uneven,
+)
+from esper.seeds.micro_batches import LOOKS, looked, measure_loss, parts_of
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.host_parts import trainable_parameters
 from esper.state.kernel import reference_tensor
 from esper.state.layer_call import LayerCall
+
+if TYPE_CHECKING:
+    from esper.seeds.fitting import Cuts
 
 Hook = Callable[[nn.Module, object, object, object], object]
 
@@ -97,6 +114,7 @@ class Recorder:
     Attributes:
         observations: What was recorded, by site.
         records_shadow_passes: As above.
+        rules: What is known of passes that are recorded beside the run.
         beside: Sites of which the shadow pass under way is a recording; none while it is empty.
         leaves: Outputs of frozen layers in that pass, whose gradients are to be asked for.
 
@@ -125,6 +143,8 @@ class Recorder:
         self.records_shadow_passes = records_shadow_passes
         self.beside: frozenset[str] = frozenset()
         self.leaves: list[Tensor] = []
+        self.rules: dict[str, Rule] = {}
+        self._parts: _Parts | None = None
         self._capacity = dict.fromkeys(layers, max_samples)
         self._num_backwards = dict.fromkeys(layers, 0)
         self._num_settled = dict.fromkeys(layers, 0)
@@ -191,14 +211,13 @@ class Recorder:
             batch_axis: The axis of the samples in both; it becomes axis 0.
         """
         hooked, x, h = h, x.movedim(batch_axis, 0), h.movedim(batch_axis, 0)
-        per_sample = (x.numel() + 2 * h.numel()) // len(h)
-        affordable = self._max_elements // max(1, per_sample)
-        self._capacity[observation.site] = min(self._capacity[observation.site], affordable)
-        num_kept = min(self._samples_per_step, self._room(observation), len(h))
-        if num_kept < 1:
+        if self._parts is not None:
+            self._record_part(self._parts, observation, hooked, (x, h), batch_axis)
             return
-        drawn = torch.randperm(len(h), generator=self._generator)[:num_kept]
-        index = drawn.sort().values.to(h.device)
+        index = self._drawn(observation, x, h, len(h))
+        if index is None:
+            return
+        num_kept = len(index)
         dtype = reference_tensor(observation.layer).dtype  # a forward under autocast has another
         kept_x, kept_h = (_kept(value, index, dtype) for value in (x, h))
 
@@ -212,8 +231,143 @@ class Recorder:
 
         hooked.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
 
+    def _drawn(self, observation: SiteObservation, x: Tensor, h: Tensor, num: int) -> Tensor | None:
+        """Draw which of ``num`` samples of a call are kept; None where none is."""
+        per_sample = (x.numel() + 2 * h.numel()) // len(h)
+        affordable = self._max_elements // max(1, per_sample)
+        self._capacity[observation.site] = min(self._capacity[observation.site], affordable)
+        num_kept = min(self._samples_per_step, self._room(observation), num)
+        if num_kept < 1:
+            return None
+        drawn = torch.randperm(num, generator=self._generator)[:num_kept]
+        return drawn.sort().values.to(h.device)
+
+    @contextmanager
+    def in_parts(self) -> Iterator[Callable[[int, int, int], None]]:
+        """Record a pass that is made in parts as one; yield what says where the next part stands.
+
+        What is drawn are the samples that a pass of the whole batch would have drawn, and the
+        gradients are of the loss that the parts add up to. What fails leaves nothing recorded.
+        """
+        before = self._generator.get_state(), dict(self._capacity)
+        parts = self._parts = _Parts()
+        try:
+            yield parts.begin
+        except BaseException:
+            self._generator.set_state(before[0])
+            self._capacity = before[1]
+            raise
+        finally:
+            self._parts = None
+        for site, values in parts.put_together():
+            seen = self.observations[site]
+            self._num_backwards[site] += 1
+            if self._handles and self._room(seen) >= len(values[0]):
+                seen.inputs.append(values[0])
+                seen.outputs.append(values[1])
+                seen.gradients.append(values[2])
+
+    def mark(self) -> Callable[[], None]:
+        """Return what takes back whatever is recorded from now on, of a pass that failed."""
+        state, capacity = self._generator.get_state(), dict(self._capacity)
+        lengths = {name: len(seen.gradients) for name, seen in self.observations.items()}
+        backwards = dict(self._num_backwards)
+
+        def back() -> None:
+            self._generator.set_state(state)
+            self._capacity, self._num_backwards = dict(capacity), dict(backwards)
+            for name, num in lengths.items():
+                seen = self.observations[name]
+                for values in (seen.inputs, seen.outputs, seen.gradients):
+                    del values[num:]
+            self.leaves.clear()
+
+        return back
+
+    def _record_part(
+        self,
+        parts: _Parts,
+        observation: SiteObservation,
+        hooked: Tensor,
+        values: tuple[Tensor, Tensor],
+        batch_axis: int,
+    ) -> None:
+        """Keep of a part of a call those samples that were drawn of the whole."""
+        x, h = values
+        site, rows = observation.site, parts.rows_of(len(h))
+        call = parts.call(site)
+        if call not in parts.drawn:
+            parts.drawn[call] = self._drawn(observation, x, h, rows.num)
+        drawn = parts.drawn[call]
+        if drawn is None:
+            return
+        index = drawn[(drawn >= rows.start) & (drawn < rows.stop)] - rows.start
+        dtype = reference_tensor(observation.layer).dtype
+        kept_x, kept_h = (_kept(value, index, dtype) for value in (x, h))
+
+        def after_backward(gradient: Tensor) -> None:
+            gradient = gradient.detach().movedim(batch_axis, 0)
+            chosen = _wide(gradient.index_select(0, index)) * rows.num
+            parts.add(call, (kept_x, kept_h, chosen))
+
+        hooked.register_hook(after_backward)  # type: ignore[no-untyped-call] # torch leaves it untyped
+
     def _room(self, observation: SiteObservation) -> int:
         return self._capacity[observation.site] - observation.num_samples
+
+
+class _Rows(NamedTuple):
+    """Where the rows of a part stand among those of the whole call."""
+
+    start: int
+    stop: int
+    num: int
+
+
+_Values = tuple[Tensor, Tensor, Tensor]
+
+
+class _Parts:
+    """What is recorded of a pass that is made in parts.
+
+    Attributes:
+        drawn: Which samples of each call are kept, by its site and its number there.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: dict[tuple[str, int], Tensor | None] = {}
+        self._pieces: dict[tuple[str, int], list[_Values]] = {}  # in the order of the backward
+        self._calls: dict[str, int] = {}
+        self._part = _Rows(0, 0, 0)
+        self._num_parts = 0
+
+    def begin(self, start: int, stop: int, num: int) -> None:
+        """Say which samples of the batch the next part has."""
+        self._part, self._calls = _Rows(start, stop, num), {}
+        self._num_parts += 1
+
+    def rows_of(self, num_rows: int) -> _Rows:
+        """Return where the rows of a call stand: each sample has equally many, side by side."""
+        start, stop, num = self._part
+        each = num_rows // (stop - start)
+        return _Rows(start * each, start * each + num_rows, num * each)
+
+    def call(self, site: str) -> tuple[str, int]:
+        """Return the name of a site's next call in the part."""
+        number = self._calls.get(site, 0)
+        self._calls[site] = number + 1
+        return site, number
+
+    def add(self, call: tuple[str, int], values: _Values) -> None:
+        """Keep what a part has of a call."""
+        self._pieces.setdefault(call, []).append(values)
+
+    def put_together(self) -> Iterator[tuple[str, _Values]]:
+        """Yield input, output and gradient of each call that every part has made."""
+        for (site, _), pieces in self._pieces.items():
+            if len(pieces) == self._num_parts:
+                x, h, gradient = (torch.cat(values) for values in zip(*pieces, strict=True))
+                yield site, (x, h, gradient)
 
 
 def _wide(gradient: Tensor) -> Tensor:
@@ -317,19 +471,116 @@ def record_beside(
         sites: Of which sites; None: of all.
     """
     assert recorder.records_shadow_passes
+    undo = recorder.mark()
+    fits_in_use().run(
+        lambda: _record(recorder, model, compute_loss, batch, sites),
+        lambda: Pass(
+            work="ranking",
+            batch=batch,
+            device=device_of(model),
+            parted=lambda cuts, rule: _record_parts(
+                recorder, model, compute_loss, batch, sites, cuts, rule
+            ),
+            measure=lambda num, rule: _measure(recorder, model, compute_loss, batch, num, rule),
+            rules=recorder.rules,
+            undo=undo,
+        ),
+    )
+    recorder.end_update()
+
+
+def _record(
+    recorder: Recorder,
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    sites: Iterable[str] | None,
+) -> None:
+    """Record a pass on the whole batch."""
     parameters = trainable_parameters(model)
     recorder.beside = frozenset(recorder.observations if sites is None else sites)
     apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
     try:
         with apart, torch.enable_grad():
             loss = compute_loss(model, batch)
-            inputs = [*parameters, *recorder.leaves]
-            if loss.requires_grad and inputs:
-                torch.autograd.grad(loss, inputs, allow_unused=True)
+            _gradients(loss, [*parameters, *recorder.leaves])
     finally:
         recorder.beside = frozenset()
         recorder.leaves.clear()
-    recorder.end_update()
+
+
+def _record_parts(
+    recorder: Recorder,
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    sites: Iterable[str] | None,
+    cuts: Cuts,
+    rule: Rule,
+) -> None:
+    """Record a pass in parts as if it were one."""
+    parameters, num = trainable_parameters(model), cuts[-1][1]
+    recorder.beside = frozenset(recorder.observations if sites is None else sites)
+    apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
+    try:
+        with recorder.in_parts() as begin, apart, torch.enable_grad():
+            for part in parts_of(model, cuts, rule):
+                begin(*part.rows, num)
+                with part.drawing:
+                    loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
+                    _gradients(loss, [*parameters, *recorder.leaves])
+                recorder.leaves.clear()
+    finally:
+        recorder.beside = frozenset()
+        recorder.leaves.clear()
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor]) -> None:
+    if loss.requires_grad and inputs:
+        torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def _measure(
+    recorder: Recorder,
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    num: int,
+    rule: Rule,
+) -> None:
+    """Learn whether a loss adds up, and whether what is recorded of parts is what of the whole."""
+    measure_loss(model, compute_loss, batch, num, rule)
+    if rule.against:
+        return
+    layers = {name: seen.layer for name, seen in recorder.observations.items()}
+
+    def look(num: int) -> str:
+        sample = rows_of(batch, 0, num)
+        with (
+            Recorder(layers, records_shadow_passes=True) as whole,
+            precision_seen(model) as precisions,
+        ):
+            _record(whole, model, compute_loss, sample, None)
+        with Recorder(layers, records_shadow_passes=True) as parts:
+            _record_parts(parts, model, compute_loss, sample, None, uneven(num, rule), rule)
+
+        def again() -> Groups:
+            with Recorder(layers, records_shadow_passes=True) as other:
+                _record(other, model, compute_loss, sample, None)
+            return _figures(other)
+
+        pair = _figures(whole), _figures(parts)
+        return "" if are_alike(model, pair, lowest(precisions), again) else LOOKS
+
+    rule.against = looked(look, num)
+
+
+def _figures(recorder: Recorder) -> Groups:
+    return [
+        figures
+        for seen in recorder.observations.values()
+        for figures in (seen.inputs, seen.outputs, seen.gradients)
+    ]
 
 
 def finite_steps(observation: SiteObservation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from esper.continuity.placement import Placement
-from esper.continuity.replicas import averaging, each_rank
+from esper.continuity.replicas import any_rank, averaging, each_rank, over_ranks
 from esper.contracts.errors import GrowthError
 from esper.growth.extrapolation import GoingOn, going_on
 from esper.growth.live_step import LiveStep
 from esper.growth.losses import TrainingLosses
 from esper.growth.memory import MemoryEstimate, available_bytes, estimate
 from esper.growth.shards import joined
+from esper.seeds.fitting import Fits, Rule
 from esper.state.roster import Moves, where_kernels_stand
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class GrowthRun:
         ledger: Counts the work.
         grafts: All grafts so far.
         host_cost: What the model cost before any graft; its FLOPs are known after the first batch.
+        fits: How many samples the passes beside the run are made of, where that was chosen.
+        update_rules: What is known of passes that measure an update.
         activation_bytes: What one update keeps for its backward; 0 before the first batch.
         losses: Recent training losses.
         num_moves: Moves of kernels to other modules that the layers have followed.
@@ -161,6 +164,8 @@ class GrowthRun:
     ledger: WorkLedger
     grafts: Grafts
     host_cost: Cost
+    fits: Fits = field(default_factory=Fits)
+    update_rules: dict[str, Rule] = field(default_factory=dict)
     activation_bytes: int = 0
     losses: TrainingLosses = field(default_factory=TrainingLosses)
     num_packages: int = 0
@@ -225,6 +230,13 @@ class GrowthRun:
             average=averaging(self.given),
         )
 
+    def settle_sizes(self) -> None:
+        """Let every rank go by the smallest sizes of all; each has to come here."""
+        if any_rank(self.given, here=self.fits.is_news):
+            for sizes in over_ranks(self.given, self.fits.state_dict()):
+                self.fits.take(sizes)
+            self.fits.is_news = False
+
     def going_on(self, flops: float) -> GoingOn | None:
         """Say what so many FLOPs of going on would bring, from the run's own curve.
 
@@ -251,10 +263,12 @@ class GrowthRun:
         if reading.is_known:
             with reading.counted():
                 return evaluator(self.model)
-        before = evaluator.num_readings
+        before, changes = evaluator.num_readings, self.fits.num_changes
         with self.ledger.measured("evaluation") as work:
             found = evaluator(self.model)
         reading.learn(work.flops, evaluator.num_readings - before)
+        if self.fits.num_changes != changes:
+            reading.forget()  # what did not fit was counted with it
         return found
 
     def measure_copy(self, model: nn.Module) -> Measurement:
@@ -280,7 +294,10 @@ class GrowthRun:
         if self.has_left:
             msg = "nothing is measured by a rank that was ended by an error"
             raise GrowthError(msg)
-        return joined(each_rank(self.given, lambda: (read(evaluator), evaluator.mark)))
+        with self.fits.in_use():
+            found = joined(each_rank(self.given, lambda: (read(evaluator), evaluator.mark)))
+        self.settle_sizes()
+        return found
 
     def _evaluator(self) -> Evaluator:
         if self.evaluator is None:

@@ -89,6 +89,7 @@ def saved_run(run: GrowthRun, stage: Stage | None, report: RunReport) -> dict[st
         "losses": run.losses.state_dict(),
         "warmup": _saved_warmup(run),
         "probes": probe_memory(run.layers),
+        "sizes": run.fits.state_dict(),
         "null_beside": None if run.null_beside is None else run.null_beside.state_dict(),
         "stage": None if stage is None else stage.state_dict(),
     }
@@ -118,6 +119,7 @@ def load_run(run: GrowthRun, state: Mapping[str, Any]) -> RunReport:
     run.losses.load_state_dict(state["losses"])
     _load_warmup(run, state["warmup"])
     load_probe_memory(run.layers, state["probes"])
+    run.fits.take(state.get("sizes", {}))
     run.journal.goes_on(report, state["journal"])
     run.grafts.load(report.grafts, state["graft_costs"])
     set_tries_spent(run.model, state["tries_spent"])

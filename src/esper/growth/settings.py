@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _Updates = Annotated[int, Bounds(what="a number of updates", least=1)]
 _UpdatesOrZero = Annotated[int, Bounds(what="a number of updates", least=0)]
 _Count = Annotated[int, Bounds(what="a count", least=1)]
+_Seconds = Annotated[float, Bounds(what="a number of seconds", above=0)]
 _Overhead = Annotated[float, Bounds(what="a ratio to the FLOPs of training", least=0)]
 
 MIN_TRIAL: Final = 50
@@ -43,10 +44,10 @@ class GrowthSettings:
     """The numbers of a growth run; each is an argument of the Grower.
 
     *The run.* ``horizon``, ``goal``, ``random_seed``. *What growing may take.* ``overhead``,
-    ``evaluate_every``. *The trial of a package.* ``trial``, ``record_updates``, ``trial_updates``,
-    ``tries``, ``spread``, ``nulls``, ``attribution``, ``pays``, ``min_effect``. *After it.*
-    ``warmup_updates``, ``lr_new``, ``hold_updates``. *Of* ``trial="shadow"`` *alone.*
-    ``audition_updates``, ``ramp_updates``.
+    ``evaluate_every``, ``pass_s``. *The trial of a package.* ``trial``, ``record_updates``,
+    ``trial_updates``, ``tries``, ``spread``, ``nulls``, ``attribution``, ``pays``,
+    ``min_effect``. *After it.* ``warmup_updates``, ``lr_new``, ``hold_updates``. *Of*
+    ``trial="shadow"`` *alone.* ``audition_updates``, ``ramp_updates``.
 
     Attributes:
         horizon: Length of the run in updates, at least 1; None where unknown.
@@ -61,6 +62,10 @@ class GrowthSettings:
             after each change of the model, the first reading of ``evaluate`` (three times over,
             since its order has to repeat), and, where a trial could be paid, one update of a twin.
             At 0 nothing is tried.
+        pass_s: Seconds that one pass beside the training may take, above 0: a forward, or a forward
+            and backward, of evaluation, ranking or trial. One that takes longer is made in parts
+            from then on, whose losses and gradients add up to the same; what was chosen is in the
+            log. None: as long as it takes.
         trial: ``"twin"``: a package of kernels is tried in a copy of the run. ``"shadow"``: one
             kernel at a time learns in passes beside the run; for models of which no copy fits.
         record_updates: Updates that are recorded for a ranking, at least 1.
@@ -96,6 +101,7 @@ class GrowthSettings:
     goal: Goal = "min"
     evaluate_every: _Updates | None = None
     overhead: _Overhead | None = None
+    pass_s: _Seconds | None = None
     trial: TrialKind = "twin"
     record_updates: _Updates = 16
     trial_updates: Annotated[int, Bounds(what="a number of updates", least=MIN_TRIAL)] = 200
@@ -166,6 +172,7 @@ class SettingOptions(TypedDict, total=False):
     goal: Goal
     evaluate_every: int | None
     overhead: float | None
+    pass_s: float | None
     trial: TrialKind
     record_updates: int
     trial_updates: int

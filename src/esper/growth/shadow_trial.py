@@ -14,6 +14,7 @@ from esper.growth.probation import LOOKS, Probation
 from esper.growth.tries import no_tries_left, spend_try
 from esper.state.kernel import prepare_kernel
 from esper.state.ranges import named_ranges
+from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -70,8 +71,14 @@ class Auditioning:
         """Do one shadow pass of each; after the last, read the admission gate."""
         seeds = [(self._contender.layer, self._contender.seed_idx)]
         if self._num_done < self._num_passes:
-            with named_ranges(seeds, "trial"):
-                self._pass(batches)
+            try:
+                with named_ranges(seeds, "trial"):
+                    self._pass(batches)
+            except (RuntimeError, MemoryError) as error:
+                if not is_shortage(error):
+                    raise
+                self._give_up(f"there is too little memory to audition it: {error}")
+                return None
             self._num_done += 1
             if self._num_done in self._look_at:
                 self._looks.append(self._run.measure().watchs_part)
@@ -79,6 +86,12 @@ class Auditioning:
             return self
         with named_ranges(seeds, "verdict"):
             return self._judge()
+
+    def _give_up(self, reason: str) -> None:
+        """Cull a kernel that no verdict can be read on; no try is spent."""
+        self.close(reason)
+        self._run.last_change_update = self._run.updates
+        self._run.journal.warn(f"an audition was given up, and the run goes on: {reason}")
 
     def close(self, reason: str) -> None:
         """Cull the kernel; the run is as if it had never grafted."""
@@ -97,8 +110,11 @@ class Auditioning:
             if audition.optimizer is None:
                 continue
             audition.set_rates([rate * left for rate in self._rates[number]])
-            with self._meters[number].counted(batches[-1:]):
+            changes = run.fits.num_changes
+            with self._meters[number].counted(batches[-1:]), run.fits.in_use():
                 audition.shadow_update(run.model, batches[-1], run.compute_loss)
+            if run.fits.num_changes != changes:
+                self._meters[number].forget()  # what did not fit was counted with it
 
     def _judge(self) -> Stage | None:
         """Read the admission gate; what passes goes on to blend in."""

@@ -14,6 +14,8 @@ from esper.growth.batch import num_samples_in
 from esper.growth.budget import Cost, synchronize
 from esper.growth.probation import LOOKS
 from esper.growth.settings import MIN_TRIAL
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of
 from esper.seeds.shadow import shadow_pass
 
 if TYPE_CHECKING:
@@ -275,6 +277,21 @@ def too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str 
     """Measure what a package adds to a forward, where the budget asks for it."""
     if run.budget.latency is None or run.host_cost.parameters < run.budget.small_host:
         return None
+    with run.fits.in_use():
+        return run.fits.run(
+            lambda: _too_slow(run, package, batch),
+            lambda: Pass(
+                work="ranking",
+                batch=batch,
+                device=device_of(run.model),
+                parted=lambda cuts, _: _too_slow(run, package, rows_of(batch, *cuts[-1])),
+                measure=lambda *_: None,  # what is compared are forwards of as many samples
+                rules=run.update_rules,
+            ),
+        )
+
+
+def _too_slow(run: GrowthRun, package: Sequence[Contender], batch: Batch) -> str | None:
     now_s = _forward_s(run, batch)
     host_s = now_s - (run.grafts.added_cost.latency_s or 0.0)
     with ExitStack() as stack:

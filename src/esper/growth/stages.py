@@ -24,6 +24,7 @@ from esper.growth.shadow_trial import Auditioning
 from esper.growth.sizing import NONE_LEFT, Size, paid_kernel, paid_trial, too_slow
 from esper.growth.trial import Trial
 from esper.resilience.attempt import Done, attempt
+from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
     from esper.contracts.progress import GraftStatus
@@ -223,5 +224,12 @@ class Recording:
         if self._has_made_up or not silent or compute_loss is None or not batches:
             return
         self._has_made_up = True
-        with run.ledger.measured("ranking"):
-            record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)
+        try:
+            with run.ledger.measured("ranking"), run.fits.in_use():
+                record_beside(self._recorder, run.model, compute_loss, batches[-1], silent)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            run.journal.note(
+                f"nothing was recorded at {', '.join(silent)}, for lack of memory: {error}"
+            )

@@ -12,6 +12,7 @@ from esper.growth.germination import open_sites, rank
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.sizing import FORWARD_BACKWARD
 from esper.observability.wording import number_text, table_lines
+from esper.seeds.fitting import of_parts
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Suggestion:
         """Time the candidate's kernel and put the row together."""
         parallel = entry.candidate.position == "parallel"
         example = seen.inputs[0] if parallel else seen.outputs[0]
-        latency_s = forward_latency_s(entry.candidate.kernel, example, clock=run.clock)
+        kernel = entry.candidate.kernel
+        latency_s = of_parts(example, lambda part: forward_latency_s(kernel, part, clock=run.clock))
         each = FORWARD_BACKWARD * (entry.flops or 0.0) * len(example) + run.ledger.update_flops
         beside = run.going_on(run.settings.trial_updates * each)
         return cls(
@@ -169,10 +171,11 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> Suggestions:
         random_seed=run.settings.generator_seed,
         records_shadow_passes=True,
     )
-    with recorder, run.ledger.measured("ranking"):
+    with recorder, run.fits.in_use(), run.ledger.measured("ranking"):
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
         ranked = rank(run, recorder.observations, is_bounded=False)
-    return Suggestions(
-        Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order
-    )
+    with run.fits.in_use():
+        return Suggestions(
+            Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order
+        )

@@ -27,6 +27,7 @@ from esper.resilience.attempt import Failed, attempt
 from esper.seeds.linear_null import why_null_adds
 from esper.state.kernel import prepare_kernel
 from esper.state.ranges import named_ranges
+from esper.state.shortage import is_shortage
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Trial:
         for contender in self._package:
             contender.graft.begin_trial(contender.made_by)
         self._nulls = self._linear_forms()
-        self._arms = self._made_arms()
+        with run.fits.in_use():
+            self._arms = self._made_arms()
         self._live = WeightAverage()
         self._shape = [p.shape for p in run.model.parameters()]
         self._batches: deque[Batch] = deque(maxlen=STATISTICS_BATCHES)
@@ -100,10 +102,21 @@ class Trial:
                 "itself was not touched"
             )
             return None
+        self._run.settle_sizes()
         if self._done < self._num_updates:
             return self
         with named_ranges(self._seeds, "verdict"):
+            return self._judge_in_memory()
+
+    def _judge_in_memory(self) -> Stage | None:
+        """Read the verdict; where there is no memory to read it, the trial is given up."""
+        try:
             return self._judge()
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error) or self.record.verdict != "in trial":
+                raise
+            self.close(f"there is too little memory to read its verdict: {error}")
+            return None
 
     def close(self, reason: str) -> None:
         """Drop the twins and free the seeds; the run is as if it had never tried. No try is spent.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +25,9 @@ from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of, fits_in_use
+from esper.seeds.micro_batches import measure_loss, parts_of
 from esper.seeds.rebuilding import planned
 from esper.state.plain_values import as_plain, from_plain
 from esper.state.seed_slot import SeedSlot
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from esper.growth.batch import Batch, LossFunction, OwnUpdate, TwinBuilder, TwinUpdate
     from esper.growth.live_step import LiveStep
     from esper.growth.run import GrowthRun
+    from esper.seeds.fitting import Cuts, Rule
 
 PERTURBATION: Final = 1e-3
 """Relative size of the noise by which twins differ that are to be equal but for luck."""
@@ -79,6 +85,7 @@ class Twin:
         self.optimizer = _copied_optimizer(run.optimizer, memo)
         self.factor = _copied_factor(run.factor, self.optimizer, run.model, memo)
         self._update = run.twin_update
+        self._fits = run.fits
         self._apart = Apart(self.model, run.functions)
         self._random_state = random_state(run.model)
 
@@ -91,7 +98,9 @@ class Twin:
         set_random_state(self._random_state)
         apart = self._apart.inside(batches)
         try:
-            with apart, uncompiled(self.model), torch.enable_grad():
+            back = functools.partial(set_random_state, self._random_state)
+            in_use = self._fits.in_use(undo=back)
+            with apart, uncompiled(self.model), torch.enable_grad(), in_use:
                 self._update(self.model, self.optimizer, batches, step)
         finally:
             self._random_state = random_state(self.model)
@@ -200,16 +209,29 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
     """Return the update a twin does where the owner gave none: loss, backward, step.
 
     Several micro-batches of one update are averaged. Gradients are scaled and clipped as those of
-    the live run were seen to be.
+    the live run were seen to be. Where an update does not fit into memory, or takes too long in one
+    piece, its gradients are those of parts of its batches, added up.
     """
+    rules: WeakKeyDictionary[nn.Module, dict[str, Rule]] = WeakKeyDictionary()
 
     def update(
         model: nn.Module, optimizer: AnyOptimizer, batches: list[Batch], step: LiveStep
     ) -> None:
         optimizer.zero_grad()
-        for batch in batches:
-            share = compute_loss(model, batch) / len(batches)
-            (share * step.loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        fits_in_use().run(
+            functools.partial(_backward, model, compute_loss, batches, step.loss_scale),
+            lambda: Pass(
+                work="trial",
+                batch=batches,
+                device=device_of(model),
+                parted=functools.partial(
+                    _backward_of_parts, model, compute_loss, batches, step.loss_scale
+                ),
+                measure=functools.partial(measure_loss, model, compute_loss, batches[0]),
+                rules=rules.setdefault(model, {}),
+                undo=optimizer.zero_grad,
+            ),
+        )
         if step.average is not None:
             step.average(optimizer)
         if step.loss_scale != 1.0 and not _unscaled(optimizer, step.loss_scale):
@@ -218,6 +240,31 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
         optimizer.step()
 
     return update
+
+
+def _backward(
+    model: nn.Module, compute_loss: LossFunction, batches: list[Batch], loss_scale: float
+) -> None:
+    """Add the gradients of the batches of one update."""
+    for batch in batches:
+        share = compute_loss(model, batch) / len(batches)
+        (share * loss_scale).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+
+
+def _backward_of_parts(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batches: list[Batch],
+    loss_scale: float,
+    cuts: Cuts,
+    rule: Rule,
+) -> None:
+    """Add the gradients of the batches of one update, part by part."""
+    for part in parts_of(model, cuts, rule):
+        with part.drawing:
+            for batch in batches:
+                share = compute_loss(model, rows_of(batch, *part.rows)) / len(batches)
+                (share * (part.share * loss_scale)).backward()  # type: ignore[no-untyped-call] # as above
 
 
 def _unscaled(optimizer: AnyOptimizer, scale: float) -> bool:
@@ -357,11 +404,6 @@ def _drop_hooks(module: nn.Module) -> None:
 def _is_librarys(hook: object) -> bool:
     named = hook if hasattr(hook, "__module__") else type(hook)
     return str(getattr(named, "__module__", "")).startswith(_LIBRARIES)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's first parameter is; the CPU where it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from esper.contracts.events import (
     AlphaChanged,
     AnomalySeen,
+    BatchFitted,
     BreakerMoved,
     Detected,
     Evaluated,
@@ -102,6 +103,10 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
         f"{'is well again' if e.healthy else 'is not well'}{_because(e.reason)}"
     ),
     RegistryUnavailable: lambda e: f"the registry did not answer ({e.operation}): {e.reason}",
+    BatchFitted: lambda e: (
+        f"passes for {e.work} on {e.device} are made of {e.size} samples at a time, in place of "
+        f"{e.samples}: {'memory is short' if e.why == 'memory' else 'they take too long'}"
+    ),
     Noted: lambda e: e.text,
     RunEnded: lambda e: (
         f"{'' if e.reason == 'the run ended' else 'the run ended: '}{e.reason}; "

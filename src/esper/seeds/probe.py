@@ -18,13 +18,16 @@ from esper.forward.host_view import completed, host_forward, host_view
 from esper.forward.input_watch import InputWatch
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Pass, device_of, fits_in_use
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
 from esper.state.layer_call import LayerCall, Takes
 from esper.state.layer_record import record_of
+from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from esper.contracts.ports import Clock
     from esper.state.kernel import PreparedKernel
@@ -90,19 +93,41 @@ def probe(
     before = None if key is None else _passed.get(key)
     if before is not None and (before.is_null or not before.is_identity):
         return replace(before, remembered=True)
-    made = _Probe(layer, kernel, call, clock or MonotonicClock())
-    try:
-        result = made.run(remembered=before is not None)
-    except KernelRefusedError as refusal:
-        if refusal.check != "time":
-            raise
-        result = made.run(remembered=before is not None)  # it may have been the machine that halted
+
+    def look(part: LayerCall) -> ProbeResult:
+        made = _Probe(layer, kernel, part, clock or MonotonicClock())
+        try:
+            return made.run(remembered=before is not None)
+        except KernelRefusedError as refusal:
+            if refusal.check != "time":
+                raise
+            return made.run(remembered=before is not None)  # the machine may have halted
+
+    result = _in_memory(layer, call, look)
     if key is not None:
         _passed[key] = result
         _passed.move_to_end(key)
         if len(_passed) > _REMEMBERED:
             _passed.popitem(last=False)
     return result
+
+
+def _in_memory(
+    layer: nn.Module, call: LayerCall, look: Callable[[LayerCall], ProbeResult]
+) -> ProbeResult:
+    """Probe with a call, or with as many of its samples as fit into memory."""
+    if not getattr(layer, "batch_first", True):
+        return look(call)  # its samples are not the first axis
+    return fits_in_use().run(
+        lambda: look(call),
+        lambda: Pass(
+            work="probe",
+            batch=call,
+            device=call.x.device if isinstance(call.x, Tensor) else device_of(layer),
+            parted=lambda cuts, _: look(rows_of(call, *cuts[-1])),
+            measure=lambda *_: None,  # a kernel is refused or not by whatever samples it is shown
+        ),
+    )
 
 
 def _memory_key(layer: nn.Module, kernel: PreparedKernel, example: Tensor) -> _Key | None:
@@ -250,6 +275,8 @@ class _Probe:
         try:
             k: object = module(*entered.args, **entered.kwargs)
         except Exception as error:
+            if is_shortage(error):
+                raise
             msg = f"{self._where} raised {type(error).__name__}: {error}"
             raise KernelRefusedError(msg, check="raises") from error
         took_s = self._clock.now() - start_s
@@ -327,6 +354,8 @@ class _Probe:
         try:
             gradients = list(torch.autograd.grad(k, inputs, self._direction, allow_unused=True))
         except Exception as error:
+            if is_shortage(error):
+                raise
             msg = f"{self._where} raised {type(error).__name__} in its backward: {error}"
             raise KernelRefusedError(msg, check="raises") from error
         if not all(g is None or _all_finite(g) for g in gradients):

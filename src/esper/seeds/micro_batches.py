@@ -1,0 +1,336 @@
+"""A training loss taken in parts whose gradients add up to those of the whole batch.
+
+A loss that is the mean over its samples adds up by the samples of each part, one that is their sum
+as it is. Which of the two it is, and whether either, is measured on a few samples. A loss that
+weighs samples otherwise (by their tokens, say), or a model that looks at the batch, gives other
+figures in parts: it is left whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from esper.seeds.batch_rows import rows_of
+from esper.seeds.fitting import Groups, Rule, are_alike, lowest, precision_seen, uneven
+from esper.seeds.same_draws import SameDraws, UnknownDrawError, devices_of, torch_states
+from esper.seeds.shadow import shadow_pass
+from esper.state.host_parts import trainable_parameters
+from esper.state.shortage import is_shortage
+
+if TYPE_CHECKING:
+    from esper.seeds.fitting import Cuts
+
+Figures = list[Tensor]
+Within = AbstractContextManager[None]
+
+Batch = Any
+"""What the owner's loader yields."""
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+"""``(model, batch)`` to the scalar loss that is trained on."""
+
+LOOKS: Final = (
+    "what the model gives for a sample depends on the others of the batch, or its loss weighs them "
+    "otherwise than as a mean or a sum"
+)
+DRAWS: Final = "it draws random numbers in a way of which parts cannot have their share"
+TOO_FEW: Final = "no two samples fit at once, on which it could be measured whether parts add up"
+
+_PLAIN: Final = (bool, int, float, str, type(None))
+
+
+class Part(NamedTuple):
+    """A part of a pass.
+
+    Attributes:
+        rows: The first sample of it, and the first behind it.
+        share: By what its loss is multiplied.
+        drawing: In what it is run, forward and backward.
+    """
+
+    rows: tuple[int, int]
+    share: float
+    drawing: AbstractContextManager[None]
+
+
+def parts_of(model: nn.Module, cuts: Cuts, rule: Rule) -> list[Part]:
+    """Return the parts of a pass, to be run in their order from where the random state is now.
+
+    Args:
+        model: What is run.
+        cuts: Where they begin and end.
+        rule: How they add up.
+    """
+    draws, num = SameDraws(model) if rule.draws else None, cuts[-1][1]
+    return [
+        Part(
+            rows=(start, stop),
+            share=1.0 if rule.is_sum else (stop - start) / num,
+            drawing=nullcontext() if draws is None else draws.of((start, stop), num),
+        )
+        for start, stop in cuts
+    ]
+
+
+def gradients_of_parts(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    inputs: Sequence[Tensor],
+    cuts: Cuts,
+    rule: Rule,
+) -> list[Tensor | None]:
+    """Return the gradients of a loss that is taken in parts; None for what none reaches."""
+    added: list[Tensor | None] = [None] * len(inputs)
+    for part in parts_of(model, cuts, rule):
+        found: list[Tensor | None]
+        with part.drawing:
+            loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
+            found = [*torch.autograd.grad(loss, list(inputs), allow_unused=True)]
+        added = [
+            own if g is None else g if own is None else own + g
+            for own, g in zip(added, found, strict=True)
+        ]
+    return added
+
+
+def batch_norm_in_training(model: nn.Module) -> str:
+    """Say that a model has batch norms that look at the batch; empty where it has none."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return f"{name or 'the model'} is a batch norm in training mode"
+    return ""
+
+
+def measure_loss(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    num: int,
+    rule: Rule,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """Learn whether a loss and its gradients of parts add up to the whole; no trace is left.
+
+    Args:
+        model: The model, outside DDP and ``torch.compile``.
+        compute_loss: ``(model, batch)`` to the scalar loss.
+        batch: Some batch, with at least ``num`` samples.
+        num: Samples that are looked at, at least 2; fewer where they do not fit.
+        rule: Where it is written down.
+        inputs: Of what gradients are taken; None: of every trainable parameter.
+    """
+    wanted = trainable_parameters(model) if inputs is None else list(inputs)
+
+    def figures(part: Batch, within: Within) -> tuple[Figures, str]:
+        return _loss_and_gradients(model, compute_loss, part, wanted, within)
+
+    with precision_seen(model) as precisions:
+        measure(model, figures, batch, num, rule, precisions)
+
+
+def measure(
+    model: nn.Module,
+    figures: Callable[[Batch, Within], tuple[Figures, str]],
+    batch: Batch,
+    num: int,
+    rule: Rule,
+    precisions: list[torch.dtype],
+) -> None:
+    """Learn whether figures of parts add up to those of the whole, with fewer samples if need be.
+
+    Args:
+        model: What the figures are of.
+        figures: Returns those of some samples, each time from the same random state and within a
+            context, and what of the model's changes by it; empty where nothing does.
+        batch: Some batch.
+        num: Samples that are looked at, at least 2.
+        rule: Where it is written down.
+        precisions: What the figures were computed in, known behind the first call.
+    """
+    rule.against = batch_norm_in_training(model) or looked(
+        lambda num: _added_up(model, figures, batch, num, rule, precisions), num
+    )
+
+
+def looked(look: Callable[[int], str], num: int) -> str:
+    """Return what a look at so many samples says, or at half as many as often as need be.
+
+    Args:
+        look: Says why parts of so many samples do not add up; empty where they do.
+        num: At how many it looks first.
+    """
+    while num >= 2:
+        try:
+            return look(num)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            num = max(2, num // 2) if num > 2 else 0
+    return TOO_FEW
+
+
+def _added_up(
+    model: nn.Module,
+    figures: Callable[[Batch, Within], tuple[Figures, str]],
+    batch: Batch,
+    num: int,
+    rule: Rule,
+    precisions: list[torch.dtype],
+) -> str:
+    """Say why parts of the first samples do not add up, or write down how they do."""
+    whole, changed = figures(rows_of(batch, 0, num), nullcontext())
+    rule.draws = changed == DRAWS
+    if changed and not rule.draws:
+        return changed
+    means: Figures = []
+    sums: Figures = []
+    for start, stop in uneven(num, rule):
+        drawing = SameDraws(model).of((start, stop), num) if rule.draws else nullcontext()
+        try:
+            part, _ = figures(rows_of(batch, start, stop), drawing)
+        except UnknownDrawError:
+            return DRAWS
+        if [t.shape for t in part] != [t.shape for t in whole]:
+            return LOOKS
+        weight = (stop - start) / num
+        means = _plus(means, [weight * figure.double() for figure in part])
+        sums = _plus(sums, [figure.double() for figure in part])
+    precision = lowest([*precisions, *(t.dtype for t in whole if t.is_floating_point())])
+
+    def again() -> Groups:
+        loss, *gradients = figures(rows_of(batch, 0, num), nullcontext())[0]
+        return [[loss], gradients]
+
+    for is_sum, added in ((False, means), (True, sums)):
+        pair = [whole[:1], whole[1:]], [added[:1], added[1:]]
+        if are_alike(model, pair, precision, again):
+            rule.is_sum = is_sum
+            return ""
+    return f"{LOOKS}; or {DRAWS}" if rule.draws else LOOKS
+
+
+def _plus(one: Figures, other: Figures) -> Figures:
+    return [a + b for a, b in zip(one, other, strict=True)] if one else other
+
+
+def _loss_and_gradients(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    batch: Batch,
+    inputs: Sequence[Tensor],
+    within: Within,
+) -> tuple[Figures, str]:
+    """Return a loss and its gradients, taken without a trace, and what a forward changes."""
+    with (
+        shadow_pass(model, functions=(compute_loss,), values=(batch,)),
+        torch.enable_grad(),
+        Watched(model) as watched,
+        within,
+    ):
+        loss = compute_loss(model, batch)
+        given: list[Tensor | None]
+        given = [*torch.autograd.grad(loss, list(inputs), allow_unused=True)]
+        gradients = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)
+        ]
+        return [loss.detach(), *gradients], watched.changed()
+
+
+def measure_losses(
+    model: nn.Module,
+    losses: Callable[[Batch], Tensor],
+    batch: Batch,
+    num: int,
+    rule: Rule,
+) -> None:
+    """Learn whether losses of samples in parts are those of the samples together.
+
+    Args:
+        model: The model, held as it is to be measured, under ``no_grad``.
+        losses: Returns one loss a sample.
+        batch: Some batch, with at least ``num`` samples.
+        num: Samples that are looked at, at least 2; fewer where they do not fit.
+        rule: Where it is written down.
+    """
+    rule.against = looked(lambda num: _same_losses(model, losses, batch, num, rule), num)
+
+
+def _same_losses(
+    model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch, num: int, rule: Rule
+) -> str:
+    with Watched(model) as watched, precision_seen(model) as precisions:
+        whole = losses(rows_of(batch, 0, num))
+        if watched.drawn():  # what else changes is put back behind a reading
+            return watched.drawn()
+        parts = torch.cat([losses(rows_of(batch, *part)) for part in uneven(num, rule)])
+    again = functools.partial(losses, rows_of(batch, 0, num))
+    pair: tuple[Groups, Groups] = [[whole]], [[parts]]
+    precision = lowest([*precisions, whole.dtype])
+    return "" if are_alike(model, pair, precision, lambda: [[again()]]) else LOOKS
+
+
+class Watched:
+    """Looks at whether a pass draws random numbers or changes what a model keeps.
+
+    Use as a context manager around the pass.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> Watched:
+        self._devices = devices_of(self._model)
+        self._states, self._elsewhere = torch_states(self._devices), _states_elsewhere()
+        self._kept = _kept_by(self._model)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = {}
+
+    def changed(self) -> str:
+        """Say what stands against making the pass in parts; empty where nothing was seen."""
+        now = _kept_by(self._model)
+        for name in {**self._kept, **now}:
+            if self._kept.get(name) != now.get(name):
+                return f"a forward changes {name}, and parts are a forward each"
+        return self.drawn()
+
+    def drawn(self) -> str:
+        """Say that random numbers were drawn; empty where none were."""
+        if self._elsewhere != _states_elsewhere():
+            return "it draws from the generators of Python or numpy, which parts would move further"
+        states = zip(self._states, torch_states(self._devices), strict=True)
+        return "" if all(torch.equal(before, after) for before, after in states) else DRAWS
+
+
+def _states_elsewhere() -> tuple[object, str]:
+    return random.getstate(), repr(np.random.get_state(legacy=False))
+
+
+def _kept_by(model: nn.Module) -> dict[str, Any]:
+    """Return what changes where a buffer is written to, and plain attributes, by name."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        is_ours = type(module).__module__.startswith("esper.")
+        for own, value in () if is_ours else vars(module).items():
+            if isinstance(value, _PLAIN) and own != "training":
+                found[f"{name}.{own}".lstrip(".")] = value
+        for own, buffer in module._buffers.items():  # noqa: SLF001 - past hooks and properties
+            if buffer is not None and not buffer.is_inference():
+                version = buffer._version  # noqa: SLF001 - torch has no other name for it
+                found[f"{name}.{own}".lstrip(".")] = (id(buffer), version)
+    return found

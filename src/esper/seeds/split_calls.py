@@ -1,0 +1,110 @@
+"""A model whose calls fit into memory, for measures of which nothing but the model is known."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from esper.seeds.batch_rows import joined_rows, rows_of
+from esper.seeds.fitting import (
+    Pass,
+    are_alike,
+    device_of,
+    fits_in_use,
+    lowest,
+    precision_seen,
+    uneven,
+)
+from esper.seeds.micro_batches import LOOKS, Watched, looked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from torch import nn
+
+    from esper.seeds.fitting import Cuts, Rule
+
+    Call = tuple[tuple[object, ...], dict[str, object]]
+
+
+@contextmanager
+def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
+    """Let each call of a model be made in parts where it does not fit, and be joined.
+
+    Hooks of the model itself see the whole call. A call that has no rows is made as it is.
+
+    Args:
+        model: The model, in evaluation mode under ``no_grad``.
+        rules: What was measured before of its calls.
+    """
+    inner, own = model.forward, vars(model).get("forward")
+
+    def forward(*args: object, **kwargs: object) -> object:
+        call = args, kwargs
+        return fits_in_use().run(
+            lambda: inner(*args, **kwargs),
+            lambda: Pass(
+                work="evaluation",
+                batch=call,
+                device=device_of(model),
+                parted=lambda cuts, _: _in_parts(inner, call, cuts),
+                measure=functools.partial(_measure_calls, model, inner, call),
+                rules=rules,
+            ),
+        )
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            vars(model)["forward"] = own
+
+
+def _in_parts(function: Callable[..., Any], call: Call, parts: Cuts) -> Any:
+    """Call a function part by part, and join what it gives.
+
+    Raises:
+        NoRowsError: What it gives cannot be joined.
+    """
+    found = []
+    for start, stop in parts:
+        args, kwargs = rows_of(call, start, stop)
+        found.append(function(*args, **kwargs))
+    return joined_rows(found, [stop - start for start, stop in parts])
+
+
+def _measure_calls(
+    model: nn.Module, inner: Callable[..., Any], call: Call, num: int, rule: Rule
+) -> None:
+    """Learn whether a model gives for samples in parts what it gives for them together."""
+
+    def look(num: int) -> str:
+        args, kwargs = rows_of(call, 0, num)
+        with Watched(model) as watched, precision_seen(model) as precisions:
+            whole = inner(*args, **kwargs)
+            if watched.drawn():  # what else changes is put back behind a reading
+                return watched.drawn()
+            parts = _in_parts(inner, (args, kwargs), uneven(num, rule))
+        return "" if alike(whole, parts, precisions, lambda: inner(*args, **kwargs)) else LOOKS
+
+    def alike(
+        whole: object, parts: object, precisions: list[torch.dtype], again: Callable[[], object]
+    ) -> bool:
+        one, other = _tensors(whole), _tensors(parts)
+        precision = lowest([*precisions, *(t.dtype for t in one if t.is_floating_point())])
+        pair = [[t] for t in one], [[t] for t in other]
+        return are_alike(model, pair, precision, lambda: [[t] for t in _tensors(again())])
+
+    rule.against = looked(look, num)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
