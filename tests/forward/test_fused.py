@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import pickle
 import re
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from esper.compiler.catalog import default_catalog
+from esper.compiler.lowering import lower
 from esper.compiler.parts import Noise
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
@@ -22,6 +25,7 @@ from esper.seeds.profiling import profile
 from esper.seeds.shadow import shadow_pass
 from esper.seeds.step_guard import read_step_flags
 from esper.state.layer_record import record_of
+from esper.state.site import describe_site
 
 FEATURES, HIDDEN, CHANNELS = 6, 4, 4
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -121,9 +125,34 @@ def test_fused_seeds_give_what_the_plan_gives(kind, guard, dtype):
         assert_close({"y": layer(x)}, {"y": other(x)})
 
 
+CATALOG_SITES = {
+    "linear": (lambda: nn.Linear(33, 20), (5, 33)),
+    "convolution": (lambda: nn.Conv2d(4, 4, 3, padding=1), (2, 4, 6, 6)),
+    "norm": (lambda: nn.LayerNorm(40), (3, 5, 40)),
+}
+
+
+@pytest.mark.parametrize("site", CATALOG_SITES)
+def test_kernels_of_the_catalog_are_run_as_one(site):
+    """Every small kernel that the catalog has for a site is fused."""
+    make_host, shape = CATALOG_SITES[site]
+    x = torch.randn(shape, dtype=torch.float64)
+    offered = default_catalog().blueprints_for(describe_site(make_host()), capacity_only=False)
+    for blueprint in [b for b in offered if b.id.endswith(("w32", "w16", "k3"))]:
+        layer = adopt(make_host().double(), name="site", num_seeds=6)
+        layer.enable_step_guard()
+        for i in range(6):
+            kernel = lower(dataclasses.replace(blueprint, init_seed=i)).double()
+            for parameter in kernel.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            layer.graft(i, kernel, alpha=0.5, guard="step", example=x)
+        assert kind_of(layer) == "fused", blueprint.id
+        assert_close(results(layer, x), results(one_by_one(layer), x))
+
+
 def test_serial_kernels_read_the_hosts_output():
     """Kernels that read the host's output are run as one too, apart from those beside the host."""
-    layer, x = grown(num_seeds=5, position="serial")
+    layer, x = grown(num_seeds=6, position="serial")
     layer.graft(6, mlp(), alpha=0.5, guard="step", example=x.detach())
     assert [seed.seed_idx for seed in record_of(layer).grouping.others] == [6]
     assert_close(results(layer, x), results(one_by_one(layer), x))
@@ -439,7 +468,7 @@ def test_dormant_layers_and_single_seeds_have_the_classes_they_had(num_seeds):
 
 def test_alphas_and_states_come_and_go():
     """Seeds that go dormant, change alpha or are swapped leave a group as they leave the plan."""
-    layer, x = grown()
+    layer, x = grown(num_seeds=7)
     layer.unload_kernel(2)
     layer.set_alpha(0, 0.25)
     layer.graft(3, mlp(), alpha=1.0, guard="step", example=x.detach())

@@ -157,11 +157,18 @@ class TwoProducts:
         )
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def _multiply(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+) -> None:
+    """Run the linear layers of all seeds, each into its part of one tensor."""
+    for x, weight, bias, out in zip(xs, weights, biases, outs, strict=True):
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
 
 
 class _TwoProducts(torch.autograd.Function):
@@ -180,19 +187,16 @@ class _TwoProducts(torch.autograd.Function):
         ws, bs, vs, cs = run.by_kind(tensors)
         activation = ACTIVATIONS[type(run.between)]
         a = x.new_empty(len(x), run.num_seeds, run.hidden)
-        for w, b, out in zip(ws, bs, a.unbind(1), strict=True):
-            _multiply(x, w, b, out)
+        _multiply([x] * run.num_seeds, ws, bs, a.unbind(1))
         y = activation.forward(run.between, a)
         factors = alphas.view(-1, 1)
         scaled = y * factors
-        if run.has_bias[1]:
-            cs = (torch.stack(cs) * factors).unbind(0)
+        terms = (torch.stack(cs) * factors).unbind(0) if run.has_bias[1] else cs
         shares = x.new_empty(run.num_seeds, len(x), run.num_out)
-        for v, c, each, out in zip(vs, cs, scaled.unbind(1), shares.unbind(0), strict=True):
-            _multiply(each, v, c, out)
+        _multiply(scaled.unbind(1), vs, terms, shares.unbind(0))
         kept = y if activation.keeps_output else a
-        ctx.run = run
-        ctx.save_for_backward(x, alphas, kept, scaled, *tensors)
+        ctx.run, ctx.biases = run, (bs, cs)  # no derivative is made of a bias's value
+        ctx.save_for_backward(x, alphas, kept, scaled, *ws, *vs)
         total = shares.sum(0)
         if watched is not None:
             marks += share_marks(watched.view(total.shape), shares)
@@ -201,12 +205,14 @@ class _TwoProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         run, (g,) = ctx.run, gradients
-        x, alphas, kept, scaled, *tensors = ctx.saved_tensors
+        x, alphas, kept, scaled, *weights = ctx.saved_tensors
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        ws, vs = weights[: run.num_seeds], weights[run.num_seeds :]
         if torch.is_grad_enabled():
+            bs, cs = ctx.biases
+            tensors = cast("tuple[Tensor, ...]", _in_a_row(run, ws, bs, vs, cs))
             dx, *ds = _differentiable(run, (x, *tensors), alphas, g, (needs_x, *needs))
             return dx, None, None, None, None, *ds
-        ws, _, vs, _ = run.by_kind(tensors)
         needs_w, needs_b, needs_v, needs_c = map(any, run.by_kind(needs))
         factors = alphas.view(-1, 1)
         dv = dc = dw = db = (None,) * run.num_seeds
@@ -229,10 +235,10 @@ class _TwoProducts(torch.autograd.Function):
         return dx, None, None, None, None, *_in_a_row(run, dw, db, dv, dc)
 
 
-def _in_a_row(run: TwoProducts, dw: Any, db: Any, dv: Any, dc: Any) -> Gradients:
-    """Return gradients in the order of the tensors: the inverse of ``by_kind``."""
+def _in_a_row(run: TwoProducts, ws: Any, bs: Any, vs: Any, cs: Any) -> Gradients:
+    """Return tensors, or gradients, in the order in which they are given: undoes ``by_kind``."""
     has_first, has_last = run.has_bias
-    return (*dw, *(db if has_first else ()), *dv, *(dc if has_last else ()))
+    return (*ws, *(bs if has_first else ()), *vs, *(cs if has_last else ()))
 
 
 def _summed_products(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

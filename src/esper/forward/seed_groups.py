@@ -104,7 +104,7 @@ def _has_steps(kernel: KernelSteps, rules: dict[type[nn.Module], object], one: t
 
 
 _WAYS: Final = (
-    _Way(takes=_is_two_products, run=TwoProducts, fewest=5),
+    _Way(takes=_is_two_products, run=TwoProducts, fewest=6),
     _Way(
         takes=partial(_has_steps, rules=dict(CHANNELS), one=_ConvNd),
         run=partial(StepByStep, rules=CHANNELS),
