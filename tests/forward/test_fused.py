@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from esper.compiler.catalog import default_catalog
 from esper.compiler.lowering import lower
@@ -592,6 +593,18 @@ def test_checkpointing_gives_the_same_gradients():
     (y.square() * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
+def test_the_work_is_counted_as_it_was(kind):
+    """A fused pass has the FLOPs of the unfused one: a budget is not spent otherwise."""
+    counts = []
+    layer, x = grown(kind, num_seeds=8)
+    for site in (layer, one_by_one(layer)):
+        with FlopCounterMode(display=False) as counter:
+            site(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_moving_the_model_is_followed():
