@@ -21,6 +21,7 @@ from esper.execution.async_kasmina_conv2d_layer import AsyncKasminaConv2dLayer
 from esper.execution.host_class import adopt
 from esper.forward.class_change import become, choose_forward
 from esper.forward.generated_class import key_of
+from esper.seeds.isolation import FIRST_RETRY_READINGS
 from esper.seeds.maintenance import maintain
 from esper.seeds.profiling import profile
 from esper.seeds.shadow import shadow_pass
@@ -593,6 +594,99 @@ def test_checkpointing_gives_the_same_gradients():
     (y.square() * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter.grad, expected[name])
+
+
+def test_the_comparison_notices_a_share_that_is_off():
+    """The control: an alpha that is a millionth off in one seed of eight is a failure."""
+    layer, x = grown(num_seeds=8, dtype=torch.float64)
+    other = one_by_one(layer)
+    with torch.no_grad():
+        record_of(layer).seeds[3].slot.alpha.mul_(1 + 1e-6)
+    with pytest.raises(AssertionError, match="y"):
+        assert_close({"y": layer(x)}, {"y": other(x)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
+def test_kernels_of_half_precision(kind, dtype):
+    """In half precision outputs differ by its rounding, and a fault is its own seed's."""
+    layer, x = grown(kind)
+    layer, x = layer.to(dtype), x.detach().to(dtype)
+    assert kind_of(layer) == "fused"
+    torch.testing.assert_close(layer(x), one_by_one(layer)(x), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        next(record_of(layer).seeds[4].slot.kernel.parameters()).fill_(torch.inf)
+    layer(x).sum().backward()
+    assert [fault.seed_idx for fault in read_step_flags([layer])] == [4]
+
+
+@pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
+def test_batches_of_any_size(kind):
+    """A batch of none and a batch of one give what they give one by one."""
+    layer, x = grown(kind)
+    other = one_by_one(layer)
+    assert layer(x[:0]).shape == other(x[:0]).shape
+    assert_close({"y": layer(x[:1])}, {"y": other(x[:1])})
+
+
+def test_other_tensors_during_one_call():
+    """Tensors that stand in for the parameters during a call are those that it runs with."""
+    layer, x = grown()
+    others = {name: 1.5 * p.detach() for name, p in layer.named_parameters()}
+    found = torch.func.functional_call(layer, others, (x,))
+    expected = torch.func.functional_call(one_by_one(layer), others, (x,))
+    assert_close({"y": found}, {"y": expected})
+    assert not torch.allclose(found, layer(x))
+
+
+def test_inference_mode():
+    """In inference mode a fused layer gives what it gives in training."""
+    layer, x = grown()
+    expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_setting_that_is_changed_is_followed():
+    """An activation that is set to something else runs so in the next forward."""
+    layer, x = grown("gelu")
+    other = one_by_one(layer)
+    before = layer(x)
+    for site in (layer, other):
+        record_of(site).seeds[5].slot.kernel[1].approximate = "tanh"
+    assert not torch.equal(layer(x), before)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_fossils_are_run_with_the_others():
+    """A fossil that stays in the plan is in the group of its form, and its fault is an alarm."""
+    layer, x = grown()
+    assert not layer.fossilize(2).folded
+    assert kind_of(layer) == "fused"
+    assert_close(results(layer, x), results(one_by_one(layer), x))
+    with torch.no_grad():
+        record_of(layer).seeds[2].slot.kernel[2].bias.fill_(torch.nan)
+    layer(x).sum().backward()
+    assert [fault.seed_idx for fault in read_step_flags([layer])] == [2]
+    assert layer.state_layout.state(2) == SeedLifecycleState.FOSSILIZED
+
+
+def test_an_isolated_seed_comes_back_into_its_group():
+    """While a seed is isolated the others are a group, and it joins them when a probe passes."""
+    layer, x = grown(num_seeds=7)
+    weight = record_of(layer).seeds[1].slot.kernel[0].weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    layer(x).sum().backward()
+    read_step_flags([layer])
+    assert len(record_of(layer).grouping.groups[0].seeds) == 6
+    with torch.no_grad():
+        weight.copy_(before)
+    for _ in range(FIRST_RETRY_READINGS):
+        maintain(layer)
+    assert len(record_of(layer).grouping.groups[0].seeds) == 7
+    assert_close(results(layer, x), results(one_by_one(layer), x))
 
 
 @pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
