@@ -35,7 +35,7 @@ class KernelSteps:
     @property
     def form(self) -> Hashable:
         """What kernels of one form have alike: classes, settings, wiring, shapes and dtypes."""
-        return self.wiring, tuple((type(s), _settings(s), _tensors(s)) for s in self.steps)
+        return self.wiring, tuple((type(s), settings_of(s), _tensors(s)) for s in self.steps)
 
     def hooks(self) -> Iterator[dict[object, object]]:
         """Yield the tables of hooks of all its modules."""
@@ -60,7 +60,7 @@ class KernelSteps:
                 if parameter is None:
                     yield module.__dict__["_parameters"], name, None
         for step in self.steps:
-            for name, value in _settings(step):
+            for name, value in settings_of(step):
                 if name not in _SIZES:
                     yield step.__dict__, name, value
 
@@ -92,7 +92,8 @@ def _in_sequence(module: nn.Module) -> Iterator[nn.Module]:
         yield from _in_sequence(part)
 
 
-def _settings(step: nn.Module) -> tuple[tuple[str, object], ...]:
+def settings_of(step: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Return the plain values that a step was made with, by name."""
     held = step.__dict__.items()
     return tuple((k, v) for k, v in held if k[0] != "_" and k != "training" and _is_plain(v))
 
