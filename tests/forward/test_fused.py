@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import esper
 from esper.compiler.catalog import default_catalog
 from esper.compiler.lowering import lower
 from esper.compiler.parts import Noise
@@ -158,6 +159,41 @@ def test_serial_kernels_read_the_hosts_output():
     layer.graft(6, mlp(), alpha=0.5, guard="step", example=x.detach())
     assert [seed.seed_idx for seed in record_of(layer).grouping.others] == [6]
     assert_close(results(layer, x), results(one_by_one(layer), x))
+
+
+HOSTS = {
+    "attention": (lambda: nn.MultiheadAttention(FEATURES, 2, batch_first=True), True),
+    "norm": (lambda: nn.LayerNorm(FEATURES), False),
+    "recurrent": (lambda: nn.GRU(FEATURES, FEATURES, batch_first=True), True),
+    "block": (lambda: nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU()), False),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts_of_other_kinds(host):
+    """Behind hosts that give tuples too, kernels are run as one."""
+    make_host, gives_tuple = HOSTS[host]
+    x = torch.randn(3, 5, FEATURES)
+    layer = adopt(make_host(), name="site", num_seeds=6)
+    layer.enable_step_guard()
+    call = (x, x, x) if host == "attention" else (x,)
+    for i in range(6):
+        options = {"guard": "step", "position": "serial", "example": call}
+        layer.graft(i, mlp(), alpha=0.1 * i + 0.1, **options)
+    assert kind_of(layer) == "fused"
+    found, expected = layer(*call), one_by_one(layer)(*call)
+    assert isinstance(found, tuple) == gives_tuple
+    if gives_tuple:
+        found, expected = found[0], expected[0]
+    assert_close({"y": found}, {"y": expected})
+
+
+def test_nested_tensors_run_one_by_one():
+    """Rows of several lengths give what the unfused plan gives, bit for bit."""
+    layer, _ = grown()
+    rows = [torch.randn(length, FEATURES) for length in (2, 4)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    assert torch.equal(layer(nested).values(), one_by_one(layer)(nested).values())
 
 
 def test_two_forms_and_a_kernel_by_itself():
@@ -531,6 +567,40 @@ def test_files_of_fused_layers(tmp_path):
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert kind_of(whole) == "fused"
     assert torch.equal(whole(x), expected)
+
+
+def a_run():
+    """A wrapped model, built as at the start of a run, and its optimizer."""
+    torch.manual_seed(0)
+    model = esper.wrap(nn.Sequential(nn.Linear(FEATURES, FEATURES)), num_seeds=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    return model, optimizer
+
+
+def test_a_checkpoint_goes_on_fused_bit_for_bit(tmp_path):
+    """A run that is resumed has the groups that it had, and makes the same updates."""
+    x = torch.randn(5, FEATURES)
+    model, optimizer = a_run()
+    for i in range(6):
+        model[0].graft(i, f"mlp-{FEATURES}x{FEATURES}-w32", guard="step", example=x)
+    esper.sync_optimizer(model, optimizer)
+    other, others = a_run()
+
+    def update(model, optimizer):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+    update(model, optimizer)
+    esper.save_checkpoint(tmp_path / "run.esper", model, optimizer)
+    esper.load_checkpoint(tmp_path / "run.esper", other, others)
+    assert kind_of(model[0]) == kind_of(other[0]) == "fused"
+    for _ in range(3):
+        update(model, optimizer)
+        update(other, others)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("assign", [False, True])
