@@ -220,7 +220,8 @@ class _TwoProducts(torch.autograd.Function):
         if needs_c:
             dc = (g.sum(0) * factors).unbind(0)
         if needs_v:
-            dv = torch.mm(g.t(), scaled.flatten(1)).view(-1, *scaled.shape[1:]).unbind(1)
+            g_t = g.t()
+            dv = tuple(torch.mm(g_t, each) for each in scaled.unbind(1))
         if needs_x or needs_w or needs_b:
             da = torch.empty_like(scaled)
             for v, out in zip(vs, da.unbind(1), strict=True):
