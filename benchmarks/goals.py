@@ -133,7 +133,7 @@ GOALS = (
             "28 more parameters that take their gradient cost a quarter of what is above 1, the "
             "products of single seeds against one of them all another, the outputs that exist "
             "for the guard and calls of Python the rest; weights that lie in one buffer were "
-            "tried and save a sixth of it"
+            "tried and save a fifth of it"
         ),
     ),
     Goal(
