@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import pickle
 import re
+import types
 
 import pytest
 import torch
@@ -225,6 +226,18 @@ def test_frozen_kernels_get_no_gradient():
         {name: t for name, t in found.items() if name not in missing},
         {name: t for name, t in expected.items() if name not in missing},
     )
+
+
+@pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
+def test_tied_kernels_add_their_gradients_up(kind):
+    """A parameter that several kernels share gets what each of them gives it."""
+    layer, x = grown(kind, num_seeds=6)
+    first, *others = (seed.slot.kernel for seed in record_of(layer).plan)
+    for kernel in others[:2]:
+        kernel[-1].weight = first[-1].weight
+    choose_forward(layer)
+    assert kind_of(layer) == "fused"
+    assert_close(results(layer, x), results(one_by_one(layer), x))
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu", "tanh", "low rank", "deep"])
@@ -462,6 +475,33 @@ def test_unlike_kernels_are_not_fused():
     wide = nn.Sequential(nn.Linear(FEATURES, 9), nn.ReLU(), nn.Linear(9, FEATURES))
     layer.graft(5, wide, alpha=0.5, guard="step", example=x.detach())
     layer.graft(6, mlp(bias=False), alpha=0.5, guard="step", example=x.detach())
+    assert kind_of(layer) == "active"
+
+
+def test_kernels_may_carry_anything():
+    """What their owner keeps in kernels, of whatever type, is no matter of the plan's."""
+    layer, x = grown(num_seeds=0)
+    for i in range(6):
+        kernel = mlp()
+        kernel[0].notes, kernel.notes = ([i], torch.ones(i)), {"number": [i]}
+        layer.graft(i, kernel, alpha=0.5, guard="step", example=x.detach())
+    assert kind_of(layer) == "fused"
+    assert_close(results(layer, x), results(one_by_one(layer), x))
+
+
+def twice(module, given):
+    return 2 * type(module).forward(module, given)
+
+
+@pytest.mark.parametrize("part", ["kernel", "step"])
+def test_kernels_with_a_forward_of_their_own_run_one_by_one(part):
+    """What an object's own forward does is not known, be it the kernel's or a step's."""
+    layer, x = grown(num_seeds=0)
+    for i in range(6):
+        kernel = mlp()
+        patched = kernel if part == "kernel" else kernel[0]
+        patched.forward = types.MethodType(twice, patched)
+        layer.graft(i, kernel, alpha=0.5, guard="step", example=x.detach())
     assert kind_of(layer) == "active"
 
 

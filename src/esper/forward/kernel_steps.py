@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     Wiring = tuple[tuple[int, ...], ...]
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN: Final = (bool, int, float, str, tuple, type(None))
+_OWN_CALLS: Final = frozenset({"forward", "_compiled_call_impl"})
+"""What an object has in its ``__dict__`` where it is called otherwise than its class says."""
+
+_PLAIN: Final = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,7 +78,7 @@ def steps_of(kernel: nn.Module) -> KernelSteps | None:
     Args:
         kernel: A lowered kernel, a sequence, sequences in it, or a single module of torch's.
     """
-    if "forward" in kernel.__dict__:
+    if any(not _OWN_CALLS.isdisjoint(module.__dict__) for module in kernel.modules()):
         return None
     if type(kernel) is LoweredKernel:
         return KernelSteps(kernel=kernel, steps=tuple(kernel.steps), wiring=kernel.wiring)
@@ -99,7 +102,7 @@ def settings_of(step: nn.Module) -> tuple[tuple[str, object], ...]:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN)
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 def _tensors(step: nn.Module) -> Hashable:

@@ -63,7 +63,9 @@ def _steps_to_fuse(seed: Seed) -> KernelSteps | None:
     if seed.guard == "always" or seed.takes is not None:
         return None
     steps = steps_of(seed.slot.kernel)
-    return None if steps is None or any(steps.hooks()) else steps
+    if steps is None or any(steps.hooks()) or not any(way.takes(steps) for way in _WAYS):
+        return None
+    return steps
 
 
 def _group(found: Sequence[tuple[Seed, KernelSteps]]) -> SeedGroup | None:
