@@ -105,6 +105,52 @@ GOALS = (
         what="guard=step: reading the flag of one seed before a step",
         unit="us",
     ),
+    Goal(
+        row=3,
+        key="fused 4",
+        what="4 seeds of one form over one kernel 4 times as wide, guard=step, eager",
+        unit="x",
+        limit=1.15,
+        reason=(
+            "four such seeds run one by one: one function for them all takes as long, since what "
+            "they have over the wide kernel is 12 more parameters that take their gradient, and "
+            "products that are each a fourth as large"
+        ),
+    ),
+    Goal(
+        row=3,
+        key="fused 8",
+        what="8 seeds of one form over one kernel 8 times as wide, guard=step, eager",
+        unit="x",
+        limit=1.15,
+        reason=(
+            "28 more parameters that take their gradient cost a quarter of what is above 1, the "
+            "products of single seeds against one of them all another, the outputs that exist "
+            "for the guard and calls of Python the rest; weights that lie in one buffer were "
+            "tried and save a fifth of it"
+        ),
+    ),
+    Goal(
+        row=3,
+        key="fused convolutions",
+        what="8 seeds of two convolutions over one kernel 8 times as wide, guard=step, eager",
+        unit="x",
+    ),
+    Goal(
+        row=3,
+        key="fused compiled",
+        what="8 seeds of one form, compiled, over the same plan one by one, compiled",
+        unit="x",
+        limit=1.02,
+        reason="it is the same graph: what differs is the noise of the machine",
+    ),
+    Goal(
+        row=4,
+        key="fossil",
+        what="fossil that stays in the plan, guard=off, forward + backward, over by hand",
+        unit="x",
+        limit=1.02,
+    ),
     Goal(row=4, key="folded", what="fossil by folding over the bare host", unit="x", limit=1.02),
     Goal(row=5, key="breaks", what="torch.compile: graph breaks, all events", unit="", limit=0),
     Goal(row=5, key="recompiles dormant", what="recompiles while dormant", unit="", limit=0),

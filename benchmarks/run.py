@@ -15,6 +15,7 @@ from typing import Any
 
 import compile_rows
 import document
+import fusion_rows
 import gpu_rows
 import layer_rows
 import loading_rows
@@ -46,7 +47,9 @@ def figures(rounds: int) -> Iterator[Figure]:
     """Measure rows 1 to 17, but for the instructions of row 1; what is compiled comes last."""
     yield from layer_rows.dormant(rounds)
     yield from layer_rows.active(rounds)
+    yield from fusion_rows.fused(rounds)
     yield layer_rows.folded(rounds)
+    yield fusion_rows.fossil(rounds)
     yield from loading_rows.live(rounds)
     yield loading_rows.cache_hit(rounds)
     yield state_rows.transition(rounds)
@@ -59,6 +62,7 @@ def figures(rounds: int) -> Iterator[Figure]:
     yield state_rows.waiting_controller(rounds)
     yield compile_rows.telemetry_compiled()
     yield layer_rows.active_compiled(rounds)
+    yield fusion_rows.fused_compiled(rounds)
     yield from compile_rows.compiled_events()
     yield from gpu_rows.gpu(rounds)
 

@@ -11,9 +11,11 @@ from torch import nn
 from esper.forward.generated_class import generated_base, generated_class, host_class_of, key_of
 from esper.forward.host_view import has_foreign_forward
 from esper.forward.recompilation import allow_graph_of
+from esper.forward.seed_groups import grouping_of
 from esper.state.host_parts import SEEDS
 from esper.state.layer_record import RECORD, record_of
 from esper.state.roster import update_roster
+from esper.state.seed_group import Grouping
 
 if TYPE_CHECKING:
     from esper.forward.generated_class import Kind, LayerClass
@@ -131,6 +133,7 @@ def choose_forward(layer: nn.Module) -> None:
         if record.layout.contributes(i) and record.layout.alpha(i) > 0.0
     } | record.shadows
     record.plan = tuple(seeds[i] for i in sorted(seeds))
+    record.grouping = _grouping(layer, record)
     record.watched = tuple(
         seed.slot
         for i, seed in record.seeds.items()
@@ -147,11 +150,21 @@ def choose_forward(layer: nn.Module) -> None:
     record.changed()
 
 
+def _grouping(layer: nn.Module, record: LayerRecord) -> Grouping:
+    """Return how a plan is run: one by one where kernels run elsewhere, are named or are timed."""
+    runs_elsewhere = key_of(layer).family.open_run is not None
+    if runs_elsewhere or record.num_naming or record.telemetry_enabled:
+        return Grouping(others=record.plan)
+    return grouping_of(record.plan)
+
+
 def _kind_for(record: LayerRecord) -> Kind:
     if record.note is not None:
         return "noting"
     if record.plan:
-        return "profiled" if record.num_naming else "active"
+        if record.num_naming:
+            return "profiled"
+        return "fused" if record.grouping is not None and record.grouping.groups else "active"
     if record.watched:
         return "watching"
     return "counting" if record.telemetry_enabled else "dormant"

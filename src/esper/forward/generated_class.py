@@ -1,11 +1,11 @@
 """The classes that a host object may have as a layer: what each does in a forward.
 
-For a host class and a family (KasminaLayer or a subclass of it) there are six classes, made
+For a host class and a family (KasminaLayer or a subclass of it) there are seven classes, made
 once: *dormant*, whose forward is the host class's own function; *counting*, the same with a
 counter, for telemetry; *watching*, the same where kernels stand at alpha 0, which others may
-write; *active*, whose forward follows the plan; *profiled*, the same where the kernels run under
-their names; *noting*, which keeps its input for a graft that waits for one. A transition changes
-``__class__`` of the host object.
+write; *active*, whose forward follows the plan; *fused*, the same where kernels of one form are run
+as one; *profiled*, the same where the kernels run under their names; *noting*, which keeps its
+input for a graft that waits for one. A transition changes ``__class__`` of the host object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from esper.forward.blending import blend
 from esper.forward.container_items import hiding_seeds
 from esper.forward.fence import run_kernel
+from esper.forward.fused_blending import blend_fused
 from esper.forward.host_output import graftable, pass_on, with_first
 from esper.forward.input_watch import watched
 from esper.forward.named_run import opening_named
@@ -38,11 +39,12 @@ if TYPE_CHECKING:
     Arguments = tuple[tuple[object, ...], dict[str, object]]
     CompleteCall = Callable[[tuple[object, ...], dict[str, object]], Arguments]
     OpenRun = Callable[[LayerRecord, LayerCall], RunKernel]
+    Join = Callable[[LayerRecord, LayerCall, Tensor, RunKernel], Tensor]
 
 
-Kind = Literal["dormant", "counting", "watching", "active", "profiled", "noting"]
-"""Whether a class runs the host's function, the same counted or watched, the plan, the same under
-names, or either of the two with its input noted."""
+Kind = Literal["dormant", "counting", "watching", "active", "fused", "profiled", "noting"]
+"""Whether a class runs the host's function, the same counted or watched, the plan, the same with
+kernels run as one or under names, or either of the two with its input noted."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -76,7 +78,7 @@ class ClassKey(NamedTuple):
     Attributes:
         family: ``KasminaLayer`` or a subclass of it.
         host_class: Class that the host object had.
-        kind: Which of the six it is.
+        kind: Which of the seven it is.
     """
 
     family: LayerClass
@@ -179,12 +181,19 @@ def _active(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return _following_plan(family, host_class, family.open_run)
 
 
+def _fused(family: LayerClass, host_class: type[nn.Module]) -> Forward:
+    return _following_plan(family, host_class, None, blend_fused)
+
+
 def _profiled(family: LayerClass, host_class: type[nn.Module]) -> Forward:
     return _following_plan(family, host_class, opening_named(family.open_run))
 
 
 def _following_plan(
-    family: LayerClass, host_class: type[nn.Module], open_run: OpenRun | None
+    family: LayerClass,
+    host_class: type[nn.Module],
+    open_run: OpenRun | None,
+    join: Join = blend,
 ) -> Forward:
     host_forward: Forward = host_class.forward
     complete = family.complete_call
@@ -211,7 +220,7 @@ def _following_plan(
         if h is None:
             pass_on(record, output)
             return output
-        y = blend_nested(record, call, h, run) if h.is_nested else blend(record, call, h, run)
+        y = blend_nested(record, call, h, run) if h.is_nested else join(record, call, h, run)
         return y if isinstance(output, Tensor) else with_first(output, y)
 
     return forward
@@ -236,6 +245,7 @@ _FORWARDS: Final[dict[Kind, Callable[[LayerClass, type[nn.Module]], Forward]]] =
     "counting": _counting,
     "watching": _watching,
     "active": _active,
+    "fused": _fused,
     "profiled": _profiled,
     "noting": _noting,
 }

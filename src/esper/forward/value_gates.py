@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from esper.state.seed_slot import Seed
 
 
-_CLEAN: Final = Call(torch.Size(()))
+CLEAN: Final = Call(torch.Size(()))
 """A clean call without a guard: ends a run of errors, and nothing more is known about it."""
 
 
@@ -49,7 +49,7 @@ def share_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[ShareA
         return _traceable_adder(seed, h, k, alpha)
     if seed.guard == "off":
         if not seed.is_shadow:
-            seed.seen.calls.append(_CLEAN)
+            seed.seen.calls.append(CLEAN)
         return partial(torch.add, alpha * k), alpha
     call = Call(h.shape)
     seed.seen.calls.append(call)

@@ -388,7 +388,7 @@ def set_guard(layer: nn.Module, seed_idx: int, guard: Guard) -> None:
     seed.guard = guard
     seed.slot.set_structure(encoded_structure(layer, seed_idx))
     apply_guard(layer, seed)
-    record_of(layer).changed()
+    choose_forward(layer)  # which ends by telling those who want to know
 
 
 def active_seed(layer: nn.Module, seed_idx: int, *, or_fossil: bool = False) -> Seed:

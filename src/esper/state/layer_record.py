@@ -11,6 +11,7 @@ from torch import nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.state.load_order import LoadOrder
+from esper.state.seed_group import Grouping
 from esper.state.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class LayerRecord:
         seeds: Records of the seeds that hold a kernel or wait for one's probe, by index.
         shadows: Seeds in audition, by index.
         plan: Seeds with alpha > 0, in slot order; made at transitions.
+        grouping: Which of the plan's seeds are run as one; None in a copy, which finds its own.
         watched: Slots of the seeds that would be in the plan if their alpha were not 0.
         waiting: Grafts that wait for a call of the layer, by seed index.
         note: What the forward notes for them; None while none waits.
@@ -112,6 +114,7 @@ class LayerRecord:
         self.seeds: dict[int, Seed] = {}
         self.shadows: dict[int, Seed] = {}
         self.plan: tuple[Seed, ...] = ()
+        self.grouping: Grouping | None = Grouping()
         self.watched: tuple[SeedSlot, ...] = ()
         self.waiting: dict[int, WaitingGraft] = {}
         self.note: Note | None = None
@@ -196,6 +199,7 @@ class LayerRecord:
         """Return what a copy does not take over: auditions, loads, hooks, promises to the layer."""
         return {
             "shadows": {},
+            "grouping": None,
             "waiting": {},
             "note": None,
             "has_step_guard": False,

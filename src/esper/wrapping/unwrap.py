@@ -17,6 +17,7 @@ from esper.forward.host_output import blendable
 from esper.forward.host_view import declared, host_forward
 from esper.forward.input_watch import InputWatch
 from esper.resilience.attempt import Done, attempt
+from esper.seeds.merging import merge_kernels
 from esper.seeds.out_of_use import bypassed, losses, misfits
 from esper.seeds.shadow import shadow_pass
 from esper.seeds.shallow import depth_state
@@ -61,7 +62,7 @@ CALL_HOOKS: Final = (
 """What belongs to a call of a module, and so to whatever stands in its place."""
 
 
-def unwrap(model: Model) -> Model:
+def unwrap(model: Model, *, fuse: bool = False) -> Model:
     """Return what was learned as plain PyTorch, in place. Succeeds or changes nothing.
 
     A layer without a contributing seed gets its own class back. So does one whose kernels all
@@ -88,6 +89,10 @@ def unwrap(model: Model) -> Model:
 
     Args:
         model: A model; one that is not wrapped is returned as it is.
+        fuse: Whether several kernels of a layer become one module where that gives the same within
+            1e-6: those of two linear layers with one activation, side by side, at alphas that are
+            written into their weights. It is called ``seed_<i>`` by the first of them. Its
+            parameters are others than the kernels', which an optimizer does not know.
 
     Returns:
         The model; where the model itself is a site that does not fold, its graph module.
@@ -114,6 +119,8 @@ def unwrap(model: Model) -> Model:
     for name, layer in sites.items():
         _leave_out(layer, unfit[name])
         _fold(layer)
+        if fuse:
+            _merge(layer)
         site = _as_graph(layer)
         if site is not None:
             kernels = {i: seed.slot.kernel for i, seed in record_of(layer).seeds.items()}
@@ -164,6 +171,16 @@ def _fold(layer: KasminaLayer) -> None:
     for seed in record_of(layer).plan:
         if layer.state_layout.state(seed.seed_idx) == SeedLifecycleState.ACTIVE:
             layer.fossilize(seed.seed_idx)
+
+
+def _merge(layer: KasminaLayer) -> None:
+    merged = merge_kernels(layer)
+    if merged:
+        _logger.info(
+            "layer %r: the kernels of seeds %s are part of another's now",
+            layer.name,
+            ", ".join(map(str, merged)),
+        )
 
 
 def _as_graph(layer: KasminaLayer, unfit: Collection[int] = ()) -> fx.GraphModule | None:
