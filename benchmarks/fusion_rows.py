@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from measure import Figure, take_turns
@@ -51,7 +52,7 @@ def _beside(
     become(layers["one by one"], "active")
     calls = {name: _pass(layer, x) for name, layer in layers.items()}
     took = take_turns(calls, rounds=rounds, number=25)
-    singly = took["one by one"].best_s / took["wide"].best_s
+    singly = took["one by one"].median_s / took["wide"].median_s
     return took["fused"].ratio(took["wide"], key, beside=f"one by one {singly:.2f}x")
 
 
@@ -85,8 +86,7 @@ def fused_compiled(rounds: int) -> Figure:
         call()
     took = take_turns(calls, rounds=2 * rounds, number=25)
     figure = took["fused"].ratio(took["singly"], "fused compiled")
-    note = f"backend {backend}"
-    return Figure(key=figure.key, value=figure.value, spread=figure.spread, note=note)
+    return replace(figure, note=f"backend {backend}")
 
 
 def fossil(rounds: int) -> Figure:

@@ -119,3 +119,19 @@ def test_a_second_derivative_goes_through_a_sum_that_was_looked_at():
     assert bool(second.isfinite().all())
     assert bool(second.any())
     assert not maintain(net).faults
+
+
+@pytest.mark.parametrize("guard", ["step", "always"])
+def test_a_host_that_another_seed_replaces_is_looked_at_by_itself(guard):
+    """The sum is finite, since nothing of the host is in it; its NaN still counts nothing."""
+    torch.manual_seed(0)
+    net = esper.wrap(nn.Sequential(nn.Linear(4, 4)), num_seeds=2)
+    net[0].enable_step_guard()
+    x = torch.randn(5, 4)
+    net[0].graft(0, nn.Linear(4, 4), alpha=1.0, mode="replace", example=x, guard=guard)
+    net[0].graft(1, nn.Linear(4, 4), alpha=0.5, example=x, guard=guard)
+    with torch.no_grad():
+        net[0].weight.fill_(torch.nan)
+        assert bool(net(x).isfinite().all())
+    marks = [seed.seen.calls[-1].marks for seed in net[0]._kasmina.seeds.values()]
+    assert [bool(host.isnan()) for host, _ in marks] == [True, True]

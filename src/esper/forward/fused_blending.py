@@ -10,10 +10,10 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from esper.forward.blending import blend
 from esper.forward.fence import left_out, run_kernel
-from esper.forward.finiteness import host_mark, in_transform
+from esper.forward.finiteness import can_look, host_mark, in_transform, seen_finite
 from esper.forward.seed_groups import grouping_of
 from esper.forward.value_gates import CLEAN, share_adder
-from esper.state.observation import Call
+from esper.state.observation import CLEAN_MARKS, Call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,9 +101,13 @@ def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> Share:
     if not group.stands or type(given) is not Tensor or alphas.requires_grad:
         msg = "the kernels are not as they were when the plan was made"
         raise ValueError(msg)
-    is_watched = first.guard == "step"
-    total, marks = group.run(given, alphas.to(h.dtype), h.detach(), is_watched=is_watched)
-    return group, total, marks
+    is_watched, host = first.guard == "step", h.detach()
+    alphas = alphas.to(h.dtype)
+    if is_watched and can_look(host):
+        total, _ = group.run(given, alphas, host, is_watched=False)
+        if seen_finite(host + total.detach()):
+            return group, total, ()
+    return group, *group.run(given, alphas, host, is_watched=is_watched)
 
 
 def _remember(group: SeedGroup, h: Tensor, marks: Sequence[Tensor]) -> None:
@@ -111,6 +115,10 @@ def _remember(group: SeedGroup, h: Tensor, marks: Sequence[Tensor]) -> None:
     if group.seeds[0].guard == "off":
         for seed in group.seeds:
             seed.seen.calls.append(CLEAN)
+        return
+    if not marks:  # all that was added was seen to be finite, and so was the host
+        for seed in group.seeds:
+            seed.seen.calls.append(Call(h.shape, CLEAN_MARKS))
         return
     host = host_mark(h)
     for seed, mark in zip(group.seeds, marks, strict=True):

@@ -137,23 +137,27 @@ def _observed_sum(
     """Add, and mark what ``h`` becomes; where nothing else was added that is the result itself."""
     term = alpha * k
     y = so_far + term
+    if seen_finite(y) and (so_far is h or seen_finite(h)):
+        call.marks = CLEAN_MARKS
+        return y
     host, room = h.detach(), term.detach()  # which no backward needs
     grafted = y.detach() if so_far is h else host + room
-    if seen_finite(grafted):
-        call.marks = CLEAN_MARKS
-    else:
-        call.marks = host_mark(host), share_mark(grafted, host, room)
+    call.marks = host_mark(host), share_mark(grafted, host, room)
     return y
 
 
 def _guarded_sum(
     h: Tensor, k: Tensor, alpha: Tensor, seed: Seed, call: Call, so_far: Tensor
 ) -> Tensor:
-    """Add where the share is good; a sum that is seen to be finite needs no gate of its own."""
+    """Add where the share is good.
+
+    A sum that is seen to be finite needs no gate: so is all that was added up to it. Of the host
+    that is known then, too, unless another seed has taken its place.
+    """
     if h.device.type == "cpu":
         term = alpha * k
         y = so_far + term
-        if seen_finite(y if so_far is h else h.detach() + term.detach()):
+        if seen_finite(y) and (so_far is h or seen_finite(h)):
             call.marks = CLEAN_MARKS
             if y.grad_fn is not None:
                 y.grad_fn.register_prehook(_SumHook(seed, call))
