@@ -156,7 +156,10 @@ def test_a_quick_sink_leaves_no_thread():
     bus = EventBus([Notebook()])
     bus.publish(note(0))
     assert bus.flush()
-    assert not [t for t in threading.enumerate() if t.name == "esper sink"]
+    left = [t for t in threading.enumerate() if t.name == "esper sink"]
+    for thread in left:
+        thread.join(5)  # the one that is about to end
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_a_sink_may_publish_from_inside():

@@ -241,3 +241,34 @@ def test_kernels_that_another_context_loads_leave_the_model_compiled():
         contextvars.copy_context().run(graft)
     maintain(layer)
     assert torch._dynamo.config.recompile_limit >= before + 3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own import
+def test_fewer_overheads_asked_for_a_swap_gives_the_same_numbers():
+    """With ``mode="reduce-overhead"``, which on a CPU is accepted and captures nothing."""
+    torch.compiler.reset()
+    net, x = Net(), torch.randn(5, 6)
+    site = adopt(net.site, name="site")
+    fast = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+    for _ in range(2):
+        site.graft(0, mlp_blueprint(), alpha=0.5, example=x)
+        torch.testing.assert_close(fast(x), net(x))
+        site.unload_kernel(0)
+        torch.testing.assert_close(fast(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own import
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_device_graphs_are_replayed_after_a_swap():
+    """CUDA graphs of ``mode="reduce-overhead"`` give the eager numbers of the kernel that is in."""
+    torch.compiler.reset()
+    net = Net().double().cuda()
+    x = torch.randn(5, 6, dtype=torch.float64, device="cuda")
+    site = adopt(net.site, name="site")
+    fast = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+    for _ in range(2):
+        site.graft(0, nn.Linear(6, 6).double().cuda(), alpha=0.5, example=x)
+        for _ in range(4):  # two warm up, one is captured, one is replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(fast(x).clone(), net(x))
