@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 from esper.bus.in_process import EventBus
 from esper.bus.redis_streams import RedisSink
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from esper.contracts.events import Event
     from esper.contracts.ports import EventSink
     from esper.services.settings import Environment
 
@@ -34,12 +35,15 @@ class RunSinks:
         self._bus = EventBus(self._sinks)
 
     def beside(self, sink: EventSink | None) -> EventSink | None:
-        """Return one sink for these and the owner's own; None where there is none at all."""
+        """Return one sink for these and the owner's own; None where there is none at all.
+
+        The run does not wait for it at its end: :meth:`close` does, for all of them together.
+        """
         if not self._sinks:
             return sink
         if sink is not None:
             self._bus.subscribe(sink)
-        return self._bus
+        return _Beside(self._bus)
 
     def close(self) -> None:
         """Let the sinks catch up, for a few seconds in all, and end what they have opened."""
@@ -52,6 +56,20 @@ class RunSinks:
         for sink in self._sinks:
             if isinstance(sink, PrometheusSink):
                 sink.close()
+
+
+@final
+class _Beside:
+    """A bus that nobody but its owner asks to catch up."""
+
+    never_waits: ClassVar[bool] = True
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to every sink of the bus."""
+        self._bus.publish(event)
 
 
 def sinks_of(environment: Environment, *, report_to: Iterable[str] = (), folder: Path) -> RunSinks:
