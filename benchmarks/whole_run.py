@@ -220,10 +220,11 @@ def measured(size: Size, *, quick: bool) -> dict[str, object]:
             run.update()
     calls = {state: run.update for state, run in runs.items()}
     took = take_turns(calls, rounds=2 if quick else size.rounds, number=1)
-    rooms = {
-        state: shares(runs[state], 10 if quick else 200)
-        for state in (DORMANT, f"fossils, {FOSSILS[-1]}", TRIAL)
-    }
+    looked_at, updates = (
+        (DORMANT, f"fossils, {FOSSILS[-1]}", TRIAL),
+        10 if quick else 3 * size.rounds,
+    )
+    rooms = {state: shares(runs[state], updates) for state in looked_at}
     for run in runs.values():
         run.close()
     memory = {state: peak_mb(size, state) for state in states() if "hand" not in state}

@@ -24,7 +24,7 @@ def load(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.slow
+@pytest.mark.torture  # half a minute, for what `make bench` shows by itself
 def test_quick_run_measures_every_line_of_the_table(tmp_path, load):
     """`benchmarks/run.py --quick` prints every line that has a goal, and writes all of them."""
     for needed in ("sklearn", "peft", "cachetools", "fastapi"):

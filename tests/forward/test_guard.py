@@ -17,6 +17,7 @@ from esper.execution.host_class import adopt
 from esper.seeds.isolation import FIRST_RETRY_READINGS
 from esper.seeds.maintenance import maintain
 from esper.seeds.step_guard import KeptBuffers, read_step_flags
+from esper.state.observation import read
 
 pytestmark = pytest.mark.usefixtures("with_and_without_a_look")
 
@@ -393,14 +394,12 @@ def test_a_call_that_arrives_while_its_seed_is_read_is_left_for_later(monkeypatc
     kernel = graft_bad(net, shape, "nan")
     kernel.is_bad = False
     net(torch.randn(6, *shape))
-    tolist = torch.Tensor.tolist
 
-    def forward_then_tolist(tensor):
-        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    def forward_then_read(seen, **known):
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(net, torch.randn(6, *shape)).result()
-        return tolist(tensor)
+        return read(seen, **known)
 
-    monkeypatch.setattr(torch.Tensor, "tolist", forward_then_tolist)
+    monkeypatch.setattr("esper.seeds.maintenance.read", forward_then_read)
     maintain(net)
     assert len(net.site._kasmina.seeds[0].seen.calls) == 1
