@@ -85,6 +85,7 @@ def test_a_registry_that_does_not_answer_is_a_problem(tmp_path):
         assert "URZA_API_URL" in check_registry(read_environment({"URZA_API_URL": address})).cure
 
 
+@pytest.mark.slow
 def test_every_address_is_asked_and_no_password_is_shown():
     """Bus, collector and port say whether somebody answers, and where nobody does what to do."""
     with collecting() as server, PrometheusSink(0) as page:

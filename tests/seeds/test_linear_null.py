@@ -112,7 +112,11 @@ QUICK = ("padded", "unpadded", "without_bias", "grouped", "transposed")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.torture) for n in CONVOLUTIONS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in QUICK else pytest.mark.torture)
+        for n in CONVOLUTIONS
+    ],
 )
 def test_what_a_null_adds_at_a_convolution(name):
     """A bias that padding cuts off, a bias for a host without, channels between groups."""
