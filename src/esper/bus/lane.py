@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import logging
 import os
@@ -31,16 +32,16 @@ _LEAST_TELLING: Final = (
 _RANKS: Final = {kind: rank for rank, kind in enumerate(_LEAST_TELLING)}
 
 
-class Forked:
+class Forked(abc.ABC):
     """Begins anew in a forked process, where a lock may be held by a thread that is not there."""
 
     def __init__(self) -> None:
         self._begin()
         _FORKED.add(self)
 
+    @abc.abstractmethod
     def _begin(self) -> None:
         """Set up what is of one process: locks, threads, and counts of what it was handed."""
-        raise NotImplementedError
 
 
 _FORKED: Final[weakref.WeakSet[Forked]] = weakref.WeakSet()

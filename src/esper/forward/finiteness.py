@@ -34,21 +34,17 @@ def is_good(mark: Tensor) -> Tensor:
     return mark.eq(mark)
 
 
-def can_look(y: Tensor) -> bool:
-    """Say whether looking at numbers costs no transfer: in host memory, outside of a trace."""
-    return type(y) is Tensor and y.device.type == "cpu" and torch._C._get_tracing_state() is None  # noqa: SLF001 - torch.jit is banned
-
-
 def seen_finite(y: Tensor) -> bool:
-    """Look whether every element is finite, where :func:`can_look`, in one pass.
+    """Look whether every element is finite, where that costs one pass and no transfer.
 
-    True is sure: infinities of both signs make a NaN of the sum. False says nothing: it is
-    elsewhere, or the sum is not finite, as where it overflows.
+    That is in host memory, outside of what is traced. True is sure: infinities of both signs make
+    a NaN of the sum. False says nothing: it is elsewhere, or the sum is not finite, as where it
+    overflows.
 
     Args:
         y: Floating, and not in a transformation of ``torch.func``.
     """
-    if not can_look(y):
+    if type(y) is not Tensor or y.device.type != "cpu" or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
         return False
     return math.isfinite(_sum(y.detach() if y.requires_grad else y).item())
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from esper.forward.blending import blend
 from esper.forward.fence import left_out, run_kernel
-from esper.forward.finiteness import can_look, host_mark, in_transform, seen_finite
+from esper.forward.finiteness import host_mark, in_transform, seen_finite
 from esper.forward.seed_groups import grouping_of
 from esper.forward.value_gates import CLEAN, share_adder
 from esper.state.observation import CLEAN_MARKS, Call
@@ -103,7 +103,7 @@ def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> Share:
         raise ValueError(msg)
     is_watched, host = first.guard == "step", h.detach()
     alphas = alphas.to(h.dtype)
-    if is_watched and can_look(host):
+    if is_watched and seen_finite(host):  # of a masked one nothing could be seen, call for call
         total, _ = group.run(given, alphas, host, is_watched=False)
         if seen_finite(host + total.detach()):
             return group, total, ()
