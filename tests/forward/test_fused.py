@@ -864,3 +864,18 @@ def test_a_plan_made_again_is_the_same():
     choose_forward(layer)
     assert kind_of(layer) == "fused"
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_clean_call_runs_a_group_once(masked, monkeypatch):
+    """Also behind a host that is infinite where it masks, at which nobody can look."""
+    layer, x = grown()
+    with torch.no_grad():
+        layer(x)
+        layer.bias[0] = -torch.inf if masked else 0.0
+    (group,) = layer._kasmina.grouping.groups
+    runs, run = [], group.run
+    monkeypatch.setattr(type(group), "run", lambda _, *a, **k: runs.append(k) or run(*a, **k))
+    with torch.no_grad():
+        layer(x)
+    assert runs == [{"is_watched": masked}]
