@@ -75,4 +75,4 @@ mutants: venv ## Change what decides a little: do the tests notice? writes bench
 	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 torture: venv ## Run the tests that take minutes to hours
-	$(BIN)/python -m pytest -m torture --timeout 0 $(ARGS)
+	$(BIN)/python -m pytest -m torture --timeout 0 -o faulthandler_timeout=0 $(ARGS)

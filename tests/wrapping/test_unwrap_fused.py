@@ -35,12 +35,12 @@ def kernels_of(plain):
 @pytest.mark.parametrize("position", ["parallel", "serial"])
 def test_kernels_side_by_side_become_one(between, bias, position):
     """Kernels of several widths are one MLP, which gives what they gave within 1e-6."""
-    kernels = [mlp(hidden, between, bias) for hidden in (3, 4, 5)]
+    kernels = [mlp(hidden, between, bias) for hidden in (30, 40, 50)]
     model, x = grown(*kernels, dtype=torch.float64, position=position)
     expected = model(x)
     plain = esper.unwrap(model, fuse=True)
     assert kernels_of(plain) == ["seed_0"]
-    assert plain[0].seed_0[0].out_features == 12
+    assert plain[0].seed_0[0].out_features == 120
     torch.testing.assert_close(plain(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_float32_is_within_a_millionth():
 
 def test_what_is_unlike_stays_by_itself():
     """Other activations, shapes, positions and modes are not merged; those that are alike are."""
-    model, x = grown(mlp(), mlp(between=nn.ReLU), mlp(), mlp(bias=False))
+    model, x = grown(mlp(), mlp(40, nn.ReLU), mlp(), mlp(bias=False))
     model[0].graft(4, mlp(), alpha=0.5, position="serial", example=x)
     model[0].graft(5, mlp(), alpha=0.5, mode="replace", example=x)
     frozen = mlp().requires_grad_(False)
