@@ -31,7 +31,7 @@ from esper.seeds.step_guard import read_step_flags
 from esper.state.layer_record import record_of
 from esper.state.site import describe_site
 
-FEATURES, HIDDEN, CHANNELS = 6, 4, 4
+FEATURES, HIDDEN, CHANNELS = 6, 32, 4
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
