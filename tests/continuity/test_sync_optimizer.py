@@ -205,6 +205,7 @@ def test_optimizers_that_come_together_read_the_flags_once_a_step(monkeypatch, w
         "esper.continuity.optimizer.read_step_flags", lambda *_: reads.append(1) or []
     )
     first, second = (SGD(model[index].parameters(), lr=0.1) for index in (0, 2))
+    model[0].graft(0, nn.Linear(4, 4), alpha=0.5, example=batch())
     for optimizer in (first, second):
         sync_optimizer(model, optimizer)
     if within_a_step:

@@ -2,13 +2,17 @@
 
 import inspect
 import json
+import math
 import textwrap
 from dataclasses import replace
 
 import pytest
-from growing import evaluate, growing, train, wrapped
+import torch
+from growing import X, equal_states, evaluate, growing, train, wrapped
+from torch import nn
 
 from esper.contracts.errors import GrowthError
+from esper.growth.detector import Detector
 from esper.growth.policies import (
     AllOf,
     AnyOf,
@@ -19,9 +23,11 @@ from esper.growth.policies import (
     Policy,
     choices_of,
     outlook_of,
+    waits_until,
 )
 from esper.growth.ranking import FirstOrderGain, GradientNorm, RandomChoice
 from esper.growth.reading import Choice, Decision, Reading
+from esper.growth.staged import Staged
 
 
 def test_default_policy_asks_the_detector():
@@ -340,3 +346,131 @@ def test_a_policy_says_how_near_its_yes_is():
     assert outlook_of(Never(), reading) == outlook_of(ByHand([]), reading) == 0.0
     assert outlook_of(AnyOf(Never(), every), reading) == 0.25
     assert outlook_of(AllOf(Never(), every), reading) == 0.0
+
+
+def overfitting():
+    """A policy that has observed a rising held-out loss."""
+    policy = DiminishingReturns()
+    for update in range(0, 400, 20):
+        policy.observe(
+            Reading(update=update, train_loss=1.0 / (1 + update), gate_loss=1.0 + update)
+        )
+    return policy
+
+
+WAITS = {
+    "every so many": (lambda: EveryN(100), {}, 100),
+    "by hand": (lambda: ByHand([("head", "mlp-8", 50)]), {}, 50),
+    "the first of two": (lambda: AnyOf(EveryN(100), ByHand([("head", "mlp-8", 50)])), {}, 50),
+    "of both the later": (lambda: AllOf(EveryN(10), EveryN(20)), {}, 20),
+    "first package": (DiminishingReturns, {"horizon": 1000}, 100),
+    "never": (Never, {}, math.inf),
+    "depth": (lambda: Staged({0.5: 2}), {}, math.inf),
+    "nothing named": (lambda: ByHand([]), {}, math.inf),
+    "at evaluations": (DiminishingReturns, {}, math.inf),
+    "had one": (DiminishingReturns, {"horizon": 1000, "num_packages": 1}, math.inf),
+    "overfitting": (overfitting, {"horizon": 1000}, math.inf),
+    "too late": (lambda: EveryN(100), {"horizon": 4}, math.inf),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_policy_that_says_until_when_it_waits_says_no_until_then(what):
+    """Asked all the same it says no before, and not only because it is early then."""
+    make, given, expected = WAITS[what]
+    policy = make()
+    assert waits_until(policy, Reading(update=4, **given)) == expected
+    last = min(expected, 2_000) - 1
+    assert not any(policy.decide(Reading(update=u, **given)).grow for u in range(4, last + 1))
+    if expected < math.inf:
+        assert policy.decide(Reading(update=expected, **given)).grow
+
+
+class Early(EveryN):
+    """Decides otherwise than the class that it derives from."""
+
+    def decide(self, reading):
+        return replace(super().decide(reading), reason=f"asked at {reading.update}")
+
+
+class OwnRule(Detector):
+    """Has a first package at a moment of its own."""
+
+    def first(self, reading):
+        return None
+
+
+def test_whoever_decides_alone_is_asked_after_every_update():
+    """A subclass, an object with a function of its own, and what is no Policy at all."""
+    patched = EveryN(100)
+    patched.decide = Never().decide
+    asked = (Early(100), patched, OnlyDecides(), DiminishingReturns(OwnRule()))
+    for policy in (*asked, AnyOf(EveryN(100), Early(100))):
+        assert waits_until(policy, Reading(update=7, horizon=1000)) == 7
+    assert waits_until(EveryN(100), Reading(update=7)) == 100
+
+
+class Asked(EveryN):
+    """Counts how often it is asked: after every update, since it says nothing of waiting."""
+
+    num_asked = 0
+
+    def decide(self, reading):
+        self.num_asked += 1
+        return super().decide(reading)
+
+
+class Quiet(Asked):
+    """Is asked where the class that it derives from waits no longer."""
+
+    def decide(self, reading):
+        return super().decide(reading)
+
+    def waits_until(self, reading):
+        return super().waits_until(reading)
+
+
+@pytest.mark.parametrize("epochs", [False, True])
+def test_a_run_that_is_quiet_is_the_run_that_is_asked_after_every_update(epochs):
+    """Weights, evaluations, grafts, trials and work, with a kernel by hand in the middle."""
+    found = []
+    for policy in (Quiet(60), Asked(60)):
+        torch.manual_seed(3)
+        model, optimizer = wrapped()
+        every = None if epochs else 20
+        grower = growing(model, optimizer, policy=policy, evaluate_every=every, trial_updates=50)
+        for part in range(5):
+            train(model, optimizer, 15, grower, random_seed=part)
+            if epochs:
+                grower.end_epoch()
+            if part == 1:
+                model[4].graft(0, nn.Linear(4, 1), alpha=0.1, example=X[:8])
+                found.append(policy.num_asked)
+        grower.close()
+        found.append((model.state_dict(), grower.report()))
+    seldom, (quiet, one), always, (asked, other) = found
+    assert seldom < 10 < 29 <= always
+    assert equal_states(quiet, asked)
+    for name in ("evaluations", "grafts", "trials", "timeline", "updates", "work", "alphas"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.timeline
+
+
+def test_a_policy_that_is_asked_too_late_grows_too_late():
+    """The control: what a policy says of its waiting is believed."""
+
+    class Sleepy(EveryN):
+        def decide(self, reading):
+            return super().decide(reading)
+
+        def waits_until(self, reading):
+            return 15
+
+    begun = []
+    for policy in (EveryN(5), Sleepy(5)):
+        model, optimizer = wrapped()
+        grower = growing(model, optimizer, policy=policy, evaluate_every=50)
+        train(model, optimizer, 40, grower)
+        begun.append(grower._run.journal.timeline[0].update)
+        grower.close()
+    assert begun[1] - begun[0] == 10

@@ -373,7 +373,9 @@ class _Link:
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         """Read the flags now, or, with a closure, once the closure has made the gradients."""
         values = (*args, *kwargs.values())
-        if not any(callable(value) and not isinstance(value, Optimizer) for value in values):
+        if not values or not any(
+            callable(value) and not isinstance(value, Optimizer) for value in values
+        ):
             self._read(optimizer)
             return None
         replaced = tuple(self._closed(value, optimizer) for value in args)
@@ -396,8 +398,10 @@ class _Link:
         model = self._model()
         if model is None:
             return
-        busy = self.roster.busy()
-        faults = read_step_flags(busy, worst_of_ranks(model))
+        busy, over_ranks = self.roster.busy(), worst_of_ranks(model)
+        if not busy and over_ranks is None and self._kept is None:
+            return  # the usual case, in each step of a run that has not grown
+        faults = read_step_flags(busy, over_ranks)
         if not faults:
             self._keep(model, busy)
             return

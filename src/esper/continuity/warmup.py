@@ -214,11 +214,16 @@ class UpdateFactor:
         return entry.num_updates / self.warmup_updates
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        for entry in self._of(optimizer):
+        for entry in self._of(optimizer) if self._entries else ():
             entry.before = entry.param.detach().clone()
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if self._entries:  # as in few steps of a run
+            self._scale(optimizer)
+
+    @torch.no_grad()
+    def _scale(self, optimizer: Optimizer) -> None:
+        """Scale what a step has done to parameters on their first ones."""
         entries = self._of(optimizer)
         is_counted = bool(entries) and is_update(optimizer)
         for entry in entries:

@@ -42,9 +42,14 @@ class Incidents:
             with _lock:
                 _listening.add(self)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was announced since the last :meth:`take`."""
+        return bool(self._kept)
+
     def take(self) -> list[Event]:
         """Return what was announced since the last call, in order; no moment is in it."""
-        if not self._kept:
+        if not self.has_news:
             return []
         with _lock:
             taken = list(self._kept)

@@ -101,6 +101,17 @@ class Detector:
         reason = f"the first package is due at update {start} of {reading.horizon}"
         return Decision(grow=True, verdict="scheduled", reason=reason)
 
+    def first_at(self, reading: Reading) -> float:
+        """Return the first update at which :meth:`first` may say yes, should nothing be observed.
+
+        Args:
+            reading: As for :meth:`first`, which said no.
+        """
+        had = reading.num_packages or reading.last_change_update is not None
+        if reading.horizon is None or had or out_of_time(reading) or self._overfits():
+            return math.inf
+        return self._start(reading)
+
     def decide(self, reading: Reading) -> Decision:
         """Apply the rules to the evaluations so far; of the reading only times count."""
         outside = out_of_time(reading) or self._too_early(reading)

@@ -33,7 +33,7 @@ from esper.growth.obstacles import (
 )
 from esper.growth.options import GrowerOptions, show_options
 from esper.growth.outline import outline
-from esper.growth.policies import outlook_of
+from esper.growth.policies import outlook_of, waits_until
 from esper.growth.reading import Decision, Reading
 from esper.growth.rehearsal import rehearse
 from esper.growth.saving import (
@@ -56,6 +56,7 @@ from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.layer_health import illness_of
 from esper.seeds.maintenance import MEASURED_EVERY, maintain_layers
 from esper.state.layer_record import record_of
+from esper.state.roster import Moves, any_has_kernels
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class Grower:
         self._had_batches = False  # of the run that was loaded
         self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
+        self._quiet_until: float = 0
         self._on_progress, self._changes_told = options.get("on_progress"), 0
         self._run.journal.started(self._effective_settings(), outline(self._run.layers))
         try:
@@ -292,6 +294,7 @@ class Grower:
         """Say that an epoch ended: the default moment for an evaluation."""
         self._say_what_is_never_called()
         self._schedule.end_epoch(self._run.updates)
+        self._quiet_until = 0
         if not self._closed and self._run.updates and self._look():
             self._look_at_offers()
             self._decide()
@@ -565,6 +568,10 @@ class Grower:
     def _after_update(self, batches: list[Batch]) -> None:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
+        if batches and run.updates < self._quiet_until and not self._is_disturbed():
+            run.ledger.count_update(batches)
+            self._recent.extend(batches)
+            return
         if batches and not run.ledger.update.is_known:
             in_step(run.given, functools.partial(measure_update, run, batches[-1]))
         run.ledger.count_update(batches)
@@ -593,8 +600,33 @@ class Grower:
             self._look_at_offers()
         if run.updates == 1 and missing_part(run) is None:
             self._warn(self._missing_evidence())
-        self._decide()
+        self._quiet_until = self._next_moment(self._decide())
         self._tell()
+
+    def _next_moment(self, decision: Decision | None) -> float:
+        """Return the next update at which anything may be asked for; 0 where that is not known.
+
+        What others may do before is seen by :meth:`_is_disturbed`.
+
+        Args:
+            decision: What the policy said; None where it was not asked.
+        """
+        run = self._run
+        is_busy = self._depth.is_planned or run.null_beside is not None or run.offers.has_registry
+        if decision is None or decision.grow or is_busy:
+            return 0
+        if not (self._tried_twin and run.ledger.update.is_known):
+            return 0
+        look = self._schedule.waits_until(run.updates)
+        if run.evaluator is None:
+            look = (run.updates // EVALUATE_EVERY + 1) * EVALUATE_EVERY
+        return min(look, waits_until(run.policy, self._reading_now()))
+
+    def _is_disturbed(self) -> bool:
+        """Say whether a kernel has come, a layer or a source gone, or the model is another."""
+        run = self._run
+        is_other = run.num_moves != Moves.count or not run.ledger.update.is_known
+        return is_other or any_has_kernels() or run.incidents.has_news
 
     def _tell(self) -> None:
         """Tell the owner where the run is, where it was looked at or has changed since."""
@@ -716,20 +748,24 @@ class Grower:
             num_packages=run.num_packages,
         )
 
-    def _decide(self) -> None:
-        """Ask the policy where nothing is under way, and begin to record where it says yes."""
+    def _decide(self) -> Decision | None:
+        """Ask the policy where nothing is under way, and begin to record where it says yes.
+
+        Returns:
+            What it said; None where it was not asked.
+        """
         run = self._run
         if self._stage is not None or self._depth.is_waking:
-            return
+            return None
         decision = asked(run.policy, self._reading_now())
         if self._schedule.last == run.updates and not all_agree(run.given, int(decision.grow)):
             run.journal.note("the ranks did not agree to grow, so none does: their losses differ")
-            return
+            return decision
         is_told, self._told_yes = self._told_yes == decision, decision if decision.grow else None
         if self._schedule.last == run.updates or (decision.grow and not is_told):
             run.journal.detected(decision)
         if not decision.grow or self._is_hopeless():
-            return
+            return decision
         run.num_decisions += 1
         run.closed = self._closed_sites()
         missing = missing_part(run)
@@ -737,14 +773,15 @@ class Grower:
         against, is_time = found[0]
         if against is not None:
             run.journal.note(against)
-            return
+            return decision
         if not is_time:
-            return
+            return decision
         if missing is None or self._advises(missing):
             if decision.choice is None:
                 run.offers.take()
             self._told_yes = None
             self._stage = Recording(run, decision.choice, advise_only=missing is not None)
+        return decision
 
     def _closed_sites(self) -> dict[str, str]:
         """Return the sites whose layers some rank finds ill, with the reasons."""

@@ -227,6 +227,8 @@ class Journal:
             value: What was read.
             cure: What to do where it is not finite.
         """
+        if not self.not_finite and math.isfinite(value):
+            return  # the usual case
         place = next(
             (i for i, n in enumerate(self.not_finite) if n.what == what and n.until is None), None
         )

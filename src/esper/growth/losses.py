@@ -93,7 +93,8 @@ def _scalar(loss: object) -> Tensor:
                 f"{tuple(loss.shape)}; pass the mean that was trained on"
             )
             raise ValueError(msg)
-        return loss.detach().reshape(())
+        kept = loss.detach()
+        return kept.reshape(()) if kept.ndim else kept
     if isinstance(loss, bool) or not isinstance(loss, Real):
         kind = type(loss).__name__
         msg = f"the loss given to grower.step is a scalar tensor or a number, got {kind}"

@@ -67,7 +67,7 @@ class Offers:
     ) -> None:
         self._preloader = preloader
         self._given = given
-        self._has_registry = has_registry
+        self.has_registry = has_registry
         self._taken: tuple[CompiledKernelArtifact, ...] = ()
         self._names: dict[str, tuple[str, ...]] = {}
         self._asked_at: int | None = None
@@ -104,7 +104,7 @@ class Offers:
 
     def take(self) -> None:
         """Take what is at hand now: what the next ranking is made of. Of ranks the first one's."""
-        if not self._has_registry:
+        if not self.has_registry:
             return
         found = [] if self._preloader is None else self._preloader.at_hand()
         self._names |= {e.artifact.artifact_id: e.entry.tags for e in found if e.entry is not None}
@@ -156,7 +156,7 @@ class Offers:
         Returns:
             Digests of what was taken there and is not to be had.
         """
-        if not self._has_registry:
+        if not self.has_registry:
             return list(state["taken"])
         if self._preloader is not None:
             wanted = [*state["taken"], *state["at_hand"]]

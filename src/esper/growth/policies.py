@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from types import NoneType
@@ -32,7 +33,7 @@ class Policy(Protocol):
                     return Decision(grow=False, verdict="waiting", reason="the rate is high")
                 return Decision(grow=True, verdict="scheduled", reason="the rate is spent")
 
-    The other five methods are for a policy that remembers something, or looks ahead. Since
+    The other six methods are for a policy that remembers something, or looks ahead. Since
     ``decide`` is asked after every update, a policy that goes by losses or metrics says yes only
     at an update that it has just observed: between two evaluations they are the last one's.
     """
@@ -60,6 +61,17 @@ class Policy(Protocol):
         From 0.5 kernels of a registry are fetched, so that they are at hand; by default always.
         """
         return 1.0
+
+    def waits_until(self, reading: Reading) -> float:
+        """Return the first update at which ``decide`` may say yes, should nothing be observed.
+
+        It need not be asked before; by default it is asked after every update. Overridden beside
+        ``decide``: what stands in a class above one with a ``decide`` of its own is not heard.
+
+        Args:
+            reading: The last one that it was asked with, and said no to.
+        """
+        return reading.update
 
     def state_dict(self) -> PolicyState:
         """Return the policy's memory as JSON-able values."""
@@ -105,6 +117,11 @@ class DiminishingReturns(Policy):
     def outlook(self, reading: Reading) -> float:
         """Return the detector's outlook."""
         return self.detector.outlook(reading)
+
+    def waits_until(self, reading: Reading) -> float:
+        """Return when the first package is due; evaluations decide about all others."""
+        is_own = type(self.detector).first is not Detector.first
+        return reading.update if is_own else self.detector.first_at(reading)
 
     def state_dict(self) -> PolicyState:
         """Return the detector's observations."""
@@ -157,6 +174,10 @@ class EveryN(Policy):
         if out_of_time(reading):
             return 0.0
         return max(0.0, min(1.0, (reading.update - self._last) / self.updates))
+
+    def waits_until(self, reading: Reading) -> float:
+        """Return when the next distance has passed."""
+        return math.inf if out_of_time(reading) else self._last + self.updates
 
     def state_dict(self) -> PolicyState:
         """Return when the last graft germinated."""
@@ -214,6 +235,11 @@ class ByHand(Policy):
         """Return 0: nothing is left to a ranking."""
         return 0.0
 
+    def waits_until(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return when the next choice is due."""
+        choice = self._next()
+        return math.inf if choice is None else choice.update
+
     def state_dict(self) -> PolicyState:
         """Return how many choices are done."""
         return {"num_done": self._num_done}
@@ -240,6 +266,10 @@ class Never(Policy):
     def outlook(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
         """Return 0."""
         return 0.0
+
+    def waits_until(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return infinity."""
+        return math.inf
 
 
 class _Composed(Policy):
@@ -318,6 +348,10 @@ class AnyOf(_Composed):
         """Return the nearest yes of any."""
         return max(outlook_of(policy, reading) for policy in self.policies)
 
+    def waits_until(self, reading: Reading) -> float:
+        """Return when the first of them may say yes."""
+        return min(waits_until(policy, reading) for policy in self.policies)
+
 
 class AllOf(_Composed):
     """Grows where each of several policies would; the first that names a graft is followed.
@@ -344,11 +378,29 @@ class AllOf(_Composed):
         """Return the farthest yes of any."""
         return min(outlook_of(policy, reading) for policy in self.policies)
 
+    def waits_until(self, reading: Reading) -> float:
+        """Return when the last of them may say yes."""
+        return max(waits_until(policy, reading) for policy in self.policies)
+
 
 def outlook_of(policy: Policy, reading: Reading) -> float:
     """Return a policy's outlook; one that is not derived from :class:`Policy` may have none."""
     found = getattr(policy, "outlook", None)
     return 1.0 if found is None else float(found(reading))
+
+
+def waits_until(policy: Policy, reading: Reading) -> float:
+    """Return the update before which a policy need not be asked, should nothing be observed.
+
+    One whose own ``decide`` stands without a ``waits_until`` beside it is asked after every update.
+    """
+    if "decide" not in getattr(policy, "__dict__", ()):
+        for cls in type(policy).__mro__:
+            if "waits_until" in vars(cls):
+                return policy.waits_until(reading)
+            if "decide" in vars(cls):
+                break
+    return reading.update
 
 
 def check_policy(name: str, policy: object) -> None:

@@ -70,6 +70,17 @@ class EvaluationSchedule:
         since = update - (self.last or 0)
         return self.last is not None and since > 0 and self._is_past(since)
 
+    def waits_until(self, update: int) -> float:
+        """Return the first update at which the gate split may be read, should no epoch end.
+
+        Args:
+            update: Updates done, at which it is not to be read.
+        """
+        if self.last is None or self.is_wanted(update):
+            return update
+        has_epochs = self._every is None and self._last_end is not None
+        return math.inf if has_epochs else self.last + self.wanted
+
     def evaluated(self, update: int, flops: int) -> None:
         """Learn that the gate split was read because it was due.
 

@@ -98,6 +98,10 @@ class Staged(Policy):
         reason = "stages of depth are planned, and no grafts"
         return Decision(grow=False, verdict="waiting", reason=reason)
 
+    def waits_until(self, reading: Reading) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return infinity."""
+        return math.inf
+
     def state_dict(self) -> PolicyState:
         """Return how many stages of each stack have begun."""
         return {"num_begun": list(self.num_begun)}
@@ -396,6 +400,11 @@ class PlannedDepth:
             if course.idle:
                 tell = self._run.journal.warn if course.is_idle else self._run.journal.note
                 tell(course.said_of_idle)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether there are blocks that sleep or wake by plan."""
+        return bool(self._courses) or self._waking is not None
 
     @property
     def is_waking(self) -> bool:

@@ -149,7 +149,10 @@ class UpdateWatcher:
         groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
         if self.reads_scale:
             self._settings[id(optimizer)] = list(map(settings_of, optimizer.param_groups))
-        rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
+        rates = [float(group["lr"]) for group in groups]
+        if rates == self._rates.get(id(optimizer)):  # and so no other peak
+            return
+        self._rates[id(optimizer)] = rates
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
         self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]
 

@@ -87,6 +87,11 @@ def update_roster(layer: nn.Module) -> None:
         _at_first.pop()()
 
 
+def any_has_kernels() -> bool:
+    """Say whether any layer of this process may hold or await a kernel; costs nothing."""
+    return bool(_busy)
+
+
 def layers_with_kernels() -> list[nn.Module]:
     """Return the layers of this process that hold kernels, in no order."""
     with _lock:
