@@ -626,7 +626,8 @@ class Grower:
         """Say whether a kernel has come, a layer or a source gone, or the model is another."""
         run = self._run
         is_other = run.num_moves != Moves.count or not run.ledger.update.is_known
-        return is_other or any_has_kernels() or run.incidents.has_news
+        has_kernels = any_has_kernels() and bool(busy_layers(run.optimizer))
+        return is_other or has_kernels or run.incidents.has_news
 
     def _tell(self) -> None:
         """Tell the owner where the run is, where it was looked at or has changed since."""
