@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,6 +25,7 @@ from esper.contracts.reference import check_digest
 from esper.fetching.incidents import announce
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.forked import Forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,7 +89,7 @@ class CacheStats(TypedDict):
     pinned: int
 
 
-class KernelCache:
+class KernelCache(Forked):
     """Compiled kernels by digest: the least recently used go first, pinned ones never.
 
     An artifact that does not fit, because it is larger than the budget or than what pinned ones
@@ -132,10 +132,7 @@ class KernelCache:
         self._decode = decode
         self._clock = clock or MonotonicClock()
         self._negative_ttl_s = negative_ttl_s
-        self._lock = threading.Lock()
         self._entries: OrderedDict[str, CompiledKernelArtifact] = OrderedDict()
-        self._size_bytes = 0
-        self._flights: dict[str, _Flight] = {}
         self._absent_until_s: dict[str, float] = {}
         self._pins: dict[str, int] = {}
         self._users: dict[str, weakref.WeakSet[object]] = {}
@@ -146,7 +143,7 @@ class KernelCache:
         self._num_waits = 0
         self._num_evictions = 0
         self._num_oversize = 0
-        _CACHES.add(self)
+        super().__init__()
 
     @property
     def source(self) -> KernelSource | None:
@@ -429,10 +426,10 @@ class KernelCache:
         """Return the ids of all entries as they are, the least recently used first."""
         return list(self._entries)
 
-    def _start_again_in_child(self) -> None:
-        """Forget, after a fork, the fetches and the lock of threads that are not here."""
+    def _begin(self) -> None:
+        """Begin without the fetches and the lock of threads that a fork has left behind."""
         self._lock = threading.Lock()
-        self._flights = {}
+        self._flights: dict[str, _Flight] = {}
         self._size_bytes = sum(len(entry.kernel_binary) for entry in self._entries.values())
 
 
@@ -462,15 +459,3 @@ class _Flight:
         flight = cls()
         flight.landed.set_result(answer)
         return flight
-
-
-_CACHES: Final[weakref.WeakSet[KernelCache]] = weakref.WeakSet()
-
-
-def _start_again_in_child() -> None:
-    for cache in _CACHES:
-        cache._start_again_in_child()  # noqa: SLF001 - its own module
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_again_in_child)
