@@ -344,16 +344,21 @@ class KernelCache(Forked):
         return self._source.fetch(artifact_id)
 
     def _land(self, artifact_id: str, flight: _Flight, outcome: _Outcome) -> None:
-        """End a flight: keep what came of it, and tell everyone who waits."""
-        now = self._clock.now()
-        with self._lock:
-            self._flights.pop(artifact_id, None)
-            if isinstance(outcome, Done):
-                self._remember(artifact_id, outcome.value, now)
-        if isinstance(outcome, Failed):
-            flight.landed.set_exception(outcome.error)
-        else:
-            flight.landed.set_result(outcome.value)
+        """End a flight: keep what came of it, and tell everyone who waits, even if that fails."""
+        try:
+            now = self._clock.now()
+            with self._lock:
+                self._flights.pop(artifact_id, None)
+                if isinstance(outcome, Done):
+                    self._remember(artifact_id, outcome.value, now)
+        finally:
+            with self._lock:
+                if self._flights.get(artifact_id) is flight:  # there is no clock any more
+                    del self._flights[artifact_id]
+            if isinstance(outcome, Failed):
+                flight.landed.set_exception(outcome.error)
+            else:
+                flight.landed.set_result(outcome.value)
 
     def _remember(
         self, artifact_id: str, answer: CompiledKernelArtifact | _CalledOff | None, now: float
