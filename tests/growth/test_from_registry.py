@@ -114,8 +114,7 @@ def published(registry, *blueprints):
 def settle(grower):
     """Wait until the registry has been asked all that there is to ask."""
     preloader = grower._run.offers._preloader
-    with preloader._changed:
-        assert preloader._changed.wait_for(lambda: preloader._worker is None, 20)
+    assert preloader.settle(20)
 
 
 def grown(registry, *, num=UPDATES, settles=True, **options):
