@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, final
 
 SLOWEST_BYTES_PER_S: Final = 65_536.0
-"""How fast an artifact has to travel to a registry, on average."""
+"""How fast an artifact has to travel to a registry and from it, on average."""
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
