@@ -180,6 +180,11 @@ class Outbox(Forked):
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
+    @property
+    def takes_reports(self) -> bool:
+        """Whether its registry keeps reports, as any does that does not say otherwise."""
+        return bool(getattr(self._registry, "keeps_reports", True))
+
     def send(self, parcel: Parcel) -> None:
         """Take a parcel, unless it is on its way or there; never waits."""
         with self._changed:
