@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +18,8 @@ from esper.fetching.kernel_cache import KernelCache
 KERNEL = b"kernel"
 DIGEST = hashlib.sha256(KERNEL).hexdigest()
 OTHER = hashlib.sha256(b"other").hexdigest()
+WAIT_S = 60.0
+"""Who has not come back by then hangs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SlowSource:
         self.fetched.append(digest)
         self.begun.set()
         if digest == DIGEST:
-            assert self.released.wait(60)
+            assert self.released.wait(WAIT_S)
         if self.failures:
             raise self.failures.pop(0)
         return KERNEL
@@ -72,12 +74,39 @@ def cache_class(request):
     return request.param
 
 
+def on_threads(num, call):
+    """Call ``call(i)`` on so many threads at once; return each one's future, which has ended.
+
+    The threads are daemons: one that hangs fails its test, and holds up nobody else.
+    """
+    futures = [Future() for _ in range(num)]
+
+    def answer(number):
+        try:
+            futures[number].set_result(call(number))
+        except BaseException as error:  # noqa: BLE001 - raised by whoever asks the future
+            futures[number].set_exception(error)
+
+    for number in range(num):
+        threading.Thread(target=answer, args=(number,), daemon=True).start()
+    left = wait(futures, WAIT_S).not_done
+    assert not left, f"{len(left)} of {num} wait for ever"
+    return futures
+
+
+def on_a_loop(coroutine):
+    """Run a coroutine, which ends or is given up."""
+
+    async def bounded():
+        return await asyncio.wait_for(coroutine, WAIT_S)
+
+    return asyncio.run(bounded())
+
+
 def load_on_threads(cache_class, source, num_callers):
     """Load one kernel on as many threads at once; return the cache and each one's future."""
     cache = cache_class(source=source, decode=unpack, clock=Turnstile(source, num_callers))
-    with ThreadPoolExecutor(num_callers) as threads:
-        futures = [threads.submit(cache.load_kernel_sync, DIGEST) for _ in range(num_callers)]
-    return cache, futures
+    return cache, on_threads(num_callers, lambda _: cache.load_kernel_sync(DIGEST))
 
 
 @pytest.mark.slow
@@ -119,8 +148,8 @@ def test_hits_take_no_lock_and_disturb_no_eviction(cache_class):
     every_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(load, range(8)))
+        for loaded in on_threads(8, load):
+            loaded.result()
     finally:
         sys.setswitchinterval(every_s)
     stats = cache.get_stats()
@@ -183,7 +212,7 @@ def test_a_thousand_coroutines_make_one_fetch(cache_class):
         source.released.set()
         return waits, await asyncio.gather(*tasks)
 
-    waits, found = asyncio.run(main())
+    waits, found = on_a_loop(main())
 
     assert waits == 999
     assert source.fetched == [DIGEST]
@@ -204,7 +233,7 @@ def test_waiting_for_one_kernel_does_not_hold_up_another(cache_class):
         await asyncio.gather(*slow)
         return quick
 
-    assert asyncio.run(main()).kernel_binary == KERNEL
+    assert on_a_loop(main()).kernel_binary == KERNEL
 
 
 def test_an_error_goes_to_those_who_wait_and_to_no_one_later(cache_class):
@@ -219,9 +248,42 @@ def test_an_error_goes_to_those_who_wait_and_to_no_one_later(cache_class):
         source.released.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert asyncio.run(main()) == [failure] * 5
+    assert on_a_loop(main()) == [failure] * 5
     assert cache.load_kernel_sync(DIGEST).kernel_binary == KERNEL
     assert len(source.fetched) == 2
+
+
+class Unkeeping(KernelCache):
+    """A cache that cannot keep anything."""
+
+    def _keep(self, artifact_id, artifact):
+        raise MemoryError("no room for one more entry")
+
+
+class Stopped(Turnstile):
+    """A clock that breaks when it is looked at once more than by who asks."""
+
+    def now(self):
+        if self._missing == 0:
+            raise OSError("there is no clock")
+        return super().now()
+
+
+@pytest.mark.parametrize("breaks", ["keeping", "clock"])
+def test_a_fetch_that_cannot_be_kept_lands_all_the_same(breaks):
+    """Only who fetched is told of it: the others get the kernel, and nobody waits for ever."""
+    source = SlowSource()
+    clock = (Stopped if breaks == "clock" else Turnstile)(source, 8)
+    cache_class = KernelCache if breaks == "clock" else Unkeeping
+    cache = cache_class(source=source, decode=unpack, clock=clock)
+
+    futures = on_threads(8, lambda _: cache.load_kernel_sync(DIGEST))
+
+    failed = [future for future in futures if future.exception() is not None]
+    assert len(failed) == 1
+    assert isinstance(failed[0].exception(), MemoryError | OSError)
+    assert all(f.result().kernel_binary == KERNEL for f in futures if f not in failed)
+    assert not cache._flights
 
 
 def test_a_waiter_takes_over_from_an_interrupted_thread(cache_class):
@@ -244,13 +306,13 @@ def test_a_fetch_goes_on_when_the_coroutine_that_began_it_is_cancelled(cache_cla
 
     async def main():
         owner, *waiters = [asyncio.create_task(cache.load_kernel(DIGEST)) for _ in range(3)]
-        await asyncio.to_thread(source.begun.wait)
+        await asyncio.to_thread(source.begun.wait, WAIT_S)
         owner.cancel()
         await asyncio.gather(owner, return_exceptions=True)
         source.released.set()
         return owner.cancelled(), await asyncio.gather(*waiters)
 
-    cancelled, found = asyncio.run(main())
+    cancelled, found = on_a_loop(main())
 
     assert cancelled
     assert found[0] is found[1]
@@ -275,7 +337,7 @@ def test_a_waiter_takes_over_where_the_owner_was_cancelled_before_its_thread_ran
         await blocked
         return await asyncio.gather(*waiters)
 
-    found = asyncio.run(main())
+    found = on_a_loop(main())
 
     assert found[0] is found[1]
     assert source.fetched == [DIGEST]
@@ -297,7 +359,7 @@ def test_a_cancelled_waiter_takes_nothing_from_the_others(cache_class):
         source.released.set()
         return await asyncio.gather(owner, waiter)
 
-    first, second = asyncio.run(main())
+    first, second = on_a_loop(main())
 
     assert first is second
 
@@ -307,12 +369,10 @@ def test_event_loops_and_threads_share_a_fetch(cache_class):
     source = SlowSource()
     cache = cache_class(source=source, decode=unpack, clock=Turnstile(source, 3))
 
-    with ThreadPoolExecutor(3) as threads:
-        futures = [
-            threads.submit(cache.load_kernel_sync, DIGEST),
-            threads.submit(lambda: asyncio.run(cache.load_kernel(DIGEST))),
-            threads.submit(lambda: asyncio.run(cache.load_kernel(DIGEST))),
-        ]
+    def load(number):
+        return on_a_loop(cache.load_kernel(DIGEST)) if number else cache.load_kernel_sync(DIGEST)
+
+    futures = on_threads(3, load)
     assert len({id(future.result()) for future in futures}) == 1
     assert source.fetched == [DIGEST]
 
@@ -349,7 +409,7 @@ def test_a_forked_process_does_not_wait_for_a_thread_that_is_not_there(cache_cla
     cache = cache_class(source=source, decode=unpack)
     with ThreadPoolExecutor(1) as threads:
         under_way = threads.submit(cache.load_kernel_sync, DIGEST)
-        source.begun.wait()
+        assert source.begun.wait(WAIT_S)
         child = os.fork()
         if child == 0:
             signal.alarm(20)

@@ -228,3 +228,32 @@ def test_what_a_killed_run_left_is_sent_by_the_next(tmp_path):
     assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest]
     assert registry.reports == [(1, field_report(1).report)]
     assert sorted(path.name for path in folder.iterdir()) == ["address", "torn.report.json"]
+
+
+def test_a_thread_stays_for_the_next_parcel():
+    """Who starts one waits until it runs, which a step must not do for each parcel."""
+    registry = Answers()
+    box = Outbox(registry)
+    for number in range(3):
+        box.send(parcel(number))
+        while len(registry.taken) <= number:
+            threading.Event().wait(0.001)
+
+    assert box.close() == []
+    assert len(set(registry.threads)) == 1
+
+
+def test_where_no_thread_starts_the_next_parcel_tries(monkeypatch):
+    """A machine that has no room for one more costs no step, and no parcel."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    registry = Answers()
+    box = Outbox(registry)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        box.send(parcel(1))
+    box.send(parcel(2))
+    assert box.close() == []
+    assert [digest for digest, _, _ in registry.taken] == [parcel(1).digest, parcel(2).digest]

@@ -1,5 +1,7 @@
 """What is likely to be wanted is at hand before it is asked for."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -82,8 +84,7 @@ def preloader(registry, **settings):
 
 def settle(loader):
     """Wait until it has nothing to do."""
-    with loader._changed:
-        assert loader._changed.wait_for(lambda: loader._worker is None, 10)
+    assert loader.settle(10)
 
 
 def test_the_best_few_of_a_site_are_at_hand(registry):
@@ -198,3 +199,64 @@ def test_kernels_that_a_run_had_are_loaded_by_digest(registry):
     assert loader.load([missing], timeout_s=0.01) == [missing]
     loader.close()
     registry.may_answer.set()
+
+
+def asked_with_a_pause(loader, registry):
+    """Ask, let everything come, and ask anew; return the threads that were seen."""
+    for _ in range(3):
+        loader.ask([question()])
+        assert loader.settle(10)
+    return registry.threads
+
+
+def test_a_thread_stays_for_the_next_question(registry):
+    """Who starts one waits until the machine lets it run, which a step must not do each time."""
+    loader = preloader(registry)
+    assert len(asked_with_a_pause(loader, registry)) == 1
+    loader.close()
+    (worker,) = registry.threads
+    worker.join(10)
+    assert not worker.is_alive(), "closing ends it"
+
+
+def test_control_a_thread_that_does_not_stay_is_started_each_time(registry, monkeypatch):
+    """As it was."""
+    monkeypatch.setattr("esper.fetching.preloader.LINGER_S", 0.0)
+    loader = preloader(registry)
+    for num in range(1, 4):
+        loader.ask([question()])
+        assert loader.settle(10)
+        for worker in registry.threads:
+            worker.join(10)
+        assert len(registry.threads) == num
+
+
+def test_where_no_thread_starts_the_next_question_tries(registry, monkeypatch):
+    """A machine that has no room for one more costs no step."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    loader = preloader(registry)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        loader.ask([question()])
+    assert not loader.has_answers
+    loader.ask([question()])
+    assert loader.settle(10)
+    assert loader.has_answers
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_a_thread_of_its_own(registry):
+    """The parent's, which stays for its next question, is not there."""
+    loader = preloader(registry)
+    loader.ask([question()])
+    assert loader.settle(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        loader.ask([question()])
+        os._exit(0 if loader.settle(10) and len(registry.searches) == 2 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -13,7 +13,7 @@ from esper.compiler.codec import encode_kernel
 from esper.compiler.compile import compile_blueprint
 from esper.compiler.linear_form import linear_form
 from esper.compiler.lowering import instantiate
-from esper.contracts.errors import KernelSourceUnavailable
+from esper.contracts.errors import KernelSourceRefused, KernelSourceUnavailable
 from esper.contracts.events import RegistryUnavailable
 from esper.contracts.kernel_reports import FieldReport
 from esper.contracts.lifecycle import GraftStage
@@ -114,8 +114,7 @@ def published(registry, *blueprints):
 def settle(grower):
     """Wait until the registry has been asked all that there is to ask."""
     preloader = grower._run.offers._preloader
-    with preloader._changed:
-        assert preloader._changed.wait_for(lambda: preloader._worker is None, 20)
+    assert preloader.settle(20)
 
 
 def grown(registry, *, num=UPDATES, settles=True, **options):
@@ -285,6 +284,38 @@ def test_a_refused_kernel_is_reported_as_well():
     _, grower, _ = grown(registry, min_effect=1e6)
     assert [t.verdict for t in grower.report().trials] == ["refused"]
     assert [r.verdict for r in registry.outcomes(digest)] == ["refused in trial"]
+
+
+class Refuses(Watched):
+    """Refuses every report: for want of a right, or since it keeps none."""
+
+    def report_outcome(self, report):
+        self.calls.append(("report", threading.current_thread()))
+        raise KernelSourceRefused(f"no reports of {report.artifact_id}")
+
+
+def refused_reports(registry):
+    """Let a run decide more than one graft; return how many reports it sent, and its notes."""
+    published(registry, kernels_for()[0], kernels_for("4")[0])
+    _, grower, _ = grown(registry, min_effect=1e6)
+    assert len([g for g in grower.report().grafts if g.decided_at is not None]) == 2
+    num_sent = [what for what, _ in registry.calls].count("report")
+    return num_sent, [note for note in grower.report().notes if "report" in note]
+
+
+def test_of_reports_that_are_refused_the_first_is_told():
+    """Who can give the right reads it once, and not again for every kernel."""
+    num_sent, notes = refused_reports(Refuses())
+    assert num_sent == 2
+    (note,) = notes
+    assert "refused what was reported" in note
+
+
+def test_a_registry_that_keeps_no_reports_is_sent_none():
+    """It says so itself, as one of images does; nobody can change that, and nobody is told."""
+    registry = Refuses()
+    registry.keeps_reports = False
+    assert refused_reports(registry) == (0, [])
 
 
 def test_what_is_proven_meets_the_same_gate():

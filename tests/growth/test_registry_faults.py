@@ -1,5 +1,6 @@
 """A registry that is down or worse, on a real socket: a run neither waits for it nor notices."""
 
+import gc
 import statistics
 import threading
 import time
@@ -51,12 +52,34 @@ def without_a_core_s():
         return 0.0
 
 
+class NotItsOwn:
+    """How long a thread was kept by what no run of it did: a context manager.
+
+    Others had the cores; or the garbage of all runs was looked through, everything that has lived
+    for a while, which takes 0.2 s once in thousands of steps and falls to whoever comes by then.
+    """
+
+    def __enter__(self):
+        self.took_s, self._collecting_s = -without_a_core_s(), 0.0
+        gc.callbacks.append(self._note)
+        return self
+
+    def __exit__(self, *_):
+        gc.callbacks.remove(self._note)
+        self.took_s += without_a_core_s() + self._collecting_s
+
+    def _note(self, phase, info):
+        if info["generation"] == 2:
+            now_s = time.perf_counter() - without_a_core_s()
+            self._collecting_s += now_s if phase == "stop" else -now_s
+
+
 @dataclass
 class Run:
     """One of two runs that go on step by step in turn.
 
-    ``held_s`` is what its steps took without what others took of the machine: what they did
-    themselves, and what they waited for.
+    ``held_s`` is what its steps took without what was not their own: what they did themselves, and
+    what they waited for.
     """
 
     registry: object
@@ -70,15 +93,15 @@ class Run:
         self.grower = growing(self.model, self.optimizer, policy=policy, registry=self.registry)
 
     def step(self, batch):
-        elsewhere_s = without_a_core_s()
-        began = time.perf_counter()
-        loss = compute_loss(self.model, batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.grower.step(loss, batch=batch)
-        self.steps_s.append(time.perf_counter() - began)
-        self.held_s.append(self.steps_s[-1] - (without_a_core_s() - elsewhere_s))
+        with NotItsOwn() as others:
+            began = time.perf_counter()
+            loss = compute_loss(self.model, batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.grower.step(loss, batch=batch)
+            self.steps_s.append(time.perf_counter() - began)
+        self.held_s.append(self.steps_s[-1] - others.took_s)
 
     def close(self):
         began = time.perf_counter()
@@ -167,14 +190,15 @@ def test_a_run_does_not_notice_what_its_registry_does(fault):
 def test_long_runs_take_no_longer(fault, num):
     """The median step is at most 2 % longer, beside five runs without one; the tail is as theirs.
 
-    To be run on a machine with nothing else to do: it is of single steps, to 50 ms.
+    To be run on a machine with nothing else to do. The longest step is looked at to 50 ms, and
+    without what was not its own.
     """
     trace_kernels(num)
     with REGISTRIES[fault]() as address:
         run, alone, closing_s = beside(address, num, num_alone=5)
-    slowest = max(alone, key=lambda each: max(each.steps_s))
+    slowest = max(alone, key=lambda each: max(each.held_s))
     check(run, slowest, closing_s)
-    assert max(run.steps_s) <= max(slowest.steps_s) + LEAST_S
+    assert max(run.held_s) <= max(slowest.held_s) + LEAST_S
     check_times(run, alone)
 
 
@@ -185,7 +209,23 @@ def ask_on_the_steps_thread(monkeypatch):
         attempt(lambda: parcel.deliver(box._registry))
 
     monkeypatch.setattr(Outbox, "send", deliver)
-    monkeypatch.setattr(Preloader, "_start", lambda loader: loader._has_work() and loader._work())
+    monkeypatch.setattr(Preloader, "_start", lambda loader: loader._catch_up())
+
+
+def test_what_is_not_a_step_s_own_is_told_apart():
+    """A collection of everything is taken off; what a step waits for, and does, is not."""
+    with NotItsOwn() as others:
+        began = time.perf_counter()
+        gc.collect()
+        collected_s = time.perf_counter() - began
+    assert others.took_s >= 0.5 * collected_s
+
+    with NotItsOwn() as others:
+        began = time.perf_counter()
+        gc.collect(1)
+        threading.Event().wait(0.05)
+        own_s = time.perf_counter() - began
+    assert own_s - others.took_s >= 0.05 - 0.001
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ from esper.registry import disk_cache
 from esper.registry.cached_registry import CachedRegistry
 from esper.registry.disk_cache import DiskCache
 from esper.registry.endpoint import Endpoint
+from esper.registry.http_registry import HttpRegistry
 from esper.registry.memory import MemoryRegistry
+from esper.registry.oci_registry import OciRegistry
 from esper.registry.trusted_source import TrustedSource
 from esper.resilience.clock import ManualClock
 
@@ -456,6 +458,14 @@ def test_an_answer_that_stays_is_asked_for_once(tmp_path, status):
             far.fetch(DIGEST)
         assert len(server.requests) == 1
     assert far.endpoint.breaker.stats().failed == 0
+
+
+def test_whether_reports_are_kept_is_said_by_who_is_asked(tmp_path):
+    """A cache before a registry of images keeps none either; a server keeps them."""
+    cache = DiskCache(tmp_path)
+    images = OciRegistry("oci://127.0.0.1:1/team/kernels")
+    assert not CachedRegistry(images, cache).keeps_reports
+    assert CachedRegistry(HttpRegistry("http://127.0.0.1:1"), cache).keeps_reports
 
 
 @pytest.mark.network

@@ -1,6 +1,7 @@
 """What a directory registry does with damage, with leftovers and with company."""
 
 import os
+import shutil
 import sqlite3
 
 import pytest
@@ -12,8 +13,10 @@ from esper.contracts.errors import (
     KernelNotFoundError,
     KernelSourceUnavailable,
 )
+from esper.registry.book import Book
 from esper.registry.directory import DirectoryRegistry
 from esper.registry.disk import Disk
+from esper.registry.sqlite_database import SqliteFile
 
 DATA = artifact(1, size=100)
 DIGEST = artifact_format.digest_of(DATA)
@@ -64,7 +67,8 @@ def test_opening_reads_no_artifact(store):
 
     class Unread(Disk):
         def read(self, path, limit_bytes, start=0):
-            raise AssertionError(f"{path} was read")
+            assert path.name != DIGEST, "an artifact was read"
+            return super().read(path, limit_bytes, start)
 
     again = DirectoryRegistry(store.root, disk=Unread())
 
@@ -74,11 +78,49 @@ def test_opening_reads_no_artifact(store):
 
 
 def test_verify_reports_what_it_put_aside(store):
-    """A look names the digest whose bytes were wrong, once."""
+    """A look counts one whose bytes were wrong once; from the next one on they are missing."""
     blob(store).write_bytes(b"damaged")
 
-    assert store.verify().quarantined == (DIGEST,)
-    assert store.verify().quarantined == ()
+    first, second = store.verify(), store.verify()
+    assert (first.quarantined, first.missing) == ((DIGEST,), ())
+    assert (second.quarantined, second.missing) == ((), (DIGEST,))
+
+
+def begun_anew(store):
+    """Close a registry, and put an index in the place of its own that is migrated and empty."""
+    store.close()
+    for path in store.root.glob("index.sqlite*"):
+        path.unlink()
+    book = Book(SqliteFile(store.root / "index.sqlite", Disk()))
+    book.open()
+    book.close()
+
+
+def test_an_empty_index_is_not_put_over_the_artifacts_of_another(store):
+    """It would have them collected; nothing of them is touched."""
+    begun_anew(store)
+    with pytest.raises(KernelSourceUnavailable, match="another book"):
+        DirectoryRegistry(store.root)
+    assert blob(store).read_bytes() == DATA
+
+
+def test_control_an_empty_index_has_everything_collected(store, monkeypatch):
+    """What is refused would lose all."""
+    begun_anew(store)
+    monkeypatch.setattr(DirectoryRegistry, "_check_owner", lambda self: None)
+    again = DirectoryRegistry(store.root)
+    again.collect(grace_s=0.0)
+    assert again.collect(grace_s=0.0) == (DIGEST,)
+    again.close()
+
+
+def test_a_copy_of_a_registry_is_one(store, tmp_path):
+    """Bytes and index travel together, and know each other there."""
+    store.close()
+    shutil.copytree(store.root, tmp_path / "copy")
+    again = DirectoryRegistry(tmp_path / "copy")
+    assert again.get(DIGEST) == DATA
+    again.close()
 
 
 def test_putting_again_repairs(store):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from misbehaving_servers import BAD, CHUNKED, DIGEST, ENDLESS, dripping, serving
+from misbehaving_servers import BAD, CHUNKED, DIGEST, ENDLESS, dripping, serving, steady
 
 from esper.contracts.errors import (
     KernelLoadError,
@@ -25,6 +26,8 @@ from esper.registry.oci_registry import OciRegistry
 
 pytestmark = pytest.mark.network
 
+LARGE = bytes(range(256)) * 768
+LARGE_ID = hashlib.sha256(LARGE).hexdigest()
 LIMIT_BYTES = 10_000
 PATIENCE_S = 0.2
 SLACK_S = 0.1
@@ -83,11 +86,11 @@ WAYS = [
 ]
 
 
-def met_by(fetch):
+def met_by(fetch, digest=DIGEST):
     """Return what a fetch raised, and the seconds that it took."""
     start = time.perf_counter()
     with pytest.raises(KernelLoadError) as raised:
-        fetch(DIGEST)
+        fetch(digest)
     return raised.value, time.perf_counter() - start
 
 
@@ -114,6 +117,43 @@ def test_a_fetch_ends_at_its_deadline(behaviour, tmp_path):
         if not late:
             break
     assert late == set()
+
+
+def large(server, way, folder):
+    """Return what fetches an artifact of 192 KiB in its time, and a second more for 64 of them."""
+    return way(server, folder, timeout_s=0.3, max_size_bytes=len(LARGE))
+
+
+AT_240_KIB = steady(LARGE, part=len(LARGE) // 4, every_s=0.2)
+AT_2_KIB = steady(LARGE, part=200, every_s=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_that_come_give_a_fetch_time(way, tmp_path):
+    """An artifact that takes longer than a request may arrives, as one that is sent does."""
+    with serving(AT_240_KIB) as server:
+        assert large(server, way, tmp_path)(LARGE_ID) == LARGE
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_that_come_too_slowly_do_not(way, tmp_path):
+    """What would take a minute and a half is over when it should be; all of its length is said."""
+    with serving(AT_2_KIB) as server:
+        error, took_s = met_by(large(server, way, tmp_path), LARGE_ID)
+    assert type(error) is KernelSourceUnavailable
+    assert took_s < 5.0
+
+
+def test_control_a_fetch_that_is_given_no_time_ends_before_its_artifact_is_there(
+    tmp_path, monkeypatch
+):
+    """As it was."""
+    for where in ("exchange", "http"):
+        monkeypatch.setattr(f"esper.registry.{where}.SLOWEST_BYTES_PER_S", float("inf"))
+    with serving(AT_240_KIB) as server:
+        error, _ = met_by(large(server, in_a_registry, tmp_path), LARGE_ID)
+    assert type(error) is KernelSourceUnavailable
 
 
 @pytest.mark.parametrize("behaviour", BAD)

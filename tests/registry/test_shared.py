@@ -246,14 +246,90 @@ def test_a_lost_book_is_not_begun_anew_over_artifacts():
     assert SharedRegistry(book, blobs).get(KEPT_ID) == KEPT
 
 
-def test_control_an_empty_book_has_everything_collected():
-    """What is refused would lose all: this book was begun over other bytes, and got these later."""
-    blobs, book = MemoryBlobs(), Book(SqliteMemory())
-    SharedRegistry(Book(SqliteMemory()), blobs).put(KEPT)
+def empty_book():
+    """Return a book that was migrated, and has nothing in it."""
+    book = Book(SqliteMemory())
     book.open()
+    return book
+
+
+def test_an_empty_book_is_not_put_over_the_artifacts_of_another():
+    """A lost one that was migrated before anybody looked is known from the one that was lost."""
+    blobs, book = MemoryBlobs(), Book(SqliteMemory())
+    SharedRegistry(book, blobs).put(KEPT)
+    with pytest.raises(KernelSourceUnavailable, match=r"of another book than .*backup"):
+        SharedRegistry(empty_book(), blobs)
+    assert SharedRegistry(book, blobs).get(KEPT_ID) == KEPT
+
+
+def test_a_book_that_is_emptied_under_a_running_registry_has_nothing_collected():
+    """Every collection looks whose the bytes are."""
+    blobs = MemoryBlobs()
+    registry = SharedRegistry(Book(SqliteMemory()), blobs)
+    registry.put(KEPT)
+    registry.book = empty_book()
+    for collect in (registry.collect, registry.condemned):
+        with pytest.raises(KernelSourceUnavailable, match="another book"):
+            collect(grace_s=0.0)
+    assert list(blobs.list()) == [KEPT_ID]
+
+
+def test_control_an_empty_book_has_everything_collected(monkeypatch):
+    """What is refused would lose all."""
+    blobs = MemoryBlobs()
+    SharedRegistry(Book(SqliteMemory()), blobs).put(KEPT)
+    monkeypatch.setattr(SharedRegistry, "_check_owner", lambda self: None)
+    registry = SharedRegistry(empty_book(), blobs)
+    registry.collect(grace_s=0.0)
+    assert registry.collect(grace_s=0.0) == (KEPT_ID,)
+
+
+def test_of_two_books_over_one_store_the_first_to_publish_has_it():
+    """The other publishes nothing there, which either would collect."""
+    blobs = MemoryBlobs()
+    first, second = (SharedRegistry(Book(SqliteMemory()), blobs) for _ in range(2))
+    first.put(KEPT)
+    with pytest.raises(KernelSourceUnavailable, match="another book"):
+        second.put(ADDED)
+    assert list(blobs.list()) == [KEPT_ID]
+
+
+class Unclaimed(MemoryBlobs):
+    """Bytes as an earlier Esper left them."""
+
+    def forget(self):
+        self._owner = None
+
+
+def test_what_an_earlier_version_published_becomes_the_book_s_that_lists_it():
+    """An empty book is refused before and after; the one that published goes on."""
+    blobs, book = Unclaimed(), Book(SqliteMemory())
+    SharedRegistry(book, blobs).put(KEPT)
+    blobs.forget()
+    with pytest.raises(KernelSourceUnavailable, match="is gone or empty"):
+        SharedRegistry(empty_book(), blobs)
+    assert SharedRegistry(book, blobs).get(KEPT_ID) == KEPT
+    assert blobs.owner() == book.identity()
+    with pytest.raises(KernelSourceUnavailable, match="another book"):
+        SharedRegistry(empty_book(), blobs)
+
+
+def test_a_first_publish_that_was_cut_off_leaves_a_registry_that_opens(monkeypatch):
+    """Its bytes have this book's name although it says nothing of them, and are collected."""
+    blobs, book = MemoryBlobs(), Book(SqliteMemory())
+    registry = SharedRegistry(book, blobs)
+    monkeypatch.setattr(registry.book.artifacts, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.put(KEPT)
+    monkeypatch.undo()
+    assert list(blobs.list()) == [KEPT_ID]
     registry = SharedRegistry(book, blobs)
     registry.collect(grace_s=0.0)
     assert registry.collect(grace_s=0.0) == (KEPT_ID,)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 class BegunMeanwhile(MemoryBlobs):
@@ -267,6 +343,7 @@ class BegunMeanwhile(MemoryBlobs):
         found = super().list()
         if self._book.database.version() == 0:
             self._book.open()
+            self.claim(self._book.identity())
             part = self.receive()
             part.write(KEPT)
             part.seal(KEPT_ID)
@@ -298,6 +375,12 @@ def test_a_postgresql_that_was_lost_is_not_begun_anew_over_its_bucket(database, 
     with pytest.raises(KernelSourceUnavailable, match="is gone or empty"):
         SharedRegistry(Book(database), objects)
 
+    Book(database).open()
+    for _ in range(2):
+        with pytest.raises(KernelSourceUnavailable, match="another book"):
+            SharedRegistry(Book(database), objects)
+    assert set(objects.list()) == {KEPT_ID}
+
 
 HOSTILE = {
     "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
@@ -323,9 +406,10 @@ def test_the_environment_changes_nothing(monkeypatch):
         registry = SharedRegistry(Book(SqliteMemory()), blobs)
         assert registry.get(registry.put(KEPT)) == KEPT
 
-    (signed,) = server.hosts
-    assert signed.startswith("AWS4-HMAC-SHA256 Credential=a/")
-    assert "us-east-1" in signed
+    assert server.hosts
+    for signed in server.hosts:
+        assert signed.startswith("AWS4-HMAC-SHA256 Credential=a/")
+        assert "us-east-1" in signed
 
 
 @pytest.mark.network

@@ -159,6 +159,19 @@ BAD = {
 }
 
 
+def steady(data, *, part, every_s):
+    """Return a behaviour: a whole answer that comes a part at a time."""
+
+    def behave(handler):
+        handler.answer(body=b"", length=len(data))
+        for start in range(0, len(data), part):
+            handler.wfile.write(data[start : start + part])
+            if handler.server.is_over.wait(every_s):
+                return
+
+    return behave
+
+
 class Cut:
     """A server that gives parts, and hangs up after some bytes of each."""
 

@@ -325,8 +325,7 @@ def one_rank_asks_what_fits_for_all():
         run.update(first, grower)
         preloader = grower._run.offers._preloader
         if preloader is not None:
-            with preloader._changed:
-                assert preloader._changed.wait_for(lambda: preloader._worker is None, 20)
+            assert preloader.settle(20)
         for batch in others:
             run.update(batch, grower)
     assert [graft.artifact_id for graft in grower.report().grafts] == [registry.digest]

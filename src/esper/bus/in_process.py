@@ -8,8 +8,9 @@ import logging
 import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from esper.bus.lane import Deliveries, Forked, Lane
+from esper.bus.lane import Deliveries, Lane
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.forked import Forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import abc
 import functools
 import logging
-import os
 import threading
-import weakref
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from esper.resilience.attempt import Failed, attempt
+from esper.resilience.forked import Forked
 
 if TYPE_CHECKING:
     from esper.contracts.events import Event
@@ -30,30 +28,6 @@ _LEAST_TELLING: Final = (
 )
 """Kinds that are given up first where a ring is full, in this order; the others come last."""
 _RANKS: Final = {kind: rank for rank, kind in enumerate(_LEAST_TELLING)}
-
-
-class Forked(abc.ABC):
-    """Begins anew in a forked process, where a lock may be held by a thread that is not there."""
-
-    def __init__(self) -> None:
-        self._begin()
-        _FORKED.add(self)
-
-    @abc.abstractmethod
-    def _begin(self) -> None:
-        """Set up what is of one process: locks, threads, and counts of what it was handed."""
-
-
-_FORKED: Final[weakref.WeakSet[Forked]] = weakref.WeakSet()
-
-
-def _begin_in_child() -> None:
-    for each in _FORKED:
-        each._begin()  # noqa: SLF001 - its own module
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 class Deliveries(Forked):

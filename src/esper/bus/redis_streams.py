@@ -14,10 +14,11 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Final, Self, cast, final
 
-from esper.bus.lane import Deliveries, Forked, Lane
+from esper.bus.lane import Deliveries, Lane
 from esper.contracts.errors import BusUnavailableError, EsperError
 from esper.contracts.events import RunEnded, event_from_json, event_to_json
 from esper.resilience.clock import MonotonicClock, wall_time_s
+from esper.resilience.forked import Forked
 from esper.resilience.retry import JITTER, RetryPolicy
 
 if TYPE_CHECKING:

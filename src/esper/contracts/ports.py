@@ -119,7 +119,7 @@ class RegistryCheck:
     Attributes:
         intact: Number of artifacts whose bytes are what their digest says.
         quarantined: Digests put aside by this look because their bytes were wrong.
-        missing: Digests that were published and cannot be served.
+        missing: Digests that were published and have no bytes, but for those of this look.
         unreferenced: Digests of stored bytes that nobody published or that were deleted.
         after: The last digest of this look where more are to be looked at; None at the end.
     """

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,6 +25,7 @@ from esper.contracts.reference import check_digest
 from esper.fetching.incidents import announce
 from esper.resilience.attempt import Done, Failed, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.forked import Forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,7 +89,7 @@ class CacheStats(TypedDict):
     pinned: int
 
 
-class KernelCache:
+class KernelCache(Forked):
     """Compiled kernels by digest: the least recently used go first, pinned ones never.
 
     An artifact that does not fit, because it is larger than the budget or than what pinned ones
@@ -132,10 +132,7 @@ class KernelCache:
         self._decode = decode
         self._clock = clock or MonotonicClock()
         self._negative_ttl_s = negative_ttl_s
-        self._lock = threading.Lock()
         self._entries: OrderedDict[str, CompiledKernelArtifact] = OrderedDict()
-        self._size_bytes = 0
-        self._flights: dict[str, _Flight] = {}
         self._absent_until_s: dict[str, float] = {}
         self._pins: dict[str, int] = {}
         self._users: dict[str, weakref.WeakSet[object]] = {}
@@ -146,7 +143,7 @@ class KernelCache:
         self._num_waits = 0
         self._num_evictions = 0
         self._num_oversize = 0
-        _CACHES.add(self)
+        super().__init__()
 
     @property
     def source(self) -> KernelSource | None:
@@ -347,16 +344,21 @@ class KernelCache:
         return self._source.fetch(artifact_id)
 
     def _land(self, artifact_id: str, flight: _Flight, outcome: _Outcome) -> None:
-        """End a flight: keep what came of it, and tell everyone who waits."""
-        now = self._clock.now()
-        with self._lock:
-            self._flights.pop(artifact_id, None)
-            if isinstance(outcome, Done):
-                self._remember(artifact_id, outcome.value, now)
-        if isinstance(outcome, Failed):
-            flight.landed.set_exception(outcome.error)
-        else:
-            flight.landed.set_result(outcome.value)
+        """End a flight: keep what came of it, and tell everyone who waits, even if that fails."""
+        try:
+            now = self._clock.now()
+            with self._lock:
+                self._flights.pop(artifact_id, None)
+                if isinstance(outcome, Done):
+                    self._remember(artifact_id, outcome.value, now)
+        finally:
+            with self._lock:
+                if self._flights.get(artifact_id) is flight:  # there is no clock any more
+                    del self._flights[artifact_id]
+            if isinstance(outcome, Failed):
+                flight.landed.set_exception(outcome.error)
+            else:
+                flight.landed.set_result(outcome.value)
 
     def _remember(
         self, artifact_id: str, answer: CompiledKernelArtifact | _CalledOff | None, now: float
@@ -429,10 +431,10 @@ class KernelCache:
         """Return the ids of all entries as they are, the least recently used first."""
         return list(self._entries)
 
-    def _start_again_in_child(self) -> None:
-        """Forget, after a fork, the fetches and the lock of threads that are not here."""
+    def _begin(self) -> None:
+        """Begin without the fetches and the lock of threads that a fork has left behind."""
         self._lock = threading.Lock()
-        self._flights = {}
+        self._flights: dict[str, _Flight] = {}
         self._size_bytes = sum(len(entry.kernel_binary) for entry in self._entries.values())
 
 
@@ -462,15 +464,3 @@ class _Flight:
         flight = cls()
         flight.landed.set_result(answer)
         return flight
-
-
-_CACHES: Final[weakref.WeakSet[KernelCache]] = weakref.WeakSet()
-
-
-def _start_again_in_child() -> None:
-    for cache in _CACHES:
-        cache._start_again_in_child()  # noqa: SLF001 - its own module
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_again_in_child)

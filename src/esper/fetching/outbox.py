@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
@@ -17,6 +17,7 @@ from esper.contracts.reference import is_digest
 from esper.fetching.hitch import Hitch, is_answer
 from esper.resilience.attempt import Done, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.forked import Forked
 from esper.resilience.retry import RetryPolicy
 from esper.resilience.whole_file import write_whole
 
@@ -33,6 +34,8 @@ _REPORT: Final = ".report.json"
 _ADDRESS: Final = "address"
 """A file that says which registry the others are for."""
 
+LINGER_S: Final = 60.0
+"""Seconds that a thread with nothing to send stays: who starts one waits until it runs."""
 PATIENT: Final = RetryPolicy(base_delay_s=1.0, max_delay_s=60.0)
 """How long is waited before a parcel is sent again; how often does not matter here."""
 
@@ -135,7 +138,7 @@ class ReportParcel:
         registry.report_outcome(self.report)
 
 
-class Outbox:
+class Outbox(Forked):
     """Sends parcels to a registry in their order, on a thread that lives while there are any.
 
     A registry that does not answer is asked again, after a wait that doubles up to a minute; one
@@ -165,10 +168,10 @@ class Outbox:
         self._address = address
         self._policy = policy
         self._clock = clock or MonotonicClock()
-        self._start()
+        super().__init__()
 
-    def _start(self) -> None:
-        self._pid = os.getpid()
+    def _begin(self) -> None:
+        """Begin empty."""
         self._changed = threading.Condition()
         self._parcels: deque[Parcel] = deque()
         self._names: set[str] = set()
@@ -177,18 +180,28 @@ class Outbox:
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
+    @property
+    def takes_reports(self) -> bool:
+        """Whether its registry keeps reports, as any does that does not say otherwise."""
+        return bool(getattr(self._registry, "keeps_reports", True))
+
     def send(self, parcel: Parcel) -> None:
         """Take a parcel, unless it is on its way or there; never waits."""
-        if self._pid != os.getpid():
-            self._start()
         with self._changed:
             if parcel.name in self._names:
                 return
             self._names.add(parcel.name)
             self._parcels.append(parcel)
-            if self._worker is None and not self._is_closed:
-                self._worker = threading.Thread(target=self._work, name="esper outbox", daemon=True)
-                self._worker.start()
+            self._see_to_a_worker()
+
+    def _see_to_a_worker(self) -> None:
+        """Wake the worker, or start one; where no thread starts, the next parcel tries."""
+        if self._worker is None and not self._is_closed:
+            worker = threading.Thread(target=self._work, name="esper outbox", daemon=True)
+            with suppress(RuntimeError):  # too many threads, or a process that is at its end
+                worker.start()
+                self._worker = worker
+        self._changed.notify_all()
 
     def adopt(self, folder: Path) -> int:
         """Send what another box has left in its folder, where it was for the same registry.
@@ -226,10 +239,13 @@ class Outbox:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+            worker = self._worker
             self._changed.wait_for(
                 lambda: self._worker is None, max(0.0, until_s - self._clock.now())
             )
             left = list(self._parcels)
+        if worker is not None:
+            worker.join(max(0.0, until_s - self._clock.now()))
         for parcel in left:
             self._keep(parcel)
         return left
@@ -238,6 +254,8 @@ class Outbox:
         """Send until nothing is left; the next parcel starts another thread."""
         while True:
             with self._changed:
+                if not self._parcels:
+                    self._changed.wait_for(lambda: self._is_closed or self._parcels, LINGER_S)
                 if not self._parcels:
                     self._worker = None
                     self._changed.notify_all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Final, Protocol
@@ -18,6 +19,7 @@ from esper.contracts.layer_kind import positions_at
 from esper.fetching.hitch import Hitch, is_answer
 from esper.resilience.attempt import Done, attempt
 from esper.resilience.clock import MonotonicClock
+from esper.resilience.forked import Forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +34,9 @@ DEFAULT_BYTES: Final = 32 << 20
 """Bytes of kernels that a run fetches before they are asked for, unless it is told otherwise."""
 PER_SITE: Final = 4
 """Kernels that are fetched for one kind of site."""
+LINGER_S: Final = 60.0
+"""Seconds that a thread with nothing to do stays: who starts one waits until it runs, and on a
+machine that is busy that took 85 ms of a step."""
 PAGE: Final = 32
 """Entries that one question asks for; the ones behind the best few take the place of refused."""
 
@@ -107,11 +112,11 @@ class AtHand:
     entry: RegistryEntry | None
 
 
-class Preloader:
+class Preloader(Forked):
     """Asks and fetches on a thread of its own, which lives while there is something to do.
 
-    No method waits for a registry but :meth:`load`. What does not answer is asked again when
-    :meth:`ask` is called again, and not before.
+    No method waits for a registry but :meth:`load` and :meth:`settle`. What does not answer is
+    asked again when :meth:`ask` is called again, and not before.
 
     Args:
         registry: What is asked which kernels fit.
@@ -136,8 +141,6 @@ class Preloader:
         self._cache = cache
         self._budget_bytes = budget_bytes
         self._clock = clock or MonotonicClock()
-        self._changed = threading.Condition()
-        self._worker: threading.Thread | None = None
         self._is_closed = self._is_likely = self._is_refused = self._is_unanswered = False
         self._questions: deque[Question] = deque()
         self._answers: dict[Question, list[RegistryEntry]] = {}
@@ -147,6 +150,13 @@ class Preloader:
         self._silent: set[str] = set()
         self._is_down = False
         self._hitches: deque[Hitch] = deque()
+        super().__init__()
+
+    def _begin(self) -> None:
+        """Begin without a thread; the next question starts one."""
+        self._changed = threading.Condition()
+        self._worker: threading.Thread | None = None
+        self._is_busy = False
 
     def ask(self, questions: Iterable[Question]) -> None:
         """Ask what fits; an earlier answer stays until there is another. Never waits."""
@@ -198,10 +208,15 @@ class Preloader:
             self._by_digest.extend(d for d in wanted if d not in self._artifacts)
             self._start()
             self._changed.wait_for(
-                lambda: self._worker is None or all(d in self._artifacts for d in wanted),
+                lambda: self._is_settled() or all(d in self._artifacts for d in wanted),
                 max(0.0, until_s - self._clock.now()),
             )
             return [d for d in wanted if d not in self._artifacts]
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until there is nothing to do for now; say whether it came to that in time."""
+        with self._changed:
+            return self._changed.wait_for(self._is_settled, timeout_s)
 
     def hitches(self) -> list[Hitch]:
         """Return what went wrong since the last call; of an outage its beginning."""
@@ -217,9 +232,17 @@ class Preloader:
             self._changed.notify_all()
 
     def _start(self) -> None:
-        if self._worker is None and self._has_work():
-            self._worker = threading.Thread(target=self._work, name="esper preloader", daemon=True)
-            self._worker.start()
+        if not self._has_work():
+            return
+        if self._worker is None:
+            worker = threading.Thread(target=self._work, name="esper preloader", daemon=True)
+            with suppress(RuntimeError):  # too many threads: the next question tries again
+                worker.start()
+                self._worker = worker
+        self._changed.notify_all()
+
+    def _is_settled(self) -> bool:
+        return self._worker is None or not (self._is_busy or self._has_work())
 
     def _has_work(self) -> bool:
         return self._next() is not None
@@ -250,13 +273,27 @@ class Preloader:
         return list({entry.digest: entry for entry in in_turn}.values())
 
     def _work(self) -> None:
+        while self._has_more_soon():
+            self._catch_up()
+
+    def _has_more_soon(self) -> bool:
+        """Wait for something to do, for a while; say whether there is."""
+        with self._changed:
+            self._is_busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed or self._has_work(), LINGER_S)
+            self._is_busy = self._has_work()
+            if not self._is_busy:
+                self._worker = None
+            return self._is_busy
+
+    def _catch_up(self) -> None:
+        """Do what there is to do."""
         while True:
             with self._changed:
                 task = self._next()
-                if task is None:
-                    self._worker = None
-                    self._changed.notify_all()
-                    return
+            if task is None:
+                return
             if isinstance(task, Question):
                 self._answer(task)
             else:

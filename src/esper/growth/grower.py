@@ -512,10 +512,13 @@ class Grower:
         )
 
     def _report_grafts(self) -> None:
-        """Put a report of every graft that was decided into the outbox; never waits."""
+        """Put a report of every graft that was decided into the outbox; never waits.
+
+        A registry that keeps none, which nobody can change from here, is sent none.
+        """
         run = self._run
         reports = run.field_reports.decided(run.grafts, run.journal, run.origin_id)
-        if run.outbox is not None:
+        if run.outbox is not None and run.outbox.takes_reports:
             for report in reports:
                 run.outbox.send(ReportParcel(report=report))
 

@@ -59,7 +59,7 @@ _FINAL: Final = {
     "put": "the registry refused kernel {digest}, and it is not sent again: {error}; the run has "
     "it all the same",
     "report": "the registry refused what was reported of kernel {digest}, and it is not sent "
-    "again: {error}",
+    "again: {error}; of further reports that it refuses nothing is said",
     "fetch": "kernel {digest} of the registry was refused, and is not offered: {error}",
     "search": "the registry does not say which kernels fit, and is not asked again: {error}",
 }
@@ -114,6 +114,7 @@ class Journal:
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._fitted: set[tuple[str, str]] = set()
+        self._has_told_of_reports = False
         self._last_reason = ""
         self.last_switch = 0
 
@@ -509,6 +510,9 @@ class Journal:
     def hitched(self, hitch: Hitch) -> None:
         """Record that a registry did not do something: not yet, or for good."""
         if hitch.is_final:
+            if hitch.operation == "report" and self._has_told_of_reports:
+                return
+            self._has_told_of_reports |= hitch.operation == "report"
             text = _FINAL[hitch.operation].format(digest=hitch.digest[:12], error=hitch.error)
             self.note(text)
             if hitch.operation == "fetch":

@@ -37,6 +37,12 @@ class BlobStore(Protocol):
     def recover(self, *, alone: bool) -> None:
         """Make the store where it is missing; clear up after others where nobody else uses it."""
 
+    def owner(self) -> str | None:
+        """Return the name of the book that says what the blobs are; None where none does."""
+
+    def claim(self, book: str) -> None:
+        """Give the blobs a book's name, where they have none; it survives a power failure."""
+
     def receive(self) -> BlobPart:
         """Begin a blob."""
 

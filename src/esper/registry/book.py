@@ -60,6 +60,18 @@ class Book:
         """
         migrate(self.database)
 
+    def identity(self) -> str:
+        """Return the name by which this book is known from every other; empty where it lost it."""
+        return "".join(name for (name,) in self.database.rows("SELECT id FROM identity LIMIT 1"))
+
+    def is_blank(self, probe: str) -> bool:
+        """Say whether nothing was ever entered, the digest of a probe aside."""
+        return not self.database.rows(
+            "SELECT 1 FROM artifacts UNION ALL SELECT 1 FROM tag_moves "
+            "UNION ALL SELECT 1 FROM condemned WHERE digest <> :probe LIMIT 1",
+            probe=probe,
+        )
+
     def transaction(self) -> AbstractContextManager[None]:
         """Be the only writer; see :class:`~esper.registry.database.Database`."""
         return self.database.transaction()

@@ -101,6 +101,11 @@ class CachedRegistry:
         """What guards the registry that is asked."""
         return self._remote.endpoint
 
+    @property
+    def keeps_reports(self) -> bool:
+        """Whether the registry that is asked keeps reports."""
+        return bool(getattr(self._remote, "keeps_reports", True))
+
     def fetch(self, digest: str) -> bytes:
         """Return an artifact's bytes; see :class:`~esper.contracts.ports.KernelSource`.
 

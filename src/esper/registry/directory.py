@@ -42,8 +42,8 @@ class DirectoryRegistry(StoredRegistry):
         max_artifact_bytes: Longest artifact that is taken.
 
     Raises:
-        KernelSourceUnavailable: The directory cannot be made, read or written, or its index is gone
-            while artifacts are there.
+        KernelSourceUnavailable: The directory cannot be made, read or written, or its index is
+            gone, or another, while artifacts are there.
         ValueError: It was written by a newer Esper.
     """
 
@@ -69,6 +69,7 @@ class DirectoryRegistry(StoredRegistry):
                 undo.callback(self.close)
                 self.refuse_orphans(lambda: self._disk.exists(index) and self._disk.size(index) > 0)
                 book.open()
+                self.refuse_bytes_of_others()
                 self._disk.sync_directory(self._root)
                 blobs.recover(alone=alone)
                 self._disk.share(lock)

@@ -1,6 +1,7 @@
 """Blobs as files of a directory, each of which is there whole or not at all.
 
 ROOT/blobs/DIGEST                 bytes
+ROOT/blobs/book                   name of the book that says what they are
 ROOT/blobs/.DIGEST.RANDOM.part    bytes on their way
 ROOT/quarantine/DIGEST.N          bytes that were not what their name said
 """
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from esper.registry.disk import Disk
 
 _PART: Final = ".part"
+_BOOK: Final = "book"
+_LONGEST_NAME: Final = 256
 
 
 @final
@@ -49,6 +52,26 @@ class DirectoryBlobs:
                 if name.endswith(_PART):
                     self._disk.remove(self._blobs / name)
 
+    def owner(self) -> str | None:
+        """Return the name of the book that says what the blobs are."""
+        try:
+            name = self._disk.read(self._blobs / _BOOK, _LONGEST_NAME)
+        except FileNotFoundError:
+            return None
+        return name.decode(errors="replace").strip() or None
+
+    def claim(self, book: str) -> None:
+        """Write a book's name, where there is none, so that it is there whole or not at all."""
+        if self.owner() is not None:
+            return
+        part = _FilePart(self._blobs / f".{secrets.token_hex(16)}{_PART}", self._disk)
+        try:
+            part.write(book.encode())
+            part.seal(book)
+            self._rename(part, _BOOK)
+        finally:
+            part.discard()
+
     def receive(self) -> BlobPart:
         """Begin a file under a name that no blob has."""
         return _FilePart(self._blobs / f".{secrets.token_hex(16)}{_PART}", self._disk)
@@ -56,9 +79,7 @@ class DirectoryBlobs:
     def put(self, digest: str, part: BlobPart) -> None:
         """Rename a part, and sync the directory."""
         assert isinstance(part, _FilePart)
-        self._disk.rename(part.path, self._blobs / digest)
-        part.is_put = True
-        self._disk.sync_directory(self._blobs)
+        self._rename(part, digest)
 
     def stat(self, digest: str) -> int | None:
         """Return a blob's length in bytes, or None where there is none."""
@@ -89,6 +110,11 @@ class DirectoryBlobs:
     def list(self) -> set[str]:
         """Return the digests of all blobs."""
         return set(filter(reference.is_digest, self._disk.list_names(self._blobs)))
+
+    def _rename(self, part: _FilePart, name: str) -> None:
+        self._disk.rename(part.path, self._blobs / name)
+        part.is_put = True
+        self._disk.sync_directory(self._blobs)
 
     def _make_directory(self, path: Path) -> None:
         """Make a directory and its parents so that they survive a power failure."""

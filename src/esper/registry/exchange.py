@@ -8,6 +8,7 @@ leaves a server alone for as long as that says in ``Retry-After``.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import weakref
@@ -23,7 +24,8 @@ from esper.contracts.errors import (
     KernelSourceUnavailable,
 )
 from esper.registry import refusals
-from esper.registry.timed_transport import TimedTransport
+from esper.registry.timed_transport import SLOWEST, TimedTransport
+from esper.registry.upload import SLOWEST_BYTES_PER_S
 from esper.resilience.clock import MonotonicClock
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class Exchange:
         content: bytes | None = None,
         params: Mapping[str, str] | None = None,
         elsewhere: str | None = None,
+        is_artifact: bool = False,
     ) -> Iterator[httpx2.Response]:
         """Ask for a path behind the prefix; yields the answer, whose body is yet to be read.
 
@@ -108,6 +111,8 @@ class Exchange:
             params: The request's query.
             elsewhere: A whole address that is asked in place of the path, without the token;
                 whoever gives one has looked at it.
+            is_artifact: Whether it is answered with an artifact, whose bytes give it time as they
+                come, as ``SLOWEST_BYTES_PER_S`` says.
 
         Raises:
             KernelSourceSuspended: The server has said when to come again, and it is not then yet.
@@ -134,6 +139,7 @@ class Exchange:
                 content=content,
                 params=params,
                 timeout=left_s,
+                extensions={SLOWEST: SLOWEST_BYTES_PER_S} if is_artifact else None,
             )
             answer = client.send(request, stream=True, follow_redirects=False)
             self._note_rest(answer)
@@ -149,13 +155,15 @@ class Exchange:
         """Yield an answer's bytes as they come.
 
         Raises:
-            httpx2.ReadTimeout: They are still coming when the clock reads ``until_s``.
+            httpx2.ReadTimeout: They are still coming when the clock reads ``until_s``, and what an
+                artifact's bytes have given it beside is over.
         """
         size_bytes = 0
+        slowest_bytes_per_s = answer.request.extensions.get(SLOWEST, math.inf)
         for part in answer.iter_raw():
             size_bytes += len(part)
             yield part
-            if self._clock.now() >= until_s:
+            if self._clock.now() >= until_s + size_bytes / slowest_bytes_per_s:
                 msg = f"{size_bytes} bytes came in time"
                 raise httpx2.ReadTimeout(msg)
 

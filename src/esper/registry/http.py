@@ -24,6 +24,7 @@ from esper.contracts.errors import (
 from esper.contracts.reference import check_digest
 from esper.registry.exchange import Exchange
 from esper.registry.screening import MAX_ARTIFACT_BYTES
+from esper.registry.upload import SLOWEST_BYTES_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,13 +48,13 @@ class HttpKernelSource:
     """A :class:`esper.contracts.ports.KernelSource` behind an HTTP address; threads may share it.
 
     Every fetch ends by one deadline, whatever the server does, and takes no more bytes than it
-    was told to. One that is cut off goes on where it was, as long as time is left and every
-    connection brings something. For the rest see :class:`esper.registry.exchange.Exchange`: it
-    does not retry, which is decided around it.
+    was told to; each 64 KiB that have come put it off by a second. One that is cut off goes on
+    where it was, as long as time is left and every connection brings something. For the rest see
+    :class:`esper.registry.exchange.Exchange`: it does not retry, which is decided around it.
 
     Args:
         base_url: ``http://`` or ``https://``, a host, and what comes before ``/api/v1``.
-        timeout_s: Seconds for a whole fetch, above 0.
+        timeout_s: Seconds for a whole fetch, above 0, beside what its bytes have given it.
         max_size_bytes: Longest artifact that is taken, at least 1.
         client: What sends the requests, for example one with credentials in its headers; it stays
             the caller's, to close and to configure, proxies included. The deadline is kept to the
@@ -112,8 +113,10 @@ class HttpKernelSource:
         exchange = self._exchange
         end_s = exchange.until_s() if until_s is None else until_s
 
-        def ask(headers: Mapping[str, str]) -> AbstractContextManager[httpx2.Response]:
-            return exchange.answer("GET", path, until_s=end_s, headers=headers)
+        def ask(
+            headers: Mapping[str, str], until_s: float
+        ) -> AbstractContextManager[httpx2.Response]:
+            return exchange.answer("GET", path, until_s=until_s, headers=headers, is_artifact=True)
 
         download = Download(
             digest,
@@ -168,6 +171,7 @@ class Download:
     ) -> None:
         self.size_bytes = 0
         self.can_go_on = False
+        self._came_bytes = 0
         self._digest = digest
         self._url = url
         self._tag = tag
@@ -183,21 +187,22 @@ class Download:
 
     def run(
         self,
-        ask: Callable[[Mapping[str, str]], AbstractContextManager[httpx2.Response]],
+        ask: Callable[[Mapping[str, str], float], AbstractContextManager[httpx2.Response]],
         exchange: Exchange,
         until_s: float,
     ) -> bytes:
         """Ask for what is lacking, again as long as every answer brings something.
 
+        What has come gives it time beside ``until_s``, in all that is asked from then on.
         Where it went on from the shelf and comes out wrong, what was there may have been damaged:
         then all of it is asked for once.
         """
         while self._sha256.hexdigest() != self._digest or not self._is_from_shelf:
-            num_before = self.size_bytes
+            num_before, end_s = self.size_bytes, self._end_s(until_s)
             try:
-                with ask(self.headers()) as answer:
+                with ask(self.headers(), end_s) as answer:
                     self.begin(answer)
-                    for data in exchange.read(answer, until_s):
+                    for data in exchange.read(answer, end_s):
                         self.take(data)
                 return self.finish()
             except KernelCorruptError:
@@ -206,7 +211,7 @@ class Download:
                 if not was_from_shelf:
                     raise
             except KernelSourceUnavailable:
-                in_time = exchange.left_s(until_s) > 0
+                in_time = exchange.left_s(self._end_s(until_s)) > 0
                 if not (self.can_go_on and self.size_bytes > num_before and in_time):
                     raise
         return b"".join(self._parts)
@@ -242,6 +247,7 @@ class Download:
     def take(self, data: bytes) -> None:
         """Take some bytes."""
         self._check_size(self.size_bytes + len(data))
+        self._came_bytes += len(data)
         self._count(data)
         if self._shelf is not None:
             self._shelf.append(data)
@@ -256,6 +262,9 @@ class Download:
             )
             raise KernelCorruptError(msg)
         return b"".join(self._parts)
+
+    def _end_s(self, until_s: float) -> float:
+        return until_s + self._came_bytes / SLOWEST_BYTES_PER_S
 
     def _count(self, data: bytes) -> None:
         self.size_bytes += len(data)

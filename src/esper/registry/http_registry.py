@@ -81,8 +81,8 @@ class HttpRegistry:
     Args:
         base_url: ``http://`` or ``https://``, a host, and what comes before ``/api/v1``.
         token: Sent as a bearer token, where there is one.
-        timeout_s: Seconds for a request with its answer and its retries, above 0; what it sends
-            has a second more for every 64 KiB.
+        timeout_s: Seconds for a request with its answer and its retries, above 0; an
+            artifact has a second more for every 64 KiB, one that is fetched as they come.
         max_size_bytes: Longest artifact that is taken, at least 1.
         sleep: Waits before a retry, seconds.
 
@@ -175,7 +175,9 @@ class HttpRegistry:
 
     def _read(self, path: str, start: int, length: int, until_s: float) -> bytes:
         asked = {"Range": f"bytes={start}-{start + length - 1}"}
-        with self._exchange.answer("GET", path, until_s=until_s, headers=asked) as answer:
+        with self._exchange.answer(
+            "GET", path, until_s=until_s, headers=asked, is_artifact=True
+        ) as answer:
             data = self._exchange.body(answer, until_s, most=length)
             if answer.status_code == 416:
                 return b""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from esper.contracts import reference
 from esper.contracts.errors import KernelCorruptError, KernelNotFoundError, KernelSourceRefused
@@ -27,7 +27,12 @@ class WithoutReports(ABC):
     """The part of a :class:`~esper.contracts.ports.Registry` in a store that keeps no reports.
 
     Nothing here is overridden but what is abstract.
+
+    Attributes:
+        keeps_reports: That it does not; a registry that does need not say so.
     """
+
+    keeps_reports: ClassVar[bool] = False
 
     @property
     @abstractmethod

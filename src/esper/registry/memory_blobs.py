@@ -17,9 +17,19 @@ class MemoryBlobs:
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
         self._aside: list[bytes] = []
+        self._owner: str | None = None
 
     def recover(self, *, alone: bool) -> None:
         """Do nothing: nothing is left of others."""
+
+    def owner(self) -> str | None:
+        """Return the name of the book that says what the blobs are."""
+        return self._owner
+
+    def claim(self, book: str) -> None:
+        """Keep a book's name, where there is none."""
+        if self._owner is None:
+            self._owner = book
 
     def receive(self) -> BlobPart:
         """Begin a blob."""

@@ -1,6 +1,7 @@
 """Blobs in a bucket that speaks S3; needs the extra ``s3``.
 
     BUCKET/PREFIX/blobs/DIGEST           bytes
+    BUCKET/PREFIX/blobs/book             name of the book that says what they are
     BUCKET/PREFIX/quarantine/DIGEST.RANDOM bytes that were not what their name said
 
 Bytes on their way are in a file of this machine. What the bucket has acknowledged is looked at
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,7 @@ _ONE_REQUEST_BYTES: Final = 16 << 20
 """Up to here a blob is put in one request, which the bucket refuses where the name is taken. It is
 in memory meanwhile; longer ones go in parts, for which there is no such condition."""
 
+_BOOK: Final = "blobs/book"
 _NO_BUCKET: Final = "404 Not Found"
 """What the library says of a list that is not there, for which it has no class."""
 
@@ -124,6 +126,23 @@ class ObjectBlobs:
 
     def recover(self, *, alone: bool) -> None:
         """Do nothing: bytes on their way are another process's own."""
+
+    def owner(self) -> str | None:
+        """Return the name of the book that says what the blobs are."""
+        try:
+            with _translated():
+                name = bytes(obstore.get(self._store, _BOOK).bytes())
+        except FileNotFoundError:
+            return None
+        return name.decode(errors="replace").strip() or None
+
+    def claim(self, book: str) -> None:
+        """Put a book's name, which the bucket refuses where there is one, and look for it."""
+        with _translated(), suppress(AlreadyExistsError):
+            obstore.put(self._store, _BOOK, book.encode(), mode="create", use_multipart=False)
+        if self.owner() is None:
+            msg = f"{self.place} acknowledged the name of its book and has none; try again"
+            raise OSError(msg)
 
     def receive(self) -> BlobPart:
         """Begin a file."""

@@ -86,6 +86,7 @@ class OciSession:
         headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
         params: Mapping[str, str] | None = None,
+        is_artifact: bool = False,
     ) -> Iterator[httpx2.Response]:
         """Ask for a path of the repository, after logging in where that is asked for.
 
@@ -97,6 +98,7 @@ class OciSession:
             headers: Sent beside those of every request.
             content: The request's body.
             params: The request's query.
+            is_artifact: As there.
 
         Raises:
             KernelSourceUnavailable: As :meth:`Exchange.answer`.
@@ -113,6 +115,7 @@ class OciSession:
                 content=content,
                 params=params,
                 elsewhere=elsewhere,
+                is_artifact=is_artifact,
             )
 
         with ask() as first:
@@ -135,13 +138,15 @@ class OciSession:
             KernelSourceRefused: The hop leads to where nothing is asked.
         """
         path = f"/blobs/sha256:{digest}"
-        with self.answer(method, path, until_s=until_s, headers=headers) as answer:
+        with self.answer(
+            method, path, until_s=until_s, headers=headers, is_artifact=True
+        ) as answer:
             if answer.status_code not in _HOPS:
                 yield answer
                 return
             store = self.followed(answer.headers.get("Location", ""), f"{self.url}{path}")
         with self.exchange.answer(
-            method, path, until_s=until_s, headers=headers, elsewhere=store
+            method, path, until_s=until_s, headers=headers, elsewhere=store, is_artifact=True
         ) as answer:
             yield answer
 

@@ -61,7 +61,9 @@ class OciRepository:
             digest, url, tag=f'"sha256:{digest}"', max_size_bytes=self._max_bytes, shelf=shelf
         )
         return download.run(
-            lambda headers: self._session.blob("GET", digest, until_s=until_s, headers=headers),
+            lambda headers, end_s: self._session.blob(
+                "GET", digest, until_s=end_s, headers=headers
+            ),
             self._session.exchange,
             until_s,
         )

@@ -44,6 +44,17 @@ def book_lost(book: str, blobs: str, num_artifacts: int) -> KernelSourceUnavaila
     return KernelSourceUnavailable(msg)
 
 
+def bytes_of_another_book(book: str, blobs: str) -> KernelSourceUnavailable:
+    """Return the error of a book beside bytes that are not its own."""
+    msg = (
+        f"the artifacts in {blobs} are of another book than {book}, which may be one that was lost "
+        "and begun anew: it would have all of them collected. Put the other back from a backup, "
+        "give each book a place of its own; or move everything away that is in blobs/ there, to "
+        "begin anew, and publish again what you want of it"
+    )
+    return KernelSourceUnavailable(msg)
+
+
 def no_such_tag(name: str, tag: str) -> KernelNotFoundError:
     """Return the error of a tag that is not there."""
     msg = f"there is no {name}:{tag} here; set it with tag(), or look with history()"

@@ -8,6 +8,7 @@ A row in ``artifacts`` is what makes an artifact published; the bytes are there 
 from __future__ import annotations
 
 import json
+import secrets
 from typing import TYPE_CHECKING, Final
 
 from esper.contracts.artifact import KernelMetadata
@@ -117,6 +118,11 @@ def _pool_outcomes(database: Database) -> None:
         pool(database, *found)
 
 
+def _name_book(database: Database) -> None:
+    """Give the book the name by which its bytes are known from those of another."""
+    database.rows("INSERT INTO identity VALUES (:id)", id=secrets.token_hex(16))
+
+
 _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
     (
         """CREATE TABLE artifacts (
@@ -192,6 +198,7 @@ _STEPS: Final[tuple[tuple[_Step, ...], ...]] = (
         _pool_outcomes,
     ),
     (f"CREATE INDEX jobs_in_turn ON jobs ({TURN}, seq)",),
+    ("CREATE TABLE identity (id {text} PRIMARY KEY)", _name_book),
 )
 
 VERSION: Final = len(_STEPS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, final
 
 from esper.registry.screening import MAX_ARTIFACT_BYTES
@@ -28,7 +28,7 @@ class SharedRegistry(StoredRegistry):
 
     Raises:
         KernelSourceUnavailable: The book or the blob store did not do its part, or the book is
-            gone while artifacts are there.
+            gone, or another, while artifacts are there.
         ValueError: The book was written by a newer Esper.
     """
 
@@ -45,6 +45,8 @@ class SharedRegistry(StoredRegistry):
             undo.callback(self.close)
             self.refuse_orphans(lambda: book.database.version() > 0)
             book.open()
+            with suppress(OSError):  # one that is away is looked at by a put and a collection
+                self.refuse_bytes_of_others()
             blobs.recover(alone=False)
             undo.pop_all()
 

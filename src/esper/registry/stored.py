@@ -66,6 +66,7 @@ class StoredRegistry(ABC):
         self.max_artifact_bytes = max_artifact_bytes
         self._blobs = blobs
         self._wall_s = wall_s
+        self._is_owner = False
 
     def put(
         self,
@@ -84,7 +85,7 @@ class StoredRegistry(ABC):
                     part = self._blobs.receive()
                     cleaning.callback(part.discard)
                     part.write(data)
-                    part.seal(screened.digest)
+                    self.seal(screened.digest, part)
                     self.enter(screened, part, None)
         return screened.digest
 
@@ -228,6 +229,7 @@ class StoredRegistry(ABC):
         """Remove unreferenced bytes; see :class:`~esper.contracts.ports.Registry`."""
         refusals.check_grace(grace_s)
         with self.reporting("collect"), self.book.transaction():
+            self._check_owner()
             now_s = self._wall_s()
             condemned = self.book.artifacts.condemned()
             unreferenced = set(self._blobs.list()) - self.book.artifacts.digests()
@@ -245,6 +247,7 @@ class StoredRegistry(ABC):
         """Return what a collection would remove now, and remove nothing; see ``collect``."""
         refusals.check_grace(grace_s)
         with self.reporting("look what may be collected"), self.book.transaction():
+            self._check_owner()
             now_s, condemned = self._wall_s(), self.book.artifacts.condemned()
             unreferenced = set(self._blobs.list()) - self.book.artifacts.digests()
         due = unreferenced & condemned.keys()
@@ -263,7 +266,7 @@ class StoredRegistry(ABC):
         return RegistryCheck(
             intact=len(looked_at) - len(wrong),
             quarantined=tuple(wrong),
-            missing=_between(published - stored, after, last),
+            missing=_between(published - stored - set(wrong), after, last),
             unreferenced=_between(stored - published, after, last),
             after=last,
         )
@@ -364,6 +367,31 @@ class StoredRegistry(ABC):
         if num_orphans and not is_begun():
             raise refusals.book_lost(self.book.place, self._blobs.place, num_orphans)
 
+    def refuse_bytes_of_others(self) -> None:
+        """Refuse bytes that another book says what they are, all of which would be collected.
+
+        Bytes that no book has claimed, as an earlier Esper left them, become this one's where it
+        has ever said anything.
+
+        Raises:
+            KernelSourceUnavailable: They are another's, or nobody says what they are.
+        """
+        if self._blobs.owner() is None:
+            num_orphans = len(set(self._blobs.list()) - {_PROBE_ID})
+            if num_orphans and not self.book.is_blank(_PROBE_ID):
+                self._blobs.claim(self.book.identity())
+            elif num_orphans and self._blobs.owner() is None:  # it may be claimed meanwhile
+                raise refusals.book_lost(self.book.place, self._blobs.place, num_orphans)
+        self._check_owner()
+
+    def seal(self, digest: str, part: BlobPart) -> None:
+        """End an artifact's bytes, after the store's first are claimed for this book."""
+        if not self._is_owner:
+            self._blobs.claim(self.book.identity())
+            self._check_owner()
+            self._is_owner = True
+        part.seal(digest)
+
     @contextmanager
     def reporting(self, doing: str) -> Iterator[None]:
         """Turn what the machine says into what a caller can act upon.
@@ -390,6 +418,10 @@ class StoredRegistry(ABC):
         if size is None:
             return False
         return self._is_intact(digest)
+
+    def _check_owner(self) -> None:
+        if self._blobs.owner() not in (None, self.book.identity()):
+            raise refusals.bytes_of_another_book(self.book.place, self._blobs.place)
 
     def _place(self) -> str:
         book, blobs = self.book.place, self._blobs.place

@@ -1,14 +1,15 @@
 """HTTP with one deadline for a whole request, up to the last byte of its answer.
 
 Clients usually limit each wait by itself, so that a server which sends a byte now and then keeps
-them for ever. Here each wait gets what is left.
+them for ever. Here each wait gets what is left. A request may say how fast its answer has to come:
+then every byte that has come gives it the time which it may take, and nothing else does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import httpcore2
 import httpx2
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _TIMED: Final = ("connect", "read", "write")
 """The waits that end at the deadline; the pool's own wait comes first and may take all of it."""
+SLOWEST: Final = "slowest_bytes_per_s"
+"""Extension of a request: how fast its answer has to come, bytes a second on average."""
 
 
 @final
@@ -51,19 +54,20 @@ class TimedTransport(httpx2.BaseTransport):
         Raises:
             httpx2.TransportError: There was no answer, or not in time.
         """
+        timeouts = self._timeouts(request)
         sent = httpcore2.Request(
             method=request.method,
             url=str(request.url),
             headers=request.headers.raw,
             content=request.stream,
-            extensions={**request.extensions, "timeout": self._timeouts(request)},
+            extensions={**request.extensions, "timeout": timeouts},
         )
         with _translated():
             answer = self._pool.handle_request(sent)
         return httpx2.Response(
             answer.status,
             headers=answer.headers,
-            stream=_Body(answer),
+            stream=_Body(answer, timeouts.get("read"), request.extensions.get(SLOWEST)),
             extensions=answer.extensions,
         )
 
@@ -71,26 +75,47 @@ class TimedTransport(httpx2.BaseTransport):
         """Close every connection."""
         self._pool.close()
 
-    def _timeouts(self, request: httpx2.Request) -> dict[str, float]:
-        """Return the pool's wait in seconds, and for the others the clock's reading at the end."""
+    def _timeouts(self, request: httpx2.Request) -> dict[str, Any]:
+        """Return the pool's wait in seconds, and for the others when all of it has to be over."""
         asked = request.extensions.get("timeout", {}).values()
         limits_s = [seconds for seconds in asked if seconds is not None]
         if not limits_s:
             return {}
-        until = self._clock.now() + min(limits_s)
+        until = _Until(self._clock.now() + min(limits_s))
         return {"pool": min(limits_s), **dict.fromkeys(_TIMED, until)}
 
 
 @final
-class _Body(httpx2.SyncByteStream):
-    """An answer's bytes, with httpx2's errors."""
+class _Until:
+    """When a request has to be over.
 
-    def __init__(self, answer: httpcore2.Response) -> None:
+    Attributes:
+        at_s: A reading of the clock.
+    """
+
+    __slots__ = ("at_s",)
+
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
+
+
+@final
+class _Body(httpx2.SyncByteStream):
+    """An answer's bytes, with httpx2's errors; what comes may give it time."""
+
+    def __init__(
+        self, answer: httpcore2.Response, until: _Until | None, slowest_bytes_per_s: float | None
+    ) -> None:
         self._answer = answer
+        self._until = until
+        self._slowest_bytes_per_s = slowest_bytes_per_s
 
     def __iter__(self) -> Iterator[bytes]:
         with _translated():
-            yield from self._answer.iter_stream()
+            for data in self._answer.iter_stream():
+                if self._until is not None and self._slowest_bytes_per_s is not None:
+                    self._until.at_s += len(data) / self._slowest_bytes_per_s
+                yield data
 
     def close(self) -> None:
         with _translated():
@@ -99,7 +124,7 @@ class _Body(httpx2.SyncByteStream):
 
 @final
 class _DeadlineBackend(httpcore2.NetworkBackend):
-    """Opens connections. A ``timeout`` is a reading of the clock, here and in the streams."""
+    """Opens connections. A ``timeout`` is an ``_Until``, here and in the streams."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -164,17 +189,16 @@ class _DeadlineStream(httpcore2.NetworkStream):
         return self._inner.get_extra_info(info)
 
 
-def _left_s(
-    clock: Clock, until: float | None, failure: type[httpcore2.TimeoutException]
-) -> float | None:
-    """Return the seconds until a reading of the clock; None for no limit.
+def _left_s(clock: Clock, until: object, failure: type[httpcore2.TimeoutException]) -> float | None:
+    """Return the seconds that are left; None for no limit.
 
     Raises:
-        TimeoutException: It is past, as ``failure``.
+        TimeoutException: There are none, as ``failure``.
     """
     if until is None:
         return None
-    left_s = until - clock.now()
+    assert isinstance(until, _Until), "the library hands on what it was given"
+    left_s = until.at_s - clock.now()
     if left_s <= 0:
         raise failure("the time for this request is over")
     return left_s

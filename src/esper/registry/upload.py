@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, final
 
 SLOWEST_BYTES_PER_S: Final = 65_536.0
-"""How fast an artifact has to travel to a registry, on average."""
+"""How fast an artifact has to travel to a registry and from it, on average."""
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -23,6 +23,9 @@ class Publishes(Protocol):
 
     def holds(self, digest: str) -> bool:
         """Say whether an artifact is published and intact."""
+
+    def seal(self, digest: str, part: BlobPart) -> None:
+        """End an artifact's bytes, and do all of a put that takes long."""
 
     def enter(self, screened: Screened, part: BlobPart, actor: str | None) -> None:
         """Give sealed bytes their name and publish them."""
@@ -76,7 +79,7 @@ class Upload:
         with self._registry.reporting(f"put {screened.digest}"):
             if not self._registry.holds(screened.digest):
                 assert self._part is not None, "an artifact has bytes"
-                self._part.seal(screened.digest)
+                self._registry.seal(screened.digest, self._part)
                 self._registry.enter(screened, self._part, self._actor)
         return screened.digest
 
