@@ -271,6 +271,7 @@ class Recorder:
         """Return what takes back whatever is recorded from now on, of a pass that failed."""
         state, capacity = self._generator.get_state(), dict(self._capacity)
         lengths = {name: len(seen.gradients) for name, seen in self.observations.items()}
+        calls = {name: seen.call for name, seen in self.observations.items()}
         backwards = dict(self._num_backwards)
 
         def back() -> None:
@@ -278,6 +279,7 @@ class Recorder:
             self._capacity, self._num_backwards = dict(capacity), dict(backwards)
             for name, num in lengths.items():
                 seen = self.observations[name]
+                seen.call = calls[name]
                 for values in (seen.inputs, seen.outputs, seen.gradients):
                     del values[num:]
             self.leaves.clear()
@@ -524,9 +526,9 @@ def _record_parts(
     apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
     try:
         with recorder.in_parts() as begin, apart, torch.enable_grad():
-            for part in parts_of(model, cuts, rule):
+            for part in parts_of(model, compute_loss, cuts, rule):
                 begin(*part.rows, num)
-                with part.drawing:
+                with part.within:
                     loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
                     _gradients(loss, [*parameters, *recorder.leaves])
                 recorder.leaves.clear()

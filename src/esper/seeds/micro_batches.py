@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -21,9 +21,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.seeds.batch_rows import rows_of
 from esper.seeds.fitting import Groups, Rule, are_alike, lowest, precision_seen, uneven
-from esper.seeds.same_draws import SameDraws, UnknownDrawError, devices_of, torch_states
+from esper.seeds.same_draws import (
+    SameDraws,
+    UnknownDrawError,
+    devices_of,
+    set_torch_states,
+    torch_states,
+)
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
+from esper.state.set_aside import set_aside
 from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
@@ -43,6 +50,9 @@ LOOKS: Final = (
     "otherwise than as a mean or a sum"
 )
 DRAWS: Final = "it draws random numbers in a way of which parts cannot have their share"
+NOTHING_SEEN: Final = (
+    "its loss was zero, or not finite, so that a mean over its samples could not be told from a sum"
+)
 TOO_FEW: Final = "no two samples fit at once, on which it could be measured whether parts add up"
 
 _PLAIN: Final = (bool, int, float, str, type(None))
@@ -54,19 +64,23 @@ class Part(NamedTuple):
     Attributes:
         rows: The first sample of it, and the first behind it.
         share: By what its loss is multiplied.
-        drawing: In what it is run, forward and backward.
+        within: In what it is run, forward and backward.
     """
 
     rows: tuple[int, int]
     share: float
-    drawing: AbstractContextManager[None]
+    within: AbstractContextManager[None]
 
 
-def parts_of(model: nn.Module, cuts: Cuts, rule: Rule) -> list[Part]:
+def parts_of(model: nn.Module, compute_loss: LossFunction, cuts: Cuts, rule: Rule) -> list[Part]:
     """Return the parts of a pass, to be run in their order from where the random state is now.
+
+    What the loss keeps, as a count of its calls, is for each part what it was for the first, and
+    behind the last what one call leaves.
 
     Args:
         model: What is run.
+        compute_loss: ``(model, batch)`` to the loss of a part.
         cuts: Where they begin and end.
         rule: How they add up.
     """
@@ -75,10 +89,19 @@ def parts_of(model: nn.Module, cuts: Cuts, rule: Rule) -> list[Part]:
         Part(
             rows=(start, stop),
             share=1.0 if rule.is_sum else (stop - start) / num,
-            drawing=nullcontext() if draws is None else draws.of((start, stop), num),
+            within=_within(
+                nullcontext() if stop == num else set_aside(functions=(compute_loss,)),
+                nullcontext() if draws is None else draws.of((start, stop), num),
+            ),
         )
         for start, stop in cuts
     ]
+
+
+@contextmanager
+def _within(kept: Within, drawing: Within) -> Iterator[None]:
+    with kept, drawing:
+        yield
 
 
 def gradients_of_parts(
@@ -91,9 +114,9 @@ def gradients_of_parts(
 ) -> list[Tensor | None]:
     """Return the gradients of a loss that is taken in parts; None for what none reaches."""
     added: list[Tensor | None] = [None] * len(inputs)
-    for part in parts_of(model, cuts, rule):
+    for part in parts_of(model, compute_loss, cuts, rule):
         found: list[Tensor | None]
-        with part.drawing:
+        with part.within:
             loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
             found = [*torch.autograd.grad(loss, list(inputs), allow_unused=True)]
         added = [
@@ -212,11 +235,14 @@ def _added_up(
         loss, *gradients = figures(rows_of(batch, 0, num), nullcontext())[0]
         return [[loss], gradients]
 
-    for is_sum, added in ((False, means), (True, sums)):
-        pair = [whole[:1], whole[1:]], [added[:1], added[1:]]
-        if are_alike(model, pair, precision, again):
-            rule.is_sum = is_sum
-            return ""
+    is_mean, rule.is_sum = (
+        are_alike(model, ([whole[:1], whole[1:]], [added[:1], added[1:]]), precision, again)
+        for added in (means, sums)
+    )
+    if is_mean and rule.is_sum:
+        return NOTHING_SEEN
+    if is_mean or rule.is_sum:
+        return ""
     return f"{LOOKS}; or {DRAWS}" if rule.draws else LOOKS
 
 
@@ -283,7 +309,7 @@ def _same_losses(
 class Watched:
     """Looks at whether a pass draws random numbers or changes what a model keeps.
 
-    Use as a context manager around the pass.
+    Use as a context manager around the pass; behind it the random states are as they were.
 
     Args:
         model: The model.
@@ -294,12 +320,16 @@ class Watched:
 
     def __enter__(self) -> Watched:
         self._devices = devices_of(self._model)
-        self._states, self._elsewhere = torch_states(self._devices), _states_elsewhere()
+        self._states = torch_states(self._devices)
+        self._python, self._numpy = random.getstate(), np.random.get_state()
         self._kept = _kept_by(self._model)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._kept = {}
+        set_torch_states(self._devices, self._states)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
 
     def changed(self) -> str:
         """Say what stands against making the pass in parts; empty where nothing was seen."""
@@ -311,14 +341,11 @@ class Watched:
 
     def drawn(self) -> str:
         """Say that random numbers were drawn; empty where none were."""
-        if self._elsewhere != _states_elsewhere():
+        is_moved = repr(self._numpy) != repr(np.random.get_state())
+        if is_moved or self._python != random.getstate():
             return "it draws from the generators of Python or numpy, which parts would move further"
         states = zip(self._states, torch_states(self._devices), strict=True)
         return "" if all(torch.equal(before, after) for before, after in states) else DRAWS
-
-
-def _states_elsewhere() -> tuple[object, str]:
-    return random.getstate(), repr(np.random.get_state(legacy=False))
 
 
 def _kept_by(model: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -24,12 +25,12 @@ from esper.seeds.micro_batches import LOOKS, Watched, looked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from torch import nn
 
     from esper.seeds.fitting import Cuts, Rule
 
     Call = tuple[tuple[object, ...], dict[str, object]]
+    _Forward = Callable[..., object]
 
 
 @contextmanager
@@ -42,23 +43,8 @@ def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
         model: The model, in evaluation mode under ``no_grad``.
         rules: What was measured before of its calls.
     """
-    inner, own = model.forward, vars(model).get("forward")
-
-    def forward(*args: object, **kwargs: object) -> object:
-        call = args, kwargs
-        return fits_in_use().run(
-            lambda: inner(*args, **kwargs),
-            lambda: Pass(
-                work="evaluation",
-                batch=call,
-                device=device_of(model),
-                parted=lambda cuts, _: _in_parts(inner, call, cuts),
-                measure=functools.partial(_measure_calls, model, inner, call),
-                rules=rules,
-            ),
-        )
-
-    vars(model)["forward"] = forward
+    own = vars(model).get("forward")
+    vars(model)["forward"] = _Fitted(model, rules)
     try:
         yield
     finally:
@@ -66,6 +52,38 @@ def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
             vars(model).pop("forward", None)
         else:
             vars(model)["forward"] = own
+
+
+class _Fitted:
+    """Stands for the forward of a model, with its signature; a copy of the model has its own."""
+
+    def __init__(self, model: nn.Module, rules: dict[str, Rule]) -> None:
+        self._model, self._rules = model, rules
+        self._inner = model.forward
+        functools.update_wrapper(self, self._inner)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        inner, call = self._inner, (args, kwargs)
+        if torch.compiler.is_compiling():
+            return inner(*args, **kwargs)
+        return fits_in_use().run(
+            lambda: inner(*args, **kwargs),
+            lambda: Pass(
+                work="evaluation",
+                batch=call,
+                device=device_of(self._model),
+                parted=lambda cuts, _: _in_parts(inner, call, cuts),
+                measure=functools.partial(_measure_calls, self._model, inner, call),
+                rules=self._rules,
+            ),
+        )
+
+    def __reduce__(self) -> tuple[Callable[[_Forward], _Forward], tuple[_Forward]]:
+        return _as_it_is, (self._inner,)
+
+
+def _as_it_is(forward: _Forward) -> _Forward:
+    return forward
 
 
 def _in_parts(function: Callable[..., Any], call: Call, parts: Cuts) -> Any:
