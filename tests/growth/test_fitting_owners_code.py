@@ -137,6 +137,29 @@ def test_a_sum_that_is_zero_where_it_is_measured_is_not_taken_for_a_mean():
     assert left == []
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.where(torch.arange(64) < 50, torch.arange(64) % 3, -100),
+        torch.where(torch.arange(64) < 40, 0, 2),
+        torch.arange(64) // 4 % 2 * 2,
+    ],
+    ids=["the last are left out", "sorted by class", "in turn"],
+)
+def test_samples_that_weigh_otherwise_are_found_wherever_they_stand(labels):
+    """What is measured are samples from all over a batch, not the first of it."""
+
+    def weighted(model, batch):
+        x, labels = batch
+        return F.cross_entropy(model(x), labels, weight=torch.tensor([1.0, 1.0, 3.0]))
+
+    fits, sizes, left = told()
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(host(Memory(8)), weighted, [(X, labels)], fits)
+    assert "weighs them otherwise" in left[0][1]
+    assert sizes == []
+
+
 @pytest.mark.parametrize("why", ["time", "memory"])
 def test_a_part_that_raises_leaves_the_pass_whole(why):
     """A run is not ended by an error that its whole batch does not raise."""

@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from esper.forward.host_output import blendable, with_first
 from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
-from esper.seeds.batch_rows import rows_of
-from esper.seeds.fitting import (
-    Groups,
-    Pass,
-    Rule,
-    are_alike,
-    device_of,
-    fits_in_use,
-    lowest,
-    precision_seen,
-    uneven,
-)
-from esper.seeds.micro_batches import LOOKS, looked, measure_loss, parts_of
+from esper.seeds.batch_rows import num_rows, rows_of
+from esper.seeds.fitting import Groups, Pass, Rule, device_of, fits_in_use, uneven
+from esper.seeds.micro_batches import compared, looked, measure_loss, parts_of
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.host_parts import trainable_parameters
 from esper.state.kernel import reference_tensor
@@ -556,25 +546,23 @@ def _measure(
         return
     layers = {name: seen.layer for name, seen in recorder.observations.items()}
 
-    def look(num: int) -> str:
-        sample = rows_of(batch, 0, num)
-        with (
-            Recorder(layers, records_shadow_passes=True) as whole,
-            precision_seen(model) as precisions,
-        ):
-            _record(whole, model, compute_loss, sample, None)
-        with Recorder(layers, records_shadow_passes=True) as parts:
-            _record_parts(parts, model, compute_loss, sample, None, uneven(num, rule), rule)
+    def look(sample: Batch) -> str:
+        cuts = uneven(num_rows(sample), rule)
 
-        def again() -> Groups:
+        def recorded(record: Callable[[Recorder], None]) -> Groups:
             with Recorder(layers, records_shadow_passes=True) as other:
-                _record(other, model, compute_loss, sample, None)
+                record(other)
             return _figures(other)
 
-        pair = _figures(whole), _figures(parts)
-        return "" if are_alike(model, pair, lowest(precisions), again) else LOOKS
+        return compared(
+            model,
+            lambda: recorded(lambda r: _record(r, model, compute_loss, sample, None)),
+            lambda: recorded(
+                lambda r: _record_parts(r, model, compute_loss, sample, None, cuts, rule)
+            ),
+        )
 
-    rule.against = looked(look, num)
+    rule.against = looked(look, batch, num, rule)
 
 
 def _figures(recorder: Recorder) -> Groups:
