@@ -160,6 +160,63 @@ def test_samples_that_weigh_otherwise_are_found_wherever_they_stand(labels):
     assert sizes == []
 
 
+class Rolled(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * torch.roll(x, 1, 0)
+
+
+class Sequence(nn.Module):
+    """A recurrent net whose samples are in the second axis, or in the first."""
+
+    def __init__(self, *, batch_first):
+        super().__init__()
+        self.net = nn.GRU(3, 5, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.net(x)[0]
+
+
+class Experts(nn.Module):
+    """Two experts, each of which takes half of the samples at most; the others are dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(3, 2), nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x):
+        shares, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows = (shares.argmax(-1) == i).nonzero()[: max(1, len(x) // 2), 0]
+            out = out.index_add(0, rows, expert(x[rows]) * shares[rows, i : i + 1])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (Rolled, None),
+        (Experts, None),
+        (lambda: Sequence(batch_first=False), None),
+        (lambda: Sequence(batch_first=True), 8),
+    ],
+    ids=["rolled", "experts with a capacity", "sequences first", "samples first"],
+)
+def test_models_whose_samples_see_one_another_are_left_whole(make, size):
+    """Whatever they see them by; a recurrent net, by which axis they are in."""
+    batch = X if make in (Rolled, Experts) else X[:, None].expand(-1, 5, -1)
+    fits, sizes, left = told()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = host(Memory(8), make())
+    if size is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(model, mean, [batch], fits)
+        assert "depends on the others" in left[0][1]
+    else:
+        gradients(model, mean, [batch], fits)
+    assert [s.size for s in sizes] == ([] if size is None else [size])
+
+
 @pytest.mark.parametrize("why", ["time", "memory"])
 def test_a_part_that_raises_leaves_the_pass_whole(why):
     """A run is not ended by an error that its whole batch does not raise."""
@@ -266,6 +323,20 @@ def test_a_metric_that_is_reset_behind_its_measure_counts_each_batch_once():
     assert [s.size for s in sizes] == [8]
     assert len(parts) == len(whole) == 80
     assert abs(whole - parts).max() <= 1e-6 * abs(whole).max()
+
+
+@pytest.mark.parametrize("off", ["for this test", ""])
+def test_a_measure_is_made_once_where_nothing_may_be_cut(off):
+    """Ranks of a sharded model wait for each other in every call; the control is cut."""
+    memory, fits = Memory(10), Fits(off=off)
+    measure = Evaluator(lambda model: model(X).square().mean(1))
+    with fits.in_use():
+        if off:
+            with pytest.raises(torch.OutOfMemoryError):
+                measure(host(memory))
+            assert memory.num_short == 1
+        else:
+            assert len(measure(host(memory)).per_sample) == 64
 
 
 def test_a_kernel_without_memory_is_no_fault_in_a_measure():
