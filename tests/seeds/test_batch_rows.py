@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from esper.seeds.batch_rows import NoRowsError, cuts, joined_rows, num_rows, rows_of, shapes_of
+from esper.seeds.batch_rows import (
+    NoRowsError,
+    cuts,
+    joined_rows,
+    num_rows,
+    rows_of,
+    shapes_of,
+    spread_rows,
+)
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -73,6 +81,20 @@ def test_cuts_are_few_and_even(num, most):
     assert max(sizes) <= most
     assert max(sizes) - min(sizes) <= 1
     assert len(sizes) == -(-num // most)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 5))
+def test_samples_are_taken_from_all_over_a_batch(num, wanted, random_seed):
+    """One of each of equal ranges, in their order; all tensors have those of the same samples."""
+    wanted = min(num, wanted)
+    batch = {"x": torch.arange(num), "y": (torch.arange(num)[:, None], 3)}
+    found = spread_rows(batch, wanted, random_seed=random_seed)
+    rows = found["x"].tolist()
+    edges = [i * num // wanted for i in range(wanted + 1)]
+    assert len(rows) == num_rows(found) == wanted
+    assert all(a <= row < b for a, row, b in zip(edges, rows, edges[1:], strict=False))
+    assert torch.equal(found["y"][0][:, 0], found["x"])
+    assert found["y"][1] == 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary
@@ -237,7 +238,7 @@ def _as_the_model_does(logits: Tensor, target: Tensor, own: float) -> Tensor:
         name: float(F.cross_entropy(scores.float().movedim(-1, 1), labels, ignore_index=_IGNORED))
         for name, (scores, labels) in fitting.items()
     }
-    apart = {name: abs(mean - own) for name, mean in means.items()}
+    apart = {name: _distance(mean, own) for name, mean in means.items()}
     best = min(apart, key=apart.__getitem__, default=None)
     if best is None or not apart[best] <= _RELATIVE * max(1.0, abs(own)):
         found = ", ".join(f"{mean:.4g} to the {name} tokens" for name, mean in means.items())
@@ -249,6 +250,11 @@ def _as_the_model_does(logits: Tensor, target: Tensor, own: float) -> Tensor:
         raise ValueError(msg)
     scores, labels = fitting[best]
     return _of_classes(scores.movedim(-1, 1), labels)
+
+
+def _distance(mean: float, own: float) -> float:
+    """Return how far a mean is from the model's own loss; where nothing is counted both are NaN."""
+    return 0.0 if math.isnan(mean) and math.isnan(own) else abs(mean - own)
 
 
 def _of_classes(logits: Tensor, target: Tensor) -> Tensor:

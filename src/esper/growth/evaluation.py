@@ -14,11 +14,9 @@ from esper.continuity.snapshot import random_state, set_random_state
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
 from esper.growth.measurement import Measurement, mean_of, parse_measurement
-from esper.seeds.fitting import fits_in_use
 from esper.seeds.split_calls import calls_fitted
 from esper.state.layer_call import LayerCall
 from esper.state.set_aside import set_aside
-from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,20 +81,10 @@ class Evaluator:
         self.num_readings, self._repeats = state[0], bool(state[1])
 
     def _read(self, model: nn.Module, *, random_seed: int | None = None) -> Measurement:
-        """Read the measure; where memory is missing, by calls of the model that fit."""
-        if not fits_in_use().may_cut("evaluation"):
-            try:
-                return self._read_once(model, random_seed)
-            except (RuntimeError, MemoryError) as error:
-                if not is_shortage(error):
-                    raise
-                error.with_traceback(None)  # its frames hold what has to be free
-        with calls_fitted(model, self._rules.setdefault(model, {})):
-            return self._read_once(model, random_seed)
-
-    def _read_once(self, model: nn.Module, random_seed: int | None) -> Measurement:
+        """Read the measure; a call of the model that lacks memory is made in parts."""
         apart = measuring(model, measures=(self._evaluate,), functions=self._functions)
-        with apart, _seeing(model, self._see):
+        fitted = calls_fitted(model, self._rules.setdefault(model, {}))
+        with fitted, apart, _seeing(model, self._see):
             if random_seed is not None:
                 torch.manual_seed(random_seed)
             result = parse_measurement(self._evaluate(model), goal=self._goal)

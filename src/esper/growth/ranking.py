@@ -36,9 +36,9 @@ from esper.contracts.choices import Position
 from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
 from esper.resilience.attempt import Done, attempt
-from esper.seeds.batch_rows import NoRowsError, joined_rows
-from esper.seeds.fitting import Cuts, Groups, Pass, Rule, are_alike, fits_in_use, lowest, uneven
-from esper.seeds.micro_batches import LOOKS, looked
+from esper.seeds.batch_rows import joined_rows
+from esper.seeds.fitting import Cuts, Groups, Pass, Rule, fits_in_use, uneven
+from esper.seeds.micro_batches import compared, looked
 from esper.state.host_parts import host_parameters
 from esper.state.shortage import is_shortage
 from esper.state.site import feature_axis, widths
@@ -487,22 +487,16 @@ def _readout_calls(
 ) -> list[tuple[Tensor, Tensor]]:
     """Run a kernel as :func:`_run_readout` does, in parts where memory is missing."""
 
-    def look(rule: Rule, num: int) -> str:
-        try:
-            parts = _run_parts(candidate, source[:num], random_seed, uneven(num, rule))
-        except NoRowsError as error:
-            return str(error)
-        whole = _run_readout(candidate, source[:num], random_seed)
-        pair = _groups(whole), _groups(parts)
-        precision = lowest([t.dtype for call in whole for t in call])
-
-        def again() -> Groups:
-            return _groups(_run_readout(candidate, source[:num], random_seed))
-
-        return "" if are_alike(candidate.kernel, pair, precision, again) else LOOKS
+    def look(rule: Rule, some: Tensor) -> str:
+        parts = uneven(len(some), rule)
+        return compared(
+            candidate.kernel,
+            lambda: _groups(_run_readout(candidate, some, random_seed)),
+            lambda: _groups(_run_parts(candidate, some, random_seed, parts)),
+        )
 
     def measure(num: int, rule: Rule) -> None:
-        rule.against = looked(functools.partial(look, rule), num)
+        rule.against = looked(functools.partial(look, rule), source, num, rule)
 
     return fits_in_use().run(
         lambda: _run_readout(candidate, source, random_seed),

@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from esper.forward.host_output import blendable, with_first
 from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
-from esper.seeds.batch_rows import rows_of
-from esper.seeds.fitting import (
-    Groups,
-    Pass,
-    Rule,
-    are_alike,
-    device_of,
-    fits_in_use,
-    lowest,
-    precision_seen,
-    uneven,
-)
-from esper.seeds.micro_batches import LOOKS, looked, measure_loss, parts_of
+from esper.seeds.batch_rows import num_rows, rows_of
+from esper.seeds.fitting import Groups, Pass, Rule, device_of, fits_in_use, uneven
+from esper.seeds.micro_batches import compared, looked, measure_loss, parts_of
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.host_parts import trainable_parameters
 from esper.state.kernel import reference_tensor
@@ -271,6 +261,7 @@ class Recorder:
         """Return what takes back whatever is recorded from now on, of a pass that failed."""
         state, capacity = self._generator.get_state(), dict(self._capacity)
         lengths = {name: len(seen.gradients) for name, seen in self.observations.items()}
+        calls = {name: seen.call for name, seen in self.observations.items()}
         backwards = dict(self._num_backwards)
 
         def back() -> None:
@@ -278,6 +269,7 @@ class Recorder:
             self._capacity, self._num_backwards = dict(capacity), dict(backwards)
             for name, num in lengths.items():
                 seen = self.observations[name]
+                seen.call = calls[name]
                 for values in (seen.inputs, seen.outputs, seen.gradients):
                     del values[num:]
             self.leaves.clear()
@@ -524,9 +516,9 @@ def _record_parts(
     apart = shadow_pass(model, functions=(compute_loss,), values=(batch,))
     try:
         with recorder.in_parts() as begin, apart, torch.enable_grad():
-            for part in parts_of(model, cuts, rule):
+            for part in parts_of(model, compute_loss, cuts, rule):
                 begin(*part.rows, num)
-                with part.drawing:
+                with part.within:
                     loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
                     _gradients(loss, [*parameters, *recorder.leaves])
                 recorder.leaves.clear()
@@ -554,25 +546,23 @@ def _measure(
         return
     layers = {name: seen.layer for name, seen in recorder.observations.items()}
 
-    def look(num: int) -> str:
-        sample = rows_of(batch, 0, num)
-        with (
-            Recorder(layers, records_shadow_passes=True) as whole,
-            precision_seen(model) as precisions,
-        ):
-            _record(whole, model, compute_loss, sample, None)
-        with Recorder(layers, records_shadow_passes=True) as parts:
-            _record_parts(parts, model, compute_loss, sample, None, uneven(num, rule), rule)
+    def look(sample: Batch) -> str:
+        cuts = uneven(num_rows(sample), rule)
 
-        def again() -> Groups:
+        def recorded(record: Callable[[Recorder], None]) -> Groups:
             with Recorder(layers, records_shadow_passes=True) as other:
-                _record(other, model, compute_loss, sample, None)
+                record(other)
             return _figures(other)
 
-        pair = _figures(whole), _figures(parts)
-        return "" if are_alike(model, pair, lowest(precisions), again) else LOOKS
+        return compared(
+            model,
+            lambda: recorded(lambda r: _record(r, model, compute_loss, sample, None)),
+            lambda: recorded(
+                lambda r: _record_parts(r, model, compute_loss, sample, None, cuts, rule)
+            ),
+        )
 
-    rule.against = looked(look, num)
+    rule.against = looked(look, batch, num, rule)
 
 
 def _figures(recorder: Recorder) -> Groups:

@@ -25,7 +25,7 @@ from esper.continuity.step_hooks import StepHooks
 from esper.continuity.warmup import UpdateFactor
 from esper.contracts.errors import GrowthError
 from esper.forward.recompilation import uncompiled
-from esper.seeds.batch_rows import rows_of
+from esper.seeds.batch_rows import cuts, num_rows, rows_of
 from esper.seeds.fitting import Pass, device_of, fits_in_use
 from esper.seeds.micro_batches import measure_loss, parts_of
 from esper.seeds.rebuilding import planned
@@ -96,12 +96,16 @@ class Twin:
             group.update(settings)
         outer = random_state(self.model)
         set_random_state(self._random_state)
-        apart = self._apart.inside(batches)
         try:
-            back = functools.partial(set_random_state, self._random_state)
-            in_use = self._fits.in_use(undo=back)
-            with apart, uncompiled(self.model), torch.enable_grad(), in_use:
-                self._update(self.model, self.optimizer, batches, step)
+            with self._apart.inside(batches) as back:
+
+                def undo() -> None:
+                    set_random_state(self._random_state)
+                    back()
+
+                in_use = self._fits.in_use(undo=undo)
+                with uncompiled(self.model), torch.enable_grad(), in_use:
+                    self._update(self.model, self.optimizer, batches, step)
         finally:
             self._random_state = random_state(self.model)
             set_random_state(outer)
@@ -222,7 +226,7 @@ def lockstep_update(compute_loss: LossFunction) -> TwinUpdate:
             functools.partial(_backward, model, compute_loss, batches, step.loss_scale),
             lambda: Pass(
                 work="trial",
-                batch=batches,
+                batch=batches[0],  # parts of the others are as large
                 device=device_of(model),
                 parted=functools.partial(
                     _backward_of_parts, model, compute_loss, batches, step.loss_scale
@@ -256,13 +260,14 @@ def _backward_of_parts(
     compute_loss: LossFunction,
     batches: list[Batch],
     loss_scale: float,
-    cuts: Cuts,
+    parts: Cuts,
     rule: Rule,
 ) -> None:
     """Add the gradients of the batches of one update, part by part."""
-    for part in parts_of(model, cuts, rule):
-        with part.drawing:
-            for batch in batches:
+    most = max(stop - start for start, stop in parts)
+    for batch in batches:
+        for part in parts_of(model, compute_loss, cuts(num_rows(batch), most), rule):
+            with part.within:
                 share = compute_loss(model, rows_of(batch, *part.rows)) / len(batches)
                 (share * (part.share * loss_scale)).backward()  # type: ignore[no-untyped-call] # as above
 

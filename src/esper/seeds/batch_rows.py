@@ -52,6 +52,23 @@ def rows_of(value: Any, start: int, stop: int) -> Any:
     return _mapped(value, lambda tensor: tensor[start:stop])
 
 
+def spread_rows(value: Any, num: int, *, random_seed: int) -> Any:
+    """Return samples from all over a batch, in its order, as copies: one of each of equal ranges.
+
+    Those that stand at equal distances may be alike where others are not.
+
+    Args:
+        value: The batch.
+        num: How many, at least 1 and at most what it has.
+        random_seed: Says which of each range.
+    """
+    total = num_rows(value)
+    shares = torch.rand(num, generator=torch.Generator().manual_seed(random_seed)).tolist()
+    edges = pairwise(i * total // num for i in range(num + 1))
+    index = [a + int(share * (b - a)) for (a, b), share in zip(edges, shares, strict=True)]
+    return _mapped(value, lambda tensor: tensor[index])
+
+
 def cuts(num: int, most: int) -> list[tuple[int, int]]:
     """Return where parts of at most ``most`` of ``num`` samples begin and end.
 

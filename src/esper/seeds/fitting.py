@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.choices import FitReason, PassWork
+from esper.contracts.errors import KernelRefusedError
 from esper.contracts.ports import Clock
 from esper.resilience.attempt import Failed, attempt
 from esper.resilience.clock import MonotonicClock
@@ -188,11 +189,6 @@ class Fits:
                 self._sizes[key] = size
                 self.num_changes += 1
 
-    def may_cut(self, work: PassWork) -> bool:
-        """Say whether some pass for this work may be made in parts, as far as is known before."""
-        keys = [*self._sizes, *(each.key for each in self._planned)]
-        return self._pass_s is not None or any(key.startswith(f"{work}|") for key in keys)
-
     def follow(self, planned: Iterable[Planned], updates: Callable[[], int]) -> None:
         """Take over sizes where another run chose them.
 
@@ -222,6 +218,8 @@ class Fits:
     def run(self, whole: Callable[[], T], make: Callable[[], Pass[T]]) -> T:
         """Make a pass: whole where that fits, or may not be cut, else in parts that fit.
 
+        Inside of another pass it is made as it is: the one outside is what can be cut.
+
         Args:
             whole: Makes it on the whole batch.
             make: Describes it; called where that alone is not enough.
@@ -229,6 +227,8 @@ class Fits:
         Raises:
             Whatever the pass raises; a lack of memory only where fewer samples are of no use.
         """
+        if _is_inside.get():
+            return whole()
         if self._planned:
             self._take_planned()
         work = make() if self._sizes or self._pass_s is not None else None
@@ -239,7 +239,7 @@ class Fits:
             if isinstance(made, _Made):
                 return made.value
             shortage = made
-        return self._in_parts(work or make(), size, shortage)
+        return self._in_parts(work or make(), whole, size, shortage)
 
     def _take_planned(self) -> None:
         while self._planned and self._planned[-1].update <= self._updates():
@@ -259,11 +259,18 @@ class Fits:
             return None
         return size
 
-    def _in_parts(self, work: Pass[T], size: int | None, shortage: BaseException | None) -> T:
-        """Make a pass in parts.
+    def _in_parts(
+        self,
+        work: Pass[T],
+        whole: Callable[[], T],
+        size: int | None,
+        shortage: BaseException | None,
+    ) -> T:
+        """Make a pass in parts; whole, or not at all, where one raises what is no lack of memory.
 
         Args:
             work: The pass.
+            whole: Makes it on the whole batch.
             size: The size that is known to fit; None where the whole batch did not.
             shortage: What the pass on the whole batch raised; None where a size is known.
         """
@@ -276,21 +283,37 @@ class Fits:
                     shortage.add_note("(one sample at a time was tried, which did not fit either)")
                     raise shortage
                 now //= 2
-                against = self._against(work, key, now)
-                if against:
-                    shortage.add_note(f"(the batch is not cut for Esper's passes: {against})")
-                    raise shortage
+                _raise_if_left(shortage, self._against(work, key, now))
             parts = cuts(num, now)
             rule = work.rules[key]
             call = functools.partial(work.parted, parts, rule)
-            made = self._tried(call, lambda: work, len(parts))
-            if isinstance(made, _Made):
+            outcome = attempt(functools.partial(self._tried, call, lambda: work, len(parts)))
+            if isinstance(outcome, Failed):
+                self._take_back(work, rule, outcome)
+                if shortage is not None:
+                    _raise_if_left(shortage, rule.against)
+                return _inside(whole)
+            if isinstance(outcome.value, _Made):
                 break
-            shortage = made
+            shortage = outcome.value
         rule.num_uses += 1
         if now != before:
             self._choose(work, key, now, "memory")
-        return made.value
+        return outcome.value.value
+
+    def _take_back(self, work: Pass[Any], rule: Rule, failed: Failed) -> None:
+        """Take back what parts have left of which one failed; such a pass is cut no more.
+
+        Raises:
+            KernelRefusedError: That is what the pass was to find out.
+        """
+        if isinstance(failed.error, KernelRefusedError):
+            raise failed.error
+        rule.against = f"a part of it cannot be made ({failed})"
+        self._leave(work, rule.against)
+        failed.error.with_traceback(None)  # its frames hold what has to be free
+        work.undo()
+        self._undo()
 
     def _choose(self, work: Pass[Any], key: str, size: int, why: FitReason) -> None:
         self._sizes[key] = size
@@ -321,9 +344,10 @@ class Fits:
 
     def _measure(self, work: Pass[Any], num: int, rule: Rule) -> Failed | None:
         """Measure whether parts add up; return what was raised."""
-        with ShortagesTold(), warnings.catch_warnings():
+        look = functools.partial(work.measure, num, rule)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the owner's code, on fewer samples than usual
-            outcome = attempt(functools.partial(work.measure, num, rule))
+            outcome = attempt(lambda: _inside(look))
         return outcome if isinstance(outcome, Failed) else None
 
     def _leave(self, work: Pass[Any], why: str) -> None:
@@ -337,8 +361,7 @@ class Fits:
         """Return what a pass gives, or what it raised for lack of memory, without its frames."""
         start_s = self._now() if self._pass_s is not None else 0.0
         try:
-            with ShortagesTold():
-                made = _Made(call())
+            made = _Made(_inside(call))
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -395,6 +418,24 @@ class Fits:
 
 
 _in_use: ContextVar[Fits | None] = ContextVar("fits_in_use", default=None)
+_is_inside: ContextVar[bool] = ContextVar("is_inside_a_pass", default=False)
+
+
+def _raise_if_left(shortage: BaseException, against: str) -> None:
+    """Raise a lack of memory where something stands against cutting the batch."""
+    if against:
+        shortage.add_note(f"(the batch is not cut for Esper's passes: {against})")
+        raise shortage
+
+
+def _inside(call: Callable[[], T]) -> T:
+    """Make a pass, or look at one: what is made in it is not cut, and a lack of memory is told."""
+    token = _is_inside.set(True)
+    try:
+        with ShortagesTold():
+            return call()
+    finally:
+        _is_inside.reset(token)
 
 
 def are_alike(
@@ -434,16 +475,21 @@ def are_alike(
 
 
 def _apart(whole: list[Tensor], parts: list[Tensor]) -> float:
-    """Return how far figures are apart, relative to the largest; infinity where not comparable."""
+    """Return how far figures are apart, relative to the largest; infinity where not comparable.
+
+    Where both are NaN, or infinite alike, they are not apart.
+    """
     if [t.shape for t in whole] != [t.shape for t in parts]:
         return math.inf
-    pairs = [
-        (one.detach().double(), other.detach().double())
-        for one, other in zip(whole, parts, strict=True)
-        if one.numel()
-    ]
-    largest = max((float(one.abs().max()) for one, _ in pairs), default=0.0)
-    apart = max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
+    apart = largest = 0.0
+    for one, other in zip(whole, parts, strict=True):
+        if not one.numel():
+            continue
+        a, b = one.detach().double(), other.detach().double()
+        is_same = (a == b) | (a.isnan() & b.isnan())
+        between = (a - b).abs().masked_fill(is_same, 0.0)
+        apart = max(apart, float(between.nan_to_num(nan=math.inf, posinf=math.inf).max()))
+        largest = max(largest, float(a.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
     if apart == 0.0:
         return 0.0
     return apart / largest if apart <= largest else math.inf
@@ -552,11 +598,6 @@ def told_left(work: str, why: str) -> str:
 
 def _log_left(work: str, why: str) -> None:
     _LOG.info("%s", told_left(work, why))
-
-
-def first_rows(batch: Any, num: int) -> Any:
-    """Return the first samples of a batch."""
-    return rows_of(batch, 0, num)
 
 
 _ELSEWHERE: Final = Fits()

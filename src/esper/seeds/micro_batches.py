@@ -8,10 +8,9 @@ figures in parts: it is left whole.
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -19,11 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from esper.seeds.batch_rows import rows_of
-from esper.seeds.fitting import Groups, Rule, are_alike, lowest, precision_seen, uneven
-from esper.seeds.same_draws import SameDraws, UnknownDrawError, devices_of, torch_states
+from esper.seeds.batch_rows import num_rows, rows_of, spread_rows
+from esper.seeds.fitting import (
+    CHECKED_SAMPLES,
+    Groups,
+    Rule,
+    are_alike,
+    lowest,
+    precision_seen,
+    uneven,
+)
+from esper.seeds.same_draws import (
+    SameDraws,
+    UnknownDrawError,
+    devices_of,
+    set_torch_states,
+    torch_states,
+)
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
+from esper.state.set_aside import set_aside
 from esper.state.shortage import is_shortage
 
 if TYPE_CHECKING:
@@ -43,8 +57,12 @@ LOOKS: Final = (
     "otherwise than as a mean or a sum"
 )
 DRAWS: Final = "it draws random numbers in a way of which parts cannot have their share"
+NOTHING_SEEN: Final = (
+    "its loss was zero, or not finite, so that a mean over its samples could not be told from a sum"
+)
 TOO_FEW: Final = "no two samples fit at once, on which it could be measured whether parts add up"
 
+_MOST_LOOKS: Final = 4
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 
@@ -54,19 +72,23 @@ class Part(NamedTuple):
     Attributes:
         rows: The first sample of it, and the first behind it.
         share: By what its loss is multiplied.
-        drawing: In what it is run, forward and backward.
+        within: In what it is run, forward and backward.
     """
 
     rows: tuple[int, int]
     share: float
-    drawing: AbstractContextManager[None]
+    within: AbstractContextManager[None]
 
 
-def parts_of(model: nn.Module, cuts: Cuts, rule: Rule) -> list[Part]:
+def parts_of(model: nn.Module, compute_loss: LossFunction, cuts: Cuts, rule: Rule) -> list[Part]:
     """Return the parts of a pass, to be run in their order from where the random state is now.
+
+    What the loss keeps, as a count of its calls, is for each part what it was for the first, and
+    behind the last what one call leaves.
 
     Args:
         model: What is run.
+        compute_loss: ``(model, batch)`` to the loss of a part.
         cuts: Where they begin and end.
         rule: How they add up.
     """
@@ -75,10 +97,19 @@ def parts_of(model: nn.Module, cuts: Cuts, rule: Rule) -> list[Part]:
         Part(
             rows=(start, stop),
             share=1.0 if rule.is_sum else (stop - start) / num,
-            drawing=nullcontext() if draws is None else draws.of((start, stop), num),
+            within=_within(
+                nullcontext() if stop == num else set_aside(functions=(compute_loss,)),
+                nullcontext() if draws is None else draws.of((start, stop), num),
+            ),
         )
         for start, stop in cuts
     ]
+
+
+@contextmanager
+def _within(kept: Within, drawing: Within) -> Iterator[None]:
+    with kept, drawing:
+        yield
 
 
 def gradients_of_parts(
@@ -91,9 +122,9 @@ def gradients_of_parts(
 ) -> list[Tensor | None]:
     """Return the gradients of a loss that is taken in parts; None for what none reaches."""
     added: list[Tensor | None] = [None] * len(inputs)
-    for part in parts_of(model, cuts, rule):
+    for part in parts_of(model, compute_loss, cuts, rule):
         found: list[Tensor | None]
-        with part.drawing:
+        with part.within:
             loss = compute_loss(model, rows_of(batch, *part.rows)) * part.share
             found = [*torch.autograd.grad(loss, list(inputs), allow_unused=True)]
         added = [
@@ -135,44 +166,28 @@ def measure_loss(
     def figures(part: Batch, within: Within) -> tuple[Figures, str]:
         return _loss_and_gradients(model, compute_loss, part, wanted, within)
 
-    with precision_seen(model) as precisions:
-        measure(model, figures, batch, num, rule, precisions)
-
-
-def measure(
-    model: nn.Module,
-    figures: Callable[[Batch, Within], tuple[Figures, str]],
-    batch: Batch,
-    num: int,
-    rule: Rule,
-    precisions: list[torch.dtype],
-) -> None:
-    """Learn whether figures of parts add up to those of the whole, with fewer samples if need be.
-
-    Args:
-        model: What the figures are of.
-        figures: Returns those of some samples, each time from the same random state and within a
-            context, and what of the model's changes by it; empty where nothing does.
-        batch: Some batch.
-        num: Samples that are looked at, at least 2.
-        rule: Where it is written down.
-        precisions: What the figures were computed in, known behind the first call.
-    """
     rule.against = batch_norm_in_training(model) or looked(
-        lambda num: _added_up(model, figures, batch, num, rule, precisions), num
+        lambda sample: _added_up(model, figures, sample, rule), batch, num, rule
     )
 
 
-def looked(look: Callable[[int], str], num: int) -> str:
-    """Return what a look at so many samples says, or at half as many as often as need be.
+def looked(look: Callable[[Any], str], batch: Any, num: int, rule: Rule) -> str:
+    """Return what looks at samples from all over a batch say; at fewer at a time if need be.
+
+    Where few fit at once, there are several looks: so few may be alike where others are not.
 
     Args:
-        look: Says why parts of so many samples do not add up; empty where they do.
-        num: At how many it looks first.
+        look: Says why parts of some samples do not add up; empty where they do.
+        batch: Some batch, with at least ``num`` samples.
+        num: At how many it looks first, at least 2.
+        rule: What was known before, and as often as it was used others are looked at.
     """
     while num >= 2:
+        num_looks = min(_MOST_LOOKS, CHECKED_SAMPLES // num, -(-num_rows(batch) // num))
+        seeds = range(_MOST_LOOKS * rule.num_uses, _MOST_LOOKS * rule.num_uses + num_looks)
+        samples = (spread_rows(batch, num, random_seed=seed) for seed in seeds)
         try:
-            return look(num)
+            return next(filter(None, map(look, samples)), "")
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -180,25 +195,42 @@ def looked(look: Callable[[int], str], num: int) -> str:
     return TOO_FEW
 
 
+def compared(model: nn.Module, whole: Callable[[], Groups], parts: Callable[[], Groups]) -> str:
+    """Say why figures of parts are not those of the whole; empty where they are."""
+    with precision_seen(model) as precisions:
+        found = whole(), parts()
+    own = [t.dtype for group in found[0] for t in group if t.is_floating_point()]
+    is_alike = are_alike(model, found, lowest([*precisions, *own]), whole)
+    return "" if is_alike else LOOKS
+
+
 def _added_up(
     model: nn.Module,
     figures: Callable[[Batch, Within], tuple[Figures, str]],
-    batch: Batch,
-    num: int,
+    sample: Batch,
     rule: Rule,
-    precisions: list[torch.dtype],
 ) -> str:
-    """Say why parts of the first samples do not add up, or write down how they do."""
-    whole, changed = figures(rows_of(batch, 0, num), nullcontext())
-    rule.draws = changed == DRAWS
-    if changed and not rule.draws:
+    """Say why parts of some samples do not add up, or write down how they do.
+
+    Args:
+        model: What the figures are of.
+        figures: Returns those of some samples, each time from the same random state and within a
+            context, and what of the model's changes by it; empty where nothing does.
+        sample: The samples, at least 2.
+        rule: Where it is written down.
+    """
+    num = num_rows(sample)
+    with precision_seen(model) as precisions:
+        whole, changed = figures(sample, nullcontext())
+    rule.draws = rule.draws or changed == DRAWS
+    if changed and changed != DRAWS:
         return changed
     means: Figures = []
     sums: Figures = []
     for start, stop in uneven(num, rule):
         drawing = SameDraws(model).of((start, stop), num) if rule.draws else nullcontext()
         try:
-            part, _ = figures(rows_of(batch, start, stop), drawing)
+            part, _ = figures(rows_of(sample, start, stop), drawing)
         except UnknownDrawError:
             return DRAWS
         if [t.shape for t in part] != [t.shape for t in whole]:
@@ -209,14 +241,17 @@ def _added_up(
     precision = lowest([*precisions, *(t.dtype for t in whole if t.is_floating_point())])
 
     def again() -> Groups:
-        loss, *gradients = figures(rows_of(batch, 0, num), nullcontext())[0]
+        loss, *gradients = figures(sample, nullcontext())[0]
         return [[loss], gradients]
 
-    for is_sum, added in ((False, means), (True, sums)):
-        pair = [whole[:1], whole[1:]], [added[:1], added[1:]]
-        if are_alike(model, pair, precision, again):
-            rule.is_sum = is_sum
-            return ""
+    is_mean, rule.is_sum = (
+        are_alike(model, ([whole[:1], whole[1:]], [added[:1], added[1:]]), precision, again)
+        for added in (means, sums)
+    )
+    if is_mean and rule.is_sum:
+        return NOTHING_SEEN
+    if is_mean or rule.is_sum:
+        return ""
     return f"{LOOKS}; or {DRAWS}" if rule.draws else LOOKS
 
 
@@ -263,27 +298,28 @@ def measure_losses(
         num: Samples that are looked at, at least 2; fewer where they do not fit.
         rule: Where it is written down.
     """
-    rule.against = looked(lambda num: _same_losses(model, losses, batch, num, rule), num)
+    rule.against = looked(
+        lambda sample: _same_losses(model, losses, sample, rule), batch, num, rule
+    )
 
 
 def _same_losses(
-    model: nn.Module, losses: Callable[[Batch], Tensor], batch: Batch, num: int, rule: Rule
+    model: nn.Module, losses: Callable[[Batch], Tensor], sample: Batch, rule: Rule
 ) -> str:
-    with Watched(model) as watched, precision_seen(model) as precisions:
-        whole = losses(rows_of(batch, 0, num))
-        if watched.drawn():  # what else changes is put back behind a reading
-            return watched.drawn()
-        parts = torch.cat([losses(rows_of(batch, *part)) for part in uneven(num, rule)])
-    again = functools.partial(losses, rows_of(batch, 0, num))
-    pair: tuple[Groups, Groups] = [[whole]], [[parts]]
-    precision = lowest([*precisions, whole.dtype])
-    return "" if are_alike(model, pair, precision, lambda: [[again()]]) else LOOKS
+    parts = uneven(num_rows(sample), rule)
+
+    def of_parts() -> Groups:
+        return [[torch.cat([losses(rows_of(sample, *part)) for part in parts])]]
+
+    with Watched(model) as watched:
+        against = compared(model, lambda: [[losses(sample)]], of_parts)
+        return watched.drawn() or against  # what else changes is put back behind a reading
 
 
 class Watched:
     """Looks at whether a pass draws random numbers or changes what a model keeps.
 
-    Use as a context manager around the pass.
+    Use as a context manager around the pass; behind it the random states are as they were.
 
     Args:
         model: The model.
@@ -294,12 +330,16 @@ class Watched:
 
     def __enter__(self) -> Watched:
         self._devices = devices_of(self._model)
-        self._states, self._elsewhere = torch_states(self._devices), _states_elsewhere()
+        self._states = torch_states(self._devices)
+        self._python, self._numpy = random.getstate(), np.random.get_state()
         self._kept = _kept_by(self._model)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._kept = {}
+        set_torch_states(self._devices, self._states)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
 
     def changed(self) -> str:
         """Say what stands against making the pass in parts; empty where nothing was seen."""
@@ -311,14 +351,11 @@ class Watched:
 
     def drawn(self) -> str:
         """Say that random numbers were drawn; empty where none were."""
-        if self._elsewhere != _states_elsewhere():
+        is_moved = repr(self._numpy) != repr(np.random.get_state())
+        if is_moved or self._python != random.getstate():
             return "it draws from the generators of Python or numpy, which parts would move further"
         states = zip(self._states, torch_states(self._devices), strict=True)
         return "" if all(torch.equal(before, after) for before, after in states) else DRAWS
-
-
-def _states_elsewhere() -> tuple[object, str]:
-    return random.getstate(), repr(np.random.get_state(legacy=False))
 
 
 def _kept_by(model: nn.Module) -> dict[str, Any]:

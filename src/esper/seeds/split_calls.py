@@ -6,30 +6,23 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from esper.seeds.batch_rows import joined_rows, rows_of
-from esper.seeds.fitting import (
-    Pass,
-    are_alike,
-    device_of,
-    fits_in_use,
-    lowest,
-    precision_seen,
-    uneven,
-)
-from esper.seeds.micro_batches import LOOKS, Watched, looked
+from esper.seeds.batch_rows import joined_rows, num_rows, rows_of
+from esper.seeds.fitting import Pass, device_of, fits_in_use, uneven
+from esper.seeds.micro_batches import Watched, compared, looked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from torch import nn
 
-    from esper.seeds.fitting import Cuts, Rule
+    from esper.seeds.fitting import Cuts, Groups, Rule
 
     Call = tuple[tuple[object, ...], dict[str, object]]
+    _Forward = Callable[..., object]
 
 
 @contextmanager
@@ -42,23 +35,8 @@ def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
         model: The model, in evaluation mode under ``no_grad``.
         rules: What was measured before of its calls.
     """
-    inner, own = model.forward, vars(model).get("forward")
-
-    def forward(*args: object, **kwargs: object) -> object:
-        call = args, kwargs
-        return fits_in_use().run(
-            lambda: inner(*args, **kwargs),
-            lambda: Pass(
-                work="evaluation",
-                batch=call,
-                device=device_of(model),
-                parted=lambda cuts, _: _in_parts(inner, call, cuts),
-                measure=functools.partial(_measure_calls, model, inner, call),
-                rules=rules,
-            ),
-        )
-
-    vars(model)["forward"] = forward
+    own = vars(model).get("forward")
+    vars(model)["forward"] = _Fitted(model, rules)
     try:
         yield
     finally:
@@ -66,6 +44,38 @@ def calls_fitted(model: nn.Module, rules: dict[str, Rule]) -> Iterator[None]:
             vars(model).pop("forward", None)
         else:
             vars(model)["forward"] = own
+
+
+class _Fitted:
+    """Stands for the forward of a model, with its signature; a copy of the model has its own."""
+
+    def __init__(self, model: nn.Module, rules: dict[str, Rule]) -> None:
+        self._model, self._rules = model, rules
+        self._inner = model.forward
+        functools.update_wrapper(self, self._inner)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        inner, call = self._inner, (args, kwargs)
+        if torch.compiler.is_compiling():
+            return inner(*args, **kwargs)
+        return fits_in_use().run(
+            lambda: inner(*args, **kwargs),
+            lambda: Pass(
+                work="evaluation",
+                batch=call,
+                device=device_of(self._model),
+                parted=lambda cuts, _: _in_parts(inner, call, cuts),
+                measure=functools.partial(_measure_calls, self._model, inner, call),
+                rules=self._rules,
+            ),
+        )
+
+    def __reduce__(self) -> tuple[Callable[[_Forward], _Forward], tuple[_Forward]]:
+        return _as_it_is, (self._inner,)
+
+
+def _as_it_is(forward: _Forward) -> _Forward:
+    return forward
 
 
 def _in_parts(function: Callable[..., Any], call: Call, parts: Cuts) -> Any:
@@ -86,25 +96,18 @@ def _measure_calls(
 ) -> None:
     """Learn whether a model gives for samples in parts what it gives for them together."""
 
-    def look(num: int) -> str:
-        args, kwargs = rows_of(call, 0, num)
-        with Watched(model) as watched, precision_seen(model) as precisions:
-            whole = inner(*args, **kwargs)
-            if watched.drawn():  # what else changes is put back behind a reading
-                return watched.drawn()
-            parts = _in_parts(inner, (args, kwargs), uneven(num, rule))
-        return "" if alike(whole, parts, precisions, lambda: inner(*args, **kwargs)) else LOOKS
+    def look(sample: Call) -> str:
+        (args, kwargs), parts = sample, uneven(num_rows(sample), rule)
+        with Watched(model) as watched:
+            against = compared(
+                model,
+                lambda: _figures(inner(*args, **kwargs)),
+                lambda: _figures(_in_parts(inner, sample, parts)),
+            )
+            return watched.drawn() or against  # what else changes is put back behind a reading
 
-    def alike(
-        whole: object, parts: object, precisions: list[torch.dtype], again: Callable[[], object]
-    ) -> bool:
-        one, other = _tensors(whole), _tensors(parts)
-        precision = lowest([*precisions, *(t.dtype for t in one if t.is_floating_point())])
-        pair = [[t] for t in one], [[t] for t in other]
-        return are_alike(model, pair, precision, lambda: [[t] for t in _tensors(again())])
-
-    rule.against = looked(look, num)
+    rule.against = looked(look, call, num, rule)
 
 
-def _tensors(value: object) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+def _figures(value: object) -> Groups:
+    return [[t] for t in tree_leaves(value) if isinstance(t, Tensor)]

@@ -134,8 +134,10 @@ class Apart:
         self._own = self._small()
 
     @contextmanager
-    def inside(self, values: Iterable[object] = ()) -> Iterator[None]:
+    def inside(self, values: Iterable[object] = ()) -> Iterator[Callable[[], None]]:
         """Let the copy have what it keeps, and the run again what was the run's.
+
+        Yields what takes a pass back that failed: all is as it was when the block began.
 
         Args:
             values: What the pass is given, put back as well: a batch.
@@ -145,8 +147,13 @@ class Apart:
         """
         theirs = self._walked(_Kept(with_buffers=True), values)
         self._own.put_back(within=theirs)
+
+        def back() -> None:
+            theirs.put_back()
+            self._own.put_back(within=theirs)
+
         try:
-            yield
+            yield back
         finally:
             self._own = self._small()
             lost = theirs.put_back()

@@ -7,8 +7,16 @@ from typing import Final
 
 import torch
 
-_WORDS: Final = ("out of memory", "can't allocate memory")
-"""What allocators without a class of error of their own say; the second is the CPU's."""
+_WORDS: Final = (
+    "out of memory",
+    "can't allocate memory",
+    "STATUS_ALLOC_FAILED",
+    "bad_alloc",
+)
+"""What allocators without a class of error of their own say.
+
+The second is what the CPU's says, the third cuBLAS and cuDNN, the last C++ itself.
+"""
 
 _is_told: ContextVar[bool] = ContextVar("shortages_told", default=False)
 
