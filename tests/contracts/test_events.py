@@ -18,6 +18,7 @@ from esper.contracts.events import (
     GateRead,
     HealthChanged,
     KernelEmbargoed,
+    KernelPrepared,
     KernelQuarantined,
     Noted,
     PassengerRemoved,
@@ -204,6 +205,11 @@ OF_FORMAT_1_1 = {
         samples=64,
         size=16,
         why="memory",
+    ),
+    '{"artifact_id": "ab", "blueprint": "mlp", "done": true, "format_version": "1.1", '
+    '"id": "ab-3", "kind": "kernel_prepared", "run_id": "ab", "seq": 3, "site": "", '
+    '"time_s": 0.5, "took_s": 0.25, "update": 7, "what": "fetch"}': KernelPrepared(
+        **ENVELOPE, what="fetch", blueprint="mlp", artifact_id="ab", took_s=0.25
     ),
     '{"artifact_id": "ab", "format_version": "1.1", "id": "ab-3", "kind": "registry_unavailable", '
     '"operation": "put", "reason": "down", "run_id": "ab", "seq": 3, "time_s": 0.5, '
@@ -462,6 +468,7 @@ def test_what_was_not_measured_is_no_value_of_another_type():
         ("seed_moved", '"error_recovery"', '"lost"', "after"),
         ("retried", '"recovered"', '"well"', "outcome"),
         ("batch_fitted", '"memory"', '"luck"', "why"),
+        ("kernel_prepared", '"fetch"', '"cook"', "what"),
         ("breaker_moved", '"open"', '"ajar"', "after"),
         ("anomaly_seen", '"latency"', '"mood"', "what"),
         ("stage_changed", '"audition"', '"tryout"', "before"),

@@ -164,6 +164,33 @@ def test_a_kernel_that_fits_grows_in_the_run(tmp_path):
     assert threading.current_thread() not in {thread for _, thread in registry.calls}
 
 
+def test_what_is_done_to_a_kernel_is_told_with_how_long_it_took():
+    """A registry's is fetched, loaded and probed; the run's own is compiled in place of a fetch."""
+    registry = Watched()
+    digests = published(registry, *kernels_for()[:2])
+    _, _, theirs = grown(registry, num=80)
+    _, _, own = grown(None, catalog=None, settles=False, num=80)
+
+    fetched = [e for e in theirs if e.kind == "kernel_prepared" and e.what == "fetch"]
+    assert sorted(e.artifact_id for e in fetched) == sorted(digests)
+    assert all(e.took_s > 0 for e in fetched)
+    assert done_before_germination(theirs) == [("load", "probe")]
+    assert set(done_before_germination(own)) == {("compile", "load", "probe")}
+    assert not [e for e in own if e.kind == "kernel_prepared" and e.took_s is not None]
+
+
+def done_before_germination(events):
+    """Return, for each kernel that germinated, what the run itself did to it, in order."""
+    done, found = [], []
+    for event in events:
+        if event.kind == "kernel_prepared" and event.what != "fetch":
+            done.append(event.what)
+        elif event.kind == "stage_changed" and not event.before:
+            found.append(tuple(done))
+            done = []
+    return found
+
+
 def test_it_is_ranked_beside_the_catalog():
     """What is on offer at the site is the catalog's and the registry's, in one ranking."""
     registry = Watched()

@@ -2,12 +2,14 @@
 
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 from collectors import collecting
 from told_runs import told_run
 
 from esper.bus.in_process import EventBus
+from esper.contracts import events
 from esper.observability.spans import MOST_KEPT, REST_S, Collector, OpenTelemetrySink
 from esper.resilience.clock import ManualClock, MonotonicClock
 from esper.services.settings import read_environment
@@ -15,8 +17,8 @@ from esper.services.settings import read_environment
 pytestmark = pytest.mark.network
 
 
-def told(sink, events):
-    for event in events:
+def told(sink, happened):
+    for event in happened:
         sink.publish(event)
     return sink
 
@@ -53,6 +55,80 @@ def test_spans_are_made_of_events():
     assert "esper.seed_faulted" in {event.name for event in run.events}
 
 
+def a_kernel(what_is_done):
+    """Yield a run of one kernel, of which what was done to it is told, and how it began and ended.
+
+    Times are chosen: it is compiled for 2 s, loaded for 1 s and probed for 4 s; a fetch that came
+    to an end just before took 8 s.
+    """
+
+    def at(time_s):
+        return {"update": 7, "time_s": time_s, "run_id": "0" * 32, "seq": int(time_s)}
+
+    kernel = {"site": "a", "blueprint": "mlp"}
+    yield events.RunStarted(**at(0.0), settings={})
+    if "fetch" in what_is_done:
+        yield events.KernelPrepared(**at(9.0), what="fetch", artifact_id="b" * 64, took_s=8.0)
+    yield events.Ranked(**at(10.0), rows=[])
+    for what, time_s in (("compile", 12.0), ("load", 13.0), ("probe", 17.0)):
+        if what in what_is_done:
+            yield events.KernelPrepared(**at(time_s), **kernel, what=what)
+    yield events.StageChanged(
+        **at(18.0),
+        **kernel,
+        graft=1,
+        seed_idx=0,
+        artifact_id="b" * 64,
+        before="",
+        after="germinated",
+        reason="first",
+    )
+    yield events.RunEnded(**at(20.0), grafts_admitted=0, grafts_fossilized=0, reason="done")
+
+
+def spans_of(told_events):
+    with collecting() as server:
+        told(OpenTelemetrySink(Collector(endpoint=server.endpoint)), told_events)
+    return {name: span for name, (span,) in server.spans.items()}
+
+
+def seconds_of(span):
+    return (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+
+
+def test_fetch_compile_load_and_probe_are_spans_by_themselves():
+    """Each as long as it took; what the run did itself is inside of its kernel's span."""
+    spans = spans_of(a_kernel(("fetch", "compile", "load", "probe")))
+    took = {"fetch": 8.0, "compile": 2.0, "load": 1.0, "probe": 4.0, "kernel": 8.0}
+    for name, seconds in took.items():
+        assert seconds_of(spans[f"esper.{name}"]) == pytest.approx(seconds, abs=1e-3), name
+    inside = {spans[f"esper.{name}"].parent_span_id for name in ("compile", "load", "probe")}
+    assert inside == {spans["esper.kernel"].span_id}
+    assert spans["esper.fetch"].parent_span_id == spans["esper.run"].span_id
+    assert attributes_of(spans["esper.load"])["esper.blueprint"] == "mlp"
+
+
+def test_control_a_run_that_does_not_tell_them_has_the_kernels_span_alone():
+    """As of a log that was written before they were told."""
+    spans = spans_of(a_kernel(()))
+    assert spans.keys() == {"esper.run", "esper.decision", "esper.kernel"}
+    assert seconds_of(spans["esper.kernel"]) == pytest.approx(8.0, abs=1e-3)
+
+
+def test_a_kernel_that_failed_ends_with_what_it_failed_at():
+    """And the one after it has a span of its own."""
+    *before, compiled, loaded, probed, germinated, ended = a_kernel(("compile", "load", "probe"))
+    refused = replace(loaded, done=False)
+    with collecting() as server:
+        sink = OpenTelemetrySink(Collector(endpoint=server.endpoint))
+        told(sink, [*before, compiled, refused, compiled, loaded, probed, germinated, ended])
+    first, second = server.spans["esper.kernel"]
+    assert attributes_of(first)["esper.done"] is False
+    assert "esper.graft" not in attributes_of(first)
+    assert attributes_of(second)["esper.graft"] == 1
+    assert len(server.spans["esper.compile"]) == len(server.spans["esper.load"]) == 2
+
+
 def test_the_standards_variables_say_where_to():
     """Endpoint, headers, compression and the service's name are those of OpenTelemetry."""
     with collecting() as server:
@@ -75,8 +151,8 @@ def test_a_collector_that_fails_is_left_alone_and_asked_again(caplog):
     with collecting(500) as server, caplog.at_level(logging.WARNING):
         endpoint = server.endpoint.replace("http://", "http://ann:secret@")
         sink = OpenTelemetrySink(Collector(endpoint=endpoint), clock=clock)
-        *events, last = told_run(3)
-        told(sink, events)
+        *before, last = told_run(3)
+        told(sink, before)
         assert (len(server.requests), sink.num_sent) == (1, 0)
         server.status = 200
         clock.advance(REST_S)

@@ -18,6 +18,7 @@ OF_THE_RUN = {
     "ranked",
     "noted",
     "batch_fitted",
+    "kernel_prepared",
     "stage_changed",
     "stage_woken",
     "gate_read",

@@ -281,3 +281,26 @@ def test_a_page_plays_a_run_from_its_start(browser, run):
         page.reads("Play", ".time")
         page.reads("Of the 2 packages")
         assert page.complaints == []
+
+
+def test_a_run_on_a_bus_is_seen_where_its_folder_is_not(browser):
+    """What is told to the bus comes to a page that is open; and who comes late has the past."""
+    pytest.importorskip("redis", reason="needs the extra redis")
+    from redis_servers import redis_server
+    from told_runs import told_run
+
+    from esper.bus.redis_streams import RedisSink
+    from esper.bus.redis_tail import RunTail
+
+    events = list(told_run(2))
+    with redis_server() as server, RedisSink(server.url) as sink:
+        tail = RunTail(server.url, events[0].run_id)
+        with on_loopback(tail) as address, Page(browser, address) as page:
+            page.reads("Nothing has happened yet")
+            for event in events:
+                sink.publish(event)
+            page.reads("Of the 2 packages")
+            with Page(browser, address, **LOOKS["dark phone"]) as late:
+                late.reads("Of the 2 packages")
+                assert late.complaints == []
+            assert page.complaints == []

@@ -23,6 +23,7 @@ _LEAST_TELLING: Final = (
     "alpha_changed",
     "detected",
     "ranked",
+    "kernel_prepared",
     "evaluated",
     "noted",
 )

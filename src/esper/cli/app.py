@@ -44,7 +44,7 @@ app.command("compile", epilog=blueprints.ENVIRONMENT)(compiling.compile_file)
 app.command(epilog=watching.ENVIRONMENT)(watching.watch)
 app.command("compile-worker", epilog=compiling.ENVIRONMENT)(compiling.work)
 app.command("report")(report.report)
-app.command("dashboard")(dashboard.dashboard)
+app.command("dashboard", epilog=watching.ENVIRONMENT)(dashboard.dashboard)
 
 Target = Annotated[
     str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, final
 
@@ -116,21 +117,52 @@ def _events(
 ) -> Iterator[Event]:
     """Yield the events of what a command names: a path that is there, or a run on a bus."""
     from esper.bus.redis_streams import follow as follow_bus
-    from esper.bus.redis_streams import latest_run, shown
+    from esper.bus.redis_streams import shown
     from esper.observability.event_log import follow_log
     from esper.observability.run_folder import EVENTS_FILE
+
+    place = place_of(run, bus, environment)
+    if isinstance(place, Path):
+        log = place if place.suffix == ".jsonl" else place / EVENTS_FILE
+        if not (watcher.follow or log.exists()):
+            raise FileNotFoundError(2, "No such file or directory", str(log))
+        watcher.missing = "" if log.exists() else str(log)
+        return follow_log(log, goes_on=watcher.goes_on, pause=lambda: time.sleep(_LOOKS_EVERY_S))
+    watcher.missing = f"the run {place.run_id} at {shown(place.url)}"
+    return follow_bus(place.url, place.run_id, goes_on=watcher.goes_on)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnBus:
+    """A run on a bus.
+
+    Attributes:
+        url: Address of the bus.
+        run_id: The run.
+    """
+
+    url: str
+    run_id: str
+
+
+def place_of(run: str, bus: str | None, environment: Environment) -> Path | OnBus:
+    """Return where the run is that a command names: a path, or a run on a bus.
+
+    Args:
+        run: As it was typed.
+        bus: Address of a bus, where one was named.
+        environment: Has the address of one, too.
+
+    Raises:
+        EsperError: It is ``latest`` and there is no bus, or none has been told to it.
+    """
+    from esper.bus.redis_streams import latest_run
 
     path, address = Path(run), bus or environment.bus_url
     if bus is None and (path.exists() or address is None or "/" in run):
         if run == LATEST and not path.exists():
             msg = "which run? name its folder, or a bus with --bus URL or ESPER_BUS_URL"
             raise EsperError(msg)
-        log = path if path.suffix == ".jsonl" else path / EVENTS_FILE
-        if not (watcher.follow or log.exists()):
-            raise FileNotFoundError(2, "No such file or directory", str(log))
-        watcher.missing = "" if log.exists() else str(log)
-        return follow_log(log, goes_on=watcher.goes_on, pause=lambda: time.sleep(_LOOKS_EVERY_S))
+        return path
     assert address is not None, "looked at above"
-    run_id = latest_run(address) if run == LATEST else run
-    watcher.missing = f"the run {run_id} at {shown(address)}"
-    return follow_bus(address, run_id, goes_on=watcher.goes_on)
+    return OnBus(url=address, run_id=latest_run(address) if run == LATEST else run)

@@ -43,6 +43,10 @@ RegistryOperation = Literal["put", "fetch", "search", "report"]
 are, or to take a field report."""
 REGISTRY_OPERATIONS: Final[tuple[RegistryOperation, ...]] = get_args(RegistryOperation)
 
+Preparation = Literal["fetch", "compile", "load", "probe"]
+"""What is done to a kernel before it can be tried: it is fetched or compiled, built, and run."""
+PREPARATIONS: Final[tuple[Preparation, ...]] = get_args(Preparation)
+
 PassWork = Literal["evaluation", "ranking", "trial", "probe"]
 """What a pass is made for that Esper makes beside the training."""
 PASS_WORK: Final[tuple[PassWork, ...]] = get_args(PassWork)

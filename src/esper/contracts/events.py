@@ -25,6 +25,7 @@ from esper.contracts.choices import (
     FIT_REASONS,
     GATES,
     PASS_WORK,
+    PREPARATIONS,
     REGISTRY_OPERATIONS,
     RETRIED_WORK,
     RETRY_OUTCOMES,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         FitReason,
         Gate,
         PassWork,
+        Preparation,
         RegistryOperation,
         RetriedWork,
         RetryOutcome,
@@ -170,6 +172,32 @@ class Ranked(Event):
     kind: ClassVar[str] = "ranked"
     rows: list[JsonObject]
     refused: list[JsonObject] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelPrepared(Event):
+    """Something was done to a kernel before it could be tried.
+
+    What the run does itself begins with the event before it, so that ``time_s`` of both says how
+    long it took. A fetch is beside the run, and is told at the step that hears of it.
+
+    Attributes:
+        what: ``"fetch"`` from a registry, with verification; ``"compile"``; ``"load"``, which
+            builds its module; or ``"probe"``, which runs it at its layer.
+        site: Dotted name of the layer; empty where it is for none yet.
+        blueprint: Human name of the kernel's blueprint; empty of a fetch, which goes by digest.
+        artifact_id: The sha256 of the kernel's bytes; empty before it was compiled.
+        done: Whether it was done; where it was not, a word to the owner says why.
+        took_s: Seconds that a fetch took, at least 0; a clock makes it. None of all else.
+    """
+
+    kind: ClassVar[str] = "kernel_prepared"
+    what: Preparation
+    site: str = ""
+    blueprint: str = ""
+    artifact_id: str = ""
+    done: bool = True
+    took_s: float | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -755,6 +783,7 @@ EVENT_TYPES: Final[dict[str, type[Event]]] = {
         Evaluated,
         Detected,
         Ranked,
+        KernelPrepared,
         StageChanged,
         GateRead,
         AlphaChanged,
@@ -787,6 +816,7 @@ _CLOSED: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "batch_fitted": {"work": PASS_WORK, "why": FIT_REASONS},
     "breaker_moved": {"before": BREAKER_WORDS, "after": BREAKER_WORDS},
     "gate_read": {"gate": GATES},
+    "kernel_prepared": {"what": PREPARATIONS},
     "registry_unavailable": {"operation": REGISTRY_OPERATIONS},
     "retried": {"what": RETRIED_WORK, "outcome": RETRY_OUTCOMES},
     "seed_faulted": {"state": SEED_STATES},

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 
 from esper.compiler.codec import decode_artifact
 from esper.contracts.errors import CacheError, KernelNotFoundError, KernelSourceUnavailable
-from esper.contracts.events import KernelEmbargoed
+from esper.contracts.events import KernelEmbargoed, KernelPrepared
 from esper.contracts.reference import check_digest
 from esper.fetching.incidents import announce
 from esper.resilience.attempt import Done, Failed, attempt
@@ -333,11 +333,21 @@ class KernelCache(Forked):
             self._land(artifact_id, flight, outcome)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
+        began_s = self._clock.now()
         try:
             data = self._ask_source(artifact_id)
         except KernelNotFoundError:
             return None
-        return self._decode(data, artifact_id=artifact_id)
+        artifact = self._decode(data, artifact_id=artifact_id)
+        told = KernelPrepared(
+            update=0,
+            time_s=0.0,
+            what="fetch",
+            artifact_id=artifact_id,
+            took_s=self._clock.now() - began_s,
+        )
+        announce(self._source, told)
+        return artifact
 
     def _ask_source(self, artifact_id: str) -> bytes:
         assert self._source is not None

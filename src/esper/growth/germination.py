@@ -386,7 +386,7 @@ def germinate(
     assert seed_idx is not None, f"{site} was offered without a dormant seed"
     try:
         kernel, is_identity = _probed(
-            run, layer, seed_idx, artifact or _compiled(run, blueprint), seen
+            run, site, seed_idx, artifact or _compiled(run, site, blueprint), seen
         )
     except (KasminaException, BlueprintError, RankFailedError) as error:
         run.journal.note(f"{blueprint.id} at {site} was refused: {error}")
@@ -427,13 +427,14 @@ def germinate(
     )
 
 
-def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
+def _compiled(run: GrowthRun, site: str, blueprint: BlueprintIR) -> CompiledKernelArtifact:
     """Compile a kernel, decode what was made of it as if it had been fetched, and publish it.
 
     Of several ranks the first one compiles it.
     """
     compiling = functools.partial(compile_blueprint, blueprint, clock=run.clock)
-    artifact = kernel_of_first_rank(run.given, compiling)
+    with run.journal.preparing("compile", site, blueprint.id):
+        artifact = kernel_of_first_rank(run.given, compiling)
     run.cache.admit(artifact)
     if run.outbox is not None:
         record = None if artifact.record is None else artifact.record.to_document()
@@ -445,15 +446,18 @@ def _compiled(run: GrowthRun, blueprint: BlueprintIR) -> CompiledKernelArtifact:
 
 def _probed(
     run: GrowthRun,
-    layer: KasminaLayer,
+    site: str,
     seed_idx: int,
     artifact: CompiledKernelArtifact,
     seen: SiteObservation,
 ) -> tuple[PreparedKernel, bool]:
     """Return a kernel that passed its probe, and whether it is the identity at alpha 1."""
-    kernel = prepare_kernel(layer, artifact)
+    layer, of_kernel = run.layers[site], (site, artifact.blueprint.id, artifact.artifact_id)
+    with run.journal.preparing("load", *of_kernel):
+        kernel = prepare_kernel(layer, artifact)
     ranges = named_ranges([(layer, seed_idx)], "probe")
-    with run.ledger.measured("ranking"), ranges, run.fits.in_use():
+    told = run.journal.preparing("probe", *of_kernel)
+    with told, run.ledger.measured("ranking"), ranges, run.fits.in_use():
         found = probe(layer, kernel, seen.example, is_pristine=True)
     return kernel, found.is_identity
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import uuid
@@ -17,6 +18,7 @@ from esper.contracts.events import (
     Fossilized,
     GateRead,
     KernelEmbargoed,
+    KernelPrepared,
     Noted,
     PassengerRemoved,
     Ranked,
@@ -37,10 +39,10 @@ from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEn
 from esper.seeds.fitting import told_left, told_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from esper.contracts.canonical_json import JsonObject
-    from esper.contracts.choices import Gate
+    from esper.contracts.choices import Gate, Preparation
     from esper.contracts.ports import Clock, EventSink
     from esper.contracts.report import GraftRecord, RunReport, SiteRecord, StageRecord, TrialRecord
     from esper.fetching.hitch import Hitch
@@ -311,6 +313,34 @@ class Journal:
             for entry in refused
         ]
         self._sink.publish(Ranked(**self._now(), rows=rows, refused=others))
+
+    @contextlib.contextmanager
+    def preparing(
+        self, what: Preparation, site: str, blueprint: str, artifact_id: str = ""
+    ) -> Iterator[None]:
+        """Record what is done to a kernel in a block, at its end, however it ends.
+
+        Args:
+            what: What is done.
+            site: Name of the layer.
+            blueprint: Name of the kernel's blueprint.
+            artifact_id: The sha256 of the kernel's bytes; empty where there are none yet.
+        """
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            self._sink.publish(
+                KernelPrepared(
+                    **self._now(),
+                    what=what,
+                    site=site,
+                    blueprint=blueprint,
+                    artifact_id=artifact_id,
+                    done=is_done,
+                )
+            )
 
     def stage_changed(self, record: GraftRecord, before: GraftStage | None) -> None:
         """Record a graft's stage; ``before`` is None where it has just germinated."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from esper.contracts.ports import Clock
+    from esper.observability.followed_run import EventTail
 
 LOOKS_EVERY_S: Final = 0.25
 """Least time between two looks at the files; a page that takes long to make is made less often."""
@@ -49,13 +50,14 @@ class LivePage:
     who comes late has all that was there before.
 
     Args:
-        paths: Folders or logs of the runs, at least one; they need not be there yet.
+        places: Folders, logs or tails of the runs, at least one; they need not be there yet.
         clock: Says when to look again.
     """
 
-    def __init__(self, paths: Sequence[Path], clock: Clock) -> None:
-        self._runs = [FollowedRun(path) for path in paths]
-        self._names = names_of([run.path for run in self._runs])
+    def __init__(self, places: Sequence[Path | EventTail], clock: Clock) -> None:
+        self._runs = [FollowedRun(place) for place in places]
+        on_disk = iter(names_of([run.path for run in self._runs if run.path is not None]))
+        self._names = [run.name if run.path is None else next(on_disk) for run in self._runs]
         self._clock, self._lock = clock, threading.Lock()
         self._name, self._number = secrets.token_hex(4), 0
         self._since: dict[str, int] = {}
@@ -169,6 +171,8 @@ class LivePage:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """Return what tells paths apart: what is behind the folder that all of them are in."""
+    if not paths:
+        return []
     whole = [path.resolve() for path in paths]
     shared = Path(os.path.commonpath([path.parent for path in whole]))
     return [path_text(path.relative_to(shared)) for path in whole]

@@ -16,6 +16,7 @@ from esper.contracts.events import (
     GateRead,
     HealthChanged,
     KernelEmbargoed,
+    KernelPrepared,
     KernelQuarantined,
     Noted,
     PassengerRemoved,
@@ -48,6 +49,11 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     RunStarted: lambda _: "the run started",
     Detected: lambda e: f"{'growing' if e.grow else 'not growing'}, {e.verdict}: {e.reason}",
     Ranked: lambda e: f"{len(e.rows)} candidates ranked, {len(e.refused)} refused",
+    KernelPrepared: lambda e: (
+        f"{e.what} of {e.blueprint or e.artifact_id[:12]}{f' at {e.site}' if e.site else ''} "
+        + ("is done" if e.done else "failed")
+        + (f", it took {e.took_s:.3g} s" if e.took_s is not None else "")
+    ),
     StageChanged: lambda e: (
         f"graft {e.graft} ({e.blueprint}, at {e.site}) is {e.after}"
         + (f": {e.reason}" if e.reason else "")
@@ -115,7 +121,7 @@ _SENTENCES: dict[type[Event], Callable[..., str]] = {
     ),
 }
 
-_OF_CURVES = (Evaluated, Ranked, Detected, AlphaChanged, SeedMeasured)
+_OF_CURVES = (Evaluated, Ranked, Detected, AlphaChanged, SeedMeasured, KernelPrepared)
 
 
 def is_annotation(event: Event) -> bool:

@@ -1,9 +1,9 @@
 """Traces of a run, for a collector of OpenTelemetry over HTTP; needs the extra ``otlp``.
 
 Spans are made of events, never on a step: the whole run; in it a decision (from the answer to grow
-to the trial: recording, ranking, kernels), each kernel from the event before it (compiled or
-fetched, then loaded and probed), a trial, a gate, and the watch over what was taken over. What else
-happens is an event of the run's span.
+to the trial: recording, ranking, kernels), each kernel from the event before it, in that its
+compilation, load and probe, a fetch that went on beside the run, a trial, a gate, and the watch
+over what was taken over. What else happens is an event of the run's span.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gzip
 import logging
 import random
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from esper.contracts.errors import EsperError
@@ -21,6 +21,7 @@ from esper.contracts.events import (
     Event,
     Fossilized,
     GateRead,
+    KernelPrepared,
     Ranked,
     RolledBack,
     RunEnded,
@@ -148,18 +149,14 @@ class OpenTelemetrySink:
         match event:
             case RunStarted():
                 self._begin("run", event, run_id=event.run_id)
-            case Detected():
-                self._end("decision", event)
-                self._decided = event
-            case Ranked():
-                at = self._decided or event
-                self._begin("decision", at, num_candidates=len(event.rows))
+            case KernelPrepared():
+                self._prepared(event)
             case StageChanged(before=""):
-                self._begin("kernel", self._latest or event, **_told(event))
-                self._end("kernel", event)
-            case TrialStarted():
-                self._end("decision", event)
-                self._begin("trial", event, **_told(event))
+                if "kernel" not in self._open:
+                    self._begin("kernel", self._latest or event)
+                self._end("kernel", event, **_told(event))
+            case Detected() | Ranked() | TrialStarted():
+                self._decide(event)
             case TrialRead():
                 self._end("trial", event, **_told(event))
             case TakenOver():
@@ -173,14 +170,40 @@ class OpenTelemetrySink:
             case _:
                 self._note(event)
 
-    def _begin(self, name: str, event: Event, **attributes: Any) -> None:
+    def _decide(self, event: Detected | Ranked | TrialStarted) -> None:
+        """Follow a decision, which goes from the answer to grow to the trial."""
+        if isinstance(event, Ranked):
+            self._begin("decision", self._decided or event, num_candidates=len(event.rows))
+            return
+        self._end("decision", event)
+        if isinstance(event, Detected):
+            self._decided = event
+        else:
+            self._begin("trial", event, **_told(event))
+
+    def _prepared(self, event: KernelPrepared) -> None:
+        """Make the span of what was done to a kernel; one that it failed for ends there."""
+        if event.took_s is not None:
+            began = replace(event, time_s=event.time_s - event.took_s)
+            self._begin(event.what, began, **_told(event))
+            self._end(event.what, event)
+            return
+        began_at = self._latest or event
+        if "kernel" not in self._open:
+            self._begin("kernel", began_at)
+        self._begin(event.what, began_at, parent="kernel", **_told(event))
+        self._end(event.what, event)
+        if not event.done:
+            self._end("kernel", event, **_told(event))
+
+    def _begin(self, name: str, event: Event, *, parent: str = "run", **attributes: Any) -> None:
         from opentelemetry.trace import set_span_in_context
 
         self._end(name, event)
-        run = self._open.get("run")
+        outer = self._open.get(parent)
         self._open[name] = self._tracer.start_span(  # type: ignore[assignment] # the SDK's own span
             f"esper.{name}",
-            context=None if run is None else set_span_in_context(run),
+            context=None if outer is None else set_span_in_context(outer),
             attributes={"esper.update": event.update, **_named(attributes)},
             start_time=self._time_ns(event),
         )
@@ -272,6 +295,7 @@ _TOLD: Final = (
     "site",
     "blueprint",
     "artifact_id",
+    "done",
     "gate",
     "passed",
     "sites",
