@@ -70,6 +70,26 @@ def images(task: Task, results: ByArm) -> Section:
     return table(_HEADS, rows), bars(drawn, "points")
 
 
+def remedies(task: Task, results: ByArm) -> Section:
+    """Tell what each remedy came to beside the defaults and the host, at the same random seeds."""
+    rows = []
+    for arm in (a for a in task.arms if a in results and a not in ("host", "defaults")):
+        against = paired(results, arm, "defaults", task.figure)
+        won, lost = sum(g > 0 for g in against), sum(g < 0 for g in against)
+        passed = values(results, arm, "passed")
+        rows.append(
+            (
+                arm,
+                interval_of(against, 2),
+                f"{won} won, {lost} lost",
+                interval_of(paired(results, arm, "host", task.figure), 2),
+                f"{sum(map(bool, passed))} of {len(passed)}",
+            )
+        )
+    heads = ("", "minus defaults, points", "random seeds", "minus host, points", "a trial passed")
+    return table(heads, rows), ""
+
+
 def other_data(task: Task, results: ByArm) -> Section:
     """Tell of a model that is grown with every default."""
     unit, remark = (
@@ -379,6 +399,7 @@ def tutorial(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signa
 
 SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {
     "images": images,
+    "remedies": remedies,
     "other data": other_data,
     "depth": depth,
     "extra budget": extra_budget,
