@@ -178,6 +178,19 @@ def test_lower_loss_is_a_run_that_is_won(load, loss, told):
     assert row.endswith("met |" if loss < 1.5 else "missed |")
 
 
+def test_power_is_told_of_the_verdict_and_of_the_claim(load):
+    """Of useful packages those that were kept are told, and those whose capacity was shown."""
+    seen = [("candidate", True), ("candidate", False), ("null", False), ("", True)]
+    rows = [
+        {"taken": taken, "capacity_shown": shown, "plain": False, "single": False}
+        for taken, shown in seen
+    ]
+    results = {"useful 200": {7: a_result(load, details={"rows": rows})}}
+    told = load("sections").useless(load("tasks").TASKS["useless, digits"], results)[0]
+    assert "| useful 200 | taken over | 4 | 3 (19 to 99 %) |" in told
+    assert "| useful 200 | taken over, with capacity shown | 4 | 1 (1 to 81 %) |" in told
+
+
 def test_remedy_stands_beside_the_defaults_of_its_random_seeds(load):
     """Each is held against runs of the same random seeds, and one that was not run is left out."""
     results = {

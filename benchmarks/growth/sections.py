@@ -282,6 +282,9 @@ def useless(task: Task, results: ByArm) -> Section:
         if is_claim:
             shares[1:] = ["", ""]
         rows.append((arm, what, str(len(trials)), *shares))
+        if arm.startswith("useful"):
+            shown = _share(sum(_is_claimed(row) for row in trials), len(trials))
+            rows.append((arm, "taken over, with capacity shown", str(len(trials)), shown, "", ""))
     pooled = _rows(results, USELESS)
     text = table(("kind", "", "runs", "by the verdict", "plain error", "one last look"), rows)
     if pooled:
@@ -339,8 +342,12 @@ def _rows(results: ByArm, arms: Sequence[str]) -> list[dict[str, Any]]:
 
 def _counted(arm: str, row: Mapping[str, Any]) -> bool:
     """Say whether a run counts: a package taken over, or, of linear ones, capacity claimed."""
-    claims = row["taken"] == "candidate" and row["capacity_shown"]
-    return bool(claims if arm in ("linear", "own shape") else row["taken"])
+    return _is_claimed(row) if arm in ("linear", "own shape") else bool(row["taken"])
+
+
+def _is_claimed(row: Mapping[str, Any]) -> bool:
+    """Say whether a package was taken over as it is, and capacity claimed for it."""
+    return bool(row["taken"] == "candidate" and row["capacity_shown"])
 
 
 def _share(count: int, num: int) -> str:
