@@ -178,6 +178,35 @@ def test_lower_loss_is_a_run_that_is_won(load, loss, told):
     assert row.endswith("met |" if loss < 1.5 else "missed |")
 
 
+def test_power_is_told_of_the_verdict_and_of_the_claim(load):
+    """Of useful packages those that were kept are told, and those whose capacity was shown."""
+    seen = [("candidate", True), ("candidate", False), ("null", False), ("", True)]
+    rows = [
+        {"taken": taken, "capacity_shown": shown, "plain": False, "single": False}
+        for taken, shown in seen
+    ]
+    results = {"useful 200": {7: a_result(load, details={"rows": rows})}}
+    told = load("sections").useless(load("tasks").TASKS["useless, digits"], results)[0]
+    assert "| useful 200 | taken over | 4 | 3 (19 to 99 %) |" in told
+    assert "| useful 200 | taken over, with capacity shown | 4 | 1 (1 to 81 %) |" in told
+
+
+def test_remedy_stands_beside_the_defaults_of_its_random_seeds(load):
+    """Each is held against runs of the same random seeds, and one that was not run is left out."""
+    results = {
+        arm: {
+            seed: a_result(load, figures={"accuracy": at + seed, "passed": 1.0})
+            for seed in (60, 61)
+        }
+        for arm, at in (("host", 10), ("defaults", 13), ("muP", 12))
+    }
+    del results["muP"][61]
+    task = load("tasks").TASKS["Fashion-MNIST, remedies"]
+    *_, row = load("sections").remedies(task, results)[0].splitlines()
+    told = "| muP | -1.00 (one run) | 0 won, 1 lost | +2.00 (one run) | 1 of 1 |"
+    assert row == told
+
+
 @pytest.mark.torture
 def test_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
     """A run that is cut off has no file, and only what has none is run again."""

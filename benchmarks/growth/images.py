@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -147,6 +147,20 @@ def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+class Update(Protocol):
+    """How a model is updated where that is not by its loss alone, in the loop and in twins."""
+
+    def shown(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Return what twins get of a batch of the live run."""
+        ...
+
+    def __call__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Do an update, and return its loss."""
+        ...
+
+
 class Run:
     """One arm at one random seed.
 
@@ -155,12 +169,19 @@ class Run:
         settings: How long, and how.
         random_seed: Of weights and batches.
         model: The host, or one that grows or has grown from it.
+        update: How it is updated; None: by its loss.
     """
 
     def __init__(
-        self, subject: Subject, settings: Mapping[str, Any], random_seed: int, model: nn.Module
+        self,
+        subject: Subject,
+        settings: Mapping[str, Any],
+        random_seed: int,
+        model: nn.Module,
+        update: Update | None = None,
     ) -> None:
         self.subject, self.settings, self.random_seed = subject, settings, random_seed
+        self._own_update = update
         self.splits, self.model = subject.splits(settings), model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["rate"])
         self.looks: list[Mapping[str, float]] = []
@@ -172,17 +193,25 @@ class Run:
         for epoch in range(self.settings["epochs"]):
             begin = time.perf_counter()
             for batch in self._batches(epoch):
-                loss = self.subject.compute_loss(self.model, batch)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
+                shown, loss = self._update(batch)
                 if grower is not None:
-                    grower.step(loss, batch=batch)
+                    grower.step(loss, batch=shown)
             if grower is not None:
                 grower.end_epoch()
             self.seconds += time.perf_counter() - begin
             if epoch >= self.settings["epochs"] - LOOKS:
                 self._look(grower)
+
+    def _update(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Do an update; return what twins get of the batch, and the loss."""
+        if self._own_update is not None:
+            shown = self._own_update.shown(self.model, batch)
+            return shown, self._own_update(self.model, self.optimizer, shown)
+        loss = self.subject.compute_loss(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return batch, loss
 
     @property
     def updates(self) -> int:
@@ -271,19 +300,19 @@ def runs(
             yield _result(task, "scratch", shaped, flops, parameters=size)
     if "random" in missing:
         ranking = esper.RandomChoice(random_seed)
-        yield _grow(task, "random", run(esper.wrap(host())), **given, ranking=ranking)[0]
+        yield grow(task, "random", run(esper.wrap(host())), **given, ranking=ranking)[0]
     if "defaults" in missing:
-        yield _grow(task, "defaults", run(esper.wrap(host())), **seeded)[0]
+        yield grow(task, "defaults", run(esper.wrap(host())), **seeded)[0]
     if "early" in missing:
         begun = run(esper.wrap(host()))
         policy = esper.EveryN(begun.updates // EARLY)
-        yield _grow(task, "early", begun, **seeded, policy=policy)[0]
+        yield grow(task, "early", begun, **seeded, policy=policy)[0]
 
 
 def _grown_with_null(task: str, run: Run, given: Mapping[str, Any]) -> tuple[Kernels, list[Result]]:
     """Grow; a null that trains beside to the end is an arm of its own."""
     attribution = {"attribution": "run"} if given else {}
-    grown, null_flops = _grow(task, "grown", run, **given, **attribution)
+    grown, null_flops = grow(task, "grown", run, **given, **attribution)
     null = copy.copy(run)
     null.looks = run.null_looks or run.looks
     figures = {"beside": float(bool(run.null_looks))}
@@ -291,7 +320,7 @@ def _grown_with_null(task: str, run: Run, given: Mapping[str, Any]) -> tuple[Ker
     return _kernels(run.model), [grown, result]
 
 
-def _grow(task: str, arm: str, run: Run, **options: Any) -> tuple[Result, float]:
+def grow(task: str, arm: str, run: Run, **options: Any) -> tuple[Result, float]:
     """Train with a Grower; return the result and the FLOPs of a training that is as large."""
     grower = esper.Grower(
         run.model,
@@ -405,9 +434,9 @@ _DIGITS_SUBJECT = Subject(
     measure=measure,
     look=accuracy,
 )
-_FASHION_SUBJECT = replace(_DIGITS_SUBJECT, splits=fashion_splits, host=fashion_host)
+FASHION_SUBJECT = replace(_DIGITS_SUBJECT, splits=fashion_splits, host=fashion_host)
 _DIGITS = {"epochs": 60, "batch": 32, "rate": LEARNING_RATE, "overhead": 6.0}
-_FASHION_MNIST = {
+FASHION_MNIST = {
     "epochs": 40,
     "batch": 64,
     "rate": 3e-3,
@@ -453,9 +482,9 @@ TASKS = (
         name="Fashion-MNIST",
         arms=(*ARMS, "early"),
         random_seeds=tuple(range(50, 56)),
-        settings=_FASHION_MNIST,
-        quick={**_FASHION_MNIST, "train_images": 640, "epochs": 22, "test_images": 500},
-        runs=functools.partial(runs, "Fashion-MNIST", _FASHION_SUBJECT),
+        settings=FASHION_MNIST,
+        quick={**FASHION_MNIST, "train_images": 640, "epochs": 22, "test_images": 500},
+        runs=functools.partial(runs, "Fashion-MNIST", FASHION_SUBJECT),
         title="Fashion-MNIST: a host of 640 parameters",
         told=f"{_TOLD} `early` is `defaults` with `policy=EveryN(94)`, a fortieth of the run.",
         section="images",

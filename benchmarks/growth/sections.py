@@ -70,6 +70,26 @@ def images(task: Task, results: ByArm) -> Section:
     return table(_HEADS, rows), bars(drawn, "points")
 
 
+def remedies(task: Task, results: ByArm) -> Section:
+    """Tell what each remedy came to beside the defaults and the host, at the same random seeds."""
+    rows = []
+    for arm in (a for a in task.arms if a in results and a not in ("host", "defaults")):
+        against = paired(results, arm, "defaults", task.figure)
+        won, lost = sum(g > 0 for g in against), sum(g < 0 for g in against)
+        passed = values(results, arm, "passed")
+        rows.append(
+            (
+                arm,
+                interval_of(against, 2),
+                f"{won} won, {lost} lost",
+                interval_of(paired(results, arm, "host", task.figure), 2),
+                f"{sum(map(bool, passed))} of {len(passed)}",
+            )
+        )
+    heads = ("", "minus defaults, points", "random seeds", "minus host, points", "a trial passed")
+    return table(heads, rows), ""
+
+
 def other_data(task: Task, results: ByArm) -> Section:
     """Tell of a model that is grown with every default."""
     unit, remark = (
@@ -262,6 +282,9 @@ def useless(task: Task, results: ByArm) -> Section:
         if is_claim:
             shares[1:] = ["", ""]
         rows.append((arm, what, str(len(trials)), *shares))
+        if arm.startswith("useful"):
+            shown = _share(sum(_is_claimed(row) for row in trials), len(trials))
+            rows.append((arm, "taken over, with capacity shown", str(len(trials)), shown, "", ""))
     pooled = _rows(results, USELESS)
     text = table(("kind", "", "runs", "by the verdict", "plain error", "one last look"), rows)
     if pooled:
@@ -319,8 +342,12 @@ def _rows(results: ByArm, arms: Sequence[str]) -> list[dict[str, Any]]:
 
 def _counted(arm: str, row: Mapping[str, Any]) -> bool:
     """Say whether a run counts: a package taken over, or, of linear ones, capacity claimed."""
-    claims = row["taken"] == "candidate" and row["capacity_shown"]
-    return bool(claims if arm in ("linear", "own shape") else row["taken"])
+    return _is_claimed(row) if arm in ("linear", "own shape") else bool(row["taken"])
+
+
+def _is_claimed(row: Mapping[str, Any]) -> bool:
+    """Say whether a package was taken over as it is, and capacity claimed for it."""
+    return bool(row["taken"] == "candidate" and row["capacity_shown"])
 
 
 def _share(count: int, num: int) -> str:
@@ -379,6 +406,7 @@ def tutorial(task: Task, results: ByArm) -> Section:  # noqa: ARG001 - the signa
 
 SECTIONS: Final[Mapping[str, Callable[[Task, ByArm], Section]]] = {
     "images": images,
+    "remedies": remedies,
     "other data": other_data,
     "depth": depth,
     "extra budget": extra_budget,

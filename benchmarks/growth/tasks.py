@@ -6,12 +6,14 @@ import gromo_tutorial
 import images
 import other_data
 import peers_tasks
+import remedies
 import useless
 
 TASKS = {
     task.name: task
     for task in (
         *images.TASKS,
+        remedies.TASK,
         *other_data.TASKS,
         *depth.TASKS,
         *extra_budget.TASKS,

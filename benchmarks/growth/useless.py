@@ -360,9 +360,10 @@ turn. `nothing` is a copy of the run, perturbed; `noise` a zeroed readout of noi
 kernel that learns the targets of other samples; `linear` a package made linear against one like it
 from another random seed, for which no capacity may be claimed. `own shape` is a control that must
 fail: the same package against a zeroed map of the layer's own shape, as if that were its null.
-`useful` is the catalog's first kernel for that layer, tried for 200 and for 400 updates: its row is
-the power of the test. Two laxer rules must fail as well: the plain standard error, not widened, and
-one look at the last weights in place of averaged ones. Brackets are exact 95 % intervals."""
+`useful` is the catalog's first kernel for that layer, tried for 200 and for 400 updates: its rows
+are the power of the test, of the verdict and of the claim. Two laxer rules must fail as well: the
+plain standard error, not widened, and one look at the last weights in place of averaged ones.
+Brackets are exact 95 % intervals."""
 
 TASKS = tuple(
     Task(
