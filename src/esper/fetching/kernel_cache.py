@@ -13,6 +13,7 @@ import asyncio
 import functools
 import itertools
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -333,7 +334,7 @@ class KernelCache(Forked):
             self._land(artifact_id, flight, outcome)
 
     def _fetch(self, artifact_id: str) -> CompiledKernelArtifact | None:
-        began_s = self._clock.now()
+        began_s = time.perf_counter()  # the cache's own clock is for what it believes
         try:
             data = self._ask_source(artifact_id)
         except KernelNotFoundError:
@@ -344,7 +345,7 @@ class KernelCache(Forked):
             time_s=0.0,
             what="fetch",
             artifact_id=artifact_id,
-            took_s=self._clock.now() - began_s,
+            took_s=time.perf_counter() - began_s,
         )
         announce(self._source, told)
         return artifact
