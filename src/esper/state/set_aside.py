@@ -721,9 +721,15 @@ def _state_of_random(value: Any) -> tuple[Callable[[], object], Callable[[Any], 
 
 def _put_tensor(value: Tensor, kept: Tensor) -> None:
     if value.shape == kept.shape and value.dtype == kept.dtype:
-        value.data.copy_(kept)
+        _write(value, kept)
     else:
         value.data = kept.to(value.device)
+
+
+def _write(value: Tensor, kept: Tensor) -> None:
+    """Write to a tensor, once where it stands expanded: elsewhere torch refuses."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())
+    value.data[once].copy_(kept[once])
 
 
 def _set_state_of_torch(generator: torch.Generator, state: Tensor) -> None:
@@ -772,7 +778,7 @@ def _restore_tensor(value: Tensor, state: tuple[int, int] | None, kept: Tensor) 
         return
     with torch.no_grad():  # by .data: what the owner's graph has saved is as it was, version too
         if value.shape == kept.shape and value.dtype == kept.dtype:
-            value.data.copy_(kept)
+            _write(value, kept)
         else:
             value.data = kept
 
