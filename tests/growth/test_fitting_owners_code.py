@@ -1,6 +1,7 @@
 """Owners' losses and measures meet passes in parts: nothing of theirs is counted twice or lost."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -99,12 +100,26 @@ def test_a_loss_that_counts_its_calls_counts_an_update_once():
 @pytest.mark.parametrize("takes_back", [True, False])
 def test_what_a_pass_without_memory_has_counted_is_taken_back(takes_back):
     """As a twin does it; the control counts the passes that did not fit as well."""
-    (compute_loss, kept), model = by_calls(), host(Memory(8))
+    kept, counter, number, model = {"calls": 0}, itertools.count(), 0, host(Memory(8))
+
+    def compute_loss(model, x):
+        nonlocal number
+        kept["calls"] += 1
+        number += 1
+        next(counter)
+        return mean(model, x)
+
+    def found():
+        return kept["calls"], number, int(repr(counter)[6:-1])
+
     fits, sizes, _ = told()
-    with Apart(model, (compute_loss,)).inside([X]) as back:
+    copies = Apart(model, (compute_loss,))
+    with copies.inside([X]) as back:
         gradients(model, compute_loss, [X], fits, undo=back if takes_back else None)
-        assert (kept["calls"] == 1) is takes_back
-    assert kept["calls"] == 0
+        assert (found() == (1, 1, 1)) is takes_back
+    assert found() == (0, 0, 0)
+    with copies.inside([X]):
+        assert (found() == (1, 1, 1)) is takes_back
     assert [s.size for s in sizes] == [8]
 
 

@@ -391,6 +391,28 @@ def test_batch_that_a_loss_changes_is_put_back():
     del optimizer
 
 
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_a_batch_may_hold_an_expanded_tensor(is_changed):
+    """Of which many elements are one in memory, so that torch writes to none of them in place."""
+    column = torch.randn(8, 1)
+    batch = {"x": X[:8], "mask": column.expand(8, 4), "turned": torch.ones(3).expand(8, 3).T}
+    before = column.clone()
+
+    def compute_loss(model, batch):
+        if is_changed:
+            column.add_(1.0)
+        return (model(batch["x"] * batch["mask"]) * batch["turned"][0]).square().mean()
+
+    model = esper.wrap(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"compute_loss": compute_loss, "policy": EveryN(100), **SHORT}
+    options["evaluate"] = lambda model: (model(GATE_X) - GATE_Y).square()
+    with esper.Grower(model, optimizer, **options) as g:
+        g.step(torch.ones(()), batch=batch)
+        assert torch.equal(column, before)
+    assert torch.equal(batch["turned"], torch.ones(3, 8))
+
+
 def test_hooks_of_the_owner_keep_nothing_of_a_pass():
     """What they gathered in training is what they hold afterwards."""
     model, optimizer = wrapped()

@@ -477,7 +477,7 @@ class _Kept:
         def undo() -> None:
             if not _same(value, saved):
                 kind.clear(value)
-                kind.update(value, saved)
+                kind.update(value, {name: self._handed(item) for name, item in saved.items()})
 
         self._later(undo)
         if self.places is not None:
@@ -493,6 +493,10 @@ class _Kept:
         if not self.only_random:
             put(_copied(held))
         return held
+
+    def _handed(self, held: object) -> object:
+        """Return what is put back: a copy of an iterator that may be put back once more."""
+        return _copied(held) if self.is_small and isinstance(held, _ITERATORS) else held
 
     def _attributes(self, value: object, path: str) -> None:
         own = getattr(value, "__dict__", None)
@@ -603,7 +607,7 @@ class _Kept:
             held = self._iterator(held, functools.partial(setattr, cell, "cell_contents"))
 
         def undo() -> None:
-            cell.cell_contents = held
+            cell.cell_contents = self._handed(held)
 
         self._later(undo)
         if self.places is not None:
@@ -621,13 +625,17 @@ class _Kept:
             self._left.append((value, name))
             if isinstance(value, _ITERATORS):
                 value = self._iterator(value, functools.partial(held.__setitem__, name))
-            self._later(functools.partial(_set_item, held, name, value))
+            self._later(functools.partial(self._set_item, held, name, value))
             if self.places is not None:
                 self._one_place(
                     f"{held.get('__name__')}.{name} =",
                     functools.partial(held.get, name),
                     functools.partial(held.__setitem__, name),
                 )
+
+    def _set_item(self, held: dict[str, Any], name: str, value: object) -> None:
+        if held.get(name) is not value:
+            held[name] = self._handed(value)
 
     def _method(self, value: types.MethodType, path: str) -> None:
         owner = value.__self__
@@ -713,9 +721,15 @@ def _state_of_random(value: Any) -> tuple[Callable[[], object], Callable[[Any], 
 
 def _put_tensor(value: Tensor, kept: Tensor) -> None:
     if value.shape == kept.shape and value.dtype == kept.dtype:
-        value.data.copy_(kept)
+        _write(value, kept)
     else:
         value.data = kept.to(value.device)
+
+
+def _write(value: Tensor, kept: Tensor) -> None:
+    """Write to a tensor, once where it stands expanded: elsewhere torch refuses."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())
+    value.data[once].copy_(kept[once])
 
 
 def _set_state_of_torch(generator: torch.Generator, state: Tensor) -> None:
@@ -764,7 +778,7 @@ def _restore_tensor(value: Tensor, state: tuple[int, int] | None, kept: Tensor) 
         return
     with torch.no_grad():  # by .data: what the owner's graph has saved is as it was, version too
         if value.shape == kept.shape and value.dtype == kept.dtype:
-            value.data.copy_(kept)
+            _write(value, kept)
         else:
             value.data = kept
 
@@ -798,11 +812,6 @@ def _set_list(value: list[object], saved: list[object]) -> None:
 def _set_mapping(value: dict[Any, Any], kind: type[dict[Any, Any]], items: dict[Any, Any]) -> None:
     kind.clear(value)
     kind.update(value, items)
-
-
-def _set_item(held: dict[str, Any], name: str, value: object) -> None:
-    if held.get(name) is not value:
-        held[name] = value
 
 
 def _set_class_attribute(cls: type, name: str, value: object) -> None:
