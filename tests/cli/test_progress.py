@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from esper.cli.progress import ProgressDisplay, duration_text, progress_line
+from esper.cli.progress import ProgressDisplay, progress_line
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.progress import GraftStatus, Progress, ProgressRow
+from esper.observability.wording import duration_text
 from esper.resilience.clock import ManualClock
 
 

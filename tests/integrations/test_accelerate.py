@@ -70,14 +70,18 @@ class Seen(tracking.GeneralTracker):
 
     def __init__(self):
         super().__init__()
-        self.logged = {}
+        self.logged, self.is_finished = {}, False
 
     @property
     def tracker(self):
         return self
 
     def log(self, values, step=None, **_):
+        assert not self.is_finished
         self.logged.update({(step, name): value for name, value in values.items()})
+
+    def finish(self):
+        self.is_finished = True
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -96,6 +100,44 @@ def test_the_trackers_of_log_with_have_the_growth(is_before):
     accelerator.end_training()
     assert {step for step, name in seen.logged if name == "esper/gate_loss"} >= {1, 6, 11}
     assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+
+
+class Words(Seen):
+    """One that takes words, as W&B does."""
+
+    name = "wandb"
+
+
+def ends_training(end):
+    """Train under a tracker, end as ``end`` does, and return the kinds that it was told."""
+    seen = Words()
+    accelerator = Accelerator(cpu=True, log_with=seen)
+    accelerator.init_trackers("digits")
+    model, optimizer, batches, grower = prepared(accelerator, evaluate_every=5)
+    train(accelerator, model, optimizer, batches, grower, epochs=1)
+    end(accelerator, grower)
+    assert seen.is_finished
+    return {name for _, name in seen.logged}
+
+
+def test_the_end_of_the_training_closes_the_grower_before_its_trackers():
+    """Whoever calls it first loses nothing of the run's end; closing again is fine."""
+
+    def end(accelerator, grower):
+        accelerator.end_training()
+        grower.close()
+
+    assert "esper/run_ended" in ends_training(end)
+
+
+def test_control_trackers_that_are_finished_first_lack_the_end():
+    """As they did: accelerate's own method finishes them while the run goes on."""
+
+    def end(accelerator, grower):
+        type(accelerator).end_training(accelerator)
+        grower.close()
+
+    assert "esper/run_ended" not in ends_training(end)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from told_runs import told_run
 
 from esper.bus.in_process import EventBus
 from esper.contracts.errors import EsperError
-from esper.integrations.trackers import TrackerSink, tracker_sinks
+from esper.contracts.events import SeedMeasured
+from esper.integrations.trackers import MOST_SEEDS, TrackerSink, tracker_sinks
 
 
 class Recorder(tracking.GeneralTracker):
@@ -80,6 +81,29 @@ def test_a_tracker_that_takes_text_gets_gates_and_stages_as_words(recorder, monk
     assert texts["esper/trial_read"] == "package 2 refused: z = 4"
     assert "start" not in given.calls  # what was started by others is left open
     assert "finish" not in given.calls
+
+
+def test_figures_of_seeds_have_curves_of_their_own_up_to_a_number(recorder):
+    """What was not measured has none; of many seeds the first ones are drawn."""
+    (sink,) = tracker_sinks(["recorder"])
+    at = {"time_s": 1.0, "run_id": "0" * 32}
+    measured = [
+        SeedMeasured(
+            **at, update=100, seq=i, site=f"h.{i}", seed_idx=0, state="active", latency_us=9.0
+        )
+        for i in range(MOST_SEEDS + 5)
+    ]
+    told(sink, [*measured, measured[0]])
+    calls = [values for step, values in (c for c in recorder[0].calls if c != "start")]
+    first = {
+        "esper/seed_measured/h.0.0/latency_us": 9.0,
+        "esper/seed_measured/h.0.0/fault_rate": 0.0,
+        "esper/seed_measured/h.0.0/alpha": 1.0,
+    }
+    assert calls[0].items() >= first.items()
+    assert calls[-1].items() >= first.items()
+    names = {name.split("/")[2] for values in calls for name in values if "measured" in name}
+    assert len(names) == MOST_SEEDS
 
 
 def test_a_tracker_has_one_thread_from_first_to_last(recorder, monkeypatch):

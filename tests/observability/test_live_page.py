@@ -7,12 +7,14 @@ import re
 import pytest
 from live_pages import Reader, Watched, Writing, lines_of, parts_of_file
 
+from esper.contracts.events import Evaluated, RunStarted, SeedMeasured, event_to_json
 from esper.observability.event_log import read_events
 from esper.observability.live_page import LivePage, names_of
 from esper.observability.replay import replay
 from esper.observability.report_files import write_report
 from esper.observability.run_folder import EVENTS_FILE
 from esper.observability.time_page import page_in_time
+from esper.observability.wording import NOT_MEASURED
 from esper.resilience.clock import ManualClock
 
 
@@ -260,3 +262,68 @@ def test_a_folder_whose_name_is_no_text_has_a_page(tmp_path, is_begun):
         assert ("This run cannot be shown" in html) is is_begun
         assert "r\ufffdn" in html
         assert html.encode("utf-8")
+
+
+def running(parameters=None):
+    """Return the lines of a run that goes on, of which the parameters may be told."""
+    at = {"run_id": "0" * 32}
+    told = [
+        RunStarted(**at, seq=0, update=0, time_s=0.0, settings={}, parameters=parameters),
+        SeedMeasured(
+            **at,
+            seq=1,
+            update=100,
+            time_s=61.0,
+            site="fc",
+            seed_idx=1,
+            state="active",
+            calls=77,
+            faults=3,
+            latency_us=12.5,
+            size_bytes=2048,
+        ),
+        Evaluated(
+            **at,
+            seq=2,
+            update=100,
+            time_s=62.5,
+            gate_loss=0.5,
+            train_loss=None,
+            work={"training": 1e9},
+            parameters=None if parameters is None else parameters + 34,
+        ),
+    ]
+    return [event_to_json(event) + "\n" for event in told]
+
+
+def facts_of(page):
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+
+
+def test_what_events_know_of_time_and_size_is_on_the_page_while_a_run_goes_on(tmp_path):
+    """And of what only its report will tell, where that will be."""
+    run = Writing(tmp_path / "run", running(1000)).write()
+    shown = Reader().take(Watched(run.folder).look().since("")).shown
+    facts = facts_of(shown)
+    assert facts["Time since its start"] == "1:03"
+    assert (facts["Parameters before"], facts["Parameters now"]) == ("1,000", "1,034")
+    assert "report.json" in facts["Wall time by work"]
+
+
+def test_control_what_a_log_does_not_tell_is_not_known(tmp_path):
+    """As one that was written before parameters were told."""
+    run = Writing(tmp_path / "run", running()).write()
+    facts = facts_of(Reader().take(Watched(run.folder).look().since("")).shown)
+    assert (facts["Parameters before"], facts["Parameters now"]) == (NOT_MEASURED,) * 2
+
+
+def test_how_each_seed_is_doing_is_on_the_page(tmp_path):
+    """As it was told last; a run that told of none has no such part."""
+    run = Writing(tmp_path / "run", running()).write()
+    shown = Reader().take(Watched(run.folder).look().since("")).shown
+    (section,) = re.findall(r'<section id="part-seeds-at-work".*?</section>', shown, re.DOTALL)
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", section)
+    assert {"fc, seed 1", "77", "3", "12", "2 KiB", "100"} <= set(cells)
+    other = Writing(tmp_path / "other").write()
+    shown = Reader().take(Watched(other.folder).look().since("")).shown
+    assert "part-seeds-at-work" not in shown

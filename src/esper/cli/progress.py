@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts.progress import statuses_text
+from esper.observability.wording import duration_text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -96,15 +97,6 @@ def progress_line(progress: Progress, elapsed_s: float) -> str:
     is_known = share >= LEAST_SHARE
     left = f"{duration_text(elapsed_s / share * (1 - share))} left" if is_known else UNKNOWN
     return f"{share:4.0%}, {left}, {progress.doing}"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as ``m:ss``, or ``h:mm:ss`` from an hour on, rounded up."""
-    whole = -int(-seconds // 1)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{whole % 60:02}"
-    return f"{minutes}:{whole % 60:02}"
 
 
 def _share(progress: Progress) -> float:

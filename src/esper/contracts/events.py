@@ -110,11 +110,13 @@ class RunStarted(Event):
     Attributes:
         settings: Effective value of every setting of the controller, by name.
         sites: One per layer with seeds, in the model's order: ``site``, ``what`` it is, ``seeds``.
+        parameters: Parameters of the model; None where not told.
     """
 
     kind: ClassVar[str] = "run_started"
     settings: JsonObject
     sites: list[JsonObject] = field(default_factory=list)
+    parameters: int | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,7 @@ class Evaluated(Event):
         metrics: Whatever else ``evaluate`` returned, by name; what is not finite is left out.
         work: FLOPs up to then by category, as :class:`~esper.RunReport` has them; None where not
             told.
+        parameters: Parameters of the model then; None where not told.
     """
 
     kind: ClassVar[str] = "evaluated"
@@ -136,6 +139,7 @@ class Evaluated(Event):
     train_loss: float | None
     metrics: dict[str, float] = field(default_factory=dict)
     work: dict[str, float] | None = field(default=None, metadata=WHERE_KNOWN)
+    parameters: int | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -754,6 +758,7 @@ class RunEnded(Event):
         grafts_fossilized: Those of them that were made permanent.
         reason: What ended the run, in a sentence.
         work: FLOPs of the whole run by category; None where not told.
+        parameters: Parameters of the model; None where not told.
     """
 
     kind: ClassVar[str] = "run_ended"
@@ -761,6 +766,7 @@ class RunEnded(Event):
     grafts_fossilized: int
     reason: str
     work: dict[str, float] | None = field(default=None, metadata=WHERE_KNOWN)
+    parameters: int | None = field(default=None, metadata=WHERE_KNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

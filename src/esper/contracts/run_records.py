@@ -79,6 +79,38 @@ class SiteRecord(Extensible):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SeedRecord(Extensible):
+    """How a seed that contributes was doing, when it was last told.
+
+    Attributes:
+        site: Dotted name of the layer.
+        seed_idx: Slot in that layer, from 0.
+        update: When.
+        state: Lifecycle state, in lower case.
+        alpha: Its share, in [0, 1].
+        calls: Calls of its kernel that were read, at least 0.
+        faults: Those of them that were faulty.
+        fault_rate: Share of faults in the last 200 calls, in [0, 1].
+        health: Smoothed health in [0, 1]; None where there was no sample.
+        latency_us: Median of the latest times that its kernel took, in microseconds; None where
+            none was taken.
+        size_bytes: Bytes of the kernel's parameters and buffers.
+    """
+
+    site: str
+    seed_idx: int
+    update: int
+    state: str
+    alpha: float = 1.0
+    calls: int = 0
+    faults: int = 0
+    fault_rate: float = 0.0
+    health: float | None = None
+    latency_us: float | None = None
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IncidentRecord(Extensible):
     """Something that went wrong with a seed or a source of kernels, or came right again.
 

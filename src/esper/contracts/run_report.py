@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         GraftRecord,
         IncidentRecord,
         NotFinite,
+        SeedRecord,
         SiteRecord,
         StageRecord,
         TimelineEntry,
@@ -90,6 +91,8 @@ class RunReport(Extensible):
         incidents: What went wrong with seeds and with sources of kernels, and came right again, as
             the events tell it; one for each thing that did, in the order in which it first did.
         sites: The layers with seeds, in the model's order; empty in files that do not tell them.
+        seeds: How each seed that contributed was doing, when it was last told: at every 100th
+            update.
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.
         alphas: Every change of alpha that was recorded, in order.
@@ -100,8 +103,8 @@ class RunReport(Extensible):
         work_unit: FLOPs of what was executed, or forwards of one sample as in files of format 1.
         seconds: Wall time by the same categories.
         overhead_limit: FLOPs that growing may take in all; None where it is not known.
-        parameters_before: Parameters of the model when the run began; None where only its log was
-            read.
+        parameters_before: Parameters of the model when the run began; None where only a log was
+            read that does not tell them.
         parameters_after: Parameters of the model now; None likewise.
         test_metrics: Read once, at the end, on a split that growth never saw; empty without one.
         notes: Words to the owner.
@@ -137,6 +140,7 @@ class RunReport(Extensible):
     interrupted: bool = False
     incidents: tuple[IncidentRecord, ...] = ()
     sites: tuple[SiteRecord, ...] = ()
+    seeds: tuple[SeedRecord, ...] = ()
     control: RunReport | None = None
     run_id: str = ""
     end_capacity: float | None = None

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from esper.contracts.canonical_json import JsonObject
     from esper.contracts.progress import GraftStatus
     from esper.growth.batch import Batch
+    from esper.growth.measurement import Measurement
     from esper.growth.stage import Stage
     from esper.growth.suggestion import Suggestions
     from esper.state.layer_call import LayerCall
@@ -188,7 +189,9 @@ class Grower:
         self._num_steps = 0
         self._quiet_until: float = 0
         self._on_progress, self._changes_told = options.get("on_progress"), 0
-        self._run.journal.started(self._effective_settings(), outline(self._run.layers))
+        self._run.journal.started(
+            self._effective_settings(), outline(self._run.layers), self._run.host_cost.parameters
+        )
         try:
             self._depth.warn_if_idle()
             self._warn(never_grows(self._run) or missing_part(self._run))
@@ -338,6 +341,7 @@ class Grower:
             not_finite=tuple(run.journal.not_finite),
             incidents=run.journal.incidents.records,
             sites=run.journal.sites,
+            seeds=tuple(run.journal.seeds.values()),
         )
 
     def _effective_settings(self) -> JsonObject:
@@ -559,7 +563,8 @@ class Grower:
 
     def _say_ended(self, reason: str) -> None:
         run = self._run
-        run.journal.ended(reason, run.grafts.records, run.ledger.by_category())
+        work, parameters = run.ledger.by_category(), count_parameters(run.model)
+        run.journal.ended(reason, run.grafts.records, work, parameters)
 
     def _finish(self, step: Callable[[], None]) -> None:
         """Do one step of closing; one that fails is said and leaves the others."""
@@ -689,7 +694,13 @@ class Grower:
         if any_rank(run.given, here=is_lost):
             found = attempt(run.measure)
             if isinstance(found, Done):
-                run.journal.evaluated(found.value, None, run.ledger.by_category())
+                self._tell_measured(found.value, None)
+
+    def _tell_measured(self, found: Measurement, train_loss: float | None) -> None:
+        """Record a reading of the gate split, with what the run took and has until then."""
+        run = self._run
+        work, parameters = run.ledger.by_category(), count_parameters(run.model)
+        run.journal.evaluated(found, train_loss, work, parameters)
 
     def _look(self) -> bool:
         """Let the policy see an evaluation where one is due; say whether it saw one."""
@@ -705,7 +716,7 @@ class Grower:
         if stretched is not None:
             run.journal.note(stretched)
         train_loss = run.losses.mean()
-        run.journal.evaluated(found, train_loss, run.ledger.by_category())
+        self._tell_measured(found, train_loss)
         self._observe(train_loss=train_loss, gate_loss=found.told, metrics=found.metrics)
         return True
 

@@ -26,6 +26,7 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
+    SeedMeasured,
     StageChanged,
     StageWoken,
     TakenOver,
@@ -35,7 +36,13 @@ from esper.contracts.events import (
 from esper.contracts.incidents import Incidents
 from esper.contracts.lifecycle import GraftStage
 from esper.contracts.owner_warning import warn_owner
-from esper.contracts.report import AlphaPoint, Evaluation, NotFinite, TimelineEntry
+from esper.contracts.report import (
+    AlphaPoint,
+    Evaluation,
+    NotFinite,
+    SeedRecord,
+    TimelineEntry,
+)
 from esper.seeds.fitting import told_left, told_size
 
 if TYPE_CHECKING:
@@ -95,6 +102,7 @@ class Journal:
         stages: Every planned stage of depth as it is known now, in order.
         incidents: What went wrong with seeds and sources, and came right again.
         sites: The layers with seeds, as the run found them.
+        seeds: How each seed that contributed was doing, when it was last told, by layer and slot.
         last_switch: Update at which the model last became another one; 0 where it never did.
         run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
@@ -113,6 +121,7 @@ class Journal:
         self.stages: list[StageRecord] = []
         self.incidents = Incidents()
         self.sites: tuple[SiteRecord, ...] = ()
+        self.seeds: dict[tuple[str, int], SeedRecord] = {}
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._fitted: set[tuple[str, str]] = set()
@@ -126,15 +135,22 @@ class Journal:
         of_depth = sum(1 if stage.ended_at is None else 2 for stage in self.stages)
         return len(self.evaluations) + len(self.timeline) + of_depth
 
-    def started(self, settings: JsonObject, sites: Sequence[SiteRecord] = ()) -> None:
-        """Record the effective settings of the run, and say them; and its sites."""
+    def started(
+        self,
+        settings: JsonObject,
+        sites: Sequence[SiteRecord] = (),
+        parameters: int | None = None,
+    ) -> None:
+        """Record the effective settings of the run, and say them; its sites and parameters."""
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         _LOG.info("growing with %s", told)
         self.sites = tuple(sites)
         shown: list[JsonObject] = [
             {"site": site.site, "what": site.what, "seeds": site.seeds} for site in sites
         ]
-        self._sink.publish(RunStarted(**self._now(), settings=settings, sites=shown))
+        self._sink.publish(
+            RunStarted(**self._now(), settings=settings, sites=shown, parameters=parameters)
+        )
 
     def goes_on(self, report: RunReport, said: Mapping[str, Any]) -> None:
         """Take over what another journal kept.
@@ -148,6 +164,7 @@ class Journal:
         self.not_finite, self.trials = list(report.not_finite), list(report.trials)
         self.stages = list(report.stages)
         self.incidents = Incidents(report.incidents)
+        self.seeds = {(seed.site, seed.seed_idx): seed for seed in report.seeds}
         self._last_reason, self.last_switch = said["last_reason"], int(said["last_switch"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +182,11 @@ class Journal:
         self._sink.publish(Noted(**self._now(), text=text))
 
     def ended(
-        self, reason: str, grafts: Sequence[GraftRecord], work: Mapping[str, float] | None = None
+        self,
+        reason: str,
+        grafts: Sequence[GraftRecord],
+        work: Mapping[str, float] | None = None,
+        parameters: int | None = None,
     ) -> None:
         """Record that the controller let go of the model, of which grafts, and after what work."""
         self._sink.publish(
@@ -175,6 +196,7 @@ class Journal:
                 grafts_fossilized=sum(g.stage is GraftStage.FOSSILIZED for g in grafts),
                 reason=reason,
                 work=None if work is None else dict(work),
+                parameters=parameters,
             )
         )
 
@@ -251,6 +273,7 @@ class Journal:
         measurement: Measurement,
         train_loss: float | None,
         work: Mapping[str, float] | None = None,
+        parameters: int | None = None,
     ) -> None:
         """Record a reading of the gate split; of what is not finite the owner is warned.
 
@@ -260,6 +283,7 @@ class Journal:
             measurement: The reading.
             train_loss: Smoothed training loss; None where there is none.
             work: FLOPs of the run up to now, by category.
+            parameters: Parameters of the model.
         """
         self.read("gate loss", measurement.loss, measurement.blame)
         for name, value in measurement.metrics.items():
@@ -279,6 +303,7 @@ class Journal:
                 train_loss=known,
                 metrics=kept.metrics,
                 work=None if work is None else dict(work),
+                parameters=parameters,
             )
         )
 
@@ -535,6 +560,9 @@ class Journal:
         """Record what was told without its moment: by seeds, or by a source of kernels."""
         stamped = replace(event, **self._now())
         self.incidents.take(stamped)
+        if isinstance(stamped, SeedMeasured):
+            told = {f.name: getattr(stamped, f.name) for f in fields(SeedRecord) if f.name in _TOLD}
+            self.seeds[stamped.site, stamped.seed_idx] = SeedRecord(**told)
         self._sink.publish(stamped)
 
     def hitched(self, hitch: Hitch) -> None:
@@ -575,6 +603,7 @@ class Journal:
         }
 
 
+_TOLD: Final = frozenset(f.name for f in fields(SeedRecord)) - {"more"}
 _OF_A_READING: Final = tuple(
     f.name for f in fields(TrialRead) if f.name not in {g.name for g in fields(Event)}
 )

@@ -31,6 +31,7 @@ from esper.growth.staged import staged_in
 from esper.growth.stages import Recording
 from esper.growth.tries import no_tries_left, set_tries_spent, spend_try, tries_spent
 from esper.seeds.probe import load_probe_memory, probe_memory
+from esper.seeds.seed_figures import health_state, load_health_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ def saved_run(run: GrowthRun, stage: Stage | None, report: RunReport) -> dict[st
         "warmup": _saved_warmup(run),
         "probes": probe_memory(run.layers),
         "sizes": run.fits.state_dict(),
+        "health": health_state(run.layers),
         "null_beside": None if run.null_beside is None else run.null_beside.state_dict(),
         "stage": None if stage is None else stage.state_dict(),
     }
@@ -120,6 +122,7 @@ def load_run(run: GrowthRun, state: Mapping[str, Any]) -> RunReport:
     _load_warmup(run, state["warmup"])
     load_probe_memory(run.layers, state["probes"])
     run.fits.take(state.get("sizes", {}))
+    load_health_state(run.layers, state.get("health", {}))
     run.journal.goes_on(report, state["journal"])
     run.grafts.load(report.grafts, state["graft_costs"])
     set_tries_spent(run.model, state["tries_spent"])

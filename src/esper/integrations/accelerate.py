@@ -41,7 +41,8 @@ def esper_prepare(
     ``grower.close()`` at the end. ``accelerator.save_state`` saves kernels with the model, their
     moments with the optimizer, and growth beside them; ``load_state`` brings them back. The
     trackers that ``log_with`` names have the growth beside what is logged there, until the Grower
-    is closed; ``accelerator.end_training()`` comes behind that.
+    is closed: ``accelerator.end_training()``, which finishes them, closes it first where its owner
+    has not.
 
     Args:
         accelerator: What prepares and trains.
@@ -71,8 +72,24 @@ def esper_prepare(
         theirs = AcceleratorSink(accelerator)
         options["sink"] = theirs if own is None else EventBus([own, theirs])
     grower = Grower(prepared, given, **options)
+    if accelerator.log_with:
+        _close_before_trackers(accelerator, grower)
     accelerator.register_for_checkpointing(_Growth(grower))
     return prepared, given, *rest, grower
+
+
+def _close_before_trackers(accelerator: Accelerator, grower: Grower) -> None:
+    """Let the end of the training close a Grower before it finishes its trackers.
+
+    They take no event that comes behind it: the last verdicts and the end of the run were lost.
+    """
+    end_training = accelerator.end_training
+
+    def close_and_end_training() -> None:
+        grower.close()
+        end_training()
+
+    accelerator.end_training = close_and_end_training
 
 
 class _Growth:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, final
 import torch
 
 from esper.contracts.errors import EsperError
-from esper.contracts.events import Event, RunEnded, RunStarted
+from esper.contracts.events import Event, RunEnded, RunStarted, SeedMeasured
 from esper.integrations.missing import missing_framework
 from esper.observability.measures import Tally
 from esper.observability.sentences import is_annotation, sentence_of
@@ -33,6 +33,13 @@ _TAKE_TEXT: Final = frozenset({"tensorboard", "wandb", "comet_ml", "trackio"})
 
 _NOT_DRAWN: Final = frozenset({"updates", "events", "run_seconds", "run_active", "trial_active"})
 """Families that say nothing as a curve over updates."""
+
+
+MOST_SEEDS: Final = 40
+"""Seeds whose figures a tracker is told; of more, the first ones are."""
+
+_OF_SEEDS: Final = ("fault_rate", "health", "latency_us", "alpha")
+"""Figures of a seed that are drawn."""
 
 
 class Tracker(Protocol):
@@ -102,6 +109,7 @@ class TrackerSink:
         self._is_over = False
         self._takes_text = _short_name(tracker) in _TAKE_TEXT
         self._tally = Tally()
+        self._seeds: set[str] = set()
         self._thread = _OneThread()
         self.num_failures = 0
 
@@ -137,9 +145,20 @@ class TrackerSink:
             for family, labels, value in self._tally.take(event)
             if family.name not in _NOT_DRAWN
         }
+        if isinstance(event, SeedMeasured):
+            values |= self._of_seed(event)
         if self._takes_text and is_annotation(event):
             values[f"esper/{event.kind}"] = sentence_of(event)
         return values
+
+    def _of_seed(self, event: SeedMeasured) -> dict[str, float]:
+        """Return how a seed is doing, under its own name; of many seeds the first ones are told."""
+        name = f"esper/{event.kind}/{event.site or 'root'}.{event.seed_idx}"
+        if name not in self._seeds and len(self._seeds) >= MOST_SEEDS:
+            return {}
+        self._seeds.add(name)
+        found = {figure: getattr(event, figure) for figure in _OF_SEEDS}
+        return {f"{name}/{each}": value for each, value in found.items() if value is not None}
 
     def _started(self, event: Event) -> Tracker | None:
         """Start the tracker; None where another rank reports."""

@@ -186,10 +186,21 @@ class FollowedRun:
         goes_on, horizon = self.state == "under way", report.settings.get("horizon")
         span = max(self.updates, horizon if goes_on and isinstance(horizon, int) else 0)
         is_past = report.updates < self.updates
-        made = run_parts(report, title=title, under_way=goes_on or is_past, span=span)
+        made = run_parts(
+            report,
+            title=title,
+            under_way=goes_on or is_past,
+            span=span,
+            elapsed_s=self._elapsed_s(report.updates if is_past else self.updates),
+        )
         if not (goes_on and self._trouble):
             return made
         return replace(made, lead=(*made.lead, f"Nothing comes for now: {self._trouble}."))
+
+    def _elapsed_s(self, update: int) -> float | None:
+        """Return the time of the last event up to an update; None where there is none."""
+        until = (event.time_s for event in reversed(self.events) if event.update <= update)
+        return next(until, None)
 
 
 def _where(place: Path | EventTail) -> tuple[Path | None, EventTail, Path | None]:

@@ -20,6 +20,7 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
+    SeedMeasured,
     StageChanged,
     StageWoken,
     TakenOver,
@@ -34,6 +35,7 @@ from esper.contracts.report import (
     Evaluation,
     GraftRecord,
     RunReport,
+    SeedRecord,
     SiteRecord,
     StageRecord,
     TimelineEntry,
@@ -52,8 +54,6 @@ NOT_IN_A_LOG: Final = {
         "not_finite",
         "seconds",
         "overhead_limit",
-        "parameters_before",
-        "parameters_after",
         "test_metrics",
         "control",
         "end_capacity",
@@ -68,9 +68,9 @@ NOT_IN_A_LOG: Final = {
 ranked or is the only kernel of its package, ``flops`` of a stage up to the end of its ramp."""
 
 ABSENT: Final = (
-    "Not in a log: the model's parameters, wall time, the test split, a control, what is "
-    "read at the end of a run, how much the model leans on a kernel, and since when a figure was "
-    "not finite. report.json of the same run has them."
+    "Not in a log: wall time by work, the test split, a control, what is read at the end of a run, "
+    "how much the model leans on a kernel, and since when a figure was not finite. report.json of "
+    "the same run has them."
 )
 """The same in words."""
 
@@ -165,19 +165,22 @@ class Course:
         self._work: dict[str, float] = {}
         self._refused: set[int] = set()
         self._lost: dict[int, int] = {}
+        self._seeds: dict[tuple[str, int], SeedRecord] = {}
+        self._begun_with: int | None = None
+        self._parameters: int | None = None
 
     def take(self, event: Event) -> None:  # noqa: C901 - a table of kinds, one line each
         """Follow one event; those that no part of a report comes from are passed over."""
         self.last = event
         self._incidents.take(event)
+        self._count(event)
         match event:
             case RunStarted():
                 self._settings = event.settings
                 self._sites = tuple(map(_site, event.sites))
-            case RunEnded():
-                self._work = event.work or self._work
+            case SeedMeasured():
+                self._seeds[event.site, event.seed_idx] = _same_fields(SeedRecord, event)
             case Evaluated():
-                self._work = event.work or self._work
                 self._evaluations.append(_same_fields(Evaluation, event))
             case Ranked():
                 self._learn_sizes(event)
@@ -207,6 +210,19 @@ class Course:
                 self._stages[event.path, event.started_at] = _same_fields(StageRecord, event)
             case Noted() if event.text not in self._notes:
                 self._notes.append(event.text)
+
+    def _count(self, event: Event) -> None:
+        """Keep what the run took, and has, up to an event that tells it."""
+        if isinstance(event, RunStarted):
+            self._begun_with = self._parameters = event.parameters
+        elif isinstance(event, (Evaluated, RunEnded)):
+            self._work = event.work or self._work
+            self._parameters = event.parameters or self._parameters
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds from the run's start to its last event; None before the first."""
+        return None if self.last is None else self.last.time_s
 
     @property
     def has_ended(self) -> bool:
@@ -240,7 +256,10 @@ class Course:
             notes=(*self._notes, *oddities),
             incidents=self._incidents.records,
             sites=self._sites,
+            seeds=tuple(self._seeds.values()),
             work=self._work,
+            parameters_before=self._begun_with,
+            parameters_after=self._parameters,
             interrupted=was_stopped or (is_cut and not goes_on),
         )
 

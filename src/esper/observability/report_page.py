@@ -50,6 +50,8 @@ from esper.observability.trial_parts import (
 )
 from esper.observability.wording import (
     NOT_MEASURED,
+    bytes_text,
+    duration_text,
     number_text,
 )
 
@@ -83,7 +85,12 @@ def run_page(report: RunReport, *, base: str | None = None) -> str:
 
 
 def run_parts(
-    report: RunReport, *, title: str = TITLE, under_way: bool = False, span: int | None = None
+    report: RunReport,
+    *,
+    title: str = TITLE,
+    under_way: bool = False,
+    span: int | None = None,
+    elapsed_s: float | None = None,
 ) -> Parts:
     """Return what a run's page says.
 
@@ -92,6 +99,7 @@ def run_parts(
         title: Its heading.
         under_way: Whether it goes on.
         span: Updates that its charts have room for; None for those that were done.
+        elapsed_s: Seconds since it began, where it goes on; None where not known.
     """
     changes = [(str(entry.graft), entry) for entry in report.timeline]
     span = max(span or 0, report.updates)
@@ -101,10 +109,14 @@ def run_parts(
     return parts_of(
         title,
         *lead,
-        intro=[stopped(report.interrupted, done), _run_facts(report, under_way=under_way)],
+        intro=[
+            stopped(report.interrupted, done),
+            _run_facts(report, elapsed_s, under_way=under_way),
+        ],
         sections=[
             section("Loss", _loss_figure(report, span)),
             section("The model", model_figure(report)) if sites_of(report) else None,
+            section("Seeds at work", seed_table(report)) if report.seeds else None,
             section("Metrics", metric_figures(report, span)) if has_metrics else None,
             section("Trials", *_trial_parts(report)) if report.trials else None,
             section("Depth", depth_table(report.stages)) if report.stages else None,
@@ -148,6 +160,42 @@ def incident_table(report: RunReport) -> Markup:
     ]
     caption = "One row for each thing that went wrong, however often it did, by updates."
     return table(caption, columns, rows, "Nothing went wrong.")
+
+
+def seed_table(report: RunReport) -> Markup:
+    """Return how each seed that contributed was doing, when it was last told, as a table."""
+    columns = (
+        Column(head="where"),
+        Column(head="state"),
+        Column(head="alpha", kind="number"),
+        Column(head="calls", kind="number"),
+        Column(head="faulty", kind="number"),
+        Column(head="of the last 200", kind="number"),
+        Column(head="health", kind="number"),
+        Column(head="latency, us", kind="number"),
+        Column(head="kernel", kind="number"),
+        Column(head="at update", kind="number"),
+    )
+    rows = [
+        (
+            f"{seed.site or '(root)'}, seed {seed.seed_idx}",
+            seed.state.replace("_", " "),
+            f"{seed.alpha:.2g}",
+            f"{seed.calls:,}",
+            f"{seed.faults:,}",
+            f"{seed.fault_rate:.1%}",
+            number_text(seed.health),
+            number_text(seed.latency_us, ",.0f"),
+            bytes_text(seed.size_bytes),
+            f"{seed.update:,}",
+        )
+        for seed in report.seeds
+    ]
+    caption = (
+        "As it was last told, at every 100th update. Health and latency are taken under telemetry; "
+        f"{NOT_MEASURED} was not."
+    )
+    return table(caption, columns, rows, "No seed contributed.")
 
 
 def _trial_parts(report: RunReport) -> list[Markup]:
@@ -245,10 +293,10 @@ def alpha_chart(
     return figure(draw_lines(chart), caption, legend(chart))
 
 
-def _run_facts(report: RunReport, *, under_way: bool) -> Markup:
+def _run_facts(report: RunReport, elapsed_s: float | None, *, under_way: bool) -> Markup:
     pairs = {
         "Updates": f"{report.updates:,}",
-        **(_standing(report) if under_way else _sizes_and_share(report)),
+        **(_standing(report, elapsed_s) if under_way else _sizes_and_share(report)),
     }
     theirs = {g.artifact_id for g in report.grafts if g.is_of_a_registry}
     if theirs:
@@ -266,8 +314,8 @@ def _run_facts(report: RunReport, *, under_way: bool) -> Markup:
     return facts(pairs | {f"{split} {n}": text for split, own in splits for n, text in own.items()})
 
 
-def _standing(report: RunReport) -> dict[str, str]:
-    """Return what a run has in its model, and on trial, while it goes on."""
+def _standing(report: RunReport, elapsed_s: float | None) -> dict[str, str]:
+    """Return how long a run goes on, and what it has in its model and on trial."""
     inside = [
         g for g in report.grafts if g.admitted_at is not None and g.stage is not GraftStage.CULLED
     ]
@@ -277,6 +325,9 @@ def _standing(report: RunReport) -> dict[str, str]:
         if t.verdict == "in trial"
     ]
     return {
+        "Time since its start": NOT_MEASURED if elapsed_s is None else duration_text(elapsed_s),
+        "Parameters before": number_text(report.parameters_before, ",d"),
+        "Parameters now": number_text(report.parameters_after, ",d"),
         "Kernels in the model": f"{len(inside):,}",
         "On trial": ", ".join(on_trial) or "nothing",
         **(_growing_share(report) if report.work.get("training") else {}),
@@ -427,6 +478,8 @@ def _work_parts(report: RunReport) -> list[Markup]:
     }
     if training is not None:
         figures["Wall time beside training"] = f"{growing_s:,.1f} s of {training:,.1f} s"
+    elif not report.seconds:
+        figures["Wall time by work"] = "in the run's report.json, once it has ended"
     beyond = beyond_limit(report)
     words = [paragraph(f"{beyond[0].upper()}{beyond[1:]}.")] if beyond else []
     return [facts(figures), *words, _flops_table(report)]

@@ -3,7 +3,8 @@
 Spans are made of events, never on a step: the whole run; in it a decision (from the answer to grow
 to the trial: recording, ranking, kernels), each kernel from the event before it, in that its
 compilation, load and probe, a fetch that went on beside the run, a trial, a gate, and the watch
-over what was taken over. What else happens is an event of the run's span.
+over what was taken over; and, now and then, how each seed is doing. What else happens is an event
+of the run's span.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from esper.contracts.events import (
     RolledBack,
     RunEnded,
     RunStarted,
+    SeedMeasured,
     StageChanged,
     TakenOver,
     TrialRead,
@@ -164,9 +166,10 @@ class OpenTelemetrySink:
             case Fossilized() | RolledBack():
                 self._end("holding", event, outcome=event.kind)
                 self._note(event)
-            case GateRead():
-                self._begin("gate", event, **_told(event))
-                self._end("gate", event)
+            case GateRead() | SeedMeasured():
+                name = "gate" if isinstance(event, GateRead) else "seed"
+                self._begin(name, event, **_told(event))
+                self._end(name, event)
             case _:
                 self._note(event)
 
@@ -311,6 +314,15 @@ _TOLD: Final = (
     "capacity",
     "samples",
     "flops",
+    "seed_idx",
+    "state",
+    "alpha",
+    "calls",
+    "faults",
+    "fault_rate",
+    "health",
+    "latency_us",
+    "size_bytes",
 )
 
 

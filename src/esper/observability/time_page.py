@@ -216,7 +216,8 @@ def _packed(events: Sequence[Event], updates: int, size: int) -> str:
     for event, after in zip(events, [*events[1:], None], strict=True):
         course.take(event)
         if event.update in wanted and (after is None or after.update != event.update):
-            parts = run_parts(course.report(goes_on=True), under_way=True, span=updates)
+            report, elapsed_s = course.report(goes_on=True), course.elapsed_s
+            parts = run_parts(report, under_way=True, span=updates, elapsed_s=elapsed_s)
             found = [
                 (name, texts.setdefault(text, len(texts))) for name, text in parts.pieces().items()
             ]

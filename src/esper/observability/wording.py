@@ -161,6 +161,15 @@ def number_text(value: float | None, form: str = ",.2f", unit: str = "") -> str:
     return f"{value:{form}} {unit}".rstrip()
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as ``m:ss``, or ``h:mm:ss`` from an hour on, rounded up."""
+    whole = -int(-seconds // 1)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{whole % 60:02}"
+    return f"{minutes}:{whole % 60:02}"
+
+
 def bytes_text(value: int | None) -> str:
     """Return bytes with a binary prefix: ``"1.5 GiB"``; what is not known is a dash."""
     if value is None:

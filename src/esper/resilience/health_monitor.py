@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CRITICAL_SCORE: Final = 0.3
 """Below it somebody has to step in."""
@@ -158,6 +161,22 @@ class HealthMonitor:
             "should_intervene": must,
             "reason": reason,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, as JSON can hold it; limits are the owner's, and not in it."""
+        samples = [[s.errors, s.total, s.latency_ms, s.memory_percent] for s in self._samples]
+        return {"samples": samples, "reason": self._reason}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` returned."""
+        self._samples.clear()
+        for errors, total, latency_ms, memory_percent in state["samples"]:
+            self._samples.append(
+                _Sample(
+                    errors=errors, total=total, latency_ms=latency_ms, memory_percent=memory_percent
+                )
+            )
+        self._reason = state["reason"]
 
     def _measured(self) -> _Measured:
         samples = list(self._samples)

@@ -6,7 +6,10 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _LATEST: Final = 5
 _LEAST_USUAL: Final = 20
@@ -52,6 +55,16 @@ class UsualTime:
         self._latest: deque[float] = deque(maxlen=_LATEST)
         self._is_out = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, as JSON can hold it."""
+        return {"usual": [*self._usual], "latest": [*self._latest], "is_out": self._is_out}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a history that :meth:`state_dict` returned."""
+        self._usual.extend(state["usual"])
+        self._latest.extend(state["latest"])
+        self._is_out = bool(state["is_out"])
+
     def take(self, value: float) -> Departure | None:
         """Take a sample, at least 0; return a departure where it is the news."""
         if len(self._latest) == _LATEST and not self._is_out:
@@ -83,6 +96,22 @@ class UsualRate:
         self._latest: deque[int] = deque(maxlen=_LATEST_CHUNKS)
         self._calls = self._errors = 0
         self._is_out = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, as JSON can hold it."""
+        return {
+            "usual": [*self._usual],
+            "latest": [*self._latest],
+            "chunk": [self._calls, self._errors],
+            "is_out": self._is_out,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a history that :meth:`state_dict` returned."""
+        self._usual.extend(state["usual"])
+        self._latest.extend(state["latest"])
+        self._calls, self._errors = state["chunk"]
+        self._is_out = bool(state["is_out"])
 
     def take(self, *, has_failed: bool) -> Departure | None:
         """Take the outcome of a call; return a departure where it is the news."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import AnomalySeen, Event, HealthChanged, SeedMeasured
+from esper.resilience.health_monitor import HealthMonitor
 from esper.resilience.own_history import UsualRate, UsualTime
 from esper.running.module_cache import size_bytes
 from esper.seeds.layer_health import monitor_of
+from esper.state.layer_record import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import nn
 
     from esper.contracts.choices import AnomalousFigure
     from esper.resilience.health_monitor import HealthLimits
@@ -40,6 +44,22 @@ class _Figures:
         self.calls = self.faults = self.num_timed = 0
         self.rate, self.time = UsualRate(), UsualTime()
         self.over = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them, as JSON can hold them."""
+        return {
+            "calls": self.calls,
+            "faults": self.faults,
+            "over": self.over,
+            "rate": self.rate.state_dict(),
+            "time": self.time.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` returned."""
+        self.calls, self.faults, self.over = state["calls"], state["faults"], state["over"]
+        self.rate.load_state_dict(state["rate"])
+        self.time.load_state_dict(state["time"])
 
 
 class SeedFigures:
@@ -98,6 +118,23 @@ class SeedFigures:
             )
         figures.over = over
 
+    def state_of(self, record: LayerRecord, seed: Seed) -> dict[str, Any]:
+        """Return what is known of a seed, as JSON can hold it."""
+        return {
+            **self._of(seed).state_dict(),
+            "shown": record.layout.shown(seed.seed_idx),
+            "times_us": [*seed.timed_us],
+        }
+
+    def load_state_of(self, record: LayerRecord, seed: Seed, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_of` returned of a seed with the same kernel."""
+        made = self._by_seed[seed.seed_idx] = _Figures(seed.number)
+        made.load_state_dict(state)
+        seed.timed_us.clear()
+        seed.timed_us.extend(state["times_us"])
+        made.num_timed = seed.num_timed
+        record.layout.have_shown(seed.seed_idx, state["shown"])
+
     def _of(self, seed: Seed) -> _Figures:
         found = self._by_seed.get(seed.seed_idx)
         if found is None or found.number != seed.number:
@@ -109,6 +146,42 @@ def figures_of(record: LayerRecord) -> SeedFigures:
     """Return a layer's figures, made when first asked for."""
     found = record.own.find(SeedFigures)
     return record.own.keep(SeedFigures, SeedFigures()) if found is None else found
+
+
+def health_state(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return how layers and their seeds are doing and did before, as plain values.
+
+    Args:
+        layers: The layers by name; those without a kernel, of which nothing is known, are left out.
+    """
+    found = {}
+    for name, layer in layers.items():
+        record = record_of(layer)
+        monitor = record.own.find(HealthMonitor)
+        if not (record.seeds or monitor):
+            continue
+        figures = figures_of(record)
+        found[name] = {
+            "monitor": None if monitor is None else monitor.state_dict(),
+            "seeds": {str(i): figures.state_of(record, seed) for i, seed in record.seeds.items()},
+        }
+    return found
+
+
+def load_health_state(layers: Mapping[str, nn.Module], state: Mapping[str, Any]) -> None:
+    """Let layers with the same kernels go on with what is known of them.
+
+    Args:
+        layers: The layers by name.
+        state: What :func:`health_state` returned.
+    """
+    for name, known in state.items():
+        record = record_of(layers[name])
+        if known["monitor"] is not None:
+            monitor_of(record).load_state_dict(known["monitor"])
+        for i, seed in record.seeds.items():
+            if str(i) in known["seeds"]:
+                figures_of(record).load_state_of(record, seed, known["seeds"][str(i)])
 
 
 def _over(limits: HealthLimits, latency_us: float | None, size: int, *, share: float) -> str:

@@ -17,7 +17,7 @@ from esper.contracts.errors import SeedLifecycleError
 from esper.contracts.lifecycle import ALLOWED_TRANSITIONS, SeedLifecycleState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["FAULTS_IN_A_ROW", "FAULTS_IN_WINDOW", "KasminaStateLayout", "SeedLifecycleState"]
 
@@ -335,6 +335,24 @@ class KasminaStateLayout:
         calls = self._calls.get(seed_idx, 0)
         recent = [c for c in self._recent.get(seed_idx, []) if c > calls - WINDOW_CALLS]
         return len(recent) / min(calls, WINDOW_CALLS) if calls else 0.0
+
+    def shown(self, seed_idx: int) -> dict[str, Any]:
+        """Return what the calls of a seed's kernel have shown, as JSON can hold it."""
+        return {
+            "calls": self._calls.get(seed_idx, 0),
+            "faults": [*self._recent.get(seed_idx, [])],
+            "in_a_row": int(self._error_count[seed_idx]),
+            "health": self.health(seed_idx),
+            "latency_us": int(self._exec_latency_us[seed_idx]),
+        }
+
+    def have_shown(self, seed_idx: int, shown: Mapping[str, Any]) -> None:
+        """Take what :meth:`shown` returned of the same kernel; the seed's state stays."""
+        health = shown["health"]
+        self._calls[seed_idx], self._recent[seed_idx] = shown["calls"], [*shown["faults"]]
+        self._error_count[seed_idx] = shown["in_a_row"]
+        self._health_accumulator[seed_idx] = math.nan if health is None else health
+        self._exec_latency_us[seed_idx] = shown["latency_us"]
 
     def isolate(self, seed_idx: int) -> None:
         """Let the host alone answer for a seed; an ACTIVE one enters ERROR_RECOVERY."""
