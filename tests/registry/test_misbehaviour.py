@@ -136,6 +136,21 @@ def test_bytes_that_come_give_a_fetch_time(way, tmp_path):
         assert large(server, way, tmp_path)(LARGE_ID) == LARGE
 
 
+@pytest.mark.slow
+def test_a_part_of_an_artifact_has_time_too():
+    """What is read as a part of it is an artifact's bytes as well."""
+    span = f"bytes 0-{len(LARGE) - 1}/{len(LARGE)}"
+    fields = {"status": 206, "Content_Range": span}
+    with serving(steady(LARGE, part=len(LARGE) // 4, every_s=0.2, **fields)) as server:
+        images = f"oci://127.0.0.1:{server.server_port}/team/kernels"
+        for registry in (
+            HttpRegistry(server.url, timeout_s=0.3),
+            OciRegistry(images, timeout_s=0.3),
+        ):
+            assert registry.read(LARGE_ID, 0, len(LARGE)) == LARGE
+            registry.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_bytes_that_come_too_slowly_do_not(way, tmp_path):
     """What would take a minute and a half is over when it should be; all of its length is said."""

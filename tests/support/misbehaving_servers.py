@@ -159,11 +159,11 @@ BAD = {
 }
 
 
-def steady(data, *, part, every_s):
+def steady(data, *, part, every_s, **fields):
     """Return a behaviour: a whole answer that comes a part at a time."""
 
     def behave(handler):
-        handler.answer(body=b"", length=len(data))
+        handler.answer(body=b"", length=len(data), **fields)
         for start in range(0, len(data), part):
             handler.wfile.write(data[start : start + part])
             if handler.server.is_over.wait(every_s):

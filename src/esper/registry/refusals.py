@@ -48,7 +48,7 @@ def bytes_of_another_book(book: str, blobs: str) -> KernelSourceUnavailable:
     """Return the error of a book beside bytes that are not its own."""
     msg = (
         f"the artifacts in {blobs} are of another book than {book}, which may be one that was lost "
-        "and begun anew: it would have all of them collected. Put the other back from a backup, "
+        "and begun anew: it would have all of them collected. Put the other back from a backup, or "
         "give each book a place of its own; or move everything away that is in blobs/ there, to "
         "begin anew, and publish again what you want of it"
     )
