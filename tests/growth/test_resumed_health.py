@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from growing import compute_loss, evaluate, growing, host, train
+from growing import compute_loss, equal_states, evaluate, growing, host, state_of, train
 
 import esper
 from esper.wrapping.wrap import layers
@@ -119,3 +119,29 @@ def test_an_error_rate_leaves_the_history_from_before_the_stop():
             run.train(12).train(1, is_bad=True).train(12)
         told.append([(e.site, e.what) for e in run.sink.of("anomaly_seen")])
     assert told == [[("0", "error rate")], []]
+
+
+def test_an_isolated_seed_is_probed_again_in_the_resumed_run(tmp_path):
+    """With the input that it was to be probed with; a control has none, and gives it up."""
+    course = Course()
+    course.layer.graft(0, KERNEL, alpha=0.5, example=torch.randn(8, 4))
+    course.optimizer.param_groups[0]["params"] += list(course.layer.seed_kernel(0).parameters())
+    course.train(10).train(4, is_bad=True)
+    resumed = from_checkpoint(course, tmp_path / "one.pt")
+    state = course.grower.state_dict()
+    state["health"]["0"]["seeds"]["0"]["example"] = None
+    course.grower.state_dict = lambda: state
+    forgetful = from_checkpoint(course, tmp_path / "other.pt")
+    ends = []
+    for run in (course, resumed, forgetful):
+        train(run.model, run.optimizer, 30, run.grower, random_seed=3)
+        ends.append([e.outcome for e in run.sink.of("retried")])
+    assert ends == [["recovered"], ["recovered"], ["given up"]]
+    assert equal_states(state_of(course.model), state_of(resumed.model))
+
+
+def from_checkpoint(course, path):
+    made = Course()
+    esper.save_checkpoint(path, course.model, course.optimizer, grower=course.grower)
+    esper.load_checkpoint(path, made.model, made.optimizer, grower=made.grower)
+    return made

@@ -11,6 +11,7 @@ from esper.contracts.events import (
     Noted,
     RolledBack,
     RunEnded,
+    SeedMeasured,
     StageChanged,
     TakenOver,
     TrialStarted,
@@ -18,7 +19,7 @@ from esper.contracts.events import (
 )
 from esper.contracts.report import run_report_from_json
 from esper.observability.event_log import read_events
-from esper.observability.replay import replay
+from esper.observability.replay import Course, replay
 from esper.observability.report_page import run_page
 
 FILES = Path(__file__).parents[1] / "contracts" / "files"
@@ -161,3 +162,17 @@ def test_a_log_cut_inside_a_letter_is_read_up_to_its_last_line(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(text + '{"text": "\u00fc'.encode()[:-1])
     assert read_events(path) == read_events(FILES / "events-1.jsonl")
+
+
+def measured(update, site):
+    at = {"run_id": "0" * 32, "time_s": 1.0, "seq": update}
+    return SeedMeasured(**at, update=update, site=site, seed_idx=0, state="active")
+
+
+def test_a_seed_that_is_not_told_of_any_more_has_gone():
+    """All that contribute are told of at the same updates."""
+    told = [measured(100, "a"), measured(100, "b"), measured(200, "b"), measured(200, "c")]
+    course = Course()
+    for event in told:
+        course.take(event)
+    assert [seed.site for seed in course.report().seeds] == ["b", "c"]

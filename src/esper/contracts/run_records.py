@@ -10,6 +10,8 @@ from esper.contracts.lifecycle import GraftStage
 from esper.contracts.value_json import WHERE_KNOWN, Extensible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from esper.contracts.choices import (
         Attribution,
         DepthVerdict,
@@ -108,6 +110,16 @@ class SeedRecord(Extensible):
     health: float | None = None
     latency_us: float | None = None
     size_bytes: int = 0
+
+
+def with_seed(seeds: Iterable[SeedRecord], told: SeedRecord) -> tuple[SeedRecord, ...]:
+    """Return how seeds are doing after one more was told; all are told at the same updates.
+
+    So one that was told of at an earlier update has gone since.
+    """
+    same = [seed for seed in seeds if seed.update == told.update]
+    others = [s for s in same if (s.site, s.seed_idx) != (told.site, told.seed_idx)]
+    return (*others, told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

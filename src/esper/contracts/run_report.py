@@ -91,7 +91,7 @@ class RunReport(Extensible):
         incidents: What went wrong with seeds and with sources of kernels, and came right again, as
             the events tell it; one for each thing that did, in the order in which it first did.
         sites: The layers with seeds, in the model's order; empty in files that do not tell them.
-        seeds: How each seed that contributed was doing, when it was last told: at every 100th
+        seeds: How each seed that contributed was doing, when that was last told: at every 100th
             update.
         grafts: In the order in which they germinated.
         timeline: Every change of stage, in order.

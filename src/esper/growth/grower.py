@@ -341,7 +341,7 @@ class Grower:
             not_finite=tuple(run.journal.not_finite),
             incidents=run.journal.incidents.records,
             sites=run.journal.sites,
-            seeds=tuple(run.journal.seeds.values()),
+            seeds=run.journal.seeds,
         )
 
     def _effective_settings(self) -> JsonObject:

@@ -43,6 +43,7 @@ from esper.contracts.report import (
     SeedRecord,
     TimelineEntry,
 )
+from esper.contracts.run_records import with_seed
 from esper.seeds.fitting import told_left, told_size
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Journal:
         stages: Every planned stage of depth as it is known now, in order.
         incidents: What went wrong with seeds and sources, and came right again.
         sites: The layers with seeds, as the run found them.
-        seeds: How each seed that contributed was doing, when it was last told, by layer and slot.
+        seeds: How each seed that contributed was doing, when that was last told.
         last_switch: Update at which the model last became another one; 0 where it never did.
         run_id: Names the run among all runs; with ``time_s`` all that a replay does not compare.
     """
@@ -121,7 +122,7 @@ class Journal:
         self.stages: list[StageRecord] = []
         self.incidents = Incidents()
         self.sites: tuple[SiteRecord, ...] = ()
-        self.seeds: dict[tuple[str, int], SeedRecord] = {}
+        self.seeds: tuple[SeedRecord, ...] = ()
         self.run_id = uuid.uuid4().hex
         self._num_events = 0
         self._fitted: set[tuple[str, str]] = set()
@@ -164,7 +165,7 @@ class Journal:
         self.not_finite, self.trials = list(report.not_finite), list(report.trials)
         self.stages = list(report.stages)
         self.incidents = Incidents(report.incidents)
-        self.seeds = {(seed.site, seed.seed_idx): seed for seed in report.seeds}
+        self.seeds = report.seeds
         self._last_reason, self.last_switch = said["last_reason"], int(said["last_switch"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -562,7 +563,7 @@ class Journal:
         self.incidents.take(stamped)
         if isinstance(stamped, SeedMeasured):
             told = {f.name: getattr(stamped, f.name) for f in fields(SeedRecord) if f.name in _TOLD}
-            self.seeds[stamped.site, stamped.seed_idx] = SeedRecord(**told)
+            self.seeds = with_seed(self.seeds, SeedRecord(**told))
         self._sink.publish(stamped)
 
     def hitched(self, hitch: Hitch) -> None:

@@ -41,6 +41,7 @@ from esper.contracts.report import (
     TimelineEntry,
     TrialRecord,
 )
+from esper.contracts.run_records import with_seed
 from esper.observability.event_log import ReplayedSeed, replay_structure
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Course:
         self._work: dict[str, float] = {}
         self._refused: set[int] = set()
         self._lost: dict[int, int] = {}
-        self._seeds: dict[tuple[str, int], SeedRecord] = {}
+        self._seeds: tuple[SeedRecord, ...] = ()
         self._begun_with: int | None = None
         self._parameters: int | None = None
 
@@ -179,7 +180,7 @@ class Course:
                 self._settings = event.settings
                 self._sites = tuple(map(_site, event.sites))
             case SeedMeasured():
-                self._seeds[event.site, event.seed_idx] = _same_fields(SeedRecord, event)
+                self._seeds = with_seed(self._seeds, _same_fields(SeedRecord, event))
             case Evaluated():
                 self._evaluations.append(_same_fields(Evaluation, event))
             case Ranked():
@@ -256,7 +257,7 @@ class Course:
             notes=(*self._notes, *oddities),
             incidents=self._incidents.records,
             sites=self._sites,
-            seeds=tuple(self._seeds.values()),
+            seeds=self._seeds,
             work=self._work,
             parameters_before=self._begun_with,
             parameters_after=self._parameters,

@@ -168,13 +168,12 @@ def seed_table(report: RunReport) -> Markup:
         Column(head="where"),
         Column(head="state"),
         Column(head="alpha", kind="number"),
-        Column(head="calls", kind="number"),
+        Column(head="calls read", kind="number"),
         Column(head="faulty", kind="number"),
         Column(head="of the last 200", kind="number"),
         Column(head="health", kind="number"),
         Column(head="latency, us", kind="number"),
         Column(head="kernel", kind="number"),
-        Column(head="at update", kind="number"),
     )
     rows = [
         (
@@ -187,13 +186,12 @@ def seed_table(report: RunReport) -> Markup:
             number_text(seed.health),
             number_text(seed.latency_us, ",.0f"),
             bytes_text(seed.size_bytes),
-            f"{seed.update:,}",
         )
         for seed in report.seeds
     ]
     caption = (
-        "As it was last told, at every 100th update. Health and latency are taken under telemetry; "
-        f"{NOT_MEASURED} was not."
+        f"Seeds that contributed at update {report.seeds[-1].update:,}, when that was last told. "
+        f"Health and latency are taken under telemetry; {NOT_MEASURED} was not."
     )
     return table(caption, columns, rows, "No seed contributed.")
 

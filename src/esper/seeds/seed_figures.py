@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.choices import SEED_STATES
 from esper.contracts.events import AnomalySeen, Event, HealthChanged, SeedMeasured
+from esper.resilience.attempt import Done, attempt
 from esper.resilience.health_monitor import HealthMonitor
 from esper.resilience.own_history import UsualRate, UsualTime
 from esper.running.module_cache import size_bytes
 from esper.seeds.layer_health import monitor_of
+from esper.state.layer_call import LayerCall
 from esper.state.layer_record import record_of
+from esper.state.plain_values import as_plain, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from esper.state.layer_record import LayerRecord
     from esper.state.seed_slot import Seed
 
+MOST_EXAMPLE_BYTES: Final = 1 << 20
+"""Bytes of a layer's call up to which it is saved, to probe a kernel again in a resumed run."""
 _RELIEF = 0.8
 """A limit that was passed counts as passed until the figure is below this share of it."""
 
@@ -124,6 +129,7 @@ class SeedFigures:
             **self._of(seed).state_dict(),
             "shown": record.layout.shown(seed.seed_idx),
             "times_us": [*seed.timed_us],
+            "example": _plain_example(seed),
         }
 
     def load_state_of(self, record: LayerRecord, seed: Seed, state: Mapping[str, Any]) -> None:
@@ -133,6 +139,9 @@ class SeedFigures:
         seed.timed_us.clear()
         seed.timed_us.extend(state["times_us"])
         made.num_timed = seed.num_timed
+        example = state.get("example")
+        if seed.example is None and example is not None:
+            seed.example = LayerCall(*from_plain(example, record.layout.device))
         record.layout.have_shown(seed.seed_idx, state["shown"])
 
     def _of(self, seed: Seed) -> _Figures:
@@ -182,6 +191,15 @@ def load_health_state(layers: Mapping[str, nn.Module], state: Mapping[str, Any])
         for i, seed in record.seeds.items():
             if str(i) in known["seeds"]:
                 figures_of(record).load_state_of(record, seed, known["seeds"][str(i)])
+
+
+def _plain_example(seed: Seed) -> Any:
+    """Return what a seed is probed again with, as plain values; None where that is too much."""
+    call = seed.example
+    if call is None or sum(t.nbytes for t in call.tensors()) > MOST_EXAMPLE_BYTES:
+        return None
+    plain = attempt(lambda: as_plain((call.args, dict(call.kwargs))))
+    return plain.value if isinstance(plain, Done) else None
 
 
 def _over(limits: HealthLimits, latency_us: float | None, size: int, *, share: float) -> str:
