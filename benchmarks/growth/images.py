@@ -459,7 +459,8 @@ at random seed 60, where the host ends at 77.7 and the defaults at 81.3: no warm
 parameters 82.0; growth due every 94 updates (`EveryN(94)`), so that the first package joins at 3 %
 of the run in place of 10 %, 83.6, with two packages in place of one (the arm `early` since, which
 over six random seeds ends where the defaults do); due every 376, a recording of 64 updates, and the
-peak rate for new parameters each as the defaults: 5 variants."""
+peak rate for new parameters each as the defaults: 5 variants. Initial values, moments, distillation
+and muP's rates stand in the next section."""
 
 TASKS = (
     Task(

@@ -218,24 +218,30 @@ def remedied(
 
 _SETTINGS = {name: value for name, value in FASHION_MNIST.items() if name != "overhead"}
 _QUICK = {**_SETTINGS, "train_images": 640, "epochs": 22, "test_images": 500}
-_EACH = "; ".join(f"`{arm}`: {remedy.told}" for arm, remedy in REMEDIES.items())
+_EACH = "\n".join(f"- `{arm}`: {remedy.told}" for arm, remedy in REMEDIES.items())
 TASK = Task(
     name=NAME,
     arms=("host", "defaults", *REMEDIES),
-    random_seeds=(60, 61, 62),
+    random_seeds=(60, 61, 62, 63),
     settings=_SETTINGS,
     quick=_QUICK,
     runs=remedied,
     title="Fashion-MNIST: what was tried for the goal that is missed",
     told=f"""\
 `host` and `defaults` are as above. Each other arm is `defaults` with another beginning of kernels,
-by an update of the owner's own (`update=`), in candidate and null alike: {_EACH}.
-Each was run once at random seed 60, and those that were ahead there at the others as well, so that
-the figures of seed 60 are the ones that chose. Its first package is the same in all of them.""",
+by an update of the owner's own (`update=`), in candidate and null alike:
+
+{_EACH}
+
+Each was run once at random seed 60, and those that were ahead there at others as well, so that the
+figure of seed 60 is the one that chose. Of a random seed the first package is the same in all.""",
     section="remedies",
     figure="accuracy",
     unit="accuracy, %, test split",
     digits=2,
-    tried=f"nothing; all {len(REMEDIES)} variants are shown.",
+    tried=f"""\
+nothing; all {len(REMEDIES)} variants are shown. At random seed 60 the package has two kernels, and
+runs that end with 4,490 parameters are those in which the convolutional one was removed as a
+passenger, after the hundred updates under watch; they lie below all that kept it.""",
     missing=no_fashion,
 )
