@@ -195,7 +195,7 @@ def test_remedy_stands_beside_the_defaults_of_its_random_seeds(load):
     """Each is held against runs of the same random seeds, and one that was not run is left out."""
     results = {
         arm: {
-            seed: a_result(load, figures={"accuracy": at + seed, "passed": 1.0})
+            seed: a_result(load, figures={"accuracy": at + seed, "passed": 1.0, "parameters": 9})
             for seed in (60, 61)
         }
         for arm, at in (("host", 10), ("defaults", 13), ("muP", 12))
@@ -203,8 +203,20 @@ def test_remedy_stands_beside_the_defaults_of_its_random_seeds(load):
     del results["muP"][61]
     task = load("tasks").TASKS["Fashion-MNIST, remedies"]
     *_, row = load("sections").remedies(task, results)[0].splitlines()
-    told = "| muP | -1.00 (one run) | 0 won, 1 lost | +2.00 (one run) | 1 of 1 |"
+    told = "| muP | -1.00 (one run) | 0 won, 1 lost | +2.00 (one run) | 1 of 1 | 9 |"
     assert row == told
+
+
+@pytest.mark.slow
+def test_gpt_grows_by_stages_for_less_than_from_scratch(load):
+    """A pair of runs of the class of transformers, in bfloat16, on whatever device there is."""
+    pytest.importorskip("transformers")
+    task = load("tasks").TASKS["GPT-2"]
+    runs = {r.arm: r for r in task.runs(110, ["scratch 100", "grown of two"], task.quick)}
+    scratch, grown = runs["scratch 100"], runs["grown of two"]
+    assert scratch.figures["updates"] == grown.figures["updates"] == 10
+    assert grown.flops < 0.5 * scratch.flops
+    assert all(math.isfinite(run.figures["loss"]) for run in (scratch, grown))
 
 
 @pytest.mark.torture

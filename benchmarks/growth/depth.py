@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpt import PATH as GPT_BLOCKS
+from gpt import no_gpu
 from images import no_fashion
 from learners import MLP_RATIO, learner_of
 from store import Result
@@ -58,12 +60,14 @@ class Start:
         grown: Arms in which it grows.
         is_shallow: Whether most of its blocks sleep.
         is_narrow: Whether its MLPs have a quarter of their units.
+        depth: How many blocks are awake where most of them sleep; None: as the settings say.
     """
 
     alone: tuple[str, ...]
     grown: tuple[str, ...]
     is_shallow: bool = True
     is_narrow: bool = False
+    depth: int | None = None
 
     def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of the smaller model."""
@@ -71,7 +75,9 @@ class Start:
 
     def blocks(self, settings: Mapping[str, Any]) -> int:
         """Return how many of its blocks are awake."""
-        return int(settings["blocks_at_first" if self.is_shallow else "blocks"])
+        if not self.is_shallow:
+            return int(settings["blocks"])
+        return int(settings["blocks_at_first"] if self.depth is None else self.depth)
 
 
 SHALLOW = Start(
@@ -79,7 +85,11 @@ SHALLOW = Start(
 )
 NARROW = Start(alone=("narrow 100",), grown=("grown wide",), is_shallow=False, is_narrow=True)
 LEAST = Start(alone=("small and narrow 100",), grown=("grown both",), is_narrow=True)
-STARTS = (SHALLOW, NARROW, LEAST)
+OF_GPT = tuple(
+    Start(alone=(f"{name} 100",), grown=(f"grown of {name}",), depth=depth)
+    for name, depth in (("one", 1), ("two", 2), ("four", 4))
+)
+STARTS = (SHALLOW, NARROW, LEAST, *OF_GPT)
 RIVALS = {arm: start.alone[-1] for start in STARTS for arm in start.grown}
 """Grown arm -> the smaller model alone with as many FLOPs."""
 
@@ -90,7 +100,7 @@ def begin(settings: Mapping[str, Any], random_seed: int, *, depth: int) -> Train
         torch.manual_seed(random_seed)
         model = learner_of(settings).build(settings, settings["blocks"])
     if depth < settings["blocks"]:
-        esper.shallow(model, PATH, depth=depth)
+        esper.shallow(model, settings.get("path", PATH), depth=depth)
     return Training.of(model, random_seed, settings)
 
 
@@ -208,6 +218,7 @@ def _grown(
             run.model,
             run.optimizer,
             depth=settings["blocks"],
+            path=settings.get("path"),
             init="fresh" if "fresh" in arm else "copy",
             ramp_updates=max(1, round(0.2 * (end - begun))),
         )
@@ -243,6 +254,21 @@ TRANSFORMER: dict[str, Any] = {
     "look_every": 300,
 }
 RESIDUAL = {**TRANSFORMER, "model": "residual network", "width": 16}
+GPT: dict[str, Any] = {
+    **SHORT,
+    "model": "GPT-2",
+    "path": GPT_BLOCKS,
+    "blocks": 12,
+    "width": 768,
+    "context": 256,
+    "batch": 32,
+    "rate": 6e-4,
+    "warmup": 200,
+    "updates": 3_000,
+    "look_every": 500,
+}
+del GPT["blocks_at_first"]
+QUICK_GPT = {**GPT, "width": 64, "context": 16, "batch": 2, "updates": 10, "warmup": 2}
 QUICK_IMAGES = {"data": "digits", "size": 8, "patch": 2, "updates": 10, "warmup": 2, "width": 8}
 
 
@@ -298,5 +324,25 @@ TASKS = (
         "Depth by stages: a residual network on Fashion-MNIST",
         "Six residual blocks of 16 channels behind one convolution.",
         missing=no_fashion,
+    ),
+    Task(
+        name="GPT-2",
+        arms=(*SCRATCH, *(arm for start in OF_GPT for arm in (*start.alone, *start.grown))),
+        random_seeds=(110,),
+        settings=GPT,
+        quick={**QUICK_GPT, "look_every": 5, "test_windows": 8},
+        runs=functools.partial(runs, "GPT-2"),
+        title="Depth by stages: a GPT-2 of 12 blocks, on a GPU",
+        told="""\
+GPT-2 of 85 million parameters reads Python's standard library, byte by byte, in bfloat16.
+`scratch` trains all blocks from the start, at several horizons (percent in the name); `one`, `two`
+and `four` are the same model with so many blocks awake to its end, for as many FLOPs as it takes
+to wake all as copies at 80 % of the run, which are `grown of one`, `of two` and `of four`.""",
+        section="depth",
+        figure="loss",
+        unit="nats a byte, test split",
+        digits=4,
+        tried="nothing.",
+        missing=no_gpu,
     ),
 )

@@ -427,15 +427,15 @@ def _shaped(host: nn.Module, kernels: Kernels, x: Tensor) -> nn.Module:
     return esper.unwrap(model)
 
 
-_DIGITS_SUBJECT = Subject(
+DIGITS_SUBJECT = Subject(
     splits=digits_splits,
     host=demo_host,
     compute_loss=compute_loss,
     measure=measure,
     look=accuracy,
 )
-FASHION_SUBJECT = replace(_DIGITS_SUBJECT, splits=fashion_splits, host=fashion_host)
-_DIGITS = {"epochs": 60, "batch": 32, "rate": LEARNING_RATE, "overhead": 6.0}
+FASHION_SUBJECT = replace(DIGITS_SUBJECT, splits=fashion_splits, host=fashion_host)
+DIGITS = {"epochs": 60, "batch": 32, "rate": LEARNING_RATE, "overhead": 6.0}
 FASHION_MNIST = {
     "epochs": 40,
     "batch": 64,
@@ -459,16 +459,17 @@ at random seed 60, where the host ends at 77.7 and the defaults at 81.3: no warm
 parameters 82.0; growth due every 94 updates (`EveryN(94)`), so that the first package joins at 3 %
 of the run in place of 10 %, 83.6, with two packages in place of one (the arm `early` since, which
 over six random seeds ends where the defaults do); due every 376, a recording of 64 updates, and the
-peak rate for new parameters each as the defaults: 5 variants."""
+peak rate for new parameters each as the defaults: 5 variants. Initial values, moments, distillation
+and muP's rates stand in the next section."""
 
 TASKS = (
     Task(
         name="digits",
         arms=ARMS,
         random_seeds=tuple(range(50, 62)),
-        settings=_DIGITS,
-        quick={**_DIGITS, "epochs": 22},
-        runs=functools.partial(runs, "digits", _DIGITS_SUBJECT),
+        settings=DIGITS,
+        quick={**DIGITS, "epochs": 22},
+        runs=functools.partial(runs, "digits", DIGITS_SUBJECT),
         title="Digits: the demo's host of 358 parameters",
         told=_TOLD,
         section="images",

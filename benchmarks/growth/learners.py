@@ -1,6 +1,6 @@
-"""What is trained by stages: a byte model, a vision transformer and a residual network.
+"""What is trained by stages: a byte model, a vision transformer, a residual network and GPT-2.
 
-Each is a class of its own with a stack of blocks of one shape in ``blocks``.
+Each is a class of its own with a stack of blocks of one shape, in ``blocks`` but for GPT-2.
 """
 
 import functools
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import byte_model
+import gpt
 import torch
 import torch.nn.functional as F
 from byte_text import Batches, load_text, loss_on, windows
@@ -204,6 +205,14 @@ LEARNERS: Mapping[str, Learner] = {
     ),
     "vision transformer": _on_images(_transformer),
     "residual network": _on_images(_residual),
+    "GPT-2": Learner(
+        build=gpt.build,
+        feed=gpt.feed,
+        compute_loss=gpt.compute_loss,
+        gate=functools.partial(gpt.loss_on, "gate"),
+        test=functools.partial(gpt.loss_on, "test"),
+        digest=lambda: load_text().digest,
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What was tried on Fashion-MNIST, where the goal is missed: each beside the defaults.
+"""What was tried where a goal is missed with every default: each beside the defaults.
 
 A remedy is an update of the owner's own: the loop does it, and twins do it by ``update=``. It knows
 the kernels that have just appeared by how many updates their optimizer has counted for them. All
@@ -6,6 +6,7 @@ else are defaults, so that at one random seed the same package is tried at the s
 differ by the remedy alone until the verdict.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,18 @@ from typing import Any
 import initial_values
 import torch
 import torch.nn.functional as F
-from images import FASHION_MNIST, FASHION_SUBJECT, Run, grow, no_fashion, runs
+from images import (
+    DIGITS,
+    DIGITS_SUBJECT,
+    FASHION_MNIST,
+    FASHION_SUBJECT,
+    Run,
+    Subject,
+    grow,
+    no_digits,
+    no_fashion,
+    runs,
+)
 from initial_values import Placed, Recorded, recorded
 from store import Result
 from task import Task
@@ -24,7 +36,6 @@ from torch.optim import Optimizer
 import esper
 from esper.compiler.lowering import LoweredKernel
 
-NAME = "Fashion-MNIST, remedies"
 SAMPLE = 256
 """Training images that initial values are computed from."""
 DISTILLED_UPDATES = 100
@@ -202,37 +213,73 @@ def _num_read(weight: Tensor) -> int:
 
 
 def remedied(
-    random_seed: int, missing: Collection[str], settings: Mapping[str, Any]
+    task: str,
+    subject: Subject,
+    random_seed: int,
+    missing: Collection[str],
+    settings: Mapping[str, Any],
 ) -> Iterator[Result]:
     """Run the missing arms of a random seed."""
-    yield from runs(NAME, FASHION_SUBJECT, random_seed, missing, settings)
+    yield from runs(task, subject, random_seed, missing, settings)
     for arm, remedy in REMEDIES.items():
         if arm in missing:
-            train = FASHION_SUBJECT.splits(settings).train
+            train = subject.splits(settings).train
             update = Update(remedy, (train.x[:SAMPLE], train.y[:SAMPLE]))
-            model = esper.wrap(FASHION_SUBJECT.host(random_seed))
-            run = Run(FASHION_SUBJECT, settings, random_seed, model, update)
+            run = Run(subject, settings, random_seed, esper.wrap(subject.host(random_seed)), update)
             options = {"random_seed": random_seed, "update": update, **remedy.options}
-            yield grow(NAME, arm, run, **options)[0]
+            yield grow(task, arm, run, **options)[0]
 
 
-_SETTINGS = {name: value for name, value in FASHION_MNIST.items() if name != "overhead"}
-_QUICK = {**_SETTINGS, "train_images": 640, "epochs": 22, "test_images": 500}
-_EACH = "; ".join(f"`{arm}`: {remedy.told}" for arm, remedy in REMEDIES.items())
-TASK = Task(
-    name=NAME,
-    arms=("host", "defaults", *REMEDIES),
-    random_seeds=(60, 61, 62),
-    settings=_SETTINGS,
-    quick=_QUICK,
-    runs=remedied,
-    title="Fashion-MNIST: what was tried for the goal that is missed",
-    told=f"""\
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "overhead"}
+
+
+_TOLD = """\
 `host` and `defaults` are as above. Each other arm is `defaults` with another beginning of kernels,
-by an update of the owner's own (`update=`), in candidate and null alike: {_EACH}.""",
-    section="remedies",
-    figure="accuracy",
-    unit="accuracy, %, test split",
-    digits=2,
-    missing=no_fashion,
+by an update of the owner's own (`update=`), in candidate and null alike"""
+_EACH = "\n".join(f"- `{arm}`: {remedy.told}" for arm, remedy in REMEDIES.items())
+_ON_FASHION, _ON_DIGITS = _with_defaults(FASHION_MNIST), _with_defaults(DIGITS)
+_OF_BOTH: dict[str, Any] = {
+    "section": "remedies",
+    "figure": "accuracy",
+    "unit": "accuracy, %, test split",
+    "digits": 2,
+}
+TASKS = (
+    Task(
+        name="Fashion-MNIST, remedies",
+        arms=("host", "defaults", *REMEDIES),
+        random_seeds=tuple(range(60, 66)),
+        settings=_ON_FASHION,
+        quick={**_ON_FASHION, "train_images": 640, "epochs": 22, "test_images": 500},
+        runs=functools.partial(remedied, "Fashion-MNIST, remedies", FASHION_SUBJECT),
+        title="Fashion-MNIST: what was tried for the goal that is missed",
+        told=f"""\
+{_TOLD}:
+
+{_EACH}
+
+Each was run once at random seed 60, and those that were half a point ahead there at others as well,
+so that the figure of seed 60 is the one that chose. Of a random seed the first package is the same
+in all.""",
+        tried=f"""\
+nothing; all {len(REMEDIES)} variants are shown. At random seed 60 the package has two kernels, and
+runs that end with 4,490 parameters are those in which the convolutional one was removed as a
+passenger, after the hundred updates under watch; they lie below all that kept it.""",
+        missing=no_fashion,
+        **_OF_BOTH,
+    ),
+    Task(
+        name="digits, remedies",
+        arms=("host", "defaults", "matched RMS"),
+        random_seeds=tuple(range(62, 74)),
+        settings=_ON_DIGITS,
+        quick={**_ON_DIGITS, "epochs": 22},
+        runs=functools.partial(remedied, "digits, remedies", DIGITS_SUBJECT),
+        title="Digits: what was tried for the goal that is missed",
+        told=f"{_TOLD}, and\nthe one that was still ahead on Fashion-MNIST after four random seeds.",
+        tried="nothing.",
+        missing=no_digits,
+        **_OF_BOTH,
+    ),
 )

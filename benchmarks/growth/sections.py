@@ -73,21 +73,22 @@ def images(task: Task, results: ByArm) -> Section:
 def remedies(task: Task, results: ByArm) -> Section:
     """Tell what each remedy came to beside the defaults and the host, at the same random seeds."""
     rows = []
-    for arm in (a for a in task.arms if a in results and a not in ("host", "defaults")):
+    for arm in (a for a in task.arms if a in results and a != "host"):
         against = paired(results, arm, "defaults", task.figure)
         won, lost = sum(g > 0 for g in against), sum(g < 0 for g in against)
         passed = values(results, arm, "passed")
+        beside = (interval_of(against, 2), f"{won} won, {lost} lost")
         rows.append(
             (
                 arm,
-                interval_of(against, 2),
-                f"{won} won, {lost} lost",
+                *(("", "") if arm == "defaults" else beside),
                 interval_of(paired(results, arm, "host", task.figure), 2),
                 f"{sum(map(bool, passed))} of {len(passed)}",
+                spread(values(results, arm, "parameters"), 0),
             )
         )
-    heads = ("", "minus defaults, points", "random seeds", "minus host, points", "a trial passed")
-    return table(heads, rows), ""
+    differences = ("minus defaults, points", "random seeds", "minus host, points")
+    return table(("", *differences, "a trial passed", "parameters at the end"), rows), ""
 
 
 def other_data(task: Task, results: ByArm) -> Section:

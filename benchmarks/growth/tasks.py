@@ -13,7 +13,7 @@ TASKS = {
     task.name: task
     for task in (
         *images.TASKS,
-        remedies.TASK,
+        *remedies.TASKS,
         *other_data.TASKS,
         *depth.TASKS,
         *extra_budget.TASKS,
