@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from esper.state.layer_record import LayerRecord
     from esper.state.seed_group import SeedGroup
 
-    Share = tuple[SeedGroup, Tensor, Sequence[Tensor]]
+    Share = tuple[SeedGroup, Tensor, Sequence[Tensor], Tensor | None]
+    """A group, the sum of its shares, their marks, and ``h`` with the sum where that was made."""
 
 _OF_ALL_MODULES: Final = tuple(
     vars(nn.modules.module)[f"_global_{name}_hooks"]
@@ -54,7 +55,7 @@ def blend_fused(
     shares = _shares(grouping.groups, call, h)
     if shares is None:
         return blend(record, call, h, run)
-    adders = []
+    adders, host = [], h
     for seed in grouping.others:
         k = run(seed, call, h)
         if k is None:
@@ -64,8 +65,8 @@ def blend_fused(
         assert alpha is not None
         adders.append(share_adder(seed, h, k, alpha)[0])
     y = h
-    for group, total, marks in shares:
-        y = y + total
+    for group, total, marks, joined in shares:
+        y = y + total if joined is None or y is not host else joined
         _remember(group, h.detach(), marks)
     for add in adders:
         y = add(y)
@@ -86,28 +87,38 @@ def _shares(groups: Sequence[SeedGroup], call: LayerCall, h: Tensor) -> list[Sha
 
     Whatever it raises, each kernel runs by itself then, behind its own fence.
     """
+    found = []
     try:
-        return [_share(group, call, h) for group in groups]
+        for group in groups:
+            share = _share(group, call, h)
+            if share is None:
+                return None
+            found.append(share)
     except _StopRecomputationError:  # a checkpoint has what it wants; no fault of a kernel's
         raise
     except Exception:  # noqa: BLE001 - the fence, of all of them
         return None
+    return found
 
 
-def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> Share:
+def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> Share | None:
+    """Return a group with the sum of its shares, or None where that is not the shorter way."""
     first = group.seeds[0]
     given = h if first.is_serial else call.x
     alphas = torch.stack([seed.slot._buffers["alpha"] for seed in group.seeds])  # type: ignore[misc] # noqa: SLF001 - getattr costs a microsecond
     if not group.stands or type(given) is not Tensor or alphas.requires_grad:
         msg = "the kernels are not as they were when the plan was made"
         raise ValueError(msg)
+    if not group.run.pays(given):
+        return None
     is_watched, host = first.guard == "step", h.detach()
     alphas = alphas.to(h.dtype)
     if is_watched and seen_finite(host):  # of a masked one nothing could be seen, call for call
         total, _ = group.run(given, alphas, host, is_watched=False)
-        if seen_finite(host + total.detach()):
-            return group, total, ()
-    return group, *group.run(given, alphas, host, is_watched=is_watched)
+        joined = h + total
+        if seen_finite(joined):
+            return group, total, (), joined
+    return group, *group.run(given, alphas, host, is_watched=is_watched), None
 
 
 def _remember(group: SeedGroup, h: Tensor, marks: Sequence[Tensor]) -> None:
