@@ -63,6 +63,10 @@ MLPS = {
     "no bias": lambda: mlp(bias=False),
     "deep": deep,
     "linear": lambda: nn.Linear(FEATURES, FEATURES),
+    "norm": lambda: nn.Sequential(nn.LayerNorm(FEATURES), *mlp(nn.GELU, bias=False)),
+    "norm between": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 9), nn.RMSNorm(9), nn.Linear(9, FEATURES)
+    ),
 }
 KERNELS = {
     **dict.fromkeys(MLPS, (lambda: nn.Linear(FEATURES, FEATURES), (3, 5, FEATURES))),
@@ -439,6 +443,8 @@ NOT_FUSED = {
     "batch norm": lambda: nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)),
     "in place": lambda: mlp(lambda: nn.ReLU(inplace=True)),
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, FEATURES)),
+    "norm by itself": lambda: nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.LayerNorm(FEATURES)),
+    "norm of two axes": lambda: nn.Sequential(nn.LayerNorm([FEATURES, FEATURES]), *mlp()),
     "own class": lambda: type("Own", (nn.Linear,), {})(FEATURES, FEATURES),
 }
 
@@ -448,8 +454,9 @@ def test_kernels_that_are_not_known_run_one_by_one(name):
     """Kernels that draw, keep statistics, write in place or are of a class of one's own."""
     layer = adopt(nn.Linear(FEATURES, FEATURES), name="site", num_seeds=6)
     layer.enable_step_guard()
+    x = torch.randn(8, FEATURES, FEATURES)
     for i in range(6):
-        layer.graft(i, NOT_FUSED[name](), alpha=0.5, guard="step", example=torch.randn(8, FEATURES))
+        layer.graft(i, NOT_FUSED[name](), alpha=0.5, guard="step", example=x)
     assert kind_of(layer) == "active"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ ACTIVATIONS: Final[tuple[type[nn.Module], ...]] = (
 COMBINATIONS: Final[tuple[type[nn.Module], ...]] = (Add, Sub, Mul)
 """Steps that put several values together, number by number."""
 
+NORMS: Final[tuple[type[nn.Module], ...]] = (nn.LayerNorm, nn.RMSNorm)
+"""Steps that norm the last axis."""
+
 
 def _joined(
     steps: Sequence[nn.Module], name: str, join: Callable[[list[Tensor]], Tensor]
@@ -49,7 +52,7 @@ def _joined(
     Raises:
         AttributeError, RuntimeError, ValueError: They are not alike any more.
     """
-    found = [step._parameters[name] for step in steps]  # noqa: SLF001 - getattr costs a microsecond
+    found = [step._parameters.get(name) for step in steps]  # noqa: SLF001 - getattr costs a microsecond
     if found[0] is None:
         return None
     tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
@@ -66,14 +69,42 @@ def _weight(steps: Sequence[nn.Module], join: Callable[[list[Tensor]], Tensor]) 
     return weight
 
 
-def _linear(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+def _norm(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+    """Return what is normed, without weight and bias: the layers that read it get them."""
+    first = steps[0]
+    if type(first) is nn.LayerNorm:
+        return nn.functional.layer_norm(values[0], first.normalized_shape, eps=first.eps)
+    assert isinstance(first, nn.RMSNorm)
+    return nn.functional.rms_norm(values[0], first.normalized_shape, eps=first.eps)
+
+
+def _behind(
+    norms: Sequence[nn.Module], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weights and biases with those of norms in them, whose output they read.
+
+    ``W (g x + b) + c = (W g) x + (W b + c)``
+    """
+    shift = _joined(norms, "bias", torch.stack)
+    if shift is not None:
+        added = torch.bmm(weight, shift.unsqueeze(2)).squeeze(2)
+        bias = added if bias is None else bias + added
+    scale = _joined(norms, "weight", torch.stack)
+    return (weight if scale is None else weight * scale.unsqueeze(1)), bias
+
+
+def _linear(
+    steps: Sequence[nn.Module], values: Sequence[Tensor], norms: Sequence[nn.Module] = ()
+) -> Tensor:
     """Return ``[seeds, rows, out]``: by one product where all seeds read the same."""
     (x,) = values
-    if x.dim() == 2:
-        bias = _joined(steps, "bias", torch.cat)
-        y = nn.functional.linear(x, _weight(steps, torch.cat), bias)
-        return y.view(len(x), len(steps), -1).transpose(0, 1)
     weight, bias = _weight(steps, torch.stack), _joined(steps, "bias", torch.stack)
+    if norms:
+        weight, bias = _behind(norms, weight, bias)
+    if x.dim() == 2:
+        joined = None if bias is None else bias.flatten()
+        y = nn.functional.linear(x, weight.flatten(0, 1), joined)
+        return y.view(len(x), len(steps), -1).transpose(0, 1)
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
@@ -86,6 +117,7 @@ def _each_number(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor
 
 FEATURES: Final[Rules] = {
     nn.Linear: _linear,
+    **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(ACTIVATIONS + COMBINATIONS, _each_number),
 }
 """Steps that work on the last axis."""
@@ -193,14 +225,14 @@ class StepByStep:
 
     def __init__(self, kernels: Sequence[KernelSteps], rules: Rules) -> None:
         first = kernels[0]
+        of_all = list(zip(*(kernel.steps for kernel in kernels), strict=True))
+        norms = [type(first.steps[i[0] - 1]) in NORMS and of_all[i[0] - 1] for i in first.wiring]
         self._lines = [
-            (rules[type(step)], steps, inputs)
-            for step, inputs, *steps in zip(
-                first.steps, first.wiring, *(kernel.steps for kernel in kernels), strict=True
-            )
+            (partial(_linear, norms=norm) if norm else rules[type(steps[0])], steps, inputs)
+            for steps, inputs, norm in zip(of_all, first.wiring, norms, strict=True)
         ]
         self._has_rows = rules is FEATURES
-        self._sum = SUMS.get(type(first.steps[-1]))
+        self._sum = None if norms[-1] else SUMS.get(type(first.steps[-1]))
         self._fewest_rows, self._most_rows = _rows_that_pay(kernels)
 
     def pays(self, given: Tensor) -> bool:
@@ -245,6 +277,17 @@ class StepByStep:
         shares = outputs * alphas.view(-1, *(1,) * h.dim())
         total = shares.sum(0)
         return total, share_marks(h, shares.detach()) if is_watched else ()
+
+
+def are_norms_known(kernel: KernelSteps) -> bool:
+    """Say whether norms are over the last axis, and only linear layers read what they give."""
+    for place, step in enumerate(kernel.steps, 1):
+        if not isinstance(step, NORMS):
+            continue
+        readers = [type(s) for s, i in zip(kernel.steps, kernel.wiring, strict=True) if place in i]
+        if len(cast("tuple[int, ...]", step.normalized_shape)) != 1 or {*readers} != {nn.Linear}:
+            return False
+    return True
 
 
 def _rows_that_pay(kernels: Sequence[KernelSteps]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from esper.forward.fused_runs import CHANNELS, FEATURES, Rules, StepByStep
+from esper.forward.fused_runs import CHANNELS, FEATURES, Rules, StepByStep, are_norms_known
 from esper.forward.kernel_steps import KernelSteps, steps_of
 from esper.state.seed_group import Grouping, SeedGroup
 
@@ -39,6 +39,8 @@ class _Way:
         if any(step.__dict__.get("inplace") for step in kernel.steps):
             return False
         if any(step.__dict__.get("padding_mode", "zeros") != "zeros" for step in kernel.steps):
+            return False
+        if not are_norms_known(kernel):
             return False
         classes = {type(step) for step in kernel.steps}
         return classes <= self.rules.keys() and any(issubclass(cls, self.layer) for cls in classes)
