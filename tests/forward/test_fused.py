@@ -123,7 +123,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("kind", KERNELS)
-@pytest.mark.parametrize("guard", ["step", "off"])
+@pytest.mark.parametrize("guard", ["step", "off", "always"])
 def test_fused_seeds_give_what_the_plan_gives(kind, guard, dtype):
     """Output and every gradient are those of the unfused plan, within 1e-6 of the largest."""
     layer, x = grown(kind, 8 if guard == "step" else 6, dtype, guard)
@@ -319,6 +319,50 @@ def test_what_is_a_fault_is_a_fault_when_fused(value, of_host):
     assert flags[0] == flags[1]
 
 
+@pytest.mark.parametrize("kind", ["tanh", "convolutions"])
+@pytest.mark.parametrize("faulty", [None, 2])
+def test_a_gradient_that_is_not_finite_costs_only_its_own_seed(kind, faulty):
+    """Under ``guard="always"`` what one kernel gives back is left out and counted, and no more."""
+    layer, x = grown(kind, guard="always")
+    if faulty is not None:
+        first, *_, last = record_of(layer).seeds[faulty].slot.kernel
+        with torch.no_grad():
+            for parameter in (first.weight, first.bias, last.bias):
+                if parameter is not None:
+                    parameter.zero_()
+            last.weight.fill_(3e38)  # what it gives is 0, and its gradient infinite
+    found = []
+    for site in (layer, one_by_one(layer)):
+        given = x.detach().clone().requires_grad_()
+        (100 * site(given)).sum().backward()
+        gradients = {name: p.grad for name, p in site.named_parameters()}
+        faults = [fault.seed_idx for fault in maintain(site).faults]
+        found.append((faults, {"x": given.grad, **gradients}))
+    assert found[0][0] == found[1][0] == ([] if faulty is None else [faulty])
+    assert all(bool(g.isfinite().all()) for g in found[0][1].values())
+    assert_close(found[0][1], found[1][1])
+
+
+def test_a_loss_that_is_not_finite_is_no_kernel_s_fault():
+    """Under ``guard="always"`` nothing is counted where what comes in is not finite."""
+    layer, x = grown(guard="always")
+    (layer(x) * torch.inf).sum().backward()
+    assert not maintain(layer).faults
+    assert all(bool(p.grad.isfinite().all()) for p in layer.seed_kernel(0).parameters())
+
+
+def test_values_that_are_not_finite_are_left_out_under_always():
+    """A kernel that gives NaN costs its own share, as by itself, and is counted."""
+    layer, x = grown(guard="always")
+    other = one_by_one(layer)
+    for site in (layer, other):
+        with torch.no_grad():
+            record_of(site).seeds[1].slot.kernel[2].bias.fill_(torch.nan)
+    assert torch.equal(layer(x), other(x))
+    assert torch.isfinite(layer(x)).all()
+    assert [fault.seed_idx for fault in maintain(layer).faults] == [1]
+
+
 class Broken(nn.Module):
     def forward(self, x):
         msg = "broken on purpose"
@@ -461,8 +505,7 @@ def test_kernels_that_are_not_known_run_one_by_one(name):
 
 
 def test_what_goes_on_around_a_layer_decides():
-    """Seeds run one by one under ``guard="always"``, in profiles, with telemetry, replacing."""
-    assert kind_of(grown(guard="always")[0]) == "active"
+    """Seeds run one by one in profiles, with telemetry, and where one replaces."""
     layer, x = grown()
     layer.telemetry_enabled = True
     assert kind_of(layer) == "active"

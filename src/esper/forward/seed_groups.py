@@ -67,7 +67,7 @@ def grouping_of(plan: Sequence[Seed]) -> Grouping:
 
 def _steps_to_fuse(seed: Seed) -> KernelSteps | None:
     """Return a seed's kernel as steps, or None where it runs by itself."""
-    if seed.guard == "always" or seed.takes is not None:
+    if seed.takes is not None:
         return None
     steps = steps_of(seed.slot.kernel)
     if steps is None or any(steps.hooks()) or not any(way.takes(steps) for way in _WAYS):
