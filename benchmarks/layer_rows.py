@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 from measure import US, Figure, take_turns
 from peers import Lora
-from subjects import BATCH, FEATURES, ByHand, bottleneck, grafted, sharing
+from subjects import (
+    BATCH,
+    FEATURES,
+    ByHand,
+    bottleneck,
+    compiled_passes,
+    grafted,
+    sharing,
+    training_pass,
+)
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
@@ -88,17 +97,15 @@ def active(rounds: int) -> Iterator[Figure]:
         "lora by hand": lora.by_hand(),
     }
     took = take_turns(
-        {name: _pass(layer, x) for name, layer in layers.items()}, rounds=4 * rounds, number=25
+        {name: training_pass(layer, x) for name, layer in layers.items()},
+        rounds=4 * rounds,
+        number=25,
     )
     peft = took["peft"].median_s / took["lora by hand"].median_s
     for guard in ("step", "always"):
         beside = f"PEFT LoRA {peft:.2f}x of LoRA by hand"
         yield took[guard].ratio(took["hand"], guard, beside=beside)
     yield _flags(layers["step"], x, rounds)
-
-
-def _pass(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    return lambda: layer(x).sum().backward()
 
 
 def _flags(layer: nn.Module, x: Tensor, rounds: int) -> Figure:
@@ -109,25 +116,15 @@ def _flags(layer: nn.Module, x: Tensor, rounds: int) -> Figure:
 
 def active_compiled(rounds: int) -> Figure:
     """Row 3, compiled: the same, each under ``torch.compile``."""
-    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    backend = "inductor" if has_compiler else "aot_eager"
     host, kernel = nn.Linear(FEATURES, FEATURES), bottleneck()
     x = torch.randn(BATCH, FEATURES, requires_grad=True)
     layers = {
         "hand": ByHand(sharing(host), kernel),
         "always": grafted(host, kernel, "always"),
     }
-    calls = {
-        name: _pass(torch.compile(layer, fullgraph=True, backend=backend), x)
-        for name, layer in layers.items()
-    }
-    for call in calls.values():
-        call()
-        call()
+    calls, how = compiled_passes(layers, x)
     took = take_turns(calls, rounds=4 * rounds, number=25)
-    figure = took["always"].ratio(took["hand"], "always compiled")
-    how = f"backend {backend}" + ("" if has_compiler else ": no C++ compiler for inductor")
-    return replace(figure, note=how)
+    return replace(took["always"].ratio(took["hand"], "always compiled"), note=how)
 
 
 def folded(rounds: int) -> Figure:

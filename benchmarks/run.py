@@ -48,6 +48,8 @@ def figures(rounds: int) -> Iterator[Figure]:
     yield from layer_rows.dormant(rounds)
     yield from layer_rows.active(rounds)
     yield from fusion_rows.fused(rounds)
+    yield fusion_rows.stacked(rounds)
+    yield fusion_rows.chain(rounds)
     yield layer_rows.folded(rounds)
     yield fusion_rows.fossil(rounds)
     yield from loading_rows.live(rounds)

@@ -5,6 +5,8 @@ the table names another. Contenders share the host's parameters, so that memory 
 """
 
 import copy
+import shutil
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -52,6 +54,27 @@ def grafted(host: nn.Module, kernel: nn.Module, guard: str) -> KasminaLayer:
     example = torch.randn(BATCH, next(host.parameters()).shape[-1])
     layer.graft(0, copy.deepcopy(kernel), alpha=1.0, guard=guard, example=example)
     return layer
+
+
+def training_pass(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """Return a call that makes a forward and a backward."""
+    return lambda: layer(x).sum().backward()
+
+
+def compiled_passes(
+    layers: Mapping[str, nn.Module], x: Tensor
+) -> tuple[dict[str, Callable[[], None]], str]:
+    """Return such calls of layers that are compiled already, and how they were."""
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    backend = "inductor" if has_compiler else "aot_eager"
+    calls = {
+        name: training_pass(torch.compile(layer, fullgraph=True, backend=backend), x)
+        for name, layer in layers.items()
+    }
+    for call in calls.values():
+        call()
+        call()
+    return calls, f"backend {backend}" + ("" if has_compiler else ": no C++ compiler for inductor")
 
 
 def blueprint(

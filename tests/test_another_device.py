@@ -19,6 +19,8 @@ NAMES = (
     "a_graft_is_the_formula",
     "kernels_are_swapped",
     "a_forward_waits_for_no_number",
+    "a_backward_waits_for_no_number",
+    "seeds_that_run_as_one_wait_for_no_number",
     "a_faulty_kernel_costs_its_share",
     "a_bad_gradient_reaches_nobody",
     "the_step_guard_drops_a_step",

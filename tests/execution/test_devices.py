@@ -44,7 +44,8 @@ def test_a_grown_layer_is_its_formula_where_it_is(kind, device):
 
     expected = h + 0.5 * run_kernel(kind, kernel.eval(), call, h)
     assert torch.allclose(y, expected, atol=1e-4)
-    y.square().sum().backward()
+    layer.train()  # a recurrent host that cuDNN runs has no backward in evaluation
+    run(layer, call).square().sum().backward()
     assert all(p.grad.device.type == device for p in layer.seed_kernel(0).parameters())
 
 
@@ -80,6 +81,7 @@ def test_mixed_precision_scales_and_steps(kind, device):
     """Autocast and GradScaler train a grown layer; no fault is counted."""
     _, layer, call = moved(kind, device)
     layer.graft(0, kind.make_kernel().to(device), alpha=0.5, example=call)
+    layer.train()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device, init_scale=16.0)
     before = [p.detach().clone() for p in layer.seed_kernel(0).parameters()]

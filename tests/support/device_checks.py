@@ -15,6 +15,7 @@ from torch import nn
 import esper
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.growth.memory import available_bytes
+from esper.seeds.step_guard import read_step_flags
 
 KEPT = python_device.set_up()
 DEVICE = torch.device(python_device.NAME)
@@ -99,6 +100,11 @@ def kernels_are_swapped():
         assert y.shape == (8, 3)
 
 
+def asked_for():
+    """Names of the operations since the calls were forgotten that read a number."""
+    return [c for c in python_device.calls if "local_scalar" in c or "nonzero" in c]
+
+
 def a_forward_waits_for_no_number():
     """On a device nobody looks, whatever the guard; in a training forward, and without one."""
     for guard in GUARDS:
@@ -109,8 +115,47 @@ def a_forward_waits_for_no_number():
             python_device.calls.clear()
             with context:
                 model(x)
-            asked = [c for c in python_device.calls if "local_scalar" in c or "nonzero" in c]
-            assert asked == [], (guard, asked)
+            assert asked_for() == [], (guard, asked_for())
+
+
+def a_backward_waits_for_no_number():
+    """Nor does a guard look at a gradient, at the input's or a parameter's."""
+    for guard in GUARDS:
+        model, x = esper.wrap(net()), batch().requires_grad_()
+        model[0].enable_step_guard()
+        model[0].graft(0, nn.Linear(6, 6).to(DEVICE), alpha=0.5, example=x, guard=guard)
+        loss = model(x).sum()
+        python_device.calls.clear()
+        loss.backward()
+        assert asked_for() == [], (guard, asked_for())
+
+
+def seeds_that_run_as_one_wait_for_no_number():
+    """Their shares are made there, each for its guard, and a fault is its own seed's."""
+    for guard in GUARDS:
+        model, x = esper.wrap(net(), num_seeds=6), batch()
+        model[0].enable_step_guard()
+        for i in range(6):
+            kernel = nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 6)).to(DEVICE)
+            model[0].graft(i, kernel, alpha=0.5, example=x, guard=guard)
+        kernels = [model[0].seed_kernel(i) for i in range(6)]
+        expected = model[0].default_layer(x) + sum(0.5 * kernel(x) for kernel in kernels)
+        python_device.calls.clear()
+        y = model[0](x)
+        assert asked_for() == [], (guard, asked_for())
+        assert any("bmm" in c for c in python_device.calls) == (guard == "step"), guard
+        close(y, expected)
+        python_device.calls.clear()
+        y.square().sum().backward()
+        assert asked_for() == [], (guard, asked_for())
+        assert all(p.grad is not None for kernel in kernels for p in kernel.parameters())
+        if guard == "off":
+            continue
+        with torch.no_grad():
+            kernels[3][2].bias.fill_(torch.nan)
+        model(x)
+        faults = esper.maintain(model).faults if guard == "always" else read_step_flags([model[0]])
+        assert [fault.seed_idx for fault in faults] == [3], (guard, faults)
 
 
 def a_faulty_kernel_costs_its_share():
@@ -278,6 +323,8 @@ CHECKS = {
         a_graft_is_the_formula,
         kernels_are_swapped,
         a_forward_waits_for_no_number,
+        a_backward_waits_for_no_number,
+        seeds_that_run_as_one_wait_for_no_number,
         a_faulty_kernel_costs_its_share,
         a_bad_gradient_reaches_nobody,
         the_step_guard_drops_a_step,

@@ -18,6 +18,9 @@ calls = []
 """Names of the operations that have run there."""
 
 
+_BY_STRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.view.default)
+
+
 def there(value):
     """Say whether something is a tensor of the device."""
     return isinstance(value, torch.Tensor) and value.device.type == NAME
@@ -57,6 +60,8 @@ def _on_cpu(op, *args, **kwargs):
         return same
 
     args, kwargs = tree_map(value_of, (list(args), kwargs))
+    if op in _BY_STRIDES:  # which torch takes from the tensor there: it has those of its shape
+        args[0] = args[0].contiguous()
     with torch._C._AutoDispatchBelowAutograd():
         return tree_map(place, op(*args, **kwargs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 from esper.forward.blending import blend
 from esper.forward.fence import left_out, run_kernel
 from esper.forward.finiteness import host_mark, in_transform, seen_finite
+from esper.forward.fused_gates import GroupGates
 from esper.forward.seed_groups import grouping_of
 from esper.forward.value_gates import CLEAN, share_adder
 from esper.state.observation import CLEAN_MARKS, Call
@@ -23,12 +25,29 @@ if TYPE_CHECKING:
     from esper.state.layer_record import LayerRecord
     from esper.state.seed_group import SeedGroup
 
-    Share = tuple[SeedGroup, Tensor, Sequence[Tensor]]
-
 _OF_ALL_MODULES: Final = tuple(
     vars(nn.modules.module)[f"_global_{name}_hooks"]
     for name in ("forward", "forward_pre", "backward", "backward_pre")
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a group adds in a call.
+
+    Attributes:
+        group: The group.
+        total: The sum of its shares.
+        marks: Those of each share; empty where all was seen to be finite, or is not guarded.
+        joined: The host's output with the sum, where that was made.
+        gates: Those of ``guard="always"``.
+    """
+
+    group: SeedGroup
+    total: Tensor
+    marks: Sequence[Tensor] = ()
+    joined: Tensor | None = None
+    gates: GroupGates | None = None
 
 
 def blend_fused(
@@ -54,7 +73,7 @@ def blend_fused(
     shares = _shares(grouping.groups, call, h)
     if shares is None:
         return blend(record, call, h, run)
-    adders = []
+    adders, host = [], h
     for seed in grouping.others:
         k = run(seed, call, h)
         if k is None:
@@ -64,9 +83,9 @@ def blend_fused(
         assert alpha is not None
         adders.append(share_adder(seed, h, k, alpha)[0])
     y = h
-    for group, total, marks in shares:
-        y = y + total
-        _remember(group, h.detach(), marks)
+    for share in shares:
+        y = y + share.total if share.joined is None or y is not host else share.joined
+        _remember(share, h)
     for add in adders:
         y = add(y)
     return y
@@ -81,45 +100,63 @@ def _can_fuse(record: LayerRecord, h: Tensor) -> bool:
     return type(h) is Tensor and torch._C._get_tracing_state() is None  # noqa: SLF001 - there is no public one
 
 
-def _shares(groups: Sequence[SeedGroup], call: LayerCall, h: Tensor) -> list[Share] | None:
+def _shares(groups: Sequence[SeedGroup], call: LayerCall, h: Tensor) -> list[_Share] | None:
     """Return each group with the sum of its shares, or None where one cannot be run as one.
 
     Whatever it raises, each kernel runs by itself then, behind its own fence.
     """
+    found = []
     try:
-        return [_share(group, call, h) for group in groups]
+        for group in groups:
+            share = _share(group, call, h)
+            if share is None:
+                return None
+            found.append(share)
     except _StopRecomputationError:  # a checkpoint has what it wants; no fault of a kernel's
         raise
     except Exception:  # noqa: BLE001 - the fence, of all of them
         return None
+    return found
 
 
-def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> Share:
+def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> _Share | None:
+    """Return a group with the sum of its shares, or None where that is not the shorter way."""
     first = group.seeds[0]
     given = h if first.is_serial else call.x
     alphas = torch.stack([seed.slot._buffers["alpha"] for seed in group.seeds])  # type: ignore[misc] # noqa: SLF001 - getattr costs a microsecond
     if not group.stands or type(given) is not Tensor or alphas.requires_grad:
         msg = "the kernels are not as they were when the plan was made"
         raise ValueError(msg)
-    is_watched, host = first.guard == "step", h.detach()
-    alphas = alphas.to(h.dtype)
-    if is_watched and seen_finite(host):  # of a masked one nothing could be seen, call for call
-        total, _ = group.run(given, alphas, host, is_watched=False)
-        if seen_finite(host + total.detach()):
-            return group, total, ()
-    return group, *group.run(given, alphas, host, is_watched=is_watched)
+    if not group.run.pays(given):
+        return None
+    host, alphas = h.detach(), alphas.to(h.dtype)
+    if first.guard == "off":
+        return _Share(group, *group.run(given, alphas, host, is_watched=False))
+    is_finite = seen_finite(host)  # of a masked one nothing could be seen, call for call
+    if is_finite:
+        gates = GroupGates(group, given, alphas) if first.guard == "always" else None
+        read = given if gates is None else gates.gated()
+        total, _ = group.run(read, alphas, host, is_watched=False)
+        joined = h + total
+        if seen_finite(joined):
+            return _Share(group, total, joined=joined, gates=gates)
+    if first.guard == "always":
+        return None
+    return _Share(group, *group.run(given, alphas, host, is_watched=True))
 
 
-def _remember(group: SeedGroup, h: Tensor, marks: Sequence[Tensor]) -> None:
+def _remember(share: _Share, h: Tensor) -> None:
     """Remember the call with each seed, as it would be by itself."""
-    if group.seeds[0].guard == "off":
-        for seed in group.seeds:
+    seeds = share.group.seeds
+    if seeds[0].guard == "off":
+        for seed in seeds:
             seed.seen.calls.append(CLEAN)
-        return
-    if not marks:  # all that was added was seen to be finite, and so was the host
-        for seed in group.seeds:
+    elif share.gates is not None:
+        share.gates.remember(share.total, h.shape)
+    elif not share.marks:  # all that was added was seen to be finite, and so was the host
+        for seed in seeds:
             seed.seen.calls.append(Call(h.shape, CLEAN_MARKS))
-        return
-    host = host_mark(h)
-    for seed, mark in zip(group.seeds, marks, strict=True):
-        seed.seen.calls.append(Call(h.shape, (host, mark)))
+    else:
+        host = host_mark(h.detach())
+        for seed, mark in zip(seeds, share.marks, strict=True):
+            seed.seen.calls.append(Call(h.shape, (host, mark)))

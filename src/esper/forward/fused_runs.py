@@ -9,8 +9,10 @@ the first of ``[seeds, rows, features]``, the second of ``[batch, seeds, channel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from esper.compiler.parts import Add, Mul, Scale, Sub
 from esper.forward.share_marks import check_like, share_marks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from esper.forward.kernel_steps import KernelSteps
 
 Rule = Callable[[Sequence[nn.Module], Sequence[Tensor]], Tensor]
@@ -36,6 +40,9 @@ ACTIVATIONS: Final[tuple[type[nn.Module], ...]] = (
 COMBINATIONS: Final[tuple[type[nn.Module], ...]] = (Add, Sub, Mul)
 """Steps that put several values together, number by number."""
 
+NORMS: Final[tuple[type[nn.Module], ...]] = (nn.LayerNorm, nn.RMSNorm)
+"""Steps that norm the last axis."""
+
 
 def _joined(
     steps: Sequence[nn.Module], name: str, join: Callable[[list[Tensor]], Tensor]
@@ -45,7 +52,7 @@ def _joined(
     Raises:
         AttributeError, RuntimeError, ValueError: They are not alike any more.
     """
-    found = [step._parameters[name] for step in steps]  # noqa: SLF001 - getattr costs a microsecond
+    found = [step._parameters.get(name) for step in steps]  # noqa: SLF001 - getattr costs a microsecond
     if found[0] is None:
         return None
     tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
@@ -62,14 +69,42 @@ def _weight(steps: Sequence[nn.Module], join: Callable[[list[Tensor]], Tensor]) 
     return weight
 
 
-def _linear(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+def _norm(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+    """Return what is normed, without weight and bias: the layers that read it get them."""
+    first = steps[0]
+    if type(first) is nn.LayerNorm:
+        return nn.functional.layer_norm(values[0], first.normalized_shape, eps=first.eps)
+    assert isinstance(first, nn.RMSNorm)
+    return nn.functional.rms_norm(values[0], first.normalized_shape, eps=first.eps)
+
+
+def _behind(
+    norms: Sequence[nn.Module], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weights and biases with those of norms in them, whose output they read.
+
+    ``W (g x + b) + c = (W g) x + (W b + c)``
+    """
+    shift = _joined(norms, "bias", torch.stack)
+    if shift is not None:
+        added = torch.bmm(weight, shift.unsqueeze(2)).squeeze(2)
+        bias = added if bias is None else bias + added
+    scale = _joined(norms, "weight", torch.stack)
+    return (weight if scale is None else weight * scale.unsqueeze(1)), bias
+
+
+def _linear(
+    steps: Sequence[nn.Module], values: Sequence[Tensor], norms: Sequence[nn.Module] = ()
+) -> Tensor:
     """Return ``[seeds, rows, out]``: by one product where all seeds read the same."""
     (x,) = values
-    if x.dim() == 2:
-        bias = _joined(steps, "bias", torch.cat)
-        y = nn.functional.linear(x, _weight(steps, torch.cat), bias)
-        return y.view(len(x), len(steps), -1).transpose(0, 1)
     weight, bias = _weight(steps, torch.stack), _joined(steps, "bias", torch.stack)
+    if norms:
+        weight, bias = _behind(norms, weight, bias)
+    if x.dim() == 2:
+        joined = None if bias is None else bias.flatten()
+        y = nn.functional.linear(x, weight.flatten(0, 1), joined)
+        return y.view(len(x), len(steps), -1).transpose(0, 1)
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
@@ -82,6 +117,7 @@ def _each_number(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor
 
 FEATURES: Final[Rules] = {
     nn.Linear: _linear,
+    **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(ACTIVATIONS + COMBINATIONS, _each_number),
 }
 """Steps that work on the last axis."""
@@ -115,6 +151,56 @@ _CONVOLVE: Final[dict[int, Callable[..., Tensor]]] = {
 }
 
 
+def _summed(
+    steps: Sequence[nn.Module], alphas: Tensor, *, is_shared: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of what gives ``sum_i alpha_i k_i``.
+
+    Args:
+        steps: The last steps.
+        alphas: ``[seeds]``.
+        is_shared: Whether all read the same, or else each its own, which lie side by side.
+    """
+    bias = _joined(steps, "bias", torch.stack)
+    total = None if bias is None else alphas @ bias
+    if is_shared:
+        weight = _weight(steps, torch.stack)
+        return (alphas @ weight.flatten(1)).view(weight.shape[1:]), total
+    weight = _weight(steps, partial(torch.stack, dim=1))
+    return (weight * alphas.view(-1, *(1,) * (weight.dim() - 2))).flatten(1, 2), total
+
+
+def _linear_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor:
+    is_shared = x.dim() == 2
+    given = x if is_shared else x.transpose(0, 1).flatten(1)
+    return nn.functional.linear(given, *_summed(steps, alphas, is_shared=is_shared))
+
+
+def _convolution_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor | None:
+    first = steps[0]
+    assert isinstance(first, _ConvNd)
+    axes = len(first.kernel_size)
+    is_shared = x.dim() == axes + 2
+    if first.groups > 1 and not is_shared:
+        return None
+    y: Tensor = _CONVOLVE[axes](
+        x if is_shared else x.flatten(1, 2),
+        *_summed(steps, alphas, is_shared=is_shared),
+        first.stride,
+        first.padding,
+        first.dilation,
+        first.groups,
+    )
+    return y
+
+
+SUMS: Final[dict[type[nn.Module], Callable[..., Tensor | None]]] = {
+    nn.Linear: _linear_sum,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_sum),
+}
+"""Last steps that give the sum of all shares, of which none is made; None where they cannot."""
+
+
 def _combination(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
     """Put values together; what all seeds share gets an axis of seeds."""
     most = max(value.dim() for value in values)
@@ -139,25 +225,50 @@ class StepByStep:
 
     def __init__(self, kernels: Sequence[KernelSteps], rules: Rules) -> None:
         first = kernels[0]
+        of_all = list(zip(*(kernel.steps for kernel in kernels), strict=True))
+        norms = [type(first.steps[i[0] - 1]) in NORMS and of_all[i[0] - 1] for i in first.wiring]
         self._lines = [
-            (rules[type(step)], steps, inputs)
-            for step, inputs, *steps in zip(
-                first.steps, first.wiring, *(kernel.steps for kernel in kernels), strict=True
-            )
+            (partial(_linear, norms=norm) if norm else rules[type(steps[0])], steps, inputs)
+            for steps, inputs, norm in zip(of_all, first.wiring, norms, strict=True)
         ]
         self._has_rows = rules is FEATURES
+        self._sum = None if norms[-1] else SUMS.get(type(first.steps[-1]))
+        self._fewest_rows, self._most_rows = _rows_that_pay(kernels)
+
+    def pays(self, given: Tensor) -> bool:
+        """Say whether it was measured to take less time on this input than one by one."""
+        if not self._has_rows:
+            return True
+        return self._fewest_rows <= given.shape[:-1].numel() <= self._most_rows
 
     def __call__(
         self, given: Tensor, alphas: Tensor, h: Tensor, *, is_watched: bool
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return ``sum_i alpha_i k_i``, like ``h``, and the marks of the shares, if asked for.
 
-        As :class:`~esper.forward.fused_products.TwoProducts` does.
+        Where no marks are wanted, and the last step is a layer, no share is made by itself.
+
+        Args:
+            given: What the kernels read.
+            alphas: ``[seeds]``, in the dtype of ``h``.
+            h: The host's output, detached.
+            is_watched: Whether marks are wanted.
+
+        Raises:
+            AttributeError, RuntimeError, ValueError: The kernels are not alike any more, or what
+                they give is unlike ``h``.
         """
         values = [given.reshape(-1, given.shape[-1]) if self._has_rows else given]
-        for rule, steps, inputs in self._lines:
+        for rule, steps, inputs in self._lines[:-1]:
             values.append(rule(steps, [values[i] for i in inputs]))
-        outputs = values[-1]
+        rule, steps, inputs = self._lines[-1]
+        last = [values[i] for i in inputs]
+        total = None if is_watched or self._sum is None else self._sum(steps, last[0], alphas)
+        if total is not None:
+            shape = (*given.shape[:-1], total.shape[-1]) if self._has_rows else total.shape
+            check_like(shape, total.dtype, h)
+            return total.view(h.shape), ()
+        outputs = rule(steps, last)
         if self._has_rows:
             outputs = outputs.reshape(len(alphas), *given.shape[:-1], -1)
         else:
@@ -166,3 +277,42 @@ class StepByStep:
         shares = outputs * alphas.view(-1, *(1,) * h.dim())
         total = shares.sum(0)
         return total, share_marks(h, shares.detach()) if is_watched else ()
+
+
+def are_norms_known(kernel: KernelSteps) -> bool:
+    """Say whether norms are over the last axis, and only linear layers read what they give."""
+    for place, step in enumerate(kernel.steps, 1):
+        if not isinstance(step, NORMS):
+            continue
+        readers = [type(s) for s, i in zip(kernel.steps, kernel.wiring, strict=True) if place in i]
+        if len(cast("tuple[int, ...]", step.normalized_shape)) != 1 or {*readers} != {nn.Linear}:
+            return False
+    return True
+
+
+def _rows_that_pay(kernels: Sequence[KernelSteps]) -> tuple[int, int]:
+    """Return the fewest rows and the most with which kernels on features are faster as one."""
+    num_elements = sum(parameter.numel() for parameter in kernels[0].kernel.parameters())
+    fewest = num_elements // _ELEMENTS_A_ROW if num_elements > _FEW_ELEMENTS else 0
+    width = max(_widths_between(kernels[0]), default=0)
+    return fewest, _NUMBERS_BETWEEN // (width * len(kernels)) if width else sys.maxsize
+
+
+def _widths_between(kernel: KernelSteps) -> Iterator[int]:
+    """Yield what layers read that are neither last nor read what all seeds read."""
+    is_shared = [True]
+    for step, inputs in zip(kernel.steps, kernel.wiring, strict=True):
+        reads_shared = all(is_shared[i] for i in inputs)
+        if type(step) is nn.Linear and not reads_shared and step is not kernel.steps[-1]:
+            yield step.in_features
+        is_shared.append(reads_shared and type(step) is not nn.Linear)
+
+
+_FEW_ELEMENTS: Final = 1 << 16
+"""Parameters of a kernel of which so many are joined in no time, ..."""
+
+_ELEMENTS_A_ROW: Final = 1 << 10
+"""... and, where there are more, so many for each row: beyond, joining them costs what it saves."""
+
+_NUMBERS_BETWEEN: Final = 1 << 19
+"""Numbers that layers between first and last read, of all seeds: more leave the caches."""

@@ -48,7 +48,7 @@ def gated(x: Tensor, seed: Seed) -> Tensor:
     return gated
 
 
-def _zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
+def zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
     """Return the gradient, or zeros where it is not finite, and remember which.
 
     On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
@@ -74,7 +74,7 @@ class _InputHook:
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """Return the gradients that may pass; None where there is none."""
         (gradient,) = gradients
-        return None if gradient is None else (_zeros_unless_finite(gradient, self._seed, -1),)
+        return None if gradient is None else (zeros_unless_finite(gradient, self._seed, -1),)
 
 
 class _ParameterHook:
@@ -90,7 +90,7 @@ class _ParameterHook:
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
         """Return the gradient that may pass."""
-        return None if gradient is None else _zeros_unless_finite(gradient, self._seed, self._place)
+        return None if gradient is None else zeros_unless_finite(gradient, self._seed, self._place)
 
 
 def gate_parameters(seed: Seed) -> None:

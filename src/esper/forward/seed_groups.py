@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from esper.forward.fused_products import ACTIVATIONS, TwoProducts
-from esper.forward.fused_runs import CHANNELS, FEATURES, StepByStep
+from esper.forward.fused_runs import CHANNELS, FEATURES, Rules, StepByStep, are_norms_known
 from esper.forward.kernel_steps import KernelSteps, steps_of
-from esper.state.seed_group import Grouping, RunTogether, SeedGroup
+from esper.state.seed_group import Grouping, SeedGroup
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -27,16 +25,25 @@ class _Way:
     """A way to run kernels as one, and when it was measured to be the shorter one.
 
     Attributes:
-        takes: Whether kernels of a form can be run so.
-        run: Makes what runs them.
+        rules: How each step is run.
+        layer: A step of this class is among them.
         fewest: So many seeds at least.
-        most_elements: Of one kernel's parameters; None: any number.
     """
 
-    takes: Callable[[KernelSteps], bool]
-    run: Callable[[Sequence[KernelSteps]], RunTogether]
+    rules: Rules
+    layer: type[nn.Module]
     fewest: int
-    most_elements: int | None = None
+
+    def takes(self, kernel: KernelSteps) -> bool:
+        """Say whether kernels of a form can be run so."""
+        if any(step.__dict__.get("inplace") for step in kernel.steps):
+            return False
+        if any(step.__dict__.get("padding_mode", "zeros") != "zeros" for step in kernel.steps):
+            return False
+        if not are_norms_known(kernel):
+            return False
+        classes = {type(step) for step in kernel.steps}
+        return classes <= self.rules.keys() and any(issubclass(cls, self.layer) for cls in classes)
 
 
 def grouping_of(plan: Sequence[Seed]) -> Grouping:
@@ -60,7 +67,7 @@ def grouping_of(plan: Sequence[Seed]) -> Grouping:
 
 def _steps_to_fuse(seed: Seed) -> KernelSteps | None:
     """Return a seed's kernel as steps, or None where it runs by itself."""
-    if seed.guard == "always" or seed.takes is not None:
+    if seed.takes is not None:
         return None
     steps = steps_of(seed.slot.kernel)
     if steps is None or any(steps.hooks()) or not any(way.takes(steps) for way in _WAYS):
@@ -73,13 +80,10 @@ def _group(found: Sequence[tuple[Seed, KernelSteps]]) -> SeedGroup | None:
     way = next((way for way in _WAYS if way.takes(kernels[0])), None)
     if way is None or len(found) < way.fewest:
         return None
-    num_elements = sum(p.numel() for p in kernels[0].kernel.parameters())
-    if way.most_elements is not None and num_elements > way.most_elements:
-        return None
     tables = tuple(table for kernel in kernels for table in kernel.tables())
     return SeedGroup(
         seeds=tuple(seed for seed, _ in found),
-        run=way.run(kernels),
+        run=StepByStep(kernels, way.rules),
         hooks=tuple(table for kernel in kernels for table in kernel.hooks()),
         tables=tables,
         sizes=list(map(len, tables)),
@@ -87,37 +91,9 @@ def _group(found: Sequence[tuple[Seed, KernelSteps]]) -> SeedGroup | None:
     )
 
 
-def _is_two_products(kernel: KernelSteps) -> bool:
-    ends, between = (kernel.steps[0], kernel.steps[-1]), kernel.steps[1:-1]
-    is_chain = kernel.wiring == tuple((i,) for i in range(len(kernel.steps)))
-    has_ends = ends[0] is not ends[1] and all(type(step) is nn.Linear for step in ends)
-    is_known = all(type(step) in ACTIVATIONS for step in between) and len(between) < 2
-    is_written_to = any(step.__dict__.get("inplace") for step in between)
-    return is_chain and has_ends and is_known and not is_written_to
-
-
-def _has_steps(kernel: KernelSteps, rules: dict[type[nn.Module], object], one: type) -> bool:
-    classes = {type(step) for step in kernel.steps}
-    if any(step.__dict__.get("inplace") for step in kernel.steps):
-        return False
-    if any(step.__dict__.get("padding_mode", "zeros") != "zeros" for step in kernel.steps):
-        return False
-    return classes <= rules.keys() and any(issubclass(cls, one) for cls in classes)
-
-
 _WAYS: Final = (
-    _Way(takes=_is_two_products, run=TwoProducts, fewest=6),
-    _Way(
-        takes=partial(_has_steps, rules=dict(CHANNELS), one=_ConvNd),
-        run=partial(StepByStep, rules=CHANNELS),
-        fewest=3,
-    ),
-    _Way(
-        takes=partial(_has_steps, rules=dict(FEATURES), one=nn.Linear),
-        run=partial(StepByStep, rules=FEATURES),
-        fewest=6,
-        most_elements=1 << 15,
-    ),
+    _Way(rules=CHANNELS, layer=_ConvNd, fewest=3),
+    _Way(rules=FEATURES, layer=nn.Linear, fewest=4),
 )
 
 _FEWEST: Final = min(way.fewest for way in _WAYS)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class RunTogether(Protocol):
     """Runs kernels as one."""
 
+    def pays(self, given: Tensor) -> bool:
+        """Say whether this takes less time on an input than one by one."""
+
     def __call__(
         self, given: Tensor, alphas: Tensor, h: Tensor, *, is_watched: bool
     ) -> tuple[Tensor, Sequence[Tensor]]:
