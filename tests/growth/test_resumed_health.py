@@ -99,6 +99,15 @@ def test_counts_of_a_seed_go_on():
     assert measured_at_100(forgetful) != whole
 
 
+def test_a_layers_health_goes_on_and_its_counts_begin_anew():
+    """As the document has it: what has to do with the process is not saved."""
+    course = some_faults()
+    before, after = course.layer.get_stats(), course.resumed().layer.get_stats()
+    assert after["health"] == before["health"]
+    assert before["execution_stats"]["fault_count"] > 0
+    assert after["execution_stats"]["fault_count"] == 0
+
+
 def test_a_layer_that_is_not_healthy_stays_closed():
     """The policy is told at once; a control forgets, and would let something grow there."""
     course = some_faults()

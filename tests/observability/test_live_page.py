@@ -308,6 +308,7 @@ def test_what_events_know_of_time_and_size_is_on_the_page_while_a_run_goes_on(tm
     assert facts["Time since its start"] == "1:03"
     assert (facts["Parameters before"], facts["Parameters now"]) == ("1,000", "1,034")
     assert "report.json" in facts["Wall time by work"]
+    assert "report.json" in facts["Growing may take"]
 
 
 def test_control_what_a_log_does_not_tell_is_not_known(tmp_path):

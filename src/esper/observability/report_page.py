@@ -70,6 +70,9 @@ MARK_CAPTION = (
 )
 
 
+IN_THE_REPORT: Final = "in report.json, at the end"
+"""Stands for what no event tells."""
+
 TITLE: Final = "Esper: a run of growth"
 """Heading of a run's page."""
 
@@ -468,16 +471,17 @@ def _work_parts(report: RunReport) -> list[Markup]:
         return [paragraph(f"{told[0].upper()}{told[1:]}."), _flops_table(report)]
     training = report.seconds.get("training")
     growing_s = sum(report.seconds.values()) - (training or 0.0)
+    unknown = "no limit was recorded" if report.seconds else IN_THE_REPORT
     known = report.overhead_limit is not None
     figures = {
         "Spent on growing": flops_text(report.overhead),
-        "Growing may take": flops_text(report.overhead_limit) if known else "no limit was recorded",
+        "Growing may take": flops_text(report.overhead_limit) if known else unknown,
         "Share of training's FLOPs": f"{report.overhead_share:.1%}",
     }
     if training is not None:
         figures["Wall time beside training"] = f"{growing_s:,.1f} s of {training:,.1f} s"
     elif not report.seconds:
-        figures["Wall time by work"] = "in the run's report.json, once it has ended"
+        figures["Wall time by work"] = IN_THE_REPORT
     beyond = beyond_limit(report)
     words = [paragraph(f"{beyond[0].upper()}{beyond[1:]}.")] if beyond else []
     return [facts(figures), *words, _flops_table(report)]
