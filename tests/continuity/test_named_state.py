@@ -211,3 +211,58 @@ def test_several_optimizers_get_their_own():
             if again.get_parameter(name) in o.state
         )
         assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
+
+
+def isolated_run(optimizer_first, groups="one group"):
+    """A run whose kernel has been isolated, after it was trained with its host."""
+    model = built()
+    optimizer = torch.optim.AdamW(GROUPS[groups](model), lr=1e-2) if optimizer_first else None
+    graft(model, 0)
+    optimizer = optimizer or torch.optim.AdamW(GROUPS[groups](model), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+    assert not any("_seeds" in name for name in model.state_dict())
+    return model, optimizer
+
+
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_kernel_that_is_out_of_use_has_its_own_moments_in_a_checkpoint(
+    groups, optimizer_first, tmp_path
+):
+    """And where it is in use again, both runs are the same."""
+    model, optimizer = isolated_run(optimizer_first, groups)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    again = built()
+    other = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+    esper.load_checkpoint(tmp_path / "run", again, other)
+    for run in ((model, optimizer), (again, other)):
+        for _ in range(4):
+            train(*run)
+            for _ in range(3):
+                esper.maintain(run[0])
+    assert "0._seeds.0.kernel.steps.0.weight" in dict(again.named_parameters())
+    assert same(model.state_dict(), again.state_dict())
+    assert same(moments(model, optimizer), moments(again, other))
+
+
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_the_hosts_moments_load_where_the_models_state_has_no_kernel(groups, optimizer_first):
+    """A kernel that is out of use is in no state of the model; its moments are nobody else's."""
+    model, optimizer = isolated_run(optimizer_first, groups)
+    again = built()
+    other = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+    esper.sync_optimizer(again, other)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same(moments(again, other), moments(model, optimizer))
+    assert len(other.state) == 4
+    train(model, optimizer)
+    train(again, other)
+    assert same(model.state_dict(), again.state_dict())

@@ -24,6 +24,7 @@ from esper.continuity.grown_state import (
     check_same_kernels,
     checked,
     grown_state,
+    layers_of,
     load_depth,
     load_seeds,
     load_weights,
@@ -41,6 +42,7 @@ from esper.contracts import checkpoint_format
 from esper.contracts.arguments import check_type
 from esper.registry.disk import Disk
 from esper.resilience.durable_file import WritesFiles, write_durably
+from esper.seeds.seed_figures import health_state, load_health_state
 from esper.state.host_parts import check_module, is_in_a_seed
 from esper.state.shards import is_in_shards, whole_in
 
@@ -278,7 +280,7 @@ def _drawn_anew(random: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _parts(content: object) -> dict[str, Any]:
-    if isinstance(content, dict) and content.keys() == _CONTENT:
+    if isinstance(content, dict) and content.keys() | _SINCE_THEN == _CONTENT | _SINCE_THEN:
         return content
     msg = "its content is not what Esper writes"
     raise ValueError(msg)
@@ -304,6 +306,8 @@ class _Average(TypedDict):
 
 _OBJECTS: Final = ("scheduler", "scaler", "grower")
 _CONTENT: Final = {"model", "grown", "optimizer", "ramps", "ema", "random", "extra", *_OBJECTS}
+_SINCE_THEN: Final = {"health"}
+"""What files of before have not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +353,7 @@ def _collected(run: _Run) -> dict[str, Any]:
     return {
         "model": weights_of(run.model),
         "grown": grown_state(run.model),
+        "health": health_state(layers_of(bare(run.model))),
         "optimizer": None if run.optimizer is None else _objects(members_of(run.optimizer)),
         "ramps": [] if run.optimizer is None else ramps_of(run.model, run.optimizer),
         "ema": _average(run),
@@ -396,6 +401,7 @@ class _Loading:
     optimizer: list[dict[str, Any]]
     group_of: dict[str, int]
     ramps: list[dict[str, Any]]
+    health: dict[str, Any]
     objects: dict[str, list[dict[str, Any]]]
     random: dict[str, Any]
 
@@ -423,6 +429,7 @@ def _checked(run: _Run, content: dict[str, Any], classes: tuple[type[nn.Module],
         optimizer=optimizer,
         group_of=_groups_by_name(optimizer),
         ramps=content["ramps"],
+        health=content.get("health", {}),
         objects=objects,
         random=content["random"],
     )
@@ -503,6 +510,7 @@ def _load(run: _Run, loading: _Loading) -> None:
             for member, state in zip(members_of(run.optimizer), loading.optimizer, strict=True):
                 member.load_state_dict(state)
             resume_ramps(run.model, run.optimizer, loading.ramps)
+        load_health_state(layers_of(bare(run.model)), loading.health)
         for name in _OBJECTS:
             for each, state in zip(run.objects[name], loading.objects[name], strict=True):
                 each.load_state_dict(state)

@@ -86,7 +86,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 def grown_state(model: nn.Module) -> GrownState:
     """Return what a model is beyond its class, weights aside."""
     inner = bare(model)
-    layers = {n: _layer_state(m) for n, m in _layers(inner).items() if not _is_pristine(m)}
+    layers = {n: _layer_state(m) for n, m in layers_of(inner).items() if not _is_pristine(m)}
     return {"layers": layers, "depth": depth_state(inner)}
 
 
@@ -98,7 +98,7 @@ def check_can_be_saved(model: nn.Module, classes: Iterable[type[nn.Module]]) -> 
             blueprint nor is its class among ``classes`` and importable.
     """
     known = set(classes)
-    for name, layer in _layers(bare(model)).items():
+    for name, layer in layers_of(bare(model)).items():
         record = record_of(layer)
         if record.waiting:
             msg = (
@@ -184,7 +184,7 @@ def checked(
     inner, known = bare(model), {_word_of(kind): kind for kind in classes}
     _check_same(what, _hosts(weights_of(inner)), _hosts(weights))
     _check_depth(what, model, grown["depth"])
-    layers = _layers(inner)
+    layers = layers_of(inner)
     plans, in_seeds = {}, {k: v for k, v in weights.items() if is_in_a_seed(k)}
     for name, state in grown["layers"].items():
         if name in layers:
@@ -203,7 +203,7 @@ def checked(
 def as_it_is(model: nn.Module) -> Loading:
     """Return the way back: a model's own state, with copies of its tensors and its own kernels."""
     grown = grown_state(model)
-    layers = _layers(bare(model))
+    layers = layers_of(bare(model))
     return Loading(
         model=model,
         weights={
@@ -226,7 +226,7 @@ def load_depth(loading: Loading) -> None:
 
 def load_seeds(loading: Loading) -> None:
     """Put the kernels in that the state has, and take all others out."""
-    for name, layer in _layers(bare(loading.model)).items():
+    for name, layer in layers_of(bare(loading.model)).items():
         if name in loading.plans:
             carry_out(layer, loading.plans[name])
             _settle(layer, loading.plans[name], loading.grown["layers"][name])
@@ -238,7 +238,7 @@ def load_weights(loading: Loading) -> None:
     """Load the weights, and then what counts the calls of their layers."""
     inner = bare(loading.model)
     _load_tensors(inner, loading.weights)
-    for name, layer in _layers(inner).items():
+    for name, layer in layers_of(inner).items():
         if name in loading.plans:
             state = loading.grown["layers"][name]
             _load_counters(record_of(layer), state["layout"], state["counts"])
@@ -250,7 +250,7 @@ def load_weights(loading: Loading) -> None:
 
 def tell_followers(model: nn.Module) -> None:
     """Let averages that follow a model look whether they are in step with it."""
-    for layer in _layers(bare(model)).values():
+    for layer in layers_of(bare(model)).values():
         record_of(layer).changed()
 
 
@@ -435,7 +435,7 @@ def _load_counters(record: LayerRecord, state: dict[str, Any], counts: dict[str,
 # ---- what has to be the same
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return wrapped layers outside of seeds by their names."""
     named = model.named_modules()
     return {n: m for n, m in named if RECORD in m.__dict__ and not is_in_a_seed(n)}

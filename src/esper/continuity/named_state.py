@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
+from esper.state.host_parts import SEEDS, SEEDS_PREFIX
+from esper.state.layer_record import RECORD, record_of
 from esper.state.shards import is_spread, spread_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -30,6 +32,8 @@ NAMES: Final = "param_names"
 """Where torch keeps the names of a group's parameters."""
 NAMED_BY_US: Final = "named_for_loading"
 """Marks groups of a ``state_dict`` whose optimizer has no names of its own."""
+ASIDE: Final = "names_aside"
+"""Names in a group whose kernels were out of use, so that they are in no state of the model."""
 
 _WRAPPERS: Final = ("module", "_orig_mod")
 """Parts of names that DistributedDataParallel and ``torch.compile`` put there."""
@@ -45,7 +49,7 @@ def order_by_model(model: nn.Module, optimizer: AnyOptimizer, kernels: set[int])
         optimizer: What trains it; the lists of its groups are changed in place.
         kernels: Ids of the parameters that appeared in the run.
     """
-    position = {id(p): i for i, p in enumerate(bare(model).parameters())}
+    position = {key: i for i, key in enumerate(names_of(model))}
     for group in optimizer.param_groups:
         params = group["params"]
         moving = [i for i, p in enumerate(params) if id(p) in kernels and id(p) in position]
@@ -102,7 +106,12 @@ class NamedState:
 
     def _after_saving(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         model = self._model(optimizer)
-        if model is None or _has_names(optimizer):
+        if model is None:
+            return
+        aside = {name for _, named in _out_of_use(model) for name, _ in named}
+        for group in state["param_groups"] if aside else ():
+            group[ASIDE] = sorted(aside)
+        if _has_names(optimizer):
             return
         names = names_of(model)
         found = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
@@ -123,14 +132,21 @@ class NamedState:
             wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
             may_start = {name for key, name in names.items() if key in kernels}
             groups = _by_name(groups, wanted, may_start)
-        spread = _spread(state["state"], groups, live)
+        spread = _spread(_of_groups(state, groups), groups, live)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
         return {
             **state,
             "state": spread,
-            "param_groups": [_without(group, NAMED_BY_US) for group in groups],
+            "param_groups": [_without(_without(group, NAMED_BY_US), ASIDE) for group in groups],
         }
+
+
+def _of_groups(state: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Any, Any]:
+    """Return what is saved of parameters, without those that no group wants."""
+    wanted = {key for group in groups for key in group["params"]}
+    left = {key for group in state["param_groups"] for key in group["params"]} - wanted
+    return {key: own for key, own in state["state"].items() if key not in left}
 
 
 def _spread(
@@ -189,8 +205,9 @@ def _by_name(
         dict(zip(map(bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
     ]
     lacking = sorted(
-        {n for own, names in zip(having, wanted, strict=True) for n in own}
+        {n for own in having for n in own}
         - {n for names in wanted for n in names}
+        - {n for group in saved for n in group.get(ASIDE, ())}
     )
     if lacking:
         msg = (
@@ -223,8 +240,32 @@ def _by_name(
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters by their ids, without those of wrappers."""
-    return {id(p): bare_name(name) for name, p in bare(model).named_parameters()}
+    """Return the names of a model's parameters by their ids, in its order, without wrappers'.
+
+    Those of kernels that are out of use stand behind their layer's, as they will stand again.
+    """
+    order = [(bare_name(name), p) for name, p in bare(model).named_parameters()]
+    for layer, aside in _out_of_use(model):
+        own = [i for i, (name, _) in enumerate(order) if name.startswith(layer)]
+        at = own[-1] + 1 if own else len(order)
+        order[at:at] = aside
+    found: dict[int, str] = {}
+    for name, p in order:
+        found.setdefault(id(p), name)
+    return found
+
+
+def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """Yield what the names of a layer begin with, and the named parameters of an isolated seed."""
+    for path, layer in bare(model).named_modules():
+        if RECORD not in layer.__dict__:
+            continue
+        prefix = bare_name(f"{path}.") if path else ""
+        slots = layer._modules.get(SEEDS)  # noqa: SLF001 - slots are named by digits
+        for i, seed in sorted(record_of(layer).seeds.items()):
+            if slots is None or str(i) not in slots._modules:  # noqa: SLF001 - as above
+                named = seed.slot.named_parameters()
+                yield prefix, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
 
 
 def bare_name(name: str) -> str:
