@@ -473,11 +473,12 @@ class _Kept:
         for name, item in list(saved.items()):
             if isinstance(item, _ITERATORS):
                 saved[name] = self._iterator(item, functools.partial(kind.__setitem__, value, name))
+        hand = self._hand
 
         def undo() -> None:
             if not _same(value, saved):
                 kind.clear(value)
-                kind.update(value, {name: self._handed(item) for name, item in saved.items()})
+                kind.update(value, {name: hand(item) for name, item in saved.items()})
 
         self._later(undo)
         if self.places is not None:
@@ -494,9 +495,10 @@ class _Kept:
             put(_copied(held))
         return held
 
-    def _handed(self, held: object) -> object:
-        """Return what is put back: a copy of an iterator that may be put back once more."""
-        return _copied(held) if self.is_small and isinstance(held, _ITERATORS) else held
+    @property
+    def _hand(self) -> Callable[[object], object]:
+        """What gives the value to put back; not of this object, or it would keep itself alive."""
+        return _handed if self.is_small else _as_it_is
 
     def _attributes(self, value: object, path: str) -> None:
         own = getattr(value, "__dict__", None)
@@ -605,9 +607,10 @@ class _Kept:
         self._left.append((held, path))
         if isinstance(held, _ITERATORS):
             held = self._iterator(held, functools.partial(setattr, cell, "cell_contents"))
+        hand = self._hand
 
         def undo() -> None:
-            cell.cell_contents = self._handed(held)
+            cell.cell_contents = hand(held)
 
         self._later(undo)
         if self.places is not None:
@@ -625,17 +628,13 @@ class _Kept:
             self._left.append((value, name))
             if isinstance(value, _ITERATORS):
                 value = self._iterator(value, functools.partial(held.__setitem__, name))
-            self._later(functools.partial(self._set_item, held, name, value))
+            self._later(functools.partial(_set_item, self._hand, held, name, value))
             if self.places is not None:
                 self._one_place(
                     f"{held.get('__name__')}.{name} =",
                     functools.partial(held.get, name),
                     functools.partial(held.__setitem__, name),
                 )
-
-    def _set_item(self, held: dict[str, Any], name: str, value: object) -> None:
-        if held.get(name) is not value:
-            held[name] = self._handed(value)
 
     def _method(self, value: types.MethodType, path: str) -> None:
         owner = value.__self__
@@ -841,6 +840,22 @@ def _refill(tables: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
         if list(held) != list(saved):
             held.clear()
             held.update(saved)
+
+
+def _as_it_is(held: object) -> object:
+    return held
+
+
+def _handed(held: object) -> object:
+    """Return what is put back: a copy of an iterator that may be put back once more."""
+    return _copied(held) if isinstance(held, _ITERATORS) else held
+
+
+def _set_item(
+    hand: Callable[[object], object], held: dict[str, Any], name: str, value: object
+) -> None:
+    if held.get(name) is not value:
+        held[name] = hand(value)
 
 
 def _copied(iterator: Any) -> Any:
