@@ -277,8 +277,9 @@ passenger, after the hundred updates under watch; they lie below all that kept i
         quick={**_ON_DIGITS, "epochs": 22},
         runs=functools.partial(remedied, "digits, remedies", DIGITS_SUBJECT),
         title="Digits: what was tried for the goal that is missed",
-        told=f"{_TOLD}, and\n"
-        "the one that was still ahead on Fashion-MNIST after four random seeds.",
+        told=f"""\
+{_TOLD}.
+`matched RMS` is the one that was still ahead on Fashion-MNIST after four random seeds.""",
         tried="nothing.",
         missing=no_digits,
         **_OF_BOTH,

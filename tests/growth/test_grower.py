@@ -285,6 +285,41 @@ def test_suggestion_changes_nothing():
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
 
 
+def test_a_run_grows_as_if_nobody_had_asked_for_a_suggestion():
+    """What suggest() takes is not taken off what trials may: package and length are the same."""
+
+    def trials(*, asks):
+        model, optimizer = wrapped()
+        options = {"policy": EveryN(30), "overhead": 10.0, "horizon": 300, "trial_updates": 200}
+        grower = growing(model, optimizer, **options)
+        train(model, optimizer, 20, grower)
+        if asks:
+            grower.suggest()
+        train(model, optimizer, 40, grower)
+        told = grower.report()
+        return [(t.blueprints, t.trial_updates) for t in told.trials], told.work["ranking"]
+
+    (quiet, ranking), (asked, with_suggestion) = trials(asks=False), trials(asks=True)
+    assert len(quiet) == 1
+    assert quiet[0][1] < 200, "the overhead decides on the length"
+    assert asked == quiet
+    assert with_suggestion > ranking
+
+
+def test_what_a_suggestion_takes_beyond_the_limit_is_told():
+    """The owner asked for it, so the limit does not hold it; the report says where it went."""
+    model, optimizer = wrapped()
+    grower = growing(model, optimizer, policy=Never(), overhead=2.0, horizon=60)
+    train(model, optimizer, 60, grower)
+    before = grower.report()
+    assert before.overhead <= before.overhead_limit
+    assert "suggest()" not in str(before)
+    grower.suggest()
+    report = grower.report()
+    assert report.overhead > report.overhead_limit
+    assert "and the ranking of each suggest())" in str(report)
+
+
 def test_suggestion_after_close_is_that_of_before():
     """The with-block may be over; once the seeds are gone it says so."""
     model, optimizer = wrapped()

@@ -385,7 +385,7 @@ def beyond_limit(report: RunReport) -> str:
         return ""
     return (
         "whatever the limit, the first pass, update of a twin and reading are made, which tell "
-        "what things take"
+        "what things take, and the ranking of each suggest()"
     )
 
 

@@ -63,6 +63,8 @@ class WorkLedger:
         update: What an update of the live model takes, by element of its batches.
         reading: What a reading of the gate split takes.
         scheduled: FLOPs of the readings that were made because they were due.
+        asked: FLOPs of the rankings that the owner asked for. They are told, and growing may still
+            take as much as without them, so that a run goes on as if nobody had asked.
         promised: FLOPs that what goes on beside the run will still take, at least 0; nothing else
             may have them.
     """
@@ -78,7 +80,7 @@ class WorkLedger:
         self._last_update: tuple[float, float] | None = None
         self.update = Meter(self, "training")
         self.reading = Meter(self, "evaluation")
-        self.scheduled = 0
+        self.scheduled = self.asked = 0
         self.promised = 0.0
 
     @contextmanager
@@ -160,8 +162,13 @@ class WorkLedger:
 
     @property
     def spent(self) -> int:
-        """FLOPs that growing has taken: of every category but training."""
-        return sum(self._flops.values()) - self._flops["training"]
+        """FLOPs that growing has taken by itself: of every category but training."""
+        return sum(self._flops.values()) - self._flops["training"] - self.asked
+
+    @property
+    def rankings(self) -> int:
+        """FLOPs of the rankings that growing has made by itself."""
+        return self._flops["ranking"] - self.asked
 
     @property
     def overhead(self) -> float:
@@ -239,7 +246,7 @@ class WorkLedger:
         Args:
             updates: Updates done.
         """
-        return self.share_left(self._flops["ranking"], updates) / 2
+        return self.share_left(self.rankings, updates) / 2
 
     def affordable(self, cost: float) -> bool:
         """Say whether a trial of such a cost fits, and leaves to evaluations what is theirs.
@@ -275,6 +282,7 @@ class WorkLedger:
             "seconds": dict(self._seconds),
             "updates": [self._updates, self._num_counted, self._elements],
             "scheduled": self.scheduled,
+            "asked": self.asked,
             "update": self.update.state_dict(),
             "reading": self.reading.state_dict(),
         }
@@ -284,7 +292,7 @@ class WorkLedger:
         self._flops = {name: int(state["flops"].get(name, 0)) for name in CATEGORIES}
         self._seconds = {name: float(state["seconds"].get(name, 0.0)) for name in CATEGORIES}
         self._updates, self._num_counted, self._elements = state["updates"]
-        self.scheduled = state["scheduled"]
+        self.scheduled, self.asked = state["scheduled"], state.get("asked", 0)
         self.update.load_state_dict(state["update"])
         self.reading.load_state_dict(state["reading"])
         self._last_update = None

@@ -105,7 +105,7 @@ def obstacle(run: GrowthRun) -> str | None:
         return f"the budget's {limit} packages were taken over"
     if horizon is not None and is_too_dear(run):
         return run.too_dear
-    if run.ledger.work("ranking") > SHARE * run.ledger.limit(run.updates):
+    if run.ledger.rankings > SHARE * run.ledger.limit(run.updates):
         return (
             f"rankings took a fifth of overhead={run.ledger.overhead:g}: the next waits until more "
             "is earned, if ever it is"

@@ -143,7 +143,7 @@ def _cells(row: Suggestion) -> Sequence[str]:
 def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> Suggestions:
     """Rank every kernel on offer on some batches; the run does not notice.
 
-    What that takes counts as spent, but is not bounded: it was asked for.
+    What that takes is told, and neither bounded nor taken off what growing may: it was asked for.
 
     Returns:
         Best first; those that the ranking cannot score come last.
@@ -171,10 +171,11 @@ def suggestions(run: GrowthRun, batches: Sequence[Batch]) -> Suggestions:
         random_seed=run.settings.generator_seed,
         records_shadow_passes=True,
     )
-    with recorder, run.fits.in_use(), run.ledger.measured("ranking"):
+    with recorder, run.fits.in_use(), run.ledger.measured("ranking") as work:
         for batch in batches:
             record_beside(recorder, run.model, compute_loss, batch)
         ranked = rank(run, recorder.observations, is_bounded=False)
+    run.ledger.asked += work.flops
     with run.fits.in_use():
         return Suggestions(
             Suggestion.of(entry, recorder.observations[entry.site], run) for entry in ranked.order
