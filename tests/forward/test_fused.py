@@ -957,3 +957,26 @@ def test_a_clean_call_runs_a_group_once(masked, monkeypatch):
     with torch.no_grad():
         layer(x)
     assert runs == [{"is_watched": masked}]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["relu", "norm", "convolutions"])
+def test_on_a_device_fused_seeds_wait_for_nothing(kind):
+    """Forward and backward pass where every wait is an error, and give what the plan gives."""
+    layer, x = grown(kind, dtype=torch.float64)
+    layer, x = layer.cuda(), x.detach().cuda()
+    other = one_by_one(layer)
+    assert kind_of(layer) == "fused"
+    for site in (layer, other):  # warm
+        site(x).square().sum().backward()
+    layer.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = layer(x)
+        y.square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, other(x), rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-10)
