@@ -959,6 +959,40 @@ def test_a_clean_call_runs_a_group_once(masked, monkeypatch):
     assert runs == [{"is_watched": masked}]
 
 
+WIDE = 1 << 13
+ROWS = {
+    "weights": (lambda: mlp_of(WIDE), 128, 8),
+    "numbers between": (
+        lambda: nn.Sequential(nn.Linear(FEATURES, 32), *mlp_of(8, reads=32)),
+        8,
+        1366,
+    ),
+    "shares": (lambda: nn.Sequential(*mlp(nn.GELU), nn.Tanh()), 8, 3641),
+}
+"""Kernels that are run as one with so many rows, and one by one with so many."""
+
+
+def mlp_of(width, reads=FEATURES):
+    return nn.Sequential(nn.Linear(reads, width), nn.GELU(), nn.Linear(width, FEATURES))
+
+
+@pytest.mark.parametrize("limit", ROWS)
+def test_calls_of_a_size_that_does_not_pay_run_one_by_one(limit, monkeypatch):
+    """Where joined weights, or what is made for all seeds, cost more than they save."""
+    make, pays, does_not = ROWS[limit]
+    layer, x = grown(num_seeds=0)
+    for i in range(6):
+        layer.graft(i, make(), alpha=0.5, guard="step", example=x.detach())
+    assert kind_of(layer) == "fused"
+    runs, run = [], StepByStep.__call__
+    monkeypatch.setattr(StepByStep, "__call__", lambda *a, **k: runs.append(k) or run(*a, **k))
+    for num_rows, num_runs in ((pays, 1), (does_not, 0)):
+        runs.clear()
+        with torch.no_grad():
+            layer(torch.randn(num_rows, FEATURES))
+        assert len(runs) == num_runs
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["relu", "norm", "convolutions"])
