@@ -216,6 +216,26 @@ def test_updates_do_not_race(make_model):
     assert unkept(streams.schedule) == []
 
 
+@pytest.mark.parametrize("guard", ["always", "step"])
+def test_kernels_of_one_form_keep_their_streams(guard):
+    """Kernels that would run as one elsewhere run side by side here, and nothing races."""
+
+    def alike(streams):
+        layer = make_layer(AsyncKasminaConv2dLayer, ())
+        layer.enable_step_guard()
+        for i in range(4):
+            layer.graft(i, make_kernel("adds"), alpha=0.5, guard=guard, example=draw(2, 2, 7, 7))
+        return Model(on_recorded(layer, streams), nn.Conv2d(2, 2, 1))
+
+    streams = two_updates(alike)
+    assert races(streams.schedule) == []
+    assert unkept(streams.schedule) == []
+    launched = {entry.stream for entry in streams.schedule if isinstance(entry, Launch)}
+    assert len(launched) == 5
+    wait = streams.waits(by=("layer",))[0]
+    assert races(without(streams.schedule, wait))
+
+
 def one_update(make_model):
     streams = RecordingStreams()
     model = make_model(streams)

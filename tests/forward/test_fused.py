@@ -121,9 +121,23 @@ def assert_close(found, expected):
         assert relative <= TOLERANCES[tensor.dtype], name
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("kind", KERNELS)
-@pytest.mark.parametrize("guard", ["step", "off", "always"])
+def also_slowly(usual, others):
+    """Parameters, of which the variants are for the whole suite."""
+    rest = [each for each in others if each not in usual]
+    return [*usual, *(pytest.param(*each, marks=pytest.mark.slow) for each in rest)]
+
+
+WAYS = [(guard, dtype) for guard in ("step", "off", "always") for dtype in TOLERANCES]
+
+
+@pytest.mark.parametrize(
+    ("kind", "guard", "dtype"),
+    also_slowly(
+        [(kind, "step", torch.float64) for kind in KERNELS]
+        + [("relu", guard, torch.float32) for guard in ("step", "off", "always")],
+        [(kind, *way) for kind in KERNELS for way in WAYS],
+    ),
+)
 def test_fused_seeds_give_what_the_plan_gives(kind, guard, dtype):
     """Output and every gradient are those of the unfused plan, within 1e-6 of the largest."""
     layer, x = grown(kind, 8 if guard == "step" else 6, dtype, guard)
@@ -245,7 +259,7 @@ def test_tied_kernels_add_their_gradients_up(kind):
     assert_close(results(layer, x), results(one_by_one(layer), x))
 
 
-@pytest.mark.parametrize("kind", ["relu", "gelu", "tanh", "low rank", "deep"])
+@pytest.mark.parametrize("kind", ["gelu", "norm between"])
 def test_gradients_can_be_differentiated_again(kind):
     """A penalty on gradients has the gradients that it has seed by seed."""
     layer, x = grown(kind, dtype=torch.float64)
@@ -273,7 +287,7 @@ def test_transformations_run_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    ("kind", "faulty"), [*(("relu", i) for i in range(6)), ("deep", 5), ("convolutions", 0)]
+    ("kind", "faulty"), [("relu", 0), ("relu", 5), ("deep", 5), ("convolutions", 0)]
 )
 def test_a_fault_costs_only_its_own_seed(kind, faulty):
     """Of six seeds run as one the faulty is isolated by the flag that it has by itself."""
@@ -296,9 +310,18 @@ def test_clean_seeds_are_not_isolated():
     assert read_step_flags([layer]) == []
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
-@pytest.mark.parametrize("of_host", [0.0, 3e38, torch.inf, -torch.inf, torch.nan])
-def test_what_is_a_fault_is_a_fault_when_fused(value, of_host):
+@pytest.mark.parametrize(
+    ("of_host", "value"),
+    also_slowly(
+        [(0.0, torch.nan), (0.0, torch.inf), (3e38, 3e38), (-torch.inf, torch.inf)],
+        [
+            (of_host, value)
+            for of_host in (0.0, 3e38, torch.inf, -torch.inf, torch.nan)
+            for value in (torch.inf, -torch.inf, torch.nan, 3e38)
+        ],
+    ),
+)
+def test_what_is_a_fault_is_a_fault_when_fused(of_host, value):
     """Shares that are not finite, or overflow with the host's output, are flagged as by themselves.
 
     Only where both are infinite alike is a share at fault that would be excused by itself.
@@ -767,8 +790,13 @@ def test_the_comparison_notices_a_share_that_is_off():
         assert_close({"y": layer(x)}, {"y": other(x)})
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["relu", "deep", "convolutions"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    also_slowly(
+        [(kind, torch.bfloat16) for kind in ("relu", "deep", "convolutions")],
+        [(kind, torch.float16) for kind in ("relu", "deep", "convolutions")],
+    ),
+)
 def test_kernels_of_half_precision(kind, dtype):
     """In half precision outputs differ by its rounding, and a fault is its own seed's."""
     layer, x = grown(kind)
@@ -929,3 +957,60 @@ def test_a_clean_call_runs_a_group_once(masked, monkeypatch):
     with torch.no_grad():
         layer(x)
     assert runs == [{"is_watched": masked}]
+
+
+WIDE = 1 << 13
+ROWS = {
+    "weights": (lambda: mlp_of(WIDE), 128, 8),
+    "numbers between": (
+        lambda: nn.Sequential(nn.Linear(FEATURES, 32), *mlp_of(8, reads=32)),
+        8,
+        1366,
+    ),
+    "shares": (lambda: nn.Sequential(*mlp(nn.GELU), nn.Tanh()), 8, 3641),
+}
+"""Kernels that are run as one with so many rows, and one by one with so many."""
+
+
+def mlp_of(width, reads=FEATURES):
+    return nn.Sequential(nn.Linear(reads, width), nn.GELU(), nn.Linear(width, FEATURES))
+
+
+@pytest.mark.parametrize("limit", ROWS)
+def test_calls_of_a_size_that_does_not_pay_run_one_by_one(limit, monkeypatch):
+    """Where joined weights, or what is made for all seeds, cost more than they save."""
+    make, pays, does_not = ROWS[limit]
+    layer, x = grown(num_seeds=0)
+    for i in range(6):
+        layer.graft(i, make(), alpha=0.5, guard="step", example=x.detach())
+    assert kind_of(layer) == "fused"
+    runs, run = [], StepByStep.__call__
+    monkeypatch.setattr(StepByStep, "__call__", lambda *a, **k: runs.append(k) or run(*a, **k))
+    for num_rows, num_runs in ((pays, 1), (does_not, 0)):
+        runs.clear()
+        with torch.no_grad():
+            layer(torch.randn(num_rows, FEATURES))
+        assert len(runs) == num_runs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["relu", "norm", "convolutions"])
+def test_on_a_device_fused_seeds_wait_for_nothing(kind):
+    """Forward and backward pass where every wait is an error, and give what the plan gives."""
+    layer, x = grown(kind, dtype=torch.float64)
+    layer, x = layer.cuda(), x.detach().cuda()
+    other = one_by_one(layer)
+    assert kind_of(layer) == "fused"
+    for site in (layer, other):  # warm
+        site(x).square().sum().backward()
+    layer.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = layer(x)
+        y.square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, other(x), rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-10)

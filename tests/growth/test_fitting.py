@@ -405,9 +405,10 @@ def recorded(memory, *, fits, compute_loss=mean, dropout=0.0, dtype=torch.float3
     return recorder.observations
 
 
-@pytest.mark.parametrize("compute_loss", [mean, total])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("compute_loss", "dropout", "dtype"),
+    [(mean, 0.4, torch.float64), (total, 0.4, torch.float32), (mean, 0.0, torch.float32)],
+)
 def test_what_a_ranking_looks_at_does_not_depend_on_the_size(compute_loss, dropout, dtype):
     """The same samples are drawn, and their gradients are those of the whole batch."""
     options = {"compute_loss": compute_loss, "dropout": dropout, "dtype": dtype}
@@ -528,12 +529,37 @@ def figures(report):
     return trials, [e.update for e in report.evaluations]
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A run that is short of memory from its first update on: its report and its Grower."""
+    _, report, grower = run_with(Memory(10), run_dir=tmp_path_factory.mktemp("short") / "run")
+    return report, grower
+
+
+class Kept:
+    """A sink that keeps what it gets."""
+
+    def __init__(self):
+        self.events = []
+
+    def publish(self, event):
+        self.events.append(event)
+
+    def sizes(self):
+        return [event for event in self.events if isinstance(event, BatchFitted)]
+
+
 @pytest.mark.slow
-def test_a_run_that_is_short_of_memory_comes_to_what_one_with_enough_comes_to(tmp_path):
-    """The same verdicts; each size is told once, stands in the log, and a replay reads it."""
-    _, plenty, _ = run_with(Memory())
-    memory = Memory(10)
-    _, short, grower = run_with(memory, run_dir=tmp_path / "run")
+def test_a_run_that_is_short_of_memory_comes_to_what_one_with_enough_comes_to(short_run):
+    """The same verdicts; each size is told once, stands in the log, and a replay reads it.
+
+    The control: nothing is said, logged or cut where memory is enough.
+    """
+    memory, sink = Memory(), Kept()
+    _, plenty, _ = run_with(memory, sink=sink)
+    assert sink.sizes() == []
+    assert set(memory.sizes) >= {32, 420}
+    short, grower = short_run
     assert plenty.trials[0].effect is not None
     assert figures(short) == figures(plenty)
     for one, other in zip(plenty.trials, short.trials, strict=True):
@@ -554,27 +580,12 @@ def test_a_run_that_is_short_of_memory_comes_to_what_one_with_enough_comes_to(tm
 
 
 @pytest.mark.slow
-def test_what_fits_costs_a_run_nothing_and_changes_nothing():
-    """The control of the test above: nothing is said, logged or cut where memory is enough."""
-    memory, events = Memory(), []
-
-    class Sink:
-        def publish(self, event):
-            events.append(event)
-
-    run_with(memory, sink=Sink())
-    assert not any(isinstance(e, BatchFitted) for e in events)
-    assert set(memory.sizes) >= {32, 420}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_live_run_does_not_notice_that_memory_is_short(dropout):
-    """Bit for bit the run without growth, while a trial is cut into micro-batches."""
+def test_the_live_run_does_not_notice_that_memory_is_short():
+    """Bit for bit the run without growth, with its draws, while a trial is cut up."""
     alone, beside = [], []
-    run_with(Memory(), num=60, dropout=dropout, seen=alone, policy=Never())
+    run_with(Memory(), num=60, dropout=0.3, seen=alone, policy=Never())
     memory = Memory(10)
-    run_with(memory, num=60, dropout=dropout, seen=beside)
+    run_with(memory, num=60, dropout=0.3, seen=beside)
     assert memory.num_short
     for one, other in zip(alone[:60], beside, strict=True):
         assert all(map(torch.equal, one, other))
@@ -632,24 +643,20 @@ def test_no_clock_is_read_where_no_time_is_given():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", ["twin", "shadow"])
+@pytest.mark.parametrize("trial", ["twin", pytest.param("shadow", marks=pytest.mark.torture)])
 def test_a_run_that_is_short_of_time_comes_to_what_one_with_time_comes_to(trial):
     """Each pass of trials takes at most what it may; what was chosen is in the log."""
-    events, memory = [], Memory()
-
-    class Sink:
-        def publish(self, event):
-            events.append(event)
-
+    sink, memory = Kept(), Memory()
     options = {"trial": trial, "num": 110}
     _, plenty, _ = run_with(Memory(), **options)
-    _, short, _ = run_with(memory, clock=Ticking(memory), pass_s=0.01, sink=Sink(), **options)
+    _, short, _ = run_with(memory, clock=Ticking(memory), pass_s=0.01, sink=sink, **options)
     assert figures(short) == figures(plenty)
-    chosen = {e.work: (e.size, e.why) for e in events if isinstance(e, BatchFitted)}
+    chosen = {e.work: (e.size, e.why) for e in sink.sizes()}
     assert chosen["trial"] == (8, "time")
     assert chosen["evaluation"] == (6, "time")
 
 
+@pytest.mark.slow
 def test_an_audition_that_does_not_fit_is_given_up_and_the_run_goes_on():
     """What cannot be cut ends the try, and not the training."""
     memory = Memory()
@@ -688,9 +695,9 @@ def test_auditions_and_suggestions_fit_as_well():
 
 
 @pytest.mark.slow
-def test_a_run_takes_the_sizes_of_another_from_its_log(tmp_path):
+def test_a_run_takes_the_sizes_of_another_from_its_log(short_run):
     """Where they were chosen; with all the memory it needs, it comes to the same bits."""
-    _, first, grower = run_with(Memory(10), run_dir=tmp_path / "first")
+    first, grower = short_run
     memory = Memory()
     _, second, _ = run_with(memory, fit_like=grower.run_dir)
     assert figures(first) == figures(second)

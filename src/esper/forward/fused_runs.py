@@ -22,8 +22,6 @@ from esper.compiler.parts import Add, Mul, Scale, Sub
 from esper.forward.share_marks import check_like, share_marks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from esper.forward.kernel_steps import KernelSteps
 
 Rule = Callable[[Sequence[nn.Module], Sequence[Tensor]], Tensor]
@@ -176,13 +174,11 @@ def _linear_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor
     return nn.functional.linear(given, *_summed(steps, alphas, is_shared=is_shared))
 
 
-def _convolution_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor | None:
+def _convolution_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor:
     first = steps[0]
     assert isinstance(first, _ConvNd)
     axes = len(first.kernel_size)
     is_shared = x.dim() == axes + 2
-    if first.groups > 1 and not is_shared:
-        return None
     y: Tensor = _CONVOLVE[axes](
         x if is_shared else x.flatten(1, 2),
         *_summed(steps, alphas, is_shared=is_shared),
@@ -194,11 +190,11 @@ def _convolution_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> T
     return y
 
 
-SUMS: Final[dict[type[nn.Module], Callable[..., Tensor | None]]] = {
+SUMS: Final[dict[type[nn.Module], Callable[..., Tensor]]] = {
     nn.Linear: _linear_sum,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_sum),
 }
-"""Last steps that give the sum of all shares, of which none is made; None where they cannot."""
+"""Last steps that give the sum of all shares, of which none is made."""
 
 
 def _combination(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
@@ -232,14 +228,15 @@ class StepByStep:
             for steps, inputs, norm in zip(of_all, first.wiring, norms, strict=True)
         ]
         self._has_rows = rules is FEATURES
-        self._sum = None if norms[-1] else SUMS.get(type(first.steps[-1]))
-        self._fewest_rows, self._most_rows = _rows_that_pay(kernels)
+        self._axis = -1 if self._has_rows else 1
+        self._sum = SUMS.get(type(first.steps[-1])) if _can_sum(first) else None
+        self._fewest_rows = _fewest_rows(first) if self._has_rows else 0
+        self._most_rows = _most_rows(first, len(kernels), has_sum=self._sum is not None)
 
     def pays(self, given: Tensor) -> bool:
         """Say whether it was measured to take less time on this input than one by one."""
-        if not self._has_rows:
-            return True
-        return self._fewest_rows <= given.shape[:-1].numel() <= self._most_rows
+        num_rows = given.numel() // (given.shape[self._axis] or 1)
+        return self._fewest_rows <= num_rows <= self._most_rows
 
     def __call__(
         self, given: Tensor, alphas: Tensor, h: Tensor, *, is_watched: bool
@@ -263,8 +260,8 @@ class StepByStep:
             values.append(rule(steps, [values[i] for i in inputs]))
         rule, steps, inputs = self._lines[-1]
         last = [values[i] for i in inputs]
-        total = None if is_watched or self._sum is None else self._sum(steps, last[0], alphas)
-        if total is not None:
+        if self._sum is not None and not is_watched:
+            total = self._sum(steps, last[0], alphas)
             shape = (*given.shape[:-1], total.shape[-1]) if self._has_rows else total.shape
             check_like(shape, total.dtype, h)
             return total.view(h.shape), ()
@@ -290,22 +287,44 @@ def are_norms_known(kernel: KernelSteps) -> bool:
     return True
 
 
-def _rows_that_pay(kernels: Sequence[KernelSteps]) -> tuple[int, int]:
-    """Return the fewest rows and the most with which kernels on features are faster as one."""
-    num_elements = sum(parameter.numel() for parameter in kernels[0].kernel.parameters())
-    fewest = num_elements // _ELEMENTS_A_ROW if num_elements > _FEW_ELEMENTS else 0
-    width = max(_widths_between(kernels[0]), default=0)
-    return fewest, _NUMBERS_BETWEEN // (width * len(kernels)) if width else sys.maxsize
-
-
-def _widths_between(kernel: KernelSteps) -> Iterator[int]:
-    """Yield what layers read that are neither last nor read what all seeds read."""
-    is_shared = [True]
+def _readers(kernel: KernelSteps) -> list[tuple[nn.Module, bool]]:
+    """Return the layers of a kernel, and of each whether it reads what all seeds read."""
+    is_shared, found = [True], []
     for step, inputs in zip(kernel.steps, kernel.wiring, strict=True):
         reads_shared = all(is_shared[i] for i in inputs)
-        if type(step) is nn.Linear and not reads_shared and step is not kernel.steps[-1]:
-            yield step.in_features
-        is_shared.append(reads_shared and type(step) is not nn.Linear)
+        if type(step) in SUMS:
+            found.append((step, reads_shared))
+        is_shared.append(reads_shared and type(step) not in SUMS)
+    return found
+
+
+def _can_sum(kernel: KernelSteps) -> bool:
+    """Say whether a kernel's last step can give the sum of all seeds."""
+    (last, reads_shared), before = _readers(kernel)[-1], kernel.wiring[-1][0] - 1
+    if last is not kernel.steps[-1] or (before >= 0 and type(kernel.steps[before]) in NORMS):
+        return False
+    return reads_shared or getattr(last, "groups", 1) == 1
+
+
+def _fewest_rows(kernel: KernelSteps) -> int:
+    """Return with how many rows kernels on features begin to be faster as one."""
+    num_elements = sum(parameter.numel() for parameter in kernel.kernel.parameters())
+    return num_elements // _ELEMENTS_A_ROW if num_elements > _FEW_ELEMENTS else 0
+
+
+def _most_rows(kernel: KernelSteps, num_seeds: int, *, has_sum: bool) -> int:
+    """Return up to how many rows kernels are faster as one."""
+    *others, (last, _) = _readers(kernel)
+    between = max((_width(layer, 1) for layer, is_shared in others if not is_shared), default=0)
+    most = _NUMBERS_BETWEEN // (between * num_seeds) if between else sys.maxsize
+    return most if has_sum else min(most, _NUMBERS_OF_SHARES // (_width(last, 0) * num_seeds))
+
+
+def _width(layer: nn.Module, axis: int) -> int:
+    """Return how many features or channels a layer gives (0) or reads (1)."""
+    weight = cast("Tensor", layer.weight)
+    groups: int = getattr(layer, "groups", 1) if axis else 1
+    return weight.shape[axis] * groups
 
 
 _FEW_ELEMENTS: Final = 1 << 16
@@ -314,5 +333,8 @@ _FEW_ELEMENTS: Final = 1 << 16
 _ELEMENTS_A_ROW: Final = 1 << 10
 """... and, where there are more, so many for each row: beyond, joining them costs what it saves."""
 
-_NUMBERS_BETWEEN: Final = 1 << 19
+_NUMBERS_BETWEEN: Final = 1 << 18
 """Numbers that layers between first and last read, of all seeds: more leave the caches."""
+
+_NUMBERS_OF_SHARES: Final = 1 << 17
+"""Numbers of all shares, where the last step does not sum them up, likewise."""
