@@ -47,7 +47,7 @@ class TrainingLosses:
         kept = _scalar(loss)
         self._losses.append(kept)
         self._num_unread += 1
-        if kept.device.type == "cpu":
+        if kept.is_cpu:
             return float(kept)
         if self._num_unread < LOSS_WINDOW:
             return None
