@@ -144,3 +144,10 @@ def test_buses_may_be_chained():
     notebook = Notebook()
     EventBus([EventBus([notebook])]).publish(note())
     assert notebook.events == [note()]
+
+
+@pytest.mark.parametrize("sinks", ["events.jsonl", [print]])
+def test_what_cannot_take_an_event_is_refused_when_it_subscribes(sinks):
+    """A file's name and a function are no sinks; the bus says so before anything is published."""
+    with pytest.raises(TypeError, match=r"a sink has the method publish\(\); got"):
+        EventBus(sinks)

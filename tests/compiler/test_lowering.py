@@ -234,3 +234,9 @@ def test_all_kernels_are_of_one_class():
     """Kernels differ in their wiring and weights, never in their class."""
     assert type(lower(_gated())) is type(instantiate(compile_blueprint(_gated(width=9))))
     assert type(lower(_gated())) is LoweredKernel
+
+
+def test_what_is_no_blueprint_is_refused_by_name():
+    """A name is no blueprint, and compiling it says what is one."""
+    with pytest.raises(TypeError, match=r"blueprint is an esper\.BlueprintIR; got 'mlp-4x4-w8'"):
+        compile_blueprint("mlp-4x4-w8")

@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter, OrderedDict
@@ -715,3 +716,24 @@ def test_a_device_that_is_not_there_is_told(path, caplog):
     with caplog.at_level(logging.WARNING, logger="esper"):
         assert esper.load_checkpoint(path, plain()) == 1
     assert "cuda:99: random numbers were drawn there" in caplog.text
+
+
+@pytest.mark.parametrize("path", [None, 5, b"run.esper", ""])
+@pytest.mark.parametrize("door", [esper.save_checkpoint, esper.load_checkpoint])
+def test_a_path_that_names_no_file_is_refused_by_name(door, path):
+    """What cannot be a file's name is refused as ``path``, with what was given."""
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=re.escape(f"path is the name of a file, a str or a Path; got {path!r}"),
+    ):
+        door(path, esper.wrap(nn.Sequential(nn.Linear(2, 2))))
+
+
+@pytest.mark.parametrize(
+    "classes", ["Linear", nn.Linear, [nn.Linear(2, 2)]], ids=["text", "class", "module"]
+)
+@pytest.mark.parametrize("door", [esper.save_checkpoint, esper.load_checkpoint])
+def test_classes_that_are_none_are_refused_by_name(door, classes, tmp_path):
+    """A name, one class alone and a module are refused as ``classes``."""
+    with pytest.raises(TypeError, match="classes is a list of classes of modules"):
+        door(tmp_path / "run.esper", esper.wrap(nn.Sequential(nn.Linear(2, 2))), classes=classes)

@@ -261,3 +261,10 @@ def test_models_of_transformers_are_loaded_into_their_wider_class(name):
         assert str(wide) == str(model)
     model.train()(**batch).loss.backward()
     optimizer.step()
+
+
+def test_a_path_that_is_no_name_is_refused():
+    """What names no MLP by its type is refused as ``path``."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"path is the name of an MLP, .*; got 5"):
+        esper.widen(model, torch.optim.SGD(model.parameters(), lr=0.1), 5, intermediate=8)

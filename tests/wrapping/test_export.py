@@ -446,3 +446,9 @@ def test_a_model_that_has_grown_nothing_is_exported_too(tmp_path):
 
     assert load_grafts(tmp_path).GRAFTS == {}
     assert torch.equal(rebuild(tmp_path, Mlp())(x), model(x))
+
+
+def test_a_folder_that_is_no_name_is_refused():
+    """What cannot be a folder's name is refused as ``folder``, before the model is copied."""
+    with pytest.raises(TypeError, match=r"folder is the name of a folder, a str or a Path; got 5"):
+        esper.export(esper.wrap(nn.Sequential(nn.Linear(2, 2))), 5)

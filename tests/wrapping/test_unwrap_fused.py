@@ -101,3 +101,10 @@ def test_a_fused_model_is_written_and_read(tmp_path):
     assert torch.equal(read(x), plain(x))
     modules = {type(module).__module__.partition(".")[0] for module in plain.modules()}
     assert "esper" not in modules
+
+
+@pytest.mark.parametrize("fuse", ["no", 1, None])
+def test_a_fuse_that_is_no_boolean_is_refused(fuse):
+    """Only True and False say whether kernels are fused; ``"no"`` is not taken for a yes."""
+    with pytest.raises(TypeError, match="fuse is True or False; got"):
+        esper.unwrap(esper.wrap(nn.Sequential(nn.Linear(2, 2))), fuse=fuse)

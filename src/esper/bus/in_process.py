@@ -100,7 +100,13 @@ class EventBus(Forked):
         Returns:
             A function that takes this subscription away again; calling it twice does nothing. What
             was published before still reaches the sink.
+
+        Raises:
+            TypeError: It has no method ``publish``.
         """
+        if not callable(getattr(sink, "publish", None)):
+            msg = f"a sink has the method publish(); got {sink!r} (a {type(sink).__name__})"
+            raise TypeError(msg)
         with self._lock:
             ticket = next(self._tickets)
             self._lanes[ticket] = self._lane_to(sink)

@@ -13,10 +13,11 @@ from torch import Tensor
 from esper.compiler.codec import decode_artifact, encode_kernel
 from esper.compiler.lowering import load_tensors_, lower
 from esper.compiler.tracing import trace_symbolically
+from esper.contracts.arguments import check_type
 from esper.contracts.artifact import CompiledKernelArtifact, CompileRecord
+from esper.contracts.blueprint import BlueprintIR
 
 if TYPE_CHECKING:
-    from esper.contracts.blueprint import BlueprintIR
     from esper.contracts.ports import Clock
 
 
@@ -39,10 +40,12 @@ def compile_blueprint(
         clock: What measures the compilation time; the monotonic clock if None.
 
     Raises:
+        TypeError: ``blueprint`` is no BlueprintIR.
         BlueprintError: The blueprint breaks a rule, or ``tensors`` are not its.
         KernelCompilationError: The kernel does not trace over symbolic sizes.
         KernelCorruptError: A tensor is not finite or of another dtype than the blueprint's.
     """
+    check_type("blueprint", blueprint, BlueprintIR, "an esper.BlueprintIR")
     now = clock.now if clock is not None else time.perf_counter
     start_s = now()
     kernel = lower(blueprint)

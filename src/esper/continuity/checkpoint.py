@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -47,8 +48,6 @@ from esper.state.host_parts import check_module, is_in_a_seed
 from esper.state.shards import is_in_shards, whole_in
 
 if TYPE_CHECKING:
-    import os
-
     from torch.optim import Optimizer
 
     from esper.continuity.agreement import Ranks
@@ -123,9 +122,10 @@ def save_checkpoint(
         RankFailedError: One of these was raised on another rank; nothing was written.
     """
     run = _Run.of(model, optimizer, scheduler, scaler, ema, grower)
-    known = tuple(classes)
+    known = _classes(classes)
 
     def save() -> None:
+        file = _file(path)
         check_can_be_saved(run.model, known)
         if run.ema is not None:
             check_can_be_saved(run.ema, known)
@@ -135,7 +135,7 @@ def save_checkpoint(
         content = {**_collected(run), "extra": extra}
         if is_in_shards(run.model):
             content = whole_in(content)
-        write_checkpoint(Disk(), Path(path), content, ranks_of(model))
+        write_checkpoint(Disk(), file, content, ranks_of(model))
 
     in_step(model, save)
 
@@ -188,8 +188,31 @@ def load_checkpoint(
         OSError: The file cannot be read; ``FileNotFoundError`` where no rank has it.
         RankFailedError: It could not be loaded on another rank; nothing was changed on any.
     """
-    run, known = _Run.of(model, optimizer, scheduler, scaler, ema, grower), tuple(classes)
-    return in_step(model, lambda: _loaded(run, Path(path), known))
+    run = _Run.of(model, optimizer, scheduler, scaler, ema, grower)
+    known = _classes(classes)
+    return in_step(model, lambda: _loaded(run, _file(path), known))
+
+
+def _file(path: object) -> Path:
+    """Return the file that a caller named, or refuse what names none."""
+    words = "the name of a file, a str or a Path"
+    check_type("path", path, (str, os.PathLike), words)
+    if not (file := Path(cast("str | os.PathLike[str]", path))).name:
+        msg = f"path is {words}; got {path!r}"
+        raise ValueError(msg)
+    return file
+
+
+def _classes(classes: object) -> tuple[type[nn.Module], ...]:
+    """Return the classes of kernels by hand, or refuse what is none."""
+    words = "a list of classes of modules, for example [MyKernel]"
+    check_type("classes", classes, Iterable, words)
+    known = tuple(cast("Iterable[object]", classes))
+    for each in known:
+        if not (isinstance(each, type) and issubclass(each, nn.Module)):
+            msg = f"classes is {words}; got {classes!r}"
+            raise TypeError(msg)
+    return cast("tuple[type[nn.Module], ...]", known)
 
 
 def _loaded(run: _Run, path: Path, classes: tuple[type[nn.Module], ...]) -> Any:

@@ -73,6 +73,7 @@ def widen(
     check_module("widen", model)
     _refuse_ranks(model)
     inner, every = bare(model), joined(optimizer)
+    check_type("path", path, (str, Sequence), "the name of an MLP, a pattern, or several of these")
     whole_number("intermediate", intermediate, least=1)
     owner, name = _config(inner, config)
     mlps = [_mlp(name, module, intermediate) for name, module in _at(inner, path)]

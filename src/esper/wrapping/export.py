@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from safetensors.torch import save
 from torch import Tensor, fx, nn
 
+from esper.contracts.arguments import check_type
 from esper.resilience.whole_file import write_whole
 from esper.seeds.shallow import depth_state
 from esper.state.host_parts import check_module
@@ -23,8 +25,6 @@ from esper.wrapping.plain import fused_paths, is_grafted, trace
 from esper.wrapping.unwrap import unwrap
 
 if TYPE_CHECKING:
-    import os
-
     from esper.state.layer_call import Example
 
 GRAFTS_FILE: Final = "grafts.py"
@@ -53,12 +53,14 @@ def export(
         The folder.
 
     Raises:
+        TypeError: ``model`` is no module, or ``folder`` no name of a folder.
         ValueError: A kernel given as a module of the user's own cannot be written as code, the
             model's ``state_dict`` holds something that is no tensor, or blocks of it sleep, which
             would be awake in a fresh model. Nothing is written.
         OSError: A file cannot be written, and is named; one that was there before is unchanged.
     """
     check_module("export", model)
+    check_type("folder", folder, (str, os.PathLike), "the name of a folder, a str or a Path")
     sleepers = list(depth_state(model))
     if sleepers:
         msg = (

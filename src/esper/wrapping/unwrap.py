@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from esper.compiler.lowering import LoweredKernel
+from esper.contracts.arguments import check_type
 from esper.contracts.layer_kind import kind_of
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.host_output import blendable
@@ -98,12 +99,13 @@ def unwrap(model: Model, *, fuse: bool = False) -> Model:
         The model; where the model itself is a site that does not fold, its graph module.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``fuse`` neither True nor False.
         ValueError: A kernel cannot be written as a graph, a site that takes nothing but ``*args``
             was never seen to be called, or a site no longer takes the call that was seen.
         SeedLifecycleError: A layer is in a shadow pass.
     """
     check_module("unwrap", model)
+    check_type("fuse", fuse, bool, "True or False")
     sites = layers(model)
     refuse_shadows(sites)
     _tell_losses(model)
