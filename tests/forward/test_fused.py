@@ -730,23 +730,6 @@ def test_a_state_dict_that_is_loaded_is_followed(assign):
     assert torch.equal(layer(x), other(x))
 
 
-def test_ddp_trains_fused_seeds(tmp_path):
-    """In DistributedDataParallel every parameter gets the gradient that it has without."""
-    layer, x = grown()
-    expected = results(copy.deepcopy(layer), x)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(layer, gradient_as_bucket_view=True)
-        y = wrapped(x)
-        weights = torch.linspace(0.5, 1.5, y.numel()).view(y.shape)
-        (y.square() * weights).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    for name, parameter in layer.named_parameters():
-        assert torch.equal(parameter.grad, expected[name])
-
-
 def test_channels_last_inputs():
     """Convolutions run fused in torch's other memory format too."""
     layer, x = grown("convolutions")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wrapping_models import Bottleneck
 
 import esper
+from esper.state.layer_record import record_of
 
 
 def net():
@@ -125,6 +126,21 @@ def one_rank_at_fault_stops_the_step_of_all():
     assert_same(values(model.module), before)
 
 
+def fused_seeds_before_ddp():
+    """Seeds that run as one have the gradients that they have without ranks."""
+    torch.manual_seed(0)
+    model, x = esper.wrap(nn.Sequential(nn.Linear(6, 6)), num_seeds=6), torch.randn(8, 6)
+    for i in range(6):
+        kernel = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 6))
+        model[0].graft(i, kernel, alpha=0.1 * i + 0.1, guard="off", example=x)
+    alone = copy.deepcopy(model)
+    alone(x).square().sum().backward()
+    DistributedDataParallel(model, gradient_as_bucket_view=True)(x).square().sum().backward()
+    assert record_of(model[0]).grouping.groups
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def wrap_before_fsdp():
     model = train(shard(esper.wrap(net())))
     assert_same(values(model), values(train(replicate(net()))))
@@ -171,6 +187,7 @@ CASES = {
         graft_before_ddp,
         graft_after_ddp,
         one_rank_at_fault_stops_the_step_of_all,
+        fused_seeds_before_ddp,
         wrap_before_fsdp,
         wrap_after_fsdp,
         graft_before_fsdp,
