@@ -130,7 +130,7 @@ def test_an_error_rate_leaves_the_history_from_before_the_stop():
     assert told == [[("0", "error rate")], []]
 
 
-def test_an_isolated_seed_is_probed_again_in_the_resumed_run(tmp_path):
+def test_an_isolated_seed_is_probed_again_in_the_resumed_run(tmp_path, monkeypatch):
     """With the input that it was to be probed with; a control has none, and gives it up."""
     course = Course()
     course.layer.graft(0, KERNEL, alpha=0.5, example=torch.randn(8, 4))
@@ -140,6 +140,7 @@ def test_an_isolated_seed_is_probed_again_in_the_resumed_run(tmp_path):
     state = course.grower.state_dict()
     state["health"]["0"]["seeds"]["0"]["example"] = None
     course.grower.state_dict = lambda: state
+    monkeypatch.setattr("esper.continuity.checkpoint.health_state", lambda layers: {})
     forgetful = from_checkpoint(course, tmp_path / "other.pt")
     ends = []
     for run in (course, resumed, forgetful):
