@@ -34,7 +34,7 @@ demo: venv ## Grow a real network on real data, and see what it brought (about 3
 	$(BIN)/esper demo $(ARGS)
 
 test: venv ## Run every test but the torture tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not torture' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not torture' $(ARGS)
 
 check: venv ## Lint, types, imports, spelling, and the tests that are fast
 	$(BIN)/ruff check
@@ -42,7 +42,7 @@ check: venv ## Lint, types, imports, spelling, and the tests that are fast
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not torture and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not torture and not gpu' $(ARGS)
 
 docs: venv ## Build the documents and the reference of the public names into site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
