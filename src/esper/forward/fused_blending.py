@@ -39,14 +39,14 @@ class _Share:
         group: The group.
         total: The sum of its shares.
         marks: Those of each share; empty where all was seen to be finite, or is not guarded.
-        joined: The host's output with the sum, where that was made.
+        with_host: The host's output with the sum, where that was made.
         gates: Those of ``guard="always"``.
     """
 
     group: SeedGroup
     total: Tensor
     marks: Sequence[Tensor] = ()
-    joined: Tensor | None = None
+    with_host: Tensor | None = None
     gates: GroupGates | None = None
 
 
@@ -84,7 +84,7 @@ def blend_fused(
         adders.append(share_adder(seed, h, k, alpha)[0])
     y = h
     for share in shares:
-        y = y + share.total if share.joined is None or y is not host else share.joined
+        y = y + share.total if share.with_host is None or y is not host else share.with_host
         _remember(share, h)
     for add in adders:
         y = add(y)
@@ -139,7 +139,7 @@ def _share(group: SeedGroup, call: LayerCall, h: Tensor) -> _Share | None:
         total, _ = group.run(read, alphas, host, is_watched=False)
         joined = h + total
         if seen_finite(joined):
-            return _Share(group, total, joined=joined, gates=gates)
+            return _Share(group, total, with_host=joined, gates=gates)
     if first.guard == "always":
         return None
     return _Share(group, *group.run(given, alphas, host, is_watched=True))
