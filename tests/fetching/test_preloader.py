@@ -247,7 +247,6 @@ def test_where_no_thread_starts_the_next_question_tries(registry, monkeypatch):
     assert loader.has_answers
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_a_thread_of_its_own(registry):
     """The parent's, which stays for its next question, is not there."""

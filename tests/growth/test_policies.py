@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from growing import X, equal_states, evaluate, growing, train, wrapped
+from growing import X, equal_states, evaluate, growing, host, train, wrapped
 from torch import nn
 
 from esper.contracts.errors import GrowthError
+from esper.contracts.events import KernelEmbargoed
+from esper.fetching.incidents import announce
 from esper.growth.detector import Detector
 from esper.growth.policies import (
     AllOf,
@@ -28,6 +30,7 @@ from esper.growth.policies import (
 from esper.growth.ranking import FirstOrderGain, GradientNorm, RandomChoice
 from esper.growth.reading import Choice, Decision, Reading
 from esper.growth.staged import Staged
+from esper.wrapping.wrap import wrap
 
 
 def test_default_policy_asks_the_detector():
@@ -474,3 +477,42 @@ def test_a_policy_that_is_asked_too_late_grows_too_late():
         begun.append(grower._run.journal.timeline[0].update)
         grower.close()
     assert begun[1] - begun[0] == 10
+
+
+class Told:
+    """Keeps which kinds of events there were."""
+
+    def __init__(self):
+        self.kinds = set()
+
+    def publish(self, event):
+        self.kinds.add(event.kind)
+
+
+class Source:
+    """Has no kernel."""
+
+    def fetch(self, digest):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("what", ["a kernel by hand", "a source's trouble"])
+def test_what_happens_in_a_quiet_run_is_seen_at_the_next_update(what):
+    """Though nothing is due for long: a faulty kernel is isolated, and an incident is logged."""
+    source, told = Source(), Told()
+    model = wrap(host(), source=source)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    grower = growing(model, optimizer, policy=Never(), evaluate_every=1_000, sink=told)
+    train(model, optimizer, 20, grower)
+    assert grower._quiet_until == 1_001
+    if what == "a kernel by hand":
+        kernel = nn.Linear(4, 4)
+        model[0].graft(0, kernel, alpha=0.1, example=X[:8])
+        kernel.register_forward_hook(lambda *_: torch.full((32, 4), torch.nan))
+        train(model, optimizer, 6, grower)
+        assert "seed_faulted" in told.kinds
+    else:
+        announce(source, KernelEmbargoed(update=0, time_s=0.0, artifact_id="0" * 64))
+        train(model, optimizer, 1, grower)
+        assert "kernel_embargoed" in told.kinds
+    grower.close()

@@ -92,8 +92,7 @@ class Detector:
 
         Where none was to be had at it, the other rules say when to look for one again.
         """
-        had = reading.num_packages or reading.last_change_update is not None
-        if reading.horizon is None or had:
+        if reading.horizon is None or _had_one(reading):
             return None
         if out_of_time(reading) or self._too_early(reading) or self._overfits():
             return None
@@ -107,8 +106,7 @@ class Detector:
         Args:
             reading: As for :meth:`first`, which said no.
         """
-        had = reading.num_packages or reading.last_change_update is not None
-        if reading.horizon is None or had or out_of_time(reading) or self._overfits():
+        if reading.horizon is None or _had_one(reading) or out_of_time(reading) or self._overfits():
             return math.inf
         return self._start(reading)
 
@@ -131,8 +129,7 @@ class Detector:
         """
         if out_of_time(reading) or self._overfits():
             return 0.0
-        had = reading.num_packages or reading.last_change_update is not None
-        if reading.horizon is not None and not had:
+        if reading.horizon is not None and not _had_one(reading):
             return 1.0
         return max(self._nearness_of_returns(), self._nearness_of_deadline(reading))
 
@@ -261,6 +258,11 @@ class Detector:
             verdict="too_early",
             reason=f"{len(self._gate)} evaluations, {self.window + 1} needed",
         )
+
+
+def _had_one(reading: Reading) -> bool:
+    """Say whether the run has had a package, or its model has changed."""
+    return bool(reading.num_packages) or reading.last_change_update is not None
 
 
 def out_of_time(reading: Reading) -> Decision | None:
