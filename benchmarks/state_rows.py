@@ -181,7 +181,7 @@ def waiting_controller(rounds: int) -> Figure:
             plain.update()
             grown.update()
         took = take_turns(
-            {"plain": plain.update, "grown": grown.update}, rounds=4 * rounds, number=8
+            {"plain": plain.update, "grown": grown.update}, rounds=64 * rounds, number=1
         )
     assert grown.grower is not None
     grown.grower.close()

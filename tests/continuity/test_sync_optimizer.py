@@ -120,14 +120,12 @@ def test_host_and_kernel_parameters_are_told_apart():
     assert not host & kernel
 
 
+@pytest.mark.parametrize("is_synced", [True, False])
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_step_that_a_kernel_spoilt_is_skipped(with_closure):
+def test_step_that_a_kernel_spoilt_is_skipped(with_closure, is_synced):
     """Under guard="step", a step with a kernel that is not finite changes no weight."""
     model = wrapped()
     optimizer = AdamW(model.parameters(), lr=0.1)
-    sync_optimizer(model, optimizer)
-    kernel = Kernel()
-    model[2].graft(0, kernel, alpha=1.0, guard="step", example=batch())
     sync_optimizer(model, optimizer)
 
     def closure():
@@ -143,6 +141,10 @@ def test_step_that_a_kernel_spoilt_is_skipped(with_closure):
             closure()
             optimizer.step()
 
+    update()  # in which there is nothing to look at
+    model[2].graft(0, Kernel(), alpha=1.0, guard="step", example=batch())
+    if is_synced:
+        sync_optimizer(model, optimizer)
     update()
     before = copy.deepcopy({name: p.detach() for name, p in model.named_parameters()})
     model[2].seed_kernel(0).poison = True

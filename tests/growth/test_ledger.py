@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import suppress
 
 import pytest
 import torch
 from growing import batches, compute_loss, growing, wrapped
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.growth.budget import count_parameters
@@ -247,14 +249,32 @@ def test_the_mean_is_of_the_last_losses():
     assert lost(*[100] * 10, *[1] * LOSS_WINDOW).mean() == 1.0
 
 
-def test_losses_are_kept_without_their_graph():
+class Saved:
+    """What a graph holds for its backward."""
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_losses_are_kept_without_their_graph(shape):
     """So that no step's activations stay in memory."""
-    losses, weight = TrainingLosses(), torch.ones(1, requires_grad=True)
-    losses.add(weight.sum())
+    losses, weight, saved = TrainingLosses(), torch.ones(shape, requires_grad=True), [Saved()]
+    with saved_tensors_hooks(lambda _: saved.pop(), lambda kept: kept):
+        loss = weight.square()
+    assert losses.add(loss) == 1.0
+    assert any(type(held) is Saved for held in gc.get_objects())
+    del loss
+    assert not any(type(held) is Saved for held in gc.get_objects())
     assert len(losses) == 1
-    assert not losses._losses[0].requires_grad
     losses.clear()
     assert len(losses) == 0
+
+
+def test_a_loss_that_its_owner_goes_on_writing_stays_as_it_was():
+    """A running sum in one tensor is another figure at each step."""
+    losses, total = TrainingLosses(), torch.zeros(())
+    for _ in range(3):
+        total += 1
+        losses.add(total)
+    assert losses.mean() == 2.0
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-3, 0.0), (1.0, -100.0)])

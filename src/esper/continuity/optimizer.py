@@ -11,7 +11,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
 from esper.state.host_parts import SEEDS, check_module, check_replicas
 from esper.state.layer_record import record_of
-from esper.state.roster import Roster, at_building
+from esper.state.roster import Changes, Roster, at_building
 from esper.state.shards import reshard
 
 if TYPE_CHECKING:
@@ -340,6 +340,7 @@ class _Link:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._hooks: weakref.WeakKeyDictionary[Optimizer, StepHooks] = weakref.WeakKeyDictionary()
         self._kept: KeptBuffers | None = None
+        self._idle_at = _NEVER
 
     @property
     def members(self) -> list[Optimizer]:
@@ -356,7 +357,7 @@ class _Link:
             layer.enable_step_guard(self._keep_now)
         self._model = weakref.ref(model)
         self.roster = Roster(_layers(model))
-        self._kept = None
+        self._kept, self._idle_at = None, _NEVER
         self._keep(model, self.roster.busy())
         for member in members_of(optimizer):
             if member not in self._hooks:
@@ -372,19 +373,18 @@ class _Link:
         self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         """Read the flags now, or, with a closure, once the closure has made the gradients."""
-        values = (*args, *kwargs.values())
-        if not values or not any(
-            callable(value) and not isinstance(value, Optimizer) for value in values
-        ):
+        if self._idle_at == Changes.count:
+            return None  # the usual case, in each step of a run that has not grown
+        if not (args or kwargs) or not any(map(_is_closure, (*args, *kwargs.values()))):
             self._read(optimizer)
             return None
         replaced = tuple(self._closed(value, optimizer) for value in args)
         return replaced, {name: self._closed(value, optimizer) for name, value in kwargs.items()}
 
     def _closed(self, value: object, optimizer: Optimizer) -> object:
-        if not callable(value) or isinstance(value, Optimizer):
+        if not _is_closure(value):
             return value
-        closure: Callable[[], object] = value
+        closure = value
 
         def run_then_read() -> object:
             result = closure()
@@ -395,12 +395,13 @@ class _Link:
 
     def _read(self, optimizer: Optimizer) -> None:
         """Keep the buffers of a good step; drop the gradients of a bad one, buffers put back."""
-        model = self._model()
+        model, changes = self._model(), Changes.count
         if model is None:
             return
         busy, over_ranks = self.roster.busy(), worst_of_ranks(model)
         if not busy and over_ranks is None and self._kept is None:
-            return  # the usual case, in each step of a run that has not grown
+            self._idle_at = changes
+            return
         faults = read_step_flags(busy, over_ranks)
         if not faults:
             self._keep(model, busy)
@@ -424,9 +425,16 @@ class _Link:
             self._kept = KeptBuffers(model)
 
 
+def _is_closure(value: object) -> TypeGuard[Callable[[], object]]:
+    return callable(value) and not isinstance(value, Optimizer)
+
+
 def _all_parameters(optimizer: AnyOptimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
+
+_NEVER: Final = -1
+"""Changes that nobody has seen."""
 
 _LINKS: weakref.WeakKeyDictionary[Optimizer, _Link] = weakref.WeakKeyDictionary()
 

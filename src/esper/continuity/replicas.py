@@ -23,6 +23,7 @@ from esper.continuity.agreement import Ranks
 from esper.continuity.sharding import expect_idle_ranks, is_shard, synchronizes
 from esper.state.host_parts import is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
+from esper.state.roster import remember_change
 from esper.state.shards import group_of_shards, here, spread_like
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def share_kernels(
 
 def worst_of_ranks(model: nn.Module | None) -> OverRanks | None:
     """Return what takes the elementwise maximum of flags over the ranks; None without ranks."""
-    if model is None or not _REPLICATIONS:  # the usual case, in each step of a run
+    if model is None or not _REPLICATIONS:
         return None
     known = _REPLICATIONS.get(replicas(model) or bare(model))
     return None if known is None or known.is_alone else known.worst
@@ -363,6 +364,7 @@ class _Replication:
         names = sorted({name for told in of_ranks for name in told.seeds})
         self._rows = {seeds[name]: row for row, name in enumerate(names) if name in seeds}
         self._num_rows = len(names)
+        remember_change()
 
     def _known(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> set[int]:
         """Return the parameters of kernels that the model averages itself, and waits for."""

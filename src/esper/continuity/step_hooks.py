@@ -51,25 +51,27 @@ class StepHooks:
         before: StepHook | None = None,
         after: StepHook | None = None,
     ) -> None:
-        self._before, self._after = before, after
+        self._after = after
         self._handles: weakref.WeakKeyDictionary[Optimizer, _Handles] = weakref.WeakKeyDictionary()
         self._called_behind: Optimizer | None = None
         for member in members_of(optimizer):
             handles = self._handles[member] = _Handles()
             if before is not None:
-                handles.before = member.register_step_pre_hook(self._call_before)
+                handles.before = member.register_step_pre_hook(before)
             if after is not None:
                 handles.after = member.register_step_post_hook(self._call_after)
 
     def close(self) -> None:
         """Call nothing any more; where a step is under way, the hooks go with the next one."""
-        self._before = self._after = None
+        self._after = None
         for member, handles in list(self._handles.items()):
             if not _is_stepping(member) or self._ends_step_of(member):
                 _remove(handles.before, handles.after)
                 del self._handles[member]
-            elif handles.before is None and self._called_behind is member:
-                handles.before = member.register_step_pre_hook(self._call_before)
+            elif handles.before is not None:  # in its place: what is gone through stays as long
+                member._optimizer_step_pre_hooks[handles.before.id] = self._go_before  # noqa: SLF001 - torch has no door for it
+            elif self._called_behind is member:
+                handles.before = member.register_step_pre_hook(self._go_before)
 
     def _ends_step_of(self, member: Optimizer) -> bool:
         """Say whether ours is the hook that runs, and the last: nobody iterates behind it."""
@@ -80,13 +82,7 @@ class StepHooks:
             and next(reversed(all_after), None) == after.id
         )
 
-    def _call_before(self, optimizer: Optimizer, *given: object) -> Any:
-        if self._before is not None:
-            return self._before(optimizer, *given)
-        self._go_before(optimizer)
-        return None
-
-    def _go_before(self, optimizer: Optimizer) -> None:
+    def _go_before(self, optimizer: Optimizer, *_: object) -> None:
         """Take off hooks that were closed in a step: those behind it, and, if it can, this one."""
         handles = self._handles.get(optimizer)
         if handles is None or self._after is not None:
@@ -112,7 +108,11 @@ def is_update(optimizer: Optimizer) -> bool:
     overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
     if overflow is not None and bool(overflow):
         return False
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:  # as a rule the first one's
+                return True
+    return False
 
 
 def _remove(*handles: RemovableHandle | None) -> None:

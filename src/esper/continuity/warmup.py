@@ -57,8 +57,9 @@ class UpdateCounter:
         self._hooks.close()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        self._counts[id(optimizer)] += is_update(optimizer)
-        self.count = max(self._counts.values())
+        if is_update(optimizer):
+            count = self._counts[id(optimizer)] = self._counts[id(optimizer)] + 1
+            self.count = max(self.count, count)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -48,10 +48,11 @@ def _first_tensor(batch: Batch) -> Tensor | None:
     """Return what stands first in a batch where that is, or holds, a tensor."""
     if isinstance(batch, torch.Tensor):
         return batch
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, (tuple, list)):
-        for item in batch:
-            if isinstance(item, (torch.Tensor, Mapping, tuple, list)):
-                return _first_tensor(item)
+    if not isinstance(batch, (tuple, list)):  # first: to ask for a Mapping takes longer
+        batch = batch.values() if isinstance(batch, Mapping) else ()
+    for item in batch:
+        if isinstance(item, torch.Tensor):
+            return item
+        if isinstance(item, (tuple, list, Mapping)):
+            return _first_tensor(item)
     return None

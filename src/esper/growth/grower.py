@@ -56,7 +56,7 @@ from esper.resilience.attempt import Done, Failed, attempt
 from esper.seeds.layer_health import illness_of
 from esper.seeds.maintenance import MEASURED_EVERY, maintain_layers
 from esper.state.layer_record import record_of
-from esper.state.roster import Moves, any_has_kernels
+from esper.state.roster import Changes
 from esper.wrapping.wrap import layers
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ CLOSING_S: Final = 4.0
 
 STEPS_WITHOUT_UPDATE: Final = 100
 """Calls of ``step`` without one update of the optimizer, after which something must be wrong."""
+
+_LOST: Final = "look for NaN or infinity in the training data, or lower the learning rate"
+"""What to do where the training loss is not finite."""
 
 
 class Grower:
@@ -188,6 +191,7 @@ class Grower:
         self._at_the_end: dict[str, Any] = {}
         self._num_steps = 0
         self._quiet_until: float = 0
+        self._changes_seen = 0
         self._on_progress, self._changes_told = options.get("on_progress"), 0
         self._run.journal.started(
             self._effective_settings(), outline(self._run.layers), self._run.host_cost.parameters
@@ -282,12 +286,15 @@ class Grower:
             msg = "this Grower is closed; make another one to go on growing"
             raise GrowthError(msg)
         self._num_steps += 1
+        run = self._run
         if loss is not None:
-            self._hear(self._run.losses.add(loss))
+            read = run.losses.add(loss)
+            if read is not None:
+                run.journal.read("training loss", read, _LOST)
         if batch is not None and not self._tried_loss:
             self._tried_loss = True
-            in_step(self._run.given, lambda: try_compute_loss(self._run, batch))
-        batches = self._run.watcher.step(batch)
+            in_step(run.given, lambda: try_compute_loss(run, batch))
+        batches = run.watcher.step(batch)
         if batches is not None:
             self._after_update(batches)
         elif self._num_steps == STEPS_WITHOUT_UPDATE:
@@ -576,7 +583,8 @@ class Grower:
     def _after_update(self, batches: list[Batch]) -> None:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
-        if batches and run.updates < self._quiet_until and not self._is_disturbed():
+        is_quiet = run.watcher.updates < self._quiet_until and self._changes_seen == Changes.count
+        if batches and is_quiet and not run.incidents.has_news:
             run.ledger.count_update(batches)
             self._recent.extend(batches)
             return
@@ -584,6 +592,7 @@ class Grower:
             in_step(run.given, functools.partial(measure_update, run, batches[-1]))
         run.ledger.count_update(batches)
         self._recent.extend(batches)
+        self._changes_seen = Changes.count
         run.follow_exchanges()
         measures = run.updates % MEASURED_EVERY == 0
         maintain_layers(busy_layers(run.optimizer), measures=measures, tell=run.journal.happened)
@@ -614,7 +623,7 @@ class Grower:
     def _next_moment(self, decision: Decision | None) -> float:
         """Return the next update at which anything may be asked for; 0 where that is not known.
 
-        What others may do before is seen by :meth:`_is_disturbed`.
+        What others may do before is seen by :class:`Changes` and by the incidents of the sources.
 
         Args:
             decision: What the policy said; None where it was not asked.
@@ -623,19 +632,12 @@ class Grower:
         is_busy = self._depth.is_planned or run.null_beside is not None or run.offers.has_registry
         if decision is None or decision.grow or is_busy:
             return 0
-        if not (self._tried_twin and run.ledger.update.is_known):
+        if not (self._tried_twin and run.ledger.update.is_known) or busy_layers(run.optimizer):
             return 0
         look = self._schedule.waits_until(run.updates)
         if run.evaluator is None:
             look = (run.updates // EVALUATE_EVERY + 1) * EVALUATE_EVERY
         return min(look, waits_until(run.policy, self._reading_now()))
-
-    def _is_disturbed(self) -> bool:
-        """Say whether a kernel has come, a layer or a source gone, or the model is another."""
-        run = self._run
-        is_other = run.num_moves != Moves.count or not run.ledger.update.is_known
-        has_kernels = any_has_kernels() and bool(busy_layers(run.optimizer))
-        return is_other or has_kernels or run.incidents.has_news
 
     def _tell(self) -> None:
         """Tell the owner where the run is, where it was looked at or has changed since."""
@@ -664,12 +666,6 @@ class Grower:
         """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
         if text is not None and not grafts_nothing(self._run.policy):
             self._run.journal.warn(text)
-
-    def _hear(self, loss: float | None) -> None:
-        """Follow whether the training loss is finite, where it could be read."""
-        if loss is not None:
-            cure = "look for NaN or infinity in the training data, or lower the learning rate"
-            self._run.journal.read("training loss", loss, cure)
 
     def _say_what_is_never_called(self) -> None:
         """Warn where ``step`` is never called, or the optimizer's step never seen."""

@@ -149,7 +149,8 @@ class WorkLedger:
         if self._last_update is not None:
             took_s = now_s - self._last_update[0] - (growing_s - self._last_update[1])
         self._last_update = (now_s, growing_s)
-        self._add("training", self.update.flops(elements), max(0.0, took_s))
+        self._flops["training"] += self.update.flops(elements)
+        self._seconds["training"] += max(0.0, took_s)
 
     def structure_changed(self) -> None:
         """Learn that the live model computes something else now: what it takes is to be measured.

@@ -21,10 +21,10 @@ LOSS_CHECK_EVERY: Final = 10
 
 
 class TrainingLosses:
-    """The last fifty training losses, on their device until somebody reads them."""
+    """The last fifty training losses: numbers, or on their device until somebody reads them."""
 
     def __init__(self) -> None:
-        self._losses: deque[Tensor] = deque(maxlen=LOSS_WINDOW)
+        self._losses: deque[float | Tensor] = deque(maxlen=LOSS_WINDOW)
         self._num_unread = 0
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class TrainingLosses:
         """Keep a loss without its graph.
 
         Args:
-            loss: A number, or a tensor of one element; it stays on its device.
+            loss: A number, or a tensor of one element; on the CPU it is read, elsewhere it stays.
 
         Returns:
             The loss where reading it costs nothing: it is a number, or on the CPU. From any other
@@ -44,11 +44,11 @@ class TrainingLosses:
             TypeError: It is neither a number nor a tensor.
             ValueError: The tensor has more than one element, or none.
         """
-        kept = _scalar(loss)
+        kept = _kept(loss)
         self._losses.append(kept)
         self._num_unread += 1
-        if kept.is_cpu:
-            return float(kept)
+        if not isinstance(kept, Tensor):
+            return kept
         if self._num_unread < LOSS_WINDOW:
             return None
         self._num_unread = 0
@@ -57,8 +57,8 @@ class TrainingLosses:
     def state_dict(self) -> dict[str, Any]:
         """Return the losses on the CPU, where each was, and how many nobody has read."""
         return {
-            "losses": [loss.detach().to("cpu", copy=True) for loss in self._losses],
-            "devices": [str(loss.device) for loss in self._losses],
+            "losses": [_tensor(loss).to("cpu", copy=True) for loss in self._losses],
+            "devices": [str(_tensor(loss).device) for loss in self._losses],
             "num_unread": self._num_unread,
         }
 
@@ -66,7 +66,7 @@ class TrainingLosses:
         """Go on with the losses of another run, on the devices that they were on."""
         found = zip(state["losses"], state["devices"], strict=True)
         self._losses.clear()
-        self._losses.extend(loss.to(device, copy=True) for loss, device in found)
+        self._losses.extend(_kept(loss.to(device, copy=True)) for loss, device in found)
         self._num_unread = int(state["num_unread"])
 
     def clear(self) -> None:
@@ -85,28 +85,33 @@ class TrainingLosses:
         return float(losses.min()), float(losses.max())
 
 
-def _scalar(loss: object) -> Tensor:
+def _kept(loss: object) -> float | Tensor:
+    """Return a loss as it is kept: a number, or where reading would wait a tensor without graph."""
     if isinstance(loss, Tensor):
-        if loss.numel() != 1:
+        if loss.ndim and loss.numel() != 1:
             msg = (
                 f"the loss given to grower.step is a scalar, got a tensor of shape "
                 f"{tuple(loss.shape)}; pass the mean that was trained on"
             )
             raise ValueError(msg)
-        kept = loss.detach()
-        return kept.reshape(()) if kept.ndim else kept
+        return float(loss.item()) if loss.is_cpu else loss.detach().reshape(())
     if isinstance(loss, bool) or not isinstance(loss, Real):
         kind = type(loss).__name__
         msg = f"the loss given to grower.step is a scalar tensor or a number, got {kind}"
         raise TypeError(msg)
-    return torch.tensor(float(loss))
+    return float(loss)
 
 
-def _together(losses: Sequence[Tensor]) -> Tensor:
+def _tensor(loss: float | Tensor) -> Tensor:
+    return loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+
+
+def _together(losses: Sequence[float | Tensor]) -> Tensor:
     """Return losses as one tensor, on the device of the last; float32 where their types differ."""
-    device, dtypes = losses[-1].device, {loss.dtype for loss in losses}
+    found = [_tensor(loss) for loss in losses]
+    device, dtypes = found[-1].device, {loss.dtype for loss in found}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return torch.stack([loss.to(device, dtype) for loss in losses])
+    return torch.stack([loss.to(device, dtype) for loss in found])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

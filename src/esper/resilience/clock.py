@@ -15,11 +15,12 @@ def wall_time_s() -> float:
 
 
 class MonotonicClock:
-    """Seconds of the machine's monotonic clock."""
+    """Seconds of the machine's monotonic clock.
 
-    def now(self) -> float:
-        """Return seconds since an arbitrary start; never falls."""
-        return time.perf_counter()
+    Its ``now()`` returns seconds since an arbitrary start, and never falls.
+    """
+
+    now = staticmethod(time.perf_counter)
 
 
 class ManualClock:

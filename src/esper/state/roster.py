@@ -81,21 +81,35 @@ def update_roster(layer: nn.Module) -> None:
     is_busy = bool(record.seeds or record.waiting)
     with _lock:
         (_busy.add if is_busy else _busy.discard)(layer)
+        Changes.count += 1
     for do in _at_change:
         do(layer)
     while is_busy and _at_first:
         _at_first.pop()()
 
 
-def any_has_kernels() -> bool:
-    """Say whether any layer of this process may hold or await a kernel; costs nothing."""
-    return bool(_busy)
-
-
 def layers_with_kernels() -> list[nn.Module]:
     """Return the layers of this process that hold kernels, in no order."""
     with _lock:
         return [layer for layer in _busy if RECORD in layer.__dict__]
+
+
+class Changes:
+    """How often something changed in this process that a step of training looks for.
+
+    Those are kernels that come, go or move to another module, and ranks that train together.
+
+    Attributes:
+        count: So often; who found nothing to do, and has seen as many, need not look.
+    """
+
+    count: ClassVar[int] = 0
+
+
+def remember_change() -> None:
+    """Let everybody who found nothing to do look again."""
+    with _lock:
+        Changes.count += 1
 
 
 class Moves:
@@ -114,6 +128,7 @@ def remember_move(layer: nn.Module, module: nn.Module) -> None:
         _moved.pop(module, None)
         _moved[layer] = module
         Moves.count += 1
+        Changes.count += 1
 
 
 def where_kernels_stand(layer: nn.Module) -> nn.Module:
