@@ -17,6 +17,9 @@ from torch.autograd import forward_ad
 _FEW: Final = 2048
 """Up to so many elements ``torch.where`` is the cheapest choice on the CPU too."""
 
+_WIDE: Final = frozenset({torch.float32, torch.float64})
+"""Types whose sums are accumulated in themselves."""
+
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,9 +47,11 @@ def seen_finite(y: Tensor) -> bool:
     Args:
         y: Floating, and not in a transformation of ``torch.func``.
     """
-    if type(y) is not Tensor or y.device.type != "cpu" or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
+    if type(y) is not Tensor or not y.is_cpu or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
         return False
-    return math.isfinite(_sum(y.detach() if y.requires_grad else y).item())
+    values = y.detach() if y.requires_grad else y
+    total = values.sum() if values.dtype in _WIDE else values.sum(dtype=torch.float32)
+    return math.isfinite(total.item())
 
 
 def host_mark(h: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def gradient_total(gradient: Tensor) -> Tensor | float:
 
     Elsewhere a 0-dim tensor: a sum, accumulated where it cannot overflow.
     """
-    if gradient.device.type == "cpu":
+    if gradient.is_cpu:
         total = _sum(gradient).item()
         if math.isfinite(total) or not bool(_values(gradient).isfinite().all()):
             return total
@@ -134,7 +139,7 @@ def gradient_total(gradient: Tensor) -> Tensor | float:
 
 def _sum(values: Tensor) -> Tensor:
     """Return the sum, accumulated in float32 or wider."""
-    if values.dtype in (torch.float32, torch.float64):
+    if values.dtype in _WIDE:
         return values.sum()
     return values.sum(dtype=torch.float32)
 

@@ -93,5 +93,6 @@ class GroupGates:
             with torch.enable_grad():
                 x = self._given.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(seed.slot.kernel(x), x, alpha * incoming)
-            total += zeros_unless_finite(gradient, seed, -1)
+            passes = zeros_unless_finite(gradient, seed, -1)
+            total += gradient if passes is None else passes
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,53 +45,47 @@ def gated(x: Tensor, seed: Seed) -> Tensor:
     gated = x.view_as(x)
     node = gated.grad_fn
     assert node is not None
-    node.register_prehook(_InputHook(seed))  # a hook of the tensor costs four times as much
+    node.register_prehook(partial(_leave, seed))  # a hook of the tensor costs four times as much
     return gated
 
 
-def zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor:
-    """Return the gradient, or zeros where it is not finite, and remember which.
+def zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor | None:
+    """Return zeros instead of a gradient that is not finite, and remember it.
 
     On the CPU, outside of compiled code, this reads one number; elsewhere nothing is read.
+
+    Args:
+        gradient: What leaves the kernel.
+        seed: The kernel's.
+        place: Number of the parameter that it leaves for; -1 for the kernel's input.
+
+    Returns:
+        What may pass; None: the gradient as it is.
     """
     if gradient.requires_grad or in_transform():
         return torch.where(is_good(gradient_mark(gradient)), gradient, 0.0)
     if seen_finite(gradient):
         seed.seen.leave(place, 0.0)
-        return gradient
+        return None
     total = gradient_total(gradient)
     seed.seen.leave(place, total)
     if isinstance(total, Tensor):
         return torch.where(total.isfinite(), gradient, 0.0)
-    return gradient if math.isfinite(total) else torch.zeros_like(gradient)
+    return None if math.isfinite(total) else torch.zeros_like(gradient)
 
 
-class _InputHook:
-    """The gate of a kernel's input, as a hook of the node that its gradient leaves through."""
-
-    def __init__(self, seed: Seed) -> None:
-        self._seed = seed
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        """Return the gradients that may pass; None where there is none."""
-        (gradient,) = gradients
-        return None if gradient is None else (zeros_unless_finite(gradient, self._seed, -1),)
+def _leave(
+    seed: Seed, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """Be the gate of a kernel's input: a hook of the node that its gradient leaves through."""
+    (gradient,) = gradients
+    passes = None if gradient is None else zeros_unless_finite(gradient, seed, -1)
+    return None if passes is None else (passes,)
 
 
-class _ParameterHook:
-    """The gate of one of a kernel's parameters, as a hook.
-
-    Args:
-        seed: The seed, which remembers the sums of what passes.
-        place: Number of the parameter.
-    """
-
-    def __init__(self, seed: Seed, place: int) -> None:
-        self._seed, self._place = seed, place
-
-    def __call__(self, gradient: Tensor | None) -> Tensor | None:
-        """Return the gradient that may pass."""
-        return None if gradient is None else zeros_unless_finite(gradient, self._seed, self._place)
+def _leave_for(seed: Seed, place: int, gradient: Tensor | None) -> Tensor | None:
+    """Be the gate of the kernel's parameter of that number: a hook of it."""
+    return None if gradient is None else zeros_unless_finite(gradient, seed, place)
 
 
 def gate_parameters(seed: Seed) -> None:
@@ -107,7 +102,7 @@ def gate_parameters(seed: Seed) -> None:
             if not parameter.requires_grad:
                 seed.frozen.append(parameter)
                 continue
-            hook = _ParameterHook(seed, num_gates)
+            hook = partial(_leave_for, seed, num_gates)
             seed.handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call] # torch has none
             num_gates += 1
 

@@ -61,7 +61,7 @@ def share_adder(seed: Seed, h: Tensor, k: Tensor, alpha: Tensor) -> tuple[ShareA
     if seed.guard == "step":
         return partial(torch.add, term), alpha
     if k.requires_grad:
-        k.register_hook(_IncomingHook(seed, call))  # type: ignore[no-untyped-call] # torch has none
+        k.register_hook(partial(_reach, seed, seed.seen, call))  # type: ignore[no-untyped-call] # torch has none
     return _where_good(marks, term, alpha)
 
 
@@ -154,13 +154,14 @@ def _guarded_sum(
     A sum that is seen to be finite needs no gate: so is all that was added up to it. Of the host
     that is known then, too, unless another seed has taken its place.
     """
-    if h.device.type == "cpu":
+    if h.is_cpu:
         term = alpha * k
         y = so_far + term
         if seen_finite(y) and (so_far is h or seen_finite(h)):
             call.marks = CLEAN_MARKS
-            if y.grad_fn is not None:
-                y.grad_fn.register_prehook(_SumHook(seed, call))
+            node = y.grad_fn
+            if node is not None:  # its hook costs a quarter of a tensor's
+                node.register_prehook(partial(_reach_sum, seed, seed.seen, call))
             return y
     host = None if so_far is h else h.detach()
     gated: Tensor = _GuardedSum.apply(so_far, host, k, alpha, seed, call)  # type: ignore[no-untyped-call] # torch has none
@@ -226,26 +227,19 @@ class _GuardedSum(torch.autograd.Function):
         return g, None, scaled, None, None, None
 
 
-class _IncomingHook:
-    """Remembers whether the gradient that reaches a kernel's output is finite."""
-
-    def __init__(self, seed: Seed, call: Call) -> None:
-        self._seed, self._seen, self._call = seed, seed.seen, call
-
-    def __call__(self, gradient: Tensor | None) -> None:
-        """Remember it; the gradient passes unchanged."""
-        keep_gated(self._seed)
-        if gradient is not None and not (gradient.requires_grad or in_transform()):
-            total = 0.0 if seen_finite(gradient) else gradient_total(gradient.detach())
-            self._seen.come_in(self._call, total)
+def _reach(seed: Seed, seen: Observations, call: Call, gradient: Tensor | None) -> None:
+    """Remember whether the gradient that reaches a kernel's output is finite: a hook of that."""
+    keep_gated(seed)
+    if gradient is not None and not (gradient.requires_grad or in_transform()):
+        total = 0.0 if seen_finite(gradient) else gradient_total(gradient.detach())
+        seen.come_in(call, total)
 
 
-class _SumHook(_IncomingHook):
-    """The same of a sum's gradient, as a hook of its node, which costs a quarter of a tensor's."""
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:  # type: ignore[override] # a node's
-        """Remember it; it passes unchanged."""
-        super().__call__(gradients[0])
+def _reach_sum(
+    seed: Seed, seen: Observations, call: Call, gradients: tuple[Tensor | None, ...]
+) -> None:
+    """Do the same as a hook of the node of a sum."""
+    _reach(seed, seen, call, gradients[0])
 
 
 class _Incoming(torch.autograd.Function):
