@@ -154,8 +154,9 @@ def _remember(share: _Share, h: Tensor) -> None:
     elif share.gates is not None:
         share.gates.remember(share.total, h.shape)
     elif not share.marks:  # all that was added was seen to be finite, and so was the host
+        call = Call(h.shape, CLEAN_MARKS)  # no gradient is remembered of it, so one is as good
         for seed in seeds:
-            seed.seen.calls.append(Call(h.shape, CLEAN_MARKS))
+            seed.seen.calls.append(call)
     else:
         host = host_mark(h.detach())
         for seed, mark in zip(seeds, share.marks, strict=True):

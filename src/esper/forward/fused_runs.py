@@ -3,8 +3,8 @@
 The tensors of their steps are joined in every forward, by what autograd knows: so a parameter stays
 what its owner, its hooks and its optimizer know, and gradients come to it as they always do.
 
-What all seeds read has no axis of seeds. Behind the first step that has tensors a value has one:
-the first of ``[seeds, rows, features]``, the second of ``[batch, seeds, channels, ...]``.
+What all seeds read has no axis of seeds. Behind the first step that has tensors a value has one,
+the second: of ``[rows, seeds, features]``, or of ``[batch, seeds, channels, ...]``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, cast
 
 import torch
@@ -50,15 +51,16 @@ def _joined(
     Raises:
         AttributeError, RuntimeError, ValueError: They are not alike any more.
     """
-    found = [step._parameters.get(name) for step in steps]  # noqa: SLF001 - getattr costs a microsecond
-    if found[0] is None:
+    tensors = [step._parameters.get(name) for step in steps]  # noqa: SLF001 - getattr costs a microsecond
+    if tensors[0] is None:
         return None
-    tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
-    kinds = {(type(tensor), tensor.dtype, tensor.shape) for tensor in tensors}
-    if len(kinds) > 1 or len(tensors) < len(steps):
+    if len({*map(_KIND, tensors)}) > 1:
         msg = f"the kernels' {name}s are not alike any more"
         raise ValueError(msg)
-    return join(tensors)
+    return join(cast("list[Tensor]", tensors))
+
+
+_KIND: Final = attrgetter("dtype", "shape")
 
 
 def _weight(steps: Sequence[nn.Module], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -94,18 +96,22 @@ def _behind(
 def _linear(
     steps: Sequence[nn.Module], values: Sequence[Tensor], norms: Sequence[nn.Module] = ()
 ) -> Tensor:
-    """Return ``[seeds, rows, out]``: by one product where all seeds read the same."""
+    """Return ``[rows, seeds, out]``: by one product where all seeds read the same."""
     (x,) = values
+    if x.dim() == 2 and not norms:
+        y = nn.functional.linear(x, _weight(steps, torch.cat), _joined(steps, "bias", torch.cat))
+        return y.view(len(x), len(steps), -1)
     weight, bias = _weight(steps, torch.stack), _joined(steps, "bias", torch.stack)
     if norms:
         weight, bias = _behind(norms, weight, bias)
     if x.dim() == 2:
         joined = None if bias is None else bias.flatten()
         y = nn.functional.linear(x, weight.flatten(0, 1), joined)
-        return y.view(len(x), len(steps), -1).transpose(0, 1)
+        return y.view(len(x), len(steps), -1)
+    x, weight = x.transpose(0, 1), weight.transpose(1, 2)
     if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        return torch.bmm(x, weight).transpose(0, 1)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight).transpose(0, 1)
 
 
 def _each_number(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
@@ -113,10 +119,17 @@ def _each_number(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor
     return y
 
 
+def _combination(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+    """Put values together; what all seeds share gets an axis of seeds."""
+    most = max(value.dim() for value in values)
+    return _each_number(steps, [v if v.dim() == most else v.unsqueeze(1) for v in values])
+
+
 FEATURES: Final[Rules] = {
     nn.Linear: _linear,
     **dict.fromkeys(NORMS, _norm),
-    **dict.fromkeys(ACTIVATIONS + COMBINATIONS, _each_number),
+    **dict.fromkeys(ACTIVATIONS, _each_number),
+    **dict.fromkeys(COMBINATIONS, _combination),
 }
 """Steps that work on the last axis."""
 
@@ -157,20 +170,20 @@ def _summed(
     Args:
         steps: The last steps.
         alphas: ``[seeds]``.
-        is_shared: Whether all read the same, or else each its own, which lie side by side.
+        is_shared: Whether all read the same, or else each its own, times its alpha, which lie side
+            by side.
     """
     bias = _joined(steps, "bias", torch.stack)
     total = None if bias is None else alphas @ bias
     if is_shared:
         weight = _weight(steps, torch.stack)
         return (alphas @ weight.flatten(1)).view(weight.shape[1:]), total
-    weight = _weight(steps, partial(torch.stack, dim=1))
-    return (weight * alphas.view(-1, *(1,) * (weight.dim() - 2))).flatten(1, 2), total
+    return _weight(steps, partial(torch.cat, dim=1)), total
 
 
 def _linear_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> Tensor:
     is_shared = x.dim() == 2
-    given = x if is_shared else x.transpose(0, 1).flatten(1)
+    given = x if is_shared else (x * alphas.unsqueeze(1)).flatten(1)
     return nn.functional.linear(given, *_summed(steps, alphas, is_shared=is_shared))
 
 
@@ -179,8 +192,9 @@ def _convolution_sum(steps: Sequence[nn.Module], x: Tensor, alphas: Tensor) -> T
     assert isinstance(first, _ConvNd)
     axes = len(first.kernel_size)
     is_shared = x.dim() == axes + 2
+    scaled = x if is_shared else (x * alphas.view(-1, *(1,) * (axes + 1))).flatten(1, 2)
     y: Tensor = _CONVOLVE[axes](
-        x if is_shared else x.flatten(1, 2),
+        scaled,
         *_summed(steps, alphas, is_shared=is_shared),
         first.stride,
         first.padding,
@@ -195,12 +209,6 @@ SUMS: Final[dict[type[nn.Module], Callable[..., Tensor]]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_sum),
 }
 """Last steps that give the sum of all shares, of which none is made."""
-
-
-def _combination(steps: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
-    """Put values together; what all seeds share gets an axis of seeds."""
-    most = max(value.dim() for value in values)
-    return _each_number(steps, [v if v.dim() == most else v.unsqueeze(1) for v in values])
 
 
 CHANNELS: Final[Rules] = {
@@ -265,11 +273,9 @@ class StepByStep:
             shape = (*given.shape[:-1], total.shape[-1]) if self._has_rows else total.shape
             check_like(shape, total.dtype, h)
             return total.view(h.shape), ()
-        outputs = rule(steps, last)
+        outputs = rule(steps, last).transpose(0, 1)
         if self._has_rows:
             outputs = outputs.reshape(len(alphas), *given.shape[:-1], -1)
-        else:
-            outputs = outputs.transpose(0, 1)
         check_like(outputs.shape[1:], outputs.dtype, h)
         shares = outputs * alphas.view(-1, *(1,) * h.dim())
         total = shares.sum(0)

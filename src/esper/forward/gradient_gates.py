@@ -74,9 +74,7 @@ def zeros_unless_finite(gradient: Tensor, seed: Seed, place: int) -> Tensor | No
     return None if math.isfinite(total) else torch.zeros_like(gradient)
 
 
-def _leave(
-    seed: Seed, gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...] | None:
+def _leave(seed: Seed, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """Be the gate of a kernel's input: a hook of the node that its gradient leaves through."""
     (gradient,) = gradients
     passes = None if gradient is None else zeros_unless_finite(gradient, seed, -1)

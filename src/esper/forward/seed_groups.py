@@ -81,13 +81,15 @@ def _group(found: Sequence[tuple[Seed, KernelSteps]]) -> SeedGroup | None:
     if way is None or len(found) < way.fewest:
         return None
     tables = tuple(table for kernel in kernels for table in kernel.tables())
+    facts = [fact for kernel in kernels for fact in kernel.facts()]
     return SeedGroup(
         seeds=tuple(seed for seed, _ in found),
         run=StepByStep(kernels, way.rules),
         hooks=tuple(table for kernel in kernels for table in kernel.hooks()),
         tables=tables,
         sizes=list(map(len, tables)),
-        facts=tuple(fact for kernel in kernels for fact in kernel.facts()),
+        places=tuple((table, key) for table, key, _ in facts),
+        values=[value for _, _, value in facts],
     )
 
 

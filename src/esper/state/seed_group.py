@@ -35,7 +35,8 @@ class SeedGroup:
         hooks: Tables of hooks on the kernels' modules: empty.
         tables: Tables of the kernels' modules that had these ``sizes``.
         sizes: Of ``tables``, in their order.
-        facts: ``(table, key, value)``: what stands in the kernels' tables, children among it.
+        places: ``(table, key)`` of what stands in the kernels' tables, children among it.
+        values: What stood there.
     """
 
     seeds: tuple[Seed, ...]
@@ -43,14 +44,15 @@ class SeedGroup:
     hooks: tuple[Mapping[object, object], ...]
     tables: tuple[Sized, ...]
     sizes: list[int]
-    facts: tuple[tuple[Mapping[str, object], str, object], ...]
+    places: tuple[tuple[Mapping[str, object], str], ...]
+    values: list[object]
 
     @property
     def stands(self) -> bool:
         """Whether nothing was hooked, added or exchanged in its kernels since."""
         if any(self.hooks) or list(map(len, self.tables)) != self.sizes:
             return False
-        return all(table.get(key) == value for table, key, value in self.facts)
+        return [table.get(key) for table, key in self.places] == self.values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
