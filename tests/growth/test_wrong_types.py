@@ -89,6 +89,8 @@ def test_part_refuses_what_it_cannot_use(make, error, words):
         (esper.maintain, ()),
         (esper.export, ("folder",)),
         (esper.sync_optimizer, (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),)),
+        (esper.Grower, (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),)),
+        (esper.follow, (nn.Linear(1, 1),)),
         (esper.wrap, ()),
     ],
 )
@@ -96,6 +98,21 @@ def test_function_of_a_model_refuses_what_is_none(function, arguments):
     """By the function's name, before anything is touched."""
     with pytest.raises(TypeError, match=rf"{function.__name__} takes a torch\.nn\.Module.*str"):
         function("model", *arguments)
+
+
+def test_optimizer_in_the_place_of_a_model_is_named_in_a_line():
+    """Not with all its settings."""
+    model = wrapped()[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"^Grower takes a torch\.nn\.Module; got SGD .*$"):
+        esper.Grower(optimizer, model)
+
+
+@pytest.mark.parametrize("ranked", [5, None, "abc", [5]])
+def test_what_is_no_ranking_has_no_order(ranked):
+    """It is named, where a score was looked for in it."""
+    with pytest.raises(TypeError, match=r"in_order takes RankedCandidates.*; got "):
+        esper.in_order(ranked)
 
 
 @pytest.mark.parametrize("index", ["0", None, 1.0, True])

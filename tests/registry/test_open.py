@@ -55,6 +55,15 @@ def test_an_address_of_another_type_is_refused(address, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_no_registry(tmp_path):
+    """To try again would help nobody; the file stays as it is."""
+    place = tmp_path / "kernels.tar"
+    place.write_text("in the way")
+    with pytest.raises(ValueError, match=r"kernels\.tar.* is no directory"):
+        registry.open_registry(place)
+    assert place.read_text() == "in the way"
+
+
 def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path):
     """Where the disk does not do its part, the error says so and names the place."""
     (tmp_path / "file").write_text("in the way")

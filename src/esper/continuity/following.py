@@ -22,7 +22,7 @@ from esper.forward.class_change import choose_forward
 from esper.seeds.folding import fold
 from esper.seeds.sleep import follow_sleep, kind_of_sleep
 from esper.seeds.slots import insert, withdraw
-from esper.state.host_parts import SEEDS, host_parameters, is_in_a_seed
+from esper.state.host_parts import SEEDS, check_module, host_parameters, is_in_a_seed
 from esper.state.kernel import reference_tensor
 from esper.state.layer_record import RECORD, record_of
 from esper.state.seed_slot import Seed
@@ -54,10 +54,11 @@ def follow(model: nn.Module, averaged: Average) -> Average:
         ``averaged``.
 
     Raises:
-        TypeError: ``averaged`` is no module.
+        TypeError: ``model`` or ``averaged`` is no module.
         ValueError: ``averaged`` has not the same layers as the model, or not the same of its
             blocks sleep.
     """
+    check_module("follow", model)
     inner = bare(model)
     for source, target in _sleeping_pairs(inner, averaged):
         follow_sleep(source, target)

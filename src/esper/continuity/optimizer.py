@@ -38,7 +38,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.seeds.grafting import finish_waiting
 from esper.seeds.out_of_use import losses
 from esper.seeds.step_guard import KeptBuffers, has_step_seeds, read_step_flags
-from esper.state.host_parts import SEEDS, check_module, check_replicas
+from esper.state.host_parts import SEEDS, check_replicas
 from esper.state.layer_record import record_of
 from esper.state.roster import Changes, Roster, at_building
 from esper.state.shards import reshard
@@ -84,7 +84,6 @@ def sync_optimizer(
         ValueError: An optimizer holds parameters and none of them is the model's, or ``group_for``
             named a group that there is not.
     """
-    check_module("sync_optimizer", model)
     check_replicas("sync_optimizer", model)
     every = joined(optimizer)
     reshard(model)

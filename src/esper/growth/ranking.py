@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -248,12 +249,28 @@ def rank_candidates(
 
 
 def in_order(ranked: Iterable[RankedCandidate]) -> list[RankedCandidate]:
-    """Sort best first; without a score last; equal scores by site and blueprint's name."""
+    """Sort best first; without a score last; equal scores by site and blueprint's name.
+
+    Raises:
+        TypeError: They are no candidates with a score.
+    """
 
     def key(entry: RankedCandidate) -> tuple[float, str, str]:
         return (math.inf if entry.gain is None else -entry.gain, entry.site, entry.blueprint)
 
-    return sorted(ranked, key=key)
+    return sorted(_expect_ranked(ranked), key=key)
+
+
+def _expect_ranked(ranked: object) -> list[RankedCandidate]:
+    found = [*ranked] if isinstance(ranked, Iterable) else [ranked]
+    for entry in found:
+        if not isinstance(entry, RankedCandidate):
+            msg = (
+                "in_order takes RankedCandidates, as a ranking returns them; got "
+                f"{reprlib.repr(entry)} (a {type(entry).__name__})"
+            )
+            raise TypeError(msg)
+    return found
 
 
 def pairwise_gain(moments_KD: Tensor) -> tuple[float, float]:

@@ -56,8 +56,8 @@ def open_registry(
         EsperError: ``trusted_keys`` is given, or ``hf://`` asked for, without the extra.
         KernelSourceUnavailable: The directory cannot be made, read or written.
         TypeError: The address is neither text nor a path.
-        ValueError: The address is of another kind, the directory of a newer Esper, or a key none;
-            or a server is to be used offline and without a cache.
+        ValueError: The address is of another kind, or a file's, the directory of a newer Esper, or
+            a key none; or a server is to be used offline and without a cache.
     """
     if trusted_keys is not None:
         trust = keys_of(trusted_keys)
@@ -77,6 +77,9 @@ def open_registry(
             f"{address!r} is no address of kernels: expected memory:, a directory, file:///path, "
             "http:// or https:// of a server, oci://host/repository, or hf://owner/name"
         )
+        raise ValueError(msg)
+    if directory.exists() and not directory.is_dir():
+        msg = f"{address!r} is no directory: a registry on this machine is kept in one; name it"
         raise ValueError(msg)
     return DirectoryRegistry(directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Final
 
 from torch import nn
@@ -25,16 +26,18 @@ def check_module(function: str, model: object) -> None:
         TypeError: It is none.
     """
     if not isinstance(model, nn.Module):
-        msg = f"{function} takes a torch.nn.Module; got {model!r} (a {type(model).__name__})"
+        shown = reprlib.repr(model).splitlines()[0]
+        msg = f"{function} takes a torch.nn.Module; got {shown} (a {type(model).__name__})"
         raise TypeError(msg)
 
 
 def check_replicas(function: str, model: nn.Module) -> None:
-    """Refuse what makes copies of a model at each forward, which its kernels do not follow.
+    """Refuse what is no module, or makes copies at each forward, which kernels do not follow.
 
     Raises:
-        TypeError: The model is, or has in it, a ``torch.nn.DataParallel``.
+        TypeError: It is no module, or is, or has in it, a ``torch.nn.DataParallel``.
     """
+    check_module(function, model)
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             where = f"its module {name!r} is in" if name else "it is in"

@@ -64,8 +64,6 @@ def wrap(
             class does not let itself be changed raises is the cause of such an error, which names
             it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"wrap takes a torch.nn.Module, found {type(model).__name__}")
     check_replicas("wrap", model)
     whole_number("num_seeds", num_seeds, least=1)
     selection = choose(model, select)
