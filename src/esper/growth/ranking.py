@@ -262,14 +262,15 @@ def in_order(ranked: Iterable[RankedCandidate]) -> list[RankedCandidate]:
 
 
 def _expect_ranked(ranked: object) -> list[RankedCandidate]:
-    found = [*ranked] if isinstance(ranked, Iterable) else [ranked]
-    for entry in found:
+    found: list[RankedCandidate] = []
+    for entry in ranked if isinstance(ranked, Iterable) else [ranked]:
         if not isinstance(entry, RankedCandidate):
             msg = (
                 "in_order takes RankedCandidates, as a ranking returns them; got "
                 f"{reprlib.repr(entry)} (a {type(entry).__name__})"
             )
             raise TypeError(msg)
+        found.append(entry)
     return found
 
 
