@@ -92,6 +92,7 @@ class HealthMonitor:
         self.window_size = window_size
         self.limits = limits or HealthLimits()
         self._samples: deque[_Sample] = deque(maxlen=window_size)
+        self._found = self._measured()
         self._reason: str | None = None
 
     def update_metrics(
@@ -124,6 +125,7 @@ class HealthMonitor:
                 errors=errors, total=total, latency_ms=latency_ms, memory_percent=memory_percent
             )
         )
+        self._found = self._measured()
         self._reason = self._judge()
 
     def compute_health_score(self) -> float:
@@ -133,7 +135,7 @@ class HealthMonitor:
         its limit, and the share of ``100 - limit`` that is free where the median use of memory is
         above its limit. So each of the three alone can make it 0 or nearly.
         """
-        return self._score(self._measured())
+        return self._score(self._found)
 
     def _score(self, found: _Measured) -> float:
         score = 1.0 - (found.error_rate or 0.0)
@@ -149,7 +151,7 @@ class HealthMonitor:
 
     def get_stats(self) -> HealthStats:
         """Return the score, what it is made of, and whether somebody has to step in."""
-        found = self._measured()
+        found = self._found
         must, reason = self.should_intervene()
         return {
             "health_score": self.compute_health_score(),
@@ -176,6 +178,7 @@ class HealthMonitor:
                     errors=errors, total=total, latency_ms=latency_ms, memory_percent=memory_percent
                 )
             )
+        self._found = self._measured()
         self._reason = state["reason"]
 
     def _measured(self) -> _Measured:
@@ -193,7 +196,7 @@ class HealthMonitor:
 
     def _judge(self) -> str | None:
         """Return why somebody has to step in, or None; what has begun ends later than it began."""
-        found = self._measured()
+        found = self._found
         if found.calls < _MIN_CALLS and len(self._samples) < _MIN_UPDATES:
             return None
         has_begun = self._reason is not None

@@ -79,6 +79,7 @@ class Observations:
 
     Args:
         device: Where the seed's kernel is.
+        like: Others there, whose ring and sink are unused and serve these, too.
 
     Attributes:
         calls: Recent eager calls, oldest first.
@@ -92,15 +93,28 @@ class Observations:
         skipped: Calls that went on without the kernel for no fault of its own, by the reason.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        with torch.inference_mode(mode=False):
-            self.ring = self._unused = torch.full((OBSERVED_CALLS, 2), torch.inf, device=device)
-            self.sink = torch.zeros(2, device=device, requires_grad=True)
+    def __init__(self, device: torch.device, *, like: Observations | None = None) -> None:
+        if like is None:
+            with torch.inference_mode(mode=False):
+                self._unused = torch.full((OBSERVED_CALLS, 2), torch.inf, device=device)
+                self.sink = torch.zeros(2, device=device, requires_grad=True)
+        else:
+            self._unused, self.sink = like.ring, like.sink
+        self.ring: Tensor = self._unused
         self.calls: deque[Call] = deque(maxlen=OBSERVED_CALLS)
         self.latest: Call | None = None
         self.leaving: dict[int, list[Tensor | float]] = {}
         self.carried: Tensor | None = None
         self.skipped: Counter[str] = Counter()
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing compiled has left anything in the ring or the sink."""
+        return self.ring is self._unused and self.sink.grad is None
+
+    def anew(self) -> Observations:
+        """Return what has seen nothing; whoever has these goes on with them."""
+        return Observations(self.ring.device, like=self if self.is_unused else None)
 
     def skip(self, reason: str) -> None:
         """Count a call that goes on without the kernel, which is not at fault."""
@@ -193,12 +207,21 @@ def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
         seen: What was seen.
         works_on_batches: What the reading before has said.
     """
+    calls = tuple(seen.calls)  # a forward of another thread may be under way
+    if _shows_no_fault(seen, calls):
+        return Reading(
+            outcomes=[False] * len(calls),
+            reason="",
+            skipped=Counter(),
+            works_on_batches=works_on_batches or any(call.shape[:1] != (1,) for call in calls),
+            has_compiled=False,
+        )
     numbers = _Numbers(seen)
     outcomes, reason = _compiled_outcomes(seen, numbers)
     has_compiled = bool(outcomes)
     blamed: set[int] = set()
     skipped = seen.skipped.copy()
-    for call in tuple(seen.calls):  # a forward of another thread may be under way
+    for call in calls:
         fault = _outcome(call, numbers, blamed)
         if fault is None:
             continue
@@ -217,6 +240,17 @@ def read(seen: Observations, *, works_on_batches: bool = False) -> Reading:
         has_compiled=has_compiled,
         num_compiled=sum(row[0] != math.inf for row in numbers.ring),
     )
+
+
+def _shows_no_fault(seen: Observations, calls: Sequence[Call]) -> bool:
+    """Say whether all was seen to be finite when it happened, as in most steps of most seeds."""
+    if seen.leaving or seen.skipped or not seen.is_unused:
+        return False
+    for call in calls:
+        is_clean = call.marks is None or (call.marks is CLEAN_MARKS and call.incoming is None)
+        if call.raised or not is_clean:
+            return False
+    return True
 
 
 def _outcome(call: Call, numbers: _Numbers, blamed: set[int]) -> str | None:
@@ -268,7 +302,7 @@ class _Numbers:
         tensors |= {
             id(m): m.detach().tanh() for marks in known for m in marks
         }  # infinity is no news
-        if not tensors and seen.ring is seen._unused and seen.sink.grad is None:  # noqa: SLF001 - its own module
+        if not tensors and seen.is_unused:
             self.ring, self.sink, self._known = [], [0.0, 0.0], {}
             return  # the usual case in host memory: all that was seen are numbers
         sink = torch.zeros(2) if seen.sink.grad is None else seen.sink.grad

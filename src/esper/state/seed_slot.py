@@ -268,16 +268,16 @@ class Seed:
         self.gated: list[tuple[Mapping[str, object], int]] = []
         self.gated_values: list[tuple[Mapping[str, object], str, object]] = []
         self.frozen: list[nn.Parameter] = []
-        self.forget_calls()
+        self.seen = Observations(slot.alpha.device)
 
     def forget_calls(self) -> None:
         """Drop what was observed and not read."""
-        self.seen = Observations(self.slot.alpha.device)
+        self.seen = self.seen.anew()
 
     def follow_device(self) -> None:
         """Drop what was observed where the model was moved since."""
         if self.seen.ring.device != self.slot.alpha.device:
-            self.forget_calls()
+            self.seen = Observations(self.slot.alpha.device)
 
     def __getstate__(self) -> dict[str, object]:
         """Return what copies keep: hooks and what hangs on a graph belong to the original."""
@@ -289,4 +289,4 @@ class Seed:
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take the state of a copy, which has seen nothing."""
         self.__dict__.update(state)
-        self.forget_calls()
+        self.seen = Observations(self.slot.alpha.device)
