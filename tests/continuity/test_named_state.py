@@ -266,3 +266,110 @@ def test_the_hosts_moments_load_where_the_models_state_has_no_kernel(groups, opt
     train(model, optimizer)
     train(again, other)
     assert same(model.state_dict(), again.state_dict())
+
+
+def partly(named, *, grown=(0,)):
+    """A run whose optimizer trains a scale, too, that is no part of the model."""
+    model, scale = built(), nn.Parameter(torch.tensor(0.5))
+    own = [("scale", scale), *model.named_parameters()]
+    optimizer = torch.optim.AdamW(own if named else [p for _, p in own], lr=1e-2)
+    for index in grown:
+        graft(model, index)
+    esper.sync_optimizer(model, optimizer)
+    for i in range(3):
+        torch.manual_seed(i)
+        optimizer.zero_grad()
+        (scale * model(torch.randn(8, WIDTH)).square().mean()).backward()
+        optimizer.step()
+    return model, optimizer, scale
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_no_part_of_the_model_has_its_place(named, tmp_path):
+    """An owner's scale in the same group gets its own moments, and so does all else."""
+    model, optimizer, scale = partly(named)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for load in (
+        lambda again, other: esper.load_checkpoint(tmp_path / "run", again, other),
+        lambda again, other: (
+            again.load_state_dict(model.state_dict()),
+            other.load_state_dict(saved),
+        ),
+    ):
+        again, other, its = partly(named, grown=())
+        load(again, other)
+        assert same(moments(again, other), moments(model, optimizer))
+        assert torch.equal(other.state[its]["exp_avg"], optimizer.state[scale]["exp_avg"])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_beside_what_is_no_part_of_the_model_other_kernels_are_refused(named):
+    """As many parameters as were saved, in another order."""
+    run, another = partly(named), partly(named, grown=(2,))
+    with pytest.raises(ValueError, match=r"not in this optimizer: 0\._seeds"):
+        another[1].load_state_dict(run[1].state_dict())
+
+
+def test_an_owners_names_stay(tmp_path):
+    """As in an optimizer of a larger module, of which a part grows."""
+    runs = []
+    for _ in range(3):
+        outer = nn.ModuleDict({"net": built()})
+        runs.append((outer["net"], torch.optim.AdamW(outer.named_parameters(), lr=1e-2)))
+    (model, optimizer), (again, other), (third, fresh) = runs
+    optimizer.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    other.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    fresh.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    graft(model, 0)
+    esper.sync_optimizer(model, optimizer, group_for=lambda *_: 1)
+    train(model, optimizer)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    esper.load_checkpoint(tmp_path / "run", again, other)
+    third.load_state_dict(model.state_dict())
+    esper.sync_optimizer(third, fresh, group_for=lambda *_: 1)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for found, its in ((again, other), (third, fresh)):
+        assert same(moments(found, its), moments(model, optimizer))
+        assert [g["param_names"] for g in its.param_groups] == [
+            g["param_names"] for g in optimizer.param_groups
+        ]
+    assert "net.0._seeds.0.kernel.steps.0.weight" in other.param_groups[1]["param_names"]
+
+
+def test_a_kernel_that_went_leaves_its_moments_to_nobody():
+    """Also where another has come, and the optimizer has not been told of either."""
+    model = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    graft(model, 0)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    model[0].unload_kernel(0)
+    graft(model, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = built()
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    found = {n: other.state[p]["exp_avg"] for n, p in again.named_parameters() if p in other.state}
+    hosts = {n: p for n, p in model.named_parameters() if "_seeds" not in n}
+    assert same(found, {n: optimizer.state[p]["exp_avg"] for n, p in hosts.items()})
+
+
+def test_state_without_names_of_other_kernels_is_refused():
+    """Nobody told Esper of its optimizer; by position it would go to parameters of other shapes."""
+    model, again = built(), built()
+    graft(model, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer)
+    graft(again, 2)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    esper.sync_optimizer(again, other)
+    with pytest.raises(ValueError, match=r"no names .* a model with other kernels"):
+        other.load_state_dict(optimizer.state_dict())
+    alike = built()
+    alike.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(alike.parameters(), lr=1e-2)
+    esper.sync_optimizer(alike, fresh)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(alike, fresh), moments(model, optimizer))

@@ -33,10 +33,16 @@ NAMES: Final = "param_names"
 NAMED_BY_US: Final = "named_for_loading"
 """Marks groups of a ``state_dict`` whose optimizer has no names of its own."""
 ASIDE: Final = "names_aside"
-"""Names in a group whose kernels were out of use, so that they are in no state of the model."""
+"""Names in a group of kernels that are in no state of the model: out of use, or gone since."""
+_GONE: Final = "gone from the model"
+_OTHERS: Final = "no part of the model"
+"""Names, with a number, of what a group holds beside the model's parameters; no module's is so."""
 
 _WRAPPERS: Final = ("module", "_orig_mod")
 """Parts of names that DistributedDataParallel and ``torch.compile`` put there."""
+
+_LIKE_ITS_PARAMETER: Final = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+"""What torch's optimizers keep in a parameter's shape."""
 
 _logger = logging.getLogger(__name__)
 
@@ -108,15 +114,15 @@ class NamedState:
         model = self._model(optimizer)
         if model is None:
             return
-        aside = {name for _, named in _out_of_use(model) for name, _ in named}
-        for group in state["param_groups"] if aside else ():
-            group[ASIDE] = sorted(aside)
-        if _has_names(optimizer):
-            return
-        names = names_of(model)
-        found = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-        if all(None not in own for own in found):  # else it trains what is no part of the model
-            for group, own in zip(state["param_groups"], found, strict=True):
+        kernels, owners = self._kernels(optimizer), _has_names(optimizer)
+        aside = {id(p) for _, named in _out_of_use(model) for _, p in named}
+        names = names_in(model, optimizer, kernels, by_model=not owners)
+        for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            own = [names[id(p)] for p in live["params"]]
+            apart = [n for n, p in zip(own, live["params"], strict=True) if id(p) in aside]
+            if away := sorted([*apart, *(n for n in own if n.startswith(_GONE))]):
+                group[ASIDE] = away
+            if not owners:
                 group[NAMES], group[NAMED_BY_US] = own, True
 
     def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +134,15 @@ class NamedState:
         groups: list[ParamGroup] = [_with_own_names(group) for group in state["param_groups"]]
         live, kernels = optimizer.param_groups, self._kernels(optimizer)
         if len(groups) == len(live) and all(NAMES in group for group in groups):
-            names = names_of(model)
-            wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
+            by_model = is_named_by_model(groups)
+            names = names_in(model, optimizer, kernels, by_model=by_model)
+            wanted = [[names[id(p)] for p in group["params"]] for group in live]
             may_start = {name for key, name in names.items() if key in kernels}
             groups = _by_name(groups, wanted, may_start)
+            for group, own in zip(groups, live, strict=True):
+                group[NAMES] = own.get(NAMES, group[NAMES])
+        elif kernels:
+            _check_shapes(state["state"], groups, live)
         spread = _spread(_of_groups(state, groups), groups, live)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
@@ -140,6 +151,27 @@ class NamedState:
             "state": spread,
             "param_groups": [_without(_without(group, NAMED_BY_US), ASIDE) for group in groups],
         }
+
+
+def _check_shapes(
+    state: dict[Any, Any], groups: Sequence[ParamGroup], live: Sequence[ParamGroup]
+) -> None:
+    """Refuse a state without names that is, place by place, of parameters of other shapes.
+
+    Raises:
+        ValueError: A moment has not the shape of the parameter that would get it.
+    """
+    for group, own in zip(groups, live, strict=False):
+        for key, p in zip(group["params"], own["params"], strict=False):
+            for name, value in state.get(key, {}).items():
+                if name in _LIKE_ITS_PARAMETER and value is not None and value.shape != p.shape:
+                    msg = (
+                        f"the state has no names of parameters, and by their order {name!r} of "
+                        f"shape {tuple(value.shape)} would go to a parameter of shape "
+                        f"{tuple(p.shape)}: it is of a model with other kernels. Load that model's "
+                        "state first; esper.sync_optimizer, before a state is saved, puts names in"
+                    )
+                    raise ValueError(msg)
 
 
 def _of_groups(state: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Any, Any]:
@@ -185,7 +217,7 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
             "and the optimizer's; esper.load_checkpoint does all of it with a file of its own"
         )
         raise ValueError(msg)
-    return {**group, NAMES: list(ids)} if ids else group
+    return {**group, NAMES: list(ids), NAMED_BY_US: True} if ids else group
 
 
 def _by_name(
@@ -202,7 +234,12 @@ def _by_name(
         ValueError: The two do not hold the same parameters.
     """
     having = [
-        dict(zip(map(bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
+        {
+            bare_name(name): key
+            for name, key in zip(group[NAMES], group["params"], strict=True)
+            if not name.startswith(_GONE)
+        }
+        for group in saved
     ]
     lacking = sorted(
         {n for own in having for n in own}
@@ -237,6 +274,40 @@ def _by_name(
         ids = [own.get(n, n) for n in names]
         groups.append({**group, "params": ids, NAMES: list(names)})
     return groups
+
+
+def names_in(
+    model: nn.Module, optimizer: Optimizer, kernels: set[int], *, by_model: bool
+) -> dict[int, str]:
+    """Return a name for each parameter in an optimizer by its id, none of them twice.
+
+    What is no part of the model, an owner's scale or another module, has a number in its place.
+
+    Args:
+        model: The model.
+        optimizer: What trains it.
+        kernels: Ids of the parameters in it that appeared in the run.
+        by_model: Whether names are the model's; else the owner's, where groups have them.
+    """
+    found, others, gone = names_of(model), 0, 0
+    names: dict[int, str] = {}
+    for group in optimizer.param_groups:
+        owners = () if by_model else group.get(NAMES, ())
+        for i, p in enumerate(group["params"]):
+            if id(p) in kernels and id(p) not in found:
+                names[id(p)], gone = f"{_GONE} {gone}", gone + 1
+            elif i < len(owners):
+                names[id(p)] = bare_name(owners[i])
+            elif id(p) in found:
+                names[id(p)] = found[id(p)]
+            else:
+                names[id(p)], others = f"{_OTHERS} {others}", others + 1
+    return names
+
+
+def is_named_by_model(groups: Sequence[ParamGroup]) -> bool:
+    """Say whether the names in groups of a ``state_dict`` are the model's, not the owner's."""
+    return any(NAMED_BY_US in group for group in groups)
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
