@@ -365,7 +365,7 @@ def test_state_without_names_of_other_kernels_is_refused():
     graft(again, 2)
     other = torch.optim.AdamW(again.parameters(), lr=1e-2)
     esper.sync_optimizer(again, other)
-    with pytest.raises(ValueError, match=r"no names .* a model with other kernels"):
+    with pytest.raises(ValueError, match=r"by its place .* a model with other kernels"):
         other.load_state_dict(optimizer.state_dict())
     alike = built()
     alike.load_state_dict(model.state_dict())
@@ -373,3 +373,48 @@ def test_state_without_names_of_other_kernels_is_refused():
     esper.sync_optimizer(alike, fresh)
     fresh.load_state_dict(optimizer.state_dict())
     assert same(moments(alike, fresh), moments(model, optimizer))
+
+
+def test_another_kernel_of_the_same_name_is_refused():
+    """A wider one has come into the seed since the state was saved."""
+    model, optimizer = grown_run()
+    saved = copy.deepcopy(optimizer.state_dict())
+    model[0].unload_kernel(0)
+    model[0].graft(0, f"mlp-{WIDTH}x{WIDTH}-w64", example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    expected = len(optimizer.state)
+    with pytest.raises(ValueError, match=r"would go to 0\._seeds.*with other kernels"):
+        optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == expected
+
+
+class Around(nn.Module):
+    """A model with a part called ``module``, and a layer of its own of the same name as there."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.ModuleDict({"fc": nn.Linear(WIDTH, WIDTH)})
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.module["fc"](x)))
+
+
+@pytest.mark.parametrize("groups", ["one group", "named"])
+def test_a_part_called_module_is_no_wrapper(groups, tmp_path):
+    """Its layers have their own moments, not those of layers named alike outside of it."""
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = esper.wrap(Around())
+        runs.append((model, torch.optim.AdamW(GROUPS[groups](model), lr=1e-2)))
+    (model, optimizer), (again, other), (third, fresh) = runs
+    model.fc.graft(0, f"mlp-{WIDTH}x{WIDTH}-w32", example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    esper.load_checkpoint(tmp_path / "run", again, other)
+    third.load_state_dict(model.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, other), moments(model, optimizer))
+    assert same(moments(third, fresh), moments(model, optimizer))

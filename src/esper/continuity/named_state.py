@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
-from esper.state.host_parts import SEEDS, SEEDS_PREFIX
+from esper.state.host_parts import SEEDS, SEEDS_PREFIX, is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.shards import is_spread, spread_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -141,7 +141,7 @@ class NamedState:
             groups = _by_name(groups, wanted, may_start)
             for group, own in zip(groups, live, strict=True):
                 group[NAMES] = own.get(NAMES, group[NAMES])
-        elif kernels:
+        if kernels:
             _check_shapes(state["state"], groups, live)
         spread = _spread(_of_groups(state, groups), groups, live)
         if not _has_names(optimizer):
@@ -156,20 +156,21 @@ class NamedState:
 def _check_shapes(
     state: dict[Any, Any], groups: Sequence[ParamGroup], live: Sequence[ParamGroup]
 ) -> None:
-    """Refuse a state without names that is, place by place, of parameters of other shapes.
+    """Refuse a state whose moments have not the shapes of the parameters that would get them.
 
     Raises:
-        ValueError: A moment has not the shape of the parameter that would get it.
+        ValueError: One has not.
     """
     for group, own in zip(groups, live, strict=False):
-        for key, p in zip(group["params"], own["params"], strict=False):
-            for name, value in state.get(key, {}).items():
-                if name in _LIKE_ITS_PARAMETER and value is not None and value.shape != p.shape:
+        names = group.get(NAMES, ["a parameter"] * len(group["params"]))
+        for key, p, name in zip(group["params"], own["params"], names, strict=False):
+            for what, value in state.get(key, {}).items():
+                if what in _LIKE_ITS_PARAMETER and value is not None and value.shape != p.shape:
+                    by = "" if NAMES in group else ", by its place since the state has no names,"
                     msg = (
-                        f"the state has no names of parameters, and by their order {name!r} of "
-                        f"shape {tuple(value.shape)} would go to a parameter of shape "
-                        f"{tuple(p.shape)}: it is of a model with other kernels. Load that model's "
-                        "state first; esper.sync_optimizer, before a state is saved, puts names in"
+                        f"{what!r} of shape {tuple(value.shape)} would go{by} to {name} of shape "
+                        f"{tuple(p.shape)}: the state is of a model with other kernels. Load that "
+                        "model's state first, which builds them, and the optimizer's behind it"
                     )
                     raise ValueError(msg)
 
@@ -208,7 +209,7 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
     ids = group["params"]
     if not all(isinstance(each, str) for each in ids):
         return group
-    left = sorted(set(map(bare_name, group.get(NAMES, ()))) - set(ids))
+    left = sorted(set(without_wrappers(group.get(NAMES, ()))) - set(without_wrappers(ids)))
     if left:
         msg = (
             f"the state was saved with {_some(left)}, and torch.distributed.checkpoint has left "
@@ -217,7 +218,7 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
             "and the optimizer's; esper.load_checkpoint does all of it with a file of its own"
         )
         raise ValueError(msg)
-    return {**group, NAMES: list(ids), NAMED_BY_US: True} if ids else group
+    return {**group, NAMES: without_wrappers(ids), NAMED_BY_US: True} if ids else group
 
 
 def _by_name(
@@ -235,11 +236,11 @@ def _by_name(
     """
     having = [
         {
-            bare_name(name): key
-            for name, key in zip(group[NAMES], group["params"], strict=True)
+            name: key
+            for name, key in zip(names, group["params"], strict=True)
             if not name.startswith(_GONE)
         }
-        for group in saved
+        for group, names in zip(saved, saved_names(saved), strict=True)
     ]
     lacking = sorted(
         {n for own in having for n in own}
@@ -291,13 +292,14 @@ def names_in(
     """
     found, others, gone = names_of(model), 0, 0
     names: dict[int, str] = {}
-    for group in optimizer.param_groups:
-        owners = () if by_model else group.get(NAMES, ())
+    named = [() if by_model else group.get(NAMES, ()) for group in optimizer.param_groups]
+    wrappers = _wrappers_before([name for owners in named for name in owners])
+    for group, owners in zip(optimizer.param_groups, named, strict=True):
         for i, p in enumerate(group["params"]):
             if id(p) in kernels and id(p) not in found:
                 names[id(p)], gone = f"{_GONE} {gone}", gone + 1
             elif i < len(owners):
-                names[id(p)] = bare_name(owners[i])
+                names[id(p)] = owners[i].removeprefix(wrappers)
             elif id(p) in found:
                 names[id(p)] = found[id(p)]
             else:
@@ -315,15 +317,16 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
     Those of kernels that are out of use stand behind their layer's, as they will stand again.
     """
-    order = [(bare_name(name), p) for name, p in bare(model).named_parameters()]
+    order = list(bare(model).named_parameters(remove_duplicate=False))
     for layer, aside in _out_of_use(model):
         own = [i for i, (name, _) in enumerate(order) if name.startswith(layer)]
         at = own[-1] + 1 if own else len(order)
         order[at:at] = aside
     found: dict[int, str] = {}
     for name, p in order:
-        found.setdefault(id(p), name)
-    return found
+        if id(p) not in found or is_in_a_seed(found[id(p)]) > is_in_a_seed(name):
+            found[id(p)] = name  # what is tied into a kernel is the host's, which stays
+    return dict(zip(found, without_wrappers(found.values()), strict=True))
 
 
 def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
@@ -331,7 +334,7 @@ def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Para
     for path, layer in bare(model).named_modules():
         if RECORD not in layer.__dict__:
             continue
-        prefix = bare_name(f"{path}.") if path else ""
+        prefix = f"{path}." if path else ""
         slots = layer._modules.get(SEEDS)  # noqa: SLF001 - slots are named by digits
         for i, seed in sorted(record_of(layer).seeds.items()):
             if slots is None or str(i) not in slots._modules:  # noqa: SLF001 - as above
@@ -339,12 +342,33 @@ def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Para
                 yield prefix, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
 
 
-def bare_name(name: str) -> str:
-    """Return a name without what wrappers of the whole model put before it."""
-    parts = name.split(".")
-    while parts and parts[0] in _WRAPPERS:
-        parts = parts[1:]
-    return ".".join(parts)
+def saved_names(groups: Sequence[ParamGroup]) -> list[list[str]]:
+    """Return the names in each group of a ``state_dict``, without what wrappers put before them."""
+    named = [list(group.get(NAMES, ())) for group in groups]
+    if is_named_by_model(groups):
+        return named
+    wrappers = _wrappers_before([name for names in named for name in names])
+    return [[name.removeprefix(wrappers) for name in names] for names in named]
+
+
+def without_wrappers(names: Iterable[str]) -> list[str]:
+    """Return names without what wrappers of the whole model put before each of them."""
+    listed = list(names)
+    wrappers = _wrappers_before(listed)
+    return [name.removeprefix(wrappers) for name in listed]
+
+
+def _wrappers_before(names: Sequence[str]) -> str:
+    """Return what all names have from wrappers; a model's own child may be called ``module``."""
+    left = [name for name in names if not name.startswith((_GONE, _OTHERS))]
+    found = ""
+    while left:
+        first = left[0].partition(".")[0]
+        if first not in _WRAPPERS or not all(name.startswith(f"{first}.") for name in left):
+            break
+        found += f"{first}."
+        left = [name.removeprefix(f"{first}.") for name in left]
+    return found
 
 
 def _has_names(optimizer: Optimizer) -> bool:

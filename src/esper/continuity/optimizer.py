@@ -24,7 +24,7 @@ from esper.continuity.ensemble import (
     rebuilt,
 )
 from esper.continuity.following import tell_of_copies
-from esper.continuity.named_state import NamedState, bare_name, order_by_model
+from esper.continuity.named_state import NamedState, order_by_model, without_wrappers
 from esper.continuity.placement import (
     GroupFor,
     Place,
@@ -159,10 +159,11 @@ def sync_to_groups(model: nn.Module, optimizer: AnyOptimizer, group_of: Mapping[
         group_of: Number of a param group, over all optimizers, by the parameter's name. What it
             does not name goes where it would; the owner's choice of groups stays what it was.
     """
-    own, prefix = _link(optimizer).group_for, bare_name(Placement(bare(model), optimizer).prefix)
+    own, prefix = _link(optimizer).group_for, Placement(bare(model), optimizer).prefix
 
     def had(name: str, _parameter: nn.Parameter) -> int | None:
-        return group_of.get(name, group_of.get(f"{prefix}{name}"))
+        names = (name, *without_wrappers([f"{prefix}{name}"]), f"{prefix}{name}")
+        return next((group_of[each] for each in names if each in group_of), None)
 
     sync_optimizer(model, members_of(optimizer), group_for=had)
     _link(optimizer).group_for = own
