@@ -418,3 +418,50 @@ def test_a_part_called_module_is_no_wrapper(groups, tmp_path):
     fresh.load_state_dict(optimizer.state_dict())
     assert same(moments(again, other), moments(model, optimizer))
     assert same(moments(third, fresh), moments(model, optimizer))
+
+
+def with_two_seeds(order):
+    """A model of which one layer has unlike kernels of one shape, grafted in this order."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    model = esper.wrap(layers, num_seeds=2)
+    for seed_idx in order:
+        model[0].graft(seed_idx, f"mlp-{WIDTH}x{WIDTH}-w32", example=torch.randn(8, WIDTH))
+        with torch.no_grad():
+            for p in model[0].seed_kernel(seed_idx).parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def test_seeds_that_were_grafted_in_any_order_have_their_own_moments():
+    """Also in an optimizer that Esper has not seen when it loads: it goes by position."""
+    model = with_two_seeds([1, 0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    again = with_two_seeds([])
+    again.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, fresh), moments(model, optimizer))
+
+
+@pytest.mark.parametrize("isolated", [0, 1])
+def test_a_kernel_comes_back_to_its_place(isolated):
+    """Parameters are in the order that they had before it was out of use."""
+    model = with_two_seeds([0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    before = list(model.state_dict())
+    hook = lambda *_: torch.tensor(torch.nan)  # noqa: E731 - one line
+    fault = model[0].seed_kernel(isolated).register_forward_hook(hook)
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+    assert len(model.state_dict()) < len(before)
+    own = [n for g in optimizer.state_dict()["param_groups"] for n in g["param_names"]]
+    assert own == [name for name in before if name.endswith(("weight", "bias"))]
+    for _ in range(12):
+        esper.maintain(model)
+    assert list(model.state_dict()) == before

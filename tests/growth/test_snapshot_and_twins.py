@@ -171,6 +171,19 @@ def test_twin_that_the_owner_builds_is_a_copy_of_the_run():
     assert not equal_states(state_of(model), state_of(twin.model))
 
 
+def test_twin_that_the_owner_builds_has_each_seeds_own_values():
+    """Whichever of two kernels of one shape was there first."""
+    model, optimizer = wrapped()
+    run, _ = run_of(model, optimizer, twin=lambda: host(7))
+    for seed_idx in (1, 0):
+        model[0].graft(seed_idx, "mlp-4x4-w32", example=torch.randn(3, 4))
+        with torch.no_grad():
+            for p in model[0].seed_kernel(seed_idx).parameters():
+                p.add_(torch.randn_like(p))
+    twin = Twin(run)
+    assert all(torch.equal(p, twin.copy_of(p)) for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -115,7 +115,7 @@ class NamedState:
         if model is None:
             return
         kernels, owners = self._kernels(optimizer), _has_names(optimizer)
-        aside = {id(p) for _, named in _out_of_use(model) for _, p in named}
+        aside = {id(p) for *_, named in _out_of_use(model) for _, p in named}
         names = names_in(model, optimizer, kernels, by_model=not owners)
         for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
             own = [names[id(p)] for p in live["params"]]
@@ -315,11 +315,11 @@ def is_named_by_model(groups: Sequence[ParamGroup]) -> bool:
 def names_of(model: nn.Module) -> dict[int, str]:
     """Return the names of a model's parameters by their ids, in its order, without wrappers'.
 
-    Those of kernels that are out of use stand behind their layer's, as they will stand again.
+    Those of kernels that are out of use stand where they will stand again.
     """
     order = list(bare(model).named_parameters(remove_duplicate=False))
-    for layer, aside in _out_of_use(model):
-        own = [i for i, (name, _) in enumerate(order) if name.startswith(layer)]
+    for layer, seed_idx, aside in _out_of_use(model):
+        own = [i for i, (name, _) in enumerate(order) if _is_before(name, layer, seed_idx)]
         at = own[-1] + 1 if own else len(order)
         order[at:at] = aside
     found: dict[int, str] = {}
@@ -329,8 +329,15 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return dict(zip(found, without_wrappers(found.values()), strict=True))
 
 
-def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
-    """Yield what the names of a layer begin with, and the named parameters of an isolated seed."""
+def _is_before(name: str, layer: str, seed_idx: int) -> bool:
+    """Say whether a name is of a layer, and of none of its seeds behind one."""
+    below = name.removeprefix(f"{layer}{SEEDS_PREFIX}")
+    is_behind = below != name and int(below.partition(".")[0]) > seed_idx
+    return name.startswith(layer) and not is_behind
+
+
+def _out_of_use(model: nn.Module) -> Iterator[tuple[str, int, list[tuple[str, nn.Parameter]]]]:
+    """Yield of each isolated seed what its layer's names begin with, its index, and parameters."""
     for path, layer in bare(model).named_modules():
         if RECORD not in layer.__dict__:
             continue
@@ -339,7 +346,7 @@ def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Para
         for i, seed in sorted(record_of(layer).seeds.items()):
             if slots is None or str(i) not in slots._modules:  # noqa: SLF001 - as above
                 named = seed.slot.named_parameters()
-                yield prefix, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
+                yield prefix, i, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
 
 
 def saved_names(groups: Sequence[ParamGroup]) -> list[list[str]]:
