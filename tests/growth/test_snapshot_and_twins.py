@@ -184,6 +184,31 @@ def test_twin_that_the_owner_builds_has_each_seeds_own_values():
     assert all(torch.equal(p, twin.copy_of(p)) for p in model.parameters())
 
 
+@pytest.mark.parametrize("make", [None, lambda: host(7)], ids=["copied", "built"])
+def test_twin_has_a_kernel_that_is_out_of_use(make):
+    """With its values and moments; it is saved and comes back."""
+    model, optimizer = wrapped()
+    run, _ = run_of(model, optimizer, twin=make)
+    model[0].graft(1, "mlp-4x4-w32", example=torch.randn(3, 4))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer, 2)
+    own = list(model[0].seed_kernel(1).parameters())
+    fault = model[0].seed_kernel(1).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    while len(list(model[0].parameters())) > 2:
+        train(model, optimizer, 3)
+        esper.maintain(model)
+    fault.remove()
+    twin = Twin(run)
+    for each in (twin, Twin.from_state_dict(twin.state_dict(), run)):
+        copies = list(each.model[0].seed_kernel(1).parameters())
+        for p, copied in zip(own, copies, strict=True):
+            assert torch.equal(p, copied)
+            moments = optimizer.state[p]
+            its = each.optimizer.state[copied]
+            assert moments
+            assert all(torch.equal(moments[k], its[k]) for k in moments)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -313,7 +313,12 @@ def is_named_by_model(groups: Sequence[ParamGroup]) -> bool:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters by their ids, in its order, without wrappers'.
+    """Return the names of a model's parameters by their ids: those of :func:`parameters_of`."""
+    return {id(p): name for name, p in parameters_of(model).items()}
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by their names, in its order, without wrappers' parts of names.
 
     Those of kernels that are out of use stand where they will stand again.
     """
@@ -322,11 +327,12 @@ def names_of(model: nn.Module) -> dict[int, str]:
         own = [i for i, (name, _) in enumerate(order) if _is_before(name, layer, seed_idx)]
         at = own[-1] + 1 if own else len(order)
         order[at:at] = aside
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, p in order:
-        if id(p) not in found or is_in_a_seed(found[id(p)]) > is_in_a_seed(name):
-            found[id(p)] = name  # what is tied into a kernel is the host's, which stays
-    return dict(zip(found, without_wrappers(found.values()), strict=True))
+        if id(p) not in found or is_in_a_seed(found[id(p)][0]) > is_in_a_seed(name):
+            found[id(p)] = name, p  # what is tied into a kernel is the host's, which stays
+    names = without_wrappers(name for name, _ in found.values())
+    return dict(zip(names, (p for _, p in found.values()), strict=True))
 
 
 def _is_before(name: str, layer: str, seed_idx: int) -> bool:
