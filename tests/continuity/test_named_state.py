@@ -266,3 +266,202 @@ def test_the_hosts_moments_load_where_the_models_state_has_no_kernel(groups, opt
     train(model, optimizer)
     train(again, other)
     assert same(model.state_dict(), again.state_dict())
+
+
+def partly(named, *, grown=(0,)):
+    """A run whose optimizer trains a scale, too, that is no part of the model."""
+    model, scale = built(), nn.Parameter(torch.tensor(0.5))
+    own = [("scale", scale), *model.named_parameters()]
+    optimizer = torch.optim.AdamW(own if named else [p for _, p in own], lr=1e-2)
+    for index in grown:
+        graft(model, index)
+    esper.sync_optimizer(model, optimizer)
+    for i in range(3):
+        torch.manual_seed(i)
+        optimizer.zero_grad()
+        (scale * model(torch.randn(8, WIDTH)).square().mean()).backward()
+        optimizer.step()
+    return model, optimizer, scale
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_no_part_of_the_model_has_its_place(named, tmp_path):
+    """An owner's scale in the same group gets its own moments, and so does all else."""
+    model, optimizer, scale = partly(named)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for load in (
+        lambda again, other: esper.load_checkpoint(tmp_path / "run", again, other),
+        lambda again, other: (
+            again.load_state_dict(model.state_dict()),
+            other.load_state_dict(saved),
+        ),
+    ):
+        again, other, its = partly(named, grown=())
+        load(again, other)
+        assert same(moments(again, other), moments(model, optimizer))
+        assert torch.equal(other.state[its]["exp_avg"], optimizer.state[scale]["exp_avg"])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_beside_what_is_no_part_of_the_model_other_kernels_are_refused(named):
+    """As many parameters as were saved, in another order."""
+    run, another = partly(named), partly(named, grown=(2,))
+    with pytest.raises(ValueError, match=r"not in this optimizer: 0\._seeds"):
+        another[1].load_state_dict(run[1].state_dict())
+
+
+def test_an_owners_names_stay(tmp_path):
+    """As in an optimizer of a larger module, of which a part grows."""
+    runs = []
+    for _ in range(3):
+        outer = nn.ModuleDict({"net": built()})
+        runs.append((outer["net"], torch.optim.AdamW(outer.named_parameters(), lr=1e-2)))
+    (model, optimizer), (again, other), (third, fresh) = runs
+    optimizer.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    other.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    fresh.add_param_group({"params": [("mine", nn.Parameter(torch.ones(1)))], "lr": 1e-3})
+    graft(model, 0)
+    esper.sync_optimizer(model, optimizer, group_for=lambda *_: 1)
+    train(model, optimizer)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    esper.load_checkpoint(tmp_path / "run", again, other)
+    third.load_state_dict(model.state_dict())
+    esper.sync_optimizer(third, fresh, group_for=lambda *_: 1)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for found, its in ((again, other), (third, fresh)):
+        assert same(moments(found, its), moments(model, optimizer))
+        assert [g["param_names"] for g in its.param_groups] == [
+            g["param_names"] for g in optimizer.param_groups
+        ]
+    assert "net.0._seeds.0.kernel.steps.0.weight" in other.param_groups[1]["param_names"]
+
+
+def test_a_kernel_that_went_leaves_its_moments_to_nobody():
+    """Also where another has come, and the optimizer has not been told of either."""
+    model = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    graft(model, 0)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    model[0].unload_kernel(0)
+    graft(model, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = built()
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    found = {n: other.state[p]["exp_avg"] for n, p in again.named_parameters() if p in other.state}
+    hosts = {n: p for n, p in model.named_parameters() if "_seeds" not in n}
+    assert same(found, {n: optimizer.state[p]["exp_avg"] for n, p in hosts.items()})
+
+
+def test_state_without_names_of_other_kernels_is_refused():
+    """Nobody told Esper of its optimizer; by position it would go to parameters of other shapes."""
+    model, again = built(), built()
+    graft(model, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer)
+    graft(again, 2)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    esper.sync_optimizer(again, other)
+    with pytest.raises(ValueError, match=r"by its place .* a model with other kernels"):
+        other.load_state_dict(optimizer.state_dict())
+    alike = built()
+    alike.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(alike.parameters(), lr=1e-2)
+    esper.sync_optimizer(alike, fresh)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(alike, fresh), moments(model, optimizer))
+
+
+def test_another_kernel_of_the_same_name_is_refused():
+    """A wider one has come into the seed since the state was saved."""
+    model, optimizer = grown_run()
+    saved = copy.deepcopy(optimizer.state_dict())
+    model[0].unload_kernel(0)
+    model[0].graft(0, f"mlp-{WIDTH}x{WIDTH}-w64", example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    expected = len(optimizer.state)
+    with pytest.raises(ValueError, match=r"would go to 0\._seeds.*with other kernels"):
+        optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == expected
+
+
+class Around(nn.Module):
+    """A model with a part called ``module``, and a layer of its own of the same name as there."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.ModuleDict({"fc": nn.Linear(WIDTH, WIDTH)})
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.module["fc"](x)))
+
+
+@pytest.mark.parametrize("groups", ["one group", "named"])
+def test_a_part_called_module_is_no_wrapper(groups, tmp_path):
+    """Its layers have their own moments, not those of layers named alike outside of it."""
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = esper.wrap(Around())
+        runs.append((model, torch.optim.AdamW(GROUPS[groups](model), lr=1e-2)))
+    (model, optimizer), (again, other), (third, fresh) = runs
+    model.fc.graft(0, f"mlp-{WIDTH}x{WIDTH}-w32", example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    esper.save_checkpoint(tmp_path / "run", model, optimizer)
+    esper.load_checkpoint(tmp_path / "run", again, other)
+    third.load_state_dict(model.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, other), moments(model, optimizer))
+    assert same(moments(third, fresh), moments(model, optimizer))
+
+
+def with_two_seeds(order):
+    """A model of which one layer has unlike kernels of one shape, grafted in this order."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    model = esper.wrap(layers, num_seeds=2)
+    for seed_idx in order:
+        model[0].graft(seed_idx, f"mlp-{WIDTH}x{WIDTH}-w32", example=torch.randn(8, WIDTH))
+        with torch.no_grad():
+            for p in model[0].seed_kernel(seed_idx).parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def test_seeds_that_were_grafted_in_any_order_have_their_own_moments():
+    """Also in an optimizer that Esper has not seen when it loads: it goes by position."""
+    model = with_two_seeds([1, 0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    again = with_two_seeds([])
+    again.load_state_dict(model.state_dict())
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, fresh), moments(model, optimizer))
+
+
+@pytest.mark.parametrize("isolated", [0, 1])
+def test_a_kernel_comes_back_to_its_place(isolated):
+    """Parameters are in the order that they had before it was out of use."""
+    model = with_two_seeds([0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    esper.sync_optimizer(model, optimizer)
+    before = list(model.state_dict())
+    hook = lambda *_: torch.tensor(torch.nan)  # noqa: E731 - one line
+    fault = model[0].seed_kernel(isolated).register_forward_hook(hook)
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+    assert len(model.state_dict()) < len(before)
+    own = [n for g in optimizer.state_dict()["param_groups"] for n in g["param_names"]]
+    assert own == [name for name in before if name.endswith(("weight", "bias"))]
+    for _ in range(12):
+        esper.maintain(model)
+    assert list(model.state_dict()) == before

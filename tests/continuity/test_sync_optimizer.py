@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+import esper
 from esper.continuity.optimizer import sync_optimizer
 from esper.continuity.placement import Placement
 from esper.execution.host_class import adopt
@@ -221,3 +222,21 @@ def test_optimizers_that_come_together_read_the_flags_once_a_step(monkeypatch, w
     assert len(reads) == 1
     second.step()
     assert len(reads) == 2
+
+
+def test_kernels_in_two_modules_of_one_optimizer_are_refused():
+    """Syncing the second would drop those of the first; with both in one module all stay."""
+    both = nn.ModuleList(esper.wrap(nn.Sequential(nn.Linear(4, 4))) for _ in range(2))
+    optimizer = torch.optim.Adam(both.parameters())
+    for model in both:
+        model[0].graft(0, nn.Linear(4, 4), example=torch.randn(2, 4))
+    esper.sync_optimizer(both[0], optimizer)
+    with pytest.raises(ValueError, match=r"kernels in another module.*would lose them"):
+        esper.sync_optimizer(both[1], optimizer)
+    esper.sync_optimizer(both, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 8
+    with pytest.raises(ValueError, match="kernels in another module"):
+        esper.sync_optimizer(both[0], optimizer)
+    both[1][0].unload_kernel(0)
+    esper.sync_optimizer(both[0], optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 6

@@ -171,6 +171,44 @@ def test_twin_that_the_owner_builds_is_a_copy_of_the_run():
     assert not equal_states(state_of(model), state_of(twin.model))
 
 
+def test_twin_that_the_owner_builds_has_each_seeds_own_values():
+    """Whichever of two kernels of one shape was there first."""
+    model, optimizer = wrapped()
+    run, _ = run_of(model, optimizer, twin=lambda: host(7))
+    for seed_idx in (1, 0):
+        model[0].graft(seed_idx, "mlp-4x4-w32", example=torch.randn(3, 4))
+        with torch.no_grad():
+            for p in model[0].seed_kernel(seed_idx).parameters():
+                p.add_(torch.randn_like(p))
+    twin = Twin(run)
+    assert all(torch.equal(p, twin.copy_of(p)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [None, lambda: host(7)], ids=["copied", "built"])
+def test_twin_has_a_kernel_that_is_out_of_use(make):
+    """With its values and moments; it is saved and comes back."""
+    model, optimizer = wrapped()
+    run, _ = run_of(model, optimizer, twin=make)
+    model[0].graft(1, "mlp-4x4-w32", example=torch.randn(3, 4))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer, 2)
+    own = list(model[0].seed_kernel(1).parameters())
+    fault = model[0].seed_kernel(1).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    while len(list(model[0].parameters())) > 2:
+        train(model, optimizer, 3)
+        esper.maintain(model)
+    fault.remove()
+    twin = Twin(run)
+    for each in (twin, Twin.from_state_dict(twin.state_dict(), run)):
+        copies = list(each.model[0].seed_kernel(1).parameters())
+        for p, copied in zip(own, copies, strict=True):
+            assert torch.equal(p, copied)
+            moments = optimizer.state[p]
+            its = each.optimizer.state[copied]
+            assert moments
+            assert all(torch.equal(moments[k], its[k]) for k in moments)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -33,7 +33,7 @@ from esper.continuity.grown_state import (
     tell_followers,
     weights_of,
 )
-from esper.continuity.named_state import NAMES, bare_name, names_of
+from esper.continuity.named_state import NAMES, is_named_by_model, names_in, saved_names
 from esper.continuity.optimizer import kernels_in, sync_again, sync_to_groups
 from esper.continuity.rank_contents import of_all_ranks, of_rank, shared_bytes
 from esper.continuity.replicas import bare, go_on, in_step, ranks_of
@@ -500,13 +500,15 @@ def _check_groups(model: nn.Module, what: str, member: Any, state: dict[str, Any
     if len(live) != len(saved):
         msg = f"{what} had {len(saved)} param groups and has {len(live)} here; build it as it was"
         raise ValueError(msg)
-    names, kernels = names_of(model), kernels_in(member)
+    kernels = kernels_in(member)
+    names = names_in(bare(model), member, kernels, by_model=is_named_by_model(saved))
+    named = saved_names(saved)
     for number, (mine, theirs) in enumerate(zip(live, saved, strict=True)):
         if NAMES not in theirs:  # it trains what is no part of the model: torch goes by position
             continue
         hosts = [id(p) for p in mine["params"] if id(p) not in kernels]
-        ours = {names.get(key, "a parameter that is not the model's") for key in hosts}
-        then = {bare_name(name) for name in theirs[NAMES]}
+        ours = {names[key] for key in hosts}
+        then = set(named[number])
         odd = sorted(name for name in ours ^ then if not is_in_a_seed(name))
         if odd:
             msg = (
@@ -517,8 +519,8 @@ def _check_groups(model: nn.Module, what: str, member: Any, state: dict[str, Any
 
 
 def _groups_by_name(states: Sequence[dict[str, Any]]) -> dict[str, int]:
-    groups = [group for state in states for group in state["param_groups"]]
-    return {bare_name(name): i for i, group in enumerate(groups) for name in group.get(NAMES, ())}
+    named = [names for state in states for names in saved_names(state["param_groups"])]
+    return {name: i for i, names in enumerate(named) for name in names}
 
 
 # ---- putting it in

@@ -122,7 +122,6 @@ class _Mirror:
         self._take_away(source, target)
         record_of(target).layout = copy.deepcopy(record_of(source).layout)
         self._put_in(source, target)
-        _put_in_order(source, target)
         choose_forward(target)
 
     def _is_in_step(self, source: nn.Module, target: nn.Module) -> bool:
@@ -172,14 +171,6 @@ def _picture(layer: nn.Module) -> tuple[object, ...]:
 def _is_inserted(layer: nn.Module, seed_idx: int) -> bool:
     container = layer._modules.get(SEEDS)  # noqa: SLF001 - slots are named by digits
     return container is not None and str(seed_idx) in container._modules  # noqa: SLF001 - as above
-
-
-def _put_in_order(source: nn.Module, target: nn.Module) -> None:
-    """Let the slots of the target stand in the source's order, which that of parameters follows."""
-    mine, theirs = source._modules.get(SEEDS), target._modules.get(SEEDS)  # noqa: SLF001 - as above
-    if mine is not None and theirs is not None:
-        for name in mine._modules:  # noqa: SLF001 - as above
-            theirs._modules[name] = theirs._modules.pop(name)  # noqa: SLF001 - as above
 
 
 def _copied(live: Seed, source: nn.Module, target: nn.Module) -> Seed:

@@ -52,7 +52,6 @@ class LayerState(TypedDict):
         frozen: Names of the kernel's parameters that are not trained, by seed.
         isolated: Tensors of the kernel, and what is known of its probes, by seed; of kernels that
             are out of use, which no ``state_dict`` has.
-        order: Seeds in the order in which their slots stand in the layer.
         layout: State of all seeds, counters included.
         counts: Calls and faults of the layer.
     """
@@ -61,7 +60,6 @@ class LayerState(TypedDict):
     classes: dict[int, str]
     frozen: dict[int, list[str]]
     isolated: dict[int, dict[str, Any]]
-    order: list[int]
     layout: dict[str, Any]
     counts: dict[str, int]
 
@@ -229,7 +227,7 @@ def load_seeds(loading: Loading) -> None:
     for name, layer in layers_of(bare(loading.model)).items():
         if name in loading.plans:
             carry_out(layer, loading.plans[name])
-            _settle(layer, loading.plans[name], loading.grown["layers"][name])
+            _settle(loading.plans[name], loading.grown["layers"][name])
         elif not _is_pristine(layer):
             carry_out(layer, {})
 
@@ -267,7 +265,6 @@ def _layer_state(layer: nn.Module) -> LayerState:
         "classes": {i: _word_of(type(seed.kernel.module)) for i, seed in by_hand.items()},
         "frozen": {i: names for i, seed in seeds.items() if (names := _frozen(seed))},
         "isolated": {i: _isolated(seed) for i, seed in seeds.items() if _is_out(layer, i)},
-        "order": [int(name) for name in _slots(layer)],
         "layout": copy.deepcopy(record.layout.__getstate__()),
         "counts": {name: getattr(record, name) for name in _COUNTS},
     }
@@ -294,11 +291,6 @@ def _isolated(seed: Seed) -> dict[str, Any]:
 
 def _is_out(layer: nn.Module, seed_idx: int) -> bool:
     return record_of(layer).layout.state(seed_idx) == SeedLifecycleState.ERROR_RECOVERY
-
-
-def _slots(layer: nn.Module) -> dict[str, nn.Module | None]:
-    container = layer._modules.get(SEEDS)  # noqa: SLF001 - slots are named by digits
-    return {} if container is None else container._modules  # noqa: SLF001 - as above
 
 
 def _plan(
@@ -381,8 +373,8 @@ def _by_hand(
     raise ValueError(msg)
 
 
-def _settle(layer: nn.Module, plan: Plan, state: LayerState) -> None:
-    """Let seeds stand in their order, what is frozen be so, and what is out of use have weights."""
+def _settle(plan: Plan, state: LayerState) -> None:
+    """Let what is frozen be so, and what is out of use have its weights."""
     for i, (_, seed) in plan.items():
         if seed is None:
             continue
@@ -393,9 +385,6 @@ def _settle(layer: nn.Module, plan: Plan, state: LayerState) -> None:
             _load_tensors(seed.slot.kernel, state["isolated"][i]["tensors"])
             for name in _SEEN:
                 setattr(seed, name, state["isolated"][i][name])
-    slots = _slots(layer)
-    for i in state["order"]:
-        slots[str(i)] = slots.pop(str(i))
 
 
 def _load_tensors(module: nn.Module, tensors: Mapping[str, Any]) -> None:

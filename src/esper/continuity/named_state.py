@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
-from esper.state.host_parts import SEEDS, SEEDS_PREFIX
+from esper.state.host_parts import SEEDS, SEEDS_PREFIX, is_in_a_seed
 from esper.state.layer_record import RECORD, record_of
 from esper.state.shards import is_spread, spread_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -33,10 +33,16 @@ NAMES: Final = "param_names"
 NAMED_BY_US: Final = "named_for_loading"
 """Marks groups of a ``state_dict`` whose optimizer has no names of its own."""
 ASIDE: Final = "names_aside"
-"""Names in a group whose kernels were out of use, so that they are in no state of the model."""
+"""Names in a group of kernels that are in no state of the model: out of use, or gone since."""
+_GONE: Final = "gone from the model"
+_OTHERS: Final = "no part of the model"
+"""Names, with a number, of what a group holds beside the model's parameters; no module's is so."""
 
 _WRAPPERS: Final = ("module", "_orig_mod")
 """Parts of names that DistributedDataParallel and ``torch.compile`` put there."""
+
+_LIKE_ITS_PARAMETER: Final = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+"""What torch's optimizers keep in a parameter's shape."""
 
 _logger = logging.getLogger(__name__)
 
@@ -108,15 +114,15 @@ class NamedState:
         model = self._model(optimizer)
         if model is None:
             return
-        aside = {name for _, named in _out_of_use(model) for name, _ in named}
-        for group in state["param_groups"] if aside else ():
-            group[ASIDE] = sorted(aside)
-        if _has_names(optimizer):
-            return
-        names = names_of(model)
-        found = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-        if all(None not in own for own in found):  # else it trains what is no part of the model
-            for group, own in zip(state["param_groups"], found, strict=True):
+        kernels, owners = self._kernels(optimizer), _has_names(optimizer)
+        aside = {id(p) for *_, named in _out_of_use(model) for _, p in named}
+        names = names_in(model, optimizer, kernels, by_model=not owners)
+        for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            own = [names[id(p)] for p in live["params"]]
+            apart = [n for n, p in zip(own, live["params"], strict=True) if id(p) in aside]
+            if away := sorted([*apart, *(n for n in own if n.startswith(_GONE))]):
+                group[ASIDE] = away
+            if not owners:
                 group[NAMES], group[NAMED_BY_US] = own, True
 
     def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -128,10 +134,15 @@ class NamedState:
         groups: list[ParamGroup] = [_with_own_names(group) for group in state["param_groups"]]
         live, kernels = optimizer.param_groups, self._kernels(optimizer)
         if len(groups) == len(live) and all(NAMES in group for group in groups):
-            names = names_of(model)
-            wanted = [[names.get(id(p), "") for p in group["params"]] for group in live]
+            by_model = is_named_by_model(groups)
+            names = names_in(model, optimizer, kernels, by_model=by_model)
+            wanted = [[names[id(p)] for p in group["params"]] for group in live]
             may_start = {name for key, name in names.items() if key in kernels}
             groups = _by_name(groups, wanted, may_start)
+            for group, own in zip(groups, live, strict=True):
+                group[NAMES] = own.get(NAMES, group[NAMES])
+        if kernels:
+            _check_shapes(state["state"], groups, live)
         spread = _spread(_of_groups(state, groups), groups, live)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
@@ -140,6 +151,28 @@ class NamedState:
             "state": spread,
             "param_groups": [_without(_without(group, NAMED_BY_US), ASIDE) for group in groups],
         }
+
+
+def _check_shapes(
+    state: dict[Any, Any], groups: Sequence[ParamGroup], live: Sequence[ParamGroup]
+) -> None:
+    """Refuse a state whose moments have not the shapes of the parameters that would get them.
+
+    Raises:
+        ValueError: One has not.
+    """
+    for group, own in zip(groups, live, strict=False):
+        names = group.get(NAMES, ["a parameter"] * len(group["params"]))
+        for key, p, name in zip(group["params"], own["params"], names, strict=False):
+            for what, value in state.get(key, {}).items():
+                if what in _LIKE_ITS_PARAMETER and value is not None and value.shape != p.shape:
+                    by = "" if NAMES in group else ", by its place since the state has no names,"
+                    msg = (
+                        f"{what!r} of shape {tuple(value.shape)} would go{by} to {name} of shape "
+                        f"{tuple(p.shape)}: the state is of a model with other kernels. Load that "
+                        "model's state first, which builds them, and the optimizer's behind it"
+                    )
+                    raise ValueError(msg)
 
 
 def _of_groups(state: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Any, Any]:
@@ -176,7 +209,7 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
     ids = group["params"]
     if not all(isinstance(each, str) for each in ids):
         return group
-    left = sorted(set(map(bare_name, group.get(NAMES, ()))) - set(ids))
+    left = sorted(set(without_wrappers(group.get(NAMES, ()))) - set(without_wrappers(ids)))
     if left:
         msg = (
             f"the state was saved with {_some(left)}, and torch.distributed.checkpoint has left "
@@ -185,7 +218,7 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
             "and the optimizer's; esper.load_checkpoint does all of it with a file of its own"
         )
         raise ValueError(msg)
-    return {**group, NAMES: list(ids)} if ids else group
+    return {**group, NAMES: without_wrappers(ids), NAMED_BY_US: True} if ids else group
 
 
 def _by_name(
@@ -202,7 +235,12 @@ def _by_name(
         ValueError: The two do not hold the same parameters.
     """
     having = [
-        dict(zip(map(bare_name, group[NAMES]), group["params"], strict=True)) for group in saved
+        {
+            name: key
+            for name, key in zip(names, group["params"], strict=True)
+            if not name.startswith(_GONE)
+        }
+        for group, names in zip(saved, saved_names(saved), strict=True)
     ]
     lacking = sorted(
         {n for own in having for n in own}
@@ -239,41 +277,111 @@ def _by_name(
     return groups
 
 
-def names_of(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters by their ids, in its order, without wrappers'.
+def names_in(
+    model: nn.Module, optimizer: Optimizer, kernels: set[int], *, by_model: bool
+) -> dict[int, str]:
+    """Return a name for each parameter in an optimizer by its id, none of them twice.
 
-    Those of kernels that are out of use stand behind their layer's, as they will stand again.
+    What is no part of the model, an owner's scale or another module, has a number in its place.
+
+    Args:
+        model: The model.
+        optimizer: What trains it.
+        kernels: Ids of the parameters in it that appeared in the run.
+        by_model: Whether names are the model's; else the owner's, where groups have them.
     """
-    order = [(bare_name(name), p) for name, p in bare(model).named_parameters()]
-    for layer, aside in _out_of_use(model):
-        own = [i for i, (name, _) in enumerate(order) if name.startswith(layer)]
+    found, others, gone = names_of(model), 0, 0
+    names: dict[int, str] = {}
+    named = [() if by_model else group.get(NAMES, ()) for group in optimizer.param_groups]
+    wrappers = _wrappers_before([name for owners in named for name in owners])
+    for group, owners in zip(optimizer.param_groups, named, strict=True):
+        for i, p in enumerate(group["params"]):
+            if id(p) in kernels and id(p) not in found:
+                names[id(p)], gone = f"{_GONE} {gone}", gone + 1
+            elif i < len(owners):
+                names[id(p)] = owners[i].removeprefix(wrappers)
+            elif id(p) in found:
+                names[id(p)] = found[id(p)]
+            else:
+                names[id(p)], others = f"{_OTHERS} {others}", others + 1
+    return names
+
+
+def is_named_by_model(groups: Sequence[ParamGroup]) -> bool:
+    """Say whether the names in groups of a ``state_dict`` are the model's, not the owner's."""
+    return any(NAMED_BY_US in group for group in groups)
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the names of a model's parameters by their ids: those of :func:`parameters_of`."""
+    return {id(p): name for name, p in parameters_of(model).items()}
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by their names, in its order, without wrappers' parts of names.
+
+    Those of kernels that are out of use stand where they will stand again.
+    """
+    order = list(bare(model).named_parameters(remove_duplicate=False))
+    for layer, seed_idx, aside in _out_of_use(model):
+        own = [i for i, (name, _) in enumerate(order) if _is_before(name, layer, seed_idx)]
         at = own[-1] + 1 if own else len(order)
         order[at:at] = aside
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, p in order:
-        found.setdefault(id(p), name)
-    return found
+        if id(p) not in found or is_in_a_seed(found[id(p)][0]) > is_in_a_seed(name):
+            found[id(p)] = name, p  # what is tied into a kernel is the host's, which stays
+    names = without_wrappers(name for name, _ in found.values())
+    return dict(zip(names, (p for _, p in found.values()), strict=True))
 
 
-def _out_of_use(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
-    """Yield what the names of a layer begin with, and the named parameters of an isolated seed."""
+def _is_before(name: str, layer: str, seed_idx: int) -> bool:
+    """Say whether a name is of a layer, and of none of its seeds behind one."""
+    below = name.removeprefix(f"{layer}{SEEDS_PREFIX}")
+    is_behind = below != name and int(below.partition(".")[0]) > seed_idx
+    return name.startswith(layer) and not is_behind
+
+
+def _out_of_use(model: nn.Module) -> Iterator[tuple[str, int, list[tuple[str, nn.Parameter]]]]:
+    """Yield of each isolated seed what its layer's names begin with, its index, and parameters."""
     for path, layer in bare(model).named_modules():
         if RECORD not in layer.__dict__:
             continue
-        prefix = bare_name(f"{path}.") if path else ""
+        prefix = f"{path}." if path else ""
         slots = layer._modules.get(SEEDS)  # noqa: SLF001 - slots are named by digits
         for i, seed in sorted(record_of(layer).seeds.items()):
             if slots is None or str(i) not in slots._modules:  # noqa: SLF001 - as above
                 named = seed.slot.named_parameters()
-                yield prefix, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
+                yield prefix, i, [(f"{prefix}{SEEDS_PREFIX}{i}.{name}", p) for name, p in named]
 
 
-def bare_name(name: str) -> str:
-    """Return a name without what wrappers of the whole model put before it."""
-    parts = name.split(".")
-    while parts and parts[0] in _WRAPPERS:
-        parts = parts[1:]
-    return ".".join(parts)
+def saved_names(groups: Sequence[ParamGroup]) -> list[list[str]]:
+    """Return the names in each group of a ``state_dict``, without what wrappers put before them."""
+    named = [list(group.get(NAMES, ())) for group in groups]
+    if is_named_by_model(groups):
+        return named
+    wrappers = _wrappers_before([name for names in named for name in names])
+    return [[name.removeprefix(wrappers) for name in names] for names in named]
+
+
+def without_wrappers(names: Iterable[str]) -> list[str]:
+    """Return names without what wrappers of the whole model put before each of them."""
+    listed = list(names)
+    wrappers = _wrappers_before(listed)
+    return [name.removeprefix(wrappers) for name in listed]
+
+
+def _wrappers_before(names: Sequence[str]) -> str:
+    """Return what all names have from wrappers; a model's own child may be called ``module``."""
+    left = [name for name in names if not name.startswith((_GONE, _OTHERS))]
+    found = ""
+    while left:
+        first = left[0].partition(".")[0]
+        if first not in _WRAPPERS or not all(name.startswith(f"{first}.") for name in left):
+            break
+        found += f"{first}."
+        left = [name.removeprefix(f"{first}.") for name in left]
+    return found
 
 
 def _has_names(optimizer: Optimizer) -> bool:

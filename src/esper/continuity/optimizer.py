@@ -24,7 +24,7 @@ from esper.continuity.ensemble import (
     rebuilt,
 )
 from esper.continuity.following import tell_of_copies
-from esper.continuity.named_state import NamedState, order_by_model
+from esper.continuity.named_state import NamedState, order_by_model, without_wrappers
 from esper.continuity.placement import (
     GroupFor,
     Place,
@@ -81,8 +81,9 @@ def sync_optimizer(
     Raises:
         TypeError: ``model`` is no module or in ``torch.nn.DataParallel``, or an optimizer is not
             supported.
-        ValueError: An optimizer holds parameters and none of them is the model's, or ``group_for``
-            named a group that there is not.
+        ValueError: An optimizer holds parameters and none of them is the model's, ``group_for``
+            named a group that there is not, or the optimizer trains kernels of another module too,
+            with which it was synced before.
     """
     check_replicas("sync_optimizer", model)
     every = joined(optimizer)
@@ -94,6 +95,7 @@ def sync_optimizer(
     live = {id(p): p for layer in _layers(inner) for p in _kernel_parameters(layer)}
     placement = Placement(inner, every, group_for)
     check_trains(placement, [*live, *link.kernels])
+    _check_none_is_elsewhere(link, inner, live)
     remove_parameters(
         every,
         [p for k, p in link.kernels.items() if k not in live and not placement.is_hosts(p)],
@@ -105,6 +107,7 @@ def sync_optimizer(
         drop_stale_moments(layer, every)
     order_kernels(inner, every)
     link.group_for = group_for
+    link.synced_with = weakref.ref(inner)
     _NAMED.watch(inner, every)
     together = spread(model)
     if together is not None:
@@ -112,6 +115,28 @@ def sync_optimizer(
     link.watch_steps(model, every)
     if worst_of_ranks(model) is not None:
         _warn_of_lone_isolation(link.roster.busy())
+
+
+def _check_none_is_elsewhere(
+    link: _Link, inner: nn.Module, live: Mapping[int, nn.Parameter]
+) -> None:
+    """Refuse to drop kernels that stand in another module than the one that is synced.
+
+    Raises:
+        ValueError: There are some; one call for all modules that an optimizer trains is needed.
+    """
+    before = link.synced_with()
+    if before is None or before is inner:
+        return
+    theirs = {id(p) for layer in _layers(before) for p in _kernel_parameters(layer)}
+    if lost := (theirs & link.kernels.keys()) - live.keys():
+        msg = (
+            f"the optimizer trains {len(lost)} parameters of kernels in another module "
+            f"({type(before).__name__}), with which it was synced before, and would lose them; "
+            "call esper.sync_optimizer with one module that holds all that the optimizer trains, "
+            "for example torch.nn.ModuleList([generator, critic])"
+        )
+        raise ValueError(msg)
 
 
 def kernels_in(optimizer: AnyOptimizer) -> set[int]:
@@ -133,10 +158,13 @@ def sync_to_groups(model: nn.Module, optimizer: AnyOptimizer, group_of: Mapping[
         group_of: Number of a param group, over all optimizers, by the parameter's name. What it
             does not name goes where it would; the owner's choice of groups stays what it was.
     """
-    own = _link(optimizer).group_for
-    sync_optimizer(
-        model, members_of(optimizer), group_for=lambda name, _parameter: group_of.get(name)
-    )
+    own, prefix = _link(optimizer).group_for, Placement(bare(model), optimizer).prefix
+
+    def had(name: str, _parameter: nn.Parameter) -> int | None:
+        names = (name, *without_wrappers([f"{prefix}{name}"]), f"{prefix}{name}")
+        return next((group_of[each] for each in names if each in group_of), None)
+
+    sync_optimizer(model, members_of(optimizer), group_for=had)
     _link(optimizer).group_for = own
 
 
@@ -330,12 +358,14 @@ class _Link:
         kernels: Parameters that appeared in the run, by id.
         roster: Layers of the model that was synced last.
         group_for: The owner's choice of groups at that time.
+        synced_with: That model, outside of DDP and ``torch.compile``, while there is one.
     """
 
     def __init__(self) -> None:
         self.group_for: GroupFor | None = None
         self.kernels: dict[int, torch.Tensor] = {}
         self.roster = Roster([])
+        self.synced_with: Callable[[], nn.Module | None] = lambda: None
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._hooks: weakref.WeakKeyDictionary[Optimizer, StepHooks] = weakref.WeakKeyDictionary()
         self._kept: KeptBuffers | None = None

@@ -63,6 +63,7 @@ class Placement:
     Attributes:
         model: As given, like the next.
         optimizer: What trains it.
+        prefix: What names in its groups have before the model's: DDP's, or their owner's.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Placement:
             for name, kind, p, owner in _host_parts(model)
         ]
         self._by_id = {id(known.parameter): known for known in self._hosts}
-        self._prefix = _prefix_of_names(groups, self._by_id)
+        self.prefix = _prefix_of_names(groups, self._by_id)
 
     def is_hosts(self, p: Tensor) -> bool:
         """Say whether a parameter is the host's, be it tied into a kernel or not."""
@@ -149,7 +150,7 @@ class Placement:
             if group is None:
                 left.append(name)
             else:
-                places.append(Place(group, self._prefix + name, p))
+                places.append(Place(group, self.prefix + name, p))
         return places, left
 
     def _chosen(self, name: str, p: nn.Parameter) -> int | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from esper.continuity.following import averages_of
+from esper.continuity.named_state import parameters_of
 from esper.state.seed_slot import SeedSlot
 from esper.state.shards import spread_like, whole
 
@@ -175,9 +176,9 @@ def parameters_by_name(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, T
         model: The model.
         optimizer: What trains it.
     """
-    found: dict[str, Tensor] = dict(model.named_parameters())
+    found: dict[str, Tensor] = dict(parameters_of(model))
     for i, average in enumerate(averages_of(model)):
-        found |= {f"average {i}: {name}": p for name, p in average.named_parameters()}
+        found |= {f"average {i}: {name}": p for name, p in parameters_of(average).items()}
     known = set(map(id, found.values()))
     for i, group in enumerate(optimizer.param_groups):
         others = {f"group {i}: {at}": p for at, p in enumerate(group["params"])}

@@ -15,6 +15,7 @@ from torch import nn
 from esper.continuity.ensemble import Ensemble, rebuilt
 from esper.continuity.following import stands_apart
 from esper.continuity.grown_state import Loading, grown_state, load_seeds, load_weights, weights_of
+from esper.continuity.named_state import parameters_of
 from esper.continuity.snapshot import (
     RandomState,
     random_state,
@@ -117,7 +118,7 @@ class Twin:
             TypeError: The state of its optimizer, or what the owner's functions keep of it, is not
                 plain.
         """
-        named = dict(self.model.named_parameters())
+        named = parameters_of(self.model)
         names = {id(p): name for name, p in named.items()}
         factors = self.factor.state_dict(list(named.values()))
         moments = self.optimizer.state
@@ -150,7 +151,7 @@ class Twin:
         twin.factor.close()
         device = device_of(run.model)
         _grow(twin.model, from_plain(state["grown"], device))
-        named = dict(twin.model.named_parameters())
+        named = parameters_of(twin.model)
         _write(twin.model, state, device)
         groups = [[named[name] for name in names] for names in state["groups"]]
         groups += [[] for _ in run.optimizer.param_groups[len(groups) :]]
@@ -370,8 +371,9 @@ def builder(make: Callable[[], nn.Module] | None) -> TwinBuilder | None:
             raise GrowthError(msg)
         try:
             _become_alike(made, model)
-            pairs = list(zip(model.parameters(), made.parameters(), strict=True))
-        except (RuntimeError, ValueError) as error:
+            ours, copies = parameters_of(model), parameters_of(made)
+            pairs = list(zip(ours.values(), map(copies.__getitem__, ours), strict=True))
+        except (LookupError, RuntimeError, ValueError) as error:
             msg = f"what twin= returned is not like the model: {error}"
             raise GrowthError(msg) from error
         for p, theirs in pairs:
@@ -390,6 +392,8 @@ def _become_alike(made: nn.Module, model: nn.Module) -> None:
     if made is not model and not layers(made):
         wrap(made, select=list(found), num_seeds=max(f.num_seeds for f in found.values()))
     made.load_state_dict(whole_in(dict(model.state_dict())))
+    if len(parameters_of(model)) != len(parameters_of(made)):
+        _grow(made, whole_in(grown_state(model)))  # kernels out of use, which no state_dict has
     for module, copied in zip(model.modules(), made.modules(), strict=True):
         copied.training = module.training
 
@@ -434,7 +438,7 @@ def _grow(model: nn.Module, grown: GrownState) -> None:
 @torch.no_grad()
 def _write(model: nn.Module, state: Mapping[str, Any], device: torch.device) -> None:
     frozen, resting = set(state["frozen"]), set(state["resting"])
-    named, held = dict(model.named_parameters()), _buffers(model)
+    named, held = parameters_of(model), _buffers(model)
     for name, value in from_plain(state["values"], device).items():
         named[name].copy_(value)
         named[name].requires_grad_(name not in frozen)
@@ -478,7 +482,7 @@ def _copied_factor(
     model: nn.Module,
     memo: dict[int, object],
 ) -> UpdateFactor:
-    parameters = list(model.parameters())
+    parameters = list(parameters_of(model).values())
     twin = UpdateFactor(optimizer, warmup_updates=factor.warmup_updates, lr_new=factor.lr_new)
     twin.load_state_dict(factor.state_dict(parameters), [_copy_of(p, memo) for p in parameters])
     return twin

@@ -39,14 +39,22 @@ def make_seed(
 
 
 def insert(layer: nn.Module, seed: Seed, alpha: float) -> None:
-    """Put a seed's slot into the layer in place of what stood there, at ``alpha``."""
+    """Put a seed's slot into the layer in place of what stood there, at ``alpha``.
+
+    Slots stand in the order of their seeds, whichever came first: so do the parameters of a model
+    that is built from a state, and what goes by their order, an optimizer's state or a copy of the
+    model, is alike.
+    """
     record = record_of(layer)
     before = record.seeds.get(seed.seed_idx)
     if before is not None and before is not seed:
         _let_go(before)
     stand_beside(layer, seed.slot.kernel)
     record.seeds[seed.seed_idx] = seed
-    _container(layer)._modules[str(seed.seed_idx)] = seed.slot
+    slots = _container(layer)._modules
+    slots[str(seed.seed_idx)] = seed.slot
+    for name in sorted(slots, key=int):
+        slots[name] = slots.pop(name)
     seed.slot.train(layer.training)
     seed.slot.set_alpha(record.layout.set_alpha(seed.seed_idx, alpha))
     seed.slot.set_structure(encoded_structure(layer, seed.seed_idx))
