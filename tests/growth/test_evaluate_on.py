@@ -199,3 +199,22 @@ def test_a_grower_reads_it():
         expected = (model(GATE_X) - GATE_Y).square().mean()
         assert len(grower.report().evaluations) >= 1
         assert expected.isfinite()
+
+
+def test_what_a_model_concludes_of_its_labels_is_left_to_its_owner():
+    """As by classifiers of transformers, of which one knows its problem, and one does not yet."""
+
+    class Classifier(nn.Module):
+        def __init__(self, problem):
+            super().__init__()
+            self.scores, self.config = classifier(), SimpleNamespace(problem_type=problem)
+
+        def forward(self, inputs, labels):
+            self.config.problem_type = self.config.problem_type or "single_label_classification"
+            return SimpleNamespace(logits=self.scores(inputs))
+
+    for problem in (None, "single_label_classification"):
+        model = Classifier(problem)
+        evaluate = esper.evaluate_on([{"inputs": X, "labels": CLASSES}])
+        assert torch.equal(evaluate(model), esper.evaluate_on([(X, CLASSES)])(model.scores))
+        assert model.config.problem_type == problem

@@ -13,6 +13,11 @@ import torch
 import esper
 
 pl = pytest.importorskip("pytorch_lightning")
+from pytorch_lightning.callbacks import (  # noqa: E402 - as above
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+)
+
 from esper.integrations.lightning import EsperCallback  # noqa: E402 - behind importorskip
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -144,6 +149,20 @@ def test_it_grows_in_the_trainers_precision(tmp_path, precision):
 
 
 @pytest.mark.slow
+def test_the_parameters_of_a_training_step_have_names_of_the_owners(tmp_path):
+    """They are given by position, as the Trainer does."""
+
+    class Named(Module):
+        def training_step(self, pairs, i):
+            assert i == self.trainer.fit_loop.epoch_loop.batch_idx
+            return super().training_step(pairs, i)
+
+    callback = growing_callback()
+    fit(tmp_path, callback, Named(), max_epochs=3)
+    assert callback.grower.report().trials[0].verdict == "kept"
+
+
+@pytest.mark.slow
 def test_a_part_of_a_module_grows(tmp_path):
     """``module=`` names what grows; the loss is still that of ``training_step``."""
     callback = growing_callback(module="net")
@@ -176,6 +195,65 @@ def test_what_has_grown_is_resumed_by_ckpt_path(tmp_path):
     assert looking.found.keys() == before.keys()
     assert all(torch.equal(looking.found[name], before[name]) for name in before)
     assert resumed.global_step == 150
+
+
+class Following(pl.Callback):
+    """Counts the batches behind which an average without a memory is not the module."""
+
+    def __init__(self, averages):
+        self.averages, self.num_seen, self.num_apart = averages, 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        average = self.averages._average_model.module
+        self.num_apart += not growing.equal_states(tensors_of(average), tensors_of(pl_module))
+        self.num_seen += bool(kernels_of(average))
+
+
+def fit_with(tmp_path, *callbacks, ckpt_path=None, **options):
+    torch.manual_seed(0)
+    module, made = Module(), trainer(tmp_path, callbacks[0], **options)
+    made.callbacks += callbacks[1:]
+    made.fit(module, train_loader(), gate_loader(), ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_average_of_lightnings_grows_with_the_module(tmp_path, is_first):
+    """In whichever order the callbacks stand; without the kernels it could not be updated."""
+    averages = EMAWeightAveraging(decay=0.0)
+    seen, grows = Following(averages), growing_callback()
+    fit_with(tmp_path, *([averages, grows] if is_first else [grows, averages]), seen)
+    assert seen.num_seen > 20
+    assert seen.num_apart == is_first  # the run is taken over behind the average's update
+
+
+@pytest.mark.slow
+def test_an_equal_average_is_taken_over_at_the_end(tmp_path):
+    """That of Lightning's older callback, of epochs with the kernels and of epochs without."""
+    averages = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, device=None)
+    module = fit_with(tmp_path, growing_callback(), averages)
+    averaged = dict(averages._average_model.named_parameters())
+    assert kernels_of(module)
+    assert growing.equal_states(averaged, dict(module.named_parameters()))
+
+
+@pytest.mark.slow
+def test_an_average_is_resumed_by_ckpt_path(tmp_path):
+    """With the kernels in it: the resumed fit ends with the average of one that was not stopped."""
+
+    class Saving(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "ema.ckpt")
+
+    whole = fit_with(tmp_path, growing_callback(), EMAWeightAveraging(decay=0.9), Saving())
+    saved = torch.load(tmp_path / "ema.ckpt", weights_only=True)
+    assert any("_seeds" in name for name in saved["state_dict"])
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys()
+    callbacks = growing_callback(), EMAWeightAveraging(decay=0.9)
+    resumed = fit_with(tmp_path, *callbacks, ckpt_path=tmp_path / "ema.ckpt")
+    assert growing.equal_states(tensors_of(resumed), tensors_of(whole))
 
 
 def test_a_checkpoint_is_tested_in_a_fresh_module(tmp_path):

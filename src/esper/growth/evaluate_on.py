@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary
 
@@ -166,7 +167,8 @@ def _called(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         takes = inspect.signature(bare(model).forward).parameters.values()
         with_labels = any(p.name == _LABELS or p.kind is p.VAR_KEYWORD for p in takes)
         given = {k: v for k, v in batch.items() if with_labels or k != _LABELS}
-        return model(**given), batch[_LABELS]
+        with _undecided(model):
+            return model(**given), batch[_LABELS]
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         msg = (
             "a batch is a pair (inputs, targets), or a dict with 'labels' among the model's "
@@ -177,6 +179,22 @@ def _called(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     if isinstance(inputs, Mapping):
         return model(**inputs), target
     return (model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)), target
+
+
+@contextmanager
+def _undecided(model: nn.Module) -> Iterator[None]:
+    """Leave to its owner what a classifier of transformers' concludes from the first labels.
+
+    It writes that into its config, where a training that keeps labels to itself, as with label
+    smoothing, would not have it.
+    """
+    config = getattr(bare(model), "config", None)
+    is_undecided = getattr(config, "problem_type", "") is None
+    try:
+        yield
+    finally:
+        if is_undecided:
+            config.problem_type = None  # type: ignore[union-attr] # it had one, as was seen above
 
 
 def _described(batch: Any) -> str:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from esper.continuity.following import follow
 from esper.continuity.optimizer import sync_optimizer
 from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
@@ -21,6 +23,7 @@ from esper.wrapping.wrap import layers, wrap
 try:
     import pytorch_lightning as pl
     from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 except ImportError as error:
     raise missing_framework("pytorch_lightning", "lightning") from error
@@ -44,8 +47,9 @@ class EsperCallback(pl.Callback):
     optimization; nothing is logged twice) under the Trainer's precision; and ``evaluate`` reads
     the Trainer's validation batches, where ``loss`` says how. Every keyword of
     :class:`esper.Grower` is an option. A Trainer's checkpoint has the kernels in the model's state
-    and their moments in the optimizer's, by name: ``ckpt_path=`` brings both back. Parameters,
-    packages kept and the gate loss are logged as ``esper/...``.
+    and their moments in the optimizer's, by name: ``ckpt_path=`` brings both back. The averages of
+    Lightning's own callbacks grow with the module. Parameters, packages kept
+    and the gate loss are logged as ``esper/...``.
 
     Args:
         module: Dotted name of the part of the module that grows; None for all of it.
@@ -83,14 +87,18 @@ class EsperCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done."""
-        del trainer, stage
-        model = pl_module.get_submodule(self._path)
-        if not layers(model):
-            wrap(model, select=self._select)
+        del stage
+        for module in (pl_module, *_averages(trainer)):
+            model = module.get_submodule(self._path)
+            if not layers(model):
+                wrap(model, select=self._select)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the optimizers load by names what a checkpoint may have."""
-        sync_optimizer(pl_module.get_submodule(self._path), trainer.optimizers)
+        """Let the optimizers load by names what a checkpoint may have; averages go along."""
+        model = pl_module.get_submodule(self._path)
+        sync_optimizer(model, trainer.optimizers)
+        for averaged in _averages(trainer):
+            follow(model, averaged.get_submodule(self._path))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the Grower: model and optimizers are those of the checkpoint by now."""
@@ -178,6 +186,19 @@ class EsperCallback(pl.Callback):
                 logger.log_metrics(found, step=trainer.global_step)
 
 
+def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
+    """Yield the averages that Lightning's callbacks keep of the module; others than theirs, none.
+
+    Theirs are updated pair by pair, and so have to grow with the module. A callback that is set up
+    behind this one makes its average later, of the module as it is wrapped.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # the Trainer's, set elsewhere
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            averaged = callback._average_model  # noqa: SLF001 - it is kept nowhere else
+            if averaged is not None:
+                yield averaged.module if isinstance(averaged, AveragedModel) else averaged
+
+
 def loss_in(outputs: object) -> Tensor | None:
     """Return the loss in what a ``training_step`` gave; None where there is none."""
     found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -220,10 +241,10 @@ class _Adapter:
             TypeError: It gave no loss.
         """
         with self._standing_in(model) as module, self._trainer.precision_plugin.forward_context():
-            given: dict[str, Any] = {}
+            given = [batch]  # by position, as the Trainer does: names are the owner's
             if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-                given["batch_idx"] = self._trainer.fit_loop.epoch_loop.batch_idx
-            found = loss_in(module.training_step(batch, **given))
+                given.append(self._trainer.fit_loop.epoch_loop.batch_idx)
+            found = loss_in(module.training_step(*given))
         if found is None:
             msg = (
                 f"{type(module).__name__}.training_step gave no loss for this batch, while growth "
