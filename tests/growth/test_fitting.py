@@ -28,7 +28,8 @@ from esper.growth.recording import Recorder, record_beside
 from esper.growth.twins import lockstep_update
 from esper.observability.event_log import read_events
 from esper.observability.replay import replay
-from esper.seeds.fitting import Fits, are_alike, nudged
+from esper.seeds.fitting import Fits
+from esper.seeds.sameness import are_alike, nudged
 from esper.state.shortage import is_shortage
 from esper.wrapping.wrap import layers, wrap
 

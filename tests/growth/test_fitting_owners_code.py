@@ -14,7 +14,8 @@ from esper.growth.evaluation import Evaluator
 from esper.growth.live_step import LiveStep
 from esper.growth.recording import Recorder, record_beside
 from esper.growth.twins import lockstep_update
-from esper.seeds.fitting import Fits, are_alike
+from esper.seeds.fitting import Fits
+from esper.seeds.sameness import are_alike
 from esper.state.set_aside import Apart
 from esper.state.shortage import is_shortage
 from esper.wrapping.wrap import layers, wrap

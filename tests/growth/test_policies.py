@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from growing import X, equal_states, evaluate, growing, host, train, wrapped
+from growing import X, Y, equal_states, evaluate, growing, host, train, wrapped
 from torch import nn
 
 from esper.contracts.errors import GrowthError
@@ -515,4 +515,41 @@ def test_what_happens_in_a_quiet_run_is_seen_at_the_next_update(what):
         announce(source, KernelEmbargoed(update=0, time_s=0.0, artifact_id="0" * 64))
         train(model, optimizer, 1, grower)
         assert "kernel_embargoed" in told.kinds
+    grower.close()
+
+
+def test_a_layer_that_is_exchanged_in_a_quiet_run_is_followed_at_the_next_update():
+    """A kernel comes and its layer is exchanged between two steps: both are seen by the second."""
+    model = wrap(host())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    grower = growing(model, optimizer, policy=Never(), evaluate_every=1_000)
+    train(model, optimizer, 20, grower)
+    assert grower._quiet_until == 1_001
+    model[0].graft(0, nn.Linear(4, 4), alpha=0.1, example=X[:8])
+    before, model[0] = model[0], nn.Linear(4, 4)
+    train(model, optimizer, 1, grower)
+    assert grower._run.layers["0"] is model[0] is not before
+    assert grower._quiet_until == 0
+    grower.close()
+
+
+def test_a_run_is_not_quiet_before_it_is_known_what_an_update_takes():
+    """Of a batch without samples nothing is learnt, so that the next one is looked at."""
+    model = wrap(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def compute_loss(model, batch):
+        return (model(X[batch]) - Y[batch]).square().sum()
+
+    grower = growing(
+        model, optimizer, policy=Never(), compute_loss=compute_loss, evaluate_every=1_000
+    )
+    for num_samples in (0, 32, 32):
+        batch = torch.arange(num_samples)
+        loss = compute_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        grower.step(loss, batch=batch)
+    flops = 2 * 2 * 32 * 4  # forward, and the gradient of the weight, of each of two updates
+    assert grower.report().work["training"] == 2 * flops
     grower.close()

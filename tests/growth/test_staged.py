@@ -186,6 +186,27 @@ def test_a_spike_puts_the_blocks_to_sleep(trouble):
     assert any("sleep again" in note for note in report.notes)
 
 
+@pytest.mark.filterwarnings("ignore:the training loss was nan")
+def test_updates_of_blocks_that_sleep_again_are_counted_without_them():
+    """What an update takes is measured anew where a spike takes the stage back."""
+    model, optimizer = shallow()
+    work = []
+    with esper.Grower(
+        model,
+        optimizer,
+        horizon=100,
+        policy=esper.Staged({0.4: 6}),
+        compute_loss=lambda model, batch: (model(batch) - Y).square().mean(),
+    ) as grower:
+        for number in range(60):
+            loss = update(model, optimizer, X, Y)
+            grower.step(math.nan if 42 < number < 52 else loss, batch=X)
+            work.append(grower.report().work["training"])
+    assert len(esper.asleep(model)) == 4
+    assert work[45] - work[44] > 2 * (work[39] - work[38])
+    assert work[59] - work[58] == work[39] - work[38]
+
+
 def test_control_a_loss_as_usual_takes_nothing_back():
     """The same run without trouble keeps its blocks."""
     model, optimizer = shallow()

@@ -38,8 +38,9 @@ from esper.contracts.layer_kind import kind_of
 from esper.growth.recording import SiteObservation, finite_steps
 from esper.resilience.attempt import Done, attempt
 from esper.seeds.batch_rows import joined_rows
-from esper.seeds.fitting import Cuts, Groups, Pass, Rule, fits_in_use, uneven
+from esper.seeds.fitting import Cuts, Pass, Rule, fits_in_use, uneven
 from esper.seeds.micro_batches import compared, looked
+from esper.seeds.sameness import Groups
 from esper.state.host_parts import host_parameters
 from esper.state.shortage import is_shortage
 from esper.state.site import feature_axis, widths

@@ -19,7 +19,7 @@ from esper.forward.host_output import blendable, with_first
 from esper.forward.host_view import declared
 from esper.growth.batch import Batch, LossFunction
 from esper.seeds.batch_rows import num_rows, rows_of
-from esper.seeds.fitting import Groups, Pass, Rule, device_of, fits_in_use, uneven
+from esper.seeds.fitting import Pass, Rule, device_of, fits_in_use, uneven
 from esper.seeds.micro_batches import compared, looked, measure_loss, parts_of
 from esper.seeds.shadow import in_shadow_pass, shadow_pass
 from esper.state.host_parts import trainable_parameters
@@ -28,6 +28,7 @@ from esper.state.layer_call import LayerCall
 
 if TYPE_CHECKING:
     from esper.seeds.fitting import Cuts
+    from esper.seeds.sameness import Groups
 
 Hook = Callable[[nn.Module, object, object, object], object]
 

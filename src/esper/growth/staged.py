@@ -559,6 +559,7 @@ class PlannedDepth:
                 "esper.deepen, over more updates or at a lower rate"
             )
         self._waking = None
+        run.ledger.structure_changed()
         self._count_anew(range(0))
 
     def _count_anew(self, counted: range) -> None:

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.seeds.batch_rows import num_rows, rows_of, spread_rows
-from esper.seeds.fitting import (
-    CHECKED_SAMPLES,
-    Groups,
-    Rule,
-    are_alike,
-    lowest,
-    precision_seen,
-    uneven,
-)
+from esper.seeds.fitting import CHECKED_SAMPLES, Rule, uneven
 from esper.seeds.same_draws import (
     SameDraws,
     UnknownDrawError,
@@ -35,6 +27,7 @@ from esper.seeds.same_draws import (
     set_torch_states,
     torch_states,
 )
+from esper.seeds.sameness import Groups, are_alike, lowest, precision_seen
 from esper.seeds.shadow import shadow_pass
 from esper.state.host_parts import trainable_parameters
 from esper.state.set_aside import set_aside

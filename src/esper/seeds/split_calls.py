@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from esper.seeds.fitting import Cuts, Groups, Rule
+    from esper.seeds.fitting import Cuts, Rule
+    from esper.seeds.sameness import Groups
 
     Call = tuple[tuple[object, ...], dict[str, object]]
     _Forward = Callable[..., object]
