@@ -114,6 +114,26 @@ def test_control_without_the_publish_nothing_is_told(tmp_path, monkeypatch):
     assert report.incidents == ()
 
 
+def events_of_a_fault(look):
+    """Return the events of a fault and of the way back, with a look at the layer in each step."""
+    model, kernel = layer_with("nan")
+    sink, kernel.is_bad = Kept(), True
+    for number in range(60):
+        model(torch.ones(4, 4))
+        look(model[0])
+        esper.maintain(model, sink=sink, update=number)
+        kernel.is_bad = number < 5
+    return [(event.kind, event.update) for event in sink.events]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_statistics_take_no_event_from_whoever_is_told(times):
+    """However often they are asked for; nor do they bring the next probe nearer."""
+    unasked = events_of_a_fault(lambda layer: None)
+    assert {"seed_faulted", "seed_moved", "retried"} <= {kind for kind, _ in unasked}
+    assert events_of_a_fault(lambda layer: [layer.get_stats() for _ in range(times)]) == unasked
+
+
 def test_a_loop_without_a_grower_publishes_by_maintain():
     """With the update that it says; how seeds are doing at every 100th only."""
     model, _ = layer_with("nan")

@@ -535,9 +535,10 @@ class KasminaLayer(nn.Module):
     def get_stats(self) -> dict[str, Any]:
         """Return the layer's statistics, as the specification lists them.
 
-        Reads the device's counters first, as ``esper.maintain`` does.
+        Reads the device's counters first. What has happened is told by the next ``esper.maintain``
+        or step of a Grower, as if nobody had asked.
         """
-        maintenance.maintain(self)
+        maintenance.read_calls(self)
         return layer_statistics(self)
 
     # ---- copying, saving, loading

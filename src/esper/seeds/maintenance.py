@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -155,6 +155,24 @@ def maintain_layers(
     return _maintain(found, lost, again=False, measures=measures, tell=tell)
 
 
+def read_calls(layer: nn.Module) -> None:
+    """Read what a layer's calls have shown, and let the next look at it tell what has happened.
+
+    A seed that is out of use comes no nearer to its next probe.
+    """
+    found, record = _Found(), record_of(layer)
+    in_use = [i for i in record.seeds if record.layout.state(i) != _S.ERROR_RECOVERY]
+    grant()
+    _maintain_layer(layer, found, again=False, measures=False, tries_again=False)
+    for i in in_use:
+        if record.layout.state(i) == _S.ERROR_RECOVERY:
+            record.seeds[
+                i
+            ].readings_to_wait += 1  # the next look tells of it, and waits for nothing
+    found.unhealthy.clear()  # which is how it is, and no news
+    record.own.keep(_Found, found)
+
+
 def _publish(sink: EventSink, update: int, event: Event) -> None:
     outcome = attempt(
         lambda: sink.publish(replace(event, update=update, time_s=time.monotonic() - _STARTED_S))
@@ -173,6 +191,11 @@ class _Found:
     unhealthy: list[UnhealthyLayer] = field(default_factory=list)
     skipped: list[SkippedCalls] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+    def add(self, other: _Found) -> None:
+        """Add what another look has found."""
+        for each in fields(self):
+            getattr(self, each.name).extend(getattr(other, each.name))
 
 
 def _maintain(
@@ -205,7 +228,13 @@ def _maintain(
     )
 
 
-def _maintain_layer(layer: nn.Module, found: _Found, *, again: bool, measures: bool) -> None:
+def _maintain_layer(
+    layer: nn.Module, found: _Found, *, again: bool, measures: bool, tries_again: bool = True
+) -> None:
+    untold = record_of(layer).own.find(_Found)
+    if untold is not None:
+        found.add(untold)
+        record_of(layer).own.keep(_Found, _Found())
     finish_waiting(layer)
     outcomes: list[bool] = []
     take_written_alphas(layer)
@@ -213,6 +242,8 @@ def _maintain_layer(layer: nn.Module, found: _Found, *, again: bool, measures: b
     record = record_of(layer)
     num_compiled = 0
     for seed_idx, seed in sorted(record.seeds.items()):
+        if not tries_again and record.layout.state(seed_idx) == _S.ERROR_RECOVERY:
+            continue
         num_before = len(outcomes)
         num_compiled = max(num_compiled, _maintain_seed(layer, seed_idx, seed, found, outcomes))
         if record.layout.contributes(seed_idx) or len(outcomes) > num_before:
