@@ -494,3 +494,34 @@ def test_a_kernel_that_is_out_of_use_keeps_its_moments_through_a_load(groups, ca
     )
     assert "begin without" not in caplog.text
     assert all(isinstance(key, torch.Tensor) for key in optimizer.state)
+
+
+class Tied(nn.Module):
+    """A kernel with another layer's weight, and a scale of its own."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.scale = weight, nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) * self.scale
+
+
+def test_what_is_tied_into_a_kernel_is_its_hosts():
+    """By its name, and with its moments in a state while the kernel is out of use."""
+    model = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model[0].graft(0, Tied(model[2].weight), example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    expected = optimizer.state[model[2].weight]["exp_avg"].clone()
+    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert sorted(group["param_names"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    optimizer.load_state_dict(before)
+    assert torch.equal(optimizer.state[model[2].weight]["exp_avg"], expected)

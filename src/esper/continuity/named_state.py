@@ -374,7 +374,9 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _ids_out_of_use(model: nn.Module) -> set[int]:
-    return {id(p) for *_, named in _out_of_use(model) for _, p in named}
+    """Return the ids of what isolated seeds alone hold: what is tied into one is its host's."""
+    aside = {id(p) for *_, named in _out_of_use(model) for _, p in named}
+    return aside - set(map(id, bare(model).parameters())) if aside else aside
 
 
 def _is_before(name: str, layer: str, seed_idx: int) -> bool:
