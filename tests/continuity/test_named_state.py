@@ -508,20 +508,19 @@ class Tied(nn.Module):
 
 
 def test_what_is_tied_into_a_kernel_is_its_hosts():
-    """By its name, and with its moments in a state while the kernel is out of use."""
+    """With its moments in a state while the kernel is out of use."""
     model = built()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model[0].graft(0, Tied(model[2].weight), example=torch.randn(8, WIDTH))
     esper.sync_optimizer(model, optimizer)
     train(model, optimizer)
-    before = copy.deepcopy(optimizer.state_dict())
-    expected = optimizer.state[model[2].weight]["exp_avg"].clone()
     fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
     for _ in range(4):
         train(model, optimizer)
         esper.maintain(model)
     fault.remove()
-    (group,) = optimizer.state_dict()["param_groups"]
-    assert sorted(group["param_names"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
-    optimizer.load_state_dict(before)
-    assert torch.equal(optimizer.state[model[2].weight]["exp_avg"], expected)
+    again = built()
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    esper.sync_optimizer(again, other)
+    other.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, other), moments(model, optimizer))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
-from esper.state.host_parts import SEEDS, SEEDS_PREFIX, is_in_a_seed
+from esper.state.host_parts import SEEDS, SEEDS_PREFIX
 from esper.state.layer_record import RECORD, record_of
 from esper.state.shards import is_spread, spread_state
 
@@ -360,15 +360,15 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Those of kernels that are out of use stand where they will stand again.
     """
-    order = list(bare(model).named_parameters(remove_duplicate=False))
+    order = list(bare(model).named_parameters())
+    in_use = {id(p) for _, p in order}  # what is tied into a kernel out of use is its host's
     for layer, seed_idx, aside in _out_of_use(model):
         own = [i for i, (name, _) in enumerate(order) if _is_before(name, layer, seed_idx)]
         at = own[-1] + 1 if own else len(order)
-        order[at:at] = aside
+        order[at:at] = [(name, p) for name, p in aside if id(p) not in in_use]
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, p in order:
-        if id(p) not in found or is_in_a_seed(found[id(p)][0]) > is_in_a_seed(name):
-            found[id(p)] = name, p  # what is tied into a kernel is the host's, which stays
+        found.setdefault(id(p), (name, p))
     names = without_wrappers(name for name, _ in found.values())
     return dict(zip(names, (p for _, p in found.values()), strict=True))
 
