@@ -186,3 +186,19 @@ def test_a_kernel_without_moments_yet_comes_back_where_torch_is_told(tmp_path):
 def _first(model):
     """Return the first weight of the later kernel."""
     return next(model[2].seed_kernel(0).parameters())
+
+
+def test_a_run_with_a_kernel_that_is_out_of_use_is_saved(tmp_path):
+    """Without it, in the model's state and the optimizer's alike; the rest comes back."""
+    model, optimizer = grown()
+    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    while any("_seeds" in name for name in model.state_dict()):
+        train(model, optimizer, 2)
+        esper.maintain(model)
+    fault.remove()
+    model_state, optim_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id=tmp_path)
+    again = run()
+    esper.build_as_saved(tmp_path, *again)
+    loaded(*again, tmp_path)
+    assert_same((model, optimizer), again)

@@ -460,8 +460,67 @@ def test_a_kernel_comes_back_to_its_place(isolated):
         esper.maintain(model)
     fault.remove()
     assert len(model.state_dict()) < len(before)
-    own = [n for g in optimizer.state_dict()["param_groups"] for n in g["param_names"]]
-    assert own == [name for name in before if name.endswith(("weight", "bias"))]
+    esper.sync_optimizer(model, optimizer)
+    trained = [id(p) for p in optimizer.param_groups[0]["params"]]
     for _ in range(12):
         esper.maintain(model)
     assert list(model.state_dict()) == before
+    assert trained == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_state_has_what_the_models_state_has(groups, optimizer_first):
+    """Without kernels that are out of use it fits an optimizer that Esper has not seen."""
+    model, optimizer = isolated_run(optimizer_first, groups)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = built()
+    again.load_state_dict(model.state_dict())
+    other = torch.optim.AdamW(GROUPS[groups](again), lr=1e-2)
+    other.load_state_dict(saved)
+    assert same(moments(again, other), moments(model, optimizer))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_kernel_that_is_out_of_use_keeps_its_moments_through_a_load(groups, caplog):
+    """A state has nothing of it, and it does not begin without; one that has, is loaded."""
+    model, optimizer = isolated_run(optimizer_first=True, groups=groups)
+    own = list(model[0].seed_kernel(0).parameters())
+    before = [optimizer.state[p]["exp_avg"].clone() for p in own]
+    assert all(each.any() for each in before)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(
+        torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(own, before, strict=True)
+    )
+    assert "begin without" not in caplog.text
+    assert all(isinstance(key, torch.Tensor) for key in optimizer.state)
+
+
+class Tied(nn.Module):
+    """A kernel with another layer's weight, and a scale of its own."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.scale = weight, nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) * self.scale
+
+
+def test_what_is_tied_into_a_kernel_is_its_hosts():
+    """With its moments in a state while the kernel is out of use."""
+    model = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model[0].graft(0, Tied(model[2].weight), example=torch.randn(8, WIDTH))
+    esper.sync_optimizer(model, optimizer)
+    train(model, optimizer)
+    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+    again = built()
+    other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    esper.sync_optimizer(again, other)
+    other.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, other), moments(model, optimizer))

@@ -34,7 +34,12 @@ from esper.continuity.grown_state import (
     weights_of,
 )
 from esper.continuity.named_state import NAMES, is_named_by_model, names_in, saved_names
-from esper.continuity.optimizer import kernels_in, sync_again, sync_to_groups
+from esper.continuity.optimizer import (
+    kernels_in,
+    sync_again,
+    sync_to_groups,
+    with_kernels_out_of_use,
+)
 from esper.continuity.rank_contents import of_all_ranks, of_rank, shared_bytes
 from esper.continuity.replicas import bare, go_on, in_step, ranks_of
 from esper.continuity.snapshot import RandomState, random_state, set_random_state
@@ -377,7 +382,7 @@ def _collected(run: _Run) -> dict[str, Any]:
         "model": weights_of(run.model),
         "grown": grown_state(run.model),
         "health": health_state(layers_of(bare(run.model))),
-        "optimizer": None if run.optimizer is None else _objects(members_of(run.optimizer)),
+        "optimizer": None if run.optimizer is None else _optimizers(run.optimizer),
         "ramps": [] if run.optimizer is None else ramps_of(run.model, run.optimizer),
         "ema": _average(run),
         **{name: _objects(several) if several else None for name, several in run.objects.items()},
@@ -390,6 +395,11 @@ def _objects(objects: Sequence[Any]) -> _Objects:
         "classes": [type(each).__qualname__ for each in objects],
         "states": [each.state_dict() for each in objects],
     }
+
+
+def _optimizers(optimizer: AnyOptimizer) -> _Objects:
+    with with_kernels_out_of_use():
+        return _objects(members_of(optimizer))
 
 
 def _average(run: _Run) -> _Average | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
-from esper.state.host_parts import SEEDS, SEEDS_PREFIX, is_in_a_seed
+from esper.state.host_parts import SEEDS, SEEDS_PREFIX
 from esper.state.layer_record import RECORD, record_of
 from esper.state.shards import is_spread, spread_state
 
@@ -74,7 +75,8 @@ class NamedState:
     """Three hooks on each optimizer of a model, put on once: order and names, and their use.
 
     An optimizer that has them gives its ``state_dict`` in the model's order with
-    ``param_names``, and loads one that has names by these. Copies and pickles have none.
+    ``param_names``, and loads one that has names by these. Kernels that are out of use are no more
+    in it than in the model's. Copies and pickles have none.
 
     Args:
         take_in: Lets an optimizer have what a model has grown, before it loads.
@@ -82,7 +84,7 @@ class NamedState:
     """
 
     def __init__(self, take_in: TakeIn, kernels: Callable[[Optimizer], set[int]]) -> None:
-        self._take_in, self._kernels = take_in, kernels
+        self._take_in, self._kernels, self._is_whole = take_in, kernels, False
         self._models: weakref.WeakKeyDictionary[Optimizer, weakref.ref[nn.Module]]
         self._models = weakref.WeakKeyDictionary()
 
@@ -115,15 +117,29 @@ class NamedState:
         if model is None:
             return
         kernels, owners = self._kernels(optimizer), _has_names(optimizer)
-        aside = {id(p) for *_, named in _out_of_use(model) for _, p in named}
+        aside = _ids_out_of_use(model)
         names = names_in(model, optimizer, kernels, by_model=not owners)
         for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
             own = [names[id(p)] for p in live["params"]]
-            apart = [n for n, p in zip(own, live["params"], strict=True) if id(p) in aside]
-            if away := sorted([*apart, *(n for n in own if n.startswith(_GONE))]):
-                group[ASIDE] = away
+            is_away = [
+                id(p) in aside or name.startswith(_GONE)
+                for name, p in zip(own, live["params"], strict=True)
+            ]
             if not owners:
                 group[NAMES], group[NAMED_BY_US] = own, True
+            if self._is_whole and any(is_away):
+                group[ASIDE] = sorted(name for name, away in zip(own, is_away, strict=True) if away)
+            elif any(is_away):
+                _leave_out(state, group, is_away)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let a state meanwhile have kernels that are out of use, which the model's has not."""
+        before, self._is_whole = self._is_whole, True
+        try:
+            yield
+        finally:
+            self._is_whole = before
 
     def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         model = self._model(optimizer)
@@ -132,18 +148,21 @@ class NamedState:
         self._take_in(model, optimizer)
         order_by_model(model, optimizer, self._kernels(optimizer))
         groups: list[ParamGroup] = [_with_own_names(group) for group in state["param_groups"]]
-        live, kernels = optimizer.param_groups, self._kernels(optimizer)
+        live, kernels, kept = optimizer.param_groups, self._kernels(optimizer), {}
         if len(groups) == len(live) and all(NAMES in group for group in groups):
             by_model = is_named_by_model(groups)
             names = names_in(model, optimizer, kernels, by_model=by_model)
             wanted = [[names[id(p)] for p in group["params"]] for group in live]
             may_start = {name for key, name in names.items() if key in kernels}
-            groups = _by_name(groups, wanted, may_start)
+            aside = {names[key]: key for key in _ids_out_of_use(model) if key in names}
+            groups = _by_name(groups, wanted, may_start, set(aside))
+            absent = {key for group in groups for key in group["params"]}  # by their names
+            kept = _of_ids(optimizer, {key: n for n, key in aside.items() if n in absent})
             for group, own in zip(groups, live, strict=True):
                 group[NAMES] = own.get(NAMES, group[NAMES])
         if kernels:
             _check_shapes(state["state"], groups, live)
-        spread = _spread(_of_groups(state, groups), groups, live)
+        spread = _spread({**kept, **_of_groups(state, groups)}, groups, live)
         if not _has_names(optimizer):
             groups = [_without(group, NAMES) for group in groups]
         return {
@@ -173,6 +192,21 @@ def _check_shapes(
                         "model's state first, which builds them, and the optimizer's behind it"
                     )
                     raise ValueError(msg)
+
+
+def _leave_out(state: dict[str, Any], group: ParamGroup, is_away: Sequence[bool]) -> None:
+    """Take parameters out of a group of a state, with what is saved of them; others keep ids."""
+    for key, away in zip(group["params"], is_away, strict=True):
+        if away:
+            state["state"].pop(key, None)
+    for what in ("params", NAMES):
+        each = zip(group[what], is_away, strict=True)
+        group[what] = [value for value, away in each if not away]
+
+
+def _of_ids(optimizer: Optimizer, names: dict[int, str]) -> dict[Any, Any]:
+    """Return what an optimizer knows of parameters, by the names that go with their ids."""
+    return {names[id(p)]: own for p, own in optimizer.state.items() if id(p) in names}
 
 
 def _of_groups(state: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Any, Any]:
@@ -222,7 +256,10 @@ def _with_own_names(group: ParamGroup) -> ParamGroup:
 
 
 def _by_name(
-    saved: Sequence[ParamGroup], wanted: Sequence[Sequence[str]], new: set[str]
+    saved: Sequence[ParamGroup],
+    wanted: Sequence[Sequence[str]],
+    new: set[str],
+    aside: set[str],
 ) -> list[ParamGroup]:
     """Return saved groups in the order of the live ones, a name to its own state.
 
@@ -230,6 +267,7 @@ def _by_name(
         saved: Groups of a ``state_dict``, with names.
         wanted: Names of the parameters of each live group, in order.
         new: Names that may be absent.
+        aside: Names of kernels that are out of use: what is absent of them stays as it is.
 
     Raises:
         ValueError: The two do not hold the same parameters.
@@ -261,8 +299,8 @@ def _by_name(
             "trains; it is of another model, or of an optimizer that trained less"
         )
         raise ValueError(msg)
-    if absent:
-        _logger.warning("%s: the state has nothing of them; they begin without", _some(absent))
+    if begin := sorted(set(absent) - aside):
+        _logger.warning("%s: the state has nothing of them; they begin without", _some(begin))
     groups = []
     for number, (group, own, names) in enumerate(zip(saved, having, wanted, strict=True)):
         elsewhere = [n for n in names if n not in own and n not in absent]
@@ -322,17 +360,23 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Those of kernels that are out of use stand where they will stand again.
     """
-    order = list(bare(model).named_parameters(remove_duplicate=False))
+    order = list(bare(model).named_parameters())
+    in_use = {id(p) for _, p in order}  # what is tied into a kernel out of use is its host's
     for layer, seed_idx, aside in _out_of_use(model):
         own = [i for i, (name, _) in enumerate(order) if _is_before(name, layer, seed_idx)]
         at = own[-1] + 1 if own else len(order)
-        order[at:at] = aside
+        order[at:at] = [(name, p) for name, p in aside if id(p) not in in_use]
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, p in order:
-        if id(p) not in found or is_in_a_seed(found[id(p)][0]) > is_in_a_seed(name):
-            found[id(p)] = name, p  # what is tied into a kernel is the host's, which stays
+        found.setdefault(id(p), (name, p))
     names = without_wrappers(name for name, _ in found.values())
     return dict(zip(names, (p for _, p in found.values()), strict=True))
+
+
+def _ids_out_of_use(model: nn.Module) -> set[int]:
+    """Return the ids of what isolated seeds alone hold: what is tied into one is its host's."""
+    aside = {id(p) for *_, named in _out_of_use(model) for _, p in named}
+    return aside - set(map(id, bare(model).parameters())) if aside else aside
 
 
 def _is_before(name: str, layer: str, seed_idx: int) -> bool:

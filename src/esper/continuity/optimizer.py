@@ -496,6 +496,10 @@ def _take_in(model: nn.Module, optimizer: Optimizer) -> None:
 _NAMED: Final = NamedState(_take_in, lambda optimizer: {*_link(optimizer).kernels})
 
 
+with_kernels_out_of_use: Final = _NAMED.whole
+"""Lets a ``state_dict`` meanwhile have the kernels that are out of use, too."""
+
+
 class _LastLoad:
     """The load and the model whose optimizers were looked for last."""
 
