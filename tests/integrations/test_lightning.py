@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import growing
 import pytest
@@ -312,6 +313,14 @@ def test_an_error_in_the_fit_closes_the_grower(tmp_path):
         fit(tmp_path, callback, Broken(), max_epochs=1)
     with pytest.raises(esper.GrowthError, match="closed"):
         callback.grower.step()
+
+
+def test_ranks_that_growth_does_not_know_are_refused():
+    """Whatever else shards or copies the module: each rank would grow by itself."""
+    module = Module()
+    ranks = SimpleNamespace(world_size=2, strategy=SimpleNamespace(model=module))
+    with pytest.raises(ValueError, match='pass strategy="ddp"'):
+        EsperCallback().on_train_start(ranks, module)
 
 
 def test_an_unknown_option_is_refused_at_once():

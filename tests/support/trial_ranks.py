@@ -21,6 +21,7 @@ from esper.continuity.agreement import Ranks
 from esper.continuity.replicas import ranks_of
 from esper.contracts.errors import GrowthError
 from esper.growth.rehearsal import run_digest
+from esper.growth.run import GrowthRun
 from esper.growth.twins import Twin
 from esper.registry.memory import MemoryRegistry
 from esper.resilience.attempt import Failed, attempt
@@ -212,24 +213,56 @@ def short_of_memory(run, *, rank, most):
     return loss
 
 
-def all_ranks_go_by_the_smallest_sizes():
-    """One rank is short of memory: the trial is judged all the same, by the same kernels."""
+def run_of_which_a_rank_is_short():
+    """Train while rank 1 is short of memory; return its report and the sizes that each rank has."""
     run = replicated()
     run.compute_loss = short_of_memory(run, rank=1, most=10)
     torch.manual_seed(dist.get_rank())
-    with grower_of(run) as grower:
+    with grower_of(run, evaluate=short_to_evaluate(rank=1, most=100)) as grower:
         for batch in own_batches(80):
             run.update(batch, grower)
             assert_ranks_agree(run.model)
-        (trial,) = grower.report().trials
-        sizes = grower._run.fits.state_dict()
-    assert trial.verdict == "kept"
-    told = [None, None]
-    dist.all_gather_object(told, sizes)
-    assert told[0] == told[1]
-    assert sizes["trial|cpu|int64[]"] == 8
-    of_rank = [note for note in grower.report().notes if "did not fit" in note]
+        sizes = [None, None]
+        dist.all_gather_object(sizes, grower._run.fits.state_dict())
+    return grower.report(), sizes
+
+
+def short_to_evaluate(*, rank, most):
+    """Let one rank's calls of the model lack memory in readings of more than so many samples."""
+
+    def short(_module, given):
+        if dist.get_rank() == rank and len(given[0]) > most:
+            raise torch.OutOfMemoryError(f"{len(given[0])} samples do not fit")
+
+    def evaluate(model):
+        handle = model[0].register_forward_pre_hook(short)
+        try:
+            return held_out(model)
+        finally:
+            handle.remove()
+
+    return evaluate
+
+
+def all_ranks_go_by_the_smallest_sizes():
+    """One rank is short of memory: the trial is judged all the same, by the same kernels."""
+    report, (one, other) = run_of_which_a_rank_is_short()
+    assert [trial.verdict for trial in report.trials] == ["kept"]
+    assert one == other
+    assert one["trial|cpu|int64[]"] == 8
+    assert [size for key, size in one.items() if key.startswith("evaluation|")] == [100]
+    of_rank = [note for note in report.notes if "did not fit" in note]
     assert bool(of_rank) is (dist.get_rank() == 1)
+
+
+def control_ranks_that_do_not_settle_sizes_go_by_their_own():
+    """Only the rank that is short then makes its passes in parts."""
+    settle, GrowthRun.settle_sizes = GrowthRun.settle_sizes, lambda _: None
+    try:
+        _, (one, other) = run_of_which_a_rank_is_short()
+    finally:
+        GrowthRun.settle_sizes = settle
+    assert (bool(one), bool(other)) == (False, True)
 
 
 def trained(run, grower, num):
@@ -509,6 +542,7 @@ CASES = {
     for case in (
         a_refused_trial_leaves_every_rank_alone,
         all_ranks_go_by_the_smallest_sizes,
+        control_ranks_that_do_not_settle_sizes_go_by_their_own,
         a_package_is_taken_over_by_all_ranks_at_once,
         a_twin_without_a_package_is_the_run,
         a_roll_back_takes_every_rank_back,

@@ -81,7 +81,6 @@ class Twin:
     def __init__(self, run: GrowthRun) -> None:
         memo: dict[int, object] = {}
         self.model = copied_model(run, memo)
-        stands_apart(run.model, self.model)
         self._memo = memo
         self.optimizer = _copied_optimizer(run.optimizer, memo)
         self.factor = _copied_factor(run.factor, self.optimizer, run.model, memo)
@@ -341,6 +340,7 @@ def copied_model(
             f"Grower twin=, a function that builds such a module anew{other}"
         )
         raise GrowthError(msg) from error
+    stands_apart(model, copied)
     for module in copied.modules():
         _drop_hooks(module)
     return copied

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from esper.continuity.following import follow
 from esper.continuity.optimizer import sync_optimizer
+from esper.continuity.replicas import ranks_of
 from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
@@ -96,15 +98,16 @@ class EsperCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the optimizers load by names what a checkpoint may have; averages go along."""
         model = pl_module.get_submodule(self._path)
-        sync_optimizer(model, trainer.optimizers)
+        named = pl_module if trainer.world_size > 1 else model  # as the Grower will name them
+        sync_optimizer(named, trainer.optimizers)
         for averaged in _averages(trainer):
             follow(model, averaged.get_submodule(self._path))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the Grower: model and optimizers are those of the checkpoint by now."""
         self.close()
-        model = pl_module.get_submodule(self._path)
-        adapter = _Adapter(trainer, pl_module, self._path, self._loss)
+        given = _of_ranks(trainer, pl_module)
+        adapter = _Adapter(trainer, pl_module, self._path, self._loss, is_whole=given is not None)
         options: dict[str, Any] = {
             "horizon": adapter.horizon(is_resumed=not self._loaded),
             "compute_loss": adapter.compute_loss if pl_module.automatic_optimization else None,
@@ -112,8 +115,9 @@ class EsperCallback(pl.Callback):
             **self._options,
             "sink": self._hearing,
         }
-        given = trainer.optimizers
-        self.grower = Grower(model, given[0] if len(given) == 1 else given, **options)
+        model = pl_module.get_submodule(self._path) if given is None else given
+        trained = trainer.optimizers
+        self.grower = Grower(model, trained[0] if len(trained) == 1 else trained, **options)
         loaded, self._loaded = self._loaded, None
         resume(self.grower, loaded, at_update=trainer.global_step)
 
@@ -139,7 +143,8 @@ class EsperCallback(pl.Callback):
         grower.end_epoch()
         self._log(trainer)
         if not trainer.barebones:
-            pl_module.log_dict(metrics_of(grower), logger=False)
+            several = trainer.world_size > 1
+            pl_module.log_dict(metrics_of(grower), logger=False, sync_dist=several)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the Grower."""
@@ -186,6 +191,32 @@ class EsperCallback(pl.Callback):
                 logger.log_metrics(found, step=trainer.global_step)
 
 
+def _of_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
+    """Return the module as ranks train it together; None where there is one process.
+
+    Raises:
+        ValueError: Ranks train it in a way that growth knows nothing of, or the module steps by
+            itself inside of the forward that they share.
+    """
+    if trainer.world_size == 1:
+        return None
+    model = trainer.strategy.model
+    if model is None or ranks_of(model) is None:
+        msg = (
+            f"several processes train the module by {type(trainer.strategy).__name__}, and growth "
+            'needs DDP, or FSDP2 with whole twins (twin=): pass strategy="ddp"'
+        )
+        raise ValueError(msg)
+    if isinstance(model, DistributedDataParallel) and not pl_module.automatic_optimization:
+        msg = (
+            "under manual optimization a training_step steps inside of DDP's forward, before the "
+            "ranks have averaged the gradients of kernels: use automatic optimization, one "
+            "process, or a loop of your own"
+        )
+        raise ValueError(msg)
+    return model
+
+
 def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
     """Yield the averages that Lightning's callbacks keep of the module; others than theirs, none.
 
@@ -213,15 +244,24 @@ class _Adapter:
         pl_module: The module that it fits.
         path: Dotted name of the part that grows; empty for the module itself.
         loss: Of held-out batches, as :func:`esper.evaluate_on` takes it.
+        is_whole: Whether passes are made of the whole module although a part of it grows: DDP has
+            the whole.
     """
 
-    __slots__ = ("_loss", "_path", "_pl_module", "_trainer")
+    __slots__ = ("_loss", "_part", "_path", "_pl_module", "_trainer")
     # what a part of the module keeps is looked into by the slots, and put back after each pass
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: str, loss: Loss | None
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        path: str,
+        loss: Loss | None,
+        *,
+        is_whole: bool,
     ) -> None:
-        self._trainer, self._pl_module, self._path, self._loss = trainer, pl_module, path, loss
+        self._trainer, self._pl_module, self._loss = trainer, pl_module, loss
+        self._path, self._part = ("", path) if is_whole else (path, "")
 
     def horizon(self, *, is_resumed: bool) -> int | None:
         """Return the updates that the fit will make from now on; None where that is not known."""
@@ -263,7 +303,7 @@ class _Adapter:
         batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         assert self._loss is not None, "without a loss there is no evaluate"
         with self._standing_in(model), plugin.forward_context():
-            return evaluate_on([batch[:2]], loss=self._loss)(model)
+            return evaluate_on([batch[:2]], loss=self._loss)(model.get_submodule(self._part))
 
     def _held_out_batches(self) -> Iterator[Any]:
         if self._trainer.val_dataloaders is None:
