@@ -103,6 +103,7 @@ def test_a_figure_is_the_median_of_its_rounds_and_lies_within_their_quartiles(lo
     )
     assert [figure.value for figure in figures] == [3.5, 2.5, 3.5]
     assert [figure.best for figure in figures] == [2.0, 1.0, 2.0]
+    assert (rounds.median_s, rounds.best_s) == (3.5, 2.0)  # what stands beside them
     for figure in figures:
         low, high = figure.spread
         assert low <= figure.value <= high

@@ -67,13 +67,22 @@ def test_control_an_ignore_without_a_reason_is_found():
 
 
 def _names_cuda(source: str) -> bool:
-    """Return whether a module's code names `torch.cuda`; what it says in words does not count."""
+    """Return whether a module's code names `torch.cuda`; what it says in words does not count.
+
+    Under whatever name `torch` goes; a tensor's or a module's `cuda()` is found as well.
+    """
     return any(
-        (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda")
+        (isinstance(node, ast.Attribute) and node.attr == "cuda" and not _is_version(node.value))
         or (isinstance(node, ast.Import) and any("torch.cuda" in a.name for a in node.names))
         or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.cuda"))
+        or (isinstance(node, ast.ImportFrom) and "cuda" in [a.name for a in node.names])
         for node in ast.walk(ast.parse(source))
     )
+
+
+def _is_version(node: ast.expr) -> bool:
+    """Say whether it is the version that torch was built for, which is no device."""
+    return ast.unparse(node) == "torch.version"
 
 
 def test_only_streams_names_cuda():
@@ -89,5 +98,6 @@ def test_only_streams_names_cuda():
 def test_control_a_named_cuda_is_found():
     """However it is imported; the version that torch was built for is no device."""
     bad = ["torch.cuda.synchronize()", "import torch.cuda", "from torch.cuda import Stream"]
+    bad += ["from torch import cuda", "import torch as t\nt.cuda.synchronize()", "model.cuda()"]
     assert all(map(_names_cuda, bad))
     assert not _names_cuda("torch.version.cuda\n# torch.cuda\n")

@@ -76,6 +76,32 @@ def through_a_fault(tmp_path):
     return sink, read_events(grower.run_dir / "events.jsonl"), grower.report()
 
 
+@pytest.mark.parametrize(("guard", "num_dropped"), [("step", 1), ("always", 0)])
+def test_a_fault_that_the_optimizers_step_has_found_is_told_at_the_next_reading(guard, num_dropped):
+    """With the isolation, once; under ``always`` it is the readings that find three of them."""
+    model, kernel = layer_with("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    esper.sync_optimizer(model, optimizer)
+    model[0].set_guard(0, guard)
+    sink, faults, transitions, weights = Kept(), [], [], []
+    for number in range(6):
+        kernel.is_bad = number > 1
+        optimizer.zero_grad()
+        model(torch.ones(4, 4)).square().sum().backward()
+        before = model[1].weight.detach().clone()
+        optimizer.step()
+        weights.append(torch.equal(before, model[1].weight))
+        report = esper.maintain(model, sink=sink, update=1)
+        faults += report.faults
+        transitions += report.transitions
+    assert weights.count(True) == num_dropped
+    assert len(faults) == len(sink.of("seed_faulted")) == (1 if guard == "step" else 3)
+    assert [fault.faults for fault in faults] == [1] * len(faults)
+    assert [(e.before, e.after) for e in sink.of("seed_moved")] == [("active", "error_recovery")]
+    assert [(t.before.name, t.after.name) for t in transitions] == [("ACTIVE", "ERROR_RECOVERY")]
+    assert "not finite" in transitions[0].reason
+
+
 @NEVER
 @pytest.mark.slow
 def test_a_fault_its_isolation_and_its_end_are_at_every_sink(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -102,6 +103,26 @@ def isolate_if_moved(layer: nn.Module, seed_idx: int, seed: Seed, faults: int) -
     return SeedFault(
         layer=record.name, seed_idx=seed_idx, faults=faults, state=state, reason=seed.last_error
     )
+
+
+_untold: Final[
+    weakref.WeakKeyDictionary[LayerRecord, dict[int, tuple[SeedLifecycleState, SeedFault]]]
+] = weakref.WeakKeyDictionary()
+"""Faults that the optimizer's step has found since the last reading, and where the seed was."""
+
+
+def tell_later(record: LayerRecord, before: SeedLifecycleState, fault: SeedFault) -> None:
+    """Keep a fault that was found between two readings, with those of the seed before it."""
+    untold = _untold.setdefault(record, {})
+    first, known = untold.get(fault.seed_idx, (before, None))
+    num_faults = fault.faults + (0 if known is None else known.faults)
+    untold[fault.seed_idx] = first, replace(fault, faults=num_faults)
+
+
+def take_untold(record: LayerRecord) -> list[tuple[SeedLifecycleState, SeedFault]]:
+    """Return where each seed was and what was kept of it, and forget it."""
+    untold = _untold.pop(record, {}) if _untold else {}
+    return [untold[seed_idx] for seed_idx in sorted(untold)]
 
 
 def drop_gradients(seed: Seed) -> None:

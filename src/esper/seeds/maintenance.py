@@ -26,6 +26,7 @@ from esper.seeds.isolation import (
     count_skipped,
     drop_gradients,
     isolate_if_moved,
+    take_untold,
 )
 from esper.seeds.layer_health import (
     UnhealthyLayer,
@@ -197,6 +198,11 @@ class _Found:
         for each in fields(self):
             getattr(self, each.name).extend(getattr(other, each.name))
 
+    def moved(self, transition: SeedTransition) -> None:
+        """Add that a seed was moved."""
+        self.transitions.append(transition)
+        self.events.append(_moved(transition))
+
 
 def _maintain(
     layers: Iterable[nn.Module],
@@ -240,6 +246,11 @@ def _maintain_layer(
     take_written_alphas(layer)
     found.faults += bypassed(layer, again=again)
     record = record_of(layer)
+    for before, fault in take_untold(record):
+        found.faults.append(fault)
+        if fault.state != before:
+            moved = _transition(record, fault.seed_idx, before, fault.reason)
+            found.moved(replace(moved, after=fault.state))  # it may have gone on since
     num_compiled = 0
     for seed_idx, seed in sorted(record.seeds.items()):
         if not tries_again and record.layout.state(seed_idx) == _S.ERROR_RECOVERY:
@@ -315,8 +326,7 @@ def _maintain_seed(
             report_success(record, seed)
     after = record.layout.state(seed_idx)
     if after != before:
-        found.transitions.append(_transition(record, seed_idx, before, seed.last_error))
-        found.events.append(_moved(found.transitions[-1]))
+        found.moved(_transition(record, seed_idx, before, seed.last_error))
     return num_compiled
 
 

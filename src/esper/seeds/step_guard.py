@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.contracts.lifecycle import SeedLifecycleState
 from esper.forward.finiteness import gradient_total
-from esper.seeds.isolation import SeedFault, isolate_if_moved
+from esper.seeds.isolation import SeedFault, isolate_if_moved, tell_later
 from esper.state.host_parts import host_parameters, is_in_a_seed
 from esper.state.layer_record import LayerRecord, record_of
 from esper.state.shards import here
@@ -60,8 +60,8 @@ def read_step_flags(
     for (layer, seed_idx, seed), (output_bad, gradient_bad) in zip(watched, flags, strict=True):
         raised = any(call.raised for call in seed.seen.calls)
         if output_bad or gradient_bad:
-            what = "output" if output_bad else "gradients"
-            seed.last_error = f"its {what} were not finite where its host's were"
+            what = "output was" if output_bad else "gradients were"
+            seed.last_error = f"its {what} not finite where its host's were"
             faults.append(_isolate_now(layer, seed_idx, seed))
         elif not raised:
             seed.works_on_batches |= any(call.shape[:1] != (1,) for call in seed.seen.calls)
@@ -116,13 +116,16 @@ def _any_not_finite(parameters: Iterable[Tensor], *, like: Tensor) -> Tensor:
 
 
 def _isolate_now(layer: nn.Module, seed_idx: int, seed: Seed) -> SeedFault:
-    layout = record_of(layer).layout
+    record = record_of(layer)
+    layout, before = record.layout, record.layout.state(seed_idx)
     seed.forget_calls()
-    if layout.state(seed_idx) == _S.ACTIVE:
+    if before == _S.ACTIVE:
         layout.isolate(seed_idx)
-    elif layout.state(seed_idx) == _S.FOSSILIZED:
+    elif before == _S.FOSSILIZED:
         layout.record_calls(seed_idx, [True])
-    return isolate_if_moved(layer, seed_idx, seed, 1)
+    fault = isolate_if_moved(layer, seed_idx, seed, 1)
+    tell_later(record, before, fault)
+    return fault
 
 
 class KeptBuffers:
