@@ -167,9 +167,7 @@ def read_calls(layer: nn.Module) -> None:
     _maintain_layer(layer, found, again=False, measures=False, tries_again=False)
     for i in in_use:
         if record.layout.state(i) == _S.ERROR_RECOVERY:
-            record.seeds[
-                i
-            ].readings_to_wait += 1  # the next look tells of it, and waits for nothing
+            record.seeds[i].readings_to_wait += 1  # the next look tells of it, and does not wait
     found.unhealthy.clear()  # which is how it is, and no news
     record.own.keep(_Found, found)
 
@@ -237,20 +235,12 @@ def _maintain(
 def _maintain_layer(
     layer: nn.Module, found: _Found, *, again: bool, measures: bool, tries_again: bool = True
 ) -> None:
-    untold = record_of(layer).own.find(_Found)
-    if untold is not None:
-        found.add(untold)
-        record_of(layer).own.keep(_Found, _Found())
     finish_waiting(layer)
     outcomes: list[bool] = []
     take_written_alphas(layer)
     found.faults += bypassed(layer, again=again)
     record = record_of(layer)
-    for before, fault in take_untold(record):
-        found.faults.append(fault)
-        if fault.state != before:
-            moved = _transition(record, fault.seed_idx, before, fault.reason)
-            found.moved(replace(moved, after=fault.state))  # it may have gone on since
+    _add_untold(record, found)
     num_compiled = 0
     for seed_idx, seed in sorted(record.seeds.items()):
         if not tries_again and record.layout.state(seed_idx) == _S.ERROR_RECOVERY:
@@ -269,6 +259,19 @@ def _maintain_layer(
     for seed in record.plan if measures else ():
         if not seed.is_shadow:
             found.events += figures_of(record).measured(record, seed)
+
+
+def _add_untold(record: LayerRecord, found: _Found) -> None:
+    """Add what was found since the last look: by statistics, and by an optimizer's step."""
+    untold = record.own.find(_Found)
+    if untold is not None:
+        found.add(untold)
+        record.own.keep(_Found, _Found())
+    for before, fault in take_untold(record):
+        found.faults.append(fault)
+        if fault.state != before:
+            moved = _transition(record, fault.seed_idx, before, fault.reason)
+            found.moved(replace(moved, after=fault.state))  # it may have gone on since
 
 
 def _faulted(fault: SeedFault) -> SeedFaulted:
