@@ -1,6 +1,7 @@
 """Passes beside the training fit into memory, and into a time; what they find does not change."""
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -789,6 +790,19 @@ def test_what_is_left_of_large_terms_may_differ_as_much_as_rounding_makes_it(noi
     parts = [[whole[0][0] + noise * whole[0][0].abs().max() * torch.cos(x[:, :1] * 7)]]
     assert are_alike(model, (whole, parts), torch.float32, figures) is (noise < 1e-4)
     assert not are_alike(model, (whole, [[parts[0][0][:5]]]), torch.float32, figures)
+
+
+@pytest.mark.parametrize(("moved_by", "is_alike"), [((0.0, 1e-6), True), ((0.0,), False)])
+def test_rounding_that_happens_to_cancel_out_once_is_looked_at_again(moved_by, is_alike):
+    """Weights are moved in several ways; where no way moves a figure, no more is allowed."""
+    model, whole, ways = nn.Linear(4, 1), [[torch.ones(3)]], itertools.cycle(moved_by)
+    found = are_alike(
+        model,
+        (whole, [[torch.ones(3) + 2e-6]]),
+        torch.float32,
+        lambda: [[torch.ones(3) + next(ways)]],
+    )
+    assert found is is_alike
 
 
 @pytest.mark.slow
