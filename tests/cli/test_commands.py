@@ -241,7 +241,7 @@ def test_nothing_trained_is_lost(folder, target, status, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size_bytes", [9_000, 6_000])
+@pytest.mark.parametrize("size_bytes", [9_000, pytest.param(6_000, marks=pytest.mark.torture)])
 def test_full_disk_names_the_file_and_keeps_the_model(folder, size_bytes):
     """Where a file finds no room it is named; the model is written before any page, and told of."""
     code = (
@@ -282,7 +282,9 @@ def test_second_run_leaves_the_first_one_alone(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("filters", ["", "error", "error::UserWarning"])
+@pytest.mark.parametrize(
+    "filters", ["", pytest.param("error", marks=pytest.mark.torture), "error::UserWarning"]
+)
 def test_warning_is_one_line_and_ends_no_run(folder, filters):
     """Told once, without Python's source line, though the process makes errors of warnings."""
     command = ("-m", "esper", "grow", "jobs_of_a_user:job", "--run-dir", "out")

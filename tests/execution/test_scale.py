@@ -153,7 +153,7 @@ def fewest_calls_of_a_step(*cases):
 
 @ADVISING
 @pytest.mark.slow
-@pytest.mark.parametrize("num_active", [0, 3])
+@pytest.mark.parametrize("num_active", [0, pytest.param(3, marks=pytest.mark.torture)])
 def test_a_controller_step_does_not_look_at_dormant_layers(num_active):
     """Ten times the layers, the same calls in the optimizer's hook and in the Grower."""
     few, many = fewest_calls_of_a_step((10, num_active), (100, num_active))

@@ -50,10 +50,12 @@ def verdicts(grower):
     return [graft.verdict for graft in grower.report().grafts]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("random_seed", range(5))
+@pytest.mark.parametrize(
+    "random_seed",
+    [pytest.param(n, marks=pytest.mark.slow if n < 2 else pytest.mark.torture) for n in range(5)],
+)
 def test_audition_leaves_no_trace(optimizer_class, dropout, random_seed):
     """A run whose candidates were all refused is bit-equal to one that never grafted."""
     finals, statistics = [], []

@@ -396,7 +396,14 @@ def test_a_null_of_a_trial_that_was_cut_off_is_that_of_the_one_in_its_place():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["moments", "values", "random", "factors"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "moments",
+        "random",
+        *(pytest.param(n, marks=pytest.mark.torture) for n in ("values", "factors")),
+    ],
+)
 def test_a_null_without_a_part_is_another(part):
     """The control: moments, weights, draws and warm-up of the null all decide."""
     make = warming_for_long

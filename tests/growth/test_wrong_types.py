@@ -108,6 +108,11 @@ def test_optimizer_in_the_place_of_a_model_is_named_in_a_line():
         esper.Grower(optimizer, model)
 
 
+def test_an_iterator_is_put_in_order():
+    """As a list is."""
+    assert esper.in_order(iter([])) == []
+
+
 @pytest.mark.parametrize("ranked", [5, None, "abc", [5]])
 def test_what_is_no_ranking_has_no_order(ranked):
     """It is named, where a score was looked for in it."""

@@ -35,11 +35,20 @@ def test_affine_kernels_fold_into_a_linear_host(name):
     assert folded[0].weight is weight
 
 
-@pytest.mark.parametrize("axes", [1, 2, pytest.param(3, marks=pytest.mark.torture)])
+PLAIN_CONVOLUTION = (1, 1, 1, "zeros")
+
+
+def _convolutions():
+    """Yield all settings; those that differ in several are slow."""
+    for found in itertools.product((1, 2), (1, 2), (1, 2), ("zeros", "circular")):
+        num_others = sum(a != b for a, b in zip(found, PLAIN_CONVOLUTION, strict=True))
+        yield pytest.param(*found, marks=[] if num_others < 2 else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("stride", "dilation", "groups", "padding_mode"),
-    list(itertools.product((1, 2), (1, 2), (1, 2), ("zeros", "circular"))),
+    "axes", [2, *(pytest.param(axes, marks=pytest.mark.torture) for axes in (1, 3))]
 )
+@pytest.mark.parametrize(("stride", "dilation", "groups", "padding_mode"), list(_convolutions()))
 def test_parallel_convolutions_fold(axes, stride, dilation, groups, padding_mode):
     """A convolution of the host's stride, dilation, groups and padding mode folds exactly."""
     settings = {"stride": stride, "dilation": dilation, "padding_mode": padding_mode}

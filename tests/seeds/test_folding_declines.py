@@ -42,8 +42,17 @@ KERNELS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
+OFTEN = ("linear", "conv1d", "conv2d_of_three", "depthwise", "norm", "block")
+"""Kernels of each way in which a fold is made or declined; the others take long together."""
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in OFTEN else pytest.mark.torture)
+        for n in KERNELS
+    ],
+)
 @pytest.mark.parametrize("host", HOSTS)
 def test_any_kernel_on_any_axis_gets_a_certificate(host, kernel):
     """The layer gives after the fold what it gave before, and a reason where it is not folded."""

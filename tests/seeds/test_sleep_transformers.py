@@ -162,7 +162,10 @@ def test_a_layer_of_the_cache_of_a_waking_model_is_its_own():
 
 @pytest.mark.parametrize(
     "compiled",
-    [pytest.param(n, marks=[pytest.mark.torture] if n in ("bert", "vit") else []) for n in STACKS],
+    [
+        pytest.param(n, marks=[pytest.mark.torture] if n in ("bert", "t5", "vit") else [])
+        for n in STACKS
+    ],
 )
 def test_compiled_a_stage_makes_two_graphs(compiled):
     """Of one piece each; T5's blocks give more than one value, and are seen once before."""

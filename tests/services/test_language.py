@@ -30,7 +30,7 @@ def test_a_shallow_byte_model_is_trained_by_its_awake_blocks():
     assert all(p.grad is None for p in model.get_submodule(asleep(model)[0]).parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_live_run_takes_less_than_the_whole_model_and_claims_nothing():
     """Three arms with losses and FLOPs; saved is left to the recorded ones."""
     grown, small, whole = live_stages(50, lambda: None)

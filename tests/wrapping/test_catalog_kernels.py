@@ -54,8 +54,15 @@ def grown(make, shape, index):
     return model
 
 
+LONG = ("conv1d", "conv3d", "conv_transpose2d", "encoder_layer")
+"""Hosts whose kernels take long together and differ little from those of the others."""
+
 CASES = [
-    pytest.param(name, index, id=f"{name}-{blueprint.id}")
+    pytest.param(
+        *(name, index),
+        id=f"{name}-{blueprint.id}",
+        marks=[pytest.mark.torture] if name in LONG else [],
+    )
     for name, (make, shape) in HOSTS.items()
     for index, blueprint in enumerate(blueprints(make(), shape))
 ]

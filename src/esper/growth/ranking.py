@@ -27,7 +27,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -262,16 +262,15 @@ def in_order(ranked: Iterable[RankedCandidate]) -> list[RankedCandidate]:
     return sorted(_expect_ranked(ranked), key=key)
 
 
-def _expect_ranked(ranked: object) -> list[RankedCandidate]:
-    found: list[RankedCandidate] = []
-    for entry in ranked if isinstance(ranked, Iterable) else [ranked]:
-        if not isinstance(entry, RankedCandidate):
+def _expect_ranked(ranked: object) -> list[Any]:
+    found = [*ranked] if isinstance(ranked, Iterable) else [ranked]
+    for entry in found:
+        if not all(hasattr(entry, name) for name in ("gain", "site", "blueprint")):
             msg = (
-                "in_order takes RankedCandidates, as a ranking returns them; got "
+                "in_order takes RankedCandidates, as a ranking returns them, or Suggestions; got "
                 f"{reprlib.repr(entry)} (a {type(entry).__name__})"
             )
             raise TypeError(msg)
-        found.append(entry)
     return found
 
 

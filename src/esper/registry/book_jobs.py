@@ -35,7 +35,7 @@ _ENTER: Final = (
     "INSERT INTO jobs (id, blueprint_digest, toolchain, options, blueprint, status, attempts, "
     "num_losses, submitted_by, submitted_at_s) VALUES (:id, :blueprint_digest, :toolchain, "
     ":options, :blueprint, 'UNVALIDATED', 0, 0, :actor, :now_s) "
-    "ON CONFLICT (blueprint_digest, toolchain, options) DO NOTHING"
+    "ON CONFLICT DO NOTHING"  # on any index: who comes at the same moment may meet either first
 )
 # It compares no status beside the turn's: SQLite would take the index of those, and sort.
 _CLAIM: Final = f"""
