@@ -24,6 +24,7 @@ import esper
 from esper.contracts.errors import GrowthError
 from esper.growth.tries import tries_spent
 from esper.seeds.shallow import depth_state
+from esper.state.layer_record import record_of
 
 pytestmark = pytest.mark.usefixtures("short_trials")
 
@@ -189,6 +190,24 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(at):
     expected = whole()
     assert [g["verdict"] for g in expected["report"]["grafts"]] == ["fossilized"] * 2
     assert_same(resumed(at), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_ranks", [False, True])
+def test_kernels_in_the_watch_are_guarded_as_they_were(has_ranks, monkeypatch):
+    """At the step where ranks train together, or one of them could isolate a kernel alone."""
+    data = saved(trained(built(), 25))
+    with monkeypatch.context() as patch:
+        if has_ranks:
+            patch.setattr("esper.growth.saving.spread", lambda model: model)
+        course = loaded(data, built())
+    guards = {
+        seed.guard
+        for layer in esper.layers(course.model).values()
+        for seed in record_of(layer).seeds.values()
+    }
+    assert guards == {"step" if has_ranks else "always"}
+    course.grower.close()
 
 
 @pytest.mark.slow

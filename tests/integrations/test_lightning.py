@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import growing
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import esper
 
@@ -320,6 +321,16 @@ def test_ranks_that_growth_does_not_know_are_refused():
     module = Module()
     ranks = SimpleNamespace(world_size=2, strategy=SimpleNamespace(model=module))
     with pytest.raises(ValueError, match='pass strategy="ddp"'):
+        EsperCallback().on_train_start(ranks, module)
+
+
+def test_manual_optimization_is_refused_under_ddp(monkeypatch):
+    """A training_step that steps inside of DDP's forward would do so before gradients are equal."""
+    module, model = Module(), DistributedDataParallel.__new__(DistributedDataParallel)
+    module.automatic_optimization = False
+    monkeypatch.setattr("esper.integrations.lightning.ranks_of", lambda _: object())
+    ranks = SimpleNamespace(world_size=2, strategy=SimpleNamespace(model=model))
+    with pytest.raises(ValueError, match="under manual optimization"):
         EsperCallback().on_train_start(ranks, module)
 
 

@@ -108,6 +108,7 @@ OPTIMIZERS = {
     "adam": one(torch.optim.Adam, lr=1e-3, amsgrad=True),
     "adamax": one(torch.optim.Adamax, lr=1e-3),
     "adamw": one(torch.optim.AdamW, lr=1e-3),
+    "adamw, foreach": one(torch.optim.AdamW, lr=1e-3, foreach=True),
     "adamw, fused": one(torch.optim.AdamW, lr=1e-3, fused=True),
     "asgd": one(torch.optim.ASGD, lr=1e-2),
     "muon": muon,

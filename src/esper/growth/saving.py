@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from esper.continuity.replicas import any_rank, in_step
+from esper.continuity.replicas import any_rank, in_step, spread
 from esper.continuity.snapshot import parameters_by_name
 from esper.contracts.blueprint import BlueprintIR
 from esper.contracts.errors import GrowthError
@@ -138,7 +138,7 @@ def resumed_stage(run: GrowthRun, state: Mapping[str, Any]) -> Stage | None:
         run: The run, which has all else of the state.
         state: The state.
     """
-    _guard_fossils(run)
+    _guard_kernels(run)
     _go_on_with_null(run, state["null_beside"])
     saved: StageState | None = state["stage"]
     if saved is None:
@@ -207,13 +207,16 @@ def _begun_again(run: GrowthRun, saved: StageState) -> Stage | None:
     return None
 
 
-def _guard_fossils(run: GrowthRun) -> None:
-    """Let kernels that are permanent be guarded at the step, as they were.
+def _guard_kernels(run: GrowthRun) -> None:
+    """Let kernels that are permanent, and those of ranks, be guarded at the step, as they were.
 
     A model that was loaded before an optimizer was handed over could not have such a guard.
     """
+    at_the_step = {GraftStage.FOSSILIZED}
+    if spread(run.given) is not None:  # or one rank could isolate a kernel alone
+        at_the_step |= {GraftStage.BLENDING, GraftStage.HOLDING}
     for record in run.grafts.records:
-        if record.stage is GraftStage.FOSSILIZED and not record.folded:
+        if record.stage in at_the_step and not record.folded:
             layer = run.layers.get(record.site)
             if layer is not None and layer.seed_kernel(record.seed_idx) is not None:
                 layer.set_guard(record.seed_idx, "step")
