@@ -388,6 +388,36 @@ def test_another_kernel_of_the_same_name_is_refused():
     assert len(optimizer.state) == expected
 
 
+class Projected(torch.optim.Optimizer):
+    """Keeps its moments in fewer numbers, under a name that torch's optimizers use too."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("exp_avg", torch.zeros(1)).lerp_(p.grad.mean().view(1), 0.5)
+            p.sub_(self.param_groups[0]["lr"] * state["exp_avg"])
+
+
+def test_moments_may_have_shapes_of_their_own():
+    """What one of torch's would not have, another package's may."""
+    runs = []
+    for _ in range(2):
+        model = built()
+        optimizer = Projected(model.parameters())
+        graft(model, 0)
+        esper.sync_optimizer(model, optimizer)
+        runs.append((model, optimizer))
+    (model, optimizer), (again, other) = runs
+    train(model, optimizer)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert same(moments(again, other), moments(model, optimizer))
+
+
 class Around(nn.Module):
     """A model with a part called ``module``, and a layer of its own of the same name as there."""
 

@@ -12,6 +12,8 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from torch.optim import Optimizer
+
 from esper.continuity.ensemble import members_of
 from esper.continuity.replicas import bare
 from esper.state.host_parts import SEEDS, SEEDS_PREFIX
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
-    from torch.optim import Optimizer
 
     from esper.continuity.ensemble import AnyOptimizer, ParamGroup
 
@@ -160,7 +161,7 @@ class NamedState:
             kept = _of_ids(optimizer, {key: n for n, key in aside.items() if n in absent})
             for group, own in zip(groups, live, strict=True):
                 group[NAMES] = own.get(NAMES, group[NAMES])
-        if kernels:
+        if kernels and _is_of_torch(optimizer):
             _check_shapes(state["state"], groups, live)
         spread = _spread({**kept, **_of_groups(state, groups)}, groups, live)
         if not _has_names(optimizer):
@@ -170,6 +171,12 @@ class NamedState:
             "state": spread,
             "param_groups": [_without(_without(group, NAMED_BY_US), ASIDE) for group in groups],
         }
+
+
+def _is_of_torch(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer's class is torch's, or made from one: others may shape moments."""
+    made_from = type(optimizer).__mro__
+    return any(c.__module__.startswith("torch.optim.") and c is not Optimizer for c in made_from)
 
 
 def _check_shapes(
