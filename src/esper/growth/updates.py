@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from esper.continuity.clipping import GradientWatch
 from esper.continuity.ensemble import members_of, settings_of
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from esper.continuity.clipping import Clipping
     from esper.continuity.ensemble import AnyOptimizer, ParamGroup
     from esper.growth.batch import Batch
+
+
+_RATE: Final = itemgetter("lr")
 
 
 class UpdateWatcher:
@@ -75,6 +79,9 @@ class UpdateWatcher:
                 self._micro_batches.clear()
             return None
         self.updates = self._counter.count
+        if self._per_update == len(self._micro_batches) == 1:  # as a rule
+            batches, self._micro_batches, self.share_kept = self._micro_batches, [], 1.0
+            return batches
         return self._batches_of_update()
 
     @property
@@ -149,10 +156,9 @@ class UpdateWatcher:
         groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
         if self.reads_scale:
             self._settings[id(optimizer)] = list(map(settings_of, optimizer.param_groups))
-        rates = [float(group["lr"]) for group in groups]
-        if rates == self._rates.get(id(optimizer)):  # and so no other peak
+        if list(map(_RATE, groups)) == self._rates.get(id(optimizer)):  # and so no other peak
             return
-        self._rates[id(optimizer)] = rates
+        rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
         self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]
 
