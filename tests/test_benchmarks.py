@@ -125,7 +125,7 @@ def test_a_whole_run_is_in_the_state_that_its_row_names(load):
         run.close()
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_time_of_a_run_is_that_of_the_rooms_it_was_spent_in(load):
     """Of a run in a trial most of it is its twins'; of one without Esper nothing is ours."""
     module = load("whole_run")

@@ -89,10 +89,15 @@ EVERY_FAULT = ("train", "eval")
 OF_EACH_SORT = ("raises", "nan", "gradient_nan")
 
 
-@pytest.mark.parametrize(
-    ("fault", "case"),
-    [(f, c) for c in CASES for f in (sorted(FAULTS) if c in EVERY_FAULT else OF_EACH_SORT)],
-)
+def tried():
+    """Yield all faults in all cases; what is not of each sort, but once, takes long together."""
+    for case in CASES:
+        for fault in sorted(FAULTS) if case in EVERY_FAULT else OF_EACH_SORT:
+            is_often = case == "train" or fault in OF_EACH_SORT
+            yield pytest.param(fault, case, marks=[] if is_often else pytest.mark.torture)
+
+
+@pytest.mark.parametrize(("fault", "case"), list(tried()))
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_the_host_trains_as_without_the_seed(name, fault, case):
     """Losses, host gradients, weights and statistics equal those of a run without the seed."""

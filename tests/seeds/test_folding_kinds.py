@@ -74,7 +74,7 @@ def replacing(kernel):
     return step
 
 
-@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("mode", ["add", pytest.param("replace", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_a_factor_and_a_term_fold_into_a_norm(name, mode):
     """In evaluation the norm alone gives what norm and kernel gave."""

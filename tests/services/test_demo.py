@@ -247,7 +247,7 @@ def test_naive_gate_is_seen_to_be_fooled(controls):
     assert any(control.naive_accepted for control in controls)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_null_of_a_linear_package_begins_apart(controls):
     """Begun with the same numbers both would be one run, and the test of capacity no test."""
     linear = [control.trial for control in controls if control.kind == "linear"]

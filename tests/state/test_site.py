@@ -68,6 +68,7 @@ def test_controls_are_accepted(site, control, alpha):
     assert layer.alpha(0) == alpha
 
 
+@pytest.mark.slow
 def test_what_adds_no_capacity_folds(site):
     """A capacity-free kernel that was trained becomes part of the host's weights."""
     layer, x = site

@@ -48,7 +48,8 @@ def test_a_norm_without_parameters_takes_kernels_of_what_it_reads(name, dtype):
     assert_all_fit(model[0], torch.randn(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("moved", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", ["before", pytest.param("after", marks=pytest.mark.torture)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BARE_NORMS)
 def test_a_norm_without_parameters_is_as_the_model_around_it(name, dtype, moved):

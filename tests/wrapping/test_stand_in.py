@@ -303,8 +303,8 @@ def test_every_kind_of_site_answers_with_all_that_its_host_has(name):
 @pytest.mark.parametrize(
     ("is_training", "is_causal"),
     [
-        (True, False),
         (False, True),
+        pytest.param(True, False, marks=pytest.mark.torture),
         *(pytest.param(both, both, marks=pytest.mark.torture) for both in (False, True)),
     ],
 )
