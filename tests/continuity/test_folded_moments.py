@@ -81,6 +81,7 @@ BEHIND = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("placed", BEHIND)
+@pytest.mark.slow
 def test_a_fold_that_changes_the_gradient_begins_anew(name, placed):
     """The certificate says whose moments, the others stay, and the run goes on."""
     model, optimizer = trained(OPTIMIZERS[name], **BEHIND[placed])

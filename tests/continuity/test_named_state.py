@@ -100,6 +100,7 @@ def test_an_optimizer_made_before_the_model_is_loaded_gets_the_right_moments(gro
     assert same(moments(again, fresh), moments(model, optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", GROUPS)
 def test_a_resumed_run_goes_on_bit_for_bit(groups):
     """Whatever the order was in which its parts were made."""

@@ -11,6 +11,8 @@ from esper.compiler.lowering import lower
 from esper.contracts.blueprint import BlueprintEdge, BlueprintIR, BlueprintNode, TensorSpec
 from esper.execution.host_class import adopt
 
+pytestmark = pytest.mark.slow  # test_folding.py holds the same of linear hosts and convolutions
+
 
 def serial(shape, *steps):
     """Return a serial kernel of nodes in a row, all of its tensors random."""
@@ -74,7 +76,7 @@ def replacing(kernel):
     return step
 
 
-@pytest.mark.parametrize("mode", ["add", pytest.param("replace", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["add", "replace"])
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_a_factor_and_a_term_fold_into_a_norm(name, mode):
     """In evaluation the norm alone gives what norm and kernel gave."""

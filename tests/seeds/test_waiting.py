@@ -171,6 +171,7 @@ def test_a_kernel_that_wants_an_argument_waits_for_a_call_that_has_it():
 # ---- what waits for a call of its layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SILENT)
 def test_elsewhere_the_next_forward_is_observed(name):
     """A graft waits in LOADING, its forward is the host's, and it is there afterwards."""
@@ -224,6 +225,7 @@ class Failing(nn.Module):
         return Failing(copy.deepcopy(self.body, memo), self.how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["backward", "copy"])
 @pytest.mark.parametrize("name", SILENT)
 def test_no_error_of_a_waiting_graft_reaches_the_forward(name, how):
@@ -475,6 +477,7 @@ ELSEWHERE = {
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 )  # torch's jvp
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ELSEWHERE)
 def test_what_is_noted_inside_of_others_work_is_probed_outside(how):
     """Nothing is probed in a transform, or where tensors are saved; the next maintenance does."""
@@ -496,6 +499,7 @@ def test_what_is_noted_inside_of_others_work_is_probed_outside(how):
         contextlib.nullcontext,
     ],
 )
+@pytest.mark.slow
 def test_it_matters_not_how_the_noted_call_ran(context):
     """The kernel is live behind it, and may be trained."""
     net, _, x = waiting_net()
