@@ -79,9 +79,9 @@ BEHIND = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("placed", BEHIND)
 @pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("placed", ["serial", pytest.param("replacing", marks=pytest.mark.torture)])
 def test_a_fold_that_changes_the_gradient_begins_anew(name, placed):
     """The certificate says whose moments, the others stay, and the run goes on."""
     model, optimizer = trained(OPTIMIZERS[name], **BEHIND[placed])

@@ -82,7 +82,7 @@ def test_a_layer_takes_at_most_40_bytes_for_each_seed_more():
     assert (more - few) / 50_000 <= BYTES_PER_SEED
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("question", ["has_active_seeds", "get_contributing_seeds"])
 def test_a_layout_answers_without_asking_every_seed(question):
     """The calls that a question costs do not grow with the seeds that are dormant."""
@@ -161,7 +161,7 @@ def test_a_controller_step_does_not_look_at_dormant_layers(num_active):
 
 
 @ADVISING
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_controller_step_is_linear_in_the_active_seeds():
     """Each active seed more costs the same calls."""
     counted = fewest_calls_of_a_step((40, 5), (40, 10), (40, 15))

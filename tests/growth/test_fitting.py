@@ -805,7 +805,7 @@ def test_rounding_that_happens_to_cancel_out_once_is_looked_at_again(moved_by, i
     assert found is is_alike
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_real_process_that_is_short_of_memory():
     """An update that the allocator of the CPU refuses is made in parts; the control is refused."""
     script = Path(__file__).parents[1] / "support" / "limited_process.py"

@@ -400,7 +400,7 @@ def test_a_null_beside_the_run_trains_on(at):
     assert_same(resumed_to_the_end(at, with_a_null), whole_to_the_end(with_a_null))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_null_of_a_trial_that_was_cut_off_is_that_of_the_one_in_its_place():
     """What is claimed is claimed as in a run whose decision fell where it was saved."""
 
@@ -414,7 +414,7 @@ def test_a_null_of_a_trial_that_was_cut_off_is_that_of_the_one_in_its_place():
     assert found["report"]["end_capacity"] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize(
     "part",
     [
@@ -450,7 +450,7 @@ def in_a_twin_by_hand():
     return with_a_null(twin=lambda: host(dropout=0.3))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_null_trains_on_in_a_twin_that_its_owner_builds():
     """Where the model cannot be copied."""
     expected = whole_to_the_end(in_a_twin_by_hand)
@@ -538,14 +538,14 @@ def after_a_folded_one():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("make", [by_sgd, following])
 def test_a_null_trains_on_whatever_trains_the_run(make):
     """With momentum, and with an average that follows the run."""
     assert_same(resumed_to_the_end(25, make), whole_to_the_end(make))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_null_trains_on_behind_a_package_that_was_kept_and_folded():
     """It stands on the host that the first package's linear form was folded into."""
     expected = whole_to_the_end(after_a_folded_one)
@@ -582,7 +582,7 @@ def augmented(keep=None):
     return built(lambda: Real(more_if_real), **NULL, compute_loss=Augmented(keep))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_what_an_owners_loss_keeps_of_a_null_is_saved():
     """Counters, generators and tensors go on where the null's last update left them."""
     expected = whole_to_the_end(augmented)

@@ -93,7 +93,7 @@ def test_refused_trial_leaves_the_run_as_it_was_at_every_update(name):
     assert with_and_without(HOSTS[name], **settings) is None
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("name", ["keeper", "closure", "batch norm", "two optimizers", "images"])
 def test_refused_trial_of_every_arm_leaves_the_run_as_it_was(name):
     """With the null beside it and three equal twins, and what was tried chosen by the ranking."""

@@ -111,6 +111,7 @@ CONVOLUTIONS = {
 QUICK = ("padded", "unpadded", "without_bias", "grouped", "transposed")
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     "name",
     [

@@ -431,7 +431,7 @@ def test_a_graft_into_a_compiled_model_becomes_live(how, fullgraph):
     assert in_place is None or in_place._compiled_call_impl is not None
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("what", ["model", "function"])
 def test_what_is_compiled_while_it_waits_is_live_at_the_next_maintenance(what):
     """A graph notes its input too; behind it nobody is called, so that the owner's call does it."""

@@ -217,6 +217,7 @@ def held_kib(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     "number",
     [80, pytest.param(2_000, marks=[pytest.mark.torture, pytest.mark.timeout(1_200)])],

@@ -241,7 +241,7 @@ def controls(digits):
     return [control for fork in forks for control in run_controls(digits, fork, nothing)]
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_naive_gate_is_seen_to_be_fooled(controls):
     """The control of the controls: an on/off gate after joint training keeps some of them."""
     assert any(control.naive_accepted for control in controls)

@@ -38,7 +38,7 @@ def losses(model, given, labels):
     return F.cross_entropy(logits if logits.dim() == 2 else logits[:, -1], labels, reduction="none")
 
 
-LONG = ("vit", "t5", "bert", "resnet")
+LONG = ("vit", "t5", "bert", "resnet", "llama")
 
 
 @pytest.mark.parametrize(

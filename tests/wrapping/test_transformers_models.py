@@ -261,6 +261,7 @@ def train(name, **settings):
     return model, grower
 
 
+@pytest.mark.torture
 def test_a_trial_leaves_no_trace_in_a_whole_model(name):
     """A run whose package is refused ends in the bits of one without a Grower."""
     expected, _ = train(name)

@@ -72,7 +72,10 @@ def test_a_model_grown_at_each_of_its_layers_runs_unwrapped(name, tmp_path):
     assert not any(type(part).__module__.startswith("esper") for part in plain.modules())
 
 
-@pytest.mark.parametrize("name", zoo.BLOCKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.torture]) for n in zoo.BLOCKS],
+)
 def test_a_model_grown_at_its_blocks_runs_unwrapped(name):
     """Whole blocks, whose owners read what is inside them, are asked as layers are."""
     model, given = grown(name, zoo.BLOCKS[name])
