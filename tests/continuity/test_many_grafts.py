@@ -93,7 +93,10 @@ def test_grafts_that_are_taken_back_leave_nothing(num):
     for _ in range(num):
         grafted_and_taken_back(model, optimizer)
     assert digest(model, optimizer) == expected
-    assert left_behind(model, optimizer) == counts
+    left = left_behind(model, optimizer)
+    for name in ("threads", "files"):  # those of earlier tests may end meanwhile
+        assert left.pop(name) <= counts.pop(name)
+    assert left == counts
     assert count() - objects <= 8
 
 

@@ -93,7 +93,7 @@ def has_wrong_headers(case):
 def test_every_answer_is_a_documented_one(kept):
     """All checks of schemathesis, 50 requests for each operation that takes anything."""
     registry, headers = kept
-    wrong, num_asked = fuzzed(build_app(registry), headers, num_examples=30)
+    wrong, num_asked = fuzzed(build_app(registry), headers, num_examples=50)
 
     assert wrong == []
     assert num_asked > 1_000
