@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,8 +110,9 @@ def test_optimizer_in_the_place_of_a_model_is_named_in_a_line():
 
 
 def test_an_iterator_is_put_in_order():
-    """As a list is."""
-    assert esper.in_order(iter([])) == []
+    """As a list is: to look at its entries first uses none of them up."""
+    entries = [SimpleNamespace(gain=gain, site="0", blueprint="mlp") for gain in (1.0, None, 2.0)]
+    assert [entry.gain for entry in esper.in_order(iter(entries))] == [2.0, 1.0, None]
 
 
 @pytest.mark.parametrize("ranked", [5, None, "abc", [5]])

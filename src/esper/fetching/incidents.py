@@ -31,18 +31,21 @@ class Incidents:
         sources: Those that are listened to, for as long as this object lives.
 
     Attributes:
-        has_news: Whether anything was announced since the last :meth:`take`.
         num_lost: Events for which there was no room.
     """
 
     def __init__(self, sources: Iterable[KernelSource]) -> None:
         self._sources = list(sources)
         self._kept: deque[Event] = deque()
-        self.has_news = False
         self.num_lost = 0
         if self._sources:
             with _lock:
                 _listening.add(self)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was announced since the last :meth:`take`."""
+        return bool(self._kept)
 
     def take(self) -> list[Event]:
         """Return what was announced since the last call, in order; no moment is in it."""
@@ -51,7 +54,6 @@ class Incidents:
         with _lock:
             taken = list(self._kept)
             self._kept.clear()
-            self.has_news = False
         return taken
 
     def hear(self, source: KernelSource | None, event: Event) -> None:
@@ -62,7 +64,6 @@ class Incidents:
             self._kept.popleft()
             self.num_lost += 1
         self._kept.append(event)
-        self.has_news = True
 
 
 def announce(source: KernelSource | None, event: Event) -> None:

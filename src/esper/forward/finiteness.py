@@ -49,9 +49,7 @@ def seen_finite(y: Tensor) -> bool:
     """
     if type(y) is not Tensor or not y.is_cpu or torch._C._get_tracing_state() is not None:  # noqa: SLF001 - torch.jit is banned
         return False
-    values = y.detach() if y.requires_grad else y
-    total = values.sum() if values.dtype in _WIDE else values.sum(dtype=torch.float32)
-    return math.isfinite(total.item())
+    return math.isfinite(_sum(y.detach() if y.requires_grad else y).item())
 
 
 def host_mark(h: Tensor) -> Tensor:

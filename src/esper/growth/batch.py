@@ -35,8 +35,6 @@ def num_samples(batch: Batch) -> int:
 
 def num_elements(batch: Batch) -> int:
     """Return the number of elements of a batch's first tensor, else 1: what its cost grows with."""
-    if isinstance(batch, tuple) and batch and isinstance(batch[0], Tensor):  # as a rule
-        return batch[0].numel()
     first = _first_tensor(batch)
     return 1 if first is None else first.numel()
 

@@ -44,11 +44,7 @@ class TrainingLosses:
             TypeError: It is neither a number nor a tensor.
             ValueError: The tensor has more than one element, or none.
         """
-        kept: float | Tensor
-        if isinstance(loss, Tensor) and loss.is_cpu and not loss.ndim:  # as a rule
-            kept = float(loss.item())
-        else:
-            kept = _kept(loss)
+        kept = _kept(loss)
         self._losses.append(kept)
         self._num_unread += 1
         if not isinstance(kept, Tensor):

@@ -79,9 +79,6 @@ class UpdateWatcher:
                 self._micro_batches.clear()
             return None
         self.updates = self._counter.count
-        if self._per_update == len(self._micro_batches) == 1:  # as a rule
-            batches, self._micro_batches, self.share_kept = self._micro_batches, [], 1.0
-            return batches
         return self._batches_of_update()
 
     @property
