@@ -214,6 +214,15 @@ def test_several_optimizers_get_their_own():
         assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
 
 
+def isolate(model, optimizer):
+    """Let the first kernel give NaN until it is out of use."""
+    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
+    for _ in range(4):
+        train(model, optimizer)
+        esper.maintain(model)
+    fault.remove()
+
+
 def isolated_run(optimizer_first, groups="one group"):
     """A run whose kernel has been isolated, after it was trained with its host."""
     model = built()
@@ -222,11 +231,7 @@ def isolated_run(optimizer_first, groups="one group"):
     optimizer = optimizer or torch.optim.AdamW(GROUPS[groups](model), lr=1e-2)
     esper.sync_optimizer(model, optimizer)
     train(model, optimizer)
-    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
-    for _ in range(4):
-        train(model, optimizer)
-        esper.maintain(model)
-    fault.remove()
+    isolate(model, optimizer)
     assert not any("_seeds" in name for name in model.state_dict())
     return model, optimizer
 
@@ -545,11 +550,7 @@ def test_what_is_tied_into_a_kernel_is_its_hosts():
     model[0].graft(0, Tied(model[2].weight), example=torch.randn(8, WIDTH))
     esper.sync_optimizer(model, optimizer)
     train(model, optimizer)
-    fault = model[0].seed_kernel(0).register_forward_hook(lambda *_: torch.tensor(torch.nan))
-    for _ in range(4):
-        train(model, optimizer)
-        esper.maintain(model)
-    fault.remove()
+    isolate(model, optimizer)
     again = built()
     other = torch.optim.AdamW(again.parameters(), lr=1e-2)
     esper.sync_optimizer(again, other)
