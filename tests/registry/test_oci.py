@@ -184,6 +184,42 @@ def test_a_download_goes_on_from_the_cache(tmp_path):
     assert cut.num_sent == len(DATA)
 
 
+class Forgetful:
+    """A registry that has every blob, and says a few times that it knows none."""
+
+    def __init__(self, num_refusals, code=b"MANIFEST_BLOB_UNKNOWN"):
+        self.num_refusals, self.code, self.num_asked = num_refusals, code, 0
+
+    def __call__(self, handler):
+        if handler.command == "HEAD":
+            handler.answer(200, b"", length=2)
+        elif handler.command == "GET":
+            handler.answer(404, b"")
+        else:
+            self.num_asked += 1
+            is_refused = self.num_asked <= self.num_refusals
+            refusal = b'{"errors":[{"code":"%s"}]}' % self.code
+            handler.answer(*((400, refusal) if is_refused else (201, b"")))
+
+
+def test_a_blob_that_another_puts_meanwhile_is_known_again_soon():
+    """The manifest is sent again at once; the control: another refusal stands."""
+    forgetful, refusing = Forgetful(3), Forgetful(3, b"MANIFEST_INVALID")
+    with serving(forgetful) as server:
+        registry_of(server).put(artifact(1))
+    with serving(refusing) as server, pytest.raises(KernelSourceRefused, match="INVALID"):
+        registry_of(server).put(artifact(1))
+    assert (forgetful.num_asked, refusing.num_asked) == (4, 1)
+
+
+def test_a_blob_that_is_unknown_for_good_is_refused():
+    """After a few tries, and without minding the server's health."""
+    forgetful = Forgetful(10**6)
+    with serving(forgetful) as server, pytest.raises(KernelSourceRefused, match="BLOB_UNKNOWN"):
+        registry_of(server).put(artifact(1))
+    assert forgetful.num_asked == 10
+
+
 @pytest.mark.slow
 def test_others_find_a_kernel_as_the_standard_says(images):
     """A blob by its digest, in parts, and a manifest that keeps it: any client may pull it."""

@@ -62,6 +62,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, self.headers, self.client_address))
         self.server.behave(self)
 
+    do_HEAD = do_GET
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
     def log_message(self, *_):
         """Print nothing."""
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 _MAX_MANIFEST_BYTES: Final = 1 << 22
 _PAGE: Final = 500
+_BLOB_UNKNOWN: Final = b"MANIFEST_BLOB_UNKNOWN"
+_TRIES_OF_A_BLOB_UNKNOWN: Final = 10
+"""Times that a manifest is sent whose blobs are there but said to be unknown: registries on a file
+system empty the link to a blob for a moment where somebody else puts the same blob."""
 _NEXT: Final = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?', re.IGNORECASE)
 
 
@@ -265,13 +269,17 @@ class OciRepository:
         headers: dict[str, str] | None = None,
         content: bytes = b"",
     ) -> httpx2.Response:
-        with self._session.answer(
-            method, path, until_s=until_s, headers=headers, content=content
-        ) as answer:
-            data = self._session.exchange.body(answer, until_s, most=0)
-        if answer.status_code not in (201, 202):
-            raise _failure(answer, data, path)
-        return answer
+        num_left = _TRIES_OF_A_BLOB_UNKNOWN
+        while True:
+            with self._session.answer(
+                method, path, until_s=until_s, headers=headers, content=content
+            ) as answer:
+                data = self._session.exchange.body(answer, until_s, most=0)
+            if answer.status_code in (201, 202):
+                return answer
+            num_left -= 1
+            if _BLOB_UNKNOWN not in data or num_left == 0:
+                raise _failure(answer, data, path)
 
     def _remove(self, path: str, until_s: float) -> None:
         with self._session.answer("DELETE", path, until_s=until_s) as answer:
