@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -12,6 +13,7 @@ from growing import batches, compute_loss, growing, wrapped
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.growth.batch import KEPT_BATCHES
 from esper.growth.budget import count_parameters
 from esper.growth.ledger import WorkLedger
 from esper.growth.losses import LOSS_CHECK_EVERY, LOSS_WINDOW, SpikeLimit, TrainingLosses
@@ -232,6 +234,55 @@ def test_counts_survive_a_round_trip():
     assert other.state_dict() == ledger.state_dict()
     assert other.limit(3) == ledger.limit(3)
     assert not other.update.is_known
+
+
+def counted(*, asks):
+    """Return what a ledger counted of updates, which may be asked behind each of them.
+
+    Time passes between them, growing takes some of it, and what an update takes changes.
+    """
+    clock = ManualClock()
+    ledger = a_ledger(updates=0, clock=clock)
+    for update in range(3 * KEPT_BATCHES):
+        clock.advance(1.0 + update)
+        ledger.count_update([BATCH[: update % 5]])
+        if update == 5:
+            with ledger.timed("trial"):
+                clock.advance(100.0)
+        if update == 11:
+            ledger.update.learn(7 * UPDATE, BATCH.numel())
+        if asks:
+            assert ledger.by_category()["training"] > 0 or update == 0
+            ledger.seconds_by_category()
+    return ledger.state_dict()
+
+
+def test_it_does_not_matter_when_updates_are_added_up():
+    """Each by what it took when it was made, whoever asks, and none of growing's time is theirs."""
+    at_the_end = counted(asks=False)
+    assert at_the_end == counted(asks=True)
+    updates = range(3 * KEPT_BATCHES)
+    by_hand = [(1 if i < 12 else 7) * (i % 5) * UPDATE // len(BATCH) for i in updates]
+    assert at_the_end["flops"]["training"] == sum(by_hand)
+    assert at_the_end["seconds"]["training"] == sum(1.0 + i for i in updates if i)
+    assert at_the_end["seconds"]["trial"] == 100.0
+
+
+def test_batches_wait_to_be_counted_no_longer_than_recent_ones_are_held():
+    """So that nobody's memory is taken for it."""
+    ledger = a_ledger(updates=0)
+    batches = [torch.zeros(2, 4) for _ in range(2 * KEPT_BATCHES)]
+    held = [weakref.ref(batch) for batch in batches]
+    while batches:
+        ledger.count_update([batches.pop(0)])
+    assert sum(batch() is not None for batch in held) < KEPT_BATCHES
+
+
+def test_a_loss_is_news_where_it_is_not_finite_or_is_again():
+    """And the first one is, for whoever goes on from another run."""
+    losses, nan = TrainingLosses(), float("nan")
+    news = [losses.add(loss) for loss in (2.0, 1.0, nan, float("-inf"), 1.0, torch.tensor(0.5))]
+    assert [str(loss) for loss in news] == ["2.0", "None", "nan", "-inf", "1.0", "None"]
 
 
 def lost(*values):

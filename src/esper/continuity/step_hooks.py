@@ -25,6 +25,8 @@ StepHook = Callable[..., Any]
 """``(optimizer, args, kwargs)`` of a step, to what torch's own hooks return."""
 
 _STEP_FILE = Optimizer.profile_hook_step.__code__.co_filename
+_IS_MADE = "out"
+"""What torch calls the result of a step: from then on it goes through the hooks behind it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,54 +55,47 @@ class StepHooks:
     ) -> None:
         self._after = after
         self._handles: weakref.WeakKeyDictionary[Optimizer, _Handles] = weakref.WeakKeyDictionary()
-        self._called_behind: Optimizer | None = None
         for member in members_of(optimizer):
             handles = self._handles[member] = _Handles()
             if before is not None:
                 handles.before = member.register_step_pre_hook(before)
             if after is not None:
-                handles.after = member.register_step_post_hook(self._call_after)
+                handles.after = member.register_step_post_hook(after)
 
     def close(self) -> None:
         """Call nothing any more; where a step is under way, the hooks go with the next one."""
-        self._after = None
         for member, handles in list(self._handles.items()):
-            if not _is_stepping(member) or self._ends_step_of(member):
-                _remove(handles.before, handles.after)
-                del self._handles[member]
-            elif handles.before is not None:  # in its place: what is gone through stays as long
+            step = _step_under_way(member)
+            if step is None or _IS_MADE not in step or self._ends(step, handles, member):
+                _remove(handles.after)  # nobody goes through those behind a step
+                handles.after = None
+            if step is None or _IS_MADE in step:
+                _remove(handles.before)
+                handles.before = None
+            if handles.before is not None:  # in its place: what is gone through stays as long
                 member._optimizer_step_pre_hooks[handles.before.id] = self._go_before  # noqa: SLF001 - torch has no door for it
-            elif self._called_behind is member:
+            elif handles.after is not None:
+                member._optimizer_step_post_hooks[handles.after.id] = _do_nothing  # noqa: SLF001 - as above
                 handles.before = member.register_step_pre_hook(self._go_before)
+            else:
+                del self._handles[member]
 
-    def _ends_step_of(self, member: Optimizer) -> bool:
-        """Say whether ours is the hook that runs, and the last: nobody iterates behind it."""
-        after, all_after = self._handles[member].after, member._optimizer_step_post_hooks  # noqa: SLF001 - to see who is last
-        return (
-            self._called_behind is member
-            and after is not None
-            and next(reversed(all_after), None) == after.id
-        )
+    def _ends(self, step: dict[str, Any], handles: _Handles, member: Optimizer) -> bool:
+        """Say whether ours is the hook that runs, and the last: nobody asks for one behind it."""
+        last = next(reversed(member._optimizer_step_post_hooks), None)  # noqa: SLF001 - as below
+        is_last = handles.after is not None and handles.after.id == last
+        return is_last and step.get("post_hook") == self._after
 
     def _go_before(self, optimizer: Optimizer, *_: object) -> None:
         """Take off hooks that were closed in a step: those behind it, and, if it can, this one."""
         handles = self._handles.get(optimizer)
-        if handles is None or self._after is not None:
+        if handles is None or handles.before is None:
             return
         _remove(handles.after)
         last = next(reversed(optimizer._optimizer_step_pre_hooks), None)  # noqa: SLF001 - as above
-        if handles.before is not None and handles.before.id == last:
+        if handles.before.id == last:
             _remove(handles.before)
             del self._handles[optimizer]
-
-    def _call_after(self, optimizer: Optimizer, *given: object) -> None:
-        if self._after is None:
-            return
-        self._called_behind = optimizer
-        try:
-            self._after(optimizer, *given)
-        finally:
-            self._called_behind = None
 
 
 def is_update(optimizer: Optimizer) -> bool:
@@ -115,15 +110,18 @@ def is_update(optimizer: Optimizer) -> bool:
     return False
 
 
-def _remove(*handles: RemovableHandle | None) -> None:
-    for handle in handles:
-        if handle is not None:
-            handle.remove()
+def _remove(handle: RemovableHandle | None) -> None:
+    if handle is not None:
+        handle.remove()
 
 
-def _is_stepping(optimizer: Optimizer) -> bool:
-    """Return whether a step of the optimizer is under way on this thread."""
-    return any(
-        frame.f_code.co_filename == _STEP_FILE and frame.f_locals.get("self") is optimizer
-        for frame in frames()
-    )
+def _do_nothing(*_: object) -> None:
+    """Stand where a hook was, until it can go."""
+
+
+def _step_under_way(optimizer: Optimizer) -> dict[str, Any] | None:
+    """Return the names of torch in a step of the optimizer on this thread; None outside of one."""
+    for frame in frames():
+        if frame.f_code.co_filename == _STEP_FILE and frame.f_locals.get("self") is optimizer:
+            return frame.f_locals
+    return None

@@ -31,39 +31,35 @@ class Incidents:
         sources: Those that are listened to, for as long as this object lives.
 
     Attributes:
+        kept: What was announced since the last :meth:`take`.
         num_lost: Events for which there was no room.
     """
 
     def __init__(self, sources: Iterable[KernelSource]) -> None:
         self._sources = list(sources)
-        self._kept: deque[Event] = deque()
+        self.kept: deque[Event] = deque()
         self.num_lost = 0
         if self._sources:
             with _lock:
                 _listening.add(self)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether anything was announced since the last :meth:`take`."""
-        return bool(self._kept)
-
     def take(self) -> list[Event]:
         """Return what was announced since the last call, in order; no moment is in it."""
-        if not self.has_news:
+        if not self.kept:
             return []
         with _lock:
-            taken = list(self._kept)
-            self._kept.clear()
+            taken = list(self.kept)
+            self.kept.clear()
         return taken
 
     def hear(self, source: KernelSource | None, event: Event) -> None:
         """Keep an event of a source that is listened to; for :func:`announce`, under its lock."""
         if all(source is not each for each in self._sources):
             return
-        if len(self._kept) == ROOM:
-            self._kept.popleft()
+        if len(self.kept) == ROOM:
+            self.kept.popleft()
             self.num_lost += 1
-        self._kept.append(event)
+        self.kept.append(event)
 
 
 def announce(source: KernelSource | None, event: Event) -> None:

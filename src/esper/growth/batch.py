@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from esper.continuity.ensemble import AnyOptimizer
 
 Batch = Any
 """Whatever the owner's loader yields and the owner's ``compute_loss`` takes."""
+
+KEPT_BATCHES: Final = 8
+"""Recent batches that are held: a ranking may be asked for, and updates are counted together."""
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 """``(model, batch)`` to a loss: a scalar to train on, or one loss per sample to judge by."""

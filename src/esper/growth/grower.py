@@ -20,6 +20,7 @@ from esper.contracts.progress import ProgressRow
 from esper.contracts.report import RunReport
 from esper.fetching.outbox import ReportParcel
 from esper.growth.assembly import begin_run
+from esper.growth.batch import KEPT_BATCHES
 from esper.growth.budget import count_parameters
 from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
@@ -74,9 +75,6 @@ if TYPE_CHECKING:
     from esper.state.layer_call import LayerCall
 
 _LOG = logging.getLogger(__name__)
-
-KEPT_BATCHES: Final = 8
-"""Recent batches that :meth:`Grower.suggest` may rank on."""
 
 _REMEMBERED: Final = ("num_steps", "num_told", "has_advised", "tried_loss", "tried_twin")
 """What the Grower itself remembers of a run, and saves."""
@@ -295,10 +293,16 @@ class Grower:
             self._tried_loss = True
             in_step(run.given, lambda: try_compute_loss(run, batch))
         batches = run.watcher.step(batch)
-        if batches is not None:
+        if batches is None:
+            if self._num_steps == STEPS_WITHOUT_UPDATE:
+                self._say_what_is_never_called()
+            return
+        is_quiet = run.watcher.updates < self._quiet_until and self._changes_seen == Changes.count
+        if not (batches and is_quiet) or run.incidents.kept:
             self._after_update(batches)
-        elif self._num_steps == STEPS_WITHOUT_UPDATE:
-            self._say_what_is_never_called()
+            return
+        run.ledger.count_update(batches)
+        self._recent.extend(batches)
 
     def end_epoch(self) -> None:
         """Say that an epoch ended: the default moment for an evaluation."""
@@ -583,11 +587,6 @@ class Grower:
     def _after_update(self, batches: list[Batch]) -> None:
         """Do what an update asks for, in this order: maintain, go on with a graft, look, decide."""
         run = self._run
-        is_quiet = run.watcher.updates < self._quiet_until and self._changes_seen == Changes.count
-        if batches and is_quiet and not run.incidents.has_news:
-            run.ledger.count_update(batches)
-            self._recent.extend(batches)
-            return
         if batches and not run.ledger.update.is_known:
             in_step(run.given, functools.partial(measure_update, run, batches[-1]))
         run.ledger.count_update(batches)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from esper.growth.batch import num_elements
+from esper.growth.batch import KEPT_BATCHES, num_elements
 from esper.growth.budget import OVERHEAD
 from esper.growth.flops import counting
 
@@ -39,6 +39,21 @@ class Work:
 
     flops: int = 0
     seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """What was counted, by category, and the live model's updates.
+
+    ``last_update`` is the moment of the last one, and what growing had taken until then, seconds.
+    """
+
+    flops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    updates: int = 0
+    num_counted: int = 0
+    elements: int = 0
+    last_update: tuple[float, float] | None = None
 
 
 class WorkLedger:
@@ -73,11 +88,9 @@ class WorkLedger:
         self._settings = settings
         self._clock = clock
         self._overhead = OVERHEAD if settings.overhead is None else settings.overhead
-        self._flops: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
-        self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+        self._sums = _Sums()
+        self._uncounted: list[tuple[Sequence[Batch], float]] = []  # with the updates' moments
         self._open: list[Work] = []  # what blocks inside of the open ones took, the outermost first
-        self._updates = self._num_counted = self._elements = 0
-        self._last_update: tuple[float, float] | None = None
         self.update = Meter(self, "training")
         self.reading = Meter(self, "evaluation")
         self.scheduled = self.asked = 0
@@ -138,19 +151,36 @@ class WorkLedger:
         Without batches its FLOPs are not known, and none are counted. The seconds since the update
         before it are training's, but for those that growing took of them.
         """
-        self._updates += 1
-        elements = sum(map(num_elements, batches))
-        if elements:
-            self._num_counted += 1
-            self._elements += elements
-        now_s, growing_s = self._clock.now(), sum(self._seconds.values())
-        growing_s -= self._seconds["training"]
-        took_s = 0.0
-        if self._last_update is not None:
-            took_s = now_s - self._last_update[0] - (growing_s - self._last_update[1])
-        self._last_update = (now_s, growing_s)
-        self._flops["training"] += self.update.flops(elements)
-        self._seconds["training"] += max(0.0, took_s)
+        self._uncounted.append((batches, self._clock.now()))
+        if len(self._uncounted) == KEPT_BATCHES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the updates since the last time; before anything that they are counted by changes.
+
+        What a run does in each step should be little.
+        """
+        sums, uncounted, self._uncounted = self._sums, self._uncounted, []
+        growing_s = sum(sums.seconds.values()) - sums.seconds["training"]
+        for batches, now_s in uncounted:
+            elements = sum(map(num_elements, batches))
+            sums.updates += 1
+            if elements:
+                sums.num_counted += 1
+                sums.elements += elements
+            took_s = 0.0
+            if sums.last_update is not None:
+                took_s = now_s - sums.last_update[0] - (growing_s - sums.last_update[1])
+            sums.last_update = (now_s, growing_s)
+            sums.flops["training"] += self.update.flops(elements)
+            sums.seconds["training"] += max(0.0, took_s)
+
+    @property
+    def _counted(self) -> _Sums:
+        """Everything counted up to now."""
+        if self._uncounted:
+            self.settle()
+        return self._sums
 
     def structure_changed(self) -> None:
         """Learn that the live model computes something else now: what it takes is to be measured.
@@ -164,12 +194,13 @@ class WorkLedger:
     @property
     def spent(self) -> int:
         """FLOPs that growing has taken by itself: of every category but training."""
-        return sum(self._flops.values()) - self._flops["training"] - self.asked
+        flops = self._counted.flops
+        return sum(flops.values()) - flops["training"] - self.asked
 
     @property
     def rankings(self) -> int:
         """FLOPs of the rankings that growing has made by itself."""
-        return self._flops["ranking"] - self.asked
+        return self._counted.flops["ranking"] - self.asked
 
     @property
     def overhead(self) -> float:
@@ -184,9 +215,8 @@ class WorkLedger:
     @property
     def usual_elements(self) -> float:
         """Elements of the batches of an update, on average; 0 before any are known."""
-        if not self._num_counted:
-            return self.update.elements
-        return self._elements / self._num_counted
+        sums = self._counted
+        return sums.elements / sums.num_counted if sums.num_counted else self.update.elements
 
     @property
     def reading_flops(self) -> int:
@@ -195,11 +225,11 @@ class WorkLedger:
 
     def work(self, category: Category) -> int:
         """Return the FLOPs counted in one category."""
-        return self._flops[category]
+        return self._counted.flops[category]
 
     def by_category(self) -> dict[str, float]:
         """Return the FLOPs counted, by category."""
-        return {name: float(flops) for name, flops in self._flops.items()}
+        return {name: float(flops) for name, flops in self._counted.flops.items()}
 
     def seconds_by_category(self) -> dict[str, float]:
         """Return the seconds counted, by category.
@@ -207,7 +237,7 @@ class WorkLedger:
         Training's are those between updates that no other category has: what the owner does there,
         loading of data included.
         """
-        return dict(self._seconds)
+        return dict(self._counted.seconds)
 
     def updates_left(self, updates: int) -> int:
         """Return how many updates a run of known length still has; 0 where it is not known."""
@@ -220,7 +250,7 @@ class WorkLedger:
             updates: Updates done.
         """
         to_come = self.updates_left(updates) * self.update_flops
-        return math.floor(self._overhead * (self._flops["training"] + to_come))
+        return math.floor(self._overhead * (self._counted.flops["training"] + to_come))
 
     def allowance_left(self, updates: int) -> int:
         """Return how many FLOPs growing may still take, beside what is promised; maybe negative.
@@ -278,10 +308,11 @@ class WorkLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything counted and learned, as JSON can hold it."""
+        sums = self._counted
         return {
-            "flops": dict(self._flops),
-            "seconds": dict(self._seconds),
-            "updates": [self._updates, self._num_counted, self._elements],
+            "flops": dict(sums.flops),
+            "seconds": dict(sums.seconds),
+            "updates": [sums.updates, sums.num_counted, sums.elements],
             "scheduled": self.scheduled,
             "asked": self.asked,
             "update": self.update.state_dict(),
@@ -290,25 +321,32 @@ class WorkLedger:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what another ledger had counted."""
-        self._flops = {name: int(state["flops"].get(name, 0)) for name in CATEGORIES}
-        self._seconds = {name: float(state["seconds"].get(name, 0.0)) for name in CATEGORIES}
-        self._updates, self._num_counted, self._elements = state["updates"]
+        updates, num_counted, elements = state["updates"]
+        self._sums = _Sums(
+            flops={name: int(state["flops"].get(name, 0)) for name in CATEGORIES},
+            seconds={name: float(state["seconds"].get(name, 0.0)) for name in CATEGORIES},
+            updates=updates,
+            num_counted=num_counted,
+            elements=elements,
+        )
+        self._uncounted.clear()
         self.scheduled, self.asked = state["scheduled"], state.get("asked", 0)
         self.update.load_state_dict(state["update"])
         self.reading.load_state_dict(state["reading"])
-        self._last_update = None
 
     def left_for_trials(self) -> float:
         """Return how many FLOPs trials may still take, beside what is set apart for evaluations."""
-        reserved = max(0.0, SHARE * self.limit(self._updates) - self.scheduled)
-        return self.allowance_left(self._updates) - reserved
+        updates = self._counted.updates
+        reserved = max(0.0, SHARE * self.limit(updates) - self.scheduled)
+        return self.allowance_left(updates) - reserved
 
     def _add(self, category: Category, flops: int, seconds: float) -> None:
-        if category not in self._flops:
+        sums = self._counted
+        if category not in sums.flops:
             msg = f"work is counted as one of {', '.join(CATEGORIES)}; got {category!r}"
             raise ValueError(msg)
-        self._flops[category] += flops
-        self._seconds[category] += seconds
+        sums.flops[category] += flops
+        sums.seconds[category] += seconds
 
     def _tell_outer(self, flops: int, seconds: float) -> None:
         """Let the block around it not count once more what is counted already."""
@@ -346,6 +384,7 @@ class Meter:
     def learn(self, flops: int, elements: int = 1) -> None:
         """Take over what a piece of work of so many elements took; of none it says nothing."""
         if elements:
+            self._ledger.settle()
             self._measured, self.elements, self.is_known = flops, elements, True
 
     def forget(self) -> None:

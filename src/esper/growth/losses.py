@@ -26,33 +26,41 @@ class TrainingLosses:
     def __init__(self) -> None:
         self._losses: deque[float | Tensor] = deque(maxlen=LOSS_WINDOW)
         self._num_unread = 0
+        self._is_finite = False
 
     def __len__(self) -> int:
         return len(self._losses)
 
-    def add(self, loss: Tensor | float) -> float | None:
+    def add(self, loss: object) -> float | None:
         """Keep a loss without its graph.
 
         Args:
             loss: A number, or a tensor of one element; on the CPU it is read, elsewhere it stays.
 
         Returns:
-            The loss where reading it costs nothing: it is a number, or on the CPU. From any other
-            device the mean of the last fifty, once in fifty losses; else None.
+            What was read, where it is not finite, or is so for the first time or again; else None.
+            Numbers and losses on the CPU are read at once, from any other device the mean of the
+            last fifty, once in fifty losses.
 
         Raises:
             TypeError: It is neither a number nor a tensor.
             ValueError: The tensor has more than one element, or none.
         """
-        kept = _kept(loss)
+        kept: float | Tensor
+        if isinstance(loss, Tensor) and (not loss.ndim or loss.numel() == 1):
+            kept = float(loss.item()) if loss.is_cpu else loss.detach().reshape(())
+        elif isinstance(loss, bool) or not isinstance(loss, Real):
+            raise _refusal(loss)
+        else:
+            kept = float(loss)
         self._losses.append(kept)
         self._num_unread += 1
-        if not isinstance(kept, Tensor):
-            return kept
-        if self._num_unread < LOSS_WINDOW:
-            return None
-        self._num_unread = 0
-        return self.mean()
+        if isinstance(kept, Tensor):
+            if self._num_unread < LOSS_WINDOW:
+                return None
+            self._num_unread, kept = 0, float(_together(tuple(self._losses)).mean())
+        was_finite, self._is_finite = self._is_finite, -math.inf < kept < math.inf
+        return None if was_finite and self._is_finite else kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses on the CPU, where each was, and how many nobody has read."""
@@ -66,7 +74,10 @@ class TrainingLosses:
         """Go on with the losses of another run, on the devices that they were on."""
         found = zip(state["losses"], state["devices"], strict=True)
         self._losses.clear()
-        self._losses.extend(_kept(loss.to(device, copy=True)) for loss, device in found)
+        self._losses.extend(
+            float(loss.item()) if device == "cpu" else loss.to(device, copy=True)
+            for loss, device in found
+        )
         self._num_unread = int(state["num_unread"])
 
     def clear(self) -> None:
@@ -85,21 +96,15 @@ class TrainingLosses:
         return float(losses.min()), float(losses.max())
 
 
-def _kept(loss: object) -> float | Tensor:
-    """Return a loss as it is kept: a number, or where reading would wait a tensor without graph."""
+def _refusal(loss: object) -> Exception:
+    """Return what is raised for something that is no loss."""
     if isinstance(loss, Tensor):
-        if loss.ndim and loss.numel() != 1:
-            msg = (
-                f"the loss given to grower.step is a scalar, got a tensor of shape "
-                f"{tuple(loss.shape)}; pass the mean that was trained on"
-            )
-            raise ValueError(msg)
-        return float(loss.item()) if loss.is_cpu else loss.detach().reshape(())
-    if isinstance(loss, bool) or not isinstance(loss, Real):
-        kind = type(loss).__name__
-        msg = f"the loss given to grower.step is a scalar tensor or a number, got {kind}"
-        raise TypeError(msg)
-    return float(loss)
+        return ValueError(
+            "the loss given to grower.step is a scalar, got a tensor of shape "
+            f"{tuple(loss.shape)}; pass the mean that was trained on"
+        )
+    kind = type(loss).__name__
+    return TypeError(f"the loss given to grower.step is a scalar tensor or a number, got {kind}")
 
 
 def _tensor(loss: float | Tensor) -> Tensor:

@@ -79,7 +79,12 @@ class UpdateWatcher:
                 self._micro_batches.clear()
             return None
         self.updates = self._counter.count
-        return self._batches_of_update()
+        batches, self._micro_batches = self._micro_batches, []
+        usual = len(batches) if self._per_update is None else self._per_update
+        self._per_update = min(usual, len(batches)) or None
+        kept = batches[-usual:] if usual else batches  # GradScaler skips a step without a hook
+        self.share_kept = len(kept) / len(batches) if batches else 1.0
+        return kept
 
     @property
     def rates(self) -> list[float]:
@@ -146,27 +151,16 @@ class UpdateWatcher:
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
-        self._stepped = True
-        self.loss_scale = loss_scale_of_step() if self.reads_scale else 1.0
-        if self.reads_scale and optimizer is self._optimizer:  # of several, none is clipped alone
-            self._gradients.see(optimizer)
-        groups, peaks = optimizer.param_groups, self._peaks.get(id(optimizer), [])
+        self._stepped, self.loss_scale = True, 1.0
+        groups = optimizer.param_groups
         if self.reads_scale:
-            self._settings[id(optimizer)] = list(map(settings_of, optimizer.param_groups))
+            self.loss_scale = loss_scale_of_step()
+            self._settings[id(optimizer)] = list(map(settings_of, groups))
+            if optimizer is self._optimizer:  # of several, none is clipped alone
+                self._gradients.see(optimizer)
         if list(map(_RATE, groups)) == self._rates.get(id(optimizer)):  # and so no other peak
             return
+        peaks = self._peaks.get(id(optimizer), [])
         rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
         self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]
-
-    def _batches_of_update(self) -> list[Batch]:
-        """Return the batches of the update that was just counted.
-
-        A step that GradScaler skipped calls no hook; its batches are left out by their number.
-        """
-        batches, self._micro_batches = self._micro_batches, []
-        usual = len(batches) if self._per_update is None else self._per_update
-        self._per_update = min(usual, len(batches)) or None
-        kept = batches[-usual:] if usual else batches
-        self.share_kept = len(kept) / len(batches) if batches else 1.0
-        return kept
