@@ -268,13 +268,15 @@ def test_it_does_not_matter_when_updates_are_added_up():
     assert at_the_end["seconds"]["trial"] == 100.0
 
 
-def test_batches_wait_to_be_counted_no_longer_than_recent_ones_are_held():
+@pytest.mark.parametrize("per_update", [1, 5])
+def test_batches_wait_to_be_counted_no_longer_than_recent_ones_are_held(per_update):
     """So that nobody's memory is taken for it."""
-    ledger = a_ledger(updates=0)
-    batches = [torch.zeros(2, 4) for _ in range(2 * KEPT_BATCHES)]
-    held = [weakref.ref(batch) for batch in batches]
-    while batches:
-        ledger.count_update([batches.pop(0)])
+    ledger, held = a_ledger(updates=0), []
+    for _ in range(2 * KEPT_BATCHES + 1):
+        batches = [torch.zeros(2, 4) for _ in range(per_update)]
+        held += [weakref.ref(batch) for batch in batches]
+        ledger.count_update(batches)
+    del batches
     assert sum(batch() is not None for batch in held) < KEPT_BATCHES
 
 

@@ -152,7 +152,7 @@ class WorkLedger:
         before it are training's, but for those that growing took of them.
         """
         self._uncounted.append((batches, self._clock.now()))
-        if len(self._uncounted) == KEPT_BATCHES:
+        if len(batches) > 1 or len(self._uncounted) == KEPT_BATCHES:
             self.settle()
 
     def settle(self) -> None:
