@@ -12,7 +12,8 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 from esper.continuity.optimizer import append_parameters
 from esper.continuity.placement import Place
-from esper.continuity.warmup import UpdateCounter, UpdateFactor
+from esper.continuity.warmup import UpdateFactor
+from esper.growth.updates import UpdateWatcher
 
 WARM_UP = 2
 
@@ -107,13 +108,13 @@ def test_no_first_step_is_a_step_that_the_scaler_skipped(name):
     """Also where it is the fused optimizer itself that skips it, and hooks are called."""
     p = nn.Parameter(torch.ones(1))
     optimizer = OPTIMIZERS[name]([p])
-    factor = UpdateFactor(optimizer, [p], warmup_updates=10)
-    counter = UpdateCounter(optimizer)
+    factor = UpdateFactor(optimizer, [p], warmup_updates=10, hooks=False)
+    watcher = UpdateWatcher(optimizer, factor)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for value in (1.0, float("inf"), float("inf"), 1.0):
         optimizer.zero_grad()
         scaler.scale((p * value).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert counter.count == 2
+    assert watcher.num_steps_of_optimizer == 2
     assert factor.factor(p) == 0.2

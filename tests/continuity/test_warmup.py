@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from esper.continuity.warmup import UpdateCounter, UpdateFactor, peak_rate, rate_for_new
+from esper.continuity.warmup import UpdateFactor, peak_rate, rate_for_new
 
 OPTIMIZERS = [
     pytest.param(lambda params: SGD(params, lr=0.1, momentum=0.9), id="sgd"),
@@ -203,31 +203,3 @@ def test_peak_of_a_scheduled_group_is_read_off_it():
     assert group["lr"] < 0.1
     assert peak_rate(group) == 1.0
     assert rate_for_new(group) == pytest.approx(0.3)
-
-
-def test_counter_counts_updates_with_a_gradient():
-    """A step whose gradients were all dropped is no update."""
-    params = two_parameters()
-    optimizer = SGD(params, lr=0.1)
-    counter = UpdateCounter(optimizer)
-    give_gradients(params, 0)
-    optimizer.step()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert counter.count == 1
-    counter.close()
-    assert not hooks_of(optimizer)
-
-
-def test_counter_counts_no_step_that_the_scaler_skipped():
-    """A step that GradScaler skipped for an overflow is no update, the next one is."""
-    param = nn.Parameter(torch.ones(1))
-    optimizer = SGD([param], lr=0.1)
-    counter = UpdateCounter(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for value in (float("inf"), 1.0):
-        optimizer.zero_grad()
-        scaler.scale((param * value).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert counter.count == 1

@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from esper.continuity.warmup import UpdateFactor
 from esper.growth.updates import UpdateWatcher
+
+
+def factor_of(optimizer):
+    return UpdateFactor(optimizer, warmup_updates=2, hooks=False)
 
 
 def watched(**settings):
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, **settings)
-    return layer, optimizer, UpdateWatcher(optimizer)
+    return layer, optimizer, UpdateWatcher(optimizer, factor_of(optimizer))
 
 
 def step(layer, optimizer, *, gradients=True):
@@ -46,9 +51,36 @@ def test_a_step_whose_gradients_were_thrown_away_is_no_update():
     layer, optimizer, watcher = watched()
     step(layer, optimizer, gradients=False)
     assert watcher.step("thrown away") is None
+    assert watcher.num_steps_of_optimizer == 0
     step(layer, optimizer)
     assert watcher.step("kept") == ["kept"]
     assert watcher.updates == 1
+
+
+def test_a_step_that_the_scaler_skipped_is_no_update():
+    """The next one is."""
+    layer, optimizer, watcher = watched()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for value in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(layer(torch.full((1, 2), value)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert watcher.num_steps_of_optimizer == 1
+
+
+def test_a_step_is_told_to_the_warm_up():
+    """As hooks of its own would: the second update is a half of what it is without."""
+    for warms in (True, False):
+        layer, optimizer, watcher = watched()
+        if warms:
+            watcher._factor.add(layer.parameters())
+        first = layer.bias.detach().clone()
+        step(layer, optimizer)
+        middle = layer.bias.detach().clone()
+        assert torch.equal(first, middle) is warms
+        step(layer, optimizer)
+        torch.testing.assert_close(middle - layer.bias, torch.full((2,), 0.25 if warms else 0.5))
 
 
 def test_batches_of_a_skipped_step_are_left_out_by_their_number():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.optim import Optimizer
 
-from esper.continuity.ensemble import members_of, own_groups
+from esper.continuity.ensemble import own_groups
 from esper.continuity.step_hooks import StepHooks, is_update
 
 if TYPE_CHECKING:
@@ -24,42 +24,6 @@ if TYPE_CHECKING:
 
 SPENT_FRACTION: Final = 0.10
 """A rate below this share of its peak is spent: what appears then starts at ``lr_new``."""
-
-
-class UpdateCounter:
-    """Counts the real updates of an optimizer: steps in which a parameter had a gradient.
-
-    Of several optimizers that train one model, it counts those of the one that has made most. A
-    step that GradScaler skips calls no hook, and one whose gradients were dropped changes
-    nothing; neither counts.
-
-    Args:
-        optimizer: The optimizer to watch.
-        start: First value, at least 0.
-    """
-
-    def __init__(self, optimizer: AnyOptimizer, *, start: int = 0) -> None:
-        self.count = start
-        self._counts = dict.fromkeys(map(id, members_of(optimizer)), start)
-        self._hooks = StepHooks(optimizer, after=self._after_step)
-
-    def state_dict(self) -> list[int]:
-        """Return the updates of each optimizer, in their order."""
-        return list(self._counts.values())
-
-    def load_state_dict(self, state: Sequence[int]) -> None:
-        """Go on counting where as many optimizers, in the same order, were."""
-        self._counts = dict(zip(self._counts, map(int, state), strict=True))
-        self.count = max(self._counts.values())
-
-    def close(self) -> None:
-        """Remove the hook; the count stays."""
-        self._hooks.close()
-
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if is_update(optimizer):
-            count = self._counts[id(optimizer)] = self._counts[id(optimizer)] + 1
-            self.count = max(self.count, count)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,13 +52,19 @@ class UpdateFactor:
     ``lr_new * peak / rate``, so that the parameter starts at ``lr_new`` of the peak and decays
     with the schedule; should the schedule rise again, it falls back to 1.
 
-    The optimizer has two hooks until :meth:`close`; they do nothing while no parameter needs them.
+    Each step has to be told to it, before and behind: by two hooks until :meth:`close`, or by
+    whoever watches the steps of the optimizer anyway.
 
     Args:
         optimizer: What trains the model.
         params: Parameters that are in it and begin their first steps now.
         warmup_updates: Length of the warm-up, at least 0.
         lr_new: Share of the peak rate in [0, 1]; 0 leaves the host's rate.
+        hooks: Whether the optimizer gets hooks, which do nothing while no parameter needs them;
+            else :meth:`before_step` and :meth:`after_step` are to be called where :attr:`active`.
+
+    Attributes:
+        active: Whether any parameter is on its first steps.
 
     Raises:
         ValueError: A setting is outside its range, or a parameter is in no group.
@@ -107,6 +77,7 @@ class UpdateFactor:
         *,
         warmup_updates: int = 100,
         lr_new: float = 0.3,
+        hooks: bool = True,
     ) -> None:
         if warmup_updates < 0:
             msg = f"warmup_updates is at least 0, got {warmup_updates}"
@@ -118,13 +89,13 @@ class UpdateFactor:
         self.lr_new = lr_new
         self._optimizer = optimizer
         self._entries: dict[int, _Entry] = {}
-        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
+        self.active = False
+        self._hooks = (
+            StepHooks(optimizer, before=self._before_step, after=self._after_step)
+            if hooks
+            else None
+        )
         self.add(params)
-
-    @property
-    def active(self) -> bool:
-        """Whether any parameter is on its first steps."""
-        return bool(self._entries)
 
     def add(self, params: Iterable[torch.Tensor], *, peaks: Sequence[float] | None = None) -> None:
         """Begin the first steps of parameters that are in the optimizer.
@@ -152,7 +123,9 @@ class UpdateFactor:
     def close(self) -> None:
         """Forget all parameters and remove the hooks."""
         self._entries.clear()
-        self._hooks.close()
+        self.active = False
+        if self._hooks is not None:
+            self._hooks.close()
 
     def factor(self, param: torch.Tensor) -> float:
         """Return the factor on the parameter's next update; 1 where it needs none."""
@@ -215,16 +188,21 @@ class UpdateFactor:
         return entry.num_updates / self.warmup_updates
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        for entry in self._of(optimizer) if self._entries else ():
-            entry.before = entry.param.detach().clone()
+        if self.active:
+            self.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if self._entries:  # as in few steps of a run
-            self._scale(optimizer)
+        if self.active:
+            self.after_step(optimizer)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep the parameters on their first steps as they are before one of the optimizer."""
+        for entry in self._of(optimizer):
+            entry.before = entry.param.detach().clone()
 
     @torch.no_grad()
-    def _scale(self, optimizer: Optimizer) -> None:
-        """Scale what a step has done to parameters on their first ones."""
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Scale what a step of the optimizer has done to parameters on their first ones."""
         entries = self._of(optimizer)
         is_counted = bool(entries) and is_update(optimizer)
         for entry in entries:
@@ -247,6 +225,7 @@ class UpdateFactor:
             for key, entry in self._entries.items()
             if entry.num_updates < self.warmup_updates or entry.ceiling
         }
+        self.active = bool(self._entries)
 
 
 def _saved(entry: _Entry | None) -> dict[str, float] | None:

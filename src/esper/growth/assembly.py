@@ -104,7 +104,10 @@ def begin_run(
     cache = _cache_of(registry, policy, model)
     sync_optimizer(model, members_of(every), group_for=group_for)
     log, clock = _log_in(options.get("run_dir")), options.get("clock") or MonotonicClock()
-    watcher = UpdateWatcher(every)
+    factor = UpdateFactor(
+        every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new, hooks=False
+    )
+    watcher = UpdateWatcher(every, factor)
     bus = EventBus([sink for sink in (log, options.get("sink")) if sink is not None])
     journal = Journal(bus, clock, lambda: watcher.updates)
     for name, parameters in untrained.items():
@@ -154,7 +157,7 @@ def begin_run(
         twin_update=twin_update(options.get("update"), compute_loss),
         build_twin=builder(options.get("twin")),
         watcher=watcher,
-        factor=UpdateFactor(every, warmup_updates=settings.warmup_updates, lr_new=settings.lr_new),
+        factor=factor,
         journal=journal,
         bus=bus,
         log=log,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from esper.continuity.clipping import GradientWatch
 from esper.continuity.ensemble import members_of, settings_of
 from esper.continuity.loss_scale import loss_scale_of_step
-from esper.continuity.step_hooks import StepHooks
-from esper.continuity.warmup import UpdateCounter, peak_rate
+from esper.continuity.step_hooks import StepHooks, is_update
+from esper.continuity.warmup import peak_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from esper.continuity.clipping import Clipping
     from esper.continuity.ensemble import AnyOptimizer, ParamGroup
+    from esper.continuity.warmup import UpdateFactor
     from esper.growth.batch import Batch
 
 
@@ -27,12 +28,18 @@ _RATE: Final = itemgetter("lr")
 class UpdateWatcher:
     """Tells optimizer updates from micro-batches, and from steps that were thrown away.
 
+    An update is a step in which a parameter had a gradient. A step that GradScaler skipped calls no
+    hook, and one whose gradients were dropped changes nothing; neither counts.
+
     Args:
         optimizer: The run's; it gets two hooks, until the watcher is closed.
+        factor: What is told of each step as well: the warm-up of parameters that appear.
 
     Attributes:
         updates: Optimizer updates that were seen in :meth:`step`; of several optimizers, those of
             the one that makes most.
+        num_steps_of_optimizer: Updates that it made, whether :meth:`step` was called after them or
+            not.
         reads_scale: Whether the scale of the loss is read at every step, for which the device is
             waited for, the size of the gradients followed, and the settings of the groups kept.
         loss_scale: By what the loss of the last update was multiplied; 1 where nothing did, or
@@ -41,17 +48,18 @@ class UpdateWatcher:
             update was made of; the others' gradients were thrown away.
     """
 
-    def __init__(self, optimizer: AnyOptimizer) -> None:
+    def __init__(self, optimizer: AnyOptimizer, factor: UpdateFactor) -> None:
         self._optimizer = optimizer
-        self._counter = UpdateCounter(optimizer)
-        self._hooks = StepHooks(optimizer, before=self._before_step)
+        self._factor = factor
+        self._counts = dict.fromkeys(map(id, members_of(optimizer)), 0)
+        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
         self._micro_batches: list[Batch] = []
         self._per_update: int | None = None
         self._stepped = False
         self._peaks: dict[int, list[float]] = {}
         self._rates: dict[int, list[float]] = {}
         self._settings: dict[int, list[ParamGroup]] = {}
-        self.updates = 0
+        self.updates = self.num_steps_of_optimizer = 0
         self.reads_scale = False
         self.loss_scale = self.share_kept = 1.0
         self._gradients = GradientWatch()
@@ -74,11 +82,11 @@ class UpdateWatcher:
         if batch is not None:
             self._micro_batches.append(batch)
         stepped, self._stepped = self._stepped, False
-        if self._counter.count == self.updates:
+        if self.num_steps_of_optimizer == self.updates:
             if stepped:  # without an update: the gradients were thrown away
                 self._micro_batches.clear()
             return None
-        self.updates = self._counter.count
+        self.updates = self.num_steps_of_optimizer
         batches, self._micro_batches = self._micro_batches, []
         usual = len(batches) if self._per_update is None else self._per_update
         self._per_update = min(usual, len(batches)) or None
@@ -115,17 +123,12 @@ class UpdateWatcher:
             found += [*own, *map(else_read, member.param_groups[len(own) :])]
         return found
 
-    @property
-    def num_steps_of_optimizer(self) -> int:
-        """Updates that the optimizer made, whether :meth:`step` was called after them or not."""
-        return self._counter.count
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen, with rates and peaks by the number of the optimizer."""
         members = [id(member) for member in members_of(self._optimizer)]
         return {
             "updates": self.updates,
-            "counts": self._counter.state_dict(),
+            "counts": list(self._counts.values()),
             "per_update": self._per_update,
             "rates": [list(self._rates.get(member, ())) for member in members],
             "peaks": [list(self._peaks.get(member, ())) for member in members],
@@ -135,7 +138,8 @@ class UpdateWatcher:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another watcher was; batches that were no update yet are not known."""
         members = [id(member) for member in members_of(self._optimizer)]
-        self._counter.load_state_dict(state["counts"])
+        self._counts = dict(zip(members, map(int, state["counts"]), strict=True))
+        self.num_steps_of_optimizer = max(self._counts.values())
         for own, name in ((self._rates, "rates"), (self._peaks, "peaks")):
             own.clear()
             found = zip(members, state[name], strict=True)
@@ -146,12 +150,13 @@ class UpdateWatcher:
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._counter.close()
         self._hooks.close()
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         """Keep the rates of the update that is about to happen, and the highest so far."""
         self._stepped, self.loss_scale = True, 1.0
+        if self._factor.active:
+            self._factor.before_step(optimizer)
         groups = optimizer.param_groups
         if self.reads_scale:
             self.loss_scale = loss_scale_of_step()
@@ -164,3 +169,11 @@ class UpdateWatcher:
         rates = self._rates[id(optimizer)] = [float(group["lr"]) for group in groups]
         before = [*peaks, *(peak_rate(group) for group in groups[len(peaks) :])]
         self._peaks[id(optimizer)] = [max(pair) for pair in zip(rates, before, strict=False)]
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Count an update."""
+        if is_update(optimizer):
+            count = self._counts[id(optimizer)] = self._counts[id(optimizer)] + 1
+            self.num_steps_of_optimizer = max(self.num_steps_of_optimizer, count)
+        if self._factor.active:
+            self._factor.after_step(optimizer)
