@@ -395,8 +395,8 @@ def test_another_grower_goes_on_with_what_was_begun():
     resumed.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(other.parameters())
     with esper.Grower(other, optimizer, horizon=100, policy=resumed) as grower:
-        grower._run.watcher._counter.count = grower._run.watcher.updates = 46
-        grower._run.watcher._counter._counts[id(optimizer)] = 46
+        watcher = grower._run.watcher
+        watcher.load_state_dict({**watcher.state_dict(), "counts": [46], "updates": 46})
         for _ in range(7):
             grower.step(update(other, optimizer, X, Y))
     (stage,) = grower.report().stages
