@@ -811,6 +811,19 @@ def test_other_tensors_during_one_call():
     assert not torch.allclose(found, layer(x))
 
 
+def test_a_gradient_is_that_of_the_tensors_of_the_call():
+    """Under ``guard="always"`` what is not finite is looked for once other tensors stand there."""
+    layer, x = grown("sigmoid", guard="always")
+    with torch.no_grad():
+        record_of(layer).seeds[1].slot.kernel[0].weight[0, 0] = torch.inf
+    others = {name: 1.5 * p.detach() for name, p in layer.named_parameters()}
+    given = [x.detach().clone().requires_grad_() for _ in range(2)]
+    for site, one in zip((layer, one_by_one(layer)), given, strict=True):
+        torch.func.functional_call(site, others, (one,)).square().sum().backward()
+        assert [fault.seed_idx for fault in maintain(site).faults] == [1]
+    assert_close({"x": given[0].grad}, {"x": given[1].grad})
+
+
 def test_inference_mode():
     """In inference mode a fused layer gives what it gives in training."""
     layer, x = grown()

@@ -7,6 +7,7 @@ gate.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from esper.forward.gradient_gates import keep_gated, zeros_unless_finite
 from esper.state.observation import CLEAN_MARKS, Call
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from esper.state.seed_group import SeedGroup
 
@@ -39,6 +40,7 @@ class GroupGates:
 
     def __init__(self, group: SeedGroup, given: Tensor, alphas: Tensor) -> None:
         self._group, self._given, self._alphas = group, given, alphas
+        self._used: list[Tensor] = []
         self._incoming: Tensor | None = None
         self._calls: Sequence[Call] = ()
 
@@ -46,6 +48,7 @@ class GroupGates:
         """Return what the kernels read, whose gradient passes a gate."""
         if not (self._given.requires_grad and torch.is_grad_enabled()):
             return self._given
+        self._used = [table[key] for table, key in self._group.parameters]
         gated = self._given.view_as(self._given)
         node = gated.grad_fn
         assert node is not None
@@ -90,9 +93,22 @@ class GroupGates:
         """Return the sum of what each kernel gives, of which what is not finite is left out."""
         total = torch.zeros_like(self._given)
         for seed, alpha in zip(self._group.seeds, self._alphas, strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), _standing(self._group, self._used):
                 x = self._given.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(seed.slot.kernel(x), x, alpha * incoming)
             passes = zeros_unless_finite(gradient, seed, -1)
             total += gradient if passes is None else passes
         return total
+
+
+@contextmanager
+def _standing(group: SeedGroup, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let the tensors of a call stand where the kernels' parameters do: others may by now."""
+    now = [table[key] for table, key in group.parameters]
+    try:
+        for (table, key), tensor in zip(group.parameters, tensors, strict=True):
+            table[key] = tensor
+        yield
+    finally:
+        for (table, key), tensor in zip(group.parameters, now, strict=True):
+            table[key] = tensor

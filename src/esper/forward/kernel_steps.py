@@ -54,6 +54,12 @@ class KernelSteps:
             yield module.__dict__["_parameters"]
             yield module.__dict__["_buffers"]
 
+    def parameters(self) -> Iterator[tuple[dict[str, Tensor], str]]:
+        """Yield where its parameters stand, as ``(table, key)``."""
+        for module in self.kernel.modules():
+            table = module.__dict__["_parameters"]
+            yield from ((table, name) for name, p in table.items() if p is not None)
+
     def facts(self) -> Iterator[tuple[dict[str, object], str, object]]:
         """Yield what stands in these tables and decides what is computed, but for tensors."""
         for module in self.kernel.modules():

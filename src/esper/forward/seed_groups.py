@@ -88,6 +88,7 @@ def _group(found: Sequence[tuple[Seed, KernelSteps]]) -> SeedGroup | None:
         hooks=tuple(table for kernel in kernels for table in kernel.hooks()),
         tables=tables,
         sizes=list(map(len, tables)),
+        parameters=tuple(place for kernel in kernels for place in kernel.parameters()),
         places=tuple((table, key) for table, key, _ in facts),
         values=[value for _, _, value in facts],
     )

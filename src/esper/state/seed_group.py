@@ -35,6 +35,7 @@ class SeedGroup:
         hooks: Tables of hooks on the kernels' modules: empty.
         tables: Tables of the kernels' modules that had these ``sizes``.
         sizes: Of ``tables``, in their order.
+        parameters: ``(table, key)`` of their parameters.
         places: ``(table, key)`` of what stands in the kernels' tables, children among it.
         values: What stood there.
     """
@@ -44,6 +45,7 @@ class SeedGroup:
     hooks: tuple[Mapping[object, object], ...]
     tables: tuple[Sized, ...]
     sizes: list[int]
+    parameters: tuple[tuple[dict[str, Tensor], str], ...]
     places: tuple[tuple[Mapping[str, object], str], ...]
     values: list[object]
 
