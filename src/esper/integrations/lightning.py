@@ -20,6 +20,7 @@ from esper.growth.grower import Grower
 from esper.growth.options import check_options
 from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
 from esper.integrations.missing import missing_framework
+from esper.state.shards import unsharded_around
 from esper.wrapping.wrap import layers, wrap
 
 try:
@@ -27,6 +28,8 @@ try:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+    from esper.integrations.sharded_loading import build_before_loading
 except ImportError as error:
     raise missing_framework("pytorch_lightning", "lightning") from error
 
@@ -90,6 +93,7 @@ class EsperCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done."""
         del stage
+        build_before_loading(trainer.strategy)
         for module in (pl_module, *_averages(trainer)):
             model = module.get_submodule(self._path)
             if not layers(model):
@@ -302,8 +306,10 @@ class _Adapter:
         batch = plugin.convert_input(batch)
         batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         assert self._loss is not None, "without a loss there is no evaluate"
-        with self._standing_in(model), plugin.forward_context():
-            return evaluate_on([batch[:2]], loss=self._loss)(model.get_submodule(self._part))
+        part = model.get_submodule(self._part)
+        around = unsharded_around(part, model)
+        with self._standing_in(model), plugin.forward_context(), around:
+            return evaluate_on([batch[:2]], loss=self._loss)(part)
 
     def _held_out_batches(self) -> Iterator[Any]:
         if self._trainer.val_dataloaders is None:
