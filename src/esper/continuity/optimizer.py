@@ -392,6 +392,11 @@ class _Link:
             if member not in self._hooks:
                 self._hooks[member] = StepHooks(member, before=self._before_step)
 
+    def as_synced(self, model: nn.Module) -> nn.Module:
+        """Return a model inside what it was handed over in: DDP has to know of kernels as well."""
+        given = self._model()
+        return model if given is None or bare(given) is not model else given
+
     def take_over(self, other: _Link) -> None:
         """Take the place of what was remembered of optimizers that came apart from these."""
         self.kernels.update(other.kernels)
@@ -489,7 +494,7 @@ def _take_in(model: nn.Module, optimizer: Optimizer) -> None:
     for layer in _layers(model):
         for seed_idx, kernel in seeded_kernels(layer):
             if placement.places(layer, seed_idx, kernel)[0]:
-                sync_optimizer(model, members, group_for=link.group_for)
+                sync_optimizer(link.as_synced(model), members, group_for=link.group_for)
                 return
 
 
