@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import esper.integrations.pretrained
 import esper.observability.notebook  # noqa: F401 - both are there where nobody has said esper.Grower
+from esper.continuity.replicas import ranks_of
 from esper.contracts.errors import GrowthError
 from esper.contracts.events import Evaluated, StageChanged
 from esper.contracts.lifecycle import GraftStage
@@ -13,6 +14,8 @@ from esper.contracts.owner_warning import warn_owner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
     from esper.contracts.events import Event
     from esper.contracts.ports import EventSink
@@ -56,6 +59,24 @@ def resume(grower: Grower, state: Mapping[str, Any] | None, *, at_update: int) -
             "kernels and their moments are those of the checkpoint, and the Grower begins anew "
             "(tries, verdicts and its view of the losses are not resumed)"
         )
+
+
+def check_together(model: nn.Module, num_processes: int) -> None:
+    """Refuse processes that train a model in a way that growth knows nothing of.
+
+    Args:
+        model: As the framework has prepared it.
+        num_processes: How many train it.
+
+    Raises:
+        ValueError: There are several, and no ranks are known: each would grow by itself.
+    """
+    if num_processes > 1 and ranks_of(model) is None:
+        msg = (
+            f"{num_processes} processes train the model as {type(model).__name__}, and growth "
+            "needs DDP, or FSDP2 with whole twins (twin=): each process would grow by itself"
+        )
+        raise ValueError(msg)
 
 
 class Hearing:

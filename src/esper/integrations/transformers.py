@@ -14,7 +14,7 @@ from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
-from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
+from esper.integrations.growth_state import Hearing, check_together, metrics_of, resume, state_of
 from esper.integrations.missing import missing_framework
 from esper.integrations.state_files import read_state, write_state
 from esper.seeds.rebuilding import build
@@ -152,6 +152,7 @@ class EsperTrainerMixin:
         """Make the Grower: model and optimizer are those of the checkpoint by now."""
         trainer: Any = self
         self._esper_close()
+        check_together(trainer.model_wrapped, trainer.args.world_size)
         asked = _Asked(trainer)
         done = trainer.state.global_step
         left = trainer.state.max_steps - (0 if self._esper_loaded else done)
