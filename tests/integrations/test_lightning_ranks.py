@@ -75,3 +75,10 @@ def test_a_checkpoint_of_shards_is_never_a_smaller_model(told, kind):
 def test_nobody_is_told_of_copies_that_esper_makes(told):
     """A trial's copies of the model are no average that its owner has forgotten."""
     assert "a copy of the model" not in told[1]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_rank_that_raises_alone_asks_the_other_nothing(told):
+    """It ends with its own error, while the other waits for gradients; gloo ended the process."""
+    assert told[0][1]["left"] == "rank 1 has had enough"

@@ -135,6 +135,26 @@ def validated(path):
     return trainer.validate(Sharded(), gate_loader(), ckpt_path=path, verbose=False)[0]["val_loss"]
 
 
+class Leaving(pl.Callback):
+    """Ends the fit of one rank; the other is in a backward then, and waits for its gradients."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 5:
+            raise RuntimeError("rank 1 has had enough")
+
+
+def left(folder):
+    """Fit until one rank raises; return the error that this one ends with."""
+    grows = EsperCallback(loss="mse", policy=esper.Never(), horizon=None)
+    trainer = trainer_of(folder, grows, Leaving(), strategy="ddp")
+    data = loader(growing.X, growing.Y, batch_size=30)
+    try:
+        trainer.fit(Module(), data, gate_loader())
+    except RuntimeError as error:
+        return str(error)
+    return "none"
+
+
 def main(folder):
     """Fit a part of a module, and go on from its checkpoint: replicated, and in shards."""
     path = folder / "held.ckpt"
@@ -145,8 +165,10 @@ def main(folder):
         again = fit(folder / "again", Sharded(), ckpt_path=saved, strategy=in_shards())
         found[f"{kind} resumed"] = again
         found[f"{kind} validated"] = validated(saved)
-    (folder / f"rank {dist.get_rank()}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    said = folder / f"rank {dist.get_rank()}"
+    found["left"] = left(folder)
+    dist.destroy_process_group()  # ends the waiting of the rank that has not left
+    said.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

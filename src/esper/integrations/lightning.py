@@ -159,19 +159,19 @@ class EsperCallback(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the Grower, and say why."""
+        """Close the Grower, and say why; on a rank that has raised alone, too."""
         del trainer, pl_module
-        self.close(f"{type(exception).__name__} was raised")
+        self.close(f"{type(exception).__name__} was raised", by_error=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the Grower where nothing else did."""
         del trainer, pl_module, stage
         self.close()
 
-    def close(self, reason: str = "the run ended") -> None:
-        """Close the Grower, if one is open. Closing twice does nothing."""
+    def close(self, reason: str = "the run ended", *, by_error: bool = False) -> None:
+        """Close the Grower, if one is open, as its own ``close``. Closing twice does nothing."""
         if self.grower is not None:
-            self.grower.close(reason)
+            self.grower.close(reason, by_error=by_error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of growth for a checkpoint; empty where a Grower has none to give."""

@@ -118,7 +118,7 @@ class EsperTrainerMixin:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc] # the Trainer's
         except BaseException as error:
-            self._esper_close(f"{type(error).__name__} was raised")
+            self._esper_close(f"{type(error).__name__} was raised", by_error=True)
             raise
         finally:
             self._esper_close()
@@ -186,9 +186,9 @@ class EsperTrainerMixin:
             self._esper_hearing.has_heard = False
             trainer.log(metrics_of(self.grower))
 
-    def _esper_close(self, reason: str = "the run ended") -> None:
+    def _esper_close(self, reason: str = "the run ended", *, by_error: bool = False) -> None:
         if self.grower is not None:
-            self.grower.close(reason)
+            self.grower.close(reason, by_error=by_error)
 
 
 class EsperTrainer(EsperTrainerMixin, Trainer):
