@@ -27,6 +27,7 @@ try:
     import pytorch_lightning as pl
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+    from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 
     from esper.integrations.sharded_loading import build_before_loading
@@ -91,9 +92,14 @@ class EsperCallback(pl.Callback):
         self.grower: Grower | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done."""
-        del stage
+        """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done.
+
+        Raises:
+            ValueError: Processes are to fit it of which only the weights come back.
+        """
         build_before_loading(trainer.strategy)
+        if stage == "fit" and not layers(pl_module.get_submodule(self._path)):
+            _check_comes_back(trainer)
         for module in (pl_module, *_averages(trainer)):
             model = module.get_submodule(self._path)
             if not layers(model):
@@ -193,6 +199,22 @@ class EsperCallback(pl.Callback):
             found = metrics_of(self.grower)
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
+
+
+def _check_comes_back(trainer: pl.Trainer) -> None:
+    """Refuse processes whose weights go into the module of the one that started them.
+
+    Raises:
+        ValueError: They are such, and that module is not wrapped: what has grown would be left out.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return
+    msg = (
+        "the Trainer fits in processes of its own (ddp_spawn, ddp_fork, ddp_notebook), and brings "
+        "weights back into a module that has no place for kernels: call esper.wrap(module) before "
+        'trainer.fit, or start a script with strategy="ddp"'
+    )
+    raise ValueError(msg)
 
 
 def _of_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
