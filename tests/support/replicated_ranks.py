@@ -295,19 +295,21 @@ def grown():
 
 
 def a_kernel_that_is_loaded_after_the_model_was_replicated():
-    """By torch's own calls, as frameworks do, with the optimizer in line with the model before."""
+    """By torch's own calls, as frameworks do, with the optimizer in line before, and without."""
     states = [grown()]
     dist.broadcast_object_list(states)
-    net = esper.wrap(Net(), select=["first", "last"])
-    model = DistributedDataParallel(net)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    esper.sync_optimizer(model, optimizer)
-    net.load_state_dict(states[0][0])
-    optimizer.load_state_dict(states[0][1])
-    assert any("_seeds" in name for name, _ in net.named_parameters())
-    for step in range(1, NUM_STEPS):
-        plain_update(model, optimizer, step)
-        assert_ranks_agree(parameters(optimizer))
+    for is_in_line in (True, False):
+        net = esper.wrap(Net(), select=["first", "last"])
+        model = DistributedDataParallel(net)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        if is_in_line:
+            esper.sync_optimizer(model, optimizer)
+        net.load_state_dict(states[0][0])
+        optimizer.load_state_dict(states[0][1])
+        assert any("_seeds" in name for name, _ in net.named_parameters())
+        for step in range(1, NUM_STEPS):
+            plain_update(model, optimizer, step)
+            assert_ranks_agree(parameters(optimizer))
 
 
 def averaging_in_the_steps_pre_hook():
