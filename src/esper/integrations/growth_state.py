@@ -48,16 +48,16 @@ def resume(grower: Grower, state: Mapping[str, Any] | None, *, at_update: int) -
         at_update: Where the framework goes on, in updates; 0 at the start of a run.
 
     Warns:
-        UserWarning: The run goes on from a checkpoint without a state of growth.
+        UserWarning: The run goes on without a state of growth, from a checkpoint or from none.
     """
     load = getattr(grower, "load_state_dict", None)
     if state and load is not None:
         load(dict(state))
     elif at_update:
         warn_owner(
-            f"the run goes on at update {at_update}, and its checkpoint has no state of growth: "
-            "kernels and their moments are those of the checkpoint, and the Grower begins anew "
-            "(tries, verdicts and its view of the losses are not resumed)"
+            f"the run goes on at update {at_update} and has no state of growth: no checkpoint "
+            "gave one; kernels and their moments are those that are there, and the Grower begins "
+            "anew (verdicts and its view of the losses are not resumed)"
         )
 
 
