@@ -187,6 +187,14 @@ def test_several_optimizers_are_given_as_a_sequence():
     grower.close()
 
 
+def test_processes_that_growth_does_not_know_are_refused(monkeypatch):
+    """Whatever else shards or copies the model: each would grow by itself."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    model = growing.host()
+    with pytest.raises(ValueError, match="2 processes train the model as Sequential"):
+        esper_prepare(Accelerator(cpu=True), model, torch.optim.AdamW(model.parameters()))
+
+
 def test_an_unknown_option_changes_nothing():
     """The model is not wrapped where the options are refused."""
     model = growing.host()

@@ -334,6 +334,27 @@ def test_manual_optimization_is_refused_under_ddp(monkeypatch):
         EsperCallback().on_train_start(ranks, module)
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_kernels_that_would_not_come_back_are_refused(tmp_path, strategy):
+    """Weights of such processes go into the module here, which would leave out kernels unseen."""
+    callback, module = never(), Module()
+    made = trainer(tmp_path, callback, strategy=strategy, devices=1)
+    with pytest.raises(ValueError, match=r"call esper.wrap\(module\) before trainer.fit"):
+        callback.setup(made, module, "fit")
+    assert not esper.layers(module)
+    callback.setup(made, module, "validate")  # brings nothing back
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+def test_a_module_that_was_wrapped_has_what_grew_in_another_process(tmp_path):
+    """Under ddp_fork, as in a notebook: the weights that come back have their kernels."""
+    module = esper.wrap(Module())
+    fit(tmp_path, growing_callback(), module, strategy="ddp_fork", devices=1)
+    assert kernels_of(module)
+
+
 def test_an_unknown_option_is_refused_at_once():
     """Not when the training starts."""
     with pytest.raises(TypeError, match="did you mean horizon"):

@@ -1,4 +1,4 @@
-"""Lightning under ``torchrun``: two ranks, one module that grows."""
+"""Lightning under ``torchrun``: two ranks, one module that grows, replicated or in shards."""
 
 import json
 import os
@@ -27,13 +27,15 @@ def told(tmp_path_factory):
         text=True,
         check=False,
     )
-    assert made.returncode == 0, made.stderr[-3000:]
+    assert made.returncode == 0, made.stderr
     return [json.loads((folder / f"rank {i}").read_text()) for i in range(2)], made.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize("fit", ["whole", "resumed"])
+@pytest.mark.parametrize(
+    "fit", ["whole", "resumed", "sharded whole", "folder resumed", "file resumed"]
+)
 def test_ranks_grow_together(told, fit):
     """They try, take over and keep the same, and their parameters are equal behind every batch."""
     one, other = (rank[fit] for rank in told[0])
@@ -45,10 +47,27 @@ def test_ranks_grow_together(told, fit):
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_ranks_go_on_from_lightnings_checkpoint(told):
-    """With the bits of the fit that was not stopped."""
+@pytest.mark.parametrize(
+    ("resumed", "whole"),
+    [
+        ("resumed", "whole"),
+        ("folder resumed", "sharded whole"),
+        ("file resumed", "sharded whole"),
+    ],
+)
+def test_ranks_go_on_from_lightnings_checkpoint(told, resumed, whole):
+    """With the bits of the fit that was not stopped; one in shards saves a folder, or one file."""
     for rank in told[0]:
-        assert rank["resumed"]["end"] == rank["whole"]["end"]
+        assert rank[resumed]["end"] == rank[whole]["end"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_checkpoint_of_shards_is_never_a_smaller_model(told, kind):
+    """A fresh module that is sharded before it loads has the kernels, and so the loss."""
+    for rank in told[0]:
+        assert rank[f"{kind} validated"] == rank["sharded whole"]["val_loss"]
 
 
 @pytest.mark.slow
@@ -56,3 +75,10 @@ def test_ranks_go_on_from_lightnings_checkpoint(told):
 def test_nobody_is_told_of_copies_that_esper_makes(told):
     """A trial's copies of the model are no average that its owner has forgotten."""
     assert "a copy of the model" not in told[1]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_rank_that_raises_alone_asks_the_other_nothing(told):
+    """It ends with its own error, while the other waits for gradients; gloo ended the process."""
+    assert told[0][1]["left"] == "rank 1 has had enough"

@@ -233,6 +233,13 @@ def test_an_error_in_the_training_closes_the_grower(tmp_path):
         made.grower.step()
 
 
+def test_processes_that_growth_does_not_know_are_refused(tmp_path, monkeypatch):
+    """Before the first batch: each would grow by itself."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="2 processes train the model as Regressor"):
+        never(tmp_path).train()
+
+
 def test_an_unknown_option_is_refused_at_once(tmp_path):
     """Not when the training starts."""
     with pytest.raises(TypeError, match="did you mean horizon"):

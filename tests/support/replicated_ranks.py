@@ -283,6 +283,35 @@ def outputs_of_any_form():
             assert_ranks_agree(parameters(optimizer))
 
 
+def grown():
+    """Return the states of a model that has grown, and of its optimizer."""
+    torch.manual_seed(0)
+    net = esper.wrap(Net(), select=["first", "last"])
+    net.first.graft(0, "mlp-6x6-w32", alpha=0.5, example=torch.randn(3, 6))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    esper.sync_optimizer(net, optimizer)
+    plain_update(net, optimizer, 0)
+    return net.state_dict(), optimizer.state_dict()
+
+
+def a_kernel_that_is_loaded_after_the_model_was_replicated():
+    """By torch's own calls, as frameworks do, with the optimizer in line before, and without."""
+    states = [grown()]
+    dist.broadcast_object_list(states)
+    for is_in_line in (True, False):
+        net = esper.wrap(Net(), select=["first", "last"])
+        model = DistributedDataParallel(net)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        if is_in_line:
+            esper.sync_optimizer(model, optimizer)
+        net.load_state_dict(states[0][0])
+        optimizer.load_state_dict(states[0][1])
+        assert any("_seeds" in name for name, _ in net.named_parameters())
+        for step in range(1, NUM_STEPS):
+            plain_update(model, optimizer, step)
+            assert_ranks_agree(parameters(optimizer))
+
+
 def averaging_in_the_steps_pre_hook():
     """The control: averaged as late as that, clipping has read gradients of the rank's own."""
     finish, replicas._Replication._finish = replicas._Replication._finish, lambda self: None
@@ -317,6 +346,7 @@ CASES = {
         a_seed_that_is_off_is_waited_for_by_nobody,
         a_backward_that_failed_is_forgotten,
         outputs_of_any_form,
+        a_kernel_that_is_loaded_after_the_model_was_replicated,
         averaging_in_the_steps_pre_hook,
     )
 }

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
 from wrapping_models import Mlp, cnn
 
@@ -215,3 +216,13 @@ def test_data_parallel_is_refused(name, inside):
     with pytest.raises(TypeError, match=f"^{name} cannot.*DataParallel, which.*Distributed"):
         TAKE_A_MODEL[name](model)
     assert list(map(type, model.modules())) == classes
+
+
+@pytest.mark.parametrize("name", TAKE_A_MODEL)
+def test_the_first_fsdp_is_refused(name):
+    """It holds the weights itself: kernels would be trained by each rank alone."""
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    model._fsdp_wrapped_module = Mlp() if name == "wrap" else esper.wrap(Mlp())
+    with pytest.raises(TypeError, match=f"^{name} cannot.*each rank alone. Use FSDP2"):
+        TAKE_A_MODEL[name](nn.Sequential(model))

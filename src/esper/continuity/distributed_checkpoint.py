@@ -68,11 +68,32 @@ def build_as_saved(
             hand. What differs is named, and no layer was changed.
     """
     check_module("build_as_saved", model)
-    every = None if optimizer is None else joined(optimizer)
     reader = checkpoint
     if not isinstance(reader, StorageReader):
         reader = FileSystemReader(Path(reader))
-    found = _by_layer(_read(reader), prefix)
+    build_described(_read(reader), model, optimizer, prefix=prefix)
+
+
+def build_described(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    prefix: str = "",
+) -> None:
+    """Give a model the kernels that tensors of a checkpoint describe, as :func:`build_as_saved`.
+
+    Args:
+        tensors: By their names there; those that say of no seed what it is are passed over.
+        model: As there, as are all that follow.
+        optimizer: What trains it, or all that do.
+        prefix: What stands before the model's names.
+
+    Raises:
+        ValueError: As there.
+    """
+    every = None if optimizer is None else joined(optimizer)
+    found = _by_layer({n: t for n, t in tensors.items() if _says_what_it_is(n)}, prefix)
     layers = {n: m for n, m in bare(model).named_modules() if RECORD in m.__dict__}
     _check_wrapped(found, layers, prefix)
     try:
@@ -89,13 +110,17 @@ def build_as_saved(
             member.zero_grad()  # nor does it where there are gradients
 
 
+def _says_what_it_is(name: str) -> bool:
+    return SEEDS_PREFIX in name and name.rpartition(".")[2] in _READ
+
+
 def _read(reader: StorageReader) -> dict[str, Tensor]:
     """Read what says which kernels there are, by its whole name."""
     entries: Mapping[str, object] = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {
         name: _empty(entry)  # type: ignore[arg-type] # a seed's entries are tensors
         for name, entry in entries.items()
-        if SEEDS_PREFIX in name and name.rpartition(".")[2] in _READ
+        if _says_what_it_is(name)
     }
     if tensors:
         load({**tensors}, storage_reader=reader)

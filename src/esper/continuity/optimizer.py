@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from esper.continuity.ensemble import (
@@ -392,6 +393,13 @@ class _Link:
             if member not in self._hooks:
                 self._hooks[member] = StepHooks(member, before=self._before_step)
 
+    def as_synced(self, model: nn.Module) -> nn.Module:
+        """Return a model inside what it was handed over in: DDP has to know of kernels as well."""
+        given = self._model()
+        if given is None:  # never handed over, and maybe in a DDP that a load has found
+            given = _LastLoad.replicated()
+        return model if given is None or bare(given) is not model else given
+
     def take_over(self, other: _Link) -> None:
         """Take the place of what was remembered of optimizers that came apart from these."""
         self.kernels.update(other.kernels)
@@ -489,7 +497,7 @@ def _take_in(model: nn.Module, optimizer: Optimizer) -> None:
     for layer in _layers(model):
         for seed_idx, kernel in seeded_kernels(layer):
             if placement.places(layer, seed_idx, kernel)[0]:
-                sync_optimizer(model, members, group_for=link.group_for)
+                sync_optimizer(link.as_synced(model), members, group_for=link.group_for)
                 return
 
 
@@ -501,14 +509,15 @@ with_kernels_out_of_use: Final = _NAMED.whole
 
 
 class _LastLoad:
-    """The load and the model whose optimizers were looked for last."""
+    """The load and the model whose optimizers were looked for last, and the DDP that has it."""
 
     load: object = None
     model: weakref.ref[nn.Module] | None = None
+    replicated: Callable[[], nn.Module | None] = staticmethod(lambda: None)
 
 
 def _find_optimizers(layer: nn.Module, load: object) -> None:
-    """Find who trains a model that gets kernels by loading: their own loading may come next.
+    """Find who trains a model that gets kernels by loading, and its DDP: their turn may come next.
 
     Nobody tells Esper of an optimizer that a framework made before it loads, and torch has no hook
     for it. Looking through all objects takes a tenth of a second, once for each load that builds.
@@ -517,8 +526,11 @@ def _find_optimizers(layer: nn.Module, load: object) -> None:
     if model is None or (load is _LastLoad.load and _LastLoad.model == weakref.ref(model)):
         return
     _LastLoad.load, _LastLoad.model = load, weakref.ref(model)
+    _LastLoad.replicated = lambda: None
     own = {id(p) for p in model.parameters()}
     for found in gc.get_objects():
+        if issubclass(type(found), DistributedDataParallel) and bare(found) is model:
+            _LastLoad.replicated = weakref.ref(found)
         if not issubclass(
             type(found), Optimizer
         ):  # isinstance asks objects, and some answer loudly

@@ -216,8 +216,7 @@ class Grower:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close; on a rank that an error ends, without asking the others, which may be anywhere."""
-        self._run.has_left = kind is not None and ranks_of(self._run.given) is not None
-        self.close()
+        self.close(by_error=kind is not None)
 
     @property
     def updates(self) -> int:
@@ -449,13 +448,18 @@ class Grower:
     def _has_batches(self) -> bool:
         return self._had_batches or bool(self._recent)
 
-    def close(self, reason: str = "the run ended") -> None:
+    def close(self, reason: str = "the run ended", *, by_error: bool = False) -> None:
         """Decide nothing more: remove what has no verdict, every hook, and close the log.
 
         A trial that has no verdict is dropped, and no try is spent. A package under watch is
         looked at once more, and goes where the gate loss has risen: unmeasured means no. Closing
         twice does nothing. Closing never raises: what could not be taken away is a note of the
         report, and everything else is taken away all the same.
+
+        Args:
+            reason: Why it ends, for the report.
+            by_error: Whether an error ends it on this rank, perhaps alone: the others, which may be
+                anywhere, are asked nothing then.
         """
         if self._closed:
             return
@@ -463,6 +467,7 @@ class Grower:
         release(self)
         stage, self._stage = self._stage, None
         run = self._run
+        run.has_left = by_error and ranks_of(run.given) is not None
         with ExitStack() as steps:  # each is done, though a second Ctrl-C should end one of them
             steps.callback(self._close_log)
             steps.callback(self._finish, self._flush)

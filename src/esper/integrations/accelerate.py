@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from esper.bus.in_process import EventBus
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
-from esper.integrations.growth_state import resume, state_of
+from esper.integrations.growth_state import check_together, resume, state_of
 from esper.integrations.missing import missing_framework
 from esper.integrations.trackers import AcceleratorSink
 from esper.wrapping.wrap import layers, wrap
@@ -57,7 +57,8 @@ def esper_prepare(
         the Grower.
 
     Raises:
-        TypeError, ValueError: An option is none of the Grower's or out of its range, or what
+        TypeError, ValueError: An option is none of the Grower's or out of its range, several
+            processes train the model in a way that growth does not know, or what
             :func:`esper.wrap` and :class:`esper.Grower` raise.
     """
     check_options(options)
@@ -65,6 +66,7 @@ def esper_prepare(
         wrap(model, select=select)
     several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     made: Sequence[Any] = accelerator.prepare(model, *several, *others)
+    check_together(made[0], accelerator.num_processes)
     prepared, optimizers, rest = made[0], made[1 : 1 + len(several)], made[1 + len(several) :]
     given = list(optimizers) if isinstance(optimizer, Sequence) else optimizers[0]
     if accelerator.log_with:

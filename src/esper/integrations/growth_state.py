@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import esper.integrations.pretrained
 import esper.observability.notebook  # noqa: F401 - both are there where nobody has said esper.Grower
+from esper.continuity.replicas import ranks_of
 from esper.contracts.errors import GrowthError
 from esper.contracts.events import Evaluated, StageChanged
 from esper.contracts.lifecycle import GraftStage
@@ -13,6 +14,8 @@ from esper.contracts.owner_warning import warn_owner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
     from esper.contracts.events import Event
     from esper.contracts.ports import EventSink
@@ -45,17 +48,35 @@ def resume(grower: Grower, state: Mapping[str, Any] | None, *, at_update: int) -
         at_update: Where the framework goes on, in updates; 0 at the start of a run.
 
     Warns:
-        UserWarning: The run goes on from a checkpoint without a state of growth.
+        UserWarning: The run goes on without a state of growth, from a checkpoint or from none.
     """
     load = getattr(grower, "load_state_dict", None)
     if state and load is not None:
         load(dict(state))
     elif at_update:
         warn_owner(
-            f"the run goes on at update {at_update}, and its checkpoint has no state of growth: "
-            "kernels and their moments are those of the checkpoint, and the Grower begins anew "
-            "(tries, verdicts and its view of the losses are not resumed)"
+            f"the run goes on at update {at_update} and has no state of growth: no checkpoint "
+            "gave one; kernels and their moments are those that are there, and the Grower begins "
+            "anew (verdicts and its view of the losses are not resumed)"
         )
+
+
+def check_together(model: nn.Module, num_processes: int) -> None:
+    """Refuse processes that train a model in a way that growth knows nothing of.
+
+    Args:
+        model: As the framework has prepared it.
+        num_processes: How many train it.
+
+    Raises:
+        ValueError: There are several, and no ranks are known: each would grow by itself.
+    """
+    if num_processes > 1 and ranks_of(model) is None:
+        msg = (
+            f"{num_processes} processes train the model as {type(model).__name__}, and growth "
+            "needs DDP, or FSDP2 with whole twins (twin=): each process would grow by itself"
+        )
+        raise ValueError(msg)
 
 
 class Hearing:

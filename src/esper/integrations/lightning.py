@@ -20,13 +20,17 @@ from esper.growth.grower import Grower
 from esper.growth.options import check_options
 from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
 from esper.integrations.missing import missing_framework
+from esper.state.shards import unsharded_around
 from esper.wrapping.wrap import layers, wrap
 
 try:
     import pytorch_lightning as pl
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+    from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+    from esper.integrations.sharded_loading import build_before_loading
 except ImportError as error:
     raise missing_framework("pytorch_lightning", "lightning") from error
 
@@ -88,8 +92,14 @@ class EsperCallback(pl.Callback):
         self.grower: Grower | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done."""
-        del stage
+        """Wrap the module, so that a checkpoint's kernels can be loaded, whatever is to be done.
+
+        Raises:
+            ValueError: Processes are to fit it of which only the weights come back.
+        """
+        build_before_loading(trainer.strategy)
+        if stage == "fit" and not layers(pl_module.get_submodule(self._path)):
+            _check_comes_back(trainer)
         for module in (pl_module, *_averages(trainer)):
             model = module.get_submodule(self._path)
             if not layers(model):
@@ -155,19 +165,19 @@ class EsperCallback(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the Grower, and say why."""
+        """Close the Grower, and say why; on a rank that has raised alone, too."""
         del trainer, pl_module
-        self.close(f"{type(exception).__name__} was raised")
+        self.close(f"{type(exception).__name__} was raised", by_error=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the Grower where nothing else did."""
         del trainer, pl_module, stage
         self.close()
 
-    def close(self, reason: str = "the run ended") -> None:
-        """Close the Grower, if one is open. Closing twice does nothing."""
+    def close(self, reason: str = "the run ended", *, by_error: bool = False) -> None:
+        """Close the Grower, if one is open, as its own ``close``. Closing twice does nothing."""
         if self.grower is not None:
-            self.grower.close(reason)
+            self.grower.close(reason, by_error=by_error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of growth for a checkpoint; empty where a Grower has none to give."""
@@ -189,6 +199,22 @@ class EsperCallback(pl.Callback):
             found = metrics_of(self.grower)
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=trainer.global_step)
+
+
+def _check_comes_back(trainer: pl.Trainer) -> None:
+    """Refuse processes whose weights go into the module of the one that started them.
+
+    Raises:
+        ValueError: They are such, and that module is not wrapped: what has grown would be left out.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return
+    msg = (
+        "the Trainer fits in processes of its own (ddp_spawn, ddp_fork, ddp_notebook), and brings "
+        "weights back into a module that has no place for kernels: call esper.wrap(module) before "
+        'trainer.fit, or start a script with strategy="ddp"'
+    )
+    raise ValueError(msg)
 
 
 def _of_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module | None:
@@ -302,8 +328,10 @@ class _Adapter:
         batch = plugin.convert_input(batch)
         batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         assert self._loss is not None, "without a loss there is no evaluate"
-        with self._standing_in(model), plugin.forward_context():
-            return evaluate_on([batch[:2]], loss=self._loss)(model.get_submodule(self._part))
+        part = model.get_submodule(self._part)
+        around = unsharded_around(part, model)
+        with self._standing_in(model), plugin.forward_context(), around:
+            return evaluate_on([batch[:2]], loss=self._loss)(part)
 
     def _held_out_batches(self) -> Iterator[Any]:
         if self._trainer.val_dataloaders is None:

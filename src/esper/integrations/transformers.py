@@ -14,7 +14,7 @@ from esper.continuity.optimizer import remove_parameters, sync_optimizer
 from esper.growth.evaluate_on import evaluate_on
 from esper.growth.grower import Grower
 from esper.growth.options import check_options
-from esper.integrations.growth_state import Hearing, metrics_of, resume, state_of
+from esper.integrations.growth_state import Hearing, check_together, metrics_of, resume, state_of
 from esper.integrations.missing import missing_framework
 from esper.integrations.state_files import read_state, write_state
 from esper.seeds.rebuilding import build
@@ -118,7 +118,7 @@ class EsperTrainerMixin:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc] # the Trainer's
         except BaseException as error:
-            self._esper_close(f"{type(error).__name__} was raised")
+            self._esper_close(f"{type(error).__name__} was raised", by_error=True)
             raise
         finally:
             self._esper_close()
@@ -152,6 +152,7 @@ class EsperTrainerMixin:
         """Make the Grower: model and optimizer are those of the checkpoint by now."""
         trainer: Any = self
         self._esper_close()
+        check_together(trainer.model_wrapped, trainer.args.world_size)
         asked = _Asked(trainer)
         done = trainer.state.global_step
         left = trainer.state.max_steps - (0 if self._esper_loaded else done)
@@ -185,9 +186,9 @@ class EsperTrainerMixin:
             self._esper_hearing.has_heard = False
             trainer.log(metrics_of(self.grower))
 
-    def _esper_close(self, reason: str = "the run ended") -> None:
+    def _esper_close(self, reason: str = "the run ended", *, by_error: bool = False) -> None:
         if self.grower is not None:
-            self.grower.close(reason)
+            self.grower.close(reason, by_error=by_error)
 
 
 class EsperTrainer(EsperTrainerMixin, Trainer):

@@ -19,6 +19,20 @@ def is_in_a_seed(name: str) -> bool:
     return SEEDS in name.split(".")
 
 
+_NO_PLACE: Final = {
+    "DataParallel": (
+        "torch.nn.DataParallel, which copies the model to each device anew at every forward, so "
+        "that kernels and what they count would be lost with the copies. Start a process for each "
+        "device with torchrun, and use torch.nn.parallel.DistributedDataParallel"
+    ),
+    "FullyShardedDataParallel": (
+        "FullyShardedDataParallel, which took the weights out of the layers when it was made, and "
+        "would train kernels on each rank alone. Use FSDP2: torch.distributed.fsdp.fully_shard"
+    ),
+}
+"""What kernels cannot follow, by the names of torch's classes, which need not be imported."""
+
+
 def check_module(function: str, model: object) -> None:
     """Refuse what is no module, by the name of the function that it was given to.
 
@@ -32,22 +46,23 @@ def check_module(function: str, model: object) -> None:
 
 
 def check_replicas(function: str, model: nn.Module) -> None:
-    """Refuse what is no module, or makes copies at each forward, which kernels do not follow.
+    """Refuse what is no module, or in what kernels cannot follow.
 
     Raises:
-        TypeError: It is no module, or is, or has in it, a ``torch.nn.DataParallel``.
+        TypeError: It is no module, or is, or has in it, a ``torch.nn.DataParallel``, which makes
+            copies at each forward, or a ``FullyShardedDataParallel``, which has the weights.
     """
     check_module(function, model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.DataParallel):
+        why = next((_NO_PLACE[c.__name__] for c in type(module).__mro__ if _is_no_place(c)), None)
+        if why is not None:
             where = f"its module {name!r} is in" if name else "it is in"
-            msg = (
-                f"{function} cannot take this model: {where} torch.nn.DataParallel, which copies "
-                "the model to each device anew at every forward, so that kernels and what they "
-                "count would be lost with the copies. Start a process for each device with "
-                "torchrun, and use torch.nn.parallel.DistributedDataParallel"
-            )
+            msg = f"{function} cannot take this model: {where} {why}"
             raise TypeError(msg)
+
+
+def _is_no_place(cls: type) -> bool:
+    return cls.__name__ in _NO_PLACE and cls.__module__.startswith("torch.")
 
 
 def host_modules(module: nn.Module) -> list[nn.Module]:

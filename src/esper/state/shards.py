@@ -164,6 +164,26 @@ def _is_fsdps(module: nn.Module) -> bool:
 
 
 @contextmanager
+def unsharded_around(part: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Let a part of a model be called by itself: FSDP2 gathers its own modules, none around them.
+
+    Where something is sharded, every rank has to enter at the same moment.
+
+    Args:
+        part: What is called.
+        model: What has it, in shards or not; it is in shards again afterwards.
+    """
+    inside = set(part.modules())
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state") and module not in inside:
+            module.unshard()  # type: ignore[operator] # FSDP2's method
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
+@contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Let a module have its parameters whole, kernels aside, to be run outside of FSDP2's hooks.
 
