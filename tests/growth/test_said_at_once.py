@@ -9,7 +9,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from growing import X, compute_loss, evaluate, growing, train, wrapped
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from esper.growth.budget import Budget
 from esper.growth.flops import update_flops
@@ -216,6 +218,26 @@ def test_constructor_that_a_warning_ends_leaves_nothing_behind(tmp_path):
         growing(model, optimizer, horizon=5, run_dir=tmp_path)
     assert len(optimizer._optimizer_step_pre_hooks) == 1  # that of sync_optimizer
     assert (tmp_path / "events.jsonl").read_text().count("run_ended") == 1
+
+
+@pytest.fixture(params=[1, 2])
+def world_size(request):
+    """A group of processes, of which this one is the only one that is there."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_processes_that_each_grow_by_themselves_are_told(world_size):
+    """Two of a group; not one alone, nor where nothing grows."""
+    model, optimizer = wrapped()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        growing(model, optimizer, policy=Never()).close()
+        assert not caught
+        growing(model, optimizer).close()
+    said = [str(warning.message) for warning in caught]
+    assert ["2 processes are in a group" in text for text in said] == [True] * (world_size == 2)
 
 
 def test_policy_that_never_grows_is_not_warned_of():

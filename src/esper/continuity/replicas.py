@@ -100,6 +100,19 @@ def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
     return group_of_shards(model) if replicated is None else replicated.process_group
 
 
+def num_apart(model: nn.Module) -> int:
+    """Return how many processes of a group each train the model by itself, for all that is known.
+
+    Args:
+        model: The live model, which may be replicated.
+
+    Returns:
+        1 where there is no group, or where it is known which ranks train the model together.
+    """
+    is_alone = not (dist.is_available() and dist.is_initialized()) or _group_of(model) is not None
+    return 1 if is_alone else dist.get_world_size()
+
+
 def share_kernels(
     model: nn.Module,
     params: Mapping[str, nn.Parameter],

@@ -26,6 +26,7 @@ from esper.growth.callbacks import asked, measure_update, try_compute_loss
 from esper.growth.claims import claim, release
 from esper.growth.obstacles import (
     NEVER_STEPPED,
+    grows_apart,
     is_too_dear,
     missing_evidence,
     missing_part,
@@ -197,6 +198,7 @@ class Grower:
         try:
             self._depth.warn_if_idle()
             self._warn(never_grows(self._run) or missing_part(self._run))
+            self._warn(grows_apart(self._run))
         except UserWarning:  # the owner wants warnings to be errors: nothing is left behind
             self.close("it was refused")
             raise
@@ -667,7 +669,7 @@ class Grower:
             self._warn(f"nothing can grow: {run.no_twins}")
 
     def _warn(self, text: str | None) -> None:
-        """Warn the owner that nothing will grow, unless the owner asked for nothing else."""
+        """Warn the owner of how it will grow, or not, unless the owner asked for no growth."""
         if text is not None and not grafts_nothing(self._run.policy):
             self._run.journal.warn(text)
 

@@ -1,9 +1,10 @@
-"""Why nothing grows although the policy would, in the words that the owner reads."""
+"""Why nothing grows although the policy would, or not together, in words for the owner."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from esper.continuity.replicas import num_apart
 from esper.growth.gates import MIN_GATE_SAMPLES, MIN_SAMPLES, NO_SAMPLES
 from esper.growth.germination import open_sites
 from esper.growth.ledger import SHARE
@@ -17,6 +18,18 @@ NEVER_STEPPED: Final = (
     "nothing can grow: grower.step is never called; call grower.step(loss, batch=batch) after "
     "every optimizer.step()"
 )
+
+
+def grows_apart(run: GrowthRun) -> str | None:
+    """Say that processes which may train one model would each grow by itself, or None."""
+    num_processes = num_apart(run.given)
+    if num_processes == 1:
+        return None
+    return (
+        f"{num_processes} processes are in a group, and the model is neither in DDP nor under "
+        "FSDP2: each grows by itself. Where they train one model, give the Grower the one in "
+        "torch.nn.parallel.DistributedDataParallel"
+    )
 
 
 def never_grows(run: GrowthRun) -> str | None:
