@@ -100,7 +100,7 @@ class StepHooks:
 
 def is_update(optimizer: Optimizer) -> bool:
     """Say, behind a step, whether it was an update: a parameter had a gradient, none overflowed."""
-    overflow = getattr(optimizer, "found_inf", None)  # GradScaler's, for fused optimizers
+    overflow = optimizer.__dict__.get("found_inf")  # GradScaler's, for fused optimizers
     if overflow is not None and bool(overflow):
         return False
     for group in optimizer.param_groups:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOSS_WINDOW: Final = 50
 """Losses that are kept."""
+_INFINITE: Final = math.inf
 LOSS_CHECK_EVERY: Final = 10
 """Updates between two looks at the training loss; each look reads the device once."""
 
@@ -54,12 +55,12 @@ class TrainingLosses:
         else:
             kept = float(loss)
         self._losses.append(kept)
-        self._num_unread += 1
         if isinstance(kept, Tensor):
+            self._num_unread += 1
             if self._num_unread < LOSS_WINDOW:
                 return None
             self._num_unread, kept = 0, float(_together(tuple(self._losses)).mean())
-        was_finite, self._is_finite = self._is_finite, -math.inf < kept < math.inf
+        was_finite, self._is_finite = self._is_finite, -_INFINITE < kept < _INFINITE
         return None if was_finite and self._is_finite else kept
 
     def state_dict(self) -> dict[str, Any]:

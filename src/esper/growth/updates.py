@@ -88,6 +88,9 @@ class UpdateWatcher:
             return None
         self.updates = self.num_steps_of_optimizer
         batches, self._micro_batches = self._micro_batches, []
+        if len(batches) == self._per_update:
+            self.share_kept = 1.0
+            return batches
         usual = len(batches) if self._per_update is None else self._per_update
         self._per_update = min(usual, len(batches)) or None
         kept = batches[-usual:] if usual else batches  # GradScaler skips a step without a hook
@@ -174,6 +177,7 @@ class UpdateWatcher:
         """Count an update."""
         if is_update(optimizer):
             count = self._counts[id(optimizer)] = self._counts[id(optimizer)] + 1
-            self.num_steps_of_optimizer = max(self.num_steps_of_optimizer, count)
+            if count > self.num_steps_of_optimizer:
+                self.num_steps_of_optimizer = count
         if self._factor.active:
             self._factor.after_step(optimizer)
