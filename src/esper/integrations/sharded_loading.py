@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from esper.continuity.distributed_checkpoint import build_as_saved, build_described
@@ -51,7 +50,8 @@ class _BuildingLoad:
         if path.is_dir():
             build_as_saved(path, model, optimizers, prefix="state_dict.")
         elif path.is_file():
-            loads = torch.load  # noqa: TID251 - what Lightning saved, read as it does
-            saved = loads(path, mmap=True, map_location="cpu", weights_only=weights_only)
+            reads = self._strategy.checkpoint_io.load_checkpoint  # Lightning's: the file is its own
+            saved = reads(path, map_location="cpu", weights_only=weights_only)
             build_described(saved["state_dict"], model, optimizers)
+            del saved  # it is read once more, and may be large
         return self._load(checkpoint_path, weights_only)
