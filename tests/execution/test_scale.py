@@ -95,7 +95,7 @@ def test_a_layout_answers_without_asking_every_seed(question):
     assert counted[0] == counted[1]
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_wrapping_is_linear_in_the_layers():
     """The next hundred layers cost as many calls as the hundred before them."""
     esper.wrap(stack(2))  # classes are made once

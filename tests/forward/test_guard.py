@@ -84,7 +84,13 @@ def loss_of(net, x, target):
 
 @pytest.mark.parametrize("setting", sorted(SETTINGS))
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(name, marks=[] if name == "sgd" else pytest.mark.torture)
+        for name in sorted(OPTIMIZERS)
+    ],
+)
 @pytest.mark.parametrize("layer", sorted(LAYERS))
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_the_host_trains_as_without_the_seed(fault, layer, optimizer, training, setting):

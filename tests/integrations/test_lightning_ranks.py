@@ -33,9 +33,7 @@ def told(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize(
-    "fit", ["whole", "resumed", "sharded whole", "folder resumed", "file resumed"]
-)
+@pytest.mark.parametrize("fit", ["whole", "resumed", "sharded whole", "folder resumed"])
 def test_ranks_grow_together(told, fit):
     """They try, take over and keep the same, and their parameters are equal behind every batch."""
     one, other = (rank[fit] for rank in told[0])
@@ -49,14 +47,10 @@ def test_ranks_grow_together(told, fit):
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("resumed", "whole"),
-    [
-        ("resumed", "whole"),
-        ("folder resumed", "sharded whole"),
-        ("file resumed", "sharded whole"),
-    ],
+    [("resumed", "whole"), ("folder resumed", "sharded whole")],
 )
 def test_ranks_go_on_from_lightnings_checkpoint(told, resumed, whole):
-    """With the bits of the fit that was not stopped; one in shards saves a folder, or one file."""
+    """With the bits of the fit that was not stopped."""
     for rank in told[0]:
         assert rank[resumed]["end"] == rank[whole]["end"]
 

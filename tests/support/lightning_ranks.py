@@ -162,9 +162,9 @@ def main(folder):
     path = folder / "sharded"
     found["sharded whole"] = fit(path, Sharded(), strategy=in_shards())
     for kind, saved in (("folder", path), ("file", path.with_suffix(".file"))):
-        again = fit(folder / "again", Sharded(), ckpt_path=saved, strategy=in_shards())
-        found[f"{kind} resumed"] = again
         found[f"{kind} validated"] = validated(saved)
+    again = fit(folder / "again", Sharded(), ckpt_path=path, strategy=in_shards())
+    found["folder resumed"] = again
     said = folder / f"rank {dist.get_rank()}"
     found["left"] = left(folder)
     dist.destroy_process_group()  # ends the waiting of the rank that has not left

@@ -30,9 +30,12 @@ def find(program, *places):
 
 
 def free_ports(count):
-    """Return ports that nobody listens at, below 45,000: some servers add 10,000 to theirs."""
-    ports, start = [], 20_000 + os.getpid() * 7 % 20_000
-    for port in range(start, start + 5_000):
+    """Return ports that nobody listens at, from 10,000 up to 20,000.
+
+    Some servers add 10,000 to theirs, and from 32,768 on ports are those of connections.
+    """
+    ports, start = [], os.getpid() * 7
+    for port in (10_000 + (start + i) % 10_000 for i in range(10_000)):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             ports.append(port)
         if len(ports) == count:
