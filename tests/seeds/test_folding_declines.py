@@ -45,6 +45,9 @@ KERNELS = {
 OFTEN = ("linear", "conv1d", "conv2d_of_three", "depthwise", "norm", "block")
 """Kernels of each way in which a fold is made or declined; the others take long together."""
 
+ALIKE = ("linear_on_sequences", "conv_transpose2d")
+"""Hosts that differ little from others."""
+
 
 @pytest.mark.parametrize(
     "kernel",
@@ -53,7 +56,10 @@ OFTEN = ("linear", "conv1d", "conv2d_of_three", "depthwise", "norm", "block")
         for n in KERNELS
     ],
 )
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    "host",
+    [pytest.param(n, marks=pytest.mark.torture if n in ALIKE else []) for n in HOSTS],
+)
 def test_any_kernel_on_any_axis_gets_a_certificate(host, kernel):
     """The layer gives after the fold what it gave before, and a reason where it is not folded."""
     make, shape = HOSTS[host]

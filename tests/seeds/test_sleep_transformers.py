@@ -162,10 +162,7 @@ def test_a_layer_of_the_cache_of_a_waking_model_is_its_own():
 
 @pytest.mark.parametrize(
     "compiled",
-    [
-        pytest.param(n, marks=[] if n == "gpt2" else pytest.mark.torture)
-        for n in STACKS
-    ],
+    [pytest.param(n, marks=[] if n == "gpt2" else pytest.mark.torture) for n in STACKS],
 )
 def test_compiled_a_stage_makes_two_graphs(compiled):
     """Of one piece each; T5's blocks give more than one value, and are seen once before."""

@@ -54,7 +54,7 @@ def grown(make, shape, index):
     return model
 
 
-LONG = ("conv1d", "conv3d", "conv_transpose2d", "encoder_layer")
+LONG = ("conv1d", "conv3d", "conv_transpose2d", "batch_norm1d", "encoder_layer")
 """Hosts whose kernels take long together and differ little from those of the others."""
 
 CASES = [
