@@ -41,7 +41,10 @@ def closed_in(optimizer, where, *, ours, others_follow):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("others_follow", [True, False])
 def test_who_closes_in_a_step_stops_nobody_else(ours, where, others_follow):
-    """Everybody else is called in that step and the next, and ours no more; nothing stays."""
+    """Everybody else is called in that step and the next, and ours no more.
+
+    Nothing stays but, in the place of one before a step that others follow, one that does nothing.
+    """
     optimizer = an_optimizer()
     called = closed_in(optimizer, where, ours=ours, others_follow=others_follow)
     optimizer.step()
@@ -55,7 +58,19 @@ def test_who_closes_in_a_step_stops_nobody_else(ours, where, others_follow):
     for _ in range(2):
         optimizer.step()
     assert sorted(called) == sorted(2 * [where, "last before", "last behind"])
+    stays = where == "before" and "before" in ours
+    assert len(optimizer._optimizer_step_pre_hooks) == 1 + (where == "before") + stays
     assert len(optimizer._optimizer_step_post_hooks) == 1 + (where == "behind")
+
+
+def test_the_last_hook_before_a_step_goes_in_its_turn():
+    """Nobody is called behind it, so what stands in its place takes itself off."""
+    optimizer, called, hooks = an_optimizer(), [], []
+    optimizer.register_step_pre_hook(lambda *_: hooks[0].close())
+    hooks.append(StepHooks(optimizer, before=lambda *_: called.append("ours")))
+    optimizer.step()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert called == []
 
 
 def test_the_last_hook_of_a_step_may_close_itself():

@@ -63,7 +63,11 @@ class StepHooks:
                 handles.after = member.register_step_post_hook(after)
 
     def close(self) -> None:
-        """Call nothing any more; where a step is under way, the hooks go with the next one."""
+        """Call nothing any more.
+
+        Where a step is under way, the hooks go with the next one, but for one before it that others
+        follow: in its place stands one that does nothing.
+        """
         for member, handles in list(self._handles.items()):
             step = _step_under_way(member)
             if step is None or _IS_MADE not in step or self._ends(step, handles, member):

@@ -87,14 +87,13 @@ class UpdateWatcher:
                 self._micro_batches.clear()
             return None
         self.updates = self.num_steps_of_optimizer
-        batches, self._micro_batches = self._micro_batches, []
-        if len(batches) == self._per_update:
-            self.share_kept = 1.0
-            return batches
-        usual = len(batches) if self._per_update is None else self._per_update
-        self._per_update = min(usual, len(batches)) or None
-        kept = batches[-usual:] if usual else batches  # GradScaler skips a step without a hook
-        self.share_kept = len(kept) / len(batches) if batches else 1.0
+        kept, self._micro_batches = self._micro_batches, []
+        num_batches = len(kept)
+        if num_batches != self._per_update:  # the first, or GradScaler skipped one without a hook
+            usual = num_batches if self._per_update is None else self._per_update
+            self._per_update = min(usual, num_batches) or None
+            kept = kept[-usual:] if usual else kept
+        self.share_kept = len(kept) / num_batches if num_batches else 1.0
         return kept
 
     @property
